@@ -1,0 +1,74 @@
+# Sets up .venv on a machine that has only python3 and make, and runs everything in it.
+#
+#   make demo PYTHON=python3.12          another Python for the environment
+#   make test PYTEST_ARGS="-k capture"   part of the tests
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# Installed packages that satisfy the constraints are kept: torch is never replaced by a newer one.
+INSTALL := $(PY) -m pip --quiet --disable-pip-version-check --no-input install \
+	--no-warn-conflicts --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.SUFFIXES:
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
+	@echo 'make test    run the test suite'
+	@echo 'make lint    ruff check, ruff format --check, mypy'
+	@echo 'make bench   measure what an audit costs, in passes of plain training'
+	@echo 'make clean   remove the environment, caches and builds (not the logs of runs)'
+	@echo
+	@echo 'The first use makes .venv and installs what constraints.txt names. PYTHON=... picks the Python.'
+
+demo: $(VENV)/.demo
+	@$(PY) examples/01_mislabelled_digits.py
+
+test: $(VENV)/.dev
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+bench: $(VENV)/.dev
+	@$(PY) benchmarks/audit_cost.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The files below mark what is done. Each is touched last, so a failed step is repeated.
+
+$(VENV)/.created:
+	@command -v $(firstword $(PYTHON)) >/dev/null || { \
+	    echo "make: there is no '$(PYTHON)' here. Install Python 3.10 or newer, or name another:" \
+	        "make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "make: lightning-influence needs Python 3.10 or newer, but '$(PYTHON)' is" \
+	        "$$($(PYTHON) --version 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "make: '$(PYTHON)' has no venv or no ensurepip, which make the environment." \
+	        "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
+	@echo 'installing lightning-influence into $(VENV) (once, some minutes) ...'
+	@$(INSTALL) --editable '.[examples]'
+	@touch $@
+
+# kronfluence, the second reference of the tests, asks for torchvision but never imports it, and torchvision does
+# not import beside the pinned torch. So kronfluence comes without its dependencies; the `test` extra has the rest.
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
+	@echo 'installing lightning-influence with its test tools into $(VENV) (once, some minutes) ...'
+	@$(INSTALL) --editable '.[examples,test,dev]'
+	@$(INSTALL) --no-deps kronfluence==1.0.1
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,55 @@
+"""Training-data attribution and data audits for PyTorch Lightning.
+
+The names below are imported when they are first used, so `import lightning_influence` costs next to nothing
+and TensorBoard can load the plugin without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_influence.audit import AuditReport
+    from lightning_influence.callbacks import InfluenceAudit
+    from lightning_influence.metrics import LinearDatamodelingScore, MislabelDetection
+    from lightning_influence.task import Task, TrainingStepTask
+
+    __version__: str
+
+_MODULES = {
+    "AuditReport": "lightning_influence.audit",
+    "InfluenceAudit": "lightning_influence.callbacks",
+    "LinearDatamodelingScore": "lightning_influence.metrics",
+    "MislabelDetection": "lightning_influence.metrics",
+    "Task": "lightning_influence.task",
+    "TrainingStepTask": "lightning_influence.task",
+}
+
+# Written out, not derived from the table: type checkers and editors read it.
+__all__ = [
+    "AuditReport",
+    "InfluenceAudit",
+    "LinearDatamodelingScore",
+    "MislabelDetection",
+    "Task",
+    "TrainingStepTask",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("lightning-influence")
+    elif name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,138 @@
+"""The contract of one parameter block's curvature.
+
+A block approximates the mean curvature ``C = 1/N Σ_n E_y[v_n v_nᵀ]`` of the per-example loss with respect to one
+layer's parameters, laid out ``[k, o, i]`` (see ``layers``). It is fitted in a fixed number of passes over the data
+and then solves as often as needed. Nobody outside this package branches on the kind of approximation.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_influence import distributed
+
+RELATIVE_DAMPING = 0.1
+"""Default damping: this multiple of the block's mean eigenvalue (Grosse et al. 2023, 2308.03296, section 3)."""
+
+
+class CurvatureBlock(ABC):
+    """Curvature of one block of parameters.
+
+    Fitting: for each of ``passes`` passes, ``update`` with every batch that the layer took part in, then ``end_pass``
+    once.
+
+    Args:
+        shape: ``(k, o, i)``: groups, outputs, inputs (bias column included).
+    """
+
+    passes: ClassVar[int]
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+        self._finished_passes = 0
+        # Sums over examples of the running pass. All of them add up across processes; see ``reduce``.
+        self._sums: dict[str, Tensor] = {}
+        self._result: dict[str, Tensor] = {}
+
+    def update(self, x: Tensor, gs: Sequence[Tensor], examples: int) -> None:
+        """Add one batch to the running pass.
+
+        Args:
+            x: Activations ``[k, n, s, i]``; rows of left-out examples are zero.
+            gs: Output gradients ``[k, n, s, o]`` whose outer products, summed over the draws, average to the
+                curvature of one example's loss. Rows of left-out examples are zero.
+            examples: Number of examples that count (``n`` minus those left out).
+        """
+        for name, value in self._contributions(x, gs, examples).items():
+            self._accumulate(name, value)
+
+    def end_pass(self, examples: int) -> None:
+        """Turn the sums of the running pass into means and prepare the next one.
+
+        Args:
+            examples: Number of examples that this process has counted in the pass, over all batches.
+
+        Raises:
+            ValueError: If no process counted an example.
+        """
+        device = next(iter(self._sums.values())).device
+        self._accumulate("examples", torch.tensor(float(examples), dtype=torch.float64, device=device))
+        self.reduce()
+        if not float(self._sums["examples"]):
+            raise ValueError("no example was counted: all losses or gradients are non-finite, or the data are empty.")
+        self._finish(self._sums)
+        self._sums = {}
+        self._finished_passes += 1
+
+    def reduce(self) -> None:
+        """Add the running sums over all processes."""
+        names = sorted(self._sums)
+        reduced = distributed.sum_across_processes([self._sums[name] for name in names])
+        self._sums = dict(zip(names, reduced, strict=True))
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The fitted state, for the store."""
+        return self._result
+
+    def damping(self, relative: float = RELATIVE_DAMPING) -> float:
+        """Return ``relative`` times the mean eigenvalue of the block."""
+        return relative * float(self.diagonal().double().mean())
+
+    @abstractmethod
+    def _contributions(self, x: Tensor, gs: Sequence[Tensor], examples: int) -> dict[str, Tensor]:
+        """Return this batch's part of the running pass's sums."""
+
+    @abstractmethod
+    def _finish(self, sums: dict[str, Tensor]) -> None:
+        """End the running pass: ``sums`` hold totals over all processes."""
+
+    @abstractmethod
+    def matvec(self, v: Tensor) -> Tensor:
+        """Multiply by the curvature: ``[..., k, o, i] -> [..., k, o, i]``."""
+
+    @abstractmethod
+    def solve(self, v: Tensor, damping: float) -> Tensor:
+        """Return ``(C + damping)⁻¹ v`` for ``v: [..., k, o, i]``."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of the curvature, ``[k, o, i]``."""
+
+    @abstractmethod
+    def self_influence(self, x: Tensor, g: Tensor, damping: float) -> Tensor:
+        """Return ``G_nᵀ (C + damping)⁻¹ G_n`` for every example, ``[n]``, by the cheapest exact form."""
+
+    def to_dense(self) -> Tensor:
+        """Return the block as dense matrices ``[k, o·i, o·i]`` (row-major in ``[o, i]``); for tests and small blocks."""
+        k, o, i = self.shape
+        reference = self.diagonal()
+        unit = torch.eye(o * i, dtype=reference.dtype, device=reference.device).reshape(-1, 1, o, i)
+        columns = self.matvec(unit.expand(-1, k, -1, -1))  # [o·i, k, o, i]
+        return columns.reshape(o * i, k, o * i).permute(1, 2, 0)
+
+    def _accumulate(self, name: str, value: Tensor) -> None:
+        if name in self._sums:
+            self._sums[name] += value
+        else:
+            self._sums[name] = value
+
+    def _check_fitted(self) -> None:
+        if self._finished_passes != self.passes:
+            raise RuntimeError(
+                f"{type(self).__name__} needs {self.passes} passes over the data and has seen {self._finished_passes}; call "
+                "`update` for every batch and `end_pass` after each pass first."
+            )
+
+    def _check_damping(self, damping: float, smallest: float) -> None:
+        if not math.isfinite(damping) or damping < 0 or damping + smallest <= 0:
+            raise ValueError(
+                f"damping {damping!r} leaves the curvature singular (its smallest eigenvalue is {smallest:.3g}); pass a "
+                'damping > 0, or `damping="relative"`.'
+            )

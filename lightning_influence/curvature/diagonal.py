@@ -1,0 +1,45 @@
+"""The diagonal of the Fisher in the parameter basis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from lightning_influence import per_sample
+from lightning_influence.curvature.block import CurvatureBlock
+
+
+class DiagonalBlock(CurvatureBlock):
+    """``C = diag(mean over examples of G²)``."""
+
+    passes: ClassVar[int] = 1
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Multiply elementwise."""
+        return v * self.diagonal()
+
+    def solve(self, v: Tensor, damping: float) -> Tensor:
+        """Divide elementwise by ``diagonal + damping``."""
+        return v * self._inverse(damping)
+
+    def diagonal(self) -> Tensor:
+        """Return the mean squared gradients, ``[k, o, i]``."""
+        self._check_fitted()
+        return self._result["diagonal"]
+
+    def self_influence(self, x: Tensor, g: Tensor, damping: float) -> Tensor:
+        """Return ``Σ G_n² / (diagonal + damping)``."""
+        return per_sample.weighted_squares(x, g, self._inverse(damping))
+
+    def _inverse(self, damping: float) -> Tensor:
+        diagonal = self.diagonal()
+        self._check_damping(damping, float(diagonal.min()))
+        return 1 / (diagonal + damping)
+
+    def _contributions(self, x: Tensor, gs: Sequence[Tensor], examples: int) -> dict[str, Tensor]:
+        return {"squares": per_sample.summed_squares(x, gs)}
+
+    def _finish(self, sums: dict[str, Tensor]) -> None:
+        self._result = {"diagonal": sums["squares"] / sums["examples"].to(sums["squares"].dtype)}

@@ -1,0 +1,46 @@
+"""The identity: influence without curvature (grad-dot)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_influence import per_sample
+from lightning_influence.curvature.block import CurvatureBlock
+
+
+class IdentityBlock(CurvatureBlock):
+    """``C = I``. Damping only rescales: ``(1 + λ)⁻¹``."""
+
+    passes: ClassVar[int] = 0
+
+    def damping(self, relative: float = 0.0) -> float:
+        """Return 0: the identity needs no damping, and scores are then plain inner products."""
+        return 0.0
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return ``v``."""
+        return v
+
+    def solve(self, v: Tensor, damping: float) -> Tensor:
+        """Return ``v / (1 + damping)``."""
+        self._check_damping(damping, 1.0)
+        return v / (1 + damping)
+
+    def diagonal(self) -> Tensor:
+        """Return ones, ``[k, o, i]``."""
+        return torch.ones(self.shape)
+
+    def self_influence(self, x: Tensor, g: Tensor, damping: float) -> Tensor:
+        """Return ``‖G_n‖² / (1 + damping)``."""
+        self._check_damping(damping, 1.0)
+        return per_sample.squared_norms(x, g) / (1 + damping)
+
+    def _contributions(self, x: Tensor, gs: Sequence[Tensor], examples: int) -> dict[str, Tensor]:
+        return {}
+
+    def _finish(self, sums: dict[str, Tensor]) -> None:
+        return None

@@ -1,0 +1,188 @@
+"""The only collectives: sums over processes and results gathered by example index.
+
+Everything here also works without a process group, as the only process there is. Every process must call the
+same functions in the same order; where one of them could fail alone, all agree first and fail together.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_Item = TypeVar("_Item")
+
+_NOT_SUMMABLE = (torch.bool, torch.uint8, torch.int8, torch.int16)
+
+
+def rank() -> int:
+    """The number of this process, from 0; 0 without a process group."""
+    return dist.get_rank() if _in_process_group() else 0
+
+
+def world_size() -> int:
+    """How many processes take part; 1 without a process group."""
+    return dist.get_world_size() if _in_process_group() else 1
+
+
+def share(indices: Sequence[_Item]) -> list[_Item]:
+    """This process's part of `indices`: every `world_size()`-th entry, starting at `rank()`.
+
+    The parts are disjoint, cover everything, keep the order and differ in length by at most one.
+    """
+    return list(indices[rank() :: world_size()])
+
+
+def sum_across_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the sum of every tensor over the processes, in its own dtype and on its own device.
+
+    Args:
+        tensors: The same shapes and dtypes, in the same order, on every process; any device, any strides.
+            They are left as they are; without other processes they are themselves the result.
+
+    Raises:
+        TypeError: If a dtype would wrap around (booleans and integers below 32 bits).
+        ValueError: If shapes or dtypes differ between processes. Both are raised on every process.
+    """
+    _agree("sum_across_processes", [(value.dtype, tuple(value.shape)) for value in tensors])
+    for value in tensors:
+        if value.dtype in _NOT_SUMMABLE:
+            raise TypeError(
+                f"cannot sum a tensor of dtype {value.dtype} across processes: it would wrap around. "
+                "Convert it to torch.int64 first."
+            )
+    if world_size() == 1:
+        return list(tensors)
+    sums = []
+    for value in tensors:
+        total = value.detach().to(_device_for(value.device)).clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+        sums.append(total.to(value.device))
+    return sums
+
+
+def gather_by_index(indices: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Collect per-example values from all processes, sorted by example index.
+
+    Processes may hold different numbers of examples, none included. An index held more than once (the padding
+    of a `DistributedSampler`) is kept once, as the lowest rank first held it. Values travel as bytes: every
+    dtype is kept, and so is every NaN.
+
+    Args:
+        indices: `[n]`, int64, the data set indices of this process's examples.
+        values: `{name: [n, ...]}`. Names, dtypes and trailing shapes agree across processes; a process
+            without examples passes tensors `[0, ...]`.
+
+    Returns:
+        The sorted distinct indices `[m]` and `{name: [m, ...]}`, the same on every process, each tensor on
+        the device it came from.
+
+    Raises:
+        ValueError: If shapes or dtypes are not as above. Raised on every process, whosever the fault is.
+    """
+    fault = _fault(indices, values)
+    if any_process(fault is not None):
+        raise ValueError(fault or "gather_by_index got unusable tensors on another rank; its error says which.")
+    names = sorted(values)
+    columns = [indices, *(values[name] for name in names)]
+    _agree("gather_by_index", [(name, values[name].dtype, tuple(values[name].shape[1:])) for name in names])
+
+    counts = [int(count) for count in _all_gather(torch.tensor(len(indices)))]
+    device = _device_for(indices.device)
+    own = torch.cat([_as_bytes(column).to(device) for column in columns], dim=1)
+    padded = own.new_zeros(max(counts), own.shape[1])
+    padded[: len(own)] = own
+    rows = torch.cat([part[:count] for part, count in zip(_all_gather(padded), counts, strict=True)])
+    gathered = [
+        part.contiguous().view(column.dtype).reshape(len(rows), *column.shape[1:]).to(column.device)
+        for part, column in zip(rows.split([_row_bytes(c) for c in columns], dim=1), columns, strict=True)
+    ]
+
+    # A stable sort leaves equal indices in the order of the ranks.
+    ordered, order = torch.sort(gathered[0], stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    kept = order[first]
+    return ordered[first], {
+        name: column[kept.to(column.device)] for name, column in zip(names, gathered[1:], strict=True)
+    }
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true on at least one process; the same answer on all.
+
+    Ask before raising an error that other processes may not meet: they would wait for this one at the next
+    collective.
+    """
+    if world_size() == 1:
+        return flag
+    answer = torch.tensor(int(flag), device=_device_for(torch.device("cpu")))
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return bool(answer.item())
+
+
+def barrier() -> None:
+    """Wait until every process has arrived here."""
+    # NCCL's own barrier has to guess the device; a value that was reduced and read has waited for everyone.
+    any_process(False)
+
+
+def _in_process_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _device_for(device: torch.device) -> torch.device:
+    """The device itself if the backend communicates from there, else one that it does (NCCL: no CPU)."""
+    if world_size() == 1:
+        return device
+    # For example "cuda:nccl" or "cpu:gloo,cuda:gloo".
+    served = [entry.split(":")[0] for entry in dist.get_backend_config().split(",")]
+    return device if device.type in served else torch.device(served[0])
+
+
+def _agree(function: str, layout: Sequence[object]) -> None:
+    """Raise on every process if their layouts differ: a collective would hang or mix tensors up."""
+    checksums = _all_gather(torch.tensor(zlib.crc32(repr(layout).encode())))
+    if len({int(checksum) for checksum in checksums}) > 1:
+        raise ValueError(
+            f"{function} needs the same tensors (names, dtypes, shapes) on every rank; rank {rank()} has "
+            f"{layout}. A rank without examples passes zeros or empty tensors like those of the others."
+        )
+
+
+def _all_gather(tensor: Tensor) -> list[Tensor]:
+    """One tensor per rank, all of the same shape and dtype."""
+    if world_size() == 1:
+        return [tensor]
+    local = tensor.to(_device_for(tensor.device)).contiguous()
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(parts, local)
+    return parts
+
+
+def _fault(indices: Tensor, values: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with this process's tensors, or nothing."""
+    if indices.dtype != torch.int64 or indices.ndim != 1:
+        return f"indices must be int64 of shape [n], got {indices.dtype} of shape {list(indices.shape)}."
+    for name, value in values.items():
+        if value.ndim == 0 or len(value) != len(indices):
+            return (
+                f"values[{name!r}] must have one row for each of the {len(indices)} indices, "
+                f"got shape {list(value.shape)}."
+            )
+    return None
+
+
+def _row_bytes(column: Tensor) -> int:
+    return math.prod(column.shape[1:]) * column.element_size()
+
+
+def _as_bytes(column: Tensor) -> Tensor:
+    """`[n, ...]` as `[n, bytes]`, uint8."""
+    flat = column.detach().reshape(len(column), math.prod(column.shape[1:]))
+    return flat.contiguous().view(torch.uint8)

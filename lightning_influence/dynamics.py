@@ -1,0 +1,167 @@
+"""Training dynamics: what the run itself says about each example, read off the training pass at no extra cost.
+
+Per example, over the times it was trained on: mean and variance of the loss, AUM (mean margin between the logit of
+the given label and the largest other; Pleiss et al. 2020, 2001.10528), EL2N (distance between predicted and given
+distribution; Paul et al. 2021, 2107.07075), how often it was predicted wrong, forgetting events (right, then wrong;
+Toneva et al. 2019, 1812.05159), and the margin of the mean predicted probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_influence import distributed
+
+# Mean probabilities are kept up to this many scalars (400 MB); beyond, their columns are left out.
+_PROBABILITY_BUDGET = 10**8
+_FLUSH_EVERY = 64
+
+
+class TrainingDynamics:
+    """Sums over the visits of every example.
+
+    Args:
+        size: Number of examples of the data set.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.sums: dict[str, Tensor] = {}
+        # Batches wait here on their device: copying each one at once would make a GPU wait in every step.
+        self._waiting: list[tuple[Sequence[int], dict[str, Tensor]]] = []
+
+    def record(self, indices: Sequence[int], statistics: Mapping[str, Tensor]) -> None:
+        """File one training batch.
+
+        Args:
+            indices: Dataset indices of its ``n`` examples; repeats (padding) count once.
+            statistics: ``LossCall.statistics(n)``.
+
+        Raises:
+            ValueError: If the numbers of indices and examples differ.
+        """
+        n = statistics["loss"].shape[0]
+        if len(indices) != n:
+            raise ValueError(f"{n} examples in the batch, but {len(indices)} dataset indices were recorded for it.")
+        self._waiting.append((list(indices), dict(statistics)))
+        if len(self._waiting) >= _FLUSH_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add the waiting batches to the sums."""
+        waiting, self._waiting = self._waiting, []
+        for indices, statistics in waiting:
+            self._add(indices, {name: value.cpu() for name, value in statistics.items()})
+
+    def _add(self, indices: Sequence[int], statistics: dict[str, Tensor]) -> None:
+        first: dict[int, int] = {}
+        for position, index in enumerate(indices):
+            first.setdefault(index, position)
+        rows = torch.tensor(list(first))
+        positions = torch.tensor(list(first.values()))
+        taken = {name: value[positions] for name, value in statistics.items()}
+        finite = torch.isfinite(taken["loss"])
+        self._sum("nonfinite", rows, (~finite).double())
+        rows, taken = rows[finite], {name: value[finite] for name, value in taken.items()}
+        self._sum("times_seen", rows, torch.ones(len(rows), dtype=torch.float64))
+        for name in ("loss", "margin", "el2n", "wrong"):
+            if name in taken:
+                self._sum(name, rows, taken[name].double())
+        self._sum("loss_squared", rows, taken["loss"].double().square())
+        if "wrong" in taken:
+            wrong = taken["wrong"].double()
+            before = self._column("last_wrong", 1.0)
+            self._sum("forgetting", rows, ((before[rows] < 0.5) & (wrong >= 0.5)).double())
+            before[rows] = wrong
+        if "label" in taken:
+            self._column("label", -1.0)[rows] = taken["label"].double()
+            classes = taken["probabilities"].shape[1]
+            if self.size * classes <= _PROBABILITY_BUDGET:
+                if "probabilities" not in self.sums:
+                    self.sums["probabilities"] = torch.zeros(self.size, classes)
+                self.sums["probabilities"][rows] += taken["probabilities"].float()
+
+    def gathered(self) -> TrainingDynamics:
+        """Return the dynamics of all processes together: each has seen its own part of the batches."""
+        self.flush()
+        total = TrainingDynamics(self.size)
+        total.sums = dict(self.sums)
+        if distributed.world_size() > 1:
+            for name in ("label", "last_wrong"):
+                total.sums.pop(name, None)
+            names = sorted(total.sums)
+            reduced = distributed.sum_across_processes([total.sums[name].clone() for name in names])
+            total.sums = dict(zip(names, reduced, strict=True))
+            if "label" in self.sums:
+                known = (self.sums["label"] + 1).clone()  # 0 = never seen here
+                (count,) = distributed.sum_across_processes([(known > 0).double()])
+                (labels,) = distributed.sum_across_processes([known])
+                total.sums["label"] = labels / count.clamp(min=1) - 1
+        return total
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return one column per score, ``[size]``; NaN (or -1) for examples that were never trained on."""
+        self.flush()
+        if "times_seen" not in self.sums:
+            return {}
+        seen = self.sums["times_seen"]
+        count = torch.where(seen > 0, seen, torch.nan)
+        mean = self.sums["loss"] / count
+        result = {
+            "times_seen": seen.long(),
+            "loss_mean": mean,
+            "loss_variance": (self.sums["loss_squared"] / count - mean.square()).clamp(min=0),
+        }
+        for name, column in (("margin", "aum"), ("el2n", "el2n")):
+            if name in self.sums:
+                result[column] = self.sums[name] / count
+        if "wrong" in self.sums:
+            result["epochs_wrong"] = torch.where(seen > 0, self.sums["wrong"], torch.nan)
+            result["forgetting"] = torch.where(seen > 0, self.sums["forgetting"], torch.nan)
+        if "label" in self.sums:
+            result["label"] = self.sums["label"].long()
+        if "probabilities" in self.sums:
+            margin, suggested = self._mean_probability_margin(count)
+            result |= {"prob_margin": margin, "suggested": suggested}
+        return result
+
+    def _mean_probability_margin(self, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Margin of the given label in the mean probabilities, and the class with the largest of them."""
+        probabilities = self.sums["probabilities"].double() / count.unsqueeze(1)
+        label = self.sums["label"].long()
+        own = label.clamp(min=0).unsqueeze(1)
+        others = probabilities.scatter(1, own, -torch.inf).amax(1)
+        margin = probabilities.gather(1, own).squeeze(1) - others
+        known = (label >= 0) & torch.isfinite(count)
+        return torch.where(known, margin, torch.nan), torch.where(known, probabilities.nan_to_num().argmax(1), -1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return tensors only, for a Lightning checkpoint."""
+        self.flush()
+        return dict(self.sums)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: If it was written for a data set of another size.
+        """
+        sizes = {value.shape[0] for value in state.values()}
+        if sizes - {self.size}:
+            raise ValueError(
+                f"the checkpoint holds training dynamics of {sizes.pop()} examples, the data set has {self.size}: it was "
+                "written for other training data. Resume with those, or start a new run."
+            )
+        self.sums = {name: value.clone() for name, value in state.items()}
+        self._waiting = []
+
+    def _column(self, name: str, fill: float) -> Tensor:
+        if name not in self.sums:
+            self.sums[name] = torch.full((self.size,), fill, dtype=torch.float64)
+        return self.sums[name]
+
+    def _sum(self, name: str, rows: Tensor, values: Tensor) -> None:
+        self._column(name, 0.0)[rows] += values

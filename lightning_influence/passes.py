@@ -1,0 +1,422 @@
+"""Passes over the data: every example's gradients, in a fixed order, whatever the training loader does.
+
+``ExampleSource`` fetches examples by index; ``ExampleGradients`` runs the task on them under capture. Results do not
+depend on batch size, number of workers or processes: labels are sampled, and random augmentations drawn, from
+streams that belong to the example.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lightning_influence import distributed
+from lightning_influence.capture import Capture, LayerIO
+from lightning_influence.isolation import isolated_rng, untouched
+from lightning_influence.layers import Coverage
+from lightning_influence.task import BatchLoss, Task, TaskError, evaluate
+
+Labels = Literal["true", "sampled", "exact"]
+_T = TypeVar("_T")
+
+
+class DataError(RuntimeError):
+    """The training data can't be visited example by example; the message says why and the way out."""
+
+
+class Progress(Protocol):
+    """Shows how far a long pass is: called with a title and the number of batches."""
+
+    def __call__(self, title: str, batches: int) -> AbstractContextManager[Callable[[], None]]:
+        """Return a context whose value is called after each batch."""
+        ...
+
+
+class ExampleSource:
+    """The examples of a map-style dataset, fetched by index in any order.
+
+    Args:
+        dataset: Map-style dataset.
+        batch_size: Number of examples fetched together.
+        collate_fn: Turns a list of examples into a batch, as for ``DataLoader``.
+        num_workers: Worker processes of each pass.
+        worker_init_fn: As for ``DataLoader``.
+
+    Raises:
+        DataError: For an ``IterableDataset`` or a dataset without a length.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        batch_size: int = 32,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+    ) -> None:
+        if isinstance(dataset, IterableDataset) or not (
+            hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        ):
+            raise DataError(
+                f"{type(dataset).__name__} is a stream: its examples have no index to file scores under or to fetch them "
+                "again by. An audit needs a map-style dataset, with `__getitem__` and `__len__`; for data that fit on "
+                "disk, write the stream out once and index it."
+            )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.collate_fn = collate_fn
+        self.num_workers = num_workers
+        self.worker_init_fn = worker_init_fn
+        self._seeded: Dataset[Any] | None = None
+
+    @classmethod
+    def from_loader(cls, loader: Any, batch_size: int | None = None) -> ExampleSource:
+        """Take dataset, collation and workers from a ``DataLoader``.
+
+        Args:
+            loader: A ``DataLoader`` that collates batches itself (with a batch size or a batch sampler).
+            batch_size: Number of examples fetched together; by default the loader's own.
+
+        Raises:
+            DataError: If the loader is something else, or does not collate.
+        """
+        if not isinstance(loader, DataLoader):
+            raise DataError(
+                f"the training data come from a {type(loader).__name__}; expected a torch `DataLoader` over a map-style "
+                "dataset, whose examples can be fetched again by index."
+            )
+        if isinstance(loader.dataset, IterableDataset):
+            return cls(loader.dataset)  # raises, with the reason
+        if loader.batch_sampler is None:
+            raise DataError(
+                "the training DataLoader has `batch_size=None`: its dataset hands out whole batches, so single examples "
+                "have no index. Let the DataLoader make the batches (`batch_size=` or `batch_sampler=`)."
+            )
+        size = batch_size or loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
+        return cls(
+            loader.dataset,
+            batch_size=int(size),
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            worker_init_fn=loader.worker_init_fn,
+        )
+
+    def __len__(self) -> int:
+        """Return the number of examples of the dataset."""
+        return len(cast("Sized", self.dataset))
+
+    def number_of_batches(self, indices: Sequence[int]) -> int:
+        """Return how many batches ``batches(indices)`` yields."""
+        return -(-len(indices) // self.batch_size)
+
+    def batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], Any]]:
+        """Yield ``(indices, batch)`` in the given order, the last one possibly smaller."""
+        plan = [list(indices[start : start + self.batch_size]) for start in range(0, len(indices), self.batch_size)]
+        workers = min(self.num_workers, len(plan) // 2)
+        loader: DataLoader[Any] = DataLoader(
+            self._reproducible(),
+            batch_sampler=plan,
+            collate_fn=self.collate_fn,
+            num_workers=workers,
+            worker_init_fn=self.worker_init_fn if workers else None,
+        )
+        yield from zip(plan, loader, strict=True)
+
+    def _reproducible(self) -> Dataset[Any]:
+        if self._seeded is None:
+            self._seeded = _SeededDataset(self.dataset) if _draws_random_numbers(self.dataset) else self.dataset
+        return self._seeded
+
+
+class _SeededDataset(Dataset[Any]):
+    """Gives every example a random stream of its own, so that its augmentation does not depend on its neighbours."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(cast("Sized", self.dataset))
+
+    def __getitem__(self, index: int) -> Any:
+        random.seed(index)
+        np.random.seed(index % 2**32)
+        torch.manual_seed(index)
+        return self.dataset[index]
+
+
+def _draws_random_numbers(dataset: Dataset[Any]) -> bool:
+    """Fetch a few examples and see whether a global random stream moved; seeding every example costs time."""
+    size = len(cast("Sized", dataset))
+    with isolated_rng():
+        before = _rng_state()
+        for index in sorted({0, size // 2, size - 1}):
+            dataset[index]
+        return _rng_state() != before
+
+
+def _rng_state() -> tuple[Any, ...]:
+    kind, keys, position, *rest = np.random.get_state()
+    return (
+        random.getstate(),
+        kind,
+        np.asarray(keys).tobytes(),
+        position,
+        rest,
+        torch.get_rng_state().numpy().tobytes(),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class BatchGradients:
+    """Per-example gradients of one batch, as activations and output gradients.
+
+    Attributes:
+        indices: Dataset indices of the examples, ``n`` of them.
+        loss: Loss and tapped calls of the batch.
+        finite: ``[n]`` bool: loss, activations and output gradients are all finite. The layers of the others hold
+            zeros.
+        capture: The capture, valid until the next batch.
+    """
+
+    indices: list[int]
+    loss: BatchLoss
+    finite: Tensor
+    capture: Capture
+
+    @property
+    def counted(self) -> int:
+        """Number of examples with finite gradients."""
+        return int(self.finite.sum())
+
+    def layers(self) -> Iterator[LayerIO]:
+        """Yield each layer's activations and output gradients, laid out one at a time."""
+        return self.capture.layers(self.loss.n, None if bool(self.finite.all()) else self.finite)
+
+
+class ExampleGradients:
+    """Runs a task over examples of a source and captures their gradients.
+
+    Args:
+        module: The model.
+        task: Its loss.
+        source: The examples.
+        coverage: The layers to capture.
+        to_device: Moves a batch to the module's device; by default tensors in nested containers are moved.
+        seed: Seed of the sampled labels.
+        progress: Shows how far a pass is.
+        forward_context: Wraps every forward pass (a Trainer's precision).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        task: Task,
+        source: ExampleSource,
+        coverage: Coverage,
+        *,
+        to_device: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+        forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.module = module
+        self.task = task
+        self.source = source
+        self.coverage = coverage
+        self.seed = seed
+        self.references: dict[int, float] = {}
+        self._to_device = to_device or self._move
+        self._progress = progress or _silent
+        self._forward_context = forward_context
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the module."""
+        return next(iter(self.module.parameters())).device
+
+    def over(self, source: ExampleSource) -> ExampleGradients:
+        """Return the same passes over other examples (validation data), with the same scale of the loss."""
+        other = ExampleGradients(
+            self.module,
+            self.task,
+            source,
+            self.coverage,
+            to_device=self._to_device,
+            seed=self.seed,
+            progress=self._progress,
+            forward_context=self._forward_context,
+        )
+        other.references = self.references
+        return other
+
+    def run(
+        self,
+        indices: Sequence[int],
+        labels: Labels = "true",
+        *,
+        draw: int = 0,
+        title: str = "",
+        everywhere: bool = False,
+    ) -> Iterator[BatchGradients]:
+        """Visit this process's share of the examples, in order.
+
+        Close the iterator (``contextlib.closing``) rather than drop it: the model is frozen until then.
+
+        Args:
+            indices: Dataset indices.
+            labels: ``"true"`` for the gradients of every example's own loss; ``"sampled"`` for one draw of labels from
+                the model's own predictions; ``"exact"`` for as many draws as make the expectation over labels exact.
+            draw: Number of the draw: different numbers give independent labels.
+            title: Text of the progress bar.
+            everywhere: Visit all the examples on every process instead of a share.
+
+        Yields:
+            One batch at a time; it is valid until the next one is asked for.
+
+        Raises:
+            TaskError: If labels other than the true ones are asked for and the loss was not tapped.
+        """
+        own = list(indices) if everywhere else distributed.share(indices)
+        with (
+            untouched(self.module),
+            Capture(self.coverage) as capture,
+            self._progress(title, self.source.number_of_batches(own)) as advance,
+        ):
+            for batch_indices, batch in self.source.batches(own):
+                loss = self._forward(capture, batch, len(batch_indices))
+                self._backward(capture, loss, labels, batch_indices, draw)
+                n = len(batch_indices)
+                finite = capture.finite(n)
+                if loss.values is not None:
+                    finite = finite & torch.isfinite(loss.values).to(finite.device)
+                yield BatchGradients(batch_indices, loss, finite, capture)
+                capture.clear()
+                advance()
+
+    def losses(self, indices: Sequence[int], *, title: str = "") -> Iterator[tuple[list[int], BatchLoss]]:
+        """Visit this process's share of the examples, forward only."""
+        own = distributed.share(indices)
+        with (
+            untouched(self.module),
+            Capture(self.coverage) as capture,
+            self._progress(title, self.source.number_of_batches(own)) as advance,
+        ):
+            for batch_indices, batch in self.source.batches(own):
+                yield batch_indices, self._forward(capture, batch, len(batch_indices))
+                advance()
+
+    def calibrate(self, indices: Sequence[int]) -> None:
+        """Fix the scale of losses that depend on the batch they are computed in.
+
+        With class weights or ``ignore_index`` a mean is over weights, not examples, and a sum grows with the batch:
+        the same example would get other gradients in other batches. Afterwards every batch is scaled as if its
+        weights had the mean of all ``indices``. For other losses this returns after one batch.
+        """
+        totals: dict[int, float] = {}
+        count = 0
+        with closing(self.losses(indices, title="loss scale")) as batches:
+            for batch_indices, loss in batches:
+                if not count and not any(term.call.scale_varies(loss.n) for term in loss.terms):
+                    # Every process sees the same kind of calls, so all of them leave here.
+                    return
+                count += len(batch_indices)
+                for k, term in enumerate(loss.terms):
+                    sums = term.call.reduction == "sum"
+                    value = float(self.source.batch_size) if sums else term.call.batch_reference(loss.n)
+                    totals[k] = totals.get(k, 0.0) + value * len(batch_indices)
+        numbers = [float(count), *(totals[k] for k in sorted(totals))]
+        (reduced,) = distributed.sum_across_processes([torch.tensor(numbers, dtype=torch.float64, device=self.device)])
+        self.references = {k: float(reduced[1 + k] / reduced[0]) for k in sorted(totals)}
+
+    def verification_gradients(self, batch: Any, n: int) -> dict[str, dict[str, Tensor]]:
+        """Return autograd's gradient of the batch loss for every covered parameter: block, parameter -> tensor."""
+        with untouched(self.module):
+            owners = [
+                (name, parameter, getattr(operation.module, parameter))
+                for name, operation in self.coverage.operations.items()
+                for parameter in operation.parameter_names
+            ]
+            for _, _, tensor in owners:
+                tensor.requires_grad_(True)
+            with self._forward_context():
+                loss = evaluate(self.task, self.module, self._to_device(batch), n)
+            tensors = [tensor for _, _, tensor in owners]
+            found = torch.autograd.grad(loss.loss, tensors, allow_unused=True)
+        result: dict[str, dict[str, Tensor]] = {}
+        for (name, parameter, tensor), gradient in zip(owners, found, strict=True):
+            result.setdefault(name, {})[parameter] = torch.zeros_like(tensor) if gradient is None else gradient
+        return result
+
+    def _forward(self, capture: Capture, batch: Any, n: int) -> BatchLoss:
+        with capture.forward(), self._forward_context():
+            return evaluate(self.task, self.module, self._to_device(batch), n, self.references)
+
+    def _backward(self, capture: Capture, loss: BatchLoss, labels: Labels, indices: list[int], draw: int) -> None:
+        if labels == "true":
+            capture.backward(*loss.true_outputs())
+            return
+        if not loss.terms:
+            raise TaskError(
+                "labels can't be sampled from the model: no known loss call was seen (F.cross_entropy, F.nll_loss, "
+                'F.binary_cross_entropy_with_logits, F.mse_loss). Use `fisher="empirical"`.'
+            )
+        if labels == "sampled":
+            capture.backward(*loss.sampled_outputs(_ExampleNoise(self.seed, draw, indices)))
+            return
+        draws = loss.exact_draws()
+        if draws is None:
+            raise TaskError(
+                "the expectation over labels has no closed form for this loss (it makes several decisions per example); "
+                'use `fisher="sampled"`.'
+            )
+        for number, (outputs, gradients) in enumerate(loss.exact_outputs()):
+            capture.backward(outputs, gradients, last=number == draws - 1)
+
+    def _move(self, batch: Any) -> Any:
+        return _moved(batch, self.device)
+
+
+class _ExampleNoise:
+    """Uniform numbers that belong to the example: the same in every batch, on every device and process."""
+
+    def __init__(self, seed: int, draw: int, indices: Sequence[int]) -> None:
+        self.seed, self.draw, self.indices = seed, draw, indices
+        self._calls = 0
+
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        rows = []
+        for index in self.indices:
+            # A counter-based generator gives random access to the stream of (draw, example, call).
+            stream = np.random.Philox(key=[self.seed, self.draw], counter=[0, 0, index, self._calls])
+            rows.append(np.random.Generator(stream).random(shape))
+        self._calls += 1
+        return torch.from_numpy(np.stack(rows)).clamp_(1e-16, 1 - 1e-16)
+
+
+class _silent(nullcontext[Callable[[], None]]):
+    """Progress that shows nothing."""
+
+    def __init__(self, title: str, batches: int) -> None:
+        super().__init__(lambda: None)
+
+
+def _moved(batch: _T, device: torch.device) -> _T:
+    moved: Any = batch
+    if isinstance(batch, Tensor):
+        moved = batch.to(device)
+    elif isinstance(batch, Mapping):
+        moved = {key: _moved(value, device) for key, value in batch.items()}
+    elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        moved = type(batch)(*(_moved(value, device) for value in batch))
+    elif isinstance(batch, (list, tuple)):
+        moved = type(batch)(_moved(value, device) for value in batch)
+    return cast("_T", moved)

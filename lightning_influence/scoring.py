@@ -1,0 +1,133 @@
+"""Scores of training examples: one pass that yields everything the final weights can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_influence import distributed, per_sample, tracin
+from lightning_influence.capture import Capture
+from lightning_influence.curvature.fit import Curvature
+from lightning_influence.losses import LossCall
+from lightning_influence.passes import ExampleGradients
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleScores:
+    """Scores of a set of examples, sorted by dataset index; the same on every process.
+
+    Attributes:
+        indices: Dataset indices ``[n]``.
+        columns: Column name to ``[n]``; NaN (or -1) where the loss or a gradient is non-finite.
+        features: Inputs of the last layer ``[n, d]`` (mean over positions), if asked for.
+    """
+
+    indices: Tensor
+    columns: dict[str, Tensor]
+    features: Tensor | None
+
+
+def score_examples(
+    gradients: ExampleGradients,
+    indices: Sequence[int],
+    *,
+    curvature: Curvature | None = None,
+    query: Mapping[str, Tensor] | None = None,
+    step_sizes: Mapping[str, tuple[float, float]] | None = None,
+    features: bool = False,
+    title: str = "scores",
+) -> ExampleScores:
+    """Score examples in one pass over them.
+
+    Args:
+        gradients: The passes.
+        indices: Dataset indices.
+        curvature: For ``self_influence``, ``gᵀ (C + λ)⁻¹ g``.
+        query: Preconditioned query gradient ``(C + λ)⁻¹ g_q`` by layer, ``[k, o, i]``, for ``harm`` =
+            ``-g_qᵀ (C + λ)⁻¹ g_z``: positive where training on the example raises the query's loss.
+        step_sizes: By layer, of weight and bias, for ``tracin``, ``η ‖g‖²``.
+        features: Whether to keep the inputs of the last layer.
+        title: Text of the progress bar.
+
+    Returns:
+        Columns ``loss``, ``predicted``, ``label`` (if the loss was tapped), ``grad_norm_squared``, ``finite``, and those
+        asked for.
+    """
+    collected: dict[str, list[Tensor]] = {}
+    kept: list[int] = []
+    operations = gradients.coverage.operations
+    with closing(gradients.run(indices, title=title)) as batches:
+        for batch in batches:
+            n = batch.loss.n
+            device = batch.finite.device
+            row: dict[str, Tensor] = {"grad_norm_squared": torch.zeros(n, dtype=torch.float64, device=device)}
+            for name, wanted in (("self_influence", curvature), ("harm", query), ("tracin", step_sizes)):
+                if wanted is not None:
+                    row[name] = torch.zeros(n, dtype=torch.float64, device=device)
+            for io in batch.layers():
+                norms = per_sample.squared_norms(io.x, io.gs[0])
+                row["grad_norm_squared"] += norms
+                if curvature is not None:
+                    row["self_influence"] += norms if curvature.name == "identity" else curvature.self_influence(io)
+                if query is not None:
+                    row["harm"] -= per_sample.inner_products(io.x, io.gs[0], query[io.name])
+                if step_sizes is not None:
+                    has_bias = operations[io.name].has_bias
+                    row["tracin"] += tracin.self_influence(io, norms, has_bias, step_sizes[io.name])
+            for name, values in row.items():
+                row[name] = values.masked_fill(~batch.finite, torch.nan)
+            row["finite"] = batch.finite
+            row |= _from_loss(batch.loss.values, batch.loss.primary, n)
+            if features:
+                row["features"] = _last_features(batch.capture, n)
+            for name, values in row.items():
+                collected.setdefault(name, []).append(values)
+            kept.extend(batch.indices)
+    merged = {name: torch.cat(parts) for name, parts in collected.items()}
+    order, columns = distributed.gather_by_index(torch.tensor(kept, dtype=torch.long, device=gradients.device), merged)
+    kept_features = columns.pop("features", None)
+    return ExampleScores(order, columns, kept_features)
+
+
+def mean_gradient(gradients: ExampleGradients, indices: Sequence[int], *, title: str = "queries") -> dict[str, Tensor]:
+    """Return the mean gradient of the examples' losses, by layer, ``[k, o, i]``; non-finite examples are left out.
+
+    Raises:
+        ValueError: If no example has a finite gradient.
+    """
+    like = next(p for p in gradients.module.parameters() if p.is_floating_point())
+    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+    sums = {
+        name: torch.zeros(operation.shape, dtype=dtype, device=like.device)
+        for name, operation in gradients.coverage.operations.items()
+    }
+    count = torch.zeros((), dtype=torch.float64, device=like.device)
+    with closing(gradients.run(indices, title=title)) as batches:
+        for batch in batches:
+            count += batch.counted
+            for io in batch.layers():
+                sums[io.name] += per_sample.summed_gradient(io.x, io.gs[0])
+    *reduced, total = distributed.sum_across_processes([*sums.values(), count])
+    if not float(total):
+        raise ValueError("no query has a finite gradient.")
+    return {name: (value / total).to(dtype) for name, value in zip(sums, reduced, strict=True)}
+
+
+def _from_loss(values: Tensor | None, primary: LossCall | None, n: int) -> dict[str, Tensor]:
+    row = {} if values is None else {"loss": values.double()}
+    if primary is not None:
+        statistics = primary.statistics(n)
+        row |= {name: statistics[name] for name in ("predicted", "label") if name in statistics}
+    return row
+
+
+def _last_features(capture: Capture, n: int) -> Tensor:
+    """Inputs of the last layer called, without the bias column, averaged over positions."""
+    name = capture.order[-1]
+    activations = capture.activations(name, n)
+    inputs = activations.shape[-1] - capture.coverage.operations[name].has_bias
+    return activations[..., :inputs].mean(2).transpose(0, 1).reshape(n, -1).float()

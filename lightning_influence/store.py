@@ -1,0 +1,485 @@
+"""The audit directory on disk: every file whole or absent, nothing pickled, nothing overwritten.
+
+Layout of `<log_dir>/influence/`:
+
+| file | content |
+|---|---|
+| `manifest.json` | schema version, status, arguments, coverage, timings |
+| `scores.parquet` | one row per training example |
+| `candidates.csv` | the suspicious rows, worst first, for people and spreadsheets |
+| `factors/<block>.safetensors` | the curvature factors of one parameter block |
+
+A file is written under a temporary name beside its place, flushed to the disk and renamed, so a reader meets
+the old file or the new one. One process writes an audit at a time (rank 0); any number may read.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+from urllib.parse import quote, unquote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SCHEMA_VERSION = 1
+STATUSES = ("recording", "interrupted", "complete")
+
+COLUMN_DESCRIPTIONS: dict[str, str] = {
+    "index": "position of the example in the training data set",
+    "label": "given label as a class number; -1 = unknown",
+    "predicted": "class the trained model predicts; -1 = unknown",
+    "suggested": "class the audit proposes instead of the given label; -1 = unknown",
+    "rank": "position by suspicion, 1 = most suspicious",
+    "candidate": "whether the example is proposed for review",
+    "finite": "whether every loss and gradient seen for the example was finite",
+    "times_seen": "how many times training saw the example",
+    "suspicion": "combined score, no unit; high = suspicious",
+    "loss_mean": "mean over epochs of the example's own loss; high = suspicious",
+    "loss_variance": "variance over epochs of the example's own loss, loss squared; high = suspicious",
+    "aum": "area under the margin: mean over epochs of the logit of the given label minus the largest other "
+    "logit; low = suspicious",
+    "el2n": "mean over epochs of the L2 norm of (predicted probabilities - target); high = suspicious",
+    "epochs_wrong": "epochs in which the predicted class was not the given label; high = suspicious",
+    "forgetting": "times the example went from predicted rightly to wrongly; high = suspicious",
+    "prob_margin": "mean predicted probability of the given label minus the largest mean of another label, "
+    "-1 to 1; low = suspicious",
+    "neighbour_disagreement": "share of the nearest training examples with another given label, mean over "
+    "epochs, 0 to 1; high = suspicious",
+    "loss": "the example's own loss under the trained model; high = suspicious",
+    "grad_norm_squared": "squared L2 norm of the gradient of the example's own loss; high = suspicious",
+    "self_influence": "score of the example on itself, at least 0: removing it raises its own loss by about "
+    "this divided by the number of training examples; high = suspicious",
+    "tracin": "TracIn self-influence: sum of learning rate times squared gradient norm; high = suspicious",
+    "harm": "minus the influence score on the mean validation loss; positive = training on the example "
+    "raises it; high = suspicious",
+}
+
+Column: TypeAlias = "Tensor | NDArray[Any] | Sequence[Any]"
+
+_MANIFEST, _SCORES, _CANDIDATES, _FACTORS = "manifest.json", "scores.parquet", "candidates.csv", "factors"
+_SUFFIX = ".safetensors"
+_CANDIDATE_ORDER = ("rank", "index", "label", "predicted", "suggested", "suspicion", *COLUMN_DESCRIPTIONS)
+_LABEL_COLUMNS = ("label", "predicted", "suggested")
+# Spreadsheets run cells that start with these as formulas (OWASP "CSV injection"); the wide forms count in
+# Japanese and Chinese locales.
+_FORMULA_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+# Windows keeps these names for devices, whatever extension follows.
+_DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+
+
+class StoreError(RuntimeError):
+    """An audit directory that cannot be made, written or read; the message names the path and the way out."""
+
+
+@dataclass(frozen=True)
+class AuditStore:
+    """One audit directory; get it from `create` (new) or `open` (existing), which check it.
+
+    Args:
+        directory: Absolute path of the audit directory.
+    """
+
+    directory: Path
+
+    @classmethod
+    def create(cls, directory: str | os.PathLike[str]) -> AuditStore:
+        """Makes a fresh audit directory with status "recording".
+
+        Takes `directory` if it is new or an empty folder, else the first free one of `directory-v1`,
+        `directory-v2`, ... Processes that ask for the same directory at the same time get different ones.
+
+        Raises:
+            StoreError: The place cannot be written (found out by writing the first manifest).
+        """
+        wanted = path = _local(directory)
+        try:
+            os.makedirs(wanted.parent, exist_ok=True)
+            for version in itertools.count(1):
+                if _claim(path):
+                    break
+                path = Path(f"{wanted}-v{version}")
+            store = cls(path)
+            try:
+                store.write_manifest({"status": "recording"})
+            except StoreError:
+                with suppress(OSError):
+                    (path / _FACTORS).rmdir()
+                raise
+        except (OSError, StoreError) as error:
+            raise StoreError(
+                f"Cannot create an audit directory at {wanted}: tried to make {path} and write {_MANIFEST} "
+                f"there: {error.__cause__ or error}. Pass `dirpath=` with a folder this process may write."
+            ) from error
+        return store
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> AuditStore:
+        """Opens an existing audit directory, finished or not (see `status`).
+
+        Raises:
+            StoreError: No directory, no manifest, a damaged one, or one of a newer schema version.
+        """
+        path = _local(directory)
+        if not path.is_dir():
+            found = "is a file" if path.exists() else "does not exist"
+            raise StoreError(f"{path} {found}; expected an audit directory holding {_MANIFEST}.")
+        store = cls(path)
+        with store._reading(path):
+            names = sorted(entry.name for entry in path.iterdir())
+        if _MANIFEST not in names:
+            listing = ", ".join(names[:8]) + (" and more" if len(names) > 8 else "") or "nothing"
+            raise StoreError(f"{path} holds no audit: expected {_MANIFEST}, found {listing}.")
+        _ = store.manifest
+        return store
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as it is on disk now.
+
+        Raises:
+            StoreError: It is missing or damaged, or a newer version of this package wrote it.
+        """
+        path = self.directory / _MANIFEST
+        with self._reading(path):
+            content = json.loads(path.read_bytes())
+        data: dict[str, Any] = content if isinstance(content, dict) else {}
+        version = data.get("schema_version")
+        if type(version) is not int or version < 1:
+            raise StoreError(f"{path} is not an audit's: expected a schema_version, found {version!r}.")
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{path} has schema version {version}; this package reads up to {SCHEMA_VERSION}: upgrade "
+                "lightning-influence."
+            )
+        return data
+
+    @property
+    def status(self) -> str:
+        """One of `STATUSES`; anything but "complete" means that files may be missing."""
+        status = self.manifest.get("status")
+        if status not in STATUSES:
+            raise StoreError(f"{self.directory} has status {status!r}; expected one of {STATUSES}.")
+        return str(status)
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Replaces the manifest; `schema_version` is filled in, a missing `status` keeps the one on disk.
+
+        Tensors and arrays become (nested) lists; paths, dtypes and devices strings; integer keys strings; NaN
+        and infinities null, because JSON has no such numbers.
+
+        Raises:
+            TypeError: A value with no JSON form; the message says where it is.
+            ValueError: An unknown `status`, or two keys that become the same string.
+            StoreError: The file cannot be written.
+        """
+        status = manifest.get("status") or self.status
+        if status not in STATUSES:
+            raise ValueError(f"status is {status!r}; expected one of {STATUSES}.")
+        data = _jsonable({**manifest, "schema_version": SCHEMA_VERSION, "status": status}, "manifest")
+        text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+        with _replacing(self.directory / _MANIFEST) as handle:
+            handle.write(text.encode("ascii"))
+
+    def write_scores(self, columns: Mapping[str, Column]) -> None:
+        """Writes `scores.parquet`, dtypes and bits kept (bfloat16, which parquet lacks, becomes float32).
+
+        Args:
+            columns: Name to values `[N]`: numbers, booleans or strings, one entry per training example. Known
+                names are stored with their meaning (`COLUMN_DESCRIPTIONS`).
+
+        Raises:
+            ValueError: No columns, a column that is not one-dimensional, or columns of different lengths.
+            TypeError: Values that are neither numbers, booleans nor strings.
+            StoreError: The file cannot be written.
+        """
+        self._write_table(_SCORES, columns)
+
+    def read_scores(self) -> dict[str, NDArray[Any]]:
+        """Reads `scores.parquet`: name to a writable array `[N]` (strings as dtype object).
+
+        Raises:
+            StoreError: The file is missing or damaged.
+        """
+        return self._read_table(_SCORES)
+
+    def write_candidates(
+        self, columns: Mapping[str, Column], *, label_names: Sequence[str] | Mapping[int, str] | None = None
+    ) -> None:
+        """Writes `candidates.csv` (RFC 4180, UTF-8): the rows with `candidate` true, by `rank`.
+
+        Floats have 6 significant digits; NaN is an empty cell. Text that a spreadsheet would run as a formula
+        gets a leading apostrophe.
+
+        Args:
+            columns: As for `write_scores`; `rank` and `candidate` are needed.
+            label_names: Class number to name. Adds `label_name`, `predicted_name` and `suggested_name` beside
+                the numbers; empty for the unknown label -1.
+
+        Raises:
+            ValueError: As for `write_scores`; `rank` or `candidate` is missing; a label has no name.
+            TypeError: As for `write_scores`.
+            StoreError: The file cannot be written.
+        """
+        arrays = _checked(columns)
+        if missing := {"rank", "candidate"} - arrays.keys():
+            raise ValueError(f"candidates need the columns rank and candidate; missing: {sorted(missing)}.")
+        rows = np.flatnonzero(arrays.pop("candidate"))
+        rows = rows[np.argsort(arrays["rank"][rows], kind="stable")]
+        names = dict(label_names if isinstance(label_names, Mapping) else enumerate(label_names or ()))
+        table: dict[str, Iterable[str]] = {}
+        for name in dict.fromkeys((*(known for known in _CANDIDATE_ORDER if known in arrays), *arrays)):
+            values = arrays[name][rows].tolist()
+            table[name] = map(_cell, values)
+            if label_names is not None and name in _LABEL_COLUMNS and arrays[name].dtype.kind in "iu":
+                if unnamed := set(values) - names.keys() - {-1}:
+                    raise ValueError(f"column {name!r}: `label_names` lacks the labels {sorted(unnamed)}.")
+                table[f"{name}_name"] = [_cell(names[label]) if label != -1 else "" for label in values]
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\r\n")
+        writer.writerow(map(_cell, table))
+        writer.writerows(zip(*table.values(), strict=True))
+        with _replacing(self.directory / _CANDIDATES) as handle:
+            handle.write(text.getvalue().encode("utf-8", errors="backslashreplace"))
+
+    def write_factors(
+        self, block_name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Writes the tensors of one parameter block; any strides, device or sharing of storage will do.
+
+        Args:
+            block_name: Module path of the block, any text (`""` is the root module).
+            tensors: Name to dense tensor, any shape, dtype kept.
+            metadata: Text stored with the tensors.
+
+        Raises:
+            TypeError: Metadata that is not text.
+            ValueError: A tensor that is sparse, complex128 or called `__metadata__`: safetensors has no such.
+            StoreError: The file cannot be written.
+        """
+        if "__metadata__" in tensors:
+            raise ValueError(f"block {block_name!r}: safetensors reserves the tensor name '__metadata__'.")
+        # Not `save_file`: that goes through a temporary file of its own, which a killed writer would leave
+        # behind, and makes it readable for the owner only.
+        data = safetensors.torch.save(_separate(tensors), metadata=dict(metadata or {}))
+        with _replacing(self._factor_path(block_name)) as handle:
+            handle.write(data)
+
+    def read_factors(self, block_name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Reads back `(tensors, metadata)` of one block, tensors on the CPU.
+
+        Raises:
+            StoreError: The block is not stored (the message lists those that are) or its file is damaged.
+        """
+        path = self._factor_path(block_name)
+        if not path.is_file():
+            stored = self.factor_names()
+            raise StoreError(f"No factors of block {block_name!r} in {path.parent}; stored are {stored}.")
+        with self._reading(path), safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+
+    def factor_names(self) -> list[str]:
+        """The names of the stored blocks, sorted."""
+        files = (self.directory / _FACTORS).glob(f"*{_SUFFIX}")
+        names = {_decode(file.name): file.name for file in files}
+        return sorted(name for name, file_name in names.items() if _encode(name) == file_name)
+
+    def _factor_path(self, block_name: str) -> Path:
+        return self.directory / _FACTORS / _encode(block_name)
+
+    def _write_table(self, file_name: str, columns: Mapping[str, Column]) -> None:
+        arrays = _checked(columns)
+        fields, data = [], []
+        for name, array in arrays.items():
+            data.append(pa.array(array, type=pa.string() if array.dtype == object else None))
+            about = COLUMN_DESCRIPTIONS.get(name)
+            fields.append(pa.field(name, data[-1].type, metadata={"description": about} if about else None))
+        schema = pa.schema(fields, metadata={"lightning_influence.schema_version": str(SCHEMA_VERSION)})
+        text = [name for name, array in arrays.items() if array.dtype == object]
+        with _replacing(self.directory / file_name) as handle:
+            # Dictionaries pay for text only: nearly every score is another number.
+            pq.write_table(pa.Table.from_arrays(data, schema=schema), handle, use_dictionary=text)
+
+    def _read_table(self, file_name: str) -> dict[str, NDArray[Any]]:
+        path = self.directory / file_name
+        with self._reading(path):
+            table = pq.read_table(path)
+            return {name: np.array(table[name].to_numpy()) for name in table.column_names}
+
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        """Turns what the libraries raise for a missing or damaged file into `StoreError`."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            status = f" (status of the audit: {self.status!r})" if path.name != _MANIFEST else ""
+            raise StoreError(f"{path} does not exist{status}; finish the audit or run it again.") from error
+        except (OSError, ValueError, pa.ArrowException, SafetensorError) as error:
+            raise StoreError(f"{path} cannot be read: {error}. Run the audit again.") from error
+
+
+def _local(directory: str | os.PathLike[str]) -> Path:
+    text = os.fspath(directory)
+    if "://" in text:
+        raise StoreError(f"{text} is a remote address; pass `dirpath=` with a folder on a local disk.")
+    return Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def _claim(path: Path) -> bool:
+    """Takes `path` if it is new or an empty folder; `False` if somebody has it already."""
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not path.is_dir() or any(path.iterdir()):
+            return False
+    try:
+        # Several processes may have seen the folder empty; the one that makes this owns it.
+        os.mkdir(path / _FACTORS)
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary file beside `path` that takes its place once the body has succeeded."""
+    temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    try:
+        if path.parent.name == _FACTORS:
+            path.parent.mkdir(exist_ok=True)  # copying tools drop empty folders
+        for leftover in path.parent.glob(f".tmp-????????-{path.name}"):
+            leftover.unlink(missing_ok=True)
+        with open(temporary, "xb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        # The rename itself must survive a power cut; where folders cannot be synced the file is still whole.
+        with suppress(OSError):
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise StoreError(
+            f"Cannot write {path}: {error}. What stood there before is unchanged. Free some space or pass "
+            "`dirpath=` with a folder this process may write; only one process may write an audit at a time."
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _encode(block_name: str) -> str:
+    """File name of a block; capitals are escaped too, since some file systems ignore case."""
+    text = quote(block_name, safe="", errors="surrogatepass")
+    text = re.sub("%..|[A-Z]", lambda part: part[0] if part[0][0] == "%" else f"%{ord(part[0]):X}", text)
+    if text.startswith(".") or text.split(".")[0] in _DEVICE_NAMES:
+        text = f"%{ord(text[0]):X}{text[1:]}"
+    # No escaped name is a lone "%"; the root module's name is "".
+    return (text or "%") + _SUFFIX
+
+
+def _decode(file_name: str) -> str:
+    text = file_name.removesuffix(_SUFFIX)
+    return "" if text == "%" else unquote(text, errors="surrogatepass")
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no storage, which safetensors demands; copies only what has to be."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.dtype == torch.complex128:
+            kind = f"{tensor.layout}, {tensor.dtype}"
+            raise ValueError(f"tensor {name!r} is {kind}; safetensors holds dense tensors up to complex64.")
+        # safetensors saves the bytes as they lie and would lose a pending conjugation or minus sign
+        flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        storage = flat.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != flat.numel() * flat.element_size():
+            flat = flat.clone()
+        seen.add(flat.untyped_storage().data_ptr())
+        result[name] = flat
+    return result
+
+
+def _checked(columns: Mapping[str, Column]) -> dict[str, NDArray[Any]]:
+    """Columns as arrays `[N]`, text as dtype object."""
+    if not columns:
+        raise ValueError("no columns to write; expected at least one.")
+    arrays = {name: _as_array(name, values) for name, values in columns.items()}
+    if len({len(array) for array in arrays.values()}) > 1:
+        lengths = ", ".join(f"{name} has {len(array)}" for name, array in arrays.items())
+        raise ValueError(f"columns differ in length; expected one entry per training example: {lengths}.")
+    return arrays
+
+
+def _as_array(name: str, values: Column) -> NDArray[Any]:
+    if isinstance(values, Tensor):
+        tensor = values.detach().cpu()
+        array: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    elif isinstance(values, np.ndarray):
+        array = values.astype(object) if values.dtype.kind == "U" else values
+    else:
+        # numpy would turn the numbers beside a string into strings
+        array = np.array(values, dtype=object if any(isinstance(value, str) for value in values) else None)
+    if array.ndim != 1:
+        raise ValueError(f"column {name!r} has shape {list(array.shape)}; expected [N].")
+    text = array.dtype == object and all(isinstance(value, str) for value in array)
+    if array.dtype.kind not in "biuf" and not text:
+        raise TypeError(f"column {name!r} has dtype {array.dtype}; expected numbers, booleans or strings.")
+    return array
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(_FORMULA_STARTS) else value
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return str(value)
+
+
+def _jsonable(value: Any, where: str) -> Any:
+    """`value` in terms of JSON; `where` is its path, for the error."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return _jsonable(value.tolist(), where)
+    if isinstance(value, os.PathLike | torch.dtype | torch.device):
+        return str(value)
+    if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str | int)]:
+            raise TypeError(f"{where} has the key {wrong[0]!r}; expected strings or integers.")
+        result = {str(key): _jsonable(item, f"{where}[{key!r}]") for key, item in value.items()}
+        if len(result) != len(value):
+            raise ValueError(f"{where} has keys that become the same string: {list(value)}.")
+        return result
+    if isinstance(value, list | tuple):
+        return [_jsonable(item, f"{where}[{number}]") for number, item in enumerate(value)]
+    raise TypeError(
+        f"{where} is a {type(value).__name__}, which JSON cannot hold; expected numbers, strings, lists, "
+        "mappings, tensors or arrays."
+    )

@@ -1,0 +1,100 @@
+"""TracIn: influence traced along the run (Pruthi et al. 2020, 2002.08484).
+
+``TracIn(z, z) = Σ_t η_t ‖∇ℓ(z; θ_t)‖²`` over recorded checkpoints. A checkpoint stands for the optimizer steps since
+the one before it, so ``η_t`` is the sum of the learning rates that those steps really used, per parameter, divided by
+``1 - momentum`` (a constant gradient moves the weights by that much). Adaptive optimizers are treated as plain
+gradient steps with their learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_influence import per_sample
+from lightning_influence.capture import LayerIO
+from lightning_influence.layers import LayerOperation
+
+
+class StepSizes:
+    """Sums the learning rates that the optimizers use, per parameter, between two checkpoints.
+
+    Args:
+        module: The model; learning rates are kept under its parameter names.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._names = {id(p): name for name, p in module.named_parameters()}
+        self.sums: dict[str, float] = {}
+        self.steps = 0
+
+    def record(self, optimizer: Any) -> None:
+        """Add the current learning rates of one optimizer, just before it steps."""
+        self.steps += 1
+        for group in optimizer.param_groups:
+            rate = float(group["lr"]) / (1 - float(group.get("momentum", 0.0)))
+            for parameter in group["params"]:
+                name = self._names.get(id(parameter))
+                if name is not None and parameter.requires_grad:
+                    self.sums[name] = self.sums.get(name, 0.0) + rate
+
+    def take(self) -> dict[str, float]:
+        """Return the sums since the last call and start again."""
+        taken, self.sums, self.steps = self.sums, {}, 0
+        return taken
+
+
+def layer_step_sizes(
+    operations: Mapping[str, LayerOperation], sums: Mapping[str, float], module: nn.Module
+) -> dict[str, tuple[float, float]]:
+    """Return, for every layer, the step sizes of its weight and of its bias."""
+    by_id = {id(p): sums.get(name, 0.0) for name, p in module.named_parameters()}
+    result = {}
+    for name, operation in operations.items():
+        owner = operation.module
+        result[name] = tuple(by_id.get(id(getattr(owner, parameter)), 0.0) for parameter in ("weight", "bias"))
+    return result  # type: ignore[return-value]  # the generator has two entries
+
+
+def self_influence(io: LayerIO, norms: Tensor, has_bias: bool, step_sizes: tuple[float, float]) -> Tensor:
+    """Return one layer's part of ``η ‖∇ℓ(z)‖²`` for every example, ``[n]``.
+
+    Args:
+        io: The layer's activations and output gradients.
+        norms: Its squared gradient norms ``[n]``.
+        has_bias: Whether the last column of the activations is the bias.
+        step_sizes: Of the weight and of the bias.
+    """
+    weight, bias = step_sizes
+    if not has_bias or weight == bias:
+        return norms * (weight if io.x.shape[3] > 1 or not has_bias else bias)
+    # knso -> n: the gradient of the bias is the sum of the output gradients over positions.
+    of_bias = io.gs[0].sum(2).square().sum((0, 2))
+    return norms * weight + of_bias * (bias - weight)
+
+
+class TracInScores:
+    """Running TracIn self-influence of every example.
+
+    Args:
+        size: Number of examples of the data set.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.values = torch.zeros(size, dtype=torch.float64)
+        self.checkpoints: list[int] = []
+
+    def add(self, step: int, indices: Iterable[int], increments: Tensor) -> bool:
+        """Add one checkpoint's part; a step that was added before (a resumed run) is left alone.
+
+        Returns:
+            Whether it was added.
+        """
+        if step in self.checkpoints:
+            return False
+        self.checkpoints.append(step)
+        self.values[torch.as_tensor(list(indices))] += increments.double().cpu()
+        return True

@@ -1,0 +1,39 @@
+"""What every test starts from, and how it has to leave torch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+# Sums that are split over more threads round differently: no more threads anywhere than CI has.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _torch_is_left_as_found() -> Iterator[None]:
+    """A tap that is not removed or a switched mode would make later tests fail, not the guilty one."""
+    before = _torch_state()
+    yield
+    assert _torch_state() == before, "the test changed torch for the tests after it"
+
+
+def _torch_state() -> dict[str, object]:
+    return {
+        "torch function modes": torch._C._len_torch_function_stack(),
+        "gradients enabled": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+    }
