@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 # Installed packages that satisfy the constraints are kept: torch is never replaced by a newer one.
-INSTALL := $(PY) -m pip --quiet --disable-pip-version-check --no-input install \
+INSTALL := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input install \
 	--no-warn-conflicts --constraint constraints.txt
 
 .DEFAULT_GOAL := help

@@ -99,7 +99,7 @@ def gather_by_index(indices: Tensor, values: Mapping[str, Tensor]) -> tuple[Tens
     padded[: len(own)] = own
     rows = torch.cat([part[:count] for part, count in zip(_all_gather(padded), counts, strict=True)])
     gathered = [
-        part.contiguous().view(column.dtype).reshape(len(rows), *column.shape[1:]).to(column.device)
+        _line(part).view(column.dtype).reshape(len(rows), *column.shape[1:]).to(column.device)
         for part, column in zip(rows.split([_row_bytes(c) for c in columns], dim=1), columns, strict=True)
     ]
 
@@ -120,7 +120,7 @@ def any_process(flag: bool) -> bool:
     collective.
     """
     if world_size() == 1:
-        return flag
+        return bool(flag)
     answer = torch.tensor(int(flag), device=_device_for(torch.device("cpu")))
     dist.all_reduce(answer, op=dist.ReduceOp.MAX)
     return bool(answer.item())
@@ -184,5 +184,9 @@ def _row_bytes(column: Tensor) -> int:
 
 def _as_bytes(column: Tensor) -> Tensor:
     """`[n, ...]` as `[n, bytes]`, uint8."""
-    flat = column.detach().reshape(len(column), math.prod(column.shape[1:]))
-    return flat.contiguous().view(torch.uint8)
+    return _line(column.detach()).view(torch.uint8).reshape(len(column), _row_bytes(column))
+
+
+def _line(tensor: Tensor) -> Tensor:
+    """A copy as one dimension with stride 1, which `view(dtype)` takes whatever strides 0 or 1 rows had."""
+    return tensor.reshape(-1).clone(memory_format=torch.contiguous_format)

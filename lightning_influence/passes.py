@@ -243,20 +243,10 @@ class ExampleGradients:
         """Device of the module."""
         return next(iter(self.module.parameters())).device
 
-    def over(self, source: ExampleSource) -> ExampleGradients:
-        """Return the same passes over other examples (validation data), with the same scale of the loss."""
-        other = ExampleGradients(
-            self.module,
-            self.task,
-            source,
-            self.coverage,
-            to_device=self._to_device,
-            seed=self.seed,
-            progress=self._progress,
-            forward_context=self._forward_context,
-        )
-        other.references = self.references
-        return other
+    def like(self, other: ExampleGradients) -> ExampleGradients:
+        """Take over the loss scale of other passes (validation data are weighed as the training data are)."""
+        self.references = other.references
+        return self
 
     def run(
         self,

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 SCHEMA_VERSION = 1
@@ -71,6 +71,26 @@ COLUMN_DESCRIPTIONS: dict[str, str] = {
     "harm": "minus the influence score on the mean validation loss; positive = training on the example "
     "raises it; high = suspicious",
 }
+
+SCORE_COLUMNS = (
+    "suspicion",
+    "loss_mean",
+    "loss_variance",
+    "aum",
+    "el2n",
+    "epochs_wrong",
+    "forgetting",
+    "prob_margin",
+    "neighbour_disagreement",
+    "loss",
+    "grad_norm_squared",
+    "self_influence",
+    "tracin",
+    "harm",
+)
+"""Columns that rate how suspicious an example is. High = suspicious, except `LOW_IS_SUSPICIOUS`."""
+
+LOW_IS_SUSPICIOUS = frozenset({"aum", "prob_margin"})
 
 Column: TypeAlias = "Tensor | NDArray[Any] | Sequence[Any]"
 
@@ -292,9 +312,12 @@ class AuditStore:
         if not path.is_file():
             stored = self.factor_names()
             raise StoreError(f"No factors of block {block_name!r} in {path.parent}; stored are {stored}.")
-        with self._reading(path), safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+        with self._reading(path):
+            # In one go: `safe_open` opens the file again for the data, which by then may be another one.
+            data = path.read_bytes()
+            tensors = safetensors.torch.load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            return tensors, header.get("__metadata__", {})
 
     def factor_names(self) -> list[str]:
         """The names of the stored blocks, sorted."""
@@ -313,15 +336,14 @@ class AuditStore:
             about = COLUMN_DESCRIPTIONS.get(name)
             fields.append(pa.field(name, data[-1].type, metadata={"description": about} if about else None))
         schema = pa.schema(fields, metadata={"lightning_influence.schema_version": str(SCHEMA_VERSION)})
-        text = [name for name, array in arrays.items() if array.dtype == object]
         with _replacing(self.directory / file_name) as handle:
-            # Dictionaries pay for text only: nearly every score is another number.
-            pq.write_table(pa.Table.from_arrays(data, schema=schema), handle, use_dictionary=text)
+            pq.write_table(pa.Table.from_arrays(data, schema=schema), handle)
 
     def _read_table(self, file_name: str) -> dict[str, NDArray[Any]]:
         path = self.directory / file_name
-        with self._reading(path):
-            table = pq.read_table(path)
+        # An open file, not its name: `read_table` opens that once for the schema and once for the data.
+        with self._reading(path), open(path, "rb") as handle:
+            table = pq.ParquetFile(handle).read()
             return {name: np.array(table[name].to_numpy()) for name in table.column_names}
 
     @contextmanager
@@ -414,8 +436,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"tensor {name!r} is {kind}; safetensors holds dense tensors up to complex64.")
         # safetensors saves the bytes as they lie and would lose a pending conjugation or minus sign
         flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        storage = flat.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != flat.numel() * flat.element_size():
+        if flat.untyped_storage().data_ptr() in seen:
             flat = flat.clone()
         seen.add(flat.untyped_storage().data_ptr())
         result[name] = flat

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from lightning_influence.losses import LossCall, known_loss, read_call
 
@@ -90,6 +90,17 @@ class LossTap(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
+        self._listening = True
+
+    def stop(self) -> None:
+        """Stop listening, and leave the stack of modes if no other mode lies on top.
+
+        For taps that are entered and left in different hooks: what lies on top then belongs to somebody else, who will
+        take it off; a silent tap below does no harm.
+        """
+        self._listening = False
+        if _get_current_function_mode() is self:
+            self.__exit__(None, None, None)
 
     def __torch_function__(
         self,
@@ -101,7 +112,7 @@ class LossTap(TorchFunctionMode):
         """Run the call unchanged and take note of it."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if known_loss(func):
+        if self._listening and known_loss(func):
             call = read_call(func, args, kwargs, output)
             if call is not None and call.input.requires_grad:
                 self.calls.append(call)

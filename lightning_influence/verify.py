@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class Inspection:
         classes: Draws of the exact Fisher, None without a closed form.
         batch_bytes: Memory that the captured tensors of a batch take, the largest layer's patches included.
         largest_error: Largest relative difference to autograd over the layers; None if not verified.
+        seconds: Wall time of the batch's forward and backward pass (the first batch is slower than later ones).
+        examples: Number of examples in the batch.
     """
 
     positions: dict[str, int]
@@ -38,6 +41,8 @@ class Inspection:
     classes: int | None
     batch_bytes: int
     largest_error: float | None
+    seconds: float
+    examples: int
 
 
 def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool = True) -> Inspection:
@@ -64,6 +69,7 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
     sums: dict[str, Tensor] = {}
     largest = total = 0
     norms = torch.zeros(len(indices), device=gradients.device, dtype=torch.float64)
+    start = time.perf_counter()
     with closing(gradients.run(indices, everywhere=True)) as batches:
         for item in batches:
             loss = item.loss
@@ -75,11 +81,12 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
                 largest, total = max(largest, size), total + size
                 sums[io.name] = per_sample.summed_gradient(io.x, io.gs[0])
                 norms += per_sample.squared_norms(io.x, io.gs[0]).double()
+    seconds = time.perf_counter() - start
     error: float | None = None
     if verify and bool(finite.all()):
         error = _compare(gradients, batch, sums, len(indices))
         _compare_alone(gradients, indices, norms, values, mean)
-    return Inspection(positions, tapped, classes, total + largest, error)
+    return Inspection(positions, tapped, classes, total + largest, error, seconds, len(indices))
 
 
 def _compare(gradients: ExampleGradients, batch: object, sums: dict[str, Tensor], n: int) -> float:

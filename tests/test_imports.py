@@ -37,6 +37,7 @@ ORDER = (
     "neighbours",
     "measurements",
     "scoring",
+    "influence",
     "unlearning",
     "store",
     "audit",

@@ -5,8 +5,9 @@ Tags (`<tag>`, `<name>` and `<column>` are the caller's or a column of the score
 | tag | dashboard | content | written by |
 |---|---|---|---|
 | `<tag>/log10` | Histograms | log10 of the positive finite values | `write_histogram` |
-| `<tag>/zero`, `<tag>/negative`, `<tag>/non_finite` | Scalars | how many values the histogram leaves out | `write_histogram` |
-| `influence/candidates` | Images | grid of the most suspicious examples | `write_candidates` |
+| `<tag>/zero`, `<tag>/negative`, `<tag>/non_finite` | Scalars | values the histogram leaves out | `write_histogram` |
+| `influence/candidates` | Images | the nine most suspicious examples | `write_candidates` |
+| `influence/candidates/2`, `/3`, … | Images | the next nine each | `write_candidates` |
 | `influence/candidates/text_summary` | Text | table of the same examples | `write_candidates` |
 | `influence/detection/<column>` | PR Curves | how well the column finds known label noise | `write_detection` |
 | `influence/detection/<column>_auroc` | Scalars | the same as one number | `write_detection` |
@@ -49,6 +50,7 @@ __all__ = [
 
 SCALAR_TAG = "influence/{name}"
 CANDIDATES_TAG = "influence/candidates"
+FURTHER_CANDIDATES_TAG = "influence/candidates/{sheet}"
 DETECTION_TAG = "influence/detection/{column}"
 DETECTION_AUROC_TAG = "influence/detection/{column}_auroc"
 HISTOGRAM_TAG = "{tag}/log10"
@@ -79,18 +81,22 @@ _TABLE_SCORES = ("suspicion", "self_influence", "harm", "loss_mean", "aum", "tra
 # beyond this many characters (some 900 pixels).
 _TABLE_WIDTH = 110
 _UNKNOWN = "–"
-_LABEL_LENGTH = 32  # class names longer than this are cut, or one of them would fill the table
+_LABEL_LENGTH = 28  # class names longer than this are cut, or one of them would fill the table
 
-# The dashboard draws 30 bars whatever it is given; twice as many source bins keep its re-binning smooth.
-_MOST_BINS = 60
+# The dashboard draws 30 bars whatever it is given; somewhat more source bins keep its re-binning smooth.
+_BINS = 40
 
-_MIN_TILE = 128
-_MAX_TILE = 256
+_TILE = 144
+_LEAST_TILE = 96
+_MOST_TILE = 192
+_CAPTION_WIDTH = 128
 _GAP = 12
-_CAPTION_LINES = 4
-# An image card of the dashboard is some 350 pixels wide: captions are still readable there only if letters are large
-# beside their tile and the tiles are few in a row.
-_COLUMNS_IN_CARD = 3
+_CAPTION_LINES = 5
+_CLAUSE_LINES = 2
+# The Images dashboard shrinks a sheet to a card some 350 pixels wide, and the Time Series dashboard to one 210 pixels
+# high. Captions stay readable in the first and pictures recognisable in the second only on small sheets.
+_SHEET_COLUMNS = 3
+_SHEET_IMAGES = 9
 _FONT_SIZES = (20, 18, 16)
 _PAPER = (255, 255, 255)
 _INK = (32, 33, 36)
@@ -147,8 +153,8 @@ def write_histogram(writer: Writer, tag: str, values: Tensor | npt.ArrayLike, st
     """Write the histogram of log10 of the positive finite values under `<tag>/log10`.
 
     Influence scores span many decades: a plain histogram is a single bar at zero. Values that have no logarithm are
-    counted in scalars `<tag>/zero`, `<tag>/negative` and `<tag>/non_finite`, each written only when it is not 0. With no
-    positive finite value there is no histogram.
+    counted in scalars `<tag>/zero`, `<tag>/negative` and `<tag>/non_finite`, each written only when it is not 0. With
+    no positive finite value there is no histogram.
 
     Args:
         writer: event file writer.
@@ -176,14 +182,14 @@ def _bin_edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Edges on multiples of 1, 2 or 5 times a power of ten, so that histograms of several steps share them."""
     low, high = float(values.min()), float(values.max())
     # Rice's rule: few values in many bins are a comb, not a shape.
-    bins = int(np.clip(math.ceil(2 * values.size ** (1 / 3)), 8, _MOST_BINS))
+    bins = int(np.clip(math.ceil(2 * values.size ** (1 / 3)), 8, _BINS))
     # Equal values still get a bin of a tenth of a decade instead of an infinitely thin one.
     wanted = max((high - low) / bins, 0.01)
     power = 10.0 ** math.floor(math.log10(wanted))
-    width = next(step * power for step in (1, 2, 5, 10) if step * power >= wanted * (1 - 1e-9))
+    width = next(step * power for step in (5, 2, 1) if step * power <= wanted * (1 + 1e-9))
     first = math.floor(low / width)
     last = max(math.floor(high / width) + 1, first + 1)
-    return np.arange(first, last + 1) * width
+    return np.arange(first, last + 1, dtype=np.float64) * width
 
 
 # ------------------------------------------------------------------------------------------------ candidates
@@ -270,7 +276,9 @@ def write_candidates(
     step: int,
     limit: int = 50,
 ) -> None:
-    """Write the table of candidates and, with `images`, their picture grid, both under `influence/candidates`.
+    """Write the table of candidates and, with `images`, their pictures, both under `influence/candidates`.
+
+    The pictures come on sheets of nine, the most suspicious ones first; the second sheet is `influence/candidates/2`.
 
     Args:
         writer: event file writer.
@@ -291,9 +299,13 @@ def write_candidates(
             f"columns['index'][top_candidates(columns, limit={limit})], in that order"
         )
     writer.add_text(CANDIDATES_TAG, candidates_markdown(columns, label_names=label_names, limit=limit), step)
-    if images is not None and len(images):
-        captions = [_caption(columns, int(row), label_names) for row in rows[: len(images)]]
-        writer.add_image(CANDIDATES_TAG, candidate_grid(images, captions, columns=_COLUMNS_IN_CARD), step)
+    if images is None:
+        return
+    for sheet, first in enumerate(range(0, len(images), _SHEET_IMAGES), start=1):
+        shown = images[first : first + _SHEET_IMAGES]
+        captions = [_caption(columns, int(row), label_names) for row in rows[first : first + len(shown)]]
+        tag = CANDIDATES_TAG if sheet == 1 else FURTHER_CANDIDATES_TAG.format(sheet=sheet)
+        writer.add_image(tag, candidate_grid(shown, captions, columns=_SHEET_COLUMNS), step)
 
 
 def _caption(columns: Columns, row: int, label_names: Sequence[str] | None) -> str:
@@ -399,7 +411,7 @@ def candidate_grid(images: Tensor, captions: Sequence[str], columns: int = 8) ->
         raise ValueError(f"columns must be at least 1, got {columns}")
 
     height, width = _tile_size(images.shape[2], images.shape[3])
-    cell_width = max(width, _MIN_TILE)
+    cell_width = max(width, _CAPTION_WIDTH)
     font, lines = _lay_out_captions(captions, cell_width)
     line_height = math.ceil(font.size * 1.3)
     columns = min(columns, len(images))
@@ -424,10 +436,10 @@ def candidate_grid(images: Tensor, captions: Sequence[str], columns: int = 8) ->
 
 def _tile_size(height: int, width: int) -> tuple[int, int]:
     longest = max(height, width)
-    if longest <= _MAX_TILE:
-        factor = max(1, math.ceil(_MIN_TILE / longest))
-        return height * factor, width * factor
-    return max(1, round(height * _MAX_TILE / longest)), max(1, round(width * _MAX_TILE / longest))
+    if longest > _MOST_TILE:
+        return max(1, round(height * _TILE / longest)), max(1, round(width * _TILE / longest))
+    factor = max(math.ceil(_LEAST_TILE / longest), round(_TILE / longest))
+    return height * factor, width * factor
 
 
 def _to_picture(image: Tensor, height: int, width: int) -> Image.Image:
@@ -446,11 +458,11 @@ def _to_picture(image: Tensor, height: int, width: int) -> Image.Image:
 
 
 def _lay_out_captions(captions: Sequence[str], width: int) -> tuple[ImageFont.FreeTypeFont, list[list[str]]]:
-    """One font size for the sheet: the largest that needs no more than three lines anywhere, else the smallest."""
+    """One font size for the sheet: the largest that fits all captions whole into three lines, else the smallest."""
     for size in _FONT_SIZES:
         font = _font(size)
         lines = [_wrap(_drawable(caption), font, width) for caption in captions]
-        if max(len(caption) for caption in lines) <= 3:
+        if all(len(caption) <= 3 and not any(line.endswith("…") for line in caption) for caption in lines):
             break
     return font, lines
 
@@ -495,25 +507,34 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
             lines.append(segment)
             continue
         for number, clause in enumerate(segment.split(" → ")):
-            line = ""
+            wrapped = [""]
             for word in (f"→ {clause}" if number else clause).split(" "):
-                longer = f"{line} {word}" if line else word
-                if line and _text_width(longer, font) > width:
-                    lines.append(line)
-                    longer = word
-                line = longer
-            lines.append(line)
-    if len(lines) > _CAPTION_LINES:
-        lines = [*lines[: _CAPTION_LINES - 1], " ".join(lines[_CAPTION_LINES - 1 :])]
-    return [_shorten(line, font, width) for line in lines]
+                longer = f"{wrapped[-1]} {word}".lstrip()
+                if wrapped[-1] and _text_width(longer, font) > width:
+                    wrapped.append(word)
+                else:
+                    wrapped[-1] = longer
+            lines += _join_beyond(wrapped, _CLAUSE_LINES)
+    return [_shorten(line, font, width) for line in _join_beyond(lines, _CAPTION_LINES)]
+
+
+def _join_beyond(lines: list[str], limit: int) -> list[str]:
+    """At most `limit` lines, the last one holding all the rest."""
+    return lines if len(lines) <= limit else [*lines[: limit - 1], " ".join(lines[limit - 1 :])]
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     if _text_width(text, font) <= width:
         return text
-    while text and _text_width(text + "…", font) > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    # Bisection: dropping one letter at a time takes seconds for a caption of a thousand letters.
+    kept, too_many = 0, len(text)
+    while too_many - kept > 1:
+        middle = (kept + too_many) // 2
+        if _text_width(text[:middle] + "…", font) <= width:
+            kept = middle
+        else:
+            too_many = middle
+    return text[:kept].rstrip() + "…"
 
 
 def _text_width(text: str, font: ImageFont.FreeTypeFont) -> float:

@@ -1,0 +1,201 @@
+"""The audit: which examples are suspicious, and the report that says so.
+
+The ranking follows what was measured (MNIST-5k and digits; MLP and CNN; 5 to 30 epochs; 10 to 30 % flips, symmetric
+and pairwise): the *trajectory* finds wrong labels, influence at the final weights alone does not, as a network that has
+memorised a wrong label is no longer surprised by it. How hard an example is to fit (EL2N), what its neighbours say, and
+how sure the run is of another label complement each other, so candidates are ranked by the sum of their z-scores. All
+columns stay in the table; influence earns its place there by saying which predictions an example harms.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_influence.store import LOW_IS_SUSPICIOUS, AuditStore
+
+Columns = Mapping[str, NDArray[Any]]
+
+# The sum of z-scores of these, or of the first group that is present at all.
+_INGREDIENTS = (
+    ("el2n", "neighbour_disagreement", "prob_margin"),
+    ("loss_mean", "tracin"),
+    ("self_influence", "loss"),
+    ("grad_norm_squared",),
+)
+# Without class decisions there is no label to contradict; the most suspicious share is proposed instead.
+_FALLBACK_SHARE = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class AuditReport:
+    """What an audit found, in memory or read back from its directory.
+
+    Attributes:
+        columns: Column name to array ``[n]``, one row per training example, sorted by dataset index. See
+            ``store.COLUMN_DESCRIPTIONS`` for meanings, units and signs.
+        manifest: Status, arguments, versions, coverage, timings and notes.
+        directory: Where it lies on disk, if anywhere.
+
+    Example:
+        >>> report = AuditReport.load("lightning_logs/version_0/influence")
+        >>> report.candidates[:10]  # dataset indices, the most suspicious first
+    """
+
+    columns: Columns
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    directory: Path | None = None
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> AuditReport:
+        """Read an audit back from its directory.
+
+        An audit whose run was interrupted holds what had been recorded by then; see ``status``.
+
+        Raises:
+            StoreError: If the directory holds no readable audit.
+        """
+        store = AuditStore.open(directory)
+        return cls(store.read_scores(), store.manifest, store.directory)
+
+    def __len__(self) -> int:
+        """Return the number of training examples."""
+        return len(self.columns["index"])
+
+    @property
+    def status(self) -> str:
+        """``"complete"``, ``"recording"`` or ``"interrupted"``."""
+        return str(self.manifest.get("status", "complete"))
+
+    @property
+    def ranking(self) -> NDArray[np.int64]:
+        """Dataset indices of all examples, the most suspicious first, ``[n]``."""
+        order = np.argsort(self.columns["rank"], kind="stable")
+        return np.asarray(self.columns["index"][order], dtype=np.int64)
+
+    @property
+    def candidates(self) -> NDArray[np.int64]:
+        """Dataset indices of the examples proposed for review, the most suspicious first."""
+        flagged = self.columns["candidate"].astype(bool)
+        order = np.argsort(self.columns["rank"][flagged], kind="stable")
+        return np.asarray(self.columns["index"][flagged][order], dtype=np.int64)
+
+    @property
+    def nonfinite(self) -> NDArray[np.int64]:
+        """Dataset indices of the examples with a non-finite loss or gradient."""
+        return np.asarray(self.columns["index"][~self.columns["finite"].astype(bool)], dtype=np.int64)
+
+    def __str__(self) -> str:
+        """Return the summary table."""
+        return summary(self)
+
+
+def rank(columns: Columns) -> dict[str, NDArray[Any]]:
+    """Add the audit's own columns to the scores.
+
+    Args:
+        columns: Score columns ``[n]``, with ``index``.
+
+    Returns:
+        A new mapping with ``suspicion``, ``rank`` (1 = most suspicious), ``candidate`` and ``finite`` added.
+        Candidates are the examples whose suggested label (the class with the largest mean probability over the run)
+        differs from the given one; without class decisions, the most suspicious 5 %. Examples that are not finite rank
+        last.
+
+    Raises:
+        ValueError: If there is no column to rank by.
+    """
+    result = dict(columns)
+    size = len(columns["index"])
+    finite = columns.get("finite", np.ones(size, dtype=bool)).astype(bool)
+    suspicion = np.where(finite, _suspicion(columns, finite), np.nan)
+    order = np.lexsort((columns["index"], -np.nan_to_num(suspicion, nan=-np.inf)))
+    ranks = np.empty(size, dtype=np.int64)
+    ranks[order] = np.arange(1, size + 1)
+    if "suggested" in columns and "label" in columns:
+        known = (columns["suggested"] >= 0) & (columns["label"] >= 0)
+        candidate = finite & known & (columns["suggested"] != columns["label"])
+    else:
+        candidate = finite & (ranks <= np.ceil(_FALLBACK_SHARE * finite.sum()))
+    return result | {"suspicion": suspicion, "rank": ranks, "candidate": candidate, "finite": finite}
+
+
+def ingredients(columns: Columns) -> tuple[str, ...]:
+    """Return the names of the columns that the ranking combines."""
+    for group in _INGREDIENTS:
+        present = tuple(name for name in group if name in columns and np.isfinite(columns[name]).any())
+        if present:
+            return present
+    raise ValueError(f"nothing to rank by: none of {sum(_INGREDIENTS, ())} among the columns {sorted(columns)}.")
+
+
+def _suspicion(columns: Columns, finite: NDArray[Any]) -> NDArray[np.float64]:
+    total = np.zeros(len(finite))
+    for name in ingredients(columns):
+        values = columns[name].astype(np.float64)
+        usable = finite & np.isfinite(values)
+        centred = values - values[usable].mean() if usable.any() else values
+        spread = centred[usable].std() if usable.any() else 0.0
+        # An example that was never trained on says nothing: the mean, not an extreme.
+        z = np.where(usable, centred, 0.0) / (spread if spread > 0 else 1.0)
+        total += -z if name in LOW_IS_SUSPICIOUS else z
+    return total
+
+
+def summary(report: AuditReport, rows: int = 10) -> str:
+    """Return the report as a few lines of text: what was covered, what was found, where it lies.
+
+    Args:
+        report: The report.
+        rows: Number of candidates to list.
+    """
+    manifest = report.manifest
+    lines = [f"Influence audit of {len(report):,} training examples ({report.status})"]
+    if coverage := manifest.get("coverage"):
+        lines.append(f"  coverage    {coverage['summary']}")
+    if seconds := manifest.get("seconds"):
+        parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+        lines.append(f"  time        {parts}")
+    for note in manifest.get("notes", ()):
+        lines.append(f"  note        {note}")
+    bad = report.nonfinite
+    if len(bad):
+        listed = ", ".join(map(str, bad[:10])) + (" ..." if len(bad) > 10 else "")
+        lines.append(f"  non-finite  {len(bad)} examples, left out of the factors: {listed}")
+    candidates = report.candidates
+    share = len(candidates) / max(len(report), 1)
+    lines.append(f"  candidates  {len(candidates):,} ({share:.1%}) ranked by {' + '.join(ingredients(report.columns))}")
+    lines += _table(report, candidates[:rows])
+    if detection := manifest.get("detection"):
+        lines.append("  against the known label noise (recall: share found in the first 10 %)")
+        lines.append(f"    {'column':<24}{'AUROC':>8}{'AP':>8}{'recall':>8}")
+        for name, values in detection.items():
+            numbers = "".join(f"{values[key]:8.3f}" for key in ("auroc", "average_precision", "recall_at"))
+            lines.append(f"    {name:<24}{numbers}")
+    if report.directory is not None:
+        lines.append(f"  saved in    {report.directory}")
+    return "\n".join(lines)
+
+
+def _table(report: AuditReport, indices: NDArray[np.int64]) -> list[str]:
+    names = [
+        name
+        for name in ("rank", "index", "label", "suggested", "suspicion", "el2n", "self_influence", "harm")
+        if name in report.columns
+    ]
+    if not len(indices):
+        return []
+    titles = {"label": "given"}
+    lines = ["    " + "".join(f"{titles.get(name, name):>15}" for name in names)]
+    position = {int(index): row for row, index in enumerate(report.columns["index"])}
+    for index in indices:
+        row = position[int(index)]
+        cells = [report.columns[name][row] for name in names]
+        lines.append("    " + "".join(f"{cell:>15.4g}" for cell in cells))
+    return lines

@@ -1,0 +1,156 @@
+"""Between Trainer and engine: devices, precision, loggers and progress bars of an extra pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader, SubsetRandomSampler
+from tqdm import tqdm
+
+from lightning_influence.isolation import isolated_rng
+from lightning_influence.layers import Coverage
+from lightning_influence.passes import DataError, ExampleGradients, ExampleSource
+from lightning_influence.task import Task
+
+
+def example_gradients(
+    trainer: Trainer, module: LightningModule, task: Task, source: ExampleSource, coverage: Coverage
+) -> ExampleGradients:
+    """Build the engine's passes with the trainer's way of moving batches, its precision and its progress bars.
+
+    Mixed precision is left out: extra passes run in the weights' own precision, as rounded gradients would be noise
+    in the scores and scaled losses would have to be unscaled.
+    """
+    plugin = trainer.precision_plugin
+
+    def to_device(batch: Any) -> Any:
+        batch = plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    own_precision = not isinstance(plugin, MixedPrecision)
+    return ExampleGradients(
+        module,
+        task,
+        source,
+        coverage,
+        to_device=to_device,
+        progress=_progress_bar if trainer.progress_bar_callback is not None and trainer.is_global_zero else None,
+        forward_context=plugin.forward_context if own_precision else nullcontext,
+    )
+
+
+def audited_indices(trainer: Trainer, seen: list[int], size: int) -> list[int]:
+    """Return the training examples: what the sampler draws from, or what it has drawn if batches are limited.
+
+    Args:
+        trainer: The trainer.
+        seen: Sorted indices of the examples trained on so far.
+        size: Size of the data set.
+    """
+    loader: Any = trainer.train_dataloader
+    if trainer.num_training_batches < len(loader) or trainer.overfit_batches:
+        return seen
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    if isinstance(sampler, SubsetRandomSampler):
+        return sorted(int(index) for index in sampler.indices)
+    return list(range(size))
+
+
+def real_loggers(trainer: Trainer) -> list[Logger]:
+    """Return the loggers that write something (Lightning puts dummies in place during a dry run)."""
+    return [logger for logger in trainer.loggers if not isinstance(logger, DummyLogger)]
+
+
+def tensorboard_writers(trainer: Trainer) -> list[Any]:
+    """Return the event-file writers of the TensorBoard loggers (rank zero only)."""
+    if not trainer.is_global_zero:
+        return []
+    return [logger.experiment for logger in real_loggers(trainer) if isinstance(logger, TensorBoardLogger)]
+
+
+@contextmanager
+def silenced_loggers(trainer: Trainer) -> Iterator[None]:
+    """Keep what ``training_step`` writes to ``self.logger`` in an extra pass out of the user's logs."""
+    loggers = trainer.loggers
+    try:
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+@contextmanager
+def _progress_bar(title: str, batches: int) -> Iterator[Callable[[], None]]:
+    with tqdm(total=batches, desc=f"influence: {title}", leave=False, dynamic_ncols=True) as bar:
+
+        def advance() -> None:
+            bar.update()
+
+        yield advance
+
+
+
+def validation_queries(
+    trainer: Trainer, module: LightningModule, task: Task, coverage: Coverage
+) -> list[tuple[ExampleGradients, list[int]]]:
+    """Return the validation data as queries, if there are any whose examples can be visited by index."""
+    loaders: Any = trainer.val_dataloaders
+    if isinstance(loaders, DataLoader):
+        loaders = [loaders]
+    if not isinstance(loaders, (list, tuple)):
+        return []
+    queries = []
+    for loader, batches in zip(loaders, trainer.num_val_batches, strict=False):
+        try:
+            source = ExampleSource.from_loader(loader)
+        except DataError as error:
+            rank_zero_warn(f"validation data are left out of the influence audit (no harm column): {error}")
+            continue
+        limit = len(source) if batches >= len(loader) else int(batches) * source.batch_size
+        if limit:
+            queries.append((example_gradients(trainer, module, task, source, coverage), list(range(limit))))
+    return queries
+
+
+def label_names(dataset: Any) -> list[str] | None:
+    """Return the class names that a dataset carries (``classes``, as in torchvision), looking through subsets."""
+    while dataset is not None:
+        names = getattr(dataset, "classes", None)
+        if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+            return list(names)
+        dataset = getattr(dataset, "dataset", None)
+    return None
+
+
+def example_images(dataset: Any, indices: list[int]) -> torch.Tensor | None:
+    """Return the images of some examples, ``[n, c, h, w]``, or None if the examples hold no images of one size."""
+    images = []
+    with isolated_rng():
+        for index in indices:
+            image = _image_in(dataset[index])
+            if image is None or (images and image.shape != images[0].shape):
+                return None
+            images.append(image)
+    return torch.stack(images) if images else None
+
+
+def _image_in(example: Any) -> torch.Tensor | None:
+    """Find the first ``[c, h, w]`` or ``[h, w]`` tensor of an example."""
+    if isinstance(example, torch.Tensor):
+        image = example.unsqueeze(0) if example.ndim == 2 else example
+        is_image = image.ndim == 3 and image.shape[0] in (1, 3, 4) and min(image.shape[1:]) >= 4
+        return image.float().cpu() if is_image else None
+    if isinstance(example, dict):
+        example = list(example.values())
+    if isinstance(example, (list, tuple)):
+        return next((image for item in example if (image := _image_in(item)) is not None), None)
+    return None

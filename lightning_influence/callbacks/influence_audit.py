@@ -1,0 +1,392 @@
+"""``InfluenceAudit``: the whole audit as one callback."""
+
+from __future__ import annotations
+
+import math
+import os
+import traceback
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_influence import distributed
+from lightning_influence.audit import AuditReport
+from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
+from lightning_influence.callbacks.recording import Recording
+from lightning_influence.callbacks.reporting import Reporter
+from lightning_influence.curvature import CurvatureName, Fisher
+from lightning_influence.influence import InfluencePlan, influence_scores
+from lightning_influence.layers import Coverage, LayerError, cover
+from lightning_influence.passes import DataError, ExampleGradients, ExampleSource
+from lightning_influence.scoring import ExampleScores, score_examples
+from lightning_influence.store import AuditStore, StoreError
+from lightning_influence.task import LossTap, Task, TaskError, TrainingStepTask
+from lightning_influence.tracin import layer_step_sizes
+from lightning_influence.verify import Inspection, VerificationError, inspect
+
+_AVERAGING_CALLBACKS = {"StochasticWeightAveraging", "WeightAveraging"}
+
+
+class InfluenceAudit(Callback):
+    """Audits the training data of a run: self-influence of every example, and the labels that are probably wrong.
+
+    Training is left bitwise unchanged. The user's own ``training_step`` defines the loss; everything else is read off
+    the run. At the end of training the audit lies in ``<log_dir>/influence``, in TensorBoard, and in ``report``.
+
+    During training, loss, margin and EL2N of every example are noted from the training pass itself, and at epoch ends
+    a fixed-order pass adds ``η‖g‖²`` per example (TracIn). At the end, curvature is fitted and one more pass scores
+    every example. Extra passes run in eval mode, in the precision of the weights.
+
+    Args:
+        curvature: Approximation behind ``self_influence`` and ``harm``: ``"ekfac"``, ``"kfac"``, ``"diagonal"`` or
+            ``"identity"`` (plain gradient products).
+        fisher: Labels that the curvature is fitted with: ``"sampled"`` from the model's predictions, their
+            ``"exact"`` expectation, or the given ones (``"empirical"``). ``"auto"``: sampled covariances, exact
+            eigenvalues for up to 20 classes; empirical if the loss is not a known one.
+        damping: Absolute λ > 0 added to the curvature, or ``"relative"``: 0.1 times the mean eigenvalue of each layer.
+        factor_examples: Number of random examples that the curvature is fitted on; ``"auto"`` gives every factor
+            enough rows and does not grow with the data; None takes all.
+        every_n_epochs: Epochs between TracIn checkpoints; None for none.
+        task: A function ``(module, batch) -> loss`` in place of ``training_step``. Needed for manual optimization.
+        known_noise: Dataset indices of labels that are known to be wrong, to measure the detection.
+        dirpath: Directory of the audit, instead of ``<log_dir>/influence``. An existing audit is never overwritten:
+            a version suffix is added.
+        verify: Whether to check per-example gradients against autograd on one batch before training starts.
+
+    Attributes:
+        report: The audit, once training has ended.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: During ``fit``, before the first step: for data that can't be indexed (an
+            ``IterableDataset``), loaders with ``in_order=False``, manual optimization without a ``task``, models without
+            a supported layer, losses that are not the mean of per-example losses, unwritable directories.
+
+    Example:
+        >>> trainer = Trainer(max_epochs=10, callbacks=[InfluenceAudit()])
+        >>> trainer.fit(model, train_loader, val_loader)
+        >>> trainer.callbacks[0].report.candidates[:10]
+    """
+
+    def __init__(
+        self,
+        *,
+        curvature: CurvatureName = "ekfac",
+        fisher: Fisher = "auto",
+        damping: float | Literal["relative"] = "relative",
+        factor_examples: int | Literal["auto"] | None = "auto",
+        every_n_epochs: int | None = 1,
+        task: Task | None = None,
+        known_noise: Sequence[int] | Tensor | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
+        verify: bool = True,
+    ) -> None:
+        _check_choice("curvature", curvature, get_args(CurvatureName))
+        _check_choice("fisher", fisher, get_args(Fisher))
+        if damping != "relative":
+            _check_number("damping", damping, 'a number > 0, or "relative" for 0.1 times the mean eigenvalue')
+        if factor_examples != "auto" and factor_examples is not None:
+            _check_count("factor_examples", factor_examples, '"auto", None for all examples')
+        if every_n_epochs is not None:
+            _check_count("every_n_epochs", every_n_epochs, "None for no TracIn checkpoints")
+        if task is not None and not callable(task):
+            raise ValueError(f"task={task!r} is not callable; expected a function (module, batch) -> loss.")
+        self.curvature = curvature
+        self.fisher = fisher
+        self.damping = damping
+        self.factor_examples = factor_examples
+        self.every_n_epochs = every_n_epochs
+        self.task = task
+        self.known_noise = _checked_indices(known_noise)
+        self.dirpath = dirpath
+        self.verify = verify
+        self.report: AuditReport | None = None
+        self._recorder = BatchIndexRecorder()
+        self._recording: Recording | None = None
+        self._reporter: Reporter | None = None
+        self._source: ExampleSource | None = None
+        self._inspection: Inspection | None = None
+        self._tap: LossTap | None = None
+        self._batch_indices: list[int] | None = None
+        self._restored_state: dict[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Key of the callback's state in checkpoints: two audits of one run have two states."""
+        return self._generate_state_key(curvature=self.curvature, fisher=self.fisher, dirpath=str(self.dirpath))
+
+    # ------------------------------------------------------------------ start
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the combination of model and trainer, and start to note batch indices."""
+        if stage != "fit":
+            return
+        self.report = None
+        if self.task is None and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"InfluenceAudit can't re-run the `training_step` of {type(pl_module).__name__}: with manual optimization "
+                "it steps the optimizers. Pass `InfluenceAudit(task=...)`, a function (module, batch) -> loss."
+            )
+        names = [type(callback).__name__ for callback in trainer.callbacks]
+        later = names[trainer.callbacks.index(self) + 1 :]
+        if averaging := _AVERAGING_CALLBACKS & set(later):
+            rank_zero_warn(
+                f"{averaging.pop()} comes after InfluenceAudit and replaces the weights once the audit is done: the audit "
+                "describes the weights before. List InfluenceAudit after it."
+            )
+        self._recorder.attach(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at one batch before the first step, so that nothing fails after hours of training."""
+        loader: Any = trainer.train_dataloader
+        if getattr(loader, "in_order", True) is False:
+            raise MisconfigurationException(
+                "the training DataLoader has `in_order=False`: its batches arrive in another order than their indices were "
+                "drawn in, so scores would be filed under the wrong examples. Set `in_order=True`."
+            )
+        try:
+            self._source = ExampleSource.from_loader(loader)
+            size = len(self._source)
+            if self.known_noise is not None and int(self.known_noise.max()) >= size:
+                raise DataError(
+                    f"known_noise holds the index {int(self.known_noise.max())}; the training data have {size} examples."
+                )
+            self._recording = Recording(size, pl_module)
+            if self._restored_state is not None:
+                self._recording.load_state_dict(self._restored_state)
+                self._restored_state = None
+            first = self._indices(trainer) or list(range(size))
+            with bridge.silenced_loggers(trainer):
+                self._inspection = inspect(self._gradients(trainer, pl_module), first, verify=self.verify)
+            self._reporter = self._open_reporter(trainer)
+        except (DataError, LayerError, TaskError, VerificationError, StoreError, ValueError) as error:
+            raise MisconfigurationException(f"InfluenceAudit: {error}") from error
+
+    def _open_reporter(self, trainer: Trainer) -> Reporter:
+        directory = self.dirpath or os.path.join(trainer.log_dir or trainer.default_root_dir, "influence")
+        store = AuditStore.create(directory) if trainer.is_global_zero and not trainer.fast_dev_run else None
+        if not trainer.loggers and store is not None:
+            rank_zero_warn(f"no logger: the influence audit goes to disk only, to {store.directory}")
+        return Reporter(store, self._arguments(), None if self.known_noise is None else self.known_noise.numpy())
+
+    # ------------------------------------------------------- during training
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note which examples come, and listen for their loss."""
+        self._stop_tap()
+        self._batch_indices = self._recorder.next()
+        if self._batch_indices is not None and self._recording is not None:
+            self._tap = LossTap()
+            self._tap.__enter__()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """File what the training pass itself said about each example."""
+        tap, indices = self._stop_tap(), self._batch_indices
+        if tap is not None and indices is not None and self._recording is not None:
+            self._recording.record_batch(indices, tap.calls)
+            self._batch_indices = None  # a second backward pass of the same step is not a second visit
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop listening if there was no backward pass."""
+        self._stop_tap()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Note the learning rates that are really used."""
+        if self._recording is not None:
+            self._recording.step_sizes.record(optimizer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add a TracIn checkpoint; the last one is part of the final pass."""
+        recording, reporter = self._recording, self._reporter
+        if recording is None or reporter is None or trainer.fast_dev_run:
+            return
+        due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if due and recording.step_sizes.steps and not _is_last_epoch(trainer):
+            indices = self._indices(trainer)
+            with bridge.silenced_loggers(trainer):
+                gradients = self._gradients(trainer, pl_module)
+                scores = score_examples(
+                    gradients,
+                    indices,
+                    step_sizes=self._take_step_sizes(gradients.coverage, pl_module),
+                    features=True,
+                    title=f"TracIn, epoch {trainer.current_epoch}",
+                )
+            recording.add_checkpoint(trainer.global_step, scores)
+            reporter.write_partial(recording.columns(indices), "recording")
+            reporter.log_checkpoint(trainer, scores)
+        reporter.log_dynamics(trainer, recording.dynamics.gathered().columns())
+
+    # -------------------------------------------------------------------- end
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fit the curvature, score every example, write the report."""
+        if self._recording is None or self._reporter is None or self._inspection is None:
+            return
+        try:
+            self._audit(trainer, pl_module, self._recording, self._reporter, self._inspection)
+        except Exception as error:
+            # In one process the training that has just ended is worth more than the audit; with several, the others
+            # would wait for this one at the next collective.
+            if distributed.world_size() > 1:
+                raise
+            self._keep_what_there_is(trainer, repr(error))
+            rank_zero_warn(
+                f"the influence audit failed; training is not affected, and what was recorded until then is kept in "
+                f"{self._reporter.directory}.\n{traceback.format_exc()}"
+            )
+
+    def _audit(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        recording: Recording,
+        reporter: Reporter,
+        inspection: Inspection,
+    ) -> None:
+        indices = self._indices(trainer)
+        if trainer.fast_dev_run and self._source is not None:
+            indices = (indices or list(range(len(self._source))))[: self._source.batch_size]
+        if not indices:
+            rank_zero_warn("no influence audit: no training batch was seen.")
+            return
+        gradients = self._gradients(trainer, pl_module)
+        plan = InfluencePlan.make(
+            gradients.coverage,
+            inspection,
+            len(indices),
+            curvature=self.curvature,
+            fisher=self.fisher,
+            damping=self.damping,
+            examples=self.factor_examples,
+        )
+        queries = bridge.validation_queries(trainer, pl_module, self._task, gradients.coverage)
+        rank_zero_info(reporter.announce(plan, gradients, inspection, len(indices), sum(len(q) for _, q in queries)))
+        pending = recording.step_sizes.steps > 0 and self.every_n_epochs is not None
+        with bridge.silenced_loggers(trainer):
+            result = influence_scores(
+                gradients,
+                indices,
+                plan,
+                queries=queries,
+                step_sizes=self._take_step_sizes(gradients.coverage, pl_module) if pending else None,
+            )
+        if pending:
+            recording.add_checkpoint(trainer.global_step, result.scores)
+        columns = recording.columns(indices, result.scores)
+        if trainer.is_global_zero:
+            self.report = reporter.finish(trainer, gradients, plan, inspection, result, columns, recording)
+            rank_zero_info(f"\n{self.report}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Undo everything and keep what was recorded so far."""
+        self._stop_tap()
+        self._recorder.detach()
+        if self.report is None:
+            self._keep_what_there_is(trainer, repr(exception))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Undo everything."""
+        self._stop_tap()
+        self._recorder.detach()
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: tensors and primitives."""
+        return {} if self._recording is None else self._recording.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the size of the data set is known."""
+        self._restored_state = state_dict or None
+
+    # ---------------------------------------------------------------- helpers
+
+    @property
+    def _task(self) -> Task:
+        return self.task or TrainingStepTask()
+
+    def _gradients(self, trainer: Trainer, pl_module: LightningModule) -> ExampleGradients:
+        assert self._source is not None
+        # Anew each time: callbacks that thaw a backbone change what there is to cover.
+        return bridge.example_gradients(trainer, pl_module, self._task, self._source, cover(pl_module))
+
+    def _indices(self, trainer: Trainer) -> list[int]:
+        assert self._recording is not None
+        return bridge.audited_indices(trainer, self._recording.seen_indices(), self._recording.size)
+
+    def _take_step_sizes(self, coverage: Coverage, module: LightningModule) -> dict[str, tuple[float, float]]:
+        assert self._recording is not None
+        return layer_step_sizes(coverage.operations, self._recording.step_sizes.take(), module)
+
+    def _stop_tap(self) -> LossTap | None:
+        tap, self._tap = self._tap, None
+        if tap is not None:
+            tap.stop()
+        return tap
+
+    def _keep_what_there_is(self, trainer: Trainer, error: str) -> None:
+        recording, reporter = self._recording, self._reporter
+        if recording is None or reporter is None or not trainer.is_global_zero:
+            return
+        try:
+            # Local numbers only: other processes may be gone, and a collective would wait for them for ever.
+            reporter.write_partial(recording.local_columns(), "interrupted", error=error)
+        except Exception as failure:  # the first error is the one to see
+            rank_zero_warn(f"the interrupted influence audit could not be written: {failure}")
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "curvature": self.curvature,
+            "fisher": self.fisher,
+            "damping": self.damping,
+            "factor_examples": self.factor_examples,
+            "every_n_epochs": self.every_n_epochs,
+            "task": None if self.task is None else getattr(self.task, "__name__", type(self.task).__name__),
+            "verify": self.verify,
+        }
+
+
+def _is_last_epoch(trainer: Trainer) -> bool:
+    """Tell whether the final pass comes next; if not after all, its steps count towards the next checkpoint."""
+    if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
+        return True
+    return 0 <= trainer.max_steps <= trainer.global_step
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, allowed))}.")
+
+
+def _check_number(name: str, value: object, expected: str) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}={value!r}; expected {expected}.")
+
+
+def _check_count(name: str, value: object, otherwise: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}; expected an integer >= 1, or {otherwise}.")
+
+
+def _checked_indices(indices: Sequence[int] | Tensor | None) -> Tensor | None:
+    if indices is None:
+        return None
+    values = torch.as_tensor(indices)
+    if values.ndim != 1 or not len(values) or values.is_floating_point() or values.dtype == torch.bool:
+        raise ValueError(
+            f"known_noise has the shape {tuple(values.shape)} and dtype {values.dtype}; expected the dataset indices of the "
+            "wrong labels, a non-empty list of integers."
+        )
+    values = values.long().cpu()
+    if int(values.min()) < 0 or len(values.unique()) != len(values):
+        raise ValueError("known_noise holds negative or repeated indices; expected distinct dataset indices >= 0.")
+    return values

@@ -1,0 +1,137 @@
+"""What a training run has said about each example so far: dynamics, TracIn, neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lightning_influence import distributed, neighbours
+from lightning_influence.dynamics import TrainingDynamics
+from lightning_influence.losses import LossCall
+from lightning_influence.scoring import ExampleScores
+from lightning_influence.tracin import StepSizes, TracInScores
+
+
+class Recording:
+    """Running columns of a training run.
+
+    Args:
+        size: Number of examples of the data set.
+        module: The model, for the names of its parameters.
+    """
+
+    def __init__(self, size: int, module: nn.Module) -> None:
+        self.size = size
+        self.dynamics = TrainingDynamics(size)
+        self.step_sizes = StepSizes(module)
+        self.tracin = TracInScores(size)
+        self.untapped_batches = 0
+        self._seen = torch.zeros(size, dtype=torch.bool)
+        self._disagreement = torch.zeros(size, dtype=torch.float64)
+        self._disagreement_count = torch.zeros(size, dtype=torch.float64)
+        self._failed = False
+
+    def record_batch(self, indices: Sequence[int], calls: Sequence[LossCall]) -> None:
+        """File one training batch under its indices."""
+        self._seen[torch.tensor(indices)] = True
+        call = next((call for call in calls if call.rows_match(len(indices))), None)
+        if call is None:
+            self.untapped_batches += 1
+            return
+        if self._failed:
+            return
+        try:
+            with torch.no_grad():
+                self.dynamics.record(indices, call.statistics(len(indices)))
+        except Exception as error:  # a statistic must never end a training run
+            self._failed = True
+            rank_zero_warn(f"InfluenceAudit stops to record training dynamics: {type(error).__name__}: {error}")
+
+    def add_checkpoint(self, step: int, scores: ExampleScores) -> None:
+        """Add one fixed-order pass: TracIn, and what the neighbours in feature space say about the label."""
+        increments = scores.columns["tracin"]
+        if not self.tracin.add(step, scores.indices.tolist(), increments):
+            return
+        if scores.features is not None and "label" in scores.columns:
+            shares = neighbours.disagreement(scores.features, scores.columns["label"]).double().cpu()
+            known = torch.isfinite(shares)
+            rows = scores.indices.cpu()[known]
+            self._disagreement[rows] += shares[known]
+            self._disagreement_count[rows] += 1
+
+    def seen_indices(self) -> list[int]:
+        """Return the sorted indices of the examples trained on so far, over all processes."""
+        seen = self._seen
+        if distributed.world_size() > 1:
+            (count,) = distributed.sum_across_processes([seen.int()])
+            seen = count > 0
+        return [int(index) for index in seen.nonzero().squeeze(1)]
+
+    def columns(self, indices: Sequence[int], scores: ExampleScores | None = None) -> dict[str, NDArray[Any]]:
+        """Return all columns for the given examples, the final scores included."""
+        return self._columns(self.dynamics.gathered(), indices, scores)
+
+    def local_columns(self) -> dict[str, NDArray[Any]]:
+        """Return the columns of the examples that this process has seen, without talking to others."""
+        self.dynamics.flush()
+        return self._columns(self.dynamics, [int(index) for index in self._seen.nonzero().squeeze(1)], None)
+
+    def _columns(
+        self, dynamics: TrainingDynamics, indices: Sequence[int], scores: ExampleScores | None
+    ) -> dict[str, NDArray[Any]]:
+        rows = torch.as_tensor(list(indices), dtype=torch.long)
+        columns: dict[str, Tensor] = {"index": rows}
+        columns |= {name: values[rows] for name, values in dynamics.columns().items()}
+        if self.tracin.checkpoints:
+            columns["tracin"] = self.tracin.values[rows]
+        if bool((self._disagreement_count > 0).any()):
+            columns["neighbour_disagreement"] = (self._disagreement / self._disagreement_count)[rows]
+        finite = torch.ones(len(rows), dtype=torch.bool)
+        if "nonfinite" in dynamics.sums:
+            finite &= dynamics.sums["nonfinite"][rows] == 0
+        if scores is not None:
+            final = {name: values.cpu() for name, values in scores.columns.items() if name != "tracin"}
+            finite &= final.pop("finite")
+            columns |= final
+        columns["finite"] = finite
+        return {name: np.asarray(values) for name, values in columns.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and primitives only: Lightning can't resume from anything else."""
+        return {
+            "size": self.size,
+            "dynamics": self.dynamics.state_dict(),
+            "seen": self._seen.clone(),
+            "tracin": self.tracin.values.clone(),
+            "tracin_steps": list(self.tracin.checkpoints),
+            "step_sizes": dict(self.step_sizes.sums),
+            "steps": self.step_sizes.steps,
+            "disagreement": self._disagreement.clone(),
+            "disagreement_count": self._disagreement_count.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: If it was written for a data set of another size.
+        """
+        if state["size"] != self.size:
+            raise ValueError(
+                f"the checkpoint was written for {state['size']} training examples, the data set has {self.size}. Resume "
+                "with the same training data, or start a new run."
+            )
+        self.dynamics.load_state_dict(state["dynamics"])
+        self._seen = state["seen"].clone()
+        self.tracin.values = state["tracin"].clone()
+        self.tracin.checkpoints = list(state["tracin_steps"])
+        self.step_sizes.sums = dict(state["step_sizes"])
+        self.step_sizes.steps = state["steps"]
+        self._disagreement = state["disagreement"].clone()
+        self._disagreement_count = state["disagreement_count"].clone()

@@ -1,0 +1,233 @@
+"""Where an audit goes: directory, TensorBoard, other loggers, and the lines a user reads."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_influence import audit
+from lightning_influence.audit import AuditReport
+from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.recording import Recording
+from lightning_influence.influence import InfluencePlan, InfluenceScores
+from lightning_influence.metrics import mislabel_detection
+from lightning_influence.passes import ExampleGradients
+from lightning_influence.scoring import ExampleScores
+from lightning_influence.store import LOW_IS_SUSPICIOUS, SCORE_COLUMNS, AuditStore
+from lightning_influence.tensorboard import summary
+from lightning_influence.verify import Inspection
+
+Columns = dict[str, NDArray[Any]]
+
+
+class Reporter:
+    """Writes what an audit finds; on other ranks than zero, and in a dry run, to nowhere.
+
+    Args:
+        store: The audit directory, None to write nothing.
+        arguments: The callback's arguments, for the manifest.
+        known_noise: Dataset indices of labels known to be wrong.
+    """
+
+    def __init__(self, store: AuditStore | None, arguments: dict[str, Any], known_noise: NDArray[Any] | None) -> None:
+        self.store = store
+        self.known_noise = known_noise
+        self._manifest: dict[str, Any] = {
+            "status": "recording",
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "arguments": arguments,
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("lightning-influence", "lightning", "torch")},
+            },
+        }
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the audit lies."""
+        return None if self.store is None else self.store.directory
+
+    def announce(
+        self, plan: InfluencePlan, gradients: ExampleGradients, inspection: Inspection, examples: int, queries: int
+    ) -> str:
+        """Return the line before a long wait: what will be done, and about how long and how much memory it takes."""
+        draws = inspection.classes or 1
+        work = plan.gradient_passes(examples, queries, draws)
+        seconds = work * inspection.seconds / inspection.examples
+        memory = plan.factor_bytes(gradients.coverage) + inspection.batch_bytes
+        return (
+            f"influence audit: {plan.curvature} on {len(gradients.coverage.operations)} layers, {examples:,} training examples"
+            f"{f', {queries:,} validation examples' if queries else ''}; about {_duration(seconds)} and "
+            f"{_size(memory)} of extra memory"
+        )
+
+    def write_partial(self, columns: Columns, status: str, *, error: str | None = None) -> None:
+        """Write what there is so far, so that a killed run leaves a readable audit."""
+        if self.store is None:
+            return
+        if len(columns["index"]):
+            try:
+                columns = audit.rank(columns)
+            except ValueError:  # nothing to rank by yet: the columns alone are worth keeping
+                columns = columns | {
+                    "rank": np.arange(1, len(columns["index"]) + 1),
+                    "candidate": np.zeros(len(columns["index"]), dtype=bool),
+                }
+            self.store.write_scores(columns)
+        self.store.write_manifest(self._manifest | {"status": status, "error": error})
+
+    def log_checkpoint(self, trainer: Trainer, scores: ExampleScores) -> None:
+        """Write the histogram of one TracIn checkpoint."""
+        for writer in bridge.tensorboard_writers(trainer):
+            summary.write_histogram(writer, "influence/tracin_epoch", scores.columns["tracin"].cpu(), trainer.global_step)
+
+    def log_dynamics(self, trainer: Trainer, columns: dict[str, Tensor]) -> None:
+        """Write means of the training dynamics."""
+        means = {
+            f"dynamics/{name}": float(columns[name].double().nanmean())
+            for name in ("loss_mean", "aum", "el2n", "prob_margin", "forgetting")
+            if name in columns and bool(torch.isfinite(columns[name]).any())
+        }
+        if "prob_margin" in columns:
+            means["dynamics/contradicted_labels"] = float((columns["prob_margin"] < 0).sum())
+        self._log_scalars(trainer, means)
+
+    def finish(
+        self,
+        trainer: Trainer,
+        gradients: ExampleGradients,
+        plan: InfluencePlan,
+        inspection: Inspection,
+        result: InfluenceScores,
+        columns: Columns,
+        recording: Recording,
+    ) -> AuditReport:
+        """Rank, write everything, and return the report."""
+        ranked = audit.rank(columns)
+        manifest = self._manifest | {
+            "status": "complete",
+            "examples": len(ranked["index"]),
+            "nonfinite": ranked["index"][~ranked["finite"]],
+            "ranked_by": list(audit.ingredients(columns)),
+            "coverage": {
+                "share": gradients.coverage.share,
+                "summary": gradients.coverage.describe(),
+                "covered": {name: op.parameter_names for name, op in gradients.coverage.operations.items()},
+                "uncovered": gradients.coverage.uncovered,
+            },
+            "curvature": {
+                "name": plan.curvature,
+                "labels": result.curvature.labels,
+                "examples": result.curvature.examples,
+                "damping": dict(result.curvature.dampings),
+            },
+            "verification_error": inspection.largest_error,
+            "tracin_steps": recording.tracin.checkpoints,
+            "seconds": result.seconds,
+            "notes": result.notes + _notes(inspection, recording),
+        }
+        mislabelled = self._known_mask(ranked["index"])
+        if mislabelled is not None:
+            manifest["detection"] = _detection(ranked, mislabelled)
+        if self.store is not None:
+            names = bridge.label_names(gradients.source.dataset)
+            for block, fitted in result.curvature.blocks.items():
+                if fitted.tensors:
+                    self.store.write_factors(
+                        block, fitted.tensors, {"kind": plan.curvature, "damping": repr(result.curvature.dampings[block])}
+                    )
+            self.store.write_scores(ranked)
+            self.store.write_candidates(ranked, label_names=names)
+            # Last: only a directory whose every file is in place calls itself complete.
+            self.store.write_manifest(manifest)
+        report = AuditReport(ranked, manifest, self.directory)
+        self._log_report(trainer, gradients, report, mislabelled)
+        return report
+
+    def _log_report(
+        self, trainer: Trainer, gradients: ExampleGradients, report: AuditReport, mislabelled: NDArray[Any] | None
+    ) -> None:
+        step = trainer.global_step
+        dataset = gradients.source.dataset
+        for writer in bridge.tensorboard_writers(trainer):
+            for name in ("self_influence", "tracin", "grad_norm_squared"):
+                if name in report.columns:
+                    method = f"self_influence/{report.manifest['curvature']['name']}" if name == "self_influence" else name
+                    summary.write_histogram(writer, f"influence/{method}", report.columns[name], step)
+            shown = [int(report.columns["index"][row]) for row in summary.top_candidates(report.columns)]
+            summary.write_candidates(
+                writer,
+                report.columns,
+                images=bridge.example_images(dataset, shown),
+                label_names=bridge.label_names(dataset),
+                step=step,
+            )
+            if mislabelled is not None:
+                summary.write_detection(writer, report.columns, mislabelled, step)
+        scalars = {f"seconds/{name.replace(' ', '_')}": value for name, value in report.manifest["seconds"].items()}
+        scalars |= {
+            "coverage": report.manifest["coverage"]["share"],
+            "candidates": len(report.candidates),
+            "nonfinite": len(report.nonfinite),
+        }
+        for name, values in report.manifest.get("detection", {}).items():
+            scalars |= {f"detection/{name}_{key}": values[key] for key in ("auroc", "average_precision")}
+        self._log_scalars(trainer, scalars)
+
+    def _log_scalars(self, trainer: Trainer, scalars: dict[str, float]) -> None:
+        if not trainer.is_global_zero:
+            return
+        for writer in bridge.tensorboard_writers(trainer):
+            summary.write_scalars(writer, scalars, trainer.global_step)
+        for logger in bridge.real_loggers(trainer):
+            if not isinstance(logger, TensorBoardLogger):
+                finite = {f"influence/{name}": value for name, value in scalars.items() if np.isfinite(value)}
+                logger.log_metrics(finite, step=trainer.global_step)
+
+    def _known_mask(self, indices: NDArray[Any]) -> NDArray[Any] | None:
+        if self.known_noise is None:
+            return None
+        mask = np.isin(indices, self.known_noise)
+        return mask if mask.any() and not mask.all() else None
+
+
+def _detection(columns: Columns, mislabelled: NDArray[Any]) -> dict[str, dict[str, float]]:
+    result = {}
+    truth = torch.from_numpy(mislabelled)
+    for name in SCORE_COLUMNS:
+        if name in columns and np.isfinite(columns[name]).any():
+            scores = torch.from_numpy(columns[name].astype(np.float64))
+            result[name] = mislabel_detection(-scores if name in LOW_IS_SUSPICIOUS else scores, truth)
+    return result
+
+
+def _notes(inspection: Inspection, recording: Recording) -> list[str]:
+    notes = []
+    if not inspection.tapped:
+        notes.append(
+            "no known loss call (F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.mse_loss) accounts for the "
+            "whole loss: empirical Fisher, and no predictions, margins or suggested labels from it"
+        )
+    if recording.untapped_batches:
+        notes.append(f"{recording.untapped_batches} training batches had no known loss call: no training dynamics there")
+    return notes
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**20:.0f} MB" if size < 2**30 else f"{size / 2**30:.1f} GB"

@@ -1,0 +1,202 @@
+"""Influence at the final weights, start to end: loss scale, curvature, validation query, scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.curvature.fit import (
+    BLOCKS,
+    Curvature,
+    CurvatureName,
+    FactorExamples,
+    Fisher,
+    choose_labels,
+    factor_examples,
+    fit,
+)
+from lightning_influence.layers import Coverage
+from lightning_influence.passes import ExampleGradients, Labels
+from lightning_influence.scoring import ExampleScores, mean_gradient, score_examples
+from lightning_influence.verify import Inspection
+
+
+@dataclass(frozen=True)
+class InfluencePlan:
+    """What will be computed, decided before the first pass.
+
+    Attributes:
+        curvature: Which approximation.
+        labels: Labels of the covariance and the eigenvalue pass.
+        examples: Number of examples of these passes.
+        damping: Absolute λ, or None for 0.1 times the mean eigenvalue of each block.
+    """
+
+    curvature: CurvatureName
+    labels: tuple[Labels, Labels]
+    examples: FactorExamples
+    damping: float | None = None
+
+    @classmethod
+    def make(
+        cls,
+        coverage: Coverage,
+        inspection: Inspection,
+        size: int,
+        *,
+        curvature: CurvatureName = "ekfac",
+        fisher: Fisher = "auto",
+        damping: float | Literal["relative"] = "relative",
+        examples: int | Literal["auto"] | None = "auto",
+    ) -> InfluencePlan:
+        """Decide labels and subset sizes.
+
+        Args:
+            coverage: The layers.
+            inspection: What one batch showed.
+            size: Number of training examples.
+            curvature: Which approximation.
+            fisher: Which labels, see ``curvature.choose_labels``.
+            damping: Absolute λ or ``"relative"``.
+            examples: Number of examples for the factors; ``"auto"`` see ``curvature.factor_examples``; None for all.
+        """
+        labels = choose_labels(fisher, inspection.classes, inspection.tapped)
+        draws = (inspection.classes or 1) if labels[1] == "exact" else 1
+        if examples == "auto":
+            sizes = factor_examples(coverage, inspection.positions, draws, size)
+        else:
+            count = size if examples is None else min(size, examples)
+            sizes = FactorExamples(count, count)
+        return cls(curvature, labels, sizes, None if damping == "relative" else damping)
+
+    def gradient_passes(self, size: int, queries: int, draws: int) -> float:
+        """Return the work in numbers of per-example gradients (one forward and backward pass each)."""
+        passes = BLOCKS[self.curvature].passes
+        work = float(size + queries)
+        if passes == 2 or self.curvature == "kfac":
+            work += self.examples.covariances
+        if passes == 2 or self.curvature == "diagonal":
+            work += self.examples.eigenvalues * (draws if self.labels[1] == "exact" else 1)
+        return work
+
+    def factor_bytes(self, coverage: Coverage, element_size: int = 4) -> int:
+        """Return the memory that the fitted curvature takes, the float64 copies of the eigendecomposition included."""
+        total = largest = 0
+        for operation in coverage.operations.values():
+            k, o, i = operation.shape
+            factors = 2 * (i * i + o * o) if BLOCKS[self.curvature].passes == 2 or self.curvature == "kfac" else 0
+            total += k * (factors + o * i) * element_size
+            largest = max(largest, k * 3 * (i * i + o * o) * 8 if factors else 0)
+        return 0 if self.curvature == "identity" else total + largest
+
+
+@dataclass(eq=False)
+class InfluenceScores:
+    """Scores at the final weights and how they came about.
+
+    Attributes:
+        scores: Columns by example.
+        curvature: The fitted curvature.
+        seconds: Wall time by stage.
+        notes: What a reader of the scores should know.
+    """
+
+    scores: ExampleScores
+    curvature: Curvature
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def influence_scores(
+    gradients: ExampleGradients,
+    indices: Sequence[int],
+    plan: InfluencePlan,
+    *,
+    queries: Sequence[tuple[ExampleGradients, Sequence[int]]] = (),
+    step_sizes: Mapping[str, tuple[float, float]] | None = None,
+    features: bool = True,
+) -> InfluenceScores:
+    """Fit the curvature and score every training example.
+
+    Args:
+        gradients: Passes over the training data.
+        indices: The training examples.
+        plan: What to compute.
+        queries: Validation data whose mean loss the ``harm`` column is about, with the indices to take.
+        step_sizes: For a last TracIn checkpoint in the same pass, see ``tracin.layer_step_sizes``.
+        features: Whether to keep the inputs of the last layer.
+
+    Returns:
+        Scores, curvature, timings, notes.
+
+    Raises:
+        ValueError: If no example has finite gradients, or the damping leaves a block singular.
+    """
+    seconds: dict[str, float] = {}
+    notes: list[str] = []
+    with _timed(seconds, "loss scale"):
+        gradients.calibrate(indices)
+    with _timed(seconds, "factors"):
+        curvature = fit(
+            gradients, plan.curvature, indices, examples=plan.examples, labels=plan.labels, damping=plan.damping
+        )
+    query: dict[str, Tensor] | None = None
+    if queries:
+        with _timed(seconds, "validation gradient"):
+            try:
+                query = curvature.solve(_mean_query([(q.like(gradients), chosen) for q, chosen in queries]))
+            except _NotTheTask as error:
+                notes.append(
+                    "no harm column: the loss of the training task can't be computed on the validation batches "
+                    f"({error.__cause__ or error})"
+                )
+    with _timed(seconds, "scores"):
+        scores = score_examples(
+            gradients,
+            indices,
+            curvature=curvature,
+            query=query,
+            step_sizes=step_sizes,
+            features=features,
+            title="self-influence",
+        )
+    return InfluenceScores(scores, curvature, seconds, notes)
+
+
+class _NotTheTask(Exception):
+    """The validation batches do not fit the training task."""
+
+
+def _mean_query(queries: Sequence[tuple[ExampleGradients, Sequence[int]]]) -> dict[str, Tensor]:
+    """Mean gradient over several sets of queries, each example counting once."""
+    total = sum(len(chosen) for _, chosen in queries)
+    result: dict[str, Tensor] = {}
+    for gradients, chosen in queries:
+        try:
+            mean = mean_gradient(gradients, chosen, title="validation gradient")
+        except torch.cuda.OutOfMemoryError:
+            raise
+        # Anything can go wrong in a user's training_step that meets another kind of batch.
+        except Exception as error:
+            raise _NotTheTask(str(error)) from error
+        for name, value in mean.items():
+            part = value * (len(chosen) / total)
+            result[name] = result[name] + part if name in result else part
+    return result
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        seconds[stage] = time.perf_counter() - start

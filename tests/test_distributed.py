@@ -1,0 +1,294 @@
+"""The collectives, in one process without a process group and in two real ones that talk through gloo."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_influence import distributed
+
+PATIENCE = timedelta(seconds=60)
+
+
+# --- one process ---
+
+
+def test_alone_without_a_process_group() -> None:
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.share(range(3, 6)) == [3, 4, 5]
+    assert distributed.any_process(True) is True
+    assert distributed.any_process(False) is False
+    distributed.barrier()
+
+
+def test_sum_alone_is_the_tensor_itself() -> None:
+    one, two = torch.randn(3, dtype=torch.float64), torch.arange(4)
+    sums = distributed.sum_across_processes([one, two])
+    assert sums[0] is one
+    assert sums[1] is two
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16])
+def test_sum_refuses_dtypes_that_wrap_around(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=rf"dtype {dtype} across processes.*Convert it to torch.int64"):
+        distributed.sum_across_processes([torch.ones(2, dtype=dtype)])
+
+
+def test_gather_alone_sorts_and_drops_repeats() -> None:
+    # The repeat of 4 carries another value: the first one counts.
+    indices = torch.tensor([4, 1, 4, 9])
+    values = {"loss": torch.tensor([0.4, 0.1, -1.0, float("nan")]), "label": torch.tensor([4, 1, -1, 9])}
+    gathered, columns = distributed.gather_by_index(indices, values)
+    assert gathered.tolist() == [1, 4, 9]
+    assert columns["label"].tolist() == [1, 4, 9]
+    torch.testing.assert_close(columns["loss"], torch.tensor([0.1, 0.4, float("nan")]), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.randn(3, 2, 4, dtype=torch.float64).transpose(1, 2),
+        torch.randn(3, 5).to(torch.bfloat16),
+        torch.tensor([True, False, True]),
+        torch.tensor([2**62, -1, 0]),
+        torch.empty(3, 0),
+        torch.randn(3, 2, requires_grad=True),
+    ],
+    ids=["float64, strided", "bfloat16", "bool", "int64", "no columns", "requires grad"],
+)
+def test_gather_keeps_dtype_and_shape(value: Tensor) -> None:
+    indices, columns = distributed.gather_by_index(torch.tensor([2, 0, 1]), {"value": value})
+    assert indices.tolist() == [0, 1, 2]
+    torch.testing.assert_close(columns["value"], value.detach()[[1, 2, 0]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_gather_of_hardly_anything(rows: int) -> None:
+    # Rows of 8 + 12 bytes: strides of 20 bytes are no multiple of an index's 8, which 0 or 1 rows can hide.
+    indices, columns = distributed.gather_by_index(torch.arange(rows), {"x": torch.ones(3, rows).t()})
+    assert indices.shape == (rows,)
+    assert torch.equal(columns["x"], torch.ones(rows, 3))
+
+
+@pytest.mark.parametrize(
+    ("indices", "value", "message"),
+    [
+        (torch.zeros(2), torch.zeros(2), r"indices must be int64 of shape \[n\], got torch.float32 of shape \[2\]"),
+        (torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2), r"got torch.int64 of shape \[2, 1\]"),
+        (torch.arange(2), torch.zeros(3), r"values\['x'\] .* the 2 indices, got shape \[3\]"),
+        (torch.arange(2), torch.tensor(1.0), r"values\['x'\] .* the 2 indices, got shape \[\]"),
+    ],
+)
+def test_gather_refuses_wrong_shapes(indices: Tensor, value: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        distributed.gather_by_index(indices, {"x": value})
+
+
+@pytest.mark.parametrize(
+    ("backends", "device", "expected"),
+    [
+        ("cuda:nccl", "cpu", "cuda"),
+        ("cuda:nccl", "cuda:1", "cuda:1"),
+        ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+        ("cpu:gloo", "cuda:0", "cpu"),
+    ],
+)
+def test_tensors_go_where_the_backend_can_send_them(
+    monkeypatch: pytest.MonkeyPatch, backends: str, device: str, expected: str
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
+    assert distributed._device_for(torch.device(device)) == torch.device(expected)
+
+
+# --- two processes: every function below runs on both, in this order; the tests look at what they returned ---
+
+
+def place(rank: int) -> object:
+    return distributed.rank(), distributed.world_size(), distributed.share(range(5))
+
+
+def sums(rank: int) -> object:
+    tensors = [
+        torch.tensor([1e-12 + rank, 1.0], dtype=torch.float64),
+        torch.tensor(2**60 + rank),
+        torch.arange(6.0).reshape(2, 3).t(),
+        torch.full((2,), float("nan") if rank else 1.0),
+        torch.empty(0, 3),
+    ]
+    before = [tensor.clone() for tensor in tensors]
+    summed = distributed.sum_across_processes(tensors)
+    untouched = all(torch.equal(a, b) for a, b in zip(before[:3], tensors[:3], strict=True))
+    return summed, untouched
+
+
+def sums_of_different_shapes(rank: int) -> object:
+    return distributed.sum_across_processes([torch.zeros(2 + rank)])
+
+
+def sums_missing_on_one_rank(rank: int) -> object:
+    return distributed.sum_across_processes([] if rank else [torch.zeros(2)])
+
+
+def gather_unequal(rank: int) -> object:
+    # As a DistributedSampler deals 5 examples to 2 processes: rank 1 holds example 0 again, as padding.
+    indices = torch.tensor([[4, 0, 2], [1, 3, 0]][rank] + [6] * rank)
+    loss = indices.double() + 0.5
+    loss[indices == 3] = float("nan")
+    return distributed.gather_by_index(
+        indices, {"rank": torch.full_like(indices, rank), "loss": loss, "flag": (indices > 2)[:, None]}
+    )
+
+
+def gather_none_on_one_rank(rank: int) -> object:
+    n = [0, 3][rank]
+    return distributed.gather_by_index(torch.arange(n).flip(0), {"x": torch.ones(n, 2, 2, dtype=torch.float16)})
+
+
+def gather_none_anywhere(rank: int) -> object:
+    return distributed.gather_by_index(torch.empty(0, dtype=torch.int64), {"x": torch.empty(0, 2)})
+
+
+def gather_different_dtypes(rank: int) -> object:
+    return distributed.gather_by_index(
+        torch.tensor([rank]), {"x": torch.zeros(1, dtype=[torch.float32, torch.int32][rank])}
+    )
+
+
+def gather_wrong_on_one_rank(rank: int) -> object:
+    return distributed.gather_by_index(torch.tensor([rank]), {"x": torch.zeros(1 + rank)})
+
+
+def any_flags(rank: int) -> object:
+    return [distributed.any_process(flag) for flag in (False, rank == 0, rank == 1, True)]
+
+
+def wait_for_the_slow_one(rank: int) -> object:
+    distributed.barrier()
+    started = time.monotonic()
+    if rank == 1:
+        time.sleep(0.5)
+    distributed.barrier()
+    return time.monotonic() - started
+
+
+STEPS: tuple[Callable[[int], object], ...] = (
+    place,
+    sums,
+    sums_of_different_shapes,
+    sums_missing_on_one_rank,
+    gather_unequal,
+    gather_none_on_one_rank,
+    gather_none_anywhere,
+    gather_different_dtypes,
+    gather_wrong_on_one_rank,
+    any_flags,
+    wait_for_the_slow_one,
+)
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=PATIENCE)
+    results = {}
+    try:
+        for step in STEPS:
+            try:
+                results[step.__name__] = step(rank)
+            except (TypeError, ValueError) as error:
+                results[step.__name__] = f"{type(error).__name__}: {error}"
+        torch.save(results, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each step returned on rank 0 and on rank 1; an error as its words."""
+    folder: Path = tmp_path_factory.mktemp("two_processes")
+    running = torch.multiprocessing.spawn(_process, args=(str(folder),), nprocs=2, join=False)
+    deadline = time.monotonic() + 2 * PATIENCE.total_seconds()
+    try:
+        while not running.join(timeout=1):
+            assert time.monotonic() < deadline, "the two processes hang"
+    finally:
+        for process in running.processes:
+            if process.is_alive():
+                process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_each_process_has_its_share(both: list[dict[str, Any]]) -> None:
+    assert [rank["place"] for rank in both] == [(0, 2, [0, 2, 4]), (1, 2, [1, 3])]
+
+
+def test_sums_of_two_processes(both: list[dict[str, Any]]) -> None:
+    for summed, untouched in (rank["sums"] for rank in both):
+        # In float32 the small term is lost; a count beyond 2**53 loses its last digit in float64.
+        assert summed[0].tolist() == [1e-12 + (1e-12 + 1), 2.0]
+        assert summed[1].item() == 2**61 + 1
+        assert torch.equal(summed[2], 2 * torch.arange(6.0).reshape(2, 3).t())
+        assert torch.isnan(summed[3]).all()
+        assert summed[4].shape == (0, 3)
+        assert untouched
+
+
+@pytest.mark.parametrize("step", ["sums_of_different_shapes", "sums_missing_on_one_rank"])
+def test_sums_that_do_not_match_are_refused_everywhere(both: list[dict[str, Any]], step: str) -> None:
+    for rank, results in enumerate(both):
+        assert "ValueError: sum_across_processes needs the same tensors" in results[step]
+        assert f"rank {rank} has" in results[step]
+
+
+def test_gather_sorts_and_drops_padding(both: list[dict[str, Any]]) -> None:
+    for indices, values in (rank["gather_unequal"] for rank in both):
+        assert indices.tolist() == [0, 1, 2, 3, 4, 6]
+        assert values["rank"].tolist() == [0, 1, 0, 1, 0, 1]
+        assert values["loss"].dtype == torch.float64
+        assert values["loss"].nan_to_num(-1).tolist() == [0.5, 1.5, 2.5, -1, 4.5, 6.5]
+        assert values["flag"].tolist() == [[False], [False], [False], [True], [True], [True]]
+
+
+def test_gather_with_nothing_on_one_rank(both: list[dict[str, Any]]) -> None:
+    for indices, values in (rank["gather_none_on_one_rank"] for rank in both):
+        assert indices.tolist() == [0, 1, 2]
+        assert torch.equal(values["x"], torch.ones(3, 2, 2, dtype=torch.float16))
+
+
+def test_gather_with_nothing_anywhere(both: list[dict[str, Any]]) -> None:
+    for indices, values in (rank["gather_none_anywhere"] for rank in both):
+        assert indices.shape == (0,)
+        assert values["x"].shape == (0, 2)
+
+
+def test_gather_that_does_not_match_is_refused_everywhere(both: list[dict[str, Any]]) -> None:
+    for rank, results in enumerate(both):
+        error = results["gather_different_dtypes"]
+        assert (
+            f"ValueError: gather_by_index needs the same tensors (names, dtypes, shapes) on every rank; rank {rank}"
+            in error
+        )
+        assert ["torch.float32", "torch.int32"][rank] in error
+
+
+def test_gather_fault_of_one_rank_is_raised_on_both(both: list[dict[str, Any]]) -> None:
+    first, second = (rank["gather_wrong_on_one_rank"] for rank in both)
+    assert "unusable tensors on another rank" in first
+    assert "values['x'] must have one row for each of the 1 indices, got shape [2]" in second
+
+
+def test_any_process_answers_alike(both: list[dict[str, Any]]) -> None:
+    assert [rank["any_flags"] for rank in both] == [[False, True, True, True]] * 2
+
+
+def test_barrier_waits_for_the_slow_one(both: list[dict[str, Any]]) -> None:
+    assert both[0]["wait_for_the_slow_one"] >= 0.4
