@@ -1,0 +1,610 @@
+"""What a tapped loss call says about each example, against formulas written out by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_influence.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    LossCall,
+    SquaredError,
+    known_loss,
+    read_call,
+)
+
+N = 6
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+COEFFICIENT = 0.3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call a loss: `r` rows for `N` examples, and what its terms are by the book."""
+
+    function: Callable[..., Tensor]
+    input: tuple[int, ...]
+    target: Callable[[], Tensor]
+    kwargs: Callable[[], dict[str, Any]] = field(default=dict)
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        generator = torch.Generator().manual_seed(1)
+        logits = 1.5 * torch.randn(self.input, generator=generator, dtype=torch.float64)
+        return logits, self.target(), self.kwargs()
+
+    def inputs(self, logits: Tensor) -> Tensor:
+        """Log-probabilities for `nll_loss`, else the logits themselves."""
+        return logits.log_softmax(1) if self.function is F.nll_loss else logits
+
+    def call(self, reduction: str, coefficient: float = COEFFICIENT) -> tuple[LossCall, Tensor, Tensor, Tensor]:
+        """Return the call, its logits, the batch loss made from it and the derivative of that by its output."""
+        logits, target, kwargs = self.make()
+        logits.requires_grad_()
+        inputs = self.inputs(logits)
+        kwargs = {**kwargs, "reduction": reduction}
+        output = self.function(inputs, target, **kwargs)
+        loss = coefficient * output
+        if reduction == "none":  # every element with a weight of its own
+            loss = (loss * torch.linspace(0.5, 2, output.numel(), dtype=torch.float64).view(output.shape)).sum()
+        call = read_call(self.function, (inputs, target), kwargs, output)
+        assert call is not None
+        (derivative,) = torch.autograd.grad(loss, output, retain_graph=True)
+        return call, logits, loss, derivative
+
+
+def _generator(seed: int = 2) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _classes(*shape: int, c: int = 4, ignored: int | None = None) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        target = torch.randint(0, c, shape, generator=_generator())
+        if ignored is not None:
+            target.view(-1)[1::3] = ignored
+        return target
+
+    return make
+
+
+def _soft(*shape: int, total: float = 1.0) -> Callable[[], Tensor]:
+    return lambda: total * torch.rand(shape, generator=_generator(), dtype=torch.float64).softmax(1)
+
+
+def _bits(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randint(0, 2, shape, generator=_generator()).double()
+
+
+def _numbers(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.rand(shape, generator=_generator(), dtype=torch.float64)
+
+
+WEIGHT = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
+CROSS_ENTROPY = {
+    "plain": Case(F.cross_entropy, (N, 4), _classes(N)),
+    "class weights": Case(F.cross_entropy, (N, 4), _classes(N), lambda: {"weight": WEIGHT}),
+    "ignored": Case(F.cross_entropy, (N, 4), _classes(N, ignored=-100)),
+    "ignored, other index": Case(F.cross_entropy, (N, 4), _classes(N, ignored=2), lambda: {"ignore_index": 2}),
+    "smoothing": Case(F.cross_entropy, (N, 4), _classes(N), lambda: {"label_smoothing": 0.2}),
+    "weights, ignored, smoothing": Case(
+        F.cross_entropy,
+        (N, 4),
+        _classes(N, ignored=-1),
+        lambda: {"weight": WEIGHT, "label_smoothing": 0.2, "ignore_index": -1},
+    ),
+    "soft": Case(F.cross_entropy, (N, 4), _soft(N, 4)),
+    "soft, not summing to one": Case(F.cross_entropy, (N, 4), _soft(N, 4, total=1.7)),
+    "soft, weights, smoothing": Case(
+        F.cross_entropy, (N, 4), _soft(N, 4), lambda: {"weight": WEIGHT, "label_smoothing": 0.2}
+    ),
+    "soft, not summing to one, smoothing": Case(
+        F.cross_entropy, (N, 4), _soft(N, 4, total=1.7), lambda: {"label_smoothing": 0.2}
+    ),
+    "tokens": Case(F.cross_entropy, (3 * N, 4), _classes(3 * N)),
+    "tokens, ignored, weights": Case(
+        F.cross_entropy, (3 * N, 4), _classes(3 * N, ignored=-100), lambda: {"weight": WEIGHT}
+    ),
+    "pixels": Case(F.cross_entropy, (N, 4, 2, 3), _classes(N, 2, 3)),
+    "pixels, everything": Case(
+        F.cross_entropy,
+        (N, 4, 3),
+        _classes(N, 3, ignored=3),
+        lambda: {"weight": WEIGHT, "label_smoothing": 0.1, "ignore_index": 3},
+    ),
+    "pixels, soft": Case(F.cross_entropy, (N, 4, 3), _soft(N, 4, 3)),
+    "nll": Case(F.nll_loss, (N, 4), _classes(N)),
+    "nll, weights, ignored": Case(
+        F.nll_loss, (N, 4), _classes(N, ignored=1), lambda: {"weight": WEIGHT, "ignore_index": 1}
+    ),
+    "nll, pixels": Case(F.nll_loss, (N, 4, 3), _classes(N, 3)),
+}
+BINARY = {
+    "one output": Case(F.binary_cross_entropy_with_logits, (N,), _bits(N)),
+    "one column": Case(F.binary_cross_entropy_with_logits, (N, 1), _bits(N, 1)),
+    "multilabel": Case(F.binary_cross_entropy_with_logits, (N, 3), _bits(N, 3)),
+    "soft": Case(F.binary_cross_entropy_with_logits, (N, 3), _numbers(N, 3)),
+    "pos_weight": Case(
+        F.binary_cross_entropy_with_logits, (N, 3), _bits(N, 3), lambda: {"pos_weight": WEIGHT[:3], "weight": None}
+    ),
+    "pos_weight, one": Case(
+        F.binary_cross_entropy_with_logits, (N,), _bits(N), lambda: {"pos_weight": torch.tensor(3.0)}
+    ),
+    "element weights": Case(
+        F.binary_cross_entropy_with_logits, (N, 3), _bits(N, 3), lambda: {"weight": _numbers(N, 3)()}
+    ),
+    "weights by column and pos_weight": Case(
+        F.binary_cross_entropy_with_logits,
+        (N, 3),
+        _numbers(N, 3),
+        lambda: {"weight": WEIGHT[1:], "pos_weight": WEIGHT[:3]},
+    ),
+    "weights by example": Case(
+        F.binary_cross_entropy_with_logits, (N, 3), _bits(N, 3), lambda: {"weight": _numbers(N, 1)()}
+    ),
+    "pixels": Case(F.binary_cross_entropy_with_logits, (N, 1, 2, 2), _bits(N, 1, 2, 2)),
+    "rows": Case(F.binary_cross_entropy_with_logits, (2 * N, 2), _bits(2 * N, 2)),
+}
+SQUARED = {
+    "one output": Case(F.mse_loss, (N,), _numbers(N)),
+    "outputs": Case(F.mse_loss, (N, 3), _numbers(N, 3)),
+    "image": Case(F.mse_loss, (N, 1, 2, 2), _numbers(N, 1, 2, 2)),
+    "rows": Case(F.mse_loss, (2 * N, 3), _numbers(2 * N, 3)),
+}
+CASES = {
+    f"{kind}: {name}": case
+    for kind, cases in (("cross-entropy", CROSS_ENTROPY), ("binary", BINARY), ("squared", SQUARED))
+    for name, case in cases.items()
+}
+REDUCTIONS = ("mean", "sum", "none")
+
+
+# --------------------------------------------------------------------------------------------------- by the book
+
+
+def book_terms(case: Case, logits: Tensor, target: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the loss terms and their shares of the denominator of a mean, both shaped `[r, ...]`."""
+    if case.function is F.mse_loss:
+        return (logits - target) ** 2, torch.ones_like(logits)
+    if case.function is F.binary_cross_entropy_with_logits:
+        positive, negative = torch.sigmoid(logits), torch.sigmoid(-logits)
+        pos_weight, weight = kwargs.get("pos_weight"), kwargs.get("weight")
+        terms = -(target * (1.0 if pos_weight is None else pos_weight) * positive.log() + (1 - target) * negative.log())
+        return terms * (1.0 if weight is None else weight), torch.ones_like(logits)
+    classes = logits.shape[1]
+    smoothing, ignore = kwargs.get("label_smoothing", 0.0), kwargs.get("ignore_index", -100)
+    weight = kwargs.get("weight")
+    weight = torch.ones(classes, dtype=torch.float64) if weight is None else weight
+    log_p = logits.movedim(1, -1).log_softmax(-1)
+    if target.is_floating_point():
+        distribution, share = target.movedim(1, -1), torch.ones(log_p.shape[:-1], dtype=torch.float64)
+    else:
+        kept = (target != ignore).double()
+        known = torch.where(target == ignore, 0, target)
+        distribution = torch.eye(classes, dtype=torch.float64)[known] * kept.unsqueeze(-1)
+        share = weight[known] * kept
+    smooth = ((1 - smoothing) * distribution + smoothing / classes) * (share != 0).unsqueeze(-1)
+    return -(weight * smooth * log_p).sum(-1), share
+
+
+def book_own_losses(case: Case, logits: Tensor, reduction: str, coefficient: float = COEFFICIENT) -> Tensor:
+    """Return every example's own loss, whose mean is the batch loss made in `Case.call`: `[N]`."""
+    _, target, kwargs = case.make()
+    terms, share = book_terms(case, logits, target, kwargs)
+    if reduction == "none":
+        terms = terms * torch.linspace(0.5, 2, terms.numel(), dtype=torch.float64).view(terms.shape)
+    total = share.sum() if reduction == "mean" else 1.0
+    return N * coefficient * terms.reshape(N, -1).sum(1) / total
+
+
+def book_hessians(case: Case, logits: Tensor, reduction: str) -> list[Tensor]:
+    """Return the Hessian of every example's own loss by its own logits, each `[P, P]`."""
+    whole = torch.func.hessian(lambda z: book_own_losses(case, z, reduction))(logits.detach())
+    size = logits.numel() // N
+    blocks = whole.reshape(N, N, size, N, size)
+    return [blocks[n, n, :, n, :] for n in range(N)]
+
+
+def to_logits(case: Case, gradient: Tensor, logits: Tensor) -> Tensor:
+    """Carry a gradient by the input of the loss back to the logits."""
+    logits = logits.detach().requires_grad_()
+    (result,) = torch.autograd.grad(case.inputs(logits), logits, gradient)
+    return result
+
+
+# ------------------------------------------------------------------------------------ terms, weights, own losses
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_terms_and_own_losses(name: str, reduction: str) -> None:
+    case = CASES[name]
+    call, logits, loss, derivative = case.call(reduction)
+    _, target, kwargs = case.make()
+    terms, share = book_terms(case, logits, target, kwargs)
+    torch.testing.assert_close(call.elements(), terms, **EXACT)
+    torch.testing.assert_close(call.weights(), share, **EXACT)
+    values = call.per_example(call.elements() * call.scale(derivative, N), N)
+    torch.testing.assert_close(values, book_own_losses(case, logits, reduction), **EXACT)
+    torch.testing.assert_close(values.mean(), loss, **EXACT)
+    assert call.rows_match(N)
+    # The gradients of the own losses are what autograd gives for the batch, row by row.
+    (own,) = torch.autograd.grad(values.sum(), logits, retain_graph=True)
+    (batch,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(own, N * batch, **EXACT)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_replaces_the_batch(name: str) -> None:
+    """With a reference the scale no longer depends on the rest of the batch."""
+    case = CASES[name]
+    for reduction, reference in (("mean", 1.75), ("sum", 32.0)):
+        call, logits, _, derivative = case.call(reduction)
+        _, target, kwargs = case.make()
+        terms, share = book_terms(case, logits, target, kwargs)
+        own = float(share.sum()) / N if reduction == "mean" else float(N)
+        assert call.batch_reference(N) == pytest.approx(own, rel=1e-12)
+        expected = COEFFICIENT * (1 / reference if reduction == "mean" else reference)
+        assert float(call.scale(derivative, N, reference)) == pytest.approx(expected, rel=1e-12)
+    call, _, _, derivative = case.call("none")
+    assert call.batch_reference(N) == 1.0
+    assert torch.equal(call.scale(derivative, N, 7.0), N * derivative)
+
+
+@pytest.mark.parametrize(
+    ("name", "varies"),
+    [
+        ("cross-entropy: plain", False),
+        ("cross-entropy: smoothing", False),
+        ("cross-entropy: soft", False),
+        ("cross-entropy: soft, weights, smoothing", False),
+        ("cross-entropy: class weights", True),
+        ("cross-entropy: ignored", True),
+        ("cross-entropy: tokens, ignored, weights", True),
+        ("cross-entropy: nll, weights, ignored", True),
+        ("binary: element weights", False),
+        ("squared: outputs", False),
+    ],
+)
+def test_which_means_depend_on_their_batch(name: str, varies: bool) -> None:
+    assert CASES[name].call("mean")[0].scale_varies(N) is varies
+    assert CASES[name].call("sum")[0].scale_varies(N)
+    assert not CASES[name].call("none")[0].scale_varies(N)
+
+
+@pytest.mark.parametrize(("rows", "n", "match"), [(12, 6, True), (12, 12, True), (12, 5, False), (4, 8, False)])
+def test_rows_are_shared_out_evenly(rows: int, n: int, match: bool) -> None:
+    logits, target = torch.zeros(rows, 3), torch.zeros(rows, dtype=torch.long)
+    call = read_call(F.cross_entropy, (logits, target), {}, torch.zeros(()))
+    assert call is not None
+    assert call.rows_match(n) is match
+
+
+def test_a_single_example_without_a_batch_dimension() -> None:
+    """`F.cross_entropy(logits[0], target[0])` has classes in its first dimension: not rows that could be shared out."""
+    logits, target = torch.zeros(3), torch.tensor(1)
+    call = read_call(F.cross_entropy, (logits, target), {}, F.cross_entropy(logits, target))
+    assert call is None or not call.rows_match(1)
+
+
+# ------------------------------------------------------------------------------------------------------ Hessians
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_exact_gradients_are_a_root_of_the_hessian(name: str, reduction: str) -> None:
+    case = CASES[name]
+    call, logits, _, derivative = case.call(reduction)
+    draws = call.exact_draws(N)
+    decisions = logits.numel() // N // (4 if name.startswith("cross") else 1)
+    if name.startswith("cross"):
+        assert draws == (4 if decisions == 1 else None)
+    else:
+        assert draws == decisions
+    if draws is None:
+        return
+    columns = [to_logits(case, column, logits) for column in call.exact_gradients(call.scale(derivative, N))]
+    assert len(columns) == draws
+    assert all(column.shape == logits.shape for column in columns)
+    flat = torch.stack(columns).reshape(draws, N, -1)
+    for n, hessian in enumerate(book_hessians(case, logits, reduction)):
+        torch.testing.assert_close(flat[:, n].T @ flat[:, n], hessian, **EXACT)
+
+
+def _repeated(case: Case, reduction: str, copies: int) -> tuple[list[LossCall], list[Tensor], Tensor]:
+    """For every example a call with many copies of it, and the scale that it has in its batch."""
+    call, logits, _, derivative = case.call(reduction)
+    scale = call.scale(derivative, N)
+    _, target, kwargs = case.make()
+    calls, scales = [], []
+    for n in range(N):
+        rows = logits.shape[0] // N
+        own = slice(n * rows, (n + 1) * rows)
+        settings = {
+            key: value[own].repeat(copies, *[1] * (value.ndim - 1)) if _by_row(value, logits) else value
+            for key, value in kwargs.items()
+        }
+        inputs = case.inputs(logits.detach())[own].repeat(copies, *[1] * (logits.ndim - 1))
+        targets = target[own].repeat(copies, *[1] * (target.ndim - 1))
+        repeated = read_call(case.function, (inputs, targets), settings, torch.zeros(()))
+        assert repeated is not None
+        calls.append(repeated)
+        scales.append(scale if scale.ndim == 0 else scale[own].repeat(copies, *[1] * (scale.ndim - 1)))
+    return calls, scales, logits
+
+
+def _by_row(value: Any, logits: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == logits.shape[0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", CASES)
+def test_sampled_gradients_have_the_hessian_as_their_second_moment(name: str, reduction: str) -> None:
+    """Over 20,000 labels: mean zero, second moment within 6 standard errors (of some 6,000 entries) of the Hessian."""
+    case, copies = CASES[name], 20_000
+    calls, scales, logits = _repeated(case, reduction, copies)
+    hessians = book_hessians(case, logits, reduction)
+    generator = np.random.default_rng(0)
+    rows = logits.shape[0] // N
+    for n, (call, scale) in enumerate(zip(calls, scales, strict=True)):
+        shape = call.noise_shape(copies)
+        noise = torch.from_numpy(generator.random((copies, *shape))).clamp(1e-16, 1 - 1e-16)
+        gradient = call.sampled_gradient(scale, noise)
+        assert gradient.shape == call.input.shape
+        own = logits.detach()[n * rows : (n + 1) * rows]
+        at_logits = to_logits(case, gradient, own.repeat(copies, *[1] * (own.ndim - 1))).reshape(copies, -1)
+        products = at_logits.unsqueeze(2) * at_logits.unsqueeze(1)
+        for samples, expected in ((at_logits, torch.zeros(at_logits.shape[1])), (products, hessians[n])):
+            error = samples.std(0) / math.sqrt(copies)
+            assert bool(((samples.mean(0) - expected).abs() <= 6 * error + 1e-12).all())
+
+
+def test_sampled_labels_follow_the_predicted_probabilities() -> None:
+    """Evenly spread noise must give each class in its share: 0.5, 0.3, 0.2 of 1,000."""
+    shares = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    logits = shares.log().expand(1000, 3)
+    call = read_call(F.cross_entropy, (logits, torch.zeros(1000, dtype=torch.long)), {}, torch.zeros(()))
+    assert call is not None
+    noise = ((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000).unsqueeze(1)
+    labels = call.sampled_gradient(torch.ones((), dtype=torch.float64), noise).argmin(1)
+    assert torch.bincount(labels).tolist() == [500, 300, 200]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_noise_at_its_ends_gives_finite_gradients(dtype: torch.dtype) -> None:
+    """In lower precision the largest uniform number becomes 1: no class beyond the last, no infinite normal."""
+    noise = torch.tensor([1e-16, 1 - 1e-16], dtype=torch.float64)
+    scale = torch.ones(())
+    logits = torch.tensor([[3.0, -2.0, 0.5], [60.0, 0.0, -60.0]], dtype=dtype)
+    targets = torch.tensor([0, 1])
+    for function, target, shape in (
+        (F.cross_entropy, targets, (2, 1)),
+        (F.nll_loss, targets, (2, 1)),
+        (F.binary_cross_entropy_with_logits, torch.ones_like(logits), (2, 3)),
+        (F.mse_loss, torch.ones_like(logits), (2, 3)),
+    ):
+        values = logits.float().log_softmax(1).to(dtype) if function is F.nll_loss else logits
+        call = read_call(function, (values, target), {}, torch.zeros(()))
+        assert call is not None
+        gradient = call.sampled_gradient(scale, noise.view(2, *[1] * (len(shape) - 1)).expand(shape))
+        assert bool(gradient.isfinite().all())
+        assert gradient.shape == logits.shape
+
+
+@pytest.mark.parametrize("function", [F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss])
+def test_a_negative_weight_is_refused(function: Callable[..., Tensor]) -> None:
+    logits = torch.randn(4, 2)
+    target = torch.zeros(4, dtype=torch.long) if function is F.cross_entropy else torch.zeros(4, 2)
+    call = read_call(function, (logits, target), {}, torch.zeros(()))
+    assert call is not None
+    for ask in (
+        lambda: call.sampled_gradient(torch.tensor(-0.25), torch.full((4, *call.noise_shape(4)), 0.5)),
+        lambda: list(call.exact_gradients(torch.tensor(-0.25))),
+    ):
+        with pytest.raises(ValueError, match=r'negative weight \(-0\.\d+\).*fisher="empirical"'):
+            ask()
+
+
+def test_a_negative_class_weight_is_refused() -> None:
+    logits, target, weight = torch.randn(4, 2), torch.tensor([0, 0, 1, 0]), torch.tensor([1.0, -2.0])
+    call = read_call(F.cross_entropy, (logits, target, weight), {}, torch.zeros(()))
+    assert call is not None
+    with pytest.raises(ValueError, match=r"negative weight \(-2\)"):
+        list(call.exact_gradients(torch.tensor(1.0)))
+
+
+# ---------------------------------------------------------------------------------------------------- statistics
+
+
+def _decisions(case: Case) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+    """Yield example, logits `[c]` and target distribution `[c]` (None if ignored) of every class decision."""
+    logits, target, kwargs = case.make()
+    classes = logits.shape[1]
+    z = logits.movedim(1, -1).reshape(-1, classes).numpy()
+    soft = target.is_floating_point()
+    t = target.movedim(1, -1).reshape(-1, classes).numpy() if soft else target.reshape(-1).numpy()
+    for row in range(len(z)):
+        if soft:
+            distribution = t[row]
+        else:
+            distribution = None if t[row] == kwargs.get("ignore_index", -100) else np.eye(classes)[t[row]]
+        yield row * N // len(z), z[row], distribution
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("cross")])
+def test_statistics_of_class_decisions(name: str) -> None:
+    case = CASES[name]
+    collected: dict[str, list[list[float]]] = {
+        key: [[] for _ in range(N)] for key in ("loss", "margin", "el2n", "wrong")
+    }
+    single: dict[str, list[Any]] = {"predicted": [], "label": [], "probabilities": []}
+    for n, z, distribution in _decisions(case):
+        p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+        single["predicted"].append(int(z.argmax()))
+        single["probabilities"].append(p)
+        single["label"].append(-1 if distribution is None else int(distribution.argmax()))
+        if distribution is None:
+            continue
+        label = int(distribution.argmax())
+        collected["loss"][n].append(-float((distribution * np.log(p)).sum()))
+        collected["margin"][n].append(float(z[label] - max(np.delete(z, label))))
+        collected["el2n"][n].append(float(np.sqrt(((p - distribution) ** 2).sum())))
+        collected["wrong"][n].append(float(z.argmax() != label))
+    statistics = case.call("mean")[0].statistics(N)
+    for key, values in collected.items():
+        expected = torch.tensor([np.mean(v) if v else np.nan for v in values], dtype=torch.float64)
+        torch.testing.assert_close(statistics[key], expected, equal_nan=True, **EXACT)
+    if len(single["label"]) > N or case.input[2:]:
+        assert set(statistics) == set(collected)
+    else:
+        assert set(statistics) == set(collected) | set(single)
+        assert statistics["predicted"].tolist() == single["predicted"]
+        assert statistics["label"].tolist() == single["label"]
+        expected = torch.from_numpy(np.stack(single["probabilities"]))
+        torch.testing.assert_close(statistics["probabilities"], expected, **EXACT)
+    assert not any(value.requires_grad for value in statistics.values())
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("binary")])
+def test_statistics_of_binary_outputs(name: str) -> None:
+    case = CASES[name]
+    logits, target, _ = case.make()
+    z, t = logits.reshape(N, -1).numpy(), target.reshape(N, -1).numpy()
+    p = 1 / (1 + np.exp(-z))
+    expected = {
+        "loss": -(t * np.log(p) + (1 - t) * np.log(1 - p)),
+        "margin": np.where(t > 0.5, z, -z) if set(np.unique(t)) <= {0, 1} else z * (2 * t - 1),
+        # The two-class probability vectors (p, 1 - p) and (t, 1 - t).
+        "el2n": np.sqrt((p - t) ** 2 + ((1 - p) - (1 - t)) ** 2),
+        "wrong": ((z > 0) != (t > 0.5)).astype(float),
+    }
+    statistics = case.call("mean")[0].statistics(N)
+    for key, values in expected.items():
+        torch.testing.assert_close(statistics[key], torch.from_numpy(values.mean(1)), **EXACT)
+    if z.shape[1] > 1:  # several labels: no single class to suggest
+        assert set(statistics) == set(expected)
+        return
+    assert set(statistics) == set(expected) | {"predicted", "label", "probabilities"}
+    assert statistics["predicted"].tolist() == (z[:, 0] > 0).astype(int).tolist()
+    assert statistics["label"].tolist() == t[:, 0].astype(int).tolist()
+    probabilities = torch.from_numpy(np.stack([1 - p[:, 0], p[:, 0]], 1))
+    torch.testing.assert_close(statistics["probabilities"], probabilities, **EXACT)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("squared")])
+def test_statistics_of_squared_errors(name: str) -> None:
+    logits, target, _ = CASES[name].make()
+    residual = (logits - target).reshape(N, -1).numpy()
+    statistics = CASES[name].call("sum")[0].statistics(N)
+    assert set(statistics) == {"loss", "el2n"}
+    torch.testing.assert_close(statistics["loss"], torch.from_numpy((residual**2).mean(1)), **EXACT)
+    torch.testing.assert_close(statistics["el2n"], torch.from_numpy(np.sqrt((residual**2).sum(1))), **EXACT)
+
+
+@pytest.mark.parametrize("function", [F.cross_entropy, F.nll_loss])
+def test_an_impossible_class_leaves_the_loss_finite(function: Callable[..., Tensor]) -> None:
+    """Logits masked with -inf (classes that can't be): torch's loss is finite, so the example's must be."""
+    logits = torch.tensor([[1.0, 2.0, -torch.inf], [0.5, -torch.inf, 0.0]])
+    values = logits.log_softmax(1) if function is F.nll_loss else logits
+    target = torch.tensor([0, 2])
+    call = read_call(function, (values, target), {}, function(values, target))
+    assert call is not None
+    expected = function(values, target, reduction="none")
+    assert bool(expected.isfinite().all())
+    statistics = call.statistics(2)
+    torch.testing.assert_close(statistics["loss"], expected)
+    torch.testing.assert_close(statistics["margin"], torch.tensor([-1.0, -0.5]))
+    noise = torch.tensor([[0.99], [0.01]], dtype=torch.float64)
+    assert bool(call.sampled_gradient(torch.ones(()), noise).isfinite().all())
+    assert all(bool(column.isfinite().all()) for column in call.exact_gradients(torch.ones(())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_of_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[9.0, 0.0], [0.0, 7.0]], dtype=dtype)
+    call = read_call(F.cross_entropy, (logits, torch.tensor([0, 1])), {}, torch.zeros((), dtype=dtype))
+    assert call is not None
+    statistics = call.statistics(2)
+    expected = F.cross_entropy(logits.float(), torch.tensor([0, 1]), reduction="none")
+    assert float(expected[0]) < 2e-4
+    torch.testing.assert_close(statistics["loss"], expected, rtol=1e-5, atol=0)
+    assert {statistics[key].dtype for key in ("loss", "margin", "el2n", "probabilities")} == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------------------- reading calls
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args")
+@pytest.mark.parametrize(
+    "function", [F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.mse_loss], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("size_average", [None, True, False])
+@pytest.mark.parametrize("reduce", [None, True, False])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_deprecated_arguments_mean_what_torch_takes_them_for(
+    function: Callable[..., Tensor], size_average: bool | None, reduce: bool | None, reduction: str
+) -> None:
+    logits = torch.randn(N, 4, dtype=torch.float64).log_softmax(1)
+    hard = function in (F.cross_entropy, F.nll_loss)
+    target = _classes(N)() if hard else _bits(N, 4)()
+    kwargs = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
+    output = function(logits, target, **kwargs)
+    call = read_call(function, (logits, target), kwargs, output)
+    assert call is not None
+    reduced = {"mean": torch.mean, "sum": torch.sum, "none": torch.clone}[call.reduction](call.elements())
+    torch.testing.assert_close(reduced, output, **EXACT)
+
+
+def test_positional_and_keyword_arguments_are_the_same_call() -> None:
+    logits, target = torch.randn(N, 4, dtype=torch.float64), _classes(N, ignored=1)()
+    out = torch.zeros(())
+    calls = [
+        read_call(F.cross_entropy, (logits, target, WEIGHT, None, 1, None, "sum", 0.1), {}, out),
+        read_call(
+            F.cross_entropy,
+            (),
+            {
+                "label_smoothing": 0.1,
+                "reduction": "sum",
+                "ignore_index": 1,
+                "weight": WEIGHT,
+                "target": target,
+                "input": logits,
+            },
+            out,
+        ),
+    ]
+    for call in calls:
+        assert isinstance(call, CrossEntropy)
+        assert call.input is logits
+        assert call.target is target
+        assert call.class_weights is WEIGHT
+        assert (call.ignore_index, call.reduction, call.label_smoothing) == (1, "sum", 0.1)
+        assert not call.log_probabilities
+    call = read_call(F.nll_loss, (logits, target, WEIGHT, None, 1), {"reduction": "none"}, out)
+    assert isinstance(call, CrossEntropy)
+    assert (call.ignore_index, call.reduction, call.label_smoothing) == (1, "none", 0.0)
+    assert call.log_probabilities
+    bits, by_element = _bits(N, 4)(), _numbers(N, 4)()
+    call = read_call(F.binary_cross_entropy_with_logits, (logits, bits, by_element), {"pos_weight": WEIGHT}, out)
+    assert isinstance(call, BinaryCrossEntropy)
+    assert call.element_weights is by_element
+    assert call.pos_weight is WEIGHT
+    assert isinstance(read_call(F.mse_loss, (logits, bits), {}, out), SquaredError)
+
+
+def test_what_is_not_understood_is_not_read() -> None:
+    out = torch.zeros(())
+    # [N, 1] against [N] broadcasts to [N, N]: every example would depend on every target.
+    assert read_call(F.mse_loss, (torch.zeros(N, 1), torch.zeros(N)), {}, out) is None
+    assert read_call(F.mse_loss, (torch.zeros(N, 1), torch.zeros(N, 1)), {"weight": torch.ones(N, 1)}, out) is None
+    assert known_loss(F.cross_entropy)
+    assert not known_loss(F.l1_loss)
+    assert not known_loss(torch.add)

@@ -1,0 +1,290 @@
+"""Per-example gradient algebra against formed gradients, every form forced, and what it must not allocate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import TensorDataset
+
+from lightning_influence import per_sample
+from lightning_influence.curvature import BLOCKS, CurvatureBlock, FactorExamples, fit
+from lightning_influence.layers import cover
+from lightning_influence.passes import ExampleGradients, ExampleSource
+from lightning_influence.scoring import score_examples
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+# (k, n, s, i, o)
+SHAPES = {
+    "one position": (1, 6, 1, 4, 3),
+    "one position, groups": (3, 6, 1, 4, 2),
+    "one of everything": (1, 1, 1, 1, 1),
+    "few positions": (1, 6, 2, 5, 4),
+    "few positions, groups": (2, 6, 2, 5, 4),
+    "many positions": (1, 5, 40, 3, 2),
+    "many positions, groups": (4, 5, 40, 3, 2),
+    "depthwise": (5, 6, 9, 4, 1),
+    "one output": (1, 6, 3, 7, 1),
+    "one input": (1, 6, 3, 1, 7),
+    "one example": (2, 1, 3, 4, 5),
+}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda rows: rows,
+    # Patches come from `F.unfold` with the positions innermost.
+    "patches": lambda rows: rows.transpose(-1, -2).contiguous().transpose(-1, -2),
+    # Groups lie inside the examples: `[n, k, i, s]` in memory.
+    "grouped patches": lambda rows: rows.permute(1, 0, 3, 2).contiguous().permute(1, 0, 3, 2),
+    # The gradient of a mean is one number, expanded.
+    "expanded": lambda rows: rows[:, :1, :1, :1].expand(rows.shape),
+}
+
+
+CASES = [(shape, layout) for shape in SHAPES for layout in LAYOUTS]
+
+
+@pytest.fixture(params=[None, 1, 37], ids=["all at once", "one at a time", "a few at a time"])
+def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param is not None:
+        monkeypatch.setattr(per_sample, "_CHUNK_ELEMENTS", request.param)
+
+
+def io(
+    shape: tuple[int, ...], layout: Callable[[Tensor], Tensor] = LAYOUTS["rows"], draws: int = 1
+) -> tuple[Tensor, list[Tensor]]:
+    k, n, s, i, o = shape
+    x = layout(torch.randn(k, n, s, i).double())
+    return x, [layout(torch.randn(k, n, s, o).double()) for _ in range(draws)]
+
+
+def cases(draws: int = 1) -> Iterator[tuple[Tensor, list[Tensor], tuple[int, ...], str]]:
+    for name, layout in CASES:
+        x, gs = io(SHAPES[name], LAYOUTS[layout], draws)
+        yield x, gs, SHAPES[name], f"{name}, {layout}"
+
+
+def close(found: Tensor, expected: Tensor, case: str) -> None:
+    torch.testing.assert_close(found, expected, **EXACT, msg=lambda message: f"{case}: {message}")
+
+
+def dense(x: Tensor, g: Tensor) -> Tensor:
+    """Return the gradients `[k, n, o, i]`, one outer product at a time."""
+    gradients = x.new_zeros(*x.shape[:2], g.shape[3], x.shape[3])
+    for s in range(x.shape[2]):
+        gradients += g[:, :, s, :, None] * x[:, :, s, None, :]
+    return gradients
+
+
+def rotated(x: Tensor, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.einsum("kop,knoi,kij->knpj", b, dense(x, g), a)
+
+
+def basis(k: int, m: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(k, m, m).double()).Q
+
+
+@pytest.mark.usefixtures("_chunks")
+class TestAgainstFormedGradients:
+    @pytest.mark.parametrize("form", ["auto", "gram", "form"])
+    def test_squared_norms(self, form: Any) -> None:
+        for x, (g,), _, case in cases():
+            close(per_sample.squared_norms(x, g, form=form), dense(x, g).square().sum((0, 2, 3)), case)
+
+    def test_gradients(self) -> None:
+        for x, (g,), _, case in cases():
+            chunks = list(per_sample.gradients(x, g))
+            close(torch.cat(chunks, 1), dense(x, g), case)
+            limit = max(per_sample._CHUNK_ELEMENTS, chunks[0][:, :1].numel())
+            assert all(0 < chunk.numel() <= limit for chunk in chunks), case
+
+    def test_summed_gradient(self) -> None:
+        for x, (g,), _, case in cases():
+            close(per_sample.summed_gradient(x, g), dense(x, g).sum(1), case)
+
+    @pytest.mark.parametrize("draws", [1, 3])
+    def test_summed_squares(self, draws: int) -> None:
+        for x, gs, _, case in cases(draws):
+            expected = torch.stack([dense(x, g).square().sum(1) for g in gs]).sum(0)
+            close(per_sample.summed_squares(x, gs), expected, case)
+
+    def test_weighted_squares(self) -> None:
+        for x, (g,), (k, _, _, i, o), case in cases():
+            weights = torch.rand(k, o, i).double()
+            expected = torch.einsum("knoi,koi->n", dense(x, g).square(), weights)
+            close(per_sample.weighted_squares(x, g, weights), expected, case)
+
+    def test_inner_products(self) -> None:
+        for x, (g,), (k, _, _, i, o), case in cases():
+            matrix = torch.randn(k, o, i).double()
+            expected = torch.einsum("knoi,koi->n", dense(x, g), matrix)
+            close(per_sample.inner_products(x, g, matrix), expected, case)
+
+    @pytest.mark.parametrize("form", ["auto", "rotate_first", "form_first"])
+    @pytest.mark.parametrize("draws", [1, 3])
+    def test_rotated_squares(self, form: Any, draws: int) -> None:
+        for x, gs, (k, _, _, i, o), case in cases(draws):
+            a, b = basis(k, i), basis(k, o)
+            expected = torch.stack([rotated(x, g, a, b).square().sum(1) for g in gs]).sum(0)
+            close(per_sample.rotated_squares(x, gs, a, b, form=form), expected, case)
+
+    @pytest.mark.parametrize("form", ["auto", "rotate_first", "form_first"])
+    def test_weighted_rotated_squares(self, form: Any) -> None:
+        for x, (g,), (k, _, _, i, o), case in cases():
+            a, b, weights = basis(k, i), basis(k, o), torch.rand(k, o, i).double()
+            kept = weights.clone()
+            expected = torch.einsum("knoi,koi->n", rotated(x, g, a, b).square(), weights)
+            close(per_sample.weighted_rotated_squares(x, g, a, b, weights, form=form), expected, case)
+            assert torch.equal(weights, kept), "modified in place, although it is used for every batch"
+
+
+class TestRows:
+    def test_second_moment(self) -> None:
+        for x, _, _, case in cases():
+            expected = sum(row[..., :, None] * row[..., None, :] for row in x.flatten(1, 2).unbind(1))
+            close(per_sample.second_moment(x), expected, case)
+
+    def test_rotate(self) -> None:
+        for x, _, (k, _, _, i, _), case in cases():
+            matrix = torch.randn(k, i, 3).double()
+            close(per_sample.rotate(x, matrix), torch.stack([x[group] @ matrix[group] for group in range(k)]), case)
+
+    def test_inputs_are_left_alone(self) -> None:
+        """They are the captured tensors, which further blocks and columns read."""
+        for x, gs, (k, _, _, i, o), case in cases(2):
+            copies = [tensor.clone() for tensor in (x, *gs)]
+            a, b, weights = basis(k, i), basis(k, o), torch.ones(k, o, i).double()
+            per_sample.squared_norms(x, gs[0])
+            per_sample.summed_squares(x, gs)
+            per_sample.weighted_squares(x, gs[0], weights)
+            for form in ("rotate_first", "form_first"):
+                per_sample.rotated_squares(x, gs, a, b, form=form)
+                per_sample.weighted_rotated_squares(x, gs[0], a, b, weights, form=form)
+            assert all(torch.equal(tensor, copy) for tensor, copy in zip((x, *gs), copies, strict=True)), case
+
+
+class _Sizes(TorchDispatchMode):
+    """Notes the largest tensor, in float32 numbers, that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            # The storage, as the entries of an expanded view take no memory.
+            if isinstance(value, Tensor):
+                self.largest = max(self.largest, value.untyped_storage().nbytes() // 4)
+        return result
+
+
+@contextmanager
+def largest_below(limit: int) -> Iterator[_Sizes]:
+    with _Sizes() as sizes:
+        yield sizes
+    assert sizes.largest < limit, f"a tensor of {sizes.largest} numbers; the limit is {limit}"
+
+
+class TestCost:
+    N, I, O = 64, 40, 30  # noqa: E741  (the letters of the index legend)
+
+    def test_the_probe_sees_formed_gradients(self) -> None:
+        x, g = torch.randn(1, self.N, 1, self.I), torch.randn(1, self.N, 1, self.O)
+        with _Sizes() as sizes:
+            torch.cat(list(per_sample.gradients(x, g)), 1)
+        assert sizes.largest == self.N * self.I * self.O
+        with _Sizes() as sizes:
+            torch.einsum("knso,knsi->noi", g, x).square().sum((1, 2))
+        assert sizes.largest == self.N * self.I * self.O
+
+    @pytest.mark.parametrize("k", [1, 3])
+    @pytest.mark.parametrize("name", BLOCKS)
+    def test_one_position_never_forms_gradients(self, name: str, k: int) -> None:
+        """Nothing of the size `[n, o, i]`: only rows of the batch and the factors themselves."""
+        x = torch.randn(k, self.N, 1, self.I)
+        gs = [torch.randn(k, self.N, 1, self.O) for _ in range(4)]
+        block: CurvatureBlock = BLOCKS[name]((k, self.O, self.I))
+        limit = k * max(len(gs) * self.N * self.O, self.N * self.I, self.I**2, self.O * self.I) + 1
+        assert limit < k * self.N * self.O * self.I / 8
+        with largest_below(limit):
+            for _ in range(block.passes):
+                block.update(x, gs, self.N)
+                block.end_pass(self.N)
+            block.self_influence(x, gs[0], 0.1)
+            per_sample.squared_norms(x, gs[0])
+            per_sample.inner_products(x, gs[0], torch.ones(k, self.O, self.I))
+            per_sample.summed_gradient(x, gs[0])
+
+    @pytest.mark.parametrize("name", BLOCKS)
+    def test_whole_audit_of_an_mlp_never_forms_gradients(self, name: Any) -> None:
+        """Capture, fit and scores together; the limit is what the gradients of the smallest layer would take."""
+        net = nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 50), nn.ReLU(), nn.Linear(50, 5))
+        dataset = TensorDataset(torch.randn(400, 60), torch.arange(400) % 5)
+        source = ExampleSource(dataset, batch_size=400)
+        gradients = ExampleGradients(net, lambda m, b: F.cross_entropy(m(b[0]), b[1]), source, cover(net))
+        with largest_below(400 * 5 * 51):
+            curvature = fit(gradients, name, range(400), examples=FactorExamples(400, 400), labels=("sampled", "exact"))
+            query = {layer: torch.ones(block.shape) for layer, block in curvature.blocks.items()}
+            scores = score_examples(gradients, range(400), curvature=curvature, query=query, features=True)
+        assert scores.columns["self_influence"].min() > 0
+
+    @pytest.mark.parametrize(
+        ("s", "i", "o", "formed"),
+        [(2, 30, 20, False), (11, 30, 20, False), (12, 30, 20, True), (12, 30, 21, False), (400, 30, 20, True)],
+    )
+    def test_norms_take_the_cheaper_form(
+        self, monkeypatch: pytest.MonkeyPatch, s: int, i: int, o: int, formed: bool
+    ) -> None:
+        """Gram costs `s²(i + o)`, forming `s·i·o`: at 30 inputs and 20 outputs they meet at 12 positions."""
+        calls = self.count_calls(monkeypatch, "gradients")
+        per_sample.squared_norms(torch.randn(1, 3, s, i), torch.randn(1, 3, s, o))
+        assert bool(calls) == formed == (s**2 * (i + o) >= s * i * o)
+
+    @pytest.mark.parametrize(
+        ("s", "i", "o", "draws", "rotated_first"),
+        [
+            (2, 30, 20, 1, True),
+            (23, 30, 20, 1, True),
+            (24, 30, 20, 1, False),
+            (24, 30, 20, 9, True),
+            (400, 9, 4, 1, False),
+        ],
+    )
+    def test_rotations_take_the_cheaper_form(
+        self, monkeypatch: pytest.MonkeyPatch, s: int, i: int, o: int, draws: int, rotated_first: bool
+    ) -> None:
+        """Rows cost `s(i² + d·o²)`, formed gradients `d·o·i(o + i)`; nine labels make nine gradients of one input."""
+        x, gs = io((1, 3, s, i, o), LAYOUTS["rows"], draws)
+        a, b = basis(1, i), basis(1, o)
+        calls = self.count_calls(monkeypatch, "rotate")
+        per_sample.rotated_squares(x, gs, a, b)
+        assert bool(calls) == rotated_first == (s * (i**2 + draws * o**2) < draws * o * i * (o + i))
+
+    def test_formed_gradients_are_held_a_few_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """1,000 examples of 12,000 scalars: 48 MB at once, and every example more would add to it."""
+        monkeypatch.setattr(per_sample, "_CHUNK_ELEMENTS", 50_000)
+        x, g = torch.randn(1, 1000, 20, 120), torch.randn(1, 1000, 20, 100)
+        a, b = basis(1, 120).float(), basis(1, 100).float()
+        with largest_below(x.numel() + 1):
+            per_sample.squared_norms(x, g, form="form")
+            per_sample.weighted_squares(x, g, torch.ones(1, 100, 120))
+            for form in ("form_first", "rotate_first"):
+                per_sample.weighted_rotated_squares(x, g, a, b, torch.ones(1, 100, 120), form=form)
+
+    def count_calls(self, monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+        calls: list[str] = []
+        function = getattr(per_sample, name)
+
+        def counted(*args: Any) -> Any:
+            calls.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(per_sample, name, counted)
+        return calls
