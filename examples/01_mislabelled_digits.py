@@ -97,7 +97,7 @@ def main() -> None:
     found = len(set(report.ranking[:inspected].tolist()) & set(flipped.tolist()))
     auroc = {name: values["auroc"] for name, values in report.manifest["detection"].items()}
     best = max((name for name in auroc if name != "suspicion"), key=lambda name: auroc[name])
-    print(f"\n{found} of the {len(flipped)} flipped labels are among the {inspected} most suspicious examples (top 10 %).")
+    print(f"\n{found} of the {len(flipped)} flipped labels are in the top 10 % ({inspected} examples).")
     print(f"AUROC of the ranking {auroc['suspicion']:.4f}; best single column {best} {auroc[best]:.4f}.")
     print(f"Training and audit took {time.perf_counter() - start:.0f} s.")
     print(f"\nThe audit:   {report.directory}")

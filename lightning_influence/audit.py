@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_influence.store import LOW_IS_SUSPICIOUS, AuditStore
+from lightning_influence.columns import LOW_IS_SUSPICIOUS
+from lightning_influence.store import AuditStore
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -39,7 +40,7 @@ class AuditReport:
 
     Attributes:
         columns: Column name to array ``[n]``, one row per training example, sorted by dataset index. See
-            ``store.COLUMN_DESCRIPTIONS`` for meanings, units and signs.
+            ``columns.COLUMN_DESCRIPTIONS`` for meanings, units and signs.
         manifest: Status, arguments, versions, coverage, timings and notes.
         directory: Where it lies on disk, if anywhere.
 

@@ -215,8 +215,8 @@ class _Forward:
 def _check_unmodified(use: _Use, name: str) -> None:
     if use.input._version != use.version:
         raise LayerError(
-            f"the input of layer {name!r} was modified in place after the layer had used it; training would fail on this "
-            "too. Use the out-of-place form of that operation."
+            f"the input of layer {name!r} was modified in place after the layer had used it; training would fail on "
+            "this too. Use the out-of-place form of that operation."
         )
 
 

@@ -152,8 +152,8 @@ class TrainingDynamics:
         sizes = {value.shape[0] for value in state.values()}
         if sizes - {self.size}:
             raise ValueError(
-                f"the checkpoint holds training dynamics of {sizes.pop()} examples, the data set has {self.size}: it was "
-                "written for other training data. Resume with those, or start a new run."
+                f"the checkpoint holds training dynamics of {sizes.pop()} examples, the data set has {self.size}: it "
+                "was written for other training data. Resume with those, or start a new run."
             )
         self.sums = {name: value.clone() for name, value in state.items()}
         self._waiting = []

@@ -7,8 +7,8 @@ canonical layout
     output gradients  ``g: [k, n, s, o]``
 
 ``k`` independent groups (1 except for grouped convolutions, whose weight is block-diagonal), ``n`` examples,
-``s`` positions that share the weights, ``i`` inputs of a group plus a last column of ones for the bias, ``o`` outputs of
-a group. The gradient of example ``n`` for group ``k`` is ``Σ_s g_s x_sᵀ``, ``[o, i]``, row-major like the weight.
+``s`` positions that share the weights, ``i`` inputs of a group plus a last column of ones for the bias, ``o`` outputs
+of a group. The gradient of example ``n`` for group ``k`` is ``Σ_s g_s x_sᵀ``, ``[o, i]``, row-major like the weight.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class LayerOperation(ABC):
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
         self.module = module
-        self.has_weight = _trainable(module.weight)
-        self.has_bias = _trainable(module.bias)
+        self.has_weight = _trainable(module, "weight")
+        self.has_bias = _trainable(module, "bias")
 
     @property
     @abstractmethod
@@ -66,9 +66,9 @@ class LayerOperation(ABC):
         result: dict[str, Tensor] = {}
         if self.has_weight:
             weight = block[..., :-1] if self.has_bias else block
-            result["weight"] = weight.reshape(*lead, *self.module.weight.shape)
+            result["weight"] = weight.reshape(*lead, *self.module.get_parameter("weight").shape)
         if self.has_bias:
-            result["bias"] = block[..., -1].reshape(*lead, *self.module.bias.shape)
+            result["bias"] = block[..., -1].reshape(*lead, *self.module.get_parameter("bias").shape)
         return result
 
     def from_parameters(self, tensors: dict[str, Tensor]) -> Tensor:
@@ -246,11 +246,12 @@ def cover(module: nn.Module, layers: Iterable[str] | None = None) -> Coverage:
             hits = [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)]
             matched.update(hits)
             reason = None if hits else "left out by `layers=`"
-        if reason is None:
-            operations[name] = _OPERATIONS[_kind(submodule)](name, submodule)
+        kind = _kind(submodule)
+        if reason is None and kind is not None:
+            operations[name] = _OPERATIONS[kind](name, submodule)
             covered.update(id(p) for p in own)
         else:
-            reasons.update({id(p): reason for p in own})
+            reasons.update({id(p): str(reason) for p in own})
     trainable = {_clean(name): p for name, p in module.named_parameters() if p.requires_grad}
     if patterns is not None and (missing := [pattern for pattern in patterns if pattern not in matched]):
         raise LayerError(
@@ -289,7 +290,8 @@ def _kind(module: nn.Module) -> type[nn.Module] | None:
     return next((kind for kind in _OPERATIONS if isinstance(module, kind)), None)
 
 
-def _trainable(parameter: Tensor | None) -> bool:
+def _trainable(module: nn.Module, name: str) -> bool:
+    parameter = module._parameters[name]
     return parameter is not None and parameter.requires_grad
 
 

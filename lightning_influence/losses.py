@@ -340,7 +340,7 @@ class SquaredError(LossCall):
 
     def elements(self) -> Tensor:
         """Return ``[r, ...]``."""
-        return (self.input - self.target) ** 2
+        return (self.input - self.target).square()
 
     def weights(self) -> Tensor:
         """Return ones."""
@@ -355,7 +355,8 @@ class SquaredError(LossCall):
         # In the noise's own float64: rounded to float32, a uniform number can be 1 and the normal one infinite.
         normal = torch.special.ndtri(noise).reshape(self.input.shape)
         root = self._root(scale)
-        return normal.to(root) * root
+        scaled: Tensor = normal.to(root) * root
+        return scaled
 
     def exact_draws(self, n: int) -> int | None:
         """Return the number of outputs of one example."""

@@ -8,7 +8,7 @@ streams that belong to the example.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, cast
@@ -67,9 +67,9 @@ class ExampleSource:
             hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
         ):
             raise DataError(
-                f"{type(dataset).__name__} is a stream: its examples have no index to file scores under or to fetch them "
-                "again by. An audit needs a map-style dataset, with `__getitem__` and `__len__`; for data that fit on "
-                "disk, write the stream out once and index it."
+                f"{type(dataset).__name__} is a stream: its examples have no index to file scores under or to fetch "
+                "them again by. An audit needs a map-style dataset, with `__getitem__` and `__len__`; for data that "
+                "fit on disk, write the stream out once and index it."
             )
         self.dataset = dataset
         self.batch_size = batch_size
@@ -91,15 +91,15 @@ class ExampleSource:
         """
         if not isinstance(loader, DataLoader):
             raise DataError(
-                f"the training data come from a {type(loader).__name__}; expected a torch `DataLoader` over a map-style "
-                "dataset, whose examples can be fetched again by index."
+                f"the training data come from a {type(loader).__name__}; expected a torch `DataLoader` over a "
+                "map-style dataset, whose examples can be fetched again by index."
             )
         if isinstance(loader.dataset, IterableDataset):
             return cls(loader.dataset)  # raises, with the reason
         if loader.batch_sampler is None:
             raise DataError(
-                "the training DataLoader has `batch_size=None`: its dataset hands out whole batches, so single examples "
-                "have no index. Let the DataLoader make the batches (`batch_size=` or `batch_sampler=`)."
+                "the training DataLoader has `batch_size=None`: its dataset hands out whole batches, so single "
+                "examples have no index. Let the DataLoader make the batches (`batch_size=` or `batch_sampler=`)."
             )
         size = batch_size or loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
         return cls(
@@ -256,7 +256,7 @@ class ExampleGradients:
         draw: int = 0,
         title: str = "",
         everywhere: bool = False,
-    ) -> Iterator[BatchGradients]:
+    ) -> Generator[BatchGradients, None, None]:
         """Visit this process's share of the examples, in order.
 
         Close the iterator (``contextlib.closing``) rather than drop it: the model is frozen until then.
@@ -292,7 +292,7 @@ class ExampleGradients:
                 capture.clear()
                 advance()
 
-    def losses(self, indices: Sequence[int], *, title: str = "") -> Iterator[tuple[list[int], BatchLoss]]:
+    def losses(self, indices: Sequence[int], *, title: str = "") -> Generator[tuple[list[int], BatchLoss], None, None]:
         """Visit this process's share of the examples, forward only."""
         own = distributed.share(indices)
         with (
@@ -365,8 +365,8 @@ class ExampleGradients:
         draws = loss.exact_draws()
         if draws is None:
             raise TaskError(
-                "the expectation over labels has no closed form for this loss (it makes several decisions per example); "
-                'use `fisher="sampled"`.'
+                "the expectation over labels has no closed form for this loss (it makes several decisions per "
+                'example); use `fisher="sampled"`.'
             )
         for number, (outputs, gradients) in enumerate(loss.exact_outputs()):
             capture.backward(outputs, gradients, last=number == draws - 1)

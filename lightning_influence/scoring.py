@@ -54,8 +54,8 @@ def score_examples(
         title: Text of the progress bar.
 
     Returns:
-        Columns ``loss``, ``predicted``, ``label`` (if the loss was tapped), ``grad_norm_squared``, ``finite``, and those
-        asked for.
+        Columns ``loss``, ``predicted``, ``label`` (if the loss was tapped), ``grad_norm_squared``, ``finite``, and
+        those asked for.
     """
     collected: dict[str, list[Tensor]] = {}
     kept: list[int] = []

@@ -241,8 +241,8 @@ def evaluate(
     loss = loss.reshape(())
     if not loss.requires_grad:
         raise TaskError(
-            "the loss does not depend on any layer that is understood (nn.Linear, nn.Conv2d with trainable parameters): "
-            "nothing to attribute. Was it computed under `torch.no_grad()` or from detached tensors?"
+            "the loss does not depend on any layer that is understood (nn.Linear, nn.Conv2d with trainable "
+            "parameters): nothing to attribute. Was it computed under `torch.no_grad()` or from detached tensors?"
         )
     calls = [call for call in tap.calls if call.rows_match(n)]
     coefficients = (

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_influence import per_sample
 from lightning_influence.capture import LayerIO
 from lightning_influence.layers import LayerOperation
 

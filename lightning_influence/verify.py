@@ -104,10 +104,10 @@ def _compare(gradients: ExampleGradients, batch: object, sums: dict[str, Tensor]
     if wrong:
         listed = ", ".join(f"{name} ({e:.1%} off)" for name, e in sorted(wrong.items(), key=lambda item: -item[1])[:8])
         raise VerificationError(
-            f"the per-example gradients do not add up to the gradient of the batch loss in: {listed}. Their parameters are "
-            "used outside the layer's own forward (a functional call, a penalty on the weights in `training_step`), or "
-            "the loss is not the mean over the batch. Freeze those layers, pass `task=` with the plain loss, or accept "
-            "the error with `verify=False`."
+            f"the per-example gradients do not add up to the gradient of the batch loss in: {listed}. Their "
+            "parameters are used outside the layer's own forward (a functional call, a penalty on the weights in "
+            "`training_step`), or the loss is not the mean over the batch. Freeze those layers, pass `task=` with the "
+            "plain loss, or accept the error with `verify=False`."
         )
     return max(errors.values(), default=0.0)
 
@@ -136,13 +136,14 @@ def _compare_alone(
         if abs(norm - there) > tolerance * max(norm, there) + 1e-9 * scale:
             raise VerificationError(
                 f"example {indices[position]} has another gradient in a batch than alone (squared norm {there:.4g} and "
-                f"{norm:.4g}): its loss depends on the other examples (batch statistics, mixup, a contrastive loss), or "
-                "the batch is not the first dimension of a layer's input. Influence of single examples is not defined "
-                "then; pass `task=` with a loss per example, or accept it with `verify=False`."
+                f"{norm:.4g}): its loss depends on the other examples (batch statistics, mixup, a contrastive loss), "
+                "or the batch is not the first dimension of a layer's input. Influence of single examples is not "
+                "defined then; pass `task=` with a loss per example, or accept it with `verify=False`."
             )
-    if values is None and not abs(sum(alone) / len(alone) - mean) <= tolerance * max(abs(mean), 1e-6):
+    expected = sum(alone) / len(alone)
+    if values is None and not abs(expected - mean) <= tolerance * max(abs(mean), 1e-6):
         raise VerificationError(
-            f"the batch loss ({mean:.6g}) is not the mean of the losses of its examples alone ({sum(alone) / len(alone):.6g}), "
-            "and no known loss call was seen that would tell each example's part. Return the mean from `training_step`, "
-            "or pass `task=`, a function (module, batch) -> one loss per example."
+            f"the batch loss ({mean:.6g}) is not the mean of the losses of its examples alone ({expected:.6g}), "
+            "and no known loss call was seen that would tell each example's part. Return the mean from "
+            "`training_step`, or pass `task=`, a function (module, batch) -> one loss per example."
         )

@@ -264,9 +264,7 @@ def class_gradients(
     return {name: torch.stack(gradients) for name, gradients in rows.items()}
 
 
-def exact_fisher(
-    model: nn.Module, inputs: Tensor, num_classes: int, params: Sequence[str] | None = None
-) -> Tensor:
+def exact_fisher(model: nn.Module, inputs: Tensor, num_classes: int, params: Sequence[str] | None = None) -> Tensor:
     """Return the Fisher `[P, P]` of softmax cross-entropy, the expectation over labels taken exactly.
 
     Args:
@@ -377,9 +375,7 @@ def flatten_gradients(gradients: Mapping[str, Tensor], params: Sequence[str] | N
     return torch.cat([gradients[name].flatten(1) for name in names], dim=1)
 
 
-def layer_blocks(
-    matrix: Tensor, model: nn.Module, module_name: str, params: Sequence[str] | None = None
-) -> Tensor:
+def layer_blocks(matrix: Tensor, model: nn.Module, module_name: str, params: Sequence[str] | None = None) -> Tensor:
     """Cut one layer's blocks `[K, O*I, O*I]`, laid out as by `gradient_matrix`, out of a matrix.
 
     Args:
@@ -422,9 +418,7 @@ def _one_number(loss: Tensor) -> Tensor:
 
 def _gradients(value: Tensor, variables: Iterable[Tensor], *, create_graph: bool = False) -> list[Tensor]:
     variables = list(variables)
-    gradients = torch.autograd.grad(
-        value, variables, retain_graph=True, create_graph=create_graph, allow_unused=True
-    )
+    gradients = torch.autograd.grad(value, variables, retain_graph=True, create_graph=create_graph, allow_unused=True)
     return [
         torch.zeros_like(variable) if gradient is None else gradient
         for variable, gradient in zip(variables, gradients, strict=True)

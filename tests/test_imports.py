@@ -22,6 +22,7 @@ PACKAGE = "lightning_influence"
 ROOT = Path(lightning_influence.__file__).parent
 
 ORDER = (
+    "columns",
     "isolation",
     "distributed",
     "losses",

@@ -261,9 +261,7 @@ def test_a_tied_weight_gets_the_sum_over_its_layers() -> None:
 
 def test_gradients_agree_with_finite_differences() -> None:
     torch.manual_seed(5)
-    model = _randomise(
-        nn.Sequential(nn.Conv2d(1, 2, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(18, 3))
-    )
+    model = _randomise(nn.Sequential(nn.Conv2d(1, 2, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(18, 3)))
     inputs, targets = torch.randn(2, 1, 2, 2), torch.tensor([0, 2])
     gradients = reference.per_example_gradients(model, _cross_entropy, inputs, targets)
     outputs, vector = _outputs_of_vector(model, inputs)
@@ -273,9 +271,7 @@ def test_gradients_agree_with_finite_differences() -> None:
 
     steps = 1e-5 * torch.eye(len(vector), dtype=torch.float64)
     differences = torch.stack([(losses(vector + step) - losses(vector - step)) / 2e-5 for step in steps])
-    torch.testing.assert_close(
-        reference.flatten_gradients(gradients), differences.T.contiguous(), rtol=1e-7, atol=1e-9
-    )
+    torch.testing.assert_close(reference.flatten_gradients(gradients), differences.T.contiguous(), rtol=1e-7, atol=1e-9)
 
 
 def test_frozen_parameters_are_left_out_and_unused_ones_are_zero() -> None:
@@ -356,9 +352,7 @@ def test_eigenbasis_diagonalises_both_factors() -> None:
     for factor, basis in zip((A, B), reference.eigenbasis(A, B), strict=True):
         diagonal = basis.mT @ factor @ basis
         torch.testing.assert_close(diagonal, torch.diag_embed(diagonal.diagonal(dim1=1, dim2=2)), **EXACT)
-        torch.testing.assert_close(
-            basis @ basis.mT, torch.eye(len(basis[0])).double().expand_as(basis), **EXACT
-        )
+        torch.testing.assert_close(basis @ basis.mT, torch.eye(len(basis[0])).double().expand_as(basis), **EXACT)
 
 
 def test_ekfac_eigenvalues_by_hand() -> None:
@@ -487,10 +481,7 @@ def test_the_hessian_agrees_with_finite_differences_of_the_loss() -> None:
     steps = 1e-3 * torch.eye(len(vector), dtype=torch.float64)
     differences = torch.tensor(
         [
-            [
-                loss(vector + a + b) - loss(vector + a - b) - loss(vector - a + b) + loss(vector - a - b)
-                for a in steps
-            ]
+            [loss(vector + a + b) - loss(vector + a - b) - loss(vector - a + b) + loss(vector - a - b) for a in steps]
             for b in steps
         ],
         dtype=torch.float64,

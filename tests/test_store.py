@@ -223,9 +223,7 @@ class TestManifest:
 
     def test_not_a_number_becomes_null(self, store: AuditStore) -> None:
         """Python's own default writes the word NaN, which browsers refuse to parse."""
-        store.write_manifest(
-            {"a": math.nan, "b": [math.inf, 1.0], "c": torch.tensor([-math.inf, 0.1]).double()}
-        )
+        store.write_manifest({"a": math.nan, "b": [math.inf, 1.0], "c": torch.tensor([-math.inf, 0.1]).double()})
         store.write_manifest({**store.manifest, "d": np.float32("nan")})
 
         def refuse(word: str) -> None:
@@ -266,9 +264,7 @@ class TestScores:
         generator = torch.Generator().manual_seed(0)
         odd = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 5e-324])
         odd.view(np.int64)[2] |= 77  # a NaN with a payload
-        doubles = torch.cat(
-            [torch.from_numpy(odd), torch.randn(994, dtype=torch.float64, generator=generator)]
-        )
+        doubles = torch.cat([torch.from_numpy(odd), torch.randn(994, dtype=torch.float64, generator=generator)])
         columns: dict[str, Any] = {
             "index": torch.arange(1000).flip(0) + 2**53 + 1,
             "loss": doubles.requires_grad_(),
@@ -601,9 +597,7 @@ class TestCrash:
         assert (store.directory / file).read_bytes() == first
         assert files_below(store.directory) == before
 
-    def test_forbidden_file(
-        self, store: AuditStore, file: str, first: bytes, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_forbidden_file(self, store: AuditStore, file: str, first: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         def forbid(path: Any, *args: Any) -> None:
             raise PermissionError(13, "Permission denied", str(path))
 
@@ -673,9 +667,7 @@ def writers() -> Iterator[list[subprocess.Popen[str]]]:
     """Two processes waiting for orders, started ahead because importing torch takes them seconds."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipe, command = subprocess.PIPE, [sys.executable, "-c", KILLED]
-    processes = [
-        subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) for _ in range(2)
-    ]
+    processes = [subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
     yield list(processes)
     for process in processes:
         process.kill()

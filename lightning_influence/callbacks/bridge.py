@@ -57,12 +57,17 @@ def audited_indices(trainer: Trainer, seen: list[int], size: int) -> list[int]:
         size: Size of the data set.
     """
     loader: Any = trainer.train_dataloader
-    if trainer.num_training_batches < len(loader) or trainer.overfit_batches:
+    if trainer.num_training_batches < len(loader) or getattr(trainer, "overfit_batches", False):
         return seen
     sampler = getattr(loader.batch_sampler, "sampler", None)
     if isinstance(sampler, SubsetRandomSampler):
         return sorted(int(index) for index in sampler.indices)
     return list(range(size))
+
+
+def is_dry_run(trainer: Trainer) -> bool:
+    """Tell whether this is a ``fast_dev_run``."""
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def real_loggers(trainer: Trainer) -> list[Logger]:
@@ -96,7 +101,6 @@ def _progress_bar(title: str, batches: int) -> Iterator[Callable[[], None]]:
             bar.update()
 
         yield advance
-
 
 
 def validation_queries(
@@ -133,7 +137,7 @@ def label_names(dataset: Any) -> list[str] | None:
 
 def example_images(dataset: Any, indices: list[int]) -> torch.Tensor | None:
     """Return the images of some examples, ``[n, c, h, w]``, or None if the examples hold no images of one size."""
-    images = []
+    images: list[torch.Tensor] = []
     with isolated_rng():
         for index in indices:
             image = _image_in(dataset[index])
@@ -152,5 +156,6 @@ def _image_in(example: Any) -> torch.Tensor | None:
     if isinstance(example, dict):
         example = list(example.values())
     if isinstance(example, (list, tuple)):
-        return next((image for item in example if (image := _image_in(item)) is not None), None)
+        found = (_image_in(item) for item in example)
+        return next((item for item in found if item is not None), None)
     return None

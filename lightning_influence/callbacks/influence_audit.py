@@ -24,7 +24,7 @@ from lightning_influence.curvature import CurvatureName, Fisher
 from lightning_influence.influence import InfluencePlan, influence_scores
 from lightning_influence.layers import Coverage, LayerError, cover
 from lightning_influence.passes import DataError, ExampleGradients, ExampleSource
-from lightning_influence.scoring import ExampleScores, score_examples
+from lightning_influence.scoring import score_examples
 from lightning_influence.store import AuditStore, StoreError
 from lightning_influence.task import LossTap, Task, TaskError, TrainingStepTask
 from lightning_influence.tracin import layer_step_sizes
@@ -65,8 +65,8 @@ class InfluenceAudit(Callback):
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: During ``fit``, before the first step: for data that can't be indexed (an
-            ``IterableDataset``), loaders with ``in_order=False``, manual optimization without a ``task``, models without
-            a supported layer, losses that are not the mean of per-example losses, unwritable directories.
+            ``IterableDataset``), loaders with ``in_order=False``, manual optimization without a ``task``, models
+            without a supported layer, losses that are not the mean of per-example losses, unwritable directories.
 
     Example:
         >>> trainer = Trainer(max_epochs=10, callbacks=[InfluenceAudit()])
@@ -130,15 +130,16 @@ class InfluenceAudit(Callback):
         self.report = None
         if self.task is None and not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f"InfluenceAudit can't re-run the `training_step` of {type(pl_module).__name__}: with manual optimization "
-                "it steps the optimizers. Pass `InfluenceAudit(task=...)`, a function (module, batch) -> loss."
+                f"InfluenceAudit can't re-run the `training_step` of {type(pl_module).__name__}: with manual "
+                "optimization it steps the optimizers. Pass `InfluenceAudit(task=...)`, a function "
+                "(module, batch) -> loss."
             )
-        names = [type(callback).__name__ for callback in trainer.callbacks]
-        later = names[trainer.callbacks.index(self) + 1 :]
-        if averaging := _AVERAGING_CALLBACKS & set(later):
+        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+        later = {type(callback).__name__ for callback in callbacks[callbacks.index(self) + 1 :]}
+        if averaging := _AVERAGING_CALLBACKS & later:
             rank_zero_warn(
-                f"{averaging.pop()} comes after InfluenceAudit and replaces the weights once the audit is done: the audit "
-                "describes the weights before. List InfluenceAudit after it."
+                f"{averaging.pop()} comes after InfluenceAudit and replaces the weights once the audit is done: the "
+                "audit describes the weights before. List InfluenceAudit after it."
             )
         self._recorder.attach(trainer)
 
@@ -147,15 +148,15 @@ class InfluenceAudit(Callback):
         loader: Any = trainer.train_dataloader
         if getattr(loader, "in_order", True) is False:
             raise MisconfigurationException(
-                "the training DataLoader has `in_order=False`: its batches arrive in another order than their indices were "
-                "drawn in, so scores would be filed under the wrong examples. Set `in_order=True`."
+                "the training DataLoader has `in_order=False`: its batches arrive in another order than their indices "
+                "were drawn in, so scores would be filed under the wrong examples. Set `in_order=True`."
             )
         try:
             self._source = ExampleSource.from_loader(loader)
             size = len(self._source)
             if self.known_noise is not None and int(self.known_noise.max()) >= size:
                 raise DataError(
-                    f"known_noise holds the index {int(self.known_noise.max())}; the training data have {size} examples."
+                    f"known_noise holds the index {int(self.known_noise.max())}; the data have {size} examples."
                 )
             self._recording = Recording(size, pl_module)
             if self._restored_state is not None:
@@ -170,7 +171,7 @@ class InfluenceAudit(Callback):
 
     def _open_reporter(self, trainer: Trainer) -> Reporter:
         directory = self.dirpath or os.path.join(trainer.log_dir or trainer.default_root_dir, "influence")
-        store = AuditStore.create(directory) if trainer.is_global_zero and not trainer.fast_dev_run else None
+        store = AuditStore.create(directory) if trainer.is_global_zero and not bridge.is_dry_run(trainer) else None
         if not trainer.loggers and store is not None:
             rank_zero_warn(f"no logger: the influence audit goes to disk only, to {store.directory}")
         return Reporter(store, self._arguments(), None if self.known_noise is None else self.known_noise.numpy())
@@ -206,7 +207,7 @@ class InfluenceAudit(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a TracIn checkpoint; the last one is part of the final pass."""
         recording, reporter = self._recording, self._reporter
-        if recording is None or reporter is None or trainer.fast_dev_run:
+        if recording is None or reporter is None or bridge.is_dry_run(trainer):
             return
         due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if due and recording.step_sizes.steps and not _is_last_epoch(trainer):
@@ -253,7 +254,7 @@ class InfluenceAudit(Callback):
         inspection: Inspection,
     ) -> None:
         indices = self._indices(trainer)
-        if trainer.fast_dev_run and self._source is not None:
+        if bridge.is_dry_run(trainer) and self._source is not None:
             indices = (indices or list(range(len(self._source))))[: self._source.batch_size]
         if not indices:
             rank_zero_warn("no influence audit: no training batch was seen.")
@@ -383,8 +384,8 @@ def _checked_indices(indices: Sequence[int] | Tensor | None) -> Tensor | None:
     values = torch.as_tensor(indices)
     if values.ndim != 1 or not len(values) or values.is_floating_point() or values.dtype == torch.bool:
         raise ValueError(
-            f"known_noise has the shape {tuple(values.shape)} and dtype {values.dtype}; expected the dataset indices of the "
-            "wrong labels, a non-empty list of integers."
+            f"known_noise has the shape {tuple(values.shape)} and dtype {values.dtype}; expected the dataset indices "
+            "of the wrong labels, a non-empty list of integers."
         )
     values = values.long().cpu()
     if int(values.min()) < 0 or len(values.unique()) != len(values):

@@ -124,8 +124,8 @@ class Recording:
         """
         if state["size"] != self.size:
             raise ValueError(
-                f"the checkpoint was written for {state['size']} training examples, the data set has {self.size}. Resume "
-                "with the same training data, or start a new run."
+                f"the checkpoint was written for {state['size']} training examples, the data set has {self.size}. "
+                "Resume with the same training data, or start a new run."
             )
         self.dynamics.load_state_dict(state["dynamics"])
         self._seen = state["seen"].clone()

@@ -19,11 +19,12 @@ from lightning_influence import audit
 from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.recording import Recording
+from lightning_influence.columns import LOW_IS_SUSPICIOUS, SCORE_COLUMNS
 from lightning_influence.influence import InfluencePlan, InfluenceScores
 from lightning_influence.metrics import mislabel_detection
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import ExampleScores
-from lightning_influence.store import LOW_IS_SUSPICIOUS, SCORE_COLUMNS, AuditStore
+from lightning_influence.store import AuditStore
 from lightning_influence.tensorboard import summary
 from lightning_influence.verify import Inspection
 
@@ -66,8 +67,8 @@ class Reporter:
         seconds = work * inspection.seconds / inspection.examples
         memory = plan.factor_bytes(gradients.coverage) + inspection.batch_bytes
         return (
-            f"influence audit: {plan.curvature} on {len(gradients.coverage.operations)} layers, {examples:,} training examples"
-            f"{f', {queries:,} validation examples' if queries else ''}; about {_duration(seconds)} and "
+            f"influence audit: {plan.curvature} on {len(gradients.coverage.operations)} layers, {examples:,} training "
+            f"examples{f', {queries:,} validation examples' if queries else ''}; about {_duration(seconds)} and "
             f"{_size(memory)} of extra memory"
         )
 
@@ -89,7 +90,8 @@ class Reporter:
     def log_checkpoint(self, trainer: Trainer, scores: ExampleScores) -> None:
         """Write the histogram of one TracIn checkpoint."""
         for writer in bridge.tensorboard_writers(trainer):
-            summary.write_histogram(writer, "influence/tracin_epoch", scores.columns["tracin"].cpu(), trainer.global_step)
+            increments = scores.columns["tracin"].cpu()
+            summary.write_histogram(writer, "influence/tracin_epoch", increments, trainer.global_step)
 
     def log_dynamics(self, trainer: Trainer, columns: dict[str, Tensor]) -> None:
         """Write means of the training dynamics."""
@@ -144,7 +146,9 @@ class Reporter:
             for block, fitted in result.curvature.blocks.items():
                 if fitted.tensors:
                     self.store.write_factors(
-                        block, fitted.tensors, {"kind": plan.curvature, "damping": repr(result.curvature.dampings[block])}
+                        block,
+                        fitted.tensors,
+                        {"kind": plan.curvature, "damping": repr(result.curvature.dampings[block])},
                     )
             self.store.write_scores(ranked)
             self.store.write_candidates(ranked, label_names=names)
@@ -162,8 +166,8 @@ class Reporter:
         for writer in bridge.tensorboard_writers(trainer):
             for name in ("self_influence", "tracin", "grad_norm_squared"):
                 if name in report.columns:
-                    method = f"self_influence/{report.manifest['curvature']['name']}" if name == "self_influence" else name
-                    summary.write_histogram(writer, f"influence/{method}", report.columns[name], step)
+                    method = f"/{report.manifest['curvature']['name']}" if name == "self_influence" else ""
+                    summary.write_histogram(writer, f"influence/{name}{method}", report.columns[name], step)
             shown = [int(report.columns["index"][row]) for row in summary.top_candidates(report.columns)]
             summary.write_candidates(
                 writer,
@@ -181,7 +185,7 @@ class Reporter:
             "nonfinite": len(report.nonfinite),
         }
         for name, values in report.manifest.get("detection", {}).items():
-            scalars |= {f"detection/{name}_{key}": values[key] for key in ("auroc", "average_precision")}
+            scalars[f"detection/{name}_average_precision"] = values["average_precision"]
         self._log_scalars(trainer, scalars)
 
     def _log_scalars(self, trainer: Trainer, scalars: dict[str, float]) -> None:
@@ -215,11 +219,13 @@ def _notes(inspection: Inspection, recording: Recording) -> list[str]:
     notes = []
     if not inspection.tapped:
         notes.append(
-            "no known loss call (F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.mse_loss) accounts for the "
-            "whole loss: empirical Fisher, and no predictions, margins or suggested labels from it"
+            "no known loss call (F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.mse_loss) "
+            "accounts for the whole loss: empirical Fisher, and no predictions, margins or suggested labels from it"
         )
     if recording.untapped_batches:
-        notes.append(f"{recording.untapped_batches} training batches had no known loss call: no training dynamics there")
+        notes.append(
+            f"{recording.untapped_batches} training batches had no known loss call: no training dynamics there"
+        )
     return notes
 
 

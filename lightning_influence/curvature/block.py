@@ -110,7 +110,7 @@ class CurvatureBlock(ABC):
         """Return ``G_nᵀ (C + damping)⁻¹ G_n`` for every example, ``[n]``, by the cheapest exact form."""
 
     def to_dense(self) -> Tensor:
-        """Return the block as dense matrices ``[k, o·i, o·i]`` (row-major in ``[o, i]``); for tests and small blocks."""
+        """Return the block as dense matrices ``[k, o·i, o·i]`` (row-major in ``[o, i]``); for small blocks."""
         k, o, i = self.shape
         reference = self.diagonal()
         unit = torch.eye(o * i, dtype=reference.dtype, device=reference.device).reshape(-1, 1, o, i)
@@ -126,13 +126,13 @@ class CurvatureBlock(ABC):
     def _check_fitted(self) -> None:
         if self._finished_passes != self.passes:
             raise RuntimeError(
-                f"{type(self).__name__} needs {self.passes} passes over the data and has seen {self._finished_passes}; call "
-                "`update` for every batch and `end_pass` after each pass first."
+                f"{type(self).__name__} needs {self.passes} passes over the data and has seen {self._finished_passes}; "
+                "call `update` for every batch and `end_pass` after each pass first."
             )
 
     def _check_damping(self, damping: float, smallest: float) -> None:
         if not math.isfinite(damping) or damping < 0 or damping + smallest <= 0:
             raise ValueError(
-                f"damping {damping!r} leaves the curvature singular (its smallest eigenvalue is {smallest:.3g}); pass a "
-                'damping > 0, or `damping="relative"`.'
+                f"damping {damping!r} leaves the curvature singular (its smallest eigenvalue is {smallest:.3g}); pass "
+                'a damping > 0, or `damping="relative"`.'
             )

@@ -32,12 +32,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lightning_influence.columns import LOW_IS_SUSPICIOUS, SCORE_COLUMNS
+
 __all__ = [
     "CANDIDATES_TAG",
     "DETECTION_TAG",
-    "LOW_IS_SUSPICIOUS",
     "SCALAR_TAG",
-    "SCORE_COLUMNS",
     "Writer",
     "candidate_grid",
     "candidates_markdown",
@@ -55,26 +55,6 @@ DETECTION_TAG = "influence/detection/{column}"
 DETECTION_AUROC_TAG = "influence/detection/{column}_auroc"
 HISTOGRAM_TAG = "{tag}/log10"
 LEFT_OUT_TAG = "{tag}/{reason}"
-
-SCORE_COLUMNS = (
-    "suspicion",
-    "loss_mean",
-    "loss_variance",
-    "aum",
-    "el2n",
-    "epochs_wrong",
-    "forgetting",
-    "prob_margin",
-    "neighbour_disagreement",
-    "loss",
-    "grad_norm_squared",
-    "self_influence",
-    "tracin",
-    "harm",
-)
-"""Score columns of the scores table. High = suspicious, except `LOW_IS_SUSPICIOUS`."""
-
-LOW_IS_SUSPICIOUS = frozenset({"aum", "prob_margin"})
 
 _TABLE_SCORES = ("suspicion", "self_influence", "harm", "loss_mean", "aum", "tracin", "loss", "el2n", "epochs_wrong")
 # The text dashboard breaks numbers and words anywhere once a table is wider than the page, so columns are left out
