@@ -81,14 +81,6 @@ class LayerOperation(ABC):
             parts.append(tensors["bias"].reshape(k, o, 1))
         return torch.cat(parts, -1)
 
-    def _with_ones(self, columns: Tensor | None, k: int, n: int, s: int, like: Tensor) -> Tensor:
-        """Lay out ``[k, n, i, s]`` columns as ``[k, n, s, i]`` with the ones of the bias."""
-        if columns is not None and not self.has_bias:
-            return columns.transpose(-1, -2)
-        ones = like.new_ones((1, 1, 1, 1)).expand(k, n, 1, s)
-        joined = ones if columns is None else torch.cat([columns, ones], -2)
-        return joined.transpose(-1, -2)
-
     def _check_batch(self, raw: Tensor, n: int, batched_ndim: int) -> None:
         if raw.ndim < batched_ndim or raw.shape[0] != n:
             raise LayerError(
@@ -139,42 +131,43 @@ class Conv2dOperation(LayerOperation):
         """``[n, c, h, w] -> [groups, n, s, i]``: one row per output position."""
         self._check_batch(raw, n, 4)
         conv = self.module
-        height, width = self._output_size(raw)
-        if not self.has_weight:
-            return self._with_ones(None, conv.groups, n, height * width, raw)
-        padded, padding = self._padded(raw)
-        if conv.kernel_size == (1, 1) and padding == (0, 0):
-            patches = padded[:, :, :: conv.stride[0], :: conv.stride[1]].flatten(2)
-        else:
-            patches = F.unfold(padded, conv.kernel_size, conv.dilation, padding, conv.stride)
-        # [n, c * kernel, s]: channels are the slow index, so a group's inputs are contiguous.
-        grouped = patches.reshape(n, conv.groups, -1, height * width).transpose(0, 1)
-        return self._with_ones(grouped, conv.groups, n, height * width, raw)
+        k, _, i = self.shape
+        # torch keeps the per-side amounts here, of 'same' (which may be uneven) and of every mode.
+        sides = list(conv._reversed_padding_repeated_twice)
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        padded = F.pad(raw, sides, mode=mode) if any(sides) else raw
+        height, width = (
+            (size - conv.dilation[d] * (conv.kernel_size[d] - 1) - 1) // conv.stride[d] + 1
+            for d, size in enumerate(padded.shape[-2:])
+        )
+        rows = raw.new_empty((n, k, i, height * width))
+        if self.has_weight:
+            # All patches as one strided view, copied straight beside the bias: F.unfold and a concatenation take 3 to
+            # 20 times as long. Channels are the slow index, so a group's inputs are contiguous.
+            of_n, of_c, of_h, of_w = padded.stride()
+            channels = conv.in_channels // k
+            patches = padded.as_strided(
+                (n, k, channels, *conv.kernel_size, height, width),
+                (
+                    of_n,
+                    of_c * channels,
+                    of_c,
+                    of_h * conv.dilation[0],
+                    of_w * conv.dilation[1],
+                    of_h * conv.stride[0],
+                    of_w * conv.stride[1],
+                ),
+                padded.storage_offset(),
+            )
+            rows[:, :, : i - self.has_bias].view(patches.shape).copy_(patches)
+        if self.has_bias:
+            rows[:, :, -1] = 1
+        return rows.permute(1, 0, 3, 2)
 
     def output_gradients(self, raw: Tensor, n: int) -> Tensor:
         """``[n, c, h, w] -> [groups, n, s, o]``."""
         grouped = raw.reshape(n, self.module.groups, -1, raw.shape[-2] * raw.shape[-1])
         return grouped.permute(1, 0, 3, 2)
-
-    def _padded(self, raw: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Apply what ``F.unfold`` can't do itself; return the padding that is left for it."""
-        conv = self.module
-        mode = conv.padding_mode
-        if mode == "zeros" and not isinstance(conv.padding, str):
-            return raw, (conv.padding[0], conv.padding[1])
-        # torch keeps the per-side amounts of 'same' (which may be uneven) and of the other modes here.
-        sides = list(conv._reversed_padding_repeated_twice)
-        return F.pad(raw, sides, mode="constant" if mode == "zeros" else mode), (0, 0)
-
-    def _output_size(self, raw: Tensor) -> tuple[int, int]:
-        conv = self.module
-        sides = conv._reversed_padding_repeated_twice
-        total = (sides[2] + sides[3], sides[0] + sides[1])
-        height, width = (
-            (size + total[d] - conv.dilation[d] * (conv.kernel_size[d] - 1) - 1) // conv.stride[d] + 1
-            for d, size in enumerate(raw.shape[-2:])
-        )
-        return height, width
 
 
 _OPERATIONS: dict[type[nn.Module], type[LayerOperation]] = {

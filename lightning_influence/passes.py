@@ -33,10 +33,10 @@ class DataError(RuntimeError):
 
 
 class Progress(Protocol):
-    """Shows how far a long pass is: called with a title and the number of batches."""
+    """Shows how far a long pass is: called with a title and the number of examples."""
 
-    def __call__(self, title: str, batches: int) -> AbstractContextManager[Callable[[], None]]:
-        """Return a context whose value is called after each batch."""
+    def __call__(self, title: str, examples: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Return a context whose value is called after each batch, with its number of examples."""
         ...
 
 
@@ -45,7 +45,7 @@ class ExampleSource:
 
     Args:
         dataset: Map-style dataset.
-        batch_size: Number of examples fetched together.
+        batch_size: Number of examples in a training batch. Passes start with it too; ``pass_batch_size`` may be raised.
         collate_fn: Turns a list of examples into a batch, as for ``DataLoader``.
         num_workers: Worker processes of each pass.
         worker_init_fn: As for ``DataLoader``.
@@ -72,7 +72,7 @@ class ExampleSource:
                 "fit on disk, write the stream out once and index it."
             )
         self.dataset = dataset
-        self.batch_size = batch_size
+        self.batch_size = self.pass_batch_size = batch_size
         self.collate_fn = collate_fn
         self.num_workers = num_workers
         self.worker_init_fn = worker_init_fn
@@ -114,13 +114,10 @@ class ExampleSource:
         """Return the number of examples of the dataset."""
         return len(cast("Sized", self.dataset))
 
-    def number_of_batches(self, indices: Sequence[int]) -> int:
-        """Return how many batches ``batches(indices)`` yields."""
-        return -(-len(indices) // self.batch_size)
-
-    def batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], Any]]:
-        """Yield ``(indices, batch)`` in the given order, the last one possibly smaller."""
-        plan = [list(indices[start : start + self.batch_size]) for start in range(0, len(indices), self.batch_size)]
+    def batches(self, indices: Sequence[int], size: int | None = None) -> Iterator[tuple[list[int], Any]]:
+        """Yield ``(indices, batch)`` in the given order, ``size`` examples at a time, the last batch possibly smaller."""
+        size = size or self.pass_batch_size
+        plan = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
         workers = min(self.num_workers, len(plan) // 2)
         loader: DataLoader[Any] = DataLoader(
             self._reproducible(),
@@ -276,12 +273,14 @@ class ExampleGradients:
             TaskError: If labels other than the true ones are asked for and the loss was not tapped.
         """
         own = list(indices) if everywhere else distributed.share(indices)
+        # Many draws hold many output gradients at a time: those passes keep to the size that training has room for.
+        size = self.source.batch_size if labels == "exact" else self.source.pass_batch_size
         with (
             untouched(self.module),
             Capture(self.coverage) as capture,
-            self._progress(title, self.source.number_of_batches(own)) as advance,
+            self._progress(title, len(own)) as advance,
         ):
-            for batch_indices, batch in self.source.batches(own):
+            for batch_indices, batch in self.source.batches(own, size):
                 loss = self._forward(capture, batch, len(batch_indices))
                 self._backward(capture, loss, labels, batch_indices, draw)
                 n = len(batch_indices)
@@ -290,7 +289,7 @@ class ExampleGradients:
                     finite = finite & torch.isfinite(loss.values).to(finite.device)
                 yield BatchGradients(batch_indices, loss, finite, capture)
                 capture.clear()
-                advance()
+                advance(len(batch_indices))
 
     def losses(self, indices: Sequence[int], *, title: str = "") -> Generator[tuple[list[int], BatchLoss], None, None]:
         """Visit this process's share of the examples, forward only."""
@@ -298,11 +297,11 @@ class ExampleGradients:
         with (
             untouched(self.module),
             Capture(self.coverage) as capture,
-            self._progress(title, self.source.number_of_batches(own)) as advance,
+            self._progress(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own):
                 yield batch_indices, self._forward(capture, batch, len(batch_indices))
-                advance()
+                advance(len(batch_indices))
 
     def calibrate(self, indices: Sequence[int]) -> None:
         """Fix the scale of losses that depend on the batch they are computed in.
@@ -392,11 +391,11 @@ class _ExampleNoise:
         return torch.from_numpy(np.stack(rows)).clamp_(1e-16, 1 - 1e-16)
 
 
-class _silent(nullcontext[Callable[[], None]]):
+class _silent(nullcontext[Callable[[int], None]]):
     """Progress that shows nothing."""
 
-    def __init__(self, title: str, batches: int) -> None:
-        super().__init__(lambda: None)
+    def __init__(self, title: str, examples: int) -> None:
+        super().__init__(lambda done: None)
 
 
 def _moved(batch: _T, device: torch.device) -> _T:

@@ -169,6 +169,36 @@ def weighted_rotated_squares(
     return torch.cat([chunk.square_().mul_(scales).sum((0, 2, 3)) for chunk in chunks])
 
 
+def rotated_scores(
+    x: Tensor, g: Tensor, basis_x: Tensor, basis_g: Tensor, weights: Tensor, vector: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what a scoring pass needs of every example, from one look at its rotated gradient.
+
+    Args:
+        x: Activations ``[k, n, s, i]``.
+        g: Output gradients ``[k, n, s, o]``.
+        basis_x: Orthonormal columns ``[k, i, i]``.
+        basis_g: Orthonormal columns ``[k, o, o]``.
+        weights: ``[k, o, i]``, in the rotated basis.
+        vector: ``[k, o, i]``, in the parameter basis.
+
+    Returns:
+        ``(squared_norms, weighted_rotated_squares, inner_products)``, each ``[n]``, the last None without a vector.
+    """
+    if x.shape[2] == 1:
+        inner = None if vector is None else inner_products(x, g, vector)
+        return squared_norms(x, g), weighted_rotated_squares(x, g, basis_x, basis_g, weights), inner
+    turned = None if vector is None else (basis_g.transpose(-1, -2) @ vector @ basis_x).unsqueeze(1)
+    norms, weighted, inners = [], [], []
+    for chunk in _rotated(x, [g], basis_x, basis_g, "auto"):
+        if turned is not None:
+            inners.append((chunk * turned).sum((0, 2, 3)))
+        squares = chunk.square_()
+        norms.append(squares.sum((0, 2, 3)))
+        weighted.append(squares.mul_(weights.unsqueeze(1)).sum((0, 2, 3)))
+    return torch.cat(norms), torch.cat(weighted), torch.cat(inners) if inners else None
+
+
 def _rotated(x: Tensor, gs: Sequence[Tensor], basis_x: Tensor, basis_g: Tensor, form: RotationForm) -> Iterator[Tensor]:
     """Yield rotated gradients ``[k, m, o, i]`` for every draw, a few examples at a time.
 

@@ -69,12 +69,16 @@ def score_examples(
                 if wanted is not None:
                     row[name] = torch.zeros(n, dtype=torch.float64, device=device)
             for io in batch.layers():
-                norms = per_sample.squared_norms(io.x, io.gs[0])
-                row["grad_norm_squared"] += norms
+                vector = None if query is None else query[io.name]
                 if curvature is not None:
-                    row["self_influence"] += norms if curvature.name == "identity" else curvature.self_influence(io)
-                if query is not None:
-                    row["harm"] -= per_sample.inner_products(io.x, io.gs[0], query[io.name])
+                    norms, influence, inner = curvature.scores(io, vector)
+                    row["self_influence"] += influence
+                else:
+                    norms = per_sample.squared_norms(io.x, io.gs[0])
+                    inner = None if vector is None else per_sample.inner_products(io.x, io.gs[0], vector)
+                row["grad_norm_squared"] += norms
+                if inner is not None:
+                    row["harm"] -= inner
                 if step_sizes is not None:
                     has_bias = operations[io.name].has_bias
                     row["tracin"] += tracin.self_influence(io, norms, has_bias, step_sizes[io.name])

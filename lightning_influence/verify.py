@@ -45,6 +45,22 @@ class Inspection:
     examples: int
 
 
+# Captured tensors of a batch may take so many bytes: beyond, they fall out of the caches and every batch asks the system
+# for fresh memory, and larger batches no longer pay.
+_ROOM = 2**24
+_LARGEST_BATCH = 512
+
+
+def roomy_batch_size(inspection: Inspection) -> int:
+    """Return the batch size for passes: at least that of training, larger where a few megabytes allow it.
+
+    Small batches cost more time in Python than in arithmetic; without optimizer state and weight gradients there is
+    room for more than a training batch.
+    """
+    per_example = max(inspection.batch_bytes // inspection.examples, 1)
+    return max(inspection.examples, min(_LARGEST_BATCH, _ROOM // per_example))
+
+
 def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool = True) -> Inspection:
     """Run one batch, and check its per-example gradients against autograd.
 

@@ -348,6 +348,7 @@ class TestWhereTheApproximationIsExact:
         """Whatever the basis, the diagonal of the Fisher in it is exact, so no diagonal is closer to the Fisher."""
         fisher = ref.exact_fisher(problem.net, problem.inputs, CLASSES)
         ekfac, kfac = problem.fit("ekfac", labels), problem.fit("kfac", labels)
+        ratios = []
         for layer, block in ekfac.blocks.items():
             assert isinstance(block, EKFACBlock)
             exact = ref.layer_blocks(fisher, problem.net, layer)
@@ -356,7 +357,9 @@ class TestWhereTheApproximationIsExact:
             diagonal = (basis.mT @ exact @ basis).diagonal(dim1=1, dim2=2)
             torch.testing.assert_close(block.eigenvalues.flatten(1), diagonal, **EXACT)
             errors = [(b.to_dense() - exact).norm() for b in (block, kfac.blocks[layer])]
-            assert errors[0] < 0.995 * errors[1]
+            ratios.append(float(errors[0] / errors[1]))
+        assert max(ratios) <= 1
+        assert min(ratios) < 0.9
 
     def test_diagonal(self, problem: Problem) -> None:
         fisher = ref.exact_fisher(problem.net, problem.inputs, CLASSES)
@@ -404,6 +407,7 @@ class TestSampledLabels:
         }[kind]
         gradients = passes(problem.net, problem.inputs, targets, loss, batch_size=N)
         exact = self.squares(gradients, "exact", 0)
+        assert list(exact) == problem.layers
         draws = [self.squares(gradients, "sampled", draw) for draw in range(320)]
         for layer, expected in exact.items():
             errors = [
@@ -417,17 +421,18 @@ class TestSampledLabels:
 
     def squares(self, gradients: ExampleGradients, labels: Any, draw: int) -> dict[str, Tensor]:
         with closing(gradients.run(range(N), labels, draw=draw)) as batches:
-            (batch,) = batches
-            return {io.name: per_sample.summed_squares(io.x, io.gs) for io in batch.layers()}
+            return {io.name: per_sample.summed_squares(io.x, io.gs) for io in next(batches).layers()}
 
     def test_labels_follow_the_model(self) -> None:
         """Frequencies of the drawn labels against the predicted probabilities, for every example."""
         problem = Problem("mlp")
+        with torch.no_grad():
+            problem.net[4].weight *= 4
         draws = F.one_hot(torch.stack([problem.sampled(draw) for draw in range(400)]), CLASSES).double().mean(0)
-        probabilities = problem.net(problem.inputs).softmax(1)
-        assert probabilities.std() > 0.05
-        # Three standard deviations of a mean of 400.
-        assert (draws - probabilities).abs().max() < 3.5 * math.sqrt(0.25 / 400)
+        probabilities = problem.net(problem.inputs).softmax(1).detach()
+        assert probabilities.std() > 0.1
+        # 39 means of 400: none should be off by four standard deviations.
+        assert ((draws - probabilities).abs() < 4 * (probabilities * (1 - probabilities) / 400).sqrt()).all()
 
     def test_seed_and_draw(self) -> None:
         problem = Problem("mlp")
@@ -452,21 +457,20 @@ class TestSampledLabels:
         ratios: dict[str, list[Tensor]] = {"fresh": [], "reused": []}
         for seed in range(80):
             problem.gradients.seed = seed
-            block = problem.fit("ekfac", "sampled").blocks["0"]
+            block = problem.fit("ekfac", "sampled").blocks["4"]
             assert isinstance(block, EKFACBlock)
             exact = self.top(problem, block, "exact", 0)
             ratios["fresh"].append(block.eigenvalues[0, -1].sum() / exact)
             ratios["reused"].append(self.top(problem, block, "sampled", 1) / exact)
         fresh, reused = (float(torch.stack(values).mean()) for values in ratios.values())
-        assert abs(fresh - 1) < 0.08
+        assert abs(fresh - 1) < 0.06
         assert reused > 1.15
 
     def top(self, problem: Problem, block: KroneckerBlock, labels: Any, draw: int) -> Tensor:
         """Return the curvature along the leading eigenvector of the output gradients."""
         with closing(problem.gradients.run(range(N), labels, draw=draw)) as batches:
-            (batch,) = batches
-            io = next(batch.layers())
-            assert io.name == "0"
+            *_, io = next(batches).layers()
+            assert io.name == "4"
             return per_sample.rotated_squares(io.x, io.gs, *block.basis)[0, -1].sum() / N
 
     def test_loss_without_known_labels(self) -> None:
@@ -494,21 +498,23 @@ class TestDamping:
         inputs = torch.cat([inputs, inputs @ torch.randn(3, 2).double()], 1)
         return passes(nn.Linear(5, CLASSES).double(), inputs, torch.arange(30) % CLASSES)
 
+    def undamped(self, gradients: ExampleGradients, name: Any) -> Tensor:
+        curvature = fit(gradients, name, range(30), examples=EVERY, labels=("exact", "exact"), damping=0.0)
+        return score_examples(gradients, range(30), curvature=curvature).columns["self_influence"]
+
     @pytest.mark.parametrize("name", ["kfac", "ekfac"])
     def test_singular_without_damping(self, name: Any) -> None:
         """Rounding leaves eigenvalues of 1e-33; divided by, they make up most of the score."""
         gradients = self.collinear()
         with pytest.raises(ValueError, match=r"damping 0\.0 leaves the curvature singular .* pass a damping > 0"):
-            curvature = fit(gradients, name, range(30), examples=EVERY, labels=("exact", "exact"), damping=0.0)
-            score_examples(gradients, range(30), curvature=curvature)
+            self.undamped(gradients, name)
 
     @pytest.mark.parametrize("name", ["diagonal", "kfac", "ekfac"])
     def test_constant_zero_input(self, name: Any) -> None:
         inputs = torch.cat([torch.randn(30, 3), torch.zeros(30, 1)], 1).double()
         gradients = passes(nn.Linear(4, CLASSES).double(), inputs, torch.arange(30) % CLASSES)
         with pytest.raises(ValueError, match=r"damping 0\.0 leaves the curvature singular"):
-            curvature = fit(gradients, name, range(30), examples=EVERY, labels=("exact", "exact"), damping=0.0)
-            score_examples(gradients, range(30), curvature=curvature)
+            self.undamped(gradients, name)
 
     def test_regular_without_damping(self) -> None:
         """Squared errors of one linear layer: the curvature has full rank, and no damping is needed."""
@@ -517,16 +523,15 @@ class TestDamping:
         C = ref.layer_blocks(ref.ggn_dense(net, inputs, "mse") / 2, net, "")
         G = matrix(net, "", ref.per_example_gradients(net, F.mse_loss, inputs, targets))
         for name in ("kfac", "ekfac"):
-            curvature = fit(gradients, name, range(30), examples=EVERY, labels=("exact", "exact"), damping=0.0)
-            scores = score_examples(gradients, range(30), curvature=curvature).columns["self_influence"]
+            scores = self.undamped(gradients, name)
             torch.testing.assert_close(scores, ref.quadratic_forms(C, G, 0.0), **EXACT)
 
-    @pytest.mark.parametrize("damping", [-1.0, -1e-3, math.nan, math.inf])
     @pytest.mark.parametrize("name", BLOCKS)
-    def test_impossible_damping(self, name: Any, damping: float) -> None:
-        """As `fit` documents: refused there, not after the passes when the first score is asked for."""
-        with pytest.raises(ValueError, match=rf"damping {damping!r}"):
-            Problem("mlp").fit(name, "true", damping=damping)
+    def test_impossible_damping(self, name: Any) -> None:
+        """As `fit` documents: refused there, not after its passes when the first score is asked for."""
+        for damping in (-1.0, -1e-3, math.nan, math.inf):
+            with pytest.raises(ValueError, match=rf"damping {damping!r}"):
+                Problem("mlp").fit(name, "true", damping=damping)
 
     @pytest.mark.parametrize("name", BLOCKS)
     @pytest.mark.parametrize("damping", [-1.0, math.nan, math.inf, -math.inf])

@@ -94,11 +94,12 @@ def silenced_loggers(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def _progress_bar(title: str, batches: int) -> Iterator[Callable[[], None]]:
-    with tqdm(total=batches, desc=f"influence: {title}", leave=False, dynamic_ncols=True) as bar:
+def _progress_bar(title: str, examples: int) -> Iterator[Callable[[int], None]]:
+    bar = tqdm(total=examples, desc=f"influence: {title}", unit="example", leave=False, dynamic_ncols=True)
+    with bar:
 
-        def advance() -> None:
-            bar.update()
+        def advance(done: int) -> None:
+            bar.update(done)
 
         yield advance
 

@@ -28,7 +28,7 @@ from lightning_influence.scoring import score_examples
 from lightning_influence.store import AuditStore, StoreError
 from lightning_influence.task import LossTap, Task, TaskError, TrainingStepTask
 from lightning_influence.tracin import layer_step_sizes
-from lightning_influence.verify import Inspection, VerificationError, inspect
+from lightning_influence.verify import Inspection, VerificationError, inspect, roomy_batch_size
 
 _AVERAGING_CALLBACKS = {"StochasticWeightAveraging", "WeightAveraging"}
 
@@ -165,6 +165,7 @@ class InfluenceAudit(Callback):
             first = self._indices(trainer) or list(range(size))
             with bridge.silenced_loggers(trainer):
                 self._inspection = inspect(self._gradients(trainer, pl_module), first, verify=self.verify)
+            self._source.pass_batch_size = max(self._source.batch_size, roomy_batch_size(self._inspection))
             self._reporter = self._open_reporter(trainer)
         except (DataError, LayerError, TaskError, VerificationError, StoreError, ValueError) as error:
             raise MisconfigurationException(f"InfluenceAudit: {error}") from error

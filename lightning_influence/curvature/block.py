@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence import distributed
+from lightning_influence import distributed, per_sample
 
 RELATIVE_DAMPING = 0.1
 """Default damping: this multiple of the block's mean eigenvalue (Grosse et al. 2023, 2308.03296, section 3)."""
@@ -108,6 +108,16 @@ class CurvatureBlock(ABC):
     @abstractmethod
     def self_influence(self, x: Tensor, g: Tensor, damping: float) -> Tensor:
         """Return ``G_nᵀ (C + damping)⁻¹ G_n`` for every example, ``[n]``, by the cheapest exact form."""
+
+    def scores(
+        self, x: Tensor, g: Tensor, damping: float, query: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return squared gradient norm, self-influence, and inner product with ``query``, each ``[n]``.
+
+        Together they may cost less than apart. ``query: [k, o, i]`` is usually a preconditioned gradient.
+        """
+        inner = None if query is None else per_sample.inner_products(x, g, query)
+        return per_sample.squared_norms(x, g), self.self_influence(x, g, damping), inner
 
     def to_dense(self) -> Tensor:
         """Return the block as dense matrices ``[k, o·i, o·i]`` (row-major in ``[o, i]``); for small blocks."""

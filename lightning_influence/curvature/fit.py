@@ -87,9 +87,9 @@ class Curvature:
     labels: tuple[str, ...]
     examples: tuple[int, ...]
 
-    def self_influence(self, io: LayerIO) -> Tensor:
-        """Return one layer's part of ``gᵀ (C + λ)⁻¹ g`` for every example, ``[n]``."""
-        return self.blocks[io.name].self_influence(io.x, io.gs[0], self.dampings[io.name])
+    def scores(self, io: LayerIO, query: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return one layer's part of ``‖g‖²``, of ``gᵀ (C + λ)⁻¹ g`` and of ``queryᵀ g`` for every example, ``[n]``."""
+        return self.blocks[io.name].scores(io.x, io.gs[0], self.dampings[io.name], query)
 
     def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``(C + λ)⁻¹ v``, layer by layer: name -> ``[..., k, o, i]``."""

@@ -57,6 +57,13 @@ class KroneckerBlock(CurvatureBlock):
         basis_x, basis_g = self.basis
         return per_sample.weighted_rotated_squares(x, g, basis_x, basis_g, self._inverse(damping))
 
+    def scores(
+        self, x: Tensor, g: Tensor, damping: float, query: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return squared gradient norm, self-influence, and inner product with ``query``, each ``[n]``."""
+        basis_x, basis_g = self.basis
+        return per_sample.rotated_scores(x, g, basis_x, basis_g, self._inverse(damping), query)
+
     def _inverse(self, damping: float) -> Tensor:
         eigenvalues = self.eigenvalues
         self._check_damping(damping, float(eigenvalues.min()))
