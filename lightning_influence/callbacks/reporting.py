@@ -181,21 +181,26 @@ class Reporter:
         scalars = {f"seconds/{name.replace(' ', '_')}": value for name, value in report.manifest["seconds"].items()}
         scalars |= {
             "coverage": report.manifest["coverage"]["share"],
-            "candidates": len(report.candidates),
-            "nonfinite": len(report.nonfinite),
+            # Not "candidates": TensorBoard drops all but one of several kinds of data under one tag, and that is the images'.
+            "candidate_count": len(report.candidates),
+            "nonfinite_count": len(report.nonfinite),
         }
-        for name, values in report.manifest.get("detection", {}).items():
-            scalars[f"detection/{name}_average_precision"] = values["average_precision"]
-        self._log_scalars(trainer, scalars)
+        detection = report.manifest.get("detection", {})
+        aurocs = {f"detection/{name}_auroc": values["auroc"] for name, values in detection.items()}
+        self._log_scalars(trainer, scalars, aurocs)
 
-    def _log_scalars(self, trainer: Trainer, scalars: dict[str, float]) -> None:
+    def _log_scalars(
+        self, trainer: Trainer, scalars: dict[str, float], elsewhere: dict[str, float] | None = None
+    ) -> None:
+        """Write scalars to every logger, those of ``elsewhere`` only to loggers other than TensorBoard."""
         if not trainer.is_global_zero:
             return
         for writer in bridge.tensorboard_writers(trainer):
             summary.write_scalars(writer, scalars, trainer.global_step)
         for logger in bridge.real_loggers(trainer):
             if not isinstance(logger, TensorBoardLogger):
-                finite = {f"influence/{name}": value for name, value in scalars.items() if np.isfinite(value)}
+                everything = scalars | (elsewhere or {})
+                finite = {f"influence/{name}": value for name, value in everything.items() if np.isfinite(value)}
                 logger.log_metrics(finite, step=trainer.global_step)
 
     def _known_mask(self, indices: NDArray[Any]) -> NDArray[Any] | None:
