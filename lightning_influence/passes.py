@@ -115,7 +115,7 @@ class ExampleSource:
         return len(cast("Sized", self.dataset))
 
     def batches(self, indices: Sequence[int], size: int | None = None) -> Iterator[tuple[list[int], Any]]:
-        """Yield ``(indices, batch)`` in the given order, ``size`` examples at a time, the last batch possibly smaller."""
+        """Yield ``(indices, batch)`` in the given order, ``size`` examples at a time (the last time fewer)."""
         size = size or self.pass_batch_size
         plan = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
         workers = min(self.num_workers, len(plan) // 2)

@@ -45,7 +45,7 @@ class Inspection:
     examples: int
 
 
-# Captured tensors of a batch may take so many bytes: beyond, they fall out of the caches and every batch asks the system
+# Captured tensors of a batch may take so many bytes: beyond, they fall out of the caches, every batch asks the system
 # for fresh memory, and larger batches no longer pay.
 _ROOM = 2**24
 _LARGEST_BATCH = 512

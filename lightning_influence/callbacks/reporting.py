@@ -181,7 +181,7 @@ class Reporter:
         scalars = {f"seconds/{name.replace(' ', '_')}": value for name, value in report.manifest["seconds"].items()}
         scalars |= {
             "coverage": report.manifest["coverage"]["share"],
-            # Not "candidates": TensorBoard drops all but one of several kinds of data under one tag, and that is the images'.
+            # Not "candidates": of several kinds of data under one tag TensorBoard serves only one, and the images have it.
             "candidate_count": len(report.candidates),
             "nonfinite_count": len(report.nonfinite),
         }
