@@ -85,6 +85,13 @@ class InfluencePlan:
             work += self.examples.eigenvalues * (draws if self.labels[1] == "exact" else 1)
         return work
 
+    def eigendecomposition_seconds(self, coverage: Coverage) -> float:
+        """Return a guess of the time of the eigendecompositions: cubic, and 0.6 s for 1,569 rows on two CPU cores."""
+        if self.curvature not in ("ekfac", "kfac"):
+            return 0.0
+        shapes = [operation.shape for operation in coverage.operations.values()]
+        return sum(1.6e-10 * k * (o**3 + i**3) for k, o, i in shapes)
+
     def factor_bytes(self, coverage: Coverage, element_size: int = 4) -> int:
         """Return the memory that the fitted curvature takes, the float64 copies of the eigendecomposition included."""
         total = largest = 0

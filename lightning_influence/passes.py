@@ -263,7 +263,7 @@ class ExampleGradients:
             labels: ``"true"`` for the gradients of every example's own loss; ``"sampled"`` for one draw of labels from
                 the model's own predictions; ``"exact"`` for as many draws as make the expectation over labels exact.
             draw: Number of the draw: different numbers give independent labels.
-            title: Text of the progress bar.
+            title: Text of the progress bar; none without.
             everywhere: Visit all the examples on every process instead of a share.
 
         Yields:
@@ -278,7 +278,7 @@ class ExampleGradients:
         with (
             untouched(self.module),
             Capture(self.coverage) as capture,
-            self._progress(title, len(own)) as advance,
+            (self._progress if title else _silent)(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own, size):
                 loss = self._forward(capture, batch, len(batch_indices))
@@ -297,7 +297,7 @@ class ExampleGradients:
         with (
             untouched(self.module),
             Capture(self.coverage) as capture,
-            self._progress(title, len(own)) as advance,
+            (self._progress if title else _silent)(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own):
                 yield batch_indices, self._forward(capture, batch, len(batch_indices))

@@ -15,6 +15,9 @@ from lightning_influence.curvature.fit import Curvature
 from lightning_influence.losses import LossCall
 from lightning_influence.passes import ExampleGradients
 
+# Features kept per example: 2 GB for a million examples.
+_FEATURES = 512
+
 
 @dataclass(frozen=True, eq=False)
 class ExampleScores:
@@ -130,8 +133,16 @@ def _from_loss(values: Tensor | None, primary: LossCall | None, n: int) -> dict[
 
 
 def _last_features(capture: Capture, n: int) -> Tensor:
-    """Inputs of the last layer called, without the bias column, averaged over positions."""
+    """Inputs of the last layer called, without the bias column, averaged over positions: ``[n, d]``.
+
+    More than ``_FEATURES`` are projected at random, which leaves cosines nearly as they are.
+    """
     name = capture.order[-1]
     activations = capture.activations(name, n)
     inputs = activations.shape[-1] - capture.coverage.operations[name].has_bias
-    return activations[..., :inputs].mean(2).transpose(0, 1).reshape(n, -1).float()
+    features = activations[..., :inputs].mean(2).transpose(0, 1).reshape(n, -1).float()
+    if features.shape[1] <= _FEATURES:
+        return features
+    generator = torch.Generator().manual_seed(0)
+    projection: Tensor = torch.randn(features.shape[1], _FEATURES, generator=generator) / _FEATURES**0.5
+    return torch.mm(features, projection.to(features.device))

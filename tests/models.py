@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 FEATURES, CLASSES = 5, 3
+HOOKS = [name for name in nn.Module().__dict__ if name.endswith("_hooks")]
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "devices": 1,
@@ -209,6 +211,33 @@ class Witness(pl.LightningModule):
         return momentum
 
 
+def leftovers(trainer: pl.Trainer, model: nn.Module) -> list[str]:
+    """What an extra pass could have left on the model or in torch."""
+    found = [
+        f"{name or 'model'}.{table}"
+        for name, module in model.named_modules()
+        for table in HOOKS
+        # torchmetrics' metrics carry a hook of their own
+        if getattr(module, table) and not type(module).__module__.startswith("torchmetrics")
+    ]
+    found += [
+        f"{name}.{attribute}"
+        for name, module in model.named_modules()
+        for attribute in ("log", "log_dict")
+        if attribute in module.__dict__
+    ]
+    found += [
+        name
+        for name in torch_module.__dict__
+        if name.startswith("_global_") and name.endswith("_hooks") and torch_module.__dict__[name]
+    ]
+    if torch._C._len_torch_function_stack():
+        found.append("a torch function mode")
+    if "process_dataloader" in trainer.strategy.__dict__:
+        found.append("strategy.process_dataloader")
+    return found
+
+
 def logged_rows(trainer: pl.Trainer) -> list[dict[str, str]]:
     """What the CSV logger wrote, without the audit's own columns."""
     with open(Path(trainer.log_dir) / "metrics.csv", newline="") as file:
@@ -220,4 +249,6 @@ def logged_rows(trainer: pl.Trainer) -> list[dict[str, str]]:
 
 
 def loader(dataset: Dataset[Any], batch_size: int = 5, **arguments: Any) -> DataLoader[Any]:
+    if "batch_sampler" in arguments:
+        return DataLoader(dataset, **arguments)
     return DataLoader(dataset, batch_size=batch_size, **arguments)

@@ -213,8 +213,9 @@ class TestAgainstTheReference:
             C = problem.dense(name, layer, block, labels)
             k, o, i = block.shape
             assert name == "identity" or far_from_a_multiple_of_the_identity(C)
-            torch.testing.assert_close(block.to_dense(), C, **EXACT)
-            torch.testing.assert_close(block.diagonal().flatten(1), C.diagonal(dim1=1, dim2=2), **EXACT)
+            # The identity has seen no data that would tell it a dtype.
+            torch.testing.assert_close(block.to_dense().double(), C, **EXACT)
+            torch.testing.assert_close(block.diagonal().flatten(1).double(), C.diagonal(dim1=1, dim2=2), **EXACT)
             if name in ("kfac", "ekfac"):
                 assert block.eigenvalues.min() >= 0
                 spectrum = torch.linalg.eigvalsh(C)
@@ -706,6 +707,20 @@ class TestFit:
         small = cover(net, ["0"])
         assert factor_examples(small, positions, 10, 10**6).covariances == 512
         assert factor_examples(small, {"0": 1}, 10, 10**6).covariances == 2 * 577
+
+    def test_eigenvalues_are_measured_where_the_basis_is_known(self) -> None:
+        """Rounding picks the eigenvectors of a null space, so no gradient may lie in it when eigenvalues are measured.
+
+        With eigenvalues from 14 examples in the basis of 9, scores of the CNN in test_invariance differed by 8 % from
+        one batch size to the next; the other way round by 3e-15.
+        """
+        coverage, positions = cover(nn.Sequential(nn.Linear(100, 50), nn.Linear(50, 200))), {"0": 1, "1": 1}
+        for draws in (1, 3, 20):
+            for size in (100, 700, 10**6):
+                chosen = factor_examples(coverage, positions, draws, size)
+                assert chosen.covariances >= chosen.eigenvalues, (draws, size)
+                small, large = (random_subset(range(size), n, seed=0) for n in (chosen.eigenvalues, chosen.covariances))
+                assert set(small) <= set(large)
 
     @pytest.mark.parametrize(
         ("fisher", "draws", "tapped", "expected"),

@@ -160,6 +160,29 @@ class TestEveryVariant:
         later = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Tanh(), nn.Conv2d(4, **options), Flat()).double().eval()
         assert_right(later, *data((2, 6, 7)))
 
+    @pytest.mark.parametrize("name", ["plain", "everything", "same, even kernel", "kernel of one, stride", "depthwise"])
+    def test_convolution_in_other_memory_layouts(self, name: str) -> None:
+        """Channels last, a window into a larger tensor, one image for all examples: patches are cut by strides."""
+        options = {"out_channels": 4, **CONVOLUTIONS[name]}
+        whole, targets = data((5, 8, 9))
+        net = nn.Sequential(nn.Conv2d(4, **options), Flat()).double().eval()
+        inputs = {
+            "channels last": whole[:, :4, :6, :7].contiguous(memory_format=torch.channels_last),
+            "window": whole[:, 1:, 1:7, 2:],
+            "transposed": whole[:, :4, :7, :6].transpose(-1, -2),
+            "expanded": whole[:1, :4, :6, :7].expand(EXAMPLES, -1, -1, -1),
+            "expanded channels": whole[:, :1, :6, :7].expand(-1, 4, -1, -1),
+        }
+        for layout, value in inputs.items():
+            # One batch that keeps the layout: a copy per example would bring it in order.
+            gradients = passes(net, value, targets, batch_size=EXAMPLES, task=lambda m, b, v=value: task(m, (v, b[1])))
+            found = captured(gradients)["0"]
+            x, g = ref.layer_inputs_and_output_gradients(net, "0", cross_entropy, value, targets)
+            torch.testing.assert_close(found[0], x, **EXACT, msg=lambda m, layout=layout: f"{layout}: {m}")
+            torch.testing.assert_close(found[1], g, **EXACT)
+        net = net.to(memory_format=torch.channels_last)
+        assert_right(nn.Sequential(nn.Conv2d(2, 4, 1), nn.Tanh(), *net).double(), *data((2, 6, 7)))
+
     @pytest.mark.parametrize("name", LINEARS)
     def test_linear(self, name: str) -> None:
         leading, bias = LINEARS[name]
@@ -355,12 +378,19 @@ def in_place() -> nn.Module:
     )
 
 
+def in_place_on_sequences() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 5, bias=False), nn.SiLU(inplace=True), Flat()
+    )
+
+
 STRUCTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "called twice": (Twice, (3, 4)),
     "called under two names": (TwoNames, (4, 6, 7)),
     "two views, two roots": (Siamese, (2, 4)),
     "two towers": (TwoTowers, (4, 6, 7)),
     "in-place after every layer": (in_place, (4, 6, 7)),
+    "in-place after every layer, sequences": (in_place_on_sequences, (2, 3, 4)),
     "residual, in place": (Bottleneck, (4, 6, 7)),
     "calls without gradients": (SomeWithoutGradients, (4,)),
     "keyword argument": (ByKeyword, (4,)),
@@ -774,18 +804,30 @@ class TestVerification:
         net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES)).double()
         return passes(net, *data((4,)), task=change, batch_size=EXAMPLES)
 
-    def test_functional_use_and_penalty(self) -> None:
-        def functional(module: Any, batch: Any) -> Tensor:
-            hidden = module[1](module[0](batch[0]))
-            return cross_entropy(F.linear(hidden, module[2].weight, module[2].bias), batch[1])
+    def functional(self, module: Any, batch: Any) -> Tensor:
+        hidden = module[1](module[0](batch[0]))
+        return cross_entropy(F.linear(hidden, module[2].weight, module[2].bias), batch[1])
 
+    def test_functional_use_and_penalty(self) -> None:
         def penalty(module: Any, batch: Any) -> Tensor:
             return task(module, batch) + 1e-3 * module[0].weight.square().sum()
 
         with pytest.raises(VerificationError, match=r"do not add up .* in: 2 \(100\.0% off\)"):
-            inspect(self.gradients(functional), range(EXAMPLES))
+            inspect(self.gradients(self.functional), range(EXAMPLES))
         with pytest.raises(VerificationError, match=r"do not add up .* in: 0 \("):
             inspect(self.gradients(penalty), range(EXAMPLES))
+
+    def test_batch_with_a_nan(self) -> None:
+        """One bad example in the first batch is no reason not to look at the others."""
+        net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES)).double()
+        inputs, targets = data((4,))
+        inputs[1, 2] = float("nan")
+        error = inspect(passes(net, inputs, targets, batch_size=EXAMPLES), range(EXAMPLES)).largest_error
+        assert error is not None
+        assert error < 1e-12
+        gradients = passes(net, inputs, targets, batch_size=EXAMPLES, task=self.functional)
+        with pytest.raises(VerificationError, match=r"do not add up .* in: 2 \("):
+            inspect(gradients, range(EXAMPLES))
 
     def test_mixed_precision_is_no_fault(self) -> None:
         """bfloat16 keeps 8 bits: right gradients differ by 1 % from autograd's, which is rounded on the way."""

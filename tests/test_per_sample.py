@@ -143,6 +143,22 @@ class TestAgainstFormedGradients:
             close(per_sample.weighted_rotated_squares(x, g, a, b, weights, form=form), expected, case)
             assert torch.equal(weights, kept), "modified in place, although it is used for every batch"
 
+    @pytest.mark.parametrize("with_vector", [True, False])
+    def test_rotated_scores(self, with_vector: bool) -> None:
+        for x, (g,), (k, _, _, i, o), case in cases():
+            a, b, weights = basis(k, i), basis(k, o), torch.rand(k, o, i).double()
+            vector = torch.randn(k, o, i).double() if with_vector else None
+            kept = weights.clone()
+            norms, weighted, inner = per_sample.rotated_scores(x, g, a, b, weights, vector)
+            close(norms, dense(x, g).square().sum((0, 2, 3)), case)
+            close(weighted, torch.einsum("knoi,koi->n", rotated(x, g, a, b).square(), weights), case)
+            assert torch.equal(weights, kept)
+            if vector is None:
+                assert inner is None
+            else:
+                assert inner is not None
+                close(inner, torch.einsum("knoi,koi->n", dense(x, g), vector), case)
+
 
 class TestRows:
     def test_second_moment(self) -> None:
@@ -166,6 +182,7 @@ class TestRows:
             for form in ("rotate_first", "form_first"):
                 per_sample.rotated_squares(x, gs, a, b, form=form)
                 per_sample.weighted_rotated_squares(x, gs[0], a, b, weights, form=form)
+            per_sample.rotated_scores(x, gs[0], a, b, weights, weights)
             assert all(torch.equal(tensor, copy) for tensor, copy in zip((x, *gs), copies, strict=True)), case
 
 
@@ -218,6 +235,7 @@ class TestCost:
                 block.update(x, gs, self.N)
                 block.end_pass(self.N)
             block.self_influence(x, gs[0], 0.1)
+            block.scores(x, gs[0], 0.1, torch.ones(k, self.O, self.I))
             per_sample.squared_norms(x, gs[0])
             per_sample.inner_products(x, gs[0], torch.ones(k, self.O, self.I))
             per_sample.summed_gradient(x, gs[0])
@@ -277,6 +295,7 @@ class TestCost:
             per_sample.weighted_squares(x, g, torch.ones(1, 100, 120))
             for form in ("form_first", "rotate_first"):
                 per_sample.weighted_rotated_squares(x, g, a, b, torch.ones(1, 100, 120), form=form)
+            per_sample.rotated_scores(x, g, a, b, torch.ones(1, 100, 120), torch.ones(1, 100, 120))
 
     def count_calls(self, monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
         calls: list[str] = []

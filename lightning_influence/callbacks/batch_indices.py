@@ -19,7 +19,7 @@ class BatchIndexRecorder:
 
     def __init__(self) -> None:
         self._queue: deque[list[int]] = deque()
-        self._replaced: list[tuple[DataLoader[Any], Any]] = []
+        self._replaced: list[tuple[DataLoader[Any], _RecordingSampler]] = []
         self._strategy: Any = None
 
     def attach(self, trainer: Trainer) -> None:
@@ -42,8 +42,8 @@ class BatchIndexRecorder:
         if self._strategy is not None:
             self._strategy.__dict__.pop("process_dataloader", None)
             self._strategy = None
-        for loader, sampler in self._replaced:
-            object.__setattr__(loader, "batch_sampler", sampler)
+        for loader, proxy in self._replaced:
+            _take_out(loader, proxy)
         self._replaced.clear()
         self._queue.clear()
 
@@ -55,11 +55,11 @@ class BatchIndexRecorder:
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return
         sampler = loader.batch_sampler
-        if sampler is None or isinstance(sampler, _RecordingSampler):
+        if sampler is None or any(loader is known for known, _ in self._replaced):
             return
-        self._replaced.append((loader, sampler))
-        # DataLoader refuses a new batch sampler by plain assignment.
-        object.__setattr__(loader, "batch_sampler", _RecordingSampler(sampler, self))
+        proxy = _RecordingSampler(sampler, self)
+        self._replaced.append((loader, proxy))
+        _set_batch_sampler(loader, proxy)
 
     def _start(self) -> deque[list[int]]:
         self._queue = deque()
@@ -84,3 +84,21 @@ class _RecordingSampler:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_sampler"], name)
+
+
+def _set_batch_sampler(loader: DataLoader[Any], sampler: Any) -> None:
+    # DataLoader refuses a new batch sampler by plain assignment.
+    object.__setattr__(loader, "batch_sampler", sampler)
+
+
+def _take_out(loader: DataLoader[Any], proxy: _RecordingSampler) -> None:
+    """Remove one proxy, wherever it stands in a chain of them (two audits of one run)."""
+    if loader.batch_sampler is proxy:
+        _set_batch_sampler(loader, proxy._sampler)
+        return
+    outer: Any = loader.batch_sampler
+    while isinstance(outer, _RecordingSampler):
+        if outer._sampler is proxy:
+            outer._sampler = proxy._sampler
+            return
+        outer = outer._sampler

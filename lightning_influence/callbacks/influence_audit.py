@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -213,6 +214,7 @@ class InfluenceAudit(Callback):
         due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if due and recording.step_sizes.steps and not _is_last_epoch(trainer):
             indices = self._indices(trainer)
+            start = time.perf_counter()
             with bridge.silenced_loggers(trainer):
                 gradients = self._gradients(trainer, pl_module)
                 scores = score_examples(
@@ -222,7 +224,8 @@ class InfluenceAudit(Callback):
                     features=True,
                     title=f"TracIn, epoch {trainer.current_epoch}",
                 )
-            recording.add_checkpoint(trainer.global_step, scores)
+            recording.add_pass(trainer.global_step, scores)
+            reporter.seconds_per_example = (time.perf_counter() - start) / len(indices)
             reporter.write_partial(recording.columns(indices), "recording")
             reporter.log_checkpoint(trainer, scores)
         reporter.log_dynamics(trainer, recording.dynamics.gathered().columns())
@@ -281,8 +284,7 @@ class InfluenceAudit(Callback):
                 queries=queries,
                 step_sizes=self._take_step_sizes(gradients.coverage, pl_module) if pending else None,
             )
-        if pending:
-            recording.add_checkpoint(trainer.global_step, result.scores)
+        recording.add_pass(trainer.global_step, result.scores)
         columns = recording.columns(indices, result.scores)
         if trainer.is_global_zero:
             self.report = reporter.finish(trainer, gradients, plan, inspection, result, columns, recording)

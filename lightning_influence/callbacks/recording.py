@@ -35,6 +35,7 @@ class Recording:
         self._seen = torch.zeros(size, dtype=torch.bool)
         self._disagreement = torch.zeros(size, dtype=torch.float64)
         self._disagreement_count = torch.zeros(size, dtype=torch.float64)
+        self._passes: list[int] = []
         self._failed = False
 
     def record_batch(self, indices: Sequence[int], calls: Sequence[LossCall]) -> None:
@@ -53,11 +54,16 @@ class Recording:
             self._failed = True
             rank_zero_warn(f"InfluenceAudit stops to record training dynamics: {type(error).__name__}: {error}")
 
-    def add_checkpoint(self, step: int, scores: ExampleScores) -> None:
-        """Add one fixed-order pass: TracIn, and what the neighbours in feature space say about the label."""
-        increments = scores.columns["tracin"]
-        if not self.tracin.add(step, scores.indices.tolist(), increments):
+    def add_pass(self, step: int, scores: ExampleScores) -> None:
+        """Add what one fixed-order pass says: TracIn if it was asked for, and the neighbours' labels.
+
+        A step that was added before (a resumed run) is left alone.
+        """
+        if step in self._passes:
             return
+        self._passes.append(step)
+        if "tracin" in scores.columns:
+            self.tracin.add(step, scores.indices.tolist(), scores.columns["tracin"])
         if scores.features is not None and "label" in scores.columns:
             shares = neighbours.disagreement(scores.features, scores.columns["label"]).double().cpu()
             known = torch.isfinite(shares)
@@ -88,11 +94,12 @@ class Recording:
         rows = torch.as_tensor(list(indices), dtype=torch.long)
         columns: dict[str, Tensor] = {"index": rows}
         columns |= {name: values[rows] for name, values in dynamics.columns().items()}
+        finite = torch.ones(len(rows), dtype=torch.bool)
         if self.tracin.checkpoints:
             columns["tracin"] = self.tracin.values[rows]
+            finite &= torch.isfinite(columns["tracin"])
         if bool((self._disagreement_count > 0).any()):
             columns["neighbour_disagreement"] = (self._disagreement / self._disagreement_count)[rows]
-        finite = torch.ones(len(rows), dtype=torch.bool)
         if "nonfinite" in dynamics.sums:
             finite &= dynamics.sums["nonfinite"][rows] == 0
         if scores is not None:
@@ -110,6 +117,7 @@ class Recording:
             "seen": self._seen.clone(),
             "tracin": self.tracin.values.clone(),
             "tracin_steps": list(self.tracin.checkpoints),
+            "passes": list(self._passes),
             "step_sizes": dict(self.step_sizes.sums),
             "steps": self.step_sizes.steps,
             "disagreement": self._disagreement.clone(),
@@ -131,6 +139,7 @@ class Recording:
         self._seen = state["seen"].clone()
         self.tracin.values = state["tracin"].clone()
         self.tracin.checkpoints = list(state["tracin_steps"])
+        self._passes = list(state["passes"])
         self.step_sizes.sums = dict(state["step_sizes"])
         self.step_sizes.steps = state["steps"]
         self._disagreement = state["disagreement"].clone()

@@ -43,6 +43,7 @@ class Reporter:
     def __init__(self, store: AuditStore | None, arguments: dict[str, Any], known_noise: NDArray[Any] | None) -> None:
         self.store = store
         self.known_noise = known_noise
+        self.seconds_per_example: float | None = None
         self._manifest: dict[str, Any] = {
             "status": "recording",
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -64,7 +65,8 @@ class Reporter:
         """Return the line before a long wait: what will be done, and about how long and how much memory it takes."""
         draws = inspection.classes or 1
         work = plan.gradient_passes(examples, queries, draws)
-        seconds = work * inspection.seconds / inspection.examples
+        rate = self.seconds_per_example or inspection.seconds / inspection.examples
+        seconds = work * rate + plan.eigendecomposition_seconds(gradients.coverage)
         memory = plan.factor_bytes(gradients.coverage) + inspection.batch_bytes
         return (
             f"influence audit: {plan.curvature} on {len(gradients.coverage.operations)} layers, {examples:,} training "
@@ -181,7 +183,7 @@ class Reporter:
         scalars = {f"seconds/{name.replace(' ', '_')}": value for name, value in report.manifest["seconds"].items()}
         scalars |= {
             "coverage": report.manifest["coverage"]["share"],
-            # Not "candidates": of several kinds of data under one tag TensorBoard serves only one, and the images have it.
+            # Not "candidates": TensorBoard serves one kind of data per tag, and the images have that one.
             "candidate_count": len(report.candidates),
             "nonfinite_count": len(report.nonfinite),
         }

@@ -39,6 +39,8 @@ class CurvatureBlock(ABC):
         # Sums over examples of the running pass. All of them add up across processes; see ``reduce``.
         self._sums: dict[str, Tensor] = {}
         self._result: dict[str, Tensor] = {}
+        # The last damping and the inverse for it: a pass asks for the same one with every batch.
+        self._cached: tuple[float, Tensor] | None = None
 
     def update(self, x: Tensor, gs: Sequence[Tensor], examples: int) -> None:
         """Add one batch to the running pass.

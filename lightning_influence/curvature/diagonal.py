@@ -34,9 +34,11 @@ class DiagonalBlock(CurvatureBlock):
         return per_sample.weighted_squares(x, g, self._inverse(damping))
 
     def _inverse(self, damping: float) -> Tensor:
-        diagonal = self.diagonal()
-        self._check_damping(damping, float(diagonal.min()))
-        return 1 / (diagonal + damping)
+        if self._cached is None or self._cached[0] != damping:
+            diagonal = self.diagonal()
+            self._check_damping(damping, float(diagonal.min()))
+            self._cached = damping, 1 / (diagonal + damping)
+        return self._cached[1]
 
     def _contributions(self, x: Tensor, gs: Sequence[Tensor], examples: int) -> dict[str, Tensor]:
         return {"squares": per_sample.summed_squares(x, gs)}

@@ -65,9 +65,11 @@ class KroneckerBlock(CurvatureBlock):
         return per_sample.rotated_scores(x, g, basis_x, basis_g, self._inverse(damping), query)
 
     def _inverse(self, damping: float) -> Tensor:
-        eigenvalues = self.eigenvalues
-        self._check_damping(damping, float(eigenvalues.min()))
-        return 1 / (eigenvalues + damping)
+        if self._cached is None or self._cached[0] != damping:
+            eigenvalues = self.eigenvalues
+            self._check_damping(damping, float(eigenvalues.min()))
+            self._cached = damping, 1 / (eigenvalues + damping)
+        return self._cached[1]
 
     def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
         basis_x, basis_g = self.basis
