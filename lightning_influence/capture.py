@@ -65,7 +65,6 @@ class Capture:
         self.coverage = coverage
         self._handles: list[RemovableHandle] = []
         self._uses: dict[str, list[_Use]] = {}
-        self._roots: list[Tensor] = []
         self._recording = False
         self._draws = 0
 
@@ -93,7 +92,7 @@ class Capture:
 
     def clear(self) -> None:
         """Forget the last batch."""
-        self._uses, self._roots, self._draws = {}, [], 0
+        self._uses, self._draws = {}, 0
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool = True) -> None:
         """Run one backward pass and keep every covered layer's output gradient as a further draw.
@@ -107,12 +106,21 @@ class Capture:
             for use in uses:
                 use.gradients.append(None)
         self._draws += 1
-        torch.autograd.grad(outputs, self._roots, gradients, retain_graph=not last, allow_unused=True)
+        if not self._uses:
+            raise LayerError("no covered layer was called in the forward pass; does the model's forward use them?")
+        # All the way down, not to chosen tensors: the graph ends at the first covered layers by itself, unless the user
+        # made an input require gradients, and then the layers behind that count too.
+        torch.autograd.backward(outputs, gradients, retain_graph=not last)
 
     @property
-    def roots(self) -> list[Tensor]:
-        """Outputs of the first covered layers: where the graph starts."""
-        return self._roots
+    def precise(self) -> bool:
+        """Whether everything captured has at least single precision."""
+        return all(
+            tensor is None or tensor.dtype in (torch.float32, torch.float64)
+            for uses in self._uses.values()
+            for use in uses
+            for tensor in (use.input, *use.gradients)
+        )
 
     @property
     def order(self) -> list[str]:
@@ -127,7 +135,7 @@ class Capture:
                 for tensor in (use.input, *use.gradients):
                     if tensor is not None and tensor.shape[0] == n:
                         # One sum instead of an elementwise test: NaN and inf survive addition.
-                        good = torch.isfinite(tensor.flatten(1).sum(1, dtype=_working_dtype(tensor)))
+                        good = torch.isfinite(tensor.reshape(n, -1).sum(1, dtype=_working_dtype(tensor)))
                         result = good if result is None else result & good
         if result is None:
             raise LayerError("no covered layer was called in the forward pass; is the model's forward using them?")
@@ -156,6 +164,8 @@ class Capture:
         for use in uses:
             _check_unmodified(use, name)
             x = operation.activations(_zeroed(_working(use.input), keep), n)
+            if keep is not None:  # the ones of the bias, too
+                x = torch.where(keep.view(1, -1, 1, 1), x, 0)
             activations.append(x)
             for draw, raw in enumerate(use.gradients):
                 if raw is None:  # this draw's logits do not depend on this call
@@ -181,14 +191,15 @@ class _ForwardHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         # Without gradients the call adds nothing to the parameters' gradient in training either.
-        if not self.capture._recording or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return output
         raw: Tensor = args[0] if args else kwargs["input"]
         if not output.requires_grad:
-            root = output.detach().requires_grad_()
-            self.capture._roots.append(root)
             # A copy, as an in-place activation may not overwrite the leaf itself.
-            output = root.clone()
+            output = output.detach().requires_grad_().clone()
+        if not self.capture._recording:
+            # Run again in the backward pass of a checkpointed segment: the same graph, but no further use.
+            return output
         use = _Use(raw.detach(), raw._version, [])
         self.capture._uses.setdefault(self.name, []).append(use)
 

@@ -8,10 +8,11 @@ the same values afterwards.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 # would cost more than the pass, and such lists hold data, not running state.
 _DEEP_COPY_LIMIT = 10_000
 
-_MODULE_INTERNALS = frozenset(
-    name for name in nn.Module().__dict__ if name not in {"training"}
-)  # parameters, buffers, submodules and hook tables have guards of their own
+# What makes a module's parameters, buffers and submodules: restored entry by entry. The hook tables are left alone.
+_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_MODULE_INTERNALS = frozenset(name for name in nn.Module().__dict__ if name != "training")
 
 
 @contextmanager
@@ -48,23 +49,78 @@ def isolated_rng() -> Iterator[None]:
 
 
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put every submodule in eval mode and give each its own mode back (a frozen BatchNorm stays frozen)."""
-    modes = [(submodule, submodule.training) for submodule in module.modules()]
-    try:
-        # The attribute instead of .eval(): a LightningModule may override train()/eval() with side effects.
-        for submodule, _ in modes:
-            submodule.training = False
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Run an extra pass over ``module``: eval mode, frozen parameters, and everything put back at the end.
+
+    Gradients are enabled inside (activations may require them); ``.grad`` of the parameters is never written. The pass
+    works on copies of tensors, arrays, generators and built-in containers that modules hold as attributes; the
+    originals are set aside and put back, so aliases stay aliases. Other Python objects (a user's own statistics object)
+    are shared with the pass and cannot be protected.
+
+    Args:
+        module: The user's model, on its device.
+
+    Yields:
+        Nothing; the guards are active inside the ``with`` block.
+    """
+    modules = _all_modules(module)
+    with ExitStack() as guards:
+        guards.enter_context(isolated_rng())
+        guards.enter_context(_restored(modules))
+        guards.enter_context(_evaluating(modules))
+        guards.enter_context(_frozen(modules))
+        guards.enter_context(torch.inference_mode(False))
+        guards.enter_context(torch.enable_grad())
+        # Hooks and probes need the eager modules; a compiled forward would not call them.
+        guards.enter_context(_eager())
         yield
-    finally:
-        for submodule, mode in modes:
-            submodule.training = mode
+
+
+def _eager() -> AbstractContextManager[Any]:
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _all_modules(root: nn.Module) -> list[nn.Module]:
+    """Return the submodules, and the modules hidden from ``modules()`` in plain attributes (``self._teacher = [net]``)."""
+    found: dict[int, nn.Module] = {}
+    waiting: list[Any] = [root]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found[id(value)] = value
+            waiting.extend(value._modules.values())
+            waiting.extend(item for name, item in value.__dict__.items() if name not in _MODULE_INTERNALS)
+        elif isinstance(value, (list, tuple, deque, set)) and len(value) <= _DEEP_COPY_LIMIT:
+            waiting.extend(value)
+        elif isinstance(value, dict) and len(value) <= _DEEP_COPY_LIMIT:
+            waiting.extend(value.values())
+    return list(found.values())
 
 
 @contextmanager
-def frozen_parameters(module: nn.Module) -> Iterator[None]:
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Put every module in eval mode and give each its own mode back (a frozen BatchNorm stays frozen)."""
+    modes = [(module, module.training) for module in modules]
+    try:
+        # The attribute instead of .eval(): a LightningModule may override train()/eval() with side effects.
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _frozen(modules: list[nn.Module]) -> Iterator[None]:
     """Clear ``requires_grad`` of every parameter: backward passes then compute no weight gradients."""
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    parameters = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
@@ -75,94 +131,63 @@ def frozen_parameters(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def restored_buffers(module: nn.Module) -> Iterator[None]:
-    """Give the pass copies of all buffers; the originals are put back untouched."""
-    originals: list[tuple[nn.Module, str, Tensor | None]] = []
+def _restored(modules: list[nn.Module]) -> Iterator[None]:
+    """Let the pass work on copies of buffers and attributes; put the originals back."""
+    attributes = [(module, dict(module.__dict__)) for module in modules]
+    registries = [
+        (module.__dict__[name], copy.copy(module.__dict__[name])) for module in modules for name in _REGISTRIES
+    ]
     memo: dict[int, Any] = {}
     try:
-        for submodule in module.modules():
-            for name, buffer in submodule._buffers.items():
-                originals.append((submodule, name, buffer))
-        for submodule, name, buffer in originals:
-            submodule._buffers[name] = _working_copy(buffer, memo)
-        yield
-    finally:
-        for submodule, name, buffer in originals:
-            submodule._buffers[name] = buffer
-
-
-@contextmanager
-def restored_attributes(module: nn.Module) -> Iterator[None]:
-    """Give the pass copies of the tensors and containers that submodules hold as plain attributes.
-
-    The originals are set aside and put back, so aliases (the states that a torchmetrics ``MetricCollection``
-    shares between its members) stay aliases.
-    """
-    originals = [(submodule, dict(submodule.__dict__)) for submodule in module.modules()]
-    memo: dict[int, Any] = {}
-    try:
-        for submodule, attributes in originals:
-            for name, value in attributes.items():
+        for module, own in attributes:
+            for name, value in own.items():
                 if name not in _MODULE_INTERNALS:
-                    copy = _working_copy(value, memo)
-                    if copy is not value:
-                        submodule.__dict__[name] = copy
+                    replacement = _working_copy(value, memo)
+                    if replacement is not value:
+                        module.__dict__[name] = replacement
+            for name, buffer in list(module._buffers.items()):
+                module._buffers[name] = _working_copy(buffer, memo)
         yield
     finally:
-        for submodule, attributes in originals:
-            submodule.__dict__.clear()
-            submodule.__dict__.update(attributes)
-
-
-@contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Run an extra pass over ``module``: eval mode, frozen parameters, and everything put back at the end.
-
-    Gradients are enabled inside (activations may require them); ``.grad`` of the parameters is never written.
-    Python objects that are neither tensors nor built-in containers (a user's own statistics object) are shared
-    with the pass and cannot be protected.
-
-    Args:
-        module: The user's model, on its device.
-
-    Yields:
-        Nothing; the guards are active inside the ``with`` block.
-    """
-    with ExitStack() as guards:
-        guards.enter_context(isolated_rng())
-        guards.enter_context(restored_attributes(module))
-        guards.enter_context(restored_buffers(module))
-        guards.enter_context(evaluation_mode(module))
-        guards.enter_context(frozen_parameters(module))
-        guards.enter_context(torch.inference_mode(False))
-        guards.enter_context(torch.enable_grad())
-        # Hooks and probes need the eager modules; a compiled forward would not call them.
-        guards.enter_context(_eager())
-        yield
-
-
-def _eager() -> Any:
-    return torch.compiler.set_stance("force_eager")
+        for module, own in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(own)
+        for registry, entries in registries:
+            # Cleared first: an entry that was deleted in the pass would else come back at the end of the order.
+            registry.clear()
+            registry.update(entries)
 
 
 def _working_copy(value: Any, memo: dict[int, Any]) -> Any:
-    """Copy tensors and built-in containers, sharing everything else; aliases stay aliases through ``memo``."""
+    """Copy what a pass may change in place, sharing everything else; aliases stay aliases through ``memo``."""
     if id(value) in memo:
         return memo[id(value)]
+    result: Any
     if isinstance(value, nn.Parameter):
         return value
-    copy: Any
     if isinstance(value, Tensor):
-        copy = value.detach().clone()
-    elif type(value) in (list, deque):
-        inner = value if len(value) > _DEEP_COPY_LIMIT else [_working_copy(item, memo) for item in value]
-        copy = deque(inner, value.maxlen) if isinstance(value, deque) else list(inner)
-    elif type(value) is dict:
-        small = len(value) <= _DEEP_COPY_LIMIT
-        copy = {key: _working_copy(item, memo) if small else item for key, item in value.items()}
-    elif type(value) is set:
-        copy = set(value)
+        result = memo[id(value)] = value.detach().clone()
+    elif isinstance(value, torch.Generator):
+        result = memo[id(value)] = value.clone_state()
+    elif isinstance(value, (np.ndarray, np.random.Generator, np.random.RandomState, random.Random)):
+        result = memo[id(value)] = copy.deepcopy(value)
+    elif isinstance(value, (list, deque)):
+        result = memo[id(value)] = copy.copy(value)
+        if len(value) <= _DEEP_COPY_LIMIT:
+            for position, item in enumerate(value):
+                result[position] = _working_copy(item, memo)
+    elif isinstance(value, dict):
+        result = memo[id(value)] = copy.copy(value)
+        if len(value) <= _DEEP_COPY_LIMIT:
+            for key, item in value.items():
+                result[key] = _working_copy(item, memo)
+    elif isinstance(value, set):
+        result = memo[id(value)] = copy.copy(value)
+    elif isinstance(value, tuple) and len(value) <= _DEEP_COPY_LIMIT:
+        items = [_working_copy(item, memo) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        result = memo[id(value)] = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     else:
         return value
-    memo[id(value)] = copy
-    return copy
+    return result

@@ -227,14 +227,23 @@ def cover(module: nn.Module, layers: Iterable[str] | None = None) -> Coverage:
     operations: dict[str, LayerOperation] = {}
     reasons: dict[int, str] = {}
     covered: set[int] = set()
-    patterns = None if layers is None else list(layers)
+    patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
     matched: set[str] = set()
+    supported: list[str] = []
+    bypassed = {
+        id(child): f"used by {type(parent).__name__} without being called"
+        for parent in module.modules()
+        if isinstance(parent, nn.MultiheadAttention)
+        for child in parent.children()
+    }
     for path, submodule in module.named_modules():
         own = [p for p in submodule.parameters(recurse=False) if p.requires_grad]
         if not own:
             continue
         name = _clean(path)
-        reason = _why_not(submodule, own, users)
+        reason = bypassed.get(id(submodule)) or _why_not(submodule, own, users)
+        if reason is None:
+            supported.append(name)
         if patterns is not None and reason is None:
             hits = [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)]
             matched.update(hits)
@@ -248,7 +257,7 @@ def cover(module: nn.Module, layers: Iterable[str] | None = None) -> Coverage:
     trainable = {_clean(name): p for name, p in module.named_parameters() if p.requires_grad}
     if patterns is not None and (missing := [pattern for pattern in patterns if pattern not in matched]):
         raise LayerError(
-            f"`layers=` names {missing}, which match no supported layer; supported are {list(operations) or 'none'}."
+            f"`layers=` names {missing}, which match no supported layer; supported are {supported or 'none'}."
         )
     if not operations:
         kinds = sorted({r for r in reasons.values()}) or ["no parameter requires a gradient"]

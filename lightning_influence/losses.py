@@ -68,7 +68,7 @@ class LossCall(ABC):
         """Return how many columns the exact square root of an example's loss Hessian has, or None if too many."""
 
     @abstractmethod
-    def exact_gradients(self, scale: Tensor) -> Iterator[Tensor]:
+    def exact_gradients(self, scale: Tensor, n: int) -> Iterator[Tensor]:
         """Yield the columns of a square root of every example's loss Hessian, each shaped like ``input``."""
 
     @abstractmethod
@@ -106,6 +106,10 @@ class LossCall(ABC):
             return float(n)
         return float(self.weights().sum()) / n if self.reduction == "mean" else 1.0
 
+    def natural_reference(self, n: int) -> float | None:
+        """Return the reference that needs no look at the other examples, if there is one."""
+        return None
+
     def scale_varies(self, n: int) -> bool:
         """Tell whether the same example would weigh differently in another batch."""
         return self.reduction == "sum"
@@ -136,6 +140,15 @@ class CrossEntropy(LossCall):
     label_smoothing: float = 0.0
     log_probabilities: bool = False
 
+    def rows_match(self, n: int) -> bool:
+        """Tell whether there are rows at all (a single example may come as ``[c]``) and ``n`` shares of them."""
+        return self.input.ndim >= 2 and super().rows_match(n)
+
+    def natural_reference(self, n: int) -> float | None:
+        """Return 1 where each example makes one decision: those without a label then simply have no loss."""
+        plain = self.reduction == "mean" and self.class_weights is None and not self._soft
+        return 1.0 if plain and self.target.numel() == n else None
+
     def elements(self) -> Tensor:
         """Return ``[r, ...]``."""
         if self.log_probabilities:
@@ -162,9 +175,8 @@ class CrossEntropy(LossCall):
 
     def scale_varies(self, n: int) -> bool:
         """Tell whether the same example would weigh differently in another batch: weights, ignored targets, sums."""
-        uneven = self.reduction == "mean" and not self._soft
-        weighted = self.class_weights is not None or self.target.numel() != n or not bool(self._kept.all())
-        return super().scale_varies(n) or (uneven and weighted)
+        uneven = self.reduction == "mean" and not self._soft and self.natural_reference(n) is None
+        return uneven or super().scale_varies(n)
 
     def noise_shape(self, n: int) -> tuple[int, ...]:
         """Return one number per class decision."""
@@ -185,7 +197,7 @@ class CrossEntropy(LossCall):
         """Return ``c`` if each example makes one decision."""
         return self.input.shape[1] if self.input.shape[0] == n and self.input.ndim == 2 else None
 
-    def exact_gradients(self, scale: Tensor) -> Iterator[Tensor]:
+    def exact_gradients(self, scale: Tensor, n: int) -> Iterator[Tensor]:
         """Yield ``sqrt(scale * mass * p_c) * (p - onehot(c))`` for every class ``c``."""
         probabilities = self._probabilities()
         root = self._root(scale)
@@ -204,7 +216,8 @@ class CrossEntropy(LossCall):
         margin = logits.gather(1, label.unsqueeze(1)).squeeze(1) - others
         distribution = call.target if call._soft else F.one_hot(label, logits.shape[1]).movedim(-1, 1)
         predicted = logits.argmax(1)
-        unweighted = -(call._log_probabilities() * distribution).sum(1)
+        # A class that is impossible (log-probability -inf) and not the target adds nothing.
+        unweighted = -torch.where(distribution > 0, call._log_probabilities() * distribution, 0).sum(1)
         result = {
             "loss": self._mean(unweighted, kept, n),
             "margin": self._mean(margin, kept, n),
@@ -254,10 +267,10 @@ class CrossEntropy(LossCall):
     def _root(self, scale: Tensor) -> Tensor:
         """Square root of each element's factor in front of ``diag(p) - p pᵀ``."""
         smoothing, classes = self.label_smoothing, self.input.shape[1]
+        smooth = self.target * (1 - smoothing) + smoothing / classes if self._soft else self.target
         if self.class_weights is None:
-            mass = self.target.sum(1) if self._soft else self._kept.to(self.input.dtype)
+            mass = smooth.sum(1) if self._soft else self._kept.to(self.input.dtype)
         elif self._soft:
-            smooth = self.target * (1 - smoothing) + smoothing / classes
             mass = torch.einsum("rc...,c->r...", smooth.to(self.class_weights.dtype), self.class_weights)
         else:
             own = self.class_weights[self._hard_target()]
@@ -296,11 +309,11 @@ class BinaryCrossEntropy(LossCall):
         """Return the number of outputs of one example."""
         return math.prod(self.noise_shape(n))
 
-    def exact_gradients(self, scale: Tensor) -> Iterator[Tensor]:
+    def exact_gradients(self, scale: Tensor, n: int) -> Iterator[Tensor]:
         """Yield one column per output: its Hessian is diagonal."""
         probabilities = _working_precision(self.input.detach()).sigmoid()
         diagonal = (probabilities * (1 - probabilities)).sqrt() * self._root(scale)
-        yield from _diagonal_columns(diagonal)
+        yield from _diagonal_columns(diagonal, n)
 
     def statistics(self, n: int) -> dict[str, Tensor]:
         """Return means over the example's outputs, and the class decision if it has just one output."""
@@ -362,9 +375,9 @@ class SquaredError(LossCall):
         """Return the number of outputs of one example."""
         return math.prod(self.noise_shape(n))
 
-    def exact_gradients(self, scale: Tensor) -> Iterator[Tensor]:
+    def exact_gradients(self, scale: Tensor, n: int) -> Iterator[Tensor]:
         """Yield one column per output."""
-        yield from _diagonal_columns(self._root(scale))
+        yield from _diagonal_columns(self._root(scale), n)
 
     def statistics(self, n: int) -> dict[str, Tensor]:
         """Return the loss and the size of the residual (as EL2N)."""
@@ -471,9 +484,9 @@ def _root_of(values: Tensor) -> Tensor:
     return values.sqrt()
 
 
-def _diagonal_columns(diagonal: Tensor) -> Iterator[Tensor]:
-    """Yield, for ``diagonal: [n, ...]``, one tensor per trailing entry with everything else 0."""
-    flat = diagonal.reshape(diagonal.shape[0], -1)
+def _diagonal_columns(diagonal: Tensor, n: int) -> Iterator[Tensor]:
+    """Yield, for each entry of one example's part of ``diagonal: [r, ...]``, a tensor with everything else 0."""
+    flat = diagonal.reshape(n, -1)
     for k in range(flat.shape[1]):
         column = torch.zeros_like(flat)
         column[:, k] = flat[:, k]

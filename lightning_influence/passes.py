@@ -16,11 +16,11 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from lightning_influence import distributed
 from lightning_influence.capture import Capture, LayerIO
-from lightning_influence.isolation import isolated_rng, untouched
+from lightning_influence.isolation import untouched
 from lightning_influence.layers import Coverage
 from lightning_influence.task import BatchLoss, Task, TaskError, evaluate
 
@@ -118,6 +118,9 @@ class ExampleSource:
         """Yield ``(indices, batch)`` in the given order, ``size`` examples at a time (the last time fewer)."""
         size = size or self.pass_batch_size
         plan = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
+        if len(plan) > 1 and len(plan[-1]) == 1 and size > 2:
+            # A lone last example would meet steps that `squeeze()` the batch away; the one before keeps it company.
+            plan[-1].insert(0, plan[-2].pop())
         workers = min(self.num_workers, len(plan) // 2)
         loader: DataLoader[Any] = DataLoader(
             self._reproducible(),
@@ -130,7 +133,7 @@ class ExampleSource:
 
     def _reproducible(self) -> Dataset[Any]:
         if self._seeded is None:
-            self._seeded = _SeededDataset(self.dataset) if _draws_random_numbers(self.dataset) else self.dataset
+            self._seeded = self.dataset if _is_deterministic(self.dataset) else _SeededDataset(self.dataset)
         return self._seeded
 
 
@@ -150,26 +153,11 @@ class _SeededDataset(Dataset[Any]):
         return self.dataset[index]
 
 
-def _draws_random_numbers(dataset: Dataset[Any]) -> bool:
-    """Fetch a few examples and see whether a global random stream moved; seeding every example costs time."""
-    size = len(cast("Sized", dataset))
-    with isolated_rng():
-        before = _rng_state()
-        for index in sorted({0, size // 2, size - 1}):
-            dataset[index]
-        return _rng_state() != before
-
-
-def _rng_state() -> tuple[Any, ...]:
-    kind, keys, position, *rest = np.random.get_state()
-    return (
-        random.getstate(),
-        kind,
-        np.asarray(keys).tobytes(),
-        position,
-        rest,
-        torch.get_rng_state().numpy().tobytes(),
-    )
+def _is_deterministic(dataset: Any) -> bool:
+    """Tell whether a dataset surely hands out stored tensors; all others may draw random numbers for an example."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return type(dataset) is TensorDataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,6 +241,9 @@ class ExampleGradients:
         draw: int = 0,
         title: str = "",
         everywhere: bool = False,
+        whole: bool = False,
+        own_scale: bool = False,
+        references: Mapping[int, float] | None = None,
     ) -> Generator[BatchGradients, None, None]:
         """Visit this process's share of the examples, in order.
 
@@ -265,6 +256,9 @@ class ExampleGradients:
             draw: Number of the draw: different numbers give independent labels.
             title: Text of the progress bar; none without.
             everywhere: Visit all the examples on every process instead of a share.
+            whole: Take all examples as one batch.
+            own_scale: Scale losses that depend on their batch as the batch has it, see ``calibrate``.
+            references: Scale them by these references instead of the calibrated ones.
 
         Yields:
             One batch at a time; it is valid until the next one is asked for.
@@ -275,13 +269,15 @@ class ExampleGradients:
         own = list(indices) if everywhere else distributed.share(indices)
         # Many draws hold many output gradients at a time: those passes keep to the size that training has room for.
         size = self.source.batch_size if labels == "exact" else self.source.pass_batch_size
+        size = len(own) if whole else size
+        references = self.references if references is None else references
         with (
             untouched(self.module),
             Capture(self.coverage) as capture,
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own, size):
-                loss = self._forward(capture, batch, len(batch_indices))
+                loss = self._forward(capture, batch, len(batch_indices), references, own_scale)
                 self._backward(capture, loss, labels, batch_indices, draw)
                 n = len(batch_indices)
                 finite = capture.finite(n)
@@ -300,7 +296,7 @@ class ExampleGradients:
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own):
-                yield batch_indices, self._forward(capture, batch, len(batch_indices))
+                yield batch_indices, self._forward(capture, batch, len(batch_indices), {}, True)
                 advance(len(batch_indices))
 
     def calibrate(self, indices: Sequence[int]) -> None:
@@ -345,9 +341,12 @@ class ExampleGradients:
             result.setdefault(name, {})[parameter] = torch.zeros_like(tensor) if gradient is None else gradient
         return result
 
-    def _forward(self, capture: Capture, batch: Any, n: int) -> BatchLoss:
+    def _forward(
+        self, capture: Capture, batch: Any, n: int, references: Mapping[int, float], own_scale: bool
+    ) -> BatchLoss:
         with capture.forward(), self._forward_context():
-            return evaluate(self.task, self.module, self._to_device(batch), n, self.references)
+            moved = self._to_device(batch)
+            return evaluate(self.task, self.module, moved, n, references, own_scale=own_scale)
 
     def _backward(self, capture: Capture, loss: BatchLoss, labels: Labels, indices: list[int], draw: int) -> None:
         if labels == "true":

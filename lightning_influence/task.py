@@ -8,6 +8,7 @@ per-example losses, predictions and Fisher labels need no code from the user.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,16 +61,17 @@ class TrainingStepTask:
                 f"{type(module).__name__} has no `training_step` to take the loss from; pass `task=`, a function "
                 "(module, batch) -> loss."
             )
-        parameters = inspect.signature(step).parameters
-        if "dataloader_iter" in parameters:
+        signature = inspect.getfullargspec(step)
+        if "dataloader_iter" in signature.args:
             raise TaskError(
                 "`training_step(dataloader_iter)` fetches its own batches, so a given batch can't be run again; "
                 "pass `task=`, a function (module, batch) -> loss."
             )
-        extra = {"batch_idx": 0} if "batch_idx" in parameters else {}
-        positional = () if extra or len(parameters) < 2 else (0,)
+        # The trainer's own rule: a batch index is passed, by position, where a second positional argument can take it.
+        own = signature.args[1:] if inspect.ismethod(step) else signature.args
+        takes_index = len(own) >= 2 or signature.varargs is not None
         with _muted(module):
-            result = step(batch, *positional, **extra)
+            result = step(batch, 0) if takes_index else step(batch)
         if isinstance(result, Mapping):
             result = result.get("loss")
         if not isinstance(result, Tensor):
@@ -83,14 +85,19 @@ class TrainingStepTask:
 class LossTap(TorchFunctionMode):
     """Watches for known loss calls while it is active.
 
+    Args:
+        protect: Hand the caller a copy of what the loss returned, as ``loss *= 0.5`` would else change what the tap
+            holds. Left out in training itself, where nothing may be touched.
+
     Attributes:
         calls: The calls seen so far whose input takes part in a gradient, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, protect: bool = False) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
         self._listening = True
+        self._protect = protect
 
     def stop(self) -> None:
         """Stop listening, and leave the stack of modes if no other mode lies on top.
@@ -114,8 +121,9 @@ class LossTap(TorchFunctionMode):
         output = func(*args, **kwargs)
         if self._listening and known_loss(func):
             call = read_call(func, args, kwargs, output)
-            if call is not None and call.input.requires_grad:
+            if call is not None and call.output.requires_grad:
                 self.calls.append(call)
+                return output.clone() if self._protect else output
         return output
 
 
@@ -205,12 +213,18 @@ class BatchLoss:
     def exact_outputs(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Yield logits and gradients whose outer products add up to the exact Fisher (GGN) of every example."""
         for term in self.terms:
-            for column in term.call.exact_gradients(term.scale(self.n)):
+            for column in term.call.exact_gradients(term.scale(self.n), self.n):
                 yield [term.call.input], [_like(column, term.call.input)]
 
 
 def evaluate(
-    task: Task, module: nn.Module, batch: Any, n: int, references: Mapping[int, float] | None = None
+    task: Task,
+    module: nn.Module,
+    batch: Any,
+    n: int,
+    references: Mapping[int, float] | None = None,
+    *,
+    own_scale: bool = False,
 ) -> BatchLoss:
     """Run ``task`` on one batch under the tap.
 
@@ -221,6 +235,7 @@ def evaluate(
         n: Number of examples in the batch.
         references: For terms whose scale depends on the batch (class weights, ``ignore_index``, sums): term number
             to the value for the whole training set, see ``LossCall.scale``.
+        own_scale: Scale every term such that the batch loss is the mean over this very batch.
 
     Returns:
         The loss and its known terms.
@@ -228,10 +243,10 @@ def evaluate(
     Raises:
         TaskError: If the loss has the wrong shape or does not depend on the model.
     """
-    with LossTap() as tap:
+    with LossTap(protect=True) as tap:
         loss = task(module, batch)
     values: Tensor | None = None
-    if loss.ndim == 1 and loss.shape[0] == n and n > 1:
+    if loss.ndim == 1 and loss.shape[0] == n:
         values, loss = loss.detach(), loss.mean()
     if loss.numel() != 1:
         raise TaskError(
@@ -251,13 +266,18 @@ def evaluate(
         else ()
     )
     used = [(call, c) for call, c in zip(calls, coefficients, strict=True) if c is not None]
-    references = references or {}
-    terms = tuple(LossTerm(call, c, references.get(k)) for k, (call, c) in enumerate(used))
+    known = {} if own_scale else references or {}
+    terms = tuple(
+        LossTerm(call, c, known.get(k, None if own_scale else call.natural_reference(n)))
+        for k, (call, c) in enumerate(used)
+    )
     with torch.no_grad():
         explained = sum((float((term.coefficient * term.call.output).sum()) for term in terms), 0.0)
         total = float(loss)
-        # Both NaN counts as explained: the tap saw where the NaN comes from.
-        remainder = not (abs(total - explained) <= 1e-4 * max(abs(total), abs(explained), 1e-8) or total != total)
+        if math.isfinite(total) and math.isfinite(explained):
+            remainder = abs(total - explained) > 1e-4 * max(abs(total), abs(explained), 1e-8)
+        else:  # explained if the known calls are non-finite themselves
+            remainder = math.isfinite(explained)
         if terms and not remainder:
             parts = [term.call.per_example(term.call.elements() * term.scale(n), n) for term in terms]
             values = torch.stack([part.to(loss.dtype) for part in parts]).sum(0)

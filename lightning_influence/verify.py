@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_influence import per_sample
+from lightning_influence.isolation import isolated_rng
 from lightning_influence.passes import ExampleGradients
 
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3}
+_COARSE = 5e-2
 # Gradients below this share of the whole are rounding noise in a layer that hardly learns.
 _NEGLIGIBLE = 1e-4
+
+# Captured tensors of a batch may take so many bytes: beyond, they fall out of the caches, every batch asks the system
+# for fresh memory, and larger batches no longer pay.
+_ROOM = 2**24
+_LARGEST_BATCH = 512
 
 
 class VerificationError(RuntimeError):
@@ -45,10 +52,18 @@ class Inspection:
     examples: int
 
 
-# Captured tensors of a batch may take so many bytes: beyond, they fall out of the caches, every batch asks the system
-# for fresh memory, and larger batches no longer pay.
-_ROOM = 2**24
-_LARGEST_BATCH = 512
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """Per-example gradients of one batch, summed up."""
+
+    inspection: Inspection
+    sums: dict[str, Tensor]
+    norms: Tensor
+    values: Tensor | None
+    mean: float
+    finite: Tensor
+    references: dict[int, float]
+    tolerance: float
 
 
 def roomy_batch_size(inspection: Inspection) -> int:
@@ -66,7 +81,7 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
 
     Two checks: the summed per-example gradients equal ``.grad`` of the batch loss; and examples run alone have the
     loss and the gradient norm that they have in the batch, so that gradients are filed under the right example and no
-    example's loss depends on its neighbours.
+    example's loss depends on its neighbours. Non-finite examples are left out of the checks.
 
     Args:
         gradients: The passes.
@@ -78,88 +93,119 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
 
     Raises:
         VerificationError: If a check fails.
+        LayerError: If a layer is used in a way that is not understood.
     """
     indices = list(indices)[: gradients.source.batch_size]
-    ((_, batch),) = list(gradients.source.batches(indices)) or [([], None)]
+    if not indices:
+        raise VerificationError("there is no training example to look at: the data set or the sampler is empty.")
+    look = _look(gradients, indices)
+    if not verify:
+        return look.inspection
+    if not bool(look.finite.all()):
+        good = [index for index, finite in zip(indices, look.finite.tolist(), strict=True) if finite]
+        error = inspect(gradients, good).largest_error if good else None
+        return replace(look.inspection, largest_error=error)
+    error = _compare(gradients, indices, look)
+    _compare_alone(gradients, indices, look)
+    return replace(look.inspection, largest_error=error)
+
+
+def _look(gradients: ExampleGradients, indices: list[int], references: Mapping[int, float] | None = None) -> _Look:
+    """Run one batch; by default every term is scaled such that the batch loss is the mean over this very batch."""
     positions: dict[str, int] = {}
     sums: dict[str, Tensor] = {}
     largest = total = 0
     norms = torch.zeros(len(indices), device=gradients.device, dtype=torch.float64)
     start = time.perf_counter()
-    with closing(gradients.run(indices, everywhere=True)) as batches:
-        for item in batches:
-            loss = item.loss
-            tapped, classes, values, finite = loss.tapped, loss.exact_draws(), loss.values, item.finite
-            mean = float(loss.loss.detach())
-            for io in item.layers():
-                positions[io.name] = io.x.shape[2]
-                size = io.x.numel() * io.x.element_size()
-                largest, total = max(largest, size), total + size
-                sums[io.name] = per_sample.summed_gradient(io.x, io.gs[0])
-                norms += per_sample.squared_norms(io.x, io.gs[0]).double()
-    seconds = time.perf_counter() - start
-    error: float | None = None
-    if verify and bool(finite.all()):
-        error = _compare(gradients, batch, sums, len(indices))
-        _compare_alone(gradients, indices, norms, values, mean)
-    return Inspection(positions, tapped, classes, total + largest, error, seconds, len(indices))
+    run = gradients.run(indices, everywhere=True, whole=True, own_scale=references is None, references=references)
+    with closing(run) as batches:
+        item = next(batches)
+        loss, precise = item.loss, item.capture.precise
+        for io in item.layers():
+            positions[io.name] = io.x.shape[2]
+            size = io.x.numel() * io.x.element_size()
+            largest, total = max(largest, size), total + size
+            sums[io.name] = per_sample.summed_gradient(io.x, io.gs[0])
+            norms += per_sample.squared_norms(io.x, io.gs[0]).double()
+        dtype = next((block.dtype for block in sums.values()), torch.float32)
+        inspection = Inspection(
+            positions,
+            loss.tapped,
+            loss.exact_draws(),
+            total + largest,
+            None,
+            time.perf_counter() - start,
+            len(indices),
+        )
+        return _Look(
+            inspection,
+            sums,
+            norms,
+            loss.values,
+            float(loss.loss.detach()),
+            item.finite,
+            {k: term.call.batch_reference(loss.n) for k, term in enumerate(loss.terms)},
+            _TOLERANCES[dtype] if precise else _COARSE,
+        )
 
 
-def _compare(gradients: ExampleGradients, batch: object, sums: dict[str, Tensor], n: int) -> float:
-    autograd = gradients.verification_gradients(batch, n)
+def _compare(gradients: ExampleGradients, indices: list[int], look: _Look) -> float:
+    with isolated_rng():
+        ((_, batch),) = gradients.source.batches(indices, len(indices))
+    autograd = gradients.verification_gradients(batch, len(indices))
     operations = gradients.coverage.operations
     expected = {name: operations[name].from_parameters(tensors) for name, tensors in autograd.items()}
     whole = max((float(block.norm()) for block in expected.values()), default=0.0)
     errors: dict[str, float] = {}
     for name, block in expected.items():
-        mean = sums[name] / n if name in sums else torch.zeros_like(block)
+        mean = look.sums[name] / len(indices) if name in look.sums else torch.zeros_like(block)
         floor = max(float(block.norm()), _NEGLIGIBLE * whole, torch.finfo(block.dtype).tiny)
         errors[name] = float((mean - block).norm()) / floor
-    dtype = next(iter(expected.values())).dtype
-    wrong = {name: e for name, e in errors.items() if not e <= _TOLERANCE.get(dtype, 5e-2)}
+    wrong = {name: e for name, e in errors.items() if not e <= look.tolerance}
     if wrong:
         listed = ", ".join(f"{name} ({e:.1%} off)" for name, e in sorted(wrong.items(), key=lambda item: -item[1])[:8])
         raise VerificationError(
-            f"the per-example gradients do not add up to the gradient of the batch loss in: {listed}. Their "
-            "parameters are used outside the layer's own forward (a functional call, a penalty on the weights in "
+            f"the per-example gradients do not add up to the gradient of the batch loss in: {listed}. Their parameters "
+            "are used outside the layer's own forward (a functional call, a penalty on the weights in "
             "`training_step`), or the loss is not the mean over the batch. Freeze those layers, pass `task=` with the "
             "plain loss, or accept the error with `verify=False`."
         )
     return max(errors.values(), default=0.0)
 
 
-def _compare_alone(
-    gradients: ExampleGradients, indices: list[int], norms: Tensor, values: Tensor | None, mean: float
-) -> None:
+def _compare_alone(gradients: ExampleGradients, indices: list[int], look: _Look) -> None:
     """Run a few examples alone; with untapped losses this also tells a mean from a sum."""
-    if len(indices) < 2:
+    n = len(indices)
+    if n < 2:
         return
-    dtype = next(p.dtype for p in gradients.module.parameters() if p.is_floating_point())
-    tolerance = 5 * _TOLERANCE.get(dtype, 5e-2)
-    alone: list[float] = []
+    # Several copies instead of a batch of one, which steps that `squeeze()` and batch norms can't take. Never as many as
+    # the batch has examples: the sum over copies would then pass for a mean.
+    copies = 2 if n != 2 else 3
     # Without per-example losses every example of the batch is needed to tell what the batch loss is the mean of.
-    positions = [0, len(indices) - 1] if values is not None else range(len(indices))
-    scale = float(norms.max())
-    for position in positions:
-        with closing(gradients.run([indices[position]], everywhere=True)) as batches:
-            for item in batches:
-                alone.append(float(item.loss.loss.detach()))
-                weights = [(term.call.batch_reference(1), term.correction(len(indices))) for term in item.loss.terms]
-                norm = sum(float(per_sample.squared_norms(io.x, io.gs[0]).sum()) for io in item.layers())
-        if values is None or any(reference != 1.0 for reference, _ in weights):
-            continue  # weighted examples have another scale alone
-        there = float(norms[position])
-        if abs(norm - there) > tolerance * max(norm, there) + 1e-9 * scale:
-            raise VerificationError(
-                f"example {indices[position]} has another gradient in a batch than alone (squared norm {there:.4g} and "
-                f"{norm:.4g}): its loss depends on the other examples (batch statistics, mixup, a contrastive loss), "
-                "or the batch is not the first dimension of a layer's input. Influence of single examples is not "
-                "defined then; pass `task=` with a loss per example, or accept it with `verify=False`."
-            )
-    expected = sum(alone) / len(alone)
-    if values is None and not abs(expected - mean) <= tolerance * max(abs(mean), 1e-6):
+    positions = [0, n // 2, n - 1] if look.values is not None else range(n)
+    tolerance = 5 * look.tolerance
+    means: list[float] = []
+    for position in dict.fromkeys(positions):
+        alone = _look(gradients, [indices[position]] * copies, look.references)
+        means.append(alone.mean)
+        pairs = [("squared gradient norm", float(look.norms[position]), float(alone.norms[0]))]
+        if look.values is None:
+            continue
+        if alone.values is not None:
+            pairs.append(("loss", float(look.values[position]), float(alone.values[0])))
+        for what, there, here in pairs:
+            scale = max(abs(here), abs(there), 1e-6 * float(look.norms.max()), 1e-12)
+            if not abs(here - there) <= tolerance * scale:
+                raise VerificationError(
+                    f"example {indices[position]} has another {what} in a batch than alone ({there:.4g} and {here:.4g}): its "
+                    "loss depends on the other examples (batch statistics, mixup, a contrastive loss), or the batch "
+                    "is not the first dimension of the layers' inputs and the logits. Influence of single examples is "
+                    "not defined then; pass `task=` with a loss per example, or accept it with `verify=False`."
+                )
+    expected = sum(means) / len(means)
+    if look.values is None and not abs(expected - look.mean) <= tolerance * max(abs(look.mean), 1e-6):
         raise VerificationError(
-            f"the batch loss ({mean:.6g}) is not the mean of the losses of its examples alone ({expected:.6g}), "
+            f"the batch loss ({look.mean:.6g}) is not the mean of the losses of its examples alone ({expected:.6g}), "
             "and no known loss call was seen that would tell each example's part. Return the mean from "
             "`training_step`, or pass `task=`, a function (module, batch) -> one loss per example."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -35,6 +36,13 @@ def check_clean(
     assert all(parameter.requires_grad for parameter in model.parameters())
     if data is not None:
         assert data.batch_sampler is sampler
+
+
+@pytest.fixture
+def _no_workers_left() -> Iterator[None]:
+    """Collected in the middle of a later test, the loader's workers can take 10 s to end."""
+    yield
+    gc.collect()
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -252,6 +260,7 @@ def test_combinations_that_cannot_work(
     assert list(tmp_path.rglob("manifest.json")) == []
 
 
+@pytest.mark.usefixtures("_no_workers_left")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_samplers_that_yield_no_integers(workers: int, tmp_path: Path) -> None:
     data = loader(ByPair(), batch_sampler=[[(0, 32), (1, 32)], [(2, 64), (3, 64)]], num_workers=workers)
@@ -597,6 +606,7 @@ def check_interrupted(trainer: pl.Trainer, model: nn.Module, audit: InfluenceAud
     return report
 
 
+@pytest.mark.usefixtures("_no_workers_left")
 @pytest.mark.parametrize("kind", [Explodes, ExplodesInValidation, ExplodesBackward])
 def test_an_exception_in_the_second_epoch(kind: type[Validated], tmp_path: Path) -> None:
     model, audit, data = kind(), InfluenceAudit(), loader(vectors(), shuffle=True, num_workers=2)

@@ -167,6 +167,17 @@ def test_resumed_after_a_crash(every: int, straight: Any, tmp_path: Path) -> Non
         check_same(audit.report, straight(every_n_epochs=every))
 
 
+@pytest.mark.parametrize("stop", [1, 2])
+def test_resumed_from_a_checkpoint_saved_after_validation(stop: int, straight: Any, tmp_path: Path) -> None:
+    """Checkpoints of the best validation loss are written before the epoch's end has come to the audit."""
+    saves = {"save_on_train_epoch_end": False}
+    run(tmp_path / "first", epochs=stop, audits=[InfluenceAudit()], saves=saves)
+    audit = InfluenceAudit()
+    checkpoint = tmp_path / "first" / "kept" / f"step={5 * stop}.ckpt"
+    run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=checkpoint)
+    check_same(audit.report, straight())
+
+
 def test_resumed_by_the_same_trainer_and_callback(straight: Any, tmp_path: Path) -> None:
     audit = InfluenceAudit()
     trainer, model = run(tmp_path, epochs=2, audits=[audit])
@@ -302,9 +313,10 @@ def test_what_was_recorded_survives_a_failed_audit(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of everything")
 
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="the influence audit failed"):
+    with monkeypatch.context() as patch:
         patch.setattr(influence_audit, "influence_scores", fail)
-        run(tmp_path / "first", epochs=3, audits=[InfluenceAudit()])
+        with pytest.warns(UserWarning, match="the influence audit failed"):
+            run(tmp_path / "first", epochs=3, audits=[InfluenceAudit()])
     audit = InfluenceAudit()
     run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=tmp_path / "first" / "kept" / "step=15.ckpt")
     check_same(audit.report, straight())

@@ -557,6 +557,25 @@ class TestDamping:
         assert max(curvature.dampings.values()) > 10 * min(curvature.dampings.values())
 
     @pytest.mark.parametrize("name", ["diagonal", "kfac", "ekfac"])
+    def test_sweep(self, name: str) -> None:
+        """Solved for many dampings, back and forth, each gets its own answer."""
+        problem = Problem("mlp")
+        block = problem.fit(name, "exact").blocks["0"]
+        C, v = block.to_dense(), torch.ones(block.shape).double()
+        x, (g,) = problem.io("0", "true")
+        (G,) = problem.per_example("0")
+        for damping in (0.1, 2.0, 1e-3, 0.1):
+            damped = C + damping * torch.eye(C.shape[-1]).double()
+            solution = torch.linalg.solve(damped, v.reshape(1, -1, 1)).reshape(v.shape)
+            torch.testing.assert_close(block.solve(v, damping), solution, **EXACT)
+            expected = ref.quadratic_forms(C, G, damping)
+            torch.testing.assert_close(block.self_influence(x, g, damping), expected, **EXACT)
+            norms, influence, inner = block.scores(x, g, damping, v)
+            torch.testing.assert_close(norms, G.square().sum((0, 2, 3)), **EXACT)
+            torch.testing.assert_close(influence, expected, **EXACT)
+            torch.testing.assert_close(inner, G.sum((0, 2, 3)), **EXACT)
+
+    @pytest.mark.parametrize("name", ["diagonal", "kfac", "ekfac"])
     def test_large_damping_gives_the_identity(self, name: str) -> None:
         problem = Problem("cnn")
         scores = score_examples(problem.gradients, range(N), curvature=problem.fit(name, "exact", damping=1e8)).columns

@@ -153,6 +153,9 @@ def test_features_without_any_direction_have_neighbours() -> None:
     features[:6, 0], features[6:, 0] = 1.0, -1.0
     labels = torch.tensor([0] * 6 + [1] * 6)
     assert disagreement(features, labels, neighbours=5).tolist() == [0.0] * 12
+    # One example right at the mean is nobody's nearest neighbour.
+    features = torch.cat([features, torch.zeros(1, 3)])
+    assert disagreement(features, torch.cat([labels, torch.tensor([2])]), neighbours=5).tolist() == [0.0] * 12 + [1.0]
     same = disagreement(torch.ones(12, 3), labels, neighbours=11)
     torch.testing.assert_close(same, torch.full((12,), 6 / 11))
 

@@ -454,6 +454,17 @@ def test_labels_of_different_examples_are_independent() -> None:
     assert bool(((counts - 400 * p).abs() <= 4 * (400 * p * (1 - p)).sqrt()).all())
 
 
+def test_labels_of_different_terms_are_independent() -> None:
+    """Two equal terms agree on the label by chance only; with one label for both, the cross terms would not vanish."""
+    gradients = _gradients(lambda m, b: F.cross_entropy(m(b[0]), b[1]) + F.cross_entropy(m(b[0]), b[1]))
+    p = gradients.module(gradients.source.dataset.tensors[0]).softmax(1).detach()
+    found = _collect(gradients, range(N), "sampled")["2"]
+    # The layer is called twice, and the gradient of its bias is the sum of both: 2 p minus the labels.
+    labels = torch.stack([2 * p[n] - found[n][0, 0, :, -1] for n in range(N)])
+    torch.testing.assert_close(labels.sum(1), torch.full((N,), 2.0, dtype=torch.float64))
+    assert 3 <= int((labels.amax(1) < 1.5).sum()) < N
+
+
 def test_exact_labels_give_the_fisher_of_every_example() -> None:
     gradients = _gradients(batch_size=8)
     data = gradients.source.dataset
@@ -626,6 +637,29 @@ def test_an_example_that_is_not_finite_is_told_and_leaves_the_others(value: floa
     for name in clean:
         clean[name][5] = torch.zeros_like(clean[name][5])
     _assert_same(found, clean)
+
+
+def test_a_loss_that_overflows_is_told_though_its_gradient_is_finite() -> None:
+    """In float32 the square of 1e25 is infinite, its derivative is not."""
+    data = TensorDataset(_data().tensors[0].float(), _data().tensors[1])
+
+    def task(module: nn.Module, batch: Any) -> Tensor:
+        huge = torch.where(batch[0][:, :1] == data.tensors[0][5, 0], 1e25, 0.0)
+        return F.mse_loss(module(batch[0]), huge.expand(-1, C))
+
+    with closing(_gradients(task, _net().float(), data).run(range(N))) as batches:
+        finite = [flag for batch in batches for flag in batch.finite.tolist()]
+    assert finite == [n != 5 for n in range(N)]
+
+
+def test_passes_have_a_size_of_their_own_and_many_draws_that_of_training() -> None:
+    gradients = _gradients()
+    gradients.source.pass_batch_size = 16
+    for labels, sizes in (("true", [16, 5]), ("sampled", [16, 5]), ("exact", [8, 8, 5])):
+        with closing(gradients.run(range(N), labels)) as batches:
+            assert [len(batch.indices) for batch in batches] == sizes
+    with closing(gradients.losses(range(N))) as losses:
+        assert [len(indices) for indices, _ in losses] == [16, 5]
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
@@ -936,6 +970,11 @@ WRONG: dict[str, tuple[Task, tuple[int, ...], str]] = {
         DEPENDS,
     ),
     "logits in another order": (lambda m, b: F.cross_entropy(m(b[0]).flip(0), b[1].flip(0)), (3,), r"example 0 "),
+    "examples in another order inside the model": (
+        lambda m, b: F.cross_entropy(m(b[0].flip(0)).flip(0), b[1]),
+        (3,),
+        DEPENDS,
+    ),
     "time-major logits": (
         lambda m, b: F.cross_entropy(m(b[0]).transpose(0, 1).reshape(-1, C), b[1].repeat(5)),
         (5, 3),

@@ -63,7 +63,7 @@ class CurvatureBlock(ABC):
         Raises:
             ValueError: If no process counted an example.
         """
-        device = next(iter(self._sums.values())).device
+        device = next((value.device for value in self._sums.values()), None)
         self._accumulate("examples", torch.tensor(float(examples), dtype=torch.float64, device=device))
         self.reduce()
         if not float(self._sums["examples"]):
@@ -142,8 +142,12 @@ class CurvatureBlock(ABC):
                 "call `update` for every batch and `end_pass` after each pass first."
             )
 
-    def _check_damping(self, damping: float, smallest: float) -> None:
-        if not math.isfinite(damping) or damping < 0 or damping + smallest <= 0:
+    def _check_damping(self, damping: float, eigenvalues: Tensor) -> None:
+        smallest, largest = float(eigenvalues.min()), float(eigenvalues.max())
+        # Eigenvalues that should be 0 come out as rounding noise of the largest.
+        noise = torch.finfo(eigenvalues.dtype).eps * largest
+        valid = isinstance(damping, (int, float)) and not isinstance(damping, bool)
+        if not valid or not math.isfinite(damping) or damping < 0 or damping + smallest <= noise:
             raise ValueError(
                 f"damping {damping!r} leaves the curvature singular (its smallest eigenvalue is {smallest:.3g}); pass "
                 'a damping > 0, or `damping="relative"`.'

@@ -36,7 +36,7 @@ class DiagonalBlock(CurvatureBlock):
     def _inverse(self, damping: float) -> Tensor:
         if self._cached is None or self._cached[0] != damping:
             diagonal = self.diagonal()
-            self._check_damping(damping, float(diagonal.min()))
+            self._check_damping(damping, diagonal)
             self._cached = damping, 1 / (diagonal + damping)
         return self._cached[1]
 

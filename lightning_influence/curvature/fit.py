@@ -66,7 +66,9 @@ def factor_examples(coverage: Coverage, positions: Mapping[str, int], draws: int
         ),
         default=0,
     )
-    return FactorExamples(min(size, max(512, rows)), min(size, max(256, 4096 // max(draws, 1))))
+    eigenvalues = min(size, max(256, 4096 // max(draws, 1)))
+    # At least as many for the basis: outside of what it has seen, there is nothing to measure the eigenvalues in.
+    return FactorExamples(min(size, max(512, rows, eigenvalues)), eigenvalues)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,9 +174,10 @@ def fit(
 
 
 def random_subset(indices: Sequence[int], size: int, seed: int) -> list[int]:
-    """Return ``size`` of the indices at random, in their own order; the same on every process."""
+    """Return ``size`` of the indices at random, sorted; which ones does not depend on their order or the process."""
+    indices = sorted(indices)
     if size >= len(indices):
-        return list(indices)
+        return indices
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(indices), generator=generator)[:size].sort().values
     return [indices[position] for position in chosen.tolist()]

@@ -27,7 +27,7 @@ class IdentityBlock(CurvatureBlock):
 
     def solve(self, v: Tensor, damping: float) -> Tensor:
         """Return ``v / (1 + damping)``."""
-        self._check_damping(damping, 1.0)
+        self._check_damping(damping, torch.ones(1))
         return v / (1 + damping)
 
     def diagonal(self) -> Tensor:
@@ -36,7 +36,7 @@ class IdentityBlock(CurvatureBlock):
 
     def self_influence(self, x: Tensor, g: Tensor, damping: float) -> Tensor:
         """Return ``‖G_n‖² / (1 + damping)``."""
-        self._check_damping(damping, 1.0)
+        self._check_damping(damping, torch.ones(1))
         return per_sample.squared_norms(x, g) / (1 + damping)
 
     def _contributions(self, x: Tensor, gs: Sequence[Tensor], examples: int) -> dict[str, Tensor]:

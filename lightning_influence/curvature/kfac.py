@@ -67,7 +67,7 @@ class KroneckerBlock(CurvatureBlock):
     def _inverse(self, damping: float) -> Tensor:
         if self._cached is None or self._cached[0] != damping:
             eigenvalues = self.eigenvalues
-            self._check_damping(damping, float(eigenvalues.min()))
+            self._check_damping(damping, eigenvalues)
             self._cached = damping, 1 / (eigenvalues + damping)
         return self._cached[1]
 
