@@ -130,15 +130,18 @@ class Capture:
     def finite(self, n: int) -> Tensor:
         """Tell which examples have finite inputs and output gradients in every layer: ``[n]`` bool."""
         result: Tensor | None = None
-        for uses in self._uses.values():
+        for name, uses in self._uses.items():
             for use in uses:
-                for tensor in (use.input, *use.gradients):
-                    if tensor is not None and tensor.shape[0] == n:
-                        # One sum instead of an elementwise test: NaN and inf survive addition.
-                        good = torch.isfinite(tensor.reshape(n, -1).sum(1, dtype=_working_dtype(tensor)))
-                        result = good if result is None else result & good
+                reached = [gradient for gradient in use.gradients if gradient is not None]
+                if not reached:
+                    continue
+                self.coverage.operations[name].check_batch(use.input, n)
+                for tensor in (use.input, *reached):
+                    # One sum instead of an elementwise test: NaN and inf survive addition.
+                    good = torch.isfinite(tensor.reshape(n, -1).sum(1, dtype=_working_dtype(tensor)))
+                    result = good if result is None else result & good
         if result is None:
-            raise LayerError("no covered layer was called in the forward pass; is the model's forward using them?")
+            raise LayerError("the loss does not depend on any covered layer that was called: nothing to attribute.")
         return result
 
     def layers(self, n: int, keep: Tensor | None = None) -> Iterator[LayerIO]:
@@ -162,7 +165,8 @@ class Capture:
         activations = []
         gradients: list[list[Tensor]] = [[] for _ in range(self._draws)]
         for use in uses:
-            _check_unmodified(use, name)
+            if operation.has_weight:
+                _check_unmodified(use, name)
             x = operation.activations(_zeroed(_working(use.input), keep), n)
             if keep is not None:  # the ones of the bias, too
                 x = torch.where(keep.view(1, -1, 1, 1), x, 0)

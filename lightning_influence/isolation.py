@@ -82,7 +82,7 @@ def _eager() -> AbstractContextManager[Any]:
 
 
 def _all_modules(root: nn.Module) -> list[nn.Module]:
-    """Return the submodules, and the modules hidden from ``modules()`` in plain attributes (``self._teacher = [net]``)."""
+    """Return the submodules, and modules hidden from ``modules()`` in plain attributes (``self._teacher = [net]``)."""
     found: dict[int, nn.Module] = {}
     waiting: list[Any] = [root]
     seen: set[int] = set()

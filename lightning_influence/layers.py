@@ -18,6 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,9 @@ class LayerOperation(ABC):
         name: Path of the module, as in ``named_modules()``.
         module: The layer.
     """
+
+    batched_ndim: ClassVar[int]
+    """Number of dimensions of an input with a batch."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
@@ -81,8 +85,9 @@ class LayerOperation(ABC):
             parts.append(tensors["bias"].reshape(k, o, 1))
         return torch.cat(parts, -1)
 
-    def _check_batch(self, raw: Tensor, n: int, batched_ndim: int) -> None:
-        if raw.ndim < batched_ndim or raw.shape[0] != n:
+    def check_batch(self, raw: Tensor, n: int) -> None:
+        """Raise ``LayerError`` unless the first dimension of the layer's input is the batch."""
+        if raw.ndim < self.batched_ndim or raw.shape[0] != n:
             raise LayerError(
                 f"layer {self.name!r} got an input of shape {tuple(raw.shape)} for a batch of {n} examples; the first "
                 "dimension has to be the batch for its gradients to be told apart by example. Keep the batch "
@@ -94,6 +99,7 @@ class LinearOperation(LayerOperation):
     """``nn.Linear`` with any number of dimensions between batch and features."""
 
     module: nn.Linear
+    batched_ndim = 2
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -102,7 +108,7 @@ class LinearOperation(LayerOperation):
 
     def activations(self, raw: Tensor, n: int) -> Tensor:
         """``[n, ..., i] -> [1, n, s, i]``."""
-        self._check_batch(raw, n, 2)
+        self.check_batch(raw, n)
         rows = raw.reshape(1, n, -1, raw.shape[-1])
         if not self.has_bias:
             return rows
@@ -119,6 +125,7 @@ class Conv2dOperation(LayerOperation):
     """``nn.Conv2d`` with every stride, padding (mode), dilation and number of groups."""
 
     module: nn.Conv2d
+    batched_ndim = 4
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -129,7 +136,7 @@ class Conv2dOperation(LayerOperation):
 
     def activations(self, raw: Tensor, n: int) -> Tensor:
         """``[n, c, h, w] -> [groups, n, s, i]``: one row per output position."""
-        self._check_batch(raw, n, 4)
+        self.check_batch(raw, n)
         conv = self.module
         k, _, i = self.shape
         # torch keeps the per-side amounts here, of 'same' (which may be uneven) and of every mode.

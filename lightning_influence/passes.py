@@ -270,14 +270,15 @@ class ExampleGradients:
         # Many draws hold many output gradients at a time: those passes keep to the size that training has room for.
         size = self.source.batch_size if labels == "exact" else self.source.pass_batch_size
         size = len(own) if whole else size
-        references = self.references if references is None else references
+        if not own_scale and references is None:
+            references = self.references
         with (
             untouched(self.module),
             Capture(self.coverage) as capture,
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own, size):
-                loss = self._forward(capture, batch, len(batch_indices), references, own_scale)
+                loss = self._forward(capture, batch, len(batch_indices), references)
                 self._backward(capture, loss, labels, batch_indices, draw)
                 n = len(batch_indices)
                 finite = capture.finite(n)
@@ -296,7 +297,7 @@ class ExampleGradients:
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own):
-                yield batch_indices, self._forward(capture, batch, len(batch_indices), {}, True)
+                yield batch_indices, self._forward(capture, batch, len(batch_indices), None)
                 advance(len(batch_indices))
 
     def calibrate(self, indices: Sequence[int]) -> None:
@@ -341,12 +342,9 @@ class ExampleGradients:
             result.setdefault(name, {})[parameter] = torch.zeros_like(tensor) if gradient is None else gradient
         return result
 
-    def _forward(
-        self, capture: Capture, batch: Any, n: int, references: Mapping[int, float], own_scale: bool
-    ) -> BatchLoss:
+    def _forward(self, capture: Capture, batch: Any, n: int, references: Mapping[int, float] | None) -> BatchLoss:
         with capture.forward(), self._forward_context():
-            moved = self._to_device(batch)
-            return evaluate(self.task, self.module, moved, n, references, own_scale=own_scale)
+            return evaluate(self.task, self.module, self._to_device(batch), n, references)
 
     def _backward(self, capture: Capture, loss: BatchLoss, labels: Labels, indices: list[int], draw: int) -> None:
         if labels == "true":

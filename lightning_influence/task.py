@@ -223,8 +223,6 @@ def evaluate(
     batch: Any,
     n: int,
     references: Mapping[int, float] | None = None,
-    *,
-    own_scale: bool = False,
 ) -> BatchLoss:
     """Run ``task`` on one batch under the tap.
 
@@ -234,8 +232,8 @@ def evaluate(
         batch: One batch of ``n`` examples, on the module's device.
         n: Number of examples in the batch.
         references: For terms whose scale depends on the batch (class weights, ``ignore_index``, sums): term number
-            to the value for the whole training set, see ``LossCall.scale``.
-        own_scale: Scale every term such that the batch loss is the mean over this very batch.
+            to the value for the whole training set, see ``LossCall.scale``. With None, every term is scaled such that
+            the batch loss is the mean over this very batch.
 
     Returns:
         The loss and its known terms.
@@ -266,9 +264,8 @@ def evaluate(
         else ()
     )
     used = [(call, c) for call, c in zip(calls, coefficients, strict=True) if c is not None]
-    known = {} if own_scale else references or {}
     terms = tuple(
-        LossTerm(call, c, known.get(k, None if own_scale else call.natural_reference(n)))
+        LossTerm(call, c, None if references is None else references.get(k, call.natural_reference(n)))
         for k, (call, c) in enumerate(used)
     )
     with torch.no_grad():

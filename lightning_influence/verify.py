@@ -178,8 +178,8 @@ def _compare_alone(gradients: ExampleGradients, indices: list[int], look: _Look)
     n = len(indices)
     if n < 2:
         return
-    # Several copies instead of a batch of one, which steps that `squeeze()` and batch norms can't take. Never as many as
-    # the batch has examples: the sum over copies would then pass for a mean.
+    # Several copies instead of a batch of one, which steps that `squeeze()` and batch norms can't take. Never as many
+    # as the batch has examples: the sum over copies would then pass for a mean.
     copies = 2 if n != 2 else 3
     # Without per-example losses every example of the batch is needed to tell what the batch loss is the mean of.
     positions = [0, n // 2, n - 1] if look.values is not None else range(n)
@@ -197,10 +197,10 @@ def _compare_alone(gradients: ExampleGradients, indices: list[int], look: _Look)
             scale = max(abs(here), abs(there), 1e-6 * float(look.norms.max()), 1e-12)
             if not abs(here - there) <= tolerance * scale:
                 raise VerificationError(
-                    f"example {indices[position]} has another {what} in a batch than alone ({there:.4g} and {here:.4g}): its "
-                    "loss depends on the other examples (batch statistics, mixup, a contrastive loss), or the batch "
-                    "is not the first dimension of the layers' inputs and the logits. Influence of single examples is "
-                    "not defined then; pass `task=` with a loss per example, or accept it with `verify=False`."
+                    f"example {indices[position]} has another {what} in a batch than alone ({there:.4g} and {here:.4g}): "
+                    "its loss depends on the other examples (batch statistics, mixup, a contrastive loss), or the "
+                    "batch is not the first dimension of the layers' inputs and the logits. Influence of single "
+                    "examples is not defined then; pass `task=` with a loss per example, or accept it with `verify=False`."
                 )
     expected = sum(means) / len(means)
     if look.values is None and not abs(expected - look.mean) <= tolerance * max(abs(look.mean), 1e-6):

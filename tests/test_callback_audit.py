@@ -638,7 +638,7 @@ def test_tensorboard_has_the_documented_tags(tmp_path: Path) -> None:
     scalars = set(tags["scalars"])
     assert {f"influence/detection/{name}_auroc" for name in detected} <= scalars
     assert {
-        "influence/coverage", "influence/candidates", "influence/nonfinite", "influence/seconds/factors",
+        "influence/coverage", "influence/candidate_count", "influence/nonfinite_count", "influence/seconds/factors",
         "influence/seconds/scores", "influence/dynamics/loss_mean", "influence/dynamics/aum",
         "influence/dynamics/contradicted_labels",
     } <= scalars  # fmt: skip
@@ -666,7 +666,7 @@ def test_other_loggers_get_the_scalars(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     logged = {name: float(value) for row in rows for name, value in row.items() if value}
     assert logged["influence/coverage"] == 1.0
-    assert logged["influence/candidates"] == len(report.candidates)
+    assert logged["influence/candidate_count"] == len(report.candidates)
     assert logged["influence/detection/suspicion_auroc"] == report.manifest["detection"]["suspicion"]["auroc"]
     assert logged["influence/dynamics/loss_mean"] == pytest.approx(report.columns["loss_mean"].mean())
     assert any(name.startswith("influence/seconds/") for name in logged)

@@ -23,7 +23,7 @@ N, CLASSES = 22, 4
 # Only the order of summation may differ.
 SAME = {"rtol": 1e-9, "atol": 1e-12}
 EVERY = FactorExamples(10**9, 10**9)
-# Batches of one, of a size that leaves a single example over, of one that leaves several, and everything at once.
+# Batches of one, of sizes that leave one example and several over, and everything at once.
 BATCH_SIZES = (1, 7, 8, N)
 
 
@@ -284,6 +284,21 @@ class TestNothingMoves:
         assert all(p.grad is None for p in net.parameters())
         assert flags == ([p.requires_grad for p in net.parameters()], [m.training for m in net.modules()])
 
+    def test_tensors_of_the_user(self) -> None:
+        """A prompt that is learned outside of the model, a data set that requires gradients: none gets a `.grad`."""
+        prompt = torch.ones(2, 6, 6, requires_grad=True, dtype=torch.float64)
+        inputs, targets = images()
+        inputs.requires_grad_()
+
+        def prompted(module: Any, batch: Any) -> Tensor:
+            return F.cross_entropy(module(batch[0] + prompt), batch[1])
+
+        expected = audit(passes(TensorDataset((inputs + prompt).detach(), targets), 7))
+        assert_same(audit(passes(TensorDataset(inputs, targets), 7, task=prompted)), expected)
+        assert inspect(passes(TensorDataset(inputs, targets), 7, task=prompted), range(7)).largest_error < 1e-10
+        assert prompt.grad is None
+        assert inputs.grad is None
+
     def test_dropout_is_off(self) -> None:
         """Masks would make every score a matter of luck."""
         gradients = passes(TensorDataset(*images()), 7)
@@ -300,9 +315,11 @@ class TestSource:
         batches = list(source.batches(wanted))
         assert [indices for indices, _ in batches] == [[5, 3, 3, 21], [0, 8]]
         assert [batch[0].tolist() for _, batch in batches] == [[5, 3, 3, 21], [0, 8]]
-        source.pass_batch_size = 5
-        assert [indices for indices, _ in source.batches(wanted)] == [[5, 3, 3, 21, 0], [8]]
-        assert [indices for indices, _ in source.batches(wanted, 3)] == [[5, 3, 3], [21, 0, 8]]
+        source.pass_batch_size = 3
+        assert [indices for indices, _ in source.batches(wanted)] == [[5, 3, 3], [21, 0, 8]]
+        # No example is left over alone: it would meet steps that squeeze the batch away.
+        assert [indices for indices, _ in source.batches(wanted, 5)] == [[5, 3, 3, 21], [0, 8]]
+        assert [indices for indices, _ in source.batches(wanted, 1)] == [[index] for index in wanted]
 
     def test_of_a_loader(self) -> None:
         """Its data set, collation and workers; not its sampler, which shuffles and repeats."""

@@ -266,7 +266,10 @@ def test_the_reference_replaces_the_batch(name: str) -> None:
         ("cross-entropy: soft", False),
         ("cross-entropy: soft, weights, smoothing", False),
         ("cross-entropy: class weights", True),
-        ("cross-entropy: ignored", True),
+        # One decision per example: without a label it just has no loss, and the others weigh as ever.
+        ("cross-entropy: ignored", False),
+        ("cross-entropy: nll", False),
+        ("cross-entropy: tokens", True),
         ("cross-entropy: tokens, ignored, weights", True),
         ("cross-entropy: nll, weights, ignored", True),
         ("binary: element weights", False),
@@ -277,6 +280,26 @@ def test_which_means_depend_on_their_batch(name: str, varies: bool) -> None:
     assert CASES[name].call("mean")[0].scale_varies(N) is varies
     assert CASES[name].call("sum")[0].scale_varies(N)
     assert not CASES[name].call("none")[0].scale_varies(N)
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction", "natural"),
+    [
+        ("cross-entropy: plain", "mean", 1.0),
+        ("cross-entropy: ignored", "mean", 1.0),
+        ("cross-entropy: nll", "mean", 1.0),
+        ("cross-entropy: plain", "sum", None),
+        ("cross-entropy: ignored", "none", None),
+        ("cross-entropy: class weights", "mean", None),
+        ("cross-entropy: tokens", "mean", None),
+        ("cross-entropy: pixels", "mean", None),
+        ("cross-entropy: soft", "mean", None),
+        ("binary: one output", "mean", None),
+        ("squared: one output", "mean", None),
+    ],
+)
+def test_one_decision_per_example_has_a_scale_of_its_own(name: str, reduction: str, natural: float | None) -> None:
+    assert CASES[name].call(reduction)[0].natural_reference(N) == natural
 
 
 @pytest.mark.parametrize(("rows", "n", "match"), [(12, 6, True), (12, 12, True), (12, 5, False), (4, 8, False)])
@@ -304,11 +327,10 @@ def test_exact_gradients_are_a_root_of_the_hessian(name: str, reduction: str) ->
     call, logits, _, derivative = case.call(reduction)
     draws = call.exact_draws(N)
     several_decisions = name.startswith("cross") and logits.numel() > 4 * N
-    assert draws in ((None,) if several_decisions else (None, logits.numel() // N))
+    assert draws == (None if several_decisions else logits.numel() // N)
     if draws is None:
-        assert several_decisions or logits.shape[0] > N, "a closed form exists"
         return
-    columns = [to_logits(case, column, logits) for column in call.exact_gradients(call.scale(derivative, N))]
+    columns = [to_logits(case, column, logits) for column in call.exact_gradients(call.scale(derivative, N), N)]
     assert len(columns) == draws
     assert all(column.shape == logits.shape for column in columns)
     flat = torch.stack(columns).reshape(draws, N, -1)
@@ -406,7 +428,7 @@ def test_a_negative_weight_is_refused(function: Callable[..., Tensor]) -> None:
     assert call is not None
     for ask in (
         lambda: call.sampled_gradient(torch.tensor(-0.25), torch.full((4, *call.noise_shape(4)), 0.5)),
-        lambda: list(call.exact_gradients(torch.tensor(-0.25))),
+        lambda: list(call.exact_gradients(torch.tensor(-0.25), len(call.input))),
     ):
         with pytest.raises(ValueError, match=r'negative weight \(-0\.\d+\).*fisher="empirical"'):
             ask()
@@ -417,7 +439,7 @@ def test_a_negative_class_weight_is_refused() -> None:
     call = read_call(F.cross_entropy, (logits, target, weight), {}, torch.zeros(()))
     assert call is not None
     with pytest.raises(ValueError, match=r"negative weight \(-2\)"):
-        list(call.exact_gradients(torch.tensor(1.0)))
+        list(call.exact_gradients(torch.tensor(1.0), len(call.input)))
 
 
 # ---------------------------------------------------------------------------------------------------- statistics
@@ -523,7 +545,7 @@ def test_an_impossible_class_leaves_the_loss_finite(function: Callable[..., Tens
     torch.testing.assert_close(statistics["margin"], torch.tensor([-1.0, -0.5]))
     noise = torch.tensor([[0.99], [0.01]], dtype=torch.float64)
     assert bool(call.sampled_gradient(torch.ones(()), noise).isfinite().all())
-    assert all(bool(column.isfinite().all()) for column in call.exact_gradients(torch.ones(())))
+    assert all(bool(column.isfinite().all()) for column in call.exact_gradients(torch.ones(()), len(call.input)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -282,16 +282,27 @@ def test_an_augmentation_is_the_same_in_workers_and_subsets() -> None:
     assert len(alone[:, 1].unique()) == N
 
 
-def test_looking_for_augmentations_costs_a_few_examples_and_moves_no_stream() -> None:
+def test_an_augmentation_of_some_examples_only() -> None:
+    """Say of a rare class: none of the examples that one might try first draws a number."""
+
+    class Some(_Augmented):
+        def __getitem__(self, index: int) -> Tensor:
+            self.streams = ("torch", "numpy") if index in (1, 2, 15) else ()
+            row = super().__getitem__(index)
+            return F.pad(row, (0, 3 - len(row)))
+
+    first = torch.cat([b for _, b in ExampleSource(Some(), batch_size=N).batches(range(N))])
+    assert (first[:, 1:].sum(1) > 0).nonzero().squeeze(1).tolist() == [1, 2, 15]
+    again = torch.cat([b for _, b in ExampleSource(Some(), batch_size=2).batches(range(N))])
+    assert torch.equal(first, again)
+
+
+def test_a_pass_fetches_every_example_once() -> None:
     data = _Augmented("python", "numpy", "torch")
     source = ExampleSource(data, batch_size=N)
-    before = torch.get_rng_state(), random.getstate()
-    iterator = source.batches(range(N))
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert random.getstate() == before[1]
-    list(iterator)
     list(source.batches(range(N)))
-    assert len(data.calls) == 2 * N + 3, "three examples, once for all passes"
+    list(source.batches(range(5)))
+    assert data.calls == [*range(N), *range(5)]
 
 
 # -------------------------------------------------------------------------------------------- gradients of a pass
@@ -340,7 +351,7 @@ OWN_LOSSES: dict[str, tuple[Task, Callable[[Tensor, Tensor], Tensor]]] = {
     ),
     "ignored": (
         lambda m, b: F.cross_entropy(m(b[0]), b[1], ignore_index=1),
-        lambda z, y: (y != 1) * F.cross_entropy(z, y) / (_data().tensors[1] != 1).double().mean(),
+        lambda z, y: (y != 1) * F.cross_entropy(z, y),
     ),
     "nll with weights": (
         lambda m, b: F.nll_loss(m(b[0]).log_softmax(1), b[1], weight=WEIGHT),
@@ -387,7 +398,8 @@ def test_after_calibration_an_example_weighs_the_same_in_every_batch(name: str, 
     _assert_same(sampled, _collect(one_by_one, range(N), "sampled", draw=1))
     _assert_same(_collect(gradients, range(N), "exact"), _collect(one_by_one, range(N), "exact"))
     expected = torch.stack([own(net(x[None]), y[None]).sum().detach() for x, y in data])
-    values = torch.cat([loss.values for _, loss in gradients.losses(range(N))])
+    with closing(gradients.run(range(N))) as batches:
+        values = torch.cat([batch.loss.values for batch in batches])
     torch.testing.assert_close(values, expected, **EXACT)
 
 
@@ -877,10 +889,22 @@ def test_a_single_example_can_be_looked_at() -> None:
     assert error < 1e-10
 
 
-def test_a_batch_that_is_not_finite_is_not_compared() -> None:
+def test_examples_that_are_not_finite_are_not_compared() -> None:
     data = _data()
     data.tensors[0][2] = torch.nan
+    seen = inspect(_gradients(data=data), range(8))
+    assert seen.largest_error is not None
+    assert seen.largest_error < 1e-10
+    assert seen.examples == 8
+    with pytest.raises(VerificationError, match=r"do not add up"):
+        inspect(_gradients(_l2_penalty, data=data), range(8))
+    data.tensors[0][:] = torch.nan
     assert inspect(_gradients(data=data), range(8)).largest_error is None
+
+
+def test_no_example_to_look_at() -> None:
+    with pytest.raises(VerificationError, match=r"no training example.*empty"):
+        inspect(_gradients(), [])
 
 
 @pytest.mark.parametrize("augmented", [False, True])

@@ -298,6 +298,20 @@ def test_a_reference_replaces_the_scale_of_the_batch() -> None:
     torch.testing.assert_close(by_logits, torch.autograd.grad(expected.sum(), z)[0], **EXACT)
 
 
+def test_an_ignored_label_is_no_loss_and_leaves_the_others_as_they_are() -> None:
+    """The mean over 8 - k labels is not the mean of the own losses, which do not depend on k."""
+    net, (x, y) = _net(), _batch()
+    result = evaluate(_task(LOSSES["ignored"][0]), net, (x, y), N, {})
+    z = net(x)
+    expected = (y != 1) * _nll(z, y)
+    assert 0 < int((y == 1).sum()) < N
+    assert result.tapped
+    torch.testing.assert_close(result.values, expected.detach(), **EXACT)
+    wanted = torch.autograd.grad(expected.sum(), net.weight)[0]
+    outputs, gradients = result.true_outputs()
+    torch.testing.assert_close(torch.autograd.grad(outputs, net.weight, gradients)[0], wanted, **EXACT)
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_loss_per_example_also_for_the_last_small_batch(n: int) -> None:
     """A batch of one gives `[1]`, which is still a loss per example: without it the last row of a table is missing."""

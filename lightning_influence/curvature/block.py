@@ -129,6 +129,10 @@ class CurvatureBlock(ABC):
         columns = self.matvec(unit.expand(-1, k, -1, -1))  # [o·i, k, o, i]
         return columns.reshape(o * i, k, o * i).permute(1, 2, 0)
 
+    def check_damping(self, damping: float) -> None:
+        """Raise ``ValueError`` if ``damping`` is no number >= 0, or leaves the curvature singular."""
+        self._check_damping(damping, self.diagonal())
+
     def _accumulate(self, name: str, value: Tensor) -> None:
         if name in self._sums:
             self._sums[name] += value

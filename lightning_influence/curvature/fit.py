@@ -169,18 +169,20 @@ def fit(
     for layer, block in blocks.items():
         value = block.damping(RELATIVE_DAMPING) if damping is None else damping
         # A layer without any gradient has no scale of its own; its scores are zero with any damping.
+        if damping is not None:
+            block.check_damping(damping)
         dampings[layer] = value if value > 0 or damping is not None or name == "identity" else 1.0
     return Curvature(name, blocks, dampings, tuple(chosen[0][: kind.passes]), tuple(used))
 
 
 def random_subset(indices: Sequence[int], size: int, seed: int) -> list[int]:
-    """Return ``size`` of the indices at random, sorted; which ones does not depend on their order or the process."""
-    indices = sorted(indices)
+    """Return ``size`` of the indices at random, in their own order; which ones depends on neither order nor process."""
     if size >= len(indices):
-        return indices
+        return list(indices)
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(indices), generator=generator)[:size].sort().values
-    return [indices[position] for position in chosen.tolist()]
+    ranked = sorted(indices)
+    chosen = {ranked[position] for position in torch.randperm(len(ranked), generator=generator)[:size].tolist()}
+    return [index for index in indices if index in chosen]
 
 
 def _update(blocks: Mapping[str, CurvatureBlock], batches: Iterator[BatchGradients]) -> int:

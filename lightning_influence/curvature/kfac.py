@@ -57,6 +57,10 @@ class KroneckerBlock(CurvatureBlock):
         basis_x, basis_g = self.basis
         return per_sample.weighted_rotated_squares(x, g, basis_x, basis_g, self._inverse(damping))
 
+    def check_damping(self, damping: float) -> None:
+        """Raise ``ValueError`` if ``damping`` is no number >= 0, or leaves the curvature singular."""
+        self._check_damping(damping, self.eigenvalues)
+
     def scores(
         self, x: Tensor, g: Tensor, damping: float, query: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
