@@ -7,12 +7,13 @@ the graph start at its output, so that no weight gradient and nothing below that
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from lightning_influence.layers import Coverage, LayerError, LayerOperation
@@ -36,11 +37,12 @@ class LayerIO:
 
 @dataclass(eq=False)
 class _Use:
-    """One call of a layer: its raw input and, per draw, the raw gradient of its output."""
+    """One call of a layer: its raw input, its output's place in the graph, and that output's gradient per draw."""
 
     input: Tensor
     version: int
-    gradients: list[Tensor | None]
+    edge: GradientEdge
+    gradients: list[Tensor | None] = field(default_factory=list)
 
 
 class Capture:
@@ -102,15 +104,14 @@ class Capture:
             gradients: Gradients to start from, shaped like ``outputs``.
             last: Whether the graph may be freed.
         """
-        for uses in self._uses.values():
-            for use in uses:
-                use.gradients.append(None)
-        self._draws += 1
-        if not self._uses:
+        uses = [use for uses in self._uses.values() for use in uses]
+        if not uses:
             raise LayerError("no covered layer was called in the forward pass; does the model's forward use them?")
-        # All the way down, not to chosen tensors: the graph ends at the first covered layers by itself, unless the user
-        # made an input require gradients, and then the layers behind that count too.
-        torch.autograd.backward(outputs, gradients, retain_graph=not last)
+        edges = [use.edge for use in uses]
+        found = torch.autograd.grad(outputs, edges, gradients, retain_graph=not last, allow_unused=True)
+        for use, gradient in zip(uses, found, strict=True):
+            use.gradients.append(gradient)
+        self._draws += 1
 
     @property
     def precise(self) -> bool:
@@ -187,7 +188,7 @@ class Capture:
 
 
 class _ForwardHook:
-    """Notes a layer's input and asks for the gradient of its output."""
+    """Notes a layer's input and where its output stands in the graph."""
 
     def __init__(self, capture: Capture, name: str) -> None:
         self.capture = capture
@@ -204,14 +205,9 @@ class _ForwardHook:
         if not self.capture._recording:
             # Run again in the backward pass of a checkpointed segment: the same graph, but no further use.
             return output
-        use = _Use(raw.detach(), raw._version, [])
+        # The edge, not the tensor: it stays that of the layer's own output when an in-place activation follows.
+        use = _Use(raw.detach(), raw._version, get_gradient_edge(output))
         self.capture._uses.setdefault(self.name, []).append(use)
-
-        def keep(gradient: Tensor) -> None:
-            use.gradients[-1] = gradient
-
-        # On the tensor, not on the module: it then survives in-place operations on the output.
-        output.register_hook(keep)
         return output
 
 

@@ -197,10 +197,11 @@ def _compare_alone(gradients: ExampleGradients, indices: list[int], look: _Look)
             scale = max(abs(here), abs(there), 1e-6 * float(look.norms.max()), 1e-12)
             if not abs(here - there) <= tolerance * scale:
                 raise VerificationError(
-                    f"example {indices[position]} has another {what} in a batch than alone ({there:.4g} and {here:.4g}): "
-                    "its loss depends on the other examples (batch statistics, mixup, a contrastive loss), or the "
-                    "batch is not the first dimension of the layers' inputs and the logits. Influence of single "
-                    "examples is not defined then; pass `task=` with a loss per example, or accept it with `verify=False`."
+                    f"example {indices[position]} has another {what} in a batch than alone ({there:.4g} and "
+                    f"{here:.4g}): its loss depends on the other examples (batch statistics, mixup, a contrastive "
+                    "loss), or the batch is not the first dimension of the layers' inputs and the logits. Influence of "
+                    "single examples is not defined then; pass `task=` with a loss per example, or accept it with "
+                    "`verify=False`."
                 )
     expected = sum(means) / len(means)
     if look.values is None and not abs(expected - look.mean) <= tolerance * max(abs(look.mean), 1e-6):
