@@ -218,7 +218,7 @@ class ExampleGradients:
         self.source = source
         self.coverage = coverage
         self.seed = seed
-        self.references: dict[int, float] = {}
+        self.references: dict[int, float] | None = None
         self._to_device = to_device or self._move
         self._progress = progress or _silent
         self._forward_context = forward_context
@@ -271,7 +271,7 @@ class ExampleGradients:
         size = self.source.batch_size if labels == "exact" else self.source.pass_batch_size
         size = len(own) if whole else size
         if not own_scale and references is None:
-            references = self.references
+            references = self.references or {}
         with (
             untouched(self.module),
             Capture(self.coverage) as capture,
@@ -305,14 +305,18 @@ class ExampleGradients:
 
         With class weights or ``ignore_index`` a mean is over weights, not examples, and a sum grows with the batch:
         the same example would get other gradients in other batches. Afterwards every batch is scaled as if its
-        weights had the mean of all ``indices``. For other losses this returns after one batch.
+        weights had the mean of all ``indices``. For other losses this returns after one batch, and at once if the
+        scale is known (``references``).
         """
+        if self.references is not None:
+            return
         totals: dict[int, float] = {}
         count = 0
         with closing(self.losses(indices, title="loss scale")) as batches:
             for batch_indices, loss in batches:
                 if not count and not any(term.call.scale_varies(loss.n) for term in loss.terms):
                     # Every process sees the same kind of calls, so all of them leave here.
+                    self.references = {}
                     return
                 count += len(batch_indices)
                 for k, term in enumerate(loss.terms):

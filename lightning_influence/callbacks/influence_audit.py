@@ -113,6 +113,8 @@ class InfluenceAudit(Callback):
         self._reporter: Reporter | None = None
         self._source: ExampleSource | None = None
         self._inspection: Inspection | None = None
+        # The scale of losses that depend on their batch: labels and weights stay, so one look per run is enough.
+        self._references: dict[int, float] | None = None
         self._tap: LossTap | None = None
         self._batch_indices: list[int] | None = None
         self._restored_state: dict[str, Any] | None = None
@@ -160,6 +162,7 @@ class InfluenceAudit(Callback):
                     f"known_noise holds the index {int(self.known_noise.max())}; the data have {size} examples."
                 )
             self._recording = Recording(size, pl_module)
+            self._references = None
             if self._restored_state is not None:
                 self._recording.load_state_dict(self._restored_state)
                 self._restored_state = None
@@ -217,6 +220,8 @@ class InfluenceAudit(Callback):
             start = time.perf_counter()
             with bridge.silenced_loggers(trainer):
                 gradients = self._gradients(trainer, pl_module)
+                gradients.calibrate(indices)
+                self._references = gradients.references
                 scores = score_examples(
                     gradients,
                     indices,
@@ -321,7 +326,9 @@ class InfluenceAudit(Callback):
     def _gradients(self, trainer: Trainer, pl_module: LightningModule) -> ExampleGradients:
         assert self._source is not None
         # Anew each time: callbacks that thaw a backbone change what there is to cover.
-        return bridge.example_gradients(trainer, pl_module, self._task, self._source, cover(pl_module))
+        gradients = bridge.example_gradients(trainer, pl_module, self._task, self._source, cover(pl_module))
+        gradients.references = self._references
+        return gradients
 
     def _indices(self, trainer: Trainer) -> list[int]:
         assert self._recording is not None
