@@ -30,6 +30,8 @@ class TrainingDynamics:
     def __init__(self, size: int) -> None:
         self.size = size
         self.sums: dict[str, Tensor] = {}
+        # What all processes knew when they last told each other; the rest of the sums is this process's own.
+        self._common: dict[str, Tensor] = {}
         # Batches wait here on their device: copying each one at once would make a GPU wait in every step.
         self._waiting: list[tuple[Sequence[int], dict[str, Tensor]]] = []
 
@@ -89,18 +91,26 @@ class TrainingDynamics:
         self.flush()
         total = TrainingDynamics(self.size)
         total.sums = dict(self.sums)
-        if distributed.world_size() > 1:
-            for name in ("label", "last_wrong"):
-                total.sums.pop(name, None)
-            names = sorted(total.sums)
-            reduced = distributed.sum_across_processes([total.sums[name].clone() for name in names])
-            total.sums = dict(zip(names, reduced, strict=True))
-            if "label" in self.sums:
-                known = (self.sums["label"] + 1).clone()  # 0 = never seen here
-                (count,) = distributed.sum_across_processes([(known > 0).double()])
-                (labels,) = distributed.sum_across_processes([known])
-                total.sums["label"] = labels / count.clamp(min=1) - 1
+        if distributed.world_size() > 1 and self.sums:
+            added = {name: value - self._common.get(name, 0.0) for name, value in self.sums.items()}
+            visited = (added["times_seen"] > 0).double()
+            # Not sums, but the state at the last visit: taken from who has visited the example since.
+            latest = [name for name in ("label", "last_wrong") if name in self.sums]
+            names = sorted(set(added) - set(latest))
+            parts = [added[name] for name in names] + [self.sums[name] * visited for name in latest] + [visited]
+            *reduced, visitors = distributed.sum_across_processes(parts)
+            for name, value in zip(names, reduced, strict=False):
+                total.sums[name] = self._common.get(name, 0.0) + value
+            for name, value in zip(latest, reduced[len(names) :], strict=True):
+                before = self._common.get(name, torch.full_like(value, 1.0 if name == "last_wrong" else -1.0))
+                total.sums[name] = torch.where(visitors > 0, value / visitors.clamp(min=1), before)
         return total
+
+    def synchronise(self) -> None:
+        """Let every process know what all have seen; to be called by all of them."""
+        if distributed.world_size() > 1:
+            self.sums = self.gathered().sums
+            self._common = {name: value.clone() for name, value in self.sums.items()}
 
     def columns(self) -> dict[str, Tensor]:
         """Return one column per score, ``[size]``; NaN (or -1) for examples that were never trained on."""
@@ -156,6 +166,7 @@ class TrainingDynamics:
                 "was written for other training data. Resume with those, or start a new run."
             )
         self.sums = {name: value.clone() for name, value in state.items()}
+        self._common = {name: value.clone() for name, value in state.items()}
         self._waiting = []
 
     def _column(self, name: str, fill: float) -> Tensor:

@@ -161,7 +161,7 @@ def influence_scores(
             except _NotTheTask as error:
                 notes.append(
                     "no harm column: the loss of the training task can't be computed on the validation batches "
-                    f"({error.__cause__ or error})"
+                    f"({type(error.__cause__).__name__}: {error.__cause__})"
                 )
     with _timed(seconds, "scores"):
         scores = score_examples(

@@ -149,7 +149,10 @@ class _SeededDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         random.seed(index)
         np.random.seed(index % 2**32)
-        torch.manual_seed(index)
+        # `torch.manual_seed` formats a stack trace for an accelerator that may not be there: 0.4 ms for every example.
+        torch.default_generator.manual_seed(index)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(index)
         return self.dataset[index]
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from lightning_influence.losses import LossCall, known_loss, read_call
 
@@ -100,14 +100,19 @@ class LossTap(TorchFunctionMode):
         self._protect = protect
 
     def stop(self) -> None:
-        """Stop listening, and leave the stack of modes if no other mode lies on top.
+        """Stop listening and leave the stack of modes, from the middle if need be.
 
-        For taps that are entered and left in different hooks: what lies on top then belongs to somebody else, who will
-        take it off; a silent tap below does no harm.
+        For taps that are entered and left in different hooks: others may have entered modes of their own since.
         """
         self._listening = False
-        if _get_current_function_mode() is self:
-            self.__exit__(None, None, None)
+        above: list[TorchFunctionMode] = []
+        while torch._C._len_torch_function_stack():
+            mode = _pop_mode()
+            if mode is self:
+                break
+            above.append(mode)
+        for mode in reversed(above):
+            _push_mode(mode)
 
     def __torch_function__(
         self,

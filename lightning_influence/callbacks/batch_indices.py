@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
 
@@ -18,8 +19,8 @@ class BatchIndexRecorder:
     """
 
     def __init__(self) -> None:
-        self._queue: deque[list[int]] = deque()
-        self._replaced: list[tuple[DataLoader[Any], _RecordingSampler]] = []
+        self._queue: deque[Any] = deque()
+        self._replaced: tuple[DataLoader[Any], _RecordingSampler] | None = None
         self._strategy: Any = None
 
     def attach(self, trainer: Trainer) -> None:
@@ -42,26 +43,48 @@ class BatchIndexRecorder:
         if self._strategy is not None:
             self._strategy.__dict__.pop("process_dataloader", None)
             self._strategy = None
-        for loader, proxy in self._replaced:
-            _take_out(loader, proxy)
-        self._replaced.clear()
+        self._put_back()
         self._queue.clear()
 
     def next(self) -> list[int] | None:
         """Return the indices of the next training batch, None if they are unknown. Call once per batch."""
-        return self._queue.popleft() if self._queue else None
+        return _integers(self._queue.popleft()) if self._queue else None
+
+    def check(self) -> None:
+        """Look at the indices drawn ahead, if any.
+
+        Raises:
+            MisconfigurationException: If they are no integers.
+        """
+        if self._queue:
+            _integers(self._queue[0])
 
     def _record(self, loader: object) -> None:
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return
         sampler = loader.batch_sampler
-        if sampler is None or any(loader is known for known, _ in self._replaced):
+        if sampler is None or any(proxy._recorder is self for proxy in _proxies(sampler)):
             return
+        # One at a time: holding on to a loader that was replaced would keep its persistent workers alive.
+        self._put_back()
         proxy = _RecordingSampler(sampler, self)
-        self._replaced.append((loader, proxy))
-        _set_batch_sampler(loader, proxy)
+        self._replaced = (loader, proxy)
+        # DataLoader refuses a new batch sampler by plain assignment.
+        object.__setattr__(loader, "batch_sampler", proxy)
 
-    def _start(self) -> deque[list[int]]:
+    def _put_back(self) -> None:
+        """Take the proxy out again, also from below the proxies of other recorders."""
+        if self._replaced is None:
+            return
+        loader, proxy = self._replaced
+        self._replaced = None
+        if loader.batch_sampler is proxy:
+            object.__setattr__(loader, "batch_sampler", proxy._sampler)
+        for above in _proxies(loader.batch_sampler):
+            if above._sampler is proxy:
+                above._sampler = proxy._sampler
+
+    def _start(self) -> deque[Any]:
         self._queue = deque()
         return self._queue
 
@@ -76,7 +99,7 @@ class _RecordingSampler:
     def __iter__(self) -> Iterator[Any]:
         queue = self._recorder._start()
         for indices in self._sampler:
-            queue.append([int(index) for index in indices])
+            queue.append(indices)  # looked at later: an error here would come out of a half-made iterator
             yield indices
 
     def __len__(self) -> int:
@@ -86,19 +109,17 @@ class _RecordingSampler:
         return getattr(self.__dict__["_sampler"], name)
 
 
-def _set_batch_sampler(loader: DataLoader[Any], sampler: Any) -> None:
-    # DataLoader refuses a new batch sampler by plain assignment.
-    object.__setattr__(loader, "batch_sampler", sampler)
+def _proxies(sampler: Any) -> Iterator[_RecordingSampler]:
+    while isinstance(sampler, _RecordingSampler):
+        yield sampler
+        sampler = sampler._sampler
 
 
-def _take_out(loader: DataLoader[Any], proxy: _RecordingSampler) -> None:
-    """Remove one proxy, wherever it stands in a chain of them (two audits of one run)."""
-    if loader.batch_sampler is proxy:
-        _set_batch_sampler(loader, proxy._sampler)
-        return
-    outer: Any = loader.batch_sampler
-    while isinstance(outer, _RecordingSampler):
-        if outer._sampler is proxy:
-            outer._sampler = proxy._sampler
-            return
-        outer = outer._sampler
+def _integers(indices: Any) -> list[int]:
+    try:
+        return [int(index) for index in indices]
+    except (TypeError, ValueError) as error:
+        raise MisconfigurationException(
+            f"InfluenceAudit: the training sampler yields {indices!r}; expected lists of integer dataset indices, "
+            "which scores can be filed under."
+        ) from error

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -60,6 +61,8 @@ def audited_indices(trainer: Trainer, seen: list[int], size: int) -> list[int]:
     if trainer.num_training_batches < len(loader) or getattr(trainer, "overfit_batches", False):
         return seen
     sampler = getattr(loader.batch_sampler, "sampler", None)
+    if isinstance(sampler, DistributedSamplerWrapper):  # Lightning's, around the user's own
+        sampler = getattr(sampler.dataset, "_sampler", None)
     if isinstance(sampler, SubsetRandomSampler):
         return sorted(int(index) for index in sampler.indices)
     return list(range(size))

@@ -122,7 +122,9 @@ class InfluenceAudit(Callback):
     @property
     def state_key(self) -> str:
         """Key of the callback's state in checkpoints: two audits of one run have two states."""
-        return self._generate_state_key(curvature=self.curvature, fisher=self.fisher, dirpath=str(self.dirpath))
+        # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
+        arguments = {name: value for name, value in self._arguments().items() if name != "verify"}
+        return self._generate_state_key(**arguments)
 
     # ------------------------------------------------------------------ start
 
@@ -130,7 +132,8 @@ class InfluenceAudit(Callback):
         """Check the combination of model and trainer, and start to note batch indices."""
         if stage != "fit":
             return
-        self.report = None
+        # Of an earlier fit: an error before training starts must not be filed under that one's audit.
+        self.report = self._recording = self._reporter = self._inspection = None
         if self.task is None and not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"InfluenceAudit can't re-run the `training_step` of {type(pl_module).__name__}: with manual "
@@ -154,6 +157,7 @@ class InfluenceAudit(Callback):
                 "the training DataLoader has `in_order=False`: its batches arrive in another order than their indices "
                 "were drawn in, so scores would be filed under the wrong examples. Set `in_order=True`."
             )
+        self._recorder.check()
         try:
             self._source = ExampleSource.from_loader(loader)
             size = len(self._source)
@@ -171,6 +175,8 @@ class InfluenceAudit(Callback):
                 self._inspection = inspect(self._gradients(trainer, pl_module), first, verify=self.verify)
             self._source.pass_batch_size = max(self._source.batch_size, roomy_batch_size(self._inspection))
             self._reporter = self._open_reporter(trainer)
+            if self._recording.postponed == trainer.global_step and self._recording.step_sizes.steps:
+                self._add_checkpoint(trainer, pl_module, self._recording, self._reporter)
         except (DataError, LayerError, TaskError, VerificationError, StoreError, ValueError) as error:
             raise MisconfigurationException(f"InfluenceAudit: {error}") from error
 
@@ -211,29 +217,53 @@ class InfluenceAudit(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a TracIn checkpoint; the last one is part of the final pass."""
+        self._stop_tap()  # a batch that `on_train_batch_start` skipped has no end
         recording, reporter = self._recording, self._reporter
         if recording is None or reporter is None or bridge.is_dry_run(trainer):
             return
+        try:
+            self._end_of_epoch(trainer, pl_module, recording, reporter)
+        except Exception:
+            if distributed.world_size() > 1:
+                raise  # the others would wait for this process at the next collective
+            recording.failed_passes.append(trainer.current_epoch)
+            rank_zero_warn(
+                f"the influence audit's pass at the end of epoch {trainer.current_epoch} failed; training goes on.\n"
+                f"{traceback.format_exc()}"
+            )
+
+    def _end_of_epoch(
+        self, trainer: Trainer, pl_module: LightningModule, recording: Recording, reporter: Reporter
+    ) -> None:
+        recording.synchronise()
         due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if due and recording.step_sizes.steps and not _is_last_epoch(trainer):
-            indices = self._indices(trainer)
-            start = time.perf_counter()
-            with bridge.silenced_loggers(trainer):
-                gradients = self._gradients(trainer, pl_module)
-                gradients.calibrate(indices)
-                self._references = gradients.references
-                scores = score_examples(
-                    gradients,
-                    indices,
-                    step_sizes=self._take_step_sizes(gradients.coverage, pl_module),
-                    features=True,
-                    title=f"TracIn, epoch {trainer.current_epoch}",
-                )
-            recording.add_pass(trainer.global_step, scores)
-            reporter.seconds_per_example = (time.perf_counter() - start) / len(indices)
-            reporter.write_partial(recording.columns(indices), "recording")
-            reporter.log_checkpoint(trainer, scores)
+        if due and recording.step_sizes.steps:
+            # The final pass comes next; a run that is resumed from here for more epochs has to catch up.
+            recording.postponed = trainer.global_step if _is_last_epoch(trainer) else -1
+            if recording.postponed < 0:
+                self._add_checkpoint(trainer, pl_module, recording, reporter)
         reporter.log_dynamics(trainer, recording.dynamics.gathered().columns())
+
+    def _add_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, recording: Recording, reporter: Reporter
+    ) -> None:
+        indices = self._indices(trainer)
+        start = time.perf_counter()
+        with bridge.silenced_loggers(trainer):
+            gradients = self._gradients(trainer, pl_module)
+            gradients.calibrate(indices)
+            self._references = gradients.references
+            scores = score_examples(
+                gradients,
+                indices,
+                step_sizes=self._take_step_sizes(gradients.coverage, pl_module),
+                features=True,
+                title=f"TracIn, step {trainer.global_step}",
+            )
+        recording.add_pass(trainer.global_step, scores)
+        reporter.seconds_per_example = (time.perf_counter() - start) / len(indices)
+        reporter.write_partial(recording.columns(indices), "recording")
+        reporter.log_checkpoint(trainer, scores)
 
     # -------------------------------------------------------------------- end
 

@@ -32,6 +32,8 @@ class Recording:
         self.step_sizes = StepSizes(module)
         self.tracin = TracInScores(size)
         self.untapped_batches = 0
+        self.postponed = -1  # step of a TracIn checkpoint that was left to the final pass
+        self.failed_passes: list[int] = []
         self._seen = torch.zeros(size, dtype=torch.bool)
         self._disagreement = torch.zeros(size, dtype=torch.float64)
         self._disagreement_count = torch.zeros(size, dtype=torch.float64)
@@ -70,6 +72,13 @@ class Recording:
             rows = scores.indices.cpu()[known]
             self._disagreement[rows] += shares[known]
             self._disagreement_count[rows] += 1
+
+    def synchronise(self) -> None:
+        """Let every process know what all have seen, so that any of them can write a checkpoint."""
+        self.dynamics.synchronise()
+        if distributed.world_size() > 1:
+            (count,) = distributed.sum_across_processes([self._seen.int()])
+            self._seen = count > 0
 
     def seen_indices(self) -> list[int]:
         """Return the sorted indices of the examples trained on so far, over all processes."""
@@ -120,6 +129,7 @@ class Recording:
             "passes": list(self._passes),
             "step_sizes": dict(self.step_sizes.sums),
             "steps": self.step_sizes.steps,
+            "postponed": self.postponed,
             "disagreement": self._disagreement.clone(),
             "disagreement_count": self._disagreement_count.clone(),
         }
@@ -142,5 +152,6 @@ class Recording:
         self._passes = list(state["passes"])
         self.step_sizes.sums = dict(state["step_sizes"])
         self.step_sizes.steps = state["steps"]
+        self.postponed = state["postponed"]
         self._disagreement = state["disagreement"].clone()
         self._disagreement_count = state["disagreement_count"].clone()

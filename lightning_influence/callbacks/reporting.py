@@ -144,7 +144,7 @@ class Reporter:
         if mislabelled is not None:
             manifest["detection"] = _detection(ranked, mislabelled)
         if self.store is not None:
-            names = bridge.label_names(gradients.source.dataset)
+            names = _usable_names(bridge.label_names(gradients.source.dataset), ranked)
             for block, fitted in result.curvature.blocks.items():
                 if fitted.tensors:
                     self.store.write_factors(
@@ -233,6 +233,8 @@ def _notes(inspection: Inspection, recording: Recording) -> list[str]:
         notes.append(
             f"{recording.untapped_batches} training batches had no known loss call: no training dynamics there"
         )
+    if recording.failed_passes:
+        notes.append(f"the passes at the ends of the epochs {recording.failed_passes} failed: tracin lacks their steps")
     return notes
 
 
@@ -244,3 +246,11 @@ def _duration(seconds: float) -> str:
 
 def _size(size: int) -> str:
     return f"{size / 2**20:.0f} MB" if size < 2**30 else f"{size / 2**30:.1f} GB"
+
+
+def _usable_names(names: list[str] | None, columns: Columns) -> list[str] | None:
+    """Class names only if there is one for every label in the table."""
+    if names is None:
+        return None
+    labels = [int(columns[name].max()) for name in ("label", "predicted", "suggested") if name in columns]
+    return names if max(labels, default=-1) < len(names) else None

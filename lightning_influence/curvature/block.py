@@ -150,8 +150,8 @@ class CurvatureBlock(ABC):
         smallest, largest = float(eigenvalues.min()), float(eigenvalues.max())
         # Eigenvalues that should be 0 come out as rounding noise of the largest.
         noise = torch.finfo(eigenvalues.dtype).eps * largest
-        valid = isinstance(damping, (int, float)) and not isinstance(damping, bool)
-        if not valid or not math.isfinite(damping) or damping < 0 or damping + smallest <= noise:
+        valid = isinstance(damping, (int, float)) and not isinstance(damping, bool) and math.isfinite(damping)
+        if not valid or damping < 0 or (damping == 0 and smallest <= noise):
             raise ValueError(
                 f"damping {damping!r} leaves the curvature singular (its smallest eigenvalue is {smallest:.3g}); pass "
                 'a damping > 0, or `damping="relative"`.'
