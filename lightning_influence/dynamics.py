@@ -65,6 +65,9 @@ class TrainingDynamics:
         rows = torch.tensor(list(first))
         positions = torch.tensor(list(first.values()))
         taken = {name: value[positions] for name, value in statistics.items()}
+        if "label" in taken:  # an ignored label leaves nothing to record, and nothing wrong with the example
+            labelled = taken["label"] >= 0
+            rows, taken = rows[labelled], {name: value[labelled] for name, value in taken.items()}
         finite = torch.isfinite(taken["loss"])
         self._sum("nonfinite", rows, (~finite).double())
         rows, taken = rows[finite], {name: value[finite] for name, value in taken.items()}
@@ -151,7 +154,7 @@ class TrainingDynamics:
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint."""
         self.flush()
-        return dict(self.sums)
+        return {name: value.clone() for name, value in self.sums.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -220,6 +220,18 @@ class BatchLoss:
         for term in self.terms:
             for column in term.call.exact_gradients(term.scale(self.n), self.n):
                 yield [term.call.input], [_like(column, term.call.input)]
+
+
+def calls_in(loss: Tensor, calls: Sequence[LossCall]) -> list[LossCall]:
+    """Return the calls that a loss is made of, leaving out those that were only logged.
+
+    Walks the graph from the loss to the calls' outputs and no further; nothing is freed, no ``.grad`` written.
+    """
+    if not calls or not loss.requires_grad:
+        return []
+    outputs = [call.output for call in calls]
+    found = torch.autograd.grad(loss.sum(), outputs, retain_graph=True, allow_unused=True)
+    return [call for call, gradient in zip(calls, found, strict=True) if gradient is not None]
 
 
 def evaluate(

@@ -34,7 +34,8 @@ class StepSizes:
         """Add the current learning rates of one optimizer, just before it steps."""
         self.steps += 1
         for group in optimizer.param_groups:
-            rate = float(group["lr"]) / (1 - float(group.get("momentum", 0.0)))
+            momentum, dampening = (float(group.get(name) or 0.0) for name in ("momentum", "dampening"))
+            rate = float(group["lr"]) * (1 - dampening * (momentum > 0)) / (1 - momentum)
             for parameter in group["params"]:
                 name = self._names.get(id(parameter))
                 if name is not None and parameter.requires_grad:

@@ -996,3 +996,23 @@ def test_the_report_in_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert "Influence audit of 22 training examples (complete)" in text
     assert "100.0% of 57 trainable parameters in 2 layers" in text
     assert str(Path(trainer.log_dir) / "influence") in text
+
+
+@pytest.mark.parametrize("reductions", [("mean", "mean"), ("none", "sum")])
+def test_a_loss_that_is_only_logged_is_not_the_training_loss(reductions: tuple[str, str], tmp_path: Path) -> None:
+    """A logged loss comes first in the step; the dynamics have to be those of the loss that is returned."""
+    aside, returned = reductions
+
+    def plain(logits: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(logits, batch[1], reduction=returned)
+
+    def with_another(logits: Tensor, batch: Any) -> Tensor:
+        F.mse_loss(logits, F.one_hot(batch[1], logits.shape[1]).to(logits), reduction=aside)
+        return plain(logits, batch)
+
+    found = []
+    for name, loss in (("plain", plain), ("other", with_another)):
+        torch.manual_seed(0)
+        found.append(fit(Classifier(loss=loss), InfluenceAudit(), tmp_path / name, loader(vectors()))[0])
+    for name in ("loss_mean", "aum", "el2n", "prob_margin"):
+        np.testing.assert_array_equal(found[0].columns[name], found[1].columns[name])

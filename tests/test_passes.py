@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
@@ -853,7 +854,7 @@ def test_right_gradients_pass(name: str, batch: int, calibrated: bool) -> None:
     gradients = _gradients(task, model().double(), _data(shape=shape))
     if calibrated:
         gradients.calibrate(range(N))
-    references = dict(gradients.references)
+    references = copy.copy(gradients.references)
     seen = inspect(gradients, range(batch))
     assert isinstance(seen, Inspection)
     assert seen.largest_error is not None
@@ -881,6 +882,16 @@ def test_what_the_look_at_a_batch_tells() -> None:
     patches = [2 * 4 * 25 * (9 + 1), 4 * 9 * (4 * 9 + 1), 4 * 28]
     assert seen.batch_bytes == 8 * (sum(patches) + max(patches))
     assert inspect(gradients, range(N), verify=False).largest_error is None
+
+
+@pytest.mark.parametrize("size", [3, 100])
+def test_a_training_batch_is_looked_at_whatever_the_size_of_passes(size: int) -> None:
+    gradients = _gradients()
+    gradients.source.pass_batch_size = size
+    seen = inspect(gradients, range(N))
+    assert seen.examples == 8
+    assert seen.largest_error is not None
+    assert seen.largest_error < 1e-10
 
 
 def test_a_single_example_can_be_looked_at() -> None:

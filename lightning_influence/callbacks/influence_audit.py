@@ -201,7 +201,7 @@ class InfluenceAudit(Callback):
         """File what the training pass itself said about each example."""
         tap, indices = self._stop_tap(), self._batch_indices
         if tap is not None and indices is not None and self._recording is not None:
-            self._recording.record_batch(indices, tap.calls)
+            self._recording.record_batch(indices, loss, tap.calls)
             self._batch_indices = None  # a second backward pass of the same step is not a second visit
 
     def on_train_batch_end(

@@ -15,6 +15,7 @@ from lightning_influence import distributed, neighbours
 from lightning_influence.dynamics import TrainingDynamics
 from lightning_influence.losses import LossCall
 from lightning_influence.scoring import ExampleScores
+from lightning_influence.task import calls_in
 from lightning_influence.tracin import StepSizes, TracInScores
 
 
@@ -40,16 +41,16 @@ class Recording:
         self._passes: list[int] = []
         self._failed = False
 
-    def record_batch(self, indices: Sequence[int], calls: Sequence[LossCall]) -> None:
-        """File one training batch under its indices."""
+    def record_batch(self, indices: Sequence[int], loss: Tensor, calls: Sequence[LossCall]) -> None:
+        """File one training batch under its indices, by the first known call that its loss is made of."""
         self._seen[torch.tensor(indices)] = True
-        call = next((call for call in calls if call.rows_match(len(indices))), None)
-        if call is None:
-            self.untapped_batches += 1
-            return
         if self._failed:
             return
         try:
+            call = next((call for call in calls_in(loss, calls) if call.rows_match(len(indices))), None)
+            if call is None:
+                self.untapped_batches += 1
+                return
             with torch.no_grad():
                 self.dynamics.record(indices, call.statistics(len(indices)))
         except Exception as error:  # a statistic must never end a training run
