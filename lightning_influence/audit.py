@@ -171,7 +171,8 @@ def summary(report: AuditReport, rows: int = 10) -> str:
         lines.append(f"  non-finite  {len(bad)} examples, left out of the factors: {listed}")
     candidates = report.candidates
     share = len(candidates) / max(len(report), 1)
-    lines.append(f"  candidates  {len(candidates):,} ({share:.1%}) ranked by {' + '.join(ingredients(report.columns))}")
+    ranked_by = " + ".join(manifest.get("ranked_by", ()))
+    lines.append(f"  candidates  {len(candidates):,} ({share:.1%}){f' ranked by {ranked_by}' if ranked_by else ''}")
     lines += _table(report, candidates[:rows])
     if detection := manifest.get("detection"):
         lines.append("  against the known label noise (recall: share found in the first 10 %)")

@@ -12,7 +12,8 @@ COLUMN_DESCRIPTIONS: dict[str, str] = {
     "finite": "whether every loss and gradient seen for the example was finite",
     "times_seen": "how many times training saw the example",
     "suspicion": "combined score, no unit; high = suspicious",
-    "loss_mean": "mean over epochs of the example's own loss; high = suspicious",
+    "loss_mean": "mean over epochs of the example's own loss, without class weights and label smoothing; "
+    "high = suspicious",
     "loss_variance": "variance over epochs of the example's own loss, loss squared; high = suspicious",
     "aum": "area under the margin: mean over epochs of the logit of the given label minus the largest other "
     "logit; low = suspicious",
@@ -27,7 +28,8 @@ COLUMN_DESCRIPTIONS: dict[str, str] = {
     "grad_norm_squared": "squared L2 norm of the gradient of the example's own loss; high = suspicious",
     "self_influence": "score of the example on itself, at least 0: removing it raises its own loss by about "
     "this divided by the number of training examples; high = suspicious",
-    "tracin": "TracIn self-influence: sum of learning rate times squared gradient norm; high = suspicious",
+    "tracin": "TracIn self-influence: sum over checkpoints of the learning rates since the last one (over "
+    "1 - momentum) times the squared gradient norm; high = suspicious",
     "harm": "minus the influence score on the mean validation loss; positive = training on the example "
     "raises it; high = suspicious",
 }

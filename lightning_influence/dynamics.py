@@ -1,4 +1,4 @@
-"""Training dynamics: what the run itself says about each example, read off the training pass at no extra cost.
+"""Training dynamics: what the run itself says about each example, read off the training pass without a pass of its own.
 
 Per example, over the times it was trained on: mean and variance of the loss, AUM (mean margin between the logit of
 the given label and the largest other; Pleiss et al. 2020, 2001.10528), EL2N (distance between predicted and given
@@ -48,7 +48,10 @@ class TrainingDynamics:
         n = statistics["loss"].shape[0]
         if len(indices) != n:
             raise ValueError(f"{n} examples in the batch, but {len(indices)} dataset indices were recorded for it.")
-        self._waiting.append((list(indices), dict(statistics)))
+        statistics = dict(statistics)
+        if "probabilities" in statistics and self.size * statistics["probabilities"].shape[1] > _PROBABILITY_BUDGET:
+            del statistics["probabilities"]
+        self._waiting.append((list(indices), statistics))
         if len(self._waiting) >= _FLUSH_EVERY:
             self.flush()
 
@@ -94,9 +97,10 @@ class TrainingDynamics:
         self.flush()
         total = TrainingDynamics(self.size)
         total.sums = dict(self.sums)
-        if distributed.world_size() > 1 and self.sums:
+        if distributed.world_size() > 1:
             added = {name: value - self._common.get(name, 0.0) for name, value in self.sums.items()}
-            visited = (added["times_seen"] > 0).double()
+            # A process without records must not stay away from the collective: all raise then, instead of waiting.
+            visited = (added.get("times_seen", torch.zeros(self.size)) > 0).double()
             # Not sums, but the state at the last visit: taken from who has visited the example since.
             latest = [name for name in ("label", "last_wrong") if name in self.sums]
             names = sorted(set(added) - set(latest))

@@ -80,7 +80,7 @@ class InfluencePlan:
         passes = BLOCKS[self.curvature].passes
         work = float(size + queries)
         if passes == 2 or self.curvature == "kfac":
-            work += self.examples.covariances
+            work += self.examples.covariances * (draws if self.labels[0] == "exact" else 1)
         if passes == 2 or self.curvature == "diagonal":
             work += self.examples.eigenvalues * (draws if self.labels[1] == "exact" else 1)
         return work

@@ -183,7 +183,7 @@ class CrossEntropy(LossCall):
         return (self.input.shape[0] // n, *self.input.shape[2:])
 
     def sampled_gradient(self, scale: Tensor, noise: Tensor) -> Tensor:
-        """Return ``sqrt(scale * mass) * (p - onehot(sampled))``; Kunstner et al. 2019 (1905.12558), eq. 6."""
+        """Return ``sqrt(scale * mass) * (p - onehot(sampled))``; Kunstner et al. 2019 (1905.12558)."""
         probabilities = self._probabilities()
         uniform = noise.to(probabilities).reshape(self.input[:, 0].shape).unsqueeze(1)
         cumulative = probabilities.cumsum(1)
@@ -214,14 +214,19 @@ class CrossEntropy(LossCall):
         label = call._hard_target()
         others = logits.scatter(1, label.unsqueeze(1), -math.inf).amax(1)
         margin = logits.gather(1, label.unsqueeze(1)).squeeze(1) - others
-        distribution = call.target if call._soft else F.one_hot(label, logits.shape[1]).movedim(-1, 1)
         predicted = logits.argmax(1)
-        # A class that is impossible (log-probability -inf) and not the target adds nothing.
-        unweighted = -torch.where(distribution > 0, call._log_probabilities() * distribution, 0).sum(1)
+        if call._soft:
+            difference = probabilities - call.target
+            # A class that is impossible (log-probability -inf) and not the target adds nothing.
+            unweighted = -torch.where(call.target > 0, call._log_probabilities() * call.target, 0).sum(1)
+        else:  # without a one-hot tensor: logits may be as large as anything in training
+            one = torch.ones_like(label, dtype=probabilities.dtype).unsqueeze(1)
+            difference = probabilities.scatter_add(1, label.unsqueeze(1), -one)
+            unweighted = -call._log_probabilities().gather(1, label.unsqueeze(1)).squeeze(1)
         result = {
             "loss": self._mean(unweighted, kept, n),
             "margin": self._mean(margin, kept, n),
-            "el2n": self._mean((probabilities - distribution).norm(dim=1), kept, n),
+            "el2n": self._mean(difference.norm(dim=1), kept, n),
             "wrong": self._mean((predicted != label).to(logits.dtype), kept, n),
         }
         if self.exact_draws(n) is not None:

@@ -7,7 +7,6 @@ streams that belong to the example.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from lightning_influence import distributed
 from lightning_influence.capture import Capture, LayerIO
-from lightning_influence.isolation import untouched
+from lightning_influence.isolation import (
+    generators_in,
+    isolated_generators,
+    seed_everything,
+    seed_generator,
+    untouched,
+)
 from lightning_influence.layers import Coverage
 from lightning_influence.task import BatchLoss, Task, TaskError, evaluate
 
@@ -76,7 +81,10 @@ class ExampleSource:
         self.collate_fn = collate_fn
         self.num_workers = num_workers
         self.worker_init_fn = worker_init_fn
+        self.multiprocessing_context: Any = None
+        self.pin_memory = False
         self._seeded: Dataset[Any] | None = None
+        self._generators: list[Any] | None = None
 
     @classmethod
     def from_loader(cls, loader: Any, batch_size: int | None = None) -> ExampleSource:
@@ -102,13 +110,16 @@ class ExampleSource:
                 "examples have no index. Let the DataLoader make the batches (`batch_size=` or `batch_sampler=`)."
             )
         size = batch_size or loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
-        return cls(
+        source = cls(
             loader.dataset,
             batch_size=int(size),
             collate_fn=loader.collate_fn,
             num_workers=loader.num_workers,
             worker_init_fn=loader.worker_init_fn,
         )
+        source.multiprocessing_context = loader.multiprocessing_context
+        source.pin_memory = loader.pin_memory
+        return source
 
     def __len__(self) -> int:
         """Return the number of examples of the dataset."""
@@ -128,31 +139,41 @@ class ExampleSource:
             collate_fn=self.collate_fn,
             num_workers=workers,
             worker_init_fn=self.worker_init_fn if workers else None,
+            multiprocessing_context=self.multiprocessing_context if workers else None,
+            pin_memory=self.pin_memory,
         )
-        yield from zip(plan, loader, strict=True)
+        with isolated_generators(self.generators):
+            yield from zip(plan, loader, strict=True)
+
+    @property
+    def generators(self) -> list[Any]:
+        """Random generators that the data set holds."""
+        if self._generators is None:
+            self._generators = [] if _is_deterministic(self.dataset) else generators_in(self.dataset)
+        return self._generators
 
     def _reproducible(self) -> Dataset[Any]:
         if self._seeded is None:
-            self._seeded = self.dataset if _is_deterministic(self.dataset) else _SeededDataset(self.dataset)
+            plain = _is_deterministic(self.dataset)
+            self._seeded = self.dataset if plain else _SeededDataset(self.dataset, self.generators)
         return self._seeded
 
 
 class _SeededDataset(Dataset[Any]):
     """Gives every example a random stream of its own, so that its augmentation does not depend on its neighbours."""
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: Dataset[Any], generators: list[Any]) -> None:
         self.dataset = dataset
+        # Beside the data set, so that a worker's copies are those that its copy of the data set draws from.
+        self.generators = generators
 
     def __len__(self) -> int:
         return len(cast("Sized", self.dataset))
 
     def __getitem__(self, index: int) -> Any:
-        random.seed(index)
-        np.random.seed(index % 2**32)
-        # `torch.manual_seed` formats a stack trace for an accelerator that may not be there: 0.4 ms for every example.
-        torch.default_generator.manual_seed(index)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(index)
+        seed_everything(index)
+        for generator in self.generators:
+            seed_generator(generator, index)
         return self.dataset[index]
 
 
@@ -247,6 +268,7 @@ class ExampleGradients:
         whole: bool = False,
         own_scale: bool = False,
         references: Mapping[int, float] | None = None,
+        step_seed: int = 0,
     ) -> Generator[BatchGradients, None, None]:
         """Visit this process's share of the examples, in order.
 
@@ -262,6 +284,7 @@ class ExampleGradients:
             whole: Take all examples as one batch.
             own_scale: Scale losses that depend on their batch as the batch has it, see ``calibrate``.
             references: Scale them by these references instead of the calibrated ones.
+            step_seed: Seed of what ``training_step`` itself draws.
 
         Yields:
             One batch at a time; it is valid until the next one is asked for.
@@ -281,7 +304,7 @@ class ExampleGradients:
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own, size):
-                loss = self._forward(capture, batch, len(batch_indices), references)
+                loss = self._forward(capture, batch, len(batch_indices), references, step_seed)
                 self._backward(capture, loss, labels, batch_indices, draw)
                 n = len(batch_indices)
                 finite = capture.finite(n)
@@ -340,6 +363,7 @@ class ExampleGradients:
             ]
             for _, _, tensor in owners:
                 tensor.requires_grad_(True)
+            seed_everything(0)
             with self._forward_context():
                 loss = evaluate(self.task, self.module, self._to_device(batch), n)
             tensors = [tensor for _, _, tensor in owners]
@@ -349,7 +373,11 @@ class ExampleGradients:
             result.setdefault(name, {})[parameter] = torch.zeros_like(tensor) if gradient is None else gradient
         return result
 
-    def _forward(self, capture: Capture, batch: Any, n: int, references: Mapping[int, float] | None) -> BatchLoss:
+    def _forward(
+        self, capture: Capture, batch: Any, n: int, references: Mapping[int, float] | None, step_seed: int = 0
+    ) -> BatchLoss:
+        # A step that draws random numbers itself must not depend on how many were drawn before.
+        seed_everything(step_seed)
         with capture.forward(), self._forward_context():
             return evaluate(self.task, self.module, self._to_device(batch), n, references)
 

@@ -133,7 +133,7 @@ def rotated_squares(
 
     Returns:
         ``Σ_n Σ_draws (basis_gᵀ G_kn basis_x)²``, ``[k, o, i]`` (EK-FAC eigenvalues before the mean; George et al.
-        2018, 1806.03884, eq. 13).
+        2018, 1806.03884).
     """
     if x.shape[2] == 1:
         squares = torch.stack([rotate(g, basis_g)[:, :, 0].square() for g in gs]).sum(0)

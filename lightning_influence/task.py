@@ -225,13 +225,23 @@ class BatchLoss:
 def calls_in(loss: Tensor, calls: Sequence[LossCall]) -> list[LossCall]:
     """Return the calls that a loss is made of, leaving out those that were only logged.
 
-    Walks the graph from the loss to the calls' outputs and no further; nothing is freed, no ``.grad`` written.
+    Walks the graph from the loss to the calls' outputs and no further; nothing in it is run.
     """
-    if not calls or not loss.requires_grad:
-        return []
-    outputs = [call.output for call in calls]
-    found = torch.autograd.grad(loss.sum(), outputs, retain_graph=True, allow_unused=True)
-    return [call for call, gradient in zip(calls, found, strict=True) if gradient is not None]
+    nodes = {call.output.grad_fn: call for call in calls}
+    found: set[int] = set()
+    waiting = [loss.grad_fn]
+    seen = {loss.grad_fn}
+    while waiting and len(found) < len(calls):
+        node = waiting.pop()
+        if node is None:
+            continue
+        if node in nodes:
+            found.add(id(nodes[node]))
+            continue
+        ahead = [following for following, _ in node.next_functions if following not in seen]
+        seen.update(ahead)
+        waiting.extend(ahead)
+    return [call for call in calls if id(call) in found]
 
 
 def evaluate(

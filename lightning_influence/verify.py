@@ -41,6 +41,7 @@ class Inspection:
         largest_error: Largest relative difference to autograd over the layers; None if not verified.
         seconds: Wall time of the batch's forward and backward pass (the first batch is slower than later ones).
         examples: Number of examples in the batch.
+        random: Whether the step draws random numbers of its own in eval mode.
     """
 
     positions: dict[str, int]
@@ -50,6 +51,7 @@ class Inspection:
     largest_error: float | None
     seconds: float
     examples: int
+    random: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,18 +108,24 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
         error = inspect(gradients, good).largest_error if good else None
         return replace(look.inspection, largest_error=error)
     error = _compare(gradients, indices, look)
-    _compare_alone(gradients, indices, look)
-    return replace(look.inspection, largest_error=error)
+    draws = _draws(gradients, indices, look)
+    if not draws:
+        # Alone, an example would meet other random numbers than in its batch.
+        _compare_alone(gradients, indices, look)
+    return replace(look.inspection, largest_error=error, random=draws)
 
 
-def _look(gradients: ExampleGradients, indices: list[int], references: Mapping[int, float] | None = None) -> _Look:
+def _look(
+    gradients: ExampleGradients, indices: list[int], references: Mapping[int, float] | None = None, step_seed: int = 0
+) -> _Look:
     """Run one batch; by default every term is scaled such that the batch loss is the mean over this very batch."""
     positions: dict[str, int] = {}
     sums: dict[str, Tensor] = {}
     largest = total = 0
     norms = torch.zeros(len(indices), device=gradients.device, dtype=torch.float64)
     start = time.perf_counter()
-    run = gradients.run(indices, everywhere=True, whole=True, own_scale=references is None, references=references)
+    own = references is None
+    run = gradients.run(indices, everywhere=True, whole=True, own_scale=own, references=references, step_seed=step_seed)
     with closing(run) as batches:
         item = next(batches)
         loss, precise = item.loss, item.capture.precise
@@ -147,6 +155,12 @@ def _look(gradients: ExampleGradients, indices: list[int], references: Mapping[i
             {k: term.call.batch_reference(loss.n) for k, term in enumerate(loss.terms)},
             _TOLERANCES[dtype] if precise else _COARSE,
         )
+
+
+def _draws(gradients: ExampleGradients, indices: list[int], look: _Look) -> bool:
+    """Tell whether the step draws random numbers: another seed gives other gradients."""
+    again = _look(gradients, indices, step_seed=1)
+    return not torch.allclose(look.norms, again.norms, rtol=look.tolerance, atol=1e-6 * float(look.norms.max()))
 
 
 def _compare(gradients: ExampleGradients, indices: list[int], look: _Look) -> float:

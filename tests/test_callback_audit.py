@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import (
     CLASSES,
     FEATURES,
@@ -34,9 +36,13 @@ from models import (
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit
+from lightning_influence.callbacks.bridge import check_strategy
+from lightning_influence.layers import cover
+from lightning_influence.passes import ExampleGradients, ExampleSource
+from lightning_influence.scoring import score_examples
 from lightning_influence.store import AuditStore
 
 DOUBLE = vectors(dtype=torch.float64)
@@ -1016,3 +1022,87 @@ def test_a_loss_that_is_only_logged_is_not_the_training_loss(reductions: tuple[s
         found.append(fit(Classifier(loss=loss), InfluenceAudit(), tmp_path / name, loader(vectors()))[0])
     for name in ("loss_mean", "aum", "el2n", "prob_margin"):
         np.testing.assert_array_equal(found[0].columns[name], found[1].columns[name])
+
+
+class _Drawing(Dataset[tuple[Tensor, Tensor]]):
+    """Draws its augmentation from generators of its own, as many augmentation libraries do."""
+
+    def __init__(self) -> None:
+        self.inputs, self.targets = vectors().tensors[:2]
+        self.transforms = {"noise": [np.random.default_rng(3), torch.Generator().manual_seed(4)]}
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        ours, theirs = self.transforms["noise"]
+        noise = float(ours.normal()) + torch.randn((), generator=theirs)
+        return self.inputs[index] + 0.1 * noise, self.targets[index]
+
+
+def test_generators_of_the_data_set_are_left_alone_and_belong_to_the_example(tmp_path: Path) -> None:
+    weights, scores = [], []
+    for callbacks, batch_size in (([], 5), ([InfluenceAudit()], 5)):
+        torch.manual_seed(0)
+        model = Classifier()
+        make_trainer(tmp_path / str(len(weights)), callbacks=callbacks).fit(model, loader(_Drawing(), batch_size))
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+    for plain, audited in zip(*weights, strict=True):
+        assert torch.equal(plain, audited)
+    for batch_size in (4, 11):
+        torch.manual_seed(0)
+        source = ExampleSource(_Drawing(), batch_size=batch_size)
+        gradients = ExampleGradients(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), source, cover(model))
+        scores.append(score_examples(gradients, range(22)).columns["grad_norm_squared"])
+    torch.testing.assert_close(*scores)
+
+
+def test_a_batch_that_collation_drops_does_not_shift_the_others(tmp_path: Path) -> None:
+    """Lightning announces no start of a batch that is None; it was drawn all the same."""
+
+    def collate(examples: list[Any]) -> Any:
+        numbers = [int(example[2]) for example in examples]
+        return None if 7 in numbers else torch.utils.data.default_collate(examples)
+
+    class Noting(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            losses = F.cross_entropy(self(batch[0]), batch[1], reduction="none")
+            if self.trainer.training and torch.is_grad_enabled() and self.net[1].weight.requires_grad:
+                seen.update(zip(batch[2].tolist(), losses.tolist(), strict=True))
+            return losses.mean()
+
+    seen: dict[int, float] = {}
+    data = TensorDataset(*vectors().tensors[:2], torch.arange(22))
+    audit = InfluenceAudit(verify=False, every_n_epochs=None)
+    trainer = make_trainer(tmp_path, callbacks=[audit], max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(Noting(), DataLoader(data, batch_size=5, collate_fn=collate))
+    assert audit._recording is not None
+    columns = audit._recording.dynamics.columns()
+    assert set(columns["times_seen"].nonzero().squeeze(1).tolist()) == set(seen)
+    for index, loss in seen.items():
+        assert float(columns["loss_mean"][index]) == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_step_that_draws_random_numbers_is_noted(tmp_path: Path) -> None:
+    class Denoising(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch[0] + 0.5 * torch.randn_like(batch[0])), batch[1])
+
+    report, _ = fit(Denoising(), InfluenceAudit(), tmp_path, loader(vectors()))
+    assert any("draws random numbers" in note for note in report.manifest["notes"])
+
+
+def test_repeated_indices_of_a_subset_sampler_count_once(tmp_path: Path) -> None:
+    sampler = SubsetRandomSampler([3, 3, 5, 8, 13, 13])
+    report, _ = fit(Classifier(), InfluenceAudit(), tmp_path, loader(vectors(), sampler=sampler))
+    assert report.columns["index"].tolist() == [3, 5, 8, 13]
+
+
+def test_strategies_that_split_the_model_are_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, callbacks=[InfluenceAudit()])
+    check_strategy(trainer)
+    trainer.strategy.__class__ = type("FSDPStrategy", (Strategy,), {})
+    with pytest.raises(MisconfigurationException, match="does not support FSDPStrategy.*whole model.*ddp"):
+        check_strategy(trainer)

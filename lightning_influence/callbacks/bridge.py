@@ -12,11 +12,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, SubsetRandomSampler
 from tqdm import tqdm
 
-from lightning_influence.isolation import isolated_rng
+from lightning_influence.isolation import generators_in, isolated_generators, isolated_rng
 from lightning_influence.layers import Coverage
 from lightning_influence.passes import DataError, ExampleGradients, ExampleSource
 from lightning_influence.task import Task
@@ -64,8 +66,22 @@ def audited_indices(trainer: Trainer, seen: list[int], size: int) -> list[int]:
     if isinstance(sampler, DistributedSamplerWrapper):  # Lightning's, around the user's own
         sampler = getattr(sampler.dataset, "_sampler", None)
     if isinstance(sampler, SubsetRandomSampler):
-        return sorted(int(index) for index in sampler.indices)
+        return sorted({int(index) for index in sampler.indices})
     return list(range(size))
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies that split the model: ranks visit different examples, and sharded layers would wait for ever.
+
+    Raises:
+        MisconfigurationException: For anything but one device or data-parallel training.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
+        raise MisconfigurationException(
+            f"InfluenceAudit does not support {type(strategy).__name__}: it needs the whole model on every process. "
+            'Use a single device or `strategy="ddp"`, or audit a checkpoint afterwards on one device.'
+        )
 
 
 def is_dry_run(trainer: Trainer) -> bool:
@@ -114,6 +130,8 @@ def validation_queries(
     loaders: Any = trainer.val_dataloaders
     if isinstance(loaders, DataLoader):
         loaders = [loaders]
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
     if not isinstance(loaders, (list, tuple)):
         return []
     queries = []
@@ -123,7 +141,7 @@ def validation_queries(
         except DataError as error:
             rank_zero_warn(f"validation data are left out of the influence audit (no harm column): {error}")
             continue
-        limit = len(source) if batches >= len(loader) else int(batches) * source.batch_size
+        limit = len(source) if batches >= len(loader) else int(batches) * source.batch_size * trainer.world_size
         if limit:
             queries.append((example_gradients(trainer, module, task, source, coverage), list(range(limit))))
     return queries
@@ -142,7 +160,7 @@ def label_names(dataset: Any) -> list[str] | None:
 def example_images(dataset: Any, indices: list[int]) -> torch.Tensor | None:
     """Return the images of some examples, ``[n, c, h, w]``, or None if the examples hold no images of one size."""
     images: list[torch.Tensor] = []
-    with isolated_rng():
+    with isolated_rng(), isolated_generators(generators_in(dataset)):
         for index in indices:
             image = _image_in(dataset[index])
             if image is None or (images and image.shape != images[0].shape):

@@ -50,7 +50,8 @@ class InfluenceAudit(Callback):
         fisher: Labels that the curvature is fitted with: ``"sampled"`` from the model's predictions, their
             ``"exact"`` expectation, or the given ones (``"empirical"``). ``"auto"``: sampled covariances, exact
             eigenvalues for up to 20 classes; empirical if the loss is not a known one.
-        damping: Absolute λ > 0 added to the curvature, or ``"relative"``: 0.1 times the mean eigenvalue of each layer.
+        damping: Absolute λ > 0 added to the curvature, or ``"relative"``: 0.1 times the mean eigenvalue of each layer
+            (nothing for the identity).
         factor_examples: Number of random examples that the curvature is fitted on; ``"auto"`` gives every factor
             enough rows and does not grow with the data; None takes all.
         every_n_epochs: Epochs between TracIn checkpoints; None for none.
@@ -140,8 +141,10 @@ class InfluenceAudit(Callback):
                 "optimization it steps the optimizers. Pass `InfluenceAudit(task=...)`, a function "
                 "(module, batch) -> loss."
             )
+        bridge.check_strategy(trainer)
         callbacks: list[Callback] = getattr(trainer, "callbacks", [])
-        later = {type(callback).__name__ for callback in callbacks[callbacks.index(self) + 1 :]}
+        after = callbacks[callbacks.index(self) + 1 :]
+        later = {kind.__name__ for callback in after for kind in type(callback).__mro__}
         if averaging := _AVERAGING_CALLBACKS & later:
             rank_zero_warn(
                 f"{averaging.pop()} comes after InfluenceAudit and replaces the weights once the audit is done: the "
@@ -182,7 +185,15 @@ class InfluenceAudit(Callback):
 
     def _open_reporter(self, trainer: Trainer) -> Reporter:
         directory = self.dirpath or os.path.join(trainer.log_dir or trainer.default_root_dir, "influence")
-        store = AuditStore.create(directory) if trainer.is_global_zero and not bridge.is_dry_run(trainer) else None
+        store: AuditStore | None = None
+        failure: StoreError | None = None
+        if trainer.is_global_zero and not bridge.is_dry_run(trainer):
+            try:
+                store = AuditStore.create(directory)
+            except StoreError as error:
+                failure = error
+        if distributed.any_process(failure is not None):
+            raise failure or StoreError(f"rank 0 can't write the audit directory {directory}; its error says why.")
         if not trainer.loggers and store is not None:
             rank_zero_warn(f"no logger: the influence audit goes to disk only, to {store.directory}")
         return Reporter(store, self._arguments(), None if self.known_noise is None else self.known_noise.numpy())
@@ -209,11 +220,14 @@ class InfluenceAudit(Callback):
     ) -> None:
         """Stop listening if there was no backward pass."""
         self._stop_tap()
+        if batch is None:
+            # A batch that collation dropped: it was drawn, but its start was not announced.
+            self._recorder.next()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Note the learning rates that are really used."""
         if self._recording is not None:
-            self._recording.step_sizes.record(optimizer)
+            self._recording.record_step(optimizer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a TracIn checkpoint; the last one is part of the final pass."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -35,6 +35,7 @@ class Recording:
         self.untapped_batches = 0
         self.postponed = -1  # step of a TracIn checkpoint that was left to the final pass
         self.failed_passes: list[int] = []
+        self.failures: list[str] = []
         self._seen = torch.zeros(size, dtype=torch.bool)
         self._disagreement = torch.zeros(size, dtype=torch.float64)
         self._disagreement_count = torch.zeros(size, dtype=torch.float64)
@@ -43,10 +44,10 @@ class Recording:
 
     def record_batch(self, indices: Sequence[int], loss: Tensor, calls: Sequence[LossCall]) -> None:
         """File one training batch under its indices, by the first known call that its loss is made of."""
-        self._seen[torch.tensor(indices)] = True
         if self._failed:
             return
         try:
+            self._seen[torch.tensor(indices)] = True
             call = next((call for call in calls_in(loss, calls) if call.rows_match(len(indices))), None)
             if call is None:
                 self.untapped_batches += 1
@@ -54,8 +55,21 @@ class Recording:
             with torch.no_grad():
                 self.dynamics.record(indices, call.statistics(len(indices)))
         except Exception as error:  # a statistic must never end a training run
-            self._failed = True
-            rank_zero_warn(f"InfluenceAudit stops to record training dynamics: {type(error).__name__}: {error}")
+            self._fail("training dynamics", error)
+
+    def record_step(self, optimizer: Any) -> None:
+        """Note the learning rates of one optimizer step."""
+        try:
+            self.step_sizes.record(optimizer)
+        except Exception as error:
+            self._fail("learning rates", error)
+
+    def _fail(self, what: str, error: Exception) -> None:
+        self._failed = True
+        reason = f"{what} are incomplete, recording them failed: {type(error).__name__}: {error}"
+        if reason not in self.failures:
+            self.failures.append(reason)
+            warnings.warn(f"InfluenceAudit: {reason}", stacklevel=3)
 
     def add_pass(self, step: int, scores: ExampleScores) -> None:
         """Add what one fixed-order pass says: TracIn if it was asked for, and the neighbours' labels.
@@ -116,6 +130,9 @@ class Recording:
             final = {name: values.cpu() for name, values in scores.columns.items() if name != "tracin"}
             finite &= final.pop("finite")
             columns |= final
+            if "suggested" not in columns and "predicted" in columns:
+                # No mean over the run was kept (too many classes): the final prediction will have to do.
+                columns["suggested"] = columns["predicted"]
         columns["finite"] = finite
         return {name: np.asarray(values) for name, values in columns.items()}
 

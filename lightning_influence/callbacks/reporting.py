@@ -78,15 +78,14 @@ class Reporter:
         """Write what there is so far, so that a killed run leaves a readable audit."""
         if self.store is None:
             return
-        if len(columns["index"]):
-            try:
-                columns = audit.rank(columns)
-            except ValueError:  # nothing to rank by yet: the columns alone are worth keeping
-                columns = columns | {
-                    "rank": np.arange(1, len(columns["index"]) + 1),
-                    "candidate": np.zeros(len(columns["index"]), dtype=bool),
-                }
-            self.store.write_scores(columns)
+        try:
+            columns = audit.rank(columns)
+        except ValueError:  # nothing to rank by yet: the columns alone are worth keeping
+            columns = columns | {
+                "rank": np.arange(1, len(columns["index"]) + 1),
+                "candidate": np.zeros(len(columns["index"]), dtype=bool),
+            }
+        self.store.write_scores(columns)
         self.store.write_manifest(self._manifest | {"status": status, "error": error})
 
     def log_checkpoint(self, trainer: Trainer, scores: ExampleScores) -> None:
@@ -235,6 +234,13 @@ def _notes(inspection: Inspection, recording: Recording) -> list[str]:
         )
     if recording.failed_passes:
         notes.append(f"the passes at the ends of the epochs {recording.failed_passes} failed: tracin lacks their steps")
+    notes += recording.failures
+    if recording.failed_passes:
+        notes.append(f"the passes at the end of epochs {recording.failed_passes} failed: tracin lacks their part")
+    if inspection.random:
+        notes.append(
+            "`training_step` draws random numbers in eval mode: scores hold for one draw, and depend on batches"
+        )
     return notes
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_influence import distributed, per_sample
 
 RELATIVE_DAMPING = 0.1
-"""Default damping: this multiple of the block's mean eigenvalue (Grosse et al. 2023, 2308.03296, section 3)."""
+"""Default damping: this multiple of the block's mean eigenvalue (Grosse et al. 2023, 2308.03296)."""
 
 
 class CurvatureBlock(ABC):

@@ -17,7 +17,7 @@ class KroneckerBlock(CurvatureBlock):
 
     The bases are the eigenvectors of ``A = 1/N Σ_n Σ_s x xᵀ`` and ``B = 1/(N S) Σ_n Σ_s g gᵀ``. With this scaling
     ``B ⊗ A`` has the size of the Fisher itself for layers that share weights over positions (Grosse & Martens 2016,
-    1602.01407; "KFAC-expand").
+    1602.01407; "KFAC-expand" in Eschenhagen et al. 2023, 2311.00636).
     """
 
     passes: ClassVar[int] = 1
