@@ -86,11 +86,10 @@ class TrainingDynamics:
             before[rows] = wrong
         if "label" in taken:
             self._column("label", -1.0)[rows] = taken["label"].double()
-            classes = taken["probabilities"].shape[1]
-            if self.size * classes <= _PROBABILITY_BUDGET:
-                if "probabilities" not in self.sums:
-                    self.sums["probabilities"] = torch.zeros(self.size, classes)
-                self.sums["probabilities"][rows] += taken["probabilities"].float()
+        if "probabilities" in taken:
+            if "probabilities" not in self.sums:
+                self.sums["probabilities"] = torch.zeros(self.size, taken["probabilities"].shape[1])
+            self.sums["probabilities"][rows] += taken["probabilities"].float()
 
     def gathered(self) -> TrainingDynamics:
         """Return the dynamics of all processes together: each has seen its own part of the batches."""

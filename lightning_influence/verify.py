@@ -108,11 +108,12 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
         error = inspect(gradients, good).largest_error if good else None
         return replace(look.inspection, largest_error=error)
     error = _compare(gradients, indices, look)
-    draws = _draws(gradients, indices, look)
-    if not draws:
-        # Alone, an example would meet other random numbers than in its batch.
-        _compare_alone(gradients, indices, look)
-    return replace(look.inspection, largest_error=error, random=draws)
+    random = _draws_random_numbers(gradients, indices, look)
+    if len(indices) > 1 and look.values is not None:
+        _compare_alone(gradients, indices, look, random)
+    elif len(indices) > 1 and not random:
+        _compare_mean(gradients, indices, look)
+    return replace(look.inspection, largest_error=error, random=random)
 
 
 def _look(
@@ -157,7 +158,7 @@ def _look(
         )
 
 
-def _draws(gradients: ExampleGradients, indices: list[int], look: _Look) -> bool:
+def _draws_random_numbers(gradients: ExampleGradients, indices: list[int], look: _Look) -> bool:
     """Tell whether the step draws random numbers: another seed gives other gradients."""
     again = _look(gradients, indices, step_seed=1)
     return not torch.allclose(look.norms, again.norms, rtol=look.tolerance, atol=1e-6 * float(look.norms.max()))
@@ -187,29 +188,25 @@ def _compare(gradients: ExampleGradients, indices: list[int], look: _Look) -> fl
     return max(errors.values(), default=0.0)
 
 
-def _compare_alone(gradients: ExampleGradients, indices: list[int], look: _Look) -> None:
-    """Run a few examples alone; with untapped losses this also tells a mean from a sum."""
+def _compare_alone(gradients: ExampleGradients, indices: list[int], look: _Look, random: bool) -> None:
+    """Give a few examples copies of themselves for neighbours: nothing may change for them.
+
+    In a batch of the same size, at the same place: a step that draws noise for each example then draws the same, and
+    one that squeezes its batch or takes batch statistics can run. Without such draws, the size of the batch may not
+    matter either (it does for an unknown sum).
+    """
     n = len(indices)
-    if n < 2:
-        return
-    # Several copies instead of a batch of one, which steps that `squeeze()` and batch norms can't take. Never as many
-    # as the batch has examples: the sum over copies would then pass for a mean.
-    copies = 2 if n != 2 else 3
-    # Without per-example losses every example of the batch is needed to tell what the batch loss is the mean of.
-    positions = [0, n // 2, n - 1] if look.values is not None else range(n)
-    tolerance = 5 * look.tolerance
-    means: list[float] = []
-    for position in dict.fromkeys(positions):
-        alone = _look(gradients, [indices[position]] * copies, look.references)
-        means.append(alone.mean)
-        pairs = [("squared gradient norm", float(look.norms[position]), float(alone.norms[0]))]
-        if look.values is None:
-            continue
-        if alone.values is not None:
-            pairs.append(("loss", float(look.values[position]), float(alone.values[0])))
+    trials = [(position, n) for position in dict.fromkeys((0, n // 2, n - 1))]
+    if not random:
+        trials.append((0, _copies(n)))
+    for position, size in trials:
+        alone = _look(gradients, [indices[position]] * size, look.references)
+        pairs = [("squared gradient norm", float(look.norms[position]), float(alone.norms[position]))]
+        if look.values is not None and alone.values is not None:
+            pairs.append(("loss", float(look.values[position]), float(alone.values[position])))
         for what, there, here in pairs:
             scale = max(abs(here), abs(there), 1e-6 * float(look.norms.max()), 1e-12)
-            if not abs(here - there) <= tolerance * scale:
+            if not abs(here - there) <= 5 * look.tolerance * scale:
                 raise VerificationError(
                     f"example {indices[position]} has another {what} in a batch than alone ({there:.4g} and "
                     f"{here:.4g}): its loss depends on the other examples (batch statistics, mixup, a contrastive "
@@ -217,8 +214,19 @@ def _compare_alone(gradients: ExampleGradients, indices: list[int], look: _Look)
                     "single examples is not defined then; pass `task=` with a loss per example, or accept it with "
                     "`verify=False`."
                 )
+
+
+def _copies(n: int) -> int:
+    """Size of a small batch of copies: more than one, and never that of the batch, whose sum would pass for its mean."""
+    return 2 if n != 2 else 3
+
+
+def _compare_mean(gradients: ExampleGradients, indices: list[int], look: _Look) -> None:
+    """Tell a mean from a sum where no known call does: every example of the batch is run alone."""
+    copies = _copies(len(indices))
+    means = [_look(gradients, [index] * copies, look.references).mean for index in indices]
     expected = sum(means) / len(means)
-    if look.values is None and not abs(expected - look.mean) <= tolerance * max(abs(look.mean), 1e-6):
+    if not abs(expected - look.mean) <= 5 * look.tolerance * max(abs(look.mean), 1e-6):
         raise VerificationError(
             f"the batch loss ({look.mean:.6g}) is not the mean of the losses of its examples alone ({expected:.6g}), "
             "and no known loss call was seen that would tell each example's part. Return the mean from "
