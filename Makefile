@@ -16,13 +16,14 @@ INSTALL := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input i
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench detection clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
 	@echo 'make test    run the test suite'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make bench   measure what an audit costs, in passes of plain training'
+	@echo 'make detection   how well flipped labels are found, over three seeds'
 	@echo 'make clean   remove the environment, caches and builds (not the logs of runs)'
 	@echo
 	@echo 'The first use makes .venv and installs what constraints.txt names. PYTHON=... picks the Python.'
@@ -40,6 +41,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@$(PY) benchmarks/audit_cost.py
+
+detection: $(VENV)/.dev
+	@$(PY) benchmarks/detection.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -217,7 +217,7 @@ def _compare_alone(gradients: ExampleGradients, indices: list[int], look: _Look,
 
 
 def _copies(n: int) -> int:
-    """Size of a small batch of copies: more than one, and never that of the batch, whose sum would pass for its mean."""
+    """Size of a small batch of copies: not one, and never that of the batch, whose sum would pass for its mean."""
     return 2 if n != 2 else 3
 
 
