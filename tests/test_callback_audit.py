@@ -656,6 +656,19 @@ def test_tensorboard_has_the_documented_tags(tmp_path: Path) -> None:
     assert auroc == pytest.approx(report.manifest["detection"]["suspicion"]["auroc"], abs=1e-6)
 
 
+def test_no_tag_has_two_kinds_of_data(tmp_path: Path) -> None:
+    """TensorBoard serves one kind per tag and drops the others without a word: once, the first sheet of images."""
+    logger = TensorBoardLogger(tmp_path)
+    audit = InfluenceAudit(known_noise=[1, 2, 3])
+    fit(Classifier(features=36), audit, tmp_path, loader(images()), logger=logger)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    tags = events.Tags()
+    kinds = [set(tags[kind]) for kind in ("scalars", "images", "histograms")]
+    assert all(kinds)
+    assert sum(map(len, kinds)) == len(set.union(*kinds))
+
+
 def test_tensorboard_without_images_or_classes(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     data = TensorDataset(torch.randn(12, FEATURES), torch.randn(12, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from importlib.metadata import version
@@ -121,6 +122,7 @@ class Reporter:
             "status": "complete",
             "examples": len(ranked["index"]),
             "nonfinite": ranked["index"][~ranked["finite"]],
+            "fingerprint": _fingerprint(gradients, ranked),
             "ranked_by": list(audit.ingredients(columns)),
             "coverage": {
                 "share": gradients.coverage.share,
@@ -219,6 +221,17 @@ def _detection(columns: Columns, mislabelled: NDArray[Any]) -> dict[str, dict[st
             scores = torch.from_numpy(columns[name].astype(np.float64))
             result[name] = mislabel_detection(-scores if name in LOW_IS_SUSPICIOUS else scores, truth)
     return result
+
+
+def _fingerprint(gradients: ExampleGradients, columns: Columns) -> dict[str, str]:
+    """Tell which model and data an audit is about: digests of parameter names and shapes, and of indices and labels."""
+    shapes = [(name, tuple(p.shape)) for name, p in gradients.module.named_parameters()]
+    labels = columns["label"].tobytes() if "label" in columns else b""
+    return {
+        "model": f"{type(gradients.module).__name__} {hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}",
+        "data": f"{type(gradients.source.dataset).__name__} "
+        f"{hashlib.sha256(columns['index'].tobytes() + labels).hexdigest()[:16]}",
+    }
 
 
 def _notes(inspection: Inspection, recording: Recording) -> list[str]:
