@@ -1,13 +1,12 @@
 """Passes over the data: every example's gradients, in a fixed order, whatever the training loader does.
 
-``ExampleSource`` fetches examples by index; ``ExampleGradients`` runs the task on them under capture. Results do not
-depend on batch size, number of workers or processes: labels are sampled, and random augmentations drawn, from
-streams that belong to the example.
+``ExampleGradients`` runs the task on the examples of a source under capture. Results do not depend on batch size, number
+of workers or processes: labels are sampled from streams that belong to the example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, cast
@@ -15,26 +14,19 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from lightning_influence import distributed
 from lightning_influence.capture import Capture, LayerIO
 from lightning_influence.isolation import (
-    generators_in,
-    isolated_generators,
     seed_everything,
-    seed_generator,
     untouched,
 )
 from lightning_influence.layers import Coverage
+from lightning_influence.source import ExampleSource
 from lightning_influence.task import BatchLoss, Task, TaskError, evaluate
 
 Labels = Literal["true", "sampled", "exact"]
 _T = TypeVar("_T")
-
-
-class DataError(RuntimeError):
-    """The training data can't be visited example by example; the message says why and the way out."""
 
 
 class Progress(Protocol):
@@ -43,145 +35,6 @@ class Progress(Protocol):
     def __call__(self, title: str, examples: int) -> AbstractContextManager[Callable[[int], None]]:
         """Return a context whose value is called after each batch, with its number of examples."""
         ...
-
-
-class ExampleSource:
-    """The examples of a map-style dataset, fetched by index in any order.
-
-    Args:
-        dataset: Map-style dataset.
-        batch_size: Number of examples in a training batch. Passes start with it too; ``pass_batch_size`` may be raised.
-        collate_fn: Turns a list of examples into a batch, as for ``DataLoader``.
-        num_workers: Worker processes of each pass.
-        worker_init_fn: As for ``DataLoader``.
-
-    Raises:
-        DataError: For an ``IterableDataset`` or a dataset without a length.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        *,
-        batch_size: int = 32,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        num_workers: int = 0,
-        worker_init_fn: Callable[[int], None] | None = None,
-    ) -> None:
-        if isinstance(dataset, IterableDataset) or not (
-            hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-        ):
-            raise DataError(
-                f"{type(dataset).__name__} is a stream: its examples have no index to file scores under or to fetch "
-                "them again by. An audit needs a map-style dataset, with `__getitem__` and `__len__`; for data that "
-                "fit on disk, write the stream out once and index it."
-            )
-        self.dataset = dataset
-        self.batch_size = self.pass_batch_size = batch_size
-        self.collate_fn = collate_fn
-        self.num_workers = num_workers
-        self.worker_init_fn = worker_init_fn
-        self.multiprocessing_context: Any = None
-        self.pin_memory = False
-        self._seeded: Dataset[Any] | None = None
-        self._generators: list[Any] | None = None
-
-    @classmethod
-    def from_loader(cls, loader: Any, batch_size: int | None = None) -> ExampleSource:
-        """Take dataset, collation and workers from a ``DataLoader``.
-
-        Args:
-            loader: A ``DataLoader`` that collates batches itself (with a batch size or a batch sampler).
-            batch_size: Number of examples fetched together; by default the loader's own.
-
-        Raises:
-            DataError: If the loader is something else, or does not collate.
-        """
-        if not isinstance(loader, DataLoader):
-            raise DataError(
-                f"the training data come from a {type(loader).__name__}; expected a torch `DataLoader` over a "
-                "map-style dataset, whose examples can be fetched again by index."
-            )
-        if isinstance(loader.dataset, IterableDataset):
-            return cls(loader.dataset)  # raises, with the reason
-        if loader.batch_sampler is None:
-            raise DataError(
-                "the training DataLoader has `batch_size=None`: its dataset hands out whole batches, so single "
-                "examples have no index. Let the DataLoader make the batches (`batch_size=` or `batch_sampler=`)."
-            )
-        size = batch_size or loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
-        source = cls(
-            loader.dataset,
-            batch_size=int(size),
-            collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-            worker_init_fn=loader.worker_init_fn,
-        )
-        source.multiprocessing_context = loader.multiprocessing_context
-        source.pin_memory = loader.pin_memory
-        return source
-
-    def __len__(self) -> int:
-        """Return the number of examples of the dataset."""
-        return len(cast("Sized", self.dataset))
-
-    def batches(self, indices: Sequence[int], size: int | None = None) -> Iterator[tuple[list[int], Any]]:
-        """Yield ``(indices, batch)`` in the given order, ``size`` examples at a time (the last time fewer)."""
-        size = size or self.pass_batch_size
-        plan = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
-        if len(plan) > 1 and len(plan[-1]) == 1 and size > 2:
-            # A lone last example would meet steps that `squeeze()` the batch away; the one before keeps it company.
-            plan[-1].insert(0, plan[-2].pop())
-        workers = min(self.num_workers, len(plan) // 2)
-        loader: DataLoader[Any] = DataLoader(
-            self._reproducible(),
-            batch_sampler=plan,
-            collate_fn=self.collate_fn,
-            num_workers=workers,
-            worker_init_fn=self.worker_init_fn if workers else None,
-            multiprocessing_context=self.multiprocessing_context if workers else None,
-            pin_memory=self.pin_memory,
-        )
-        with isolated_generators(self.generators):
-            yield from zip(plan, loader, strict=True)
-
-    @property
-    def generators(self) -> list[Any]:
-        """Random generators that the data set holds."""
-        if self._generators is None:
-            self._generators = [] if _is_deterministic(self.dataset) else generators_in(self.dataset)
-        return self._generators
-
-    def _reproducible(self) -> Dataset[Any]:
-        if self._seeded is None:
-            plain = _is_deterministic(self.dataset)
-            self._seeded = self.dataset if plain else _SeededDataset(self.dataset, self.generators)
-        return self._seeded
-
-
-class _SeededDataset(Dataset[Any]):
-    """Gives every example a random stream of its own, so that its augmentation does not depend on its neighbours."""
-
-    def __init__(self, dataset: Dataset[Any], generators: list[Any]) -> None:
-        self.dataset = dataset
-        # Beside the data set, so that a worker's copies are those that its copy of the data set draws from.
-        self.generators = generators
-
-    def __len__(self) -> int:
-        return len(cast("Sized", self.dataset))
-
-    def __getitem__(self, index: int) -> Any:
-        seed_everything(index)
-        for generator in self.generators:
-            seed_generator(generator, index)
-        return self.dataset[index]
-
-
-def _is_deterministic(dataset: Any) -> bool:
-    """Tell whether a dataset surely hands out stored tensors; all others may draw random numbers for an example."""
-    while type(dataset) is Subset:
-        dataset = dataset.dataset
-    return type(dataset) is TensorDataset
 
 
 @dataclass(frozen=True, eq=False)

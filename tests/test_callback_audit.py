@@ -41,8 +41,9 @@ from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, T
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.callbacks.bridge import check_strategy
 from lightning_influence.layers import cover
-from lightning_influence.passes import ExampleGradients, ExampleSource
+from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import score_examples
+from lightning_influence.source import ExampleSource
 from lightning_influence.store import AuditStore
 
 DOUBLE = vectors(dtype=torch.float64)

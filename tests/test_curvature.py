@@ -30,8 +30,9 @@ from lightning_influence.curvature import (
     random_subset,
 )
 from lightning_influence.layers import cover
-from lightning_influence.passes import ExampleGradients, ExampleSource
+from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import mean_gradient, score_examples
+from lightning_influence.source import ExampleSource
 from lightning_influence.task import TaskError
 
 EXACT = {"rtol": 1e-6, "atol": 1e-12}

@@ -29,6 +29,7 @@ ORDER = (
     "task",
     "layers",
     "capture",
+    "source",
     "passes",
     "per_sample",
     "verify",

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_influence.curvature import BLOCKS, Curvature, FactorExamples, fit
 from lightning_influence.layers import cover
-from lightning_influence.passes import DataError, ExampleGradients, ExampleSource
+from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import ExampleScores, mean_gradient, score_examples
+from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.verify import inspect
 
 N, CLASSES = 22, 4

@@ -21,8 +21,9 @@ from torch.utils.data import TensorDataset
 
 from lightning_influence.curvature import Curvature, EKFACBlock, FactorExamples, fit
 from lightning_influence.layers import cover
-from lightning_influence.passes import ExampleGradients, ExampleSource
+from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import score_examples
+from lightning_influence.source import ExampleSource
 
 N, CLASSES = 60, 5
 

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lightning_influence.capture import Capture
 from lightning_influence.layers import LayerError, LayerOperation, cover
-from lightning_influence.passes import ExampleGradients, ExampleSource
+from lightning_influence.passes import ExampleGradients
+from lightning_influence.source import ExampleSource
 from lightning_influence.verify import VerificationError, inspect
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}

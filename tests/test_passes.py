@@ -20,7 +20,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from lightning_influence import passes
 from lightning_influence.layers import LayerError, cover
-from lightning_influence.passes import DataError, ExampleGradients, ExampleSource
+from lightning_influence.passes import ExampleGradients
+from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.task import TaskError
 from lightning_influence.verify import Inspection, VerificationError, inspect
 

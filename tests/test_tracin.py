@@ -15,8 +15,9 @@ from torch.utils.data import TensorDataset
 
 from lightning_influence import per_sample
 from lightning_influence.layers import cover
-from lightning_influence.passes import ExampleGradients, ExampleSource
+from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import score_examples
+from lightning_influence.source import ExampleSource
 from lightning_influence.tracin import StepSizes, TracInScores, layer_step_sizes, self_influence
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}

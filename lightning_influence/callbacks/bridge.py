@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from lightning_influence.isolation import generators_in, isolated_generators, isolated_rng
 from lightning_influence.layers import Coverage
-from lightning_influence.passes import DataError, ExampleGradients, ExampleSource
+from lightning_influence.passes import ExampleGradients
+from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.task import Task
 
 

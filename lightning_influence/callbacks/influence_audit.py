@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import traceback
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -18,14 +16,16 @@ from torch import Tensor
 from lightning_influence import distributed
 from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.arguments import check_choice, check_count, check_number, checked_indices
 from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.curvature import CurvatureName, Fisher
 from lightning_influence.influence import InfluencePlan, influence_scores
 from lightning_influence.layers import Coverage, LayerError, cover
-from lightning_influence.passes import DataError, ExampleGradients, ExampleSource
+from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import score_examples
+from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.store import AuditStore, StoreError
 from lightning_influence.task import LossTap, Task, TaskError, TrainingStepTask
 from lightning_influence.tracin import layer_step_sizes
@@ -89,14 +89,14 @@ class InfluenceAudit(Callback):
         dirpath: str | os.PathLike[str] | None = None,
         verify: bool = True,
     ) -> None:
-        _check_choice("curvature", curvature, get_args(CurvatureName))
-        _check_choice("fisher", fisher, get_args(Fisher))
+        check_choice("curvature", curvature, get_args(CurvatureName))
+        check_choice("fisher", fisher, get_args(Fisher))
         if damping != "relative":
-            _check_number("damping", damping, 'a number > 0, or "relative" for 0.1 times the mean eigenvalue')
+            check_number("damping", damping, 'a number > 0, or "relative" for 0.1 times the mean eigenvalue')
         if factor_examples != "auto" and factor_examples is not None:
-            _check_count("factor_examples", factor_examples, '"auto", None for all examples')
+            check_count("factor_examples", factor_examples, '"auto", None for all examples')
         if every_n_epochs is not None:
-            _check_count("every_n_epochs", every_n_epochs, "None for no TracIn checkpoints")
+            check_count("every_n_epochs", every_n_epochs, "None for no TracIn checkpoints")
         if task is not None and not callable(task):
             raise ValueError(f"task={task!r} is not callable; expected a function (module, batch) -> loss.")
         self.curvature = curvature
@@ -105,7 +105,7 @@ class InfluenceAudit(Callback):
         self.factor_examples = factor_examples
         self.every_n_epochs = every_n_epochs
         self.task = task
-        self.known_noise = _checked_indices(known_noise)
+        self.known_noise = checked_indices(known_noise)
         self.dirpath = dirpath
         self.verify = verify
         self.report: AuditReport | None = None
@@ -415,33 +415,3 @@ def _is_last_epoch(trainer: Trainer) -> bool:
     if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
         return True
     return 0 <= trainer.max_steps <= trainer.global_step
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, allowed))}.")
-
-
-def _check_number(name: str, value: object, expected: str) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name}={value!r}; expected {expected}.")
-
-
-def _check_count(name: str, value: object, otherwise: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}; expected an integer >= 1, or {otherwise}.")
-
-
-def _checked_indices(indices: Sequence[int] | Tensor | None) -> Tensor | None:
-    if indices is None:
-        return None
-    values = torch.as_tensor(indices)
-    if values.ndim != 1 or not len(values) or values.is_floating_point() or values.dtype == torch.bool:
-        raise ValueError(
-            f"known_noise has the shape {tuple(values.shape)} and dtype {values.dtype}; expected the dataset indices "
-            "of the wrong labels, a non-empty list of integers."
-        )
-    values = values.long().cpu()
-    if int(values.min()) < 0 or len(values.unique()) != len(values):
-        raise ValueError("known_noise holds negative or repeated indices; expected distinct dataset indices >= 0.")
-    return values

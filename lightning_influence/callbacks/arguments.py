@@ -1,0 +1,43 @@
+"""Checks of the callback's arguments: each error names the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, allowed))}.")
+
+
+def check_number(name: str, value: object, expected: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number > 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}={value!r}; expected {expected}.")
+
+
+def check_count(name: str, value: object, otherwise: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}; expected an integer >= 1, or {otherwise}.")
+
+
+def checked_indices(indices: Sequence[int] | Tensor | None) -> Tensor | None:
+    """Return distinct dataset indices as a tensor; raise ``ValueError`` for anything else."""
+    if indices is None:
+        return None
+    values = torch.as_tensor(indices)
+    if values.ndim != 1 or not len(values) or values.is_floating_point() or values.dtype == torch.bool:
+        raise ValueError(
+            f"known_noise has the shape {tuple(values.shape)} and dtype {values.dtype}; expected the dataset indices "
+            "of the wrong labels, a non-empty list of integers."
+        )
+    values = values.long().cpu()
+    if int(values.min()) < 0 or len(values.unique()) != len(values):
+        raise ValueError("known_noise holds negative or repeated indices; expected distinct dataset indices >= 0.")
+    return values
