@@ -1,7 +1,7 @@
 """Passes over the data: every example's gradients, in a fixed order, whatever the training loader does.
 
-``ExampleGradients`` runs the task on the examples of a source under capture. Results do not depend on batch size, number
-of workers or processes: labels are sampled from streams that belong to the example.
+``ExampleGradients`` runs the task on the examples of a source under capture. Results do not depend on batch size,
+number of workers or processes: labels are sampled from streams that belong to the example.
 """
 
 from __future__ import annotations
