@@ -66,8 +66,8 @@ class InfluencePlan:
             damping: Absolute λ or ``"relative"``.
             examples: Number of examples for the factors; ``"auto"`` see ``curvature.factor_examples``; None for all.
         """
-        labels = choose_labels(fisher, inspection.classes, inspection.tapped)
-        draws = (inspection.classes or 1) if labels[1] == "exact" else 1
+        labels = choose_labels(fisher, inspection.exact_draws, inspection.tapped)
+        draws = (inspection.exact_draws or 1) if labels[1] == "exact" else 1
         if examples == "auto":
             sizes = factor_examples(coverage, inspection.positions, draws, size)
         else:

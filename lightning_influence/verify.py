@@ -36,7 +36,7 @@ class Inspection:
     Attributes:
         positions: Layer name to the number of positions ``s``, in order of the forward pass.
         tapped: Whether known loss calls account for the whole loss.
-        classes: Draws of the exact Fisher, None without a closed form.
+        exact_draws: Backward passes of the exact Fisher (classes or outputs), None without a closed form.
         batch_bytes: Memory that the captured tensors of a batch take, the largest layer's patches included.
         largest_error: Largest relative difference to autograd over the layers; None if not verified.
         seconds: Wall time of the batch's forward and backward pass (the first batch is slower than later ones).
@@ -46,7 +46,7 @@ class Inspection:
 
     positions: dict[str, int]
     tapped: bool
-    classes: int | None
+    exact_draws: int | None
     batch_bytes: int
     largest_error: float | None
     seconds: float
@@ -105,8 +105,10 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
         return look.inspection
     if not bool(look.finite.all()):
         good = [index for index, finite in zip(indices, look.finite.tolist(), strict=True) if finite]
-        error = inspect(gradients, good).largest_error if good else None
-        return replace(look.inspection, largest_error=error)
+        if not good:
+            return look.inspection
+        checked = inspect(gradients, good)
+        return replace(look.inspection, largest_error=checked.largest_error, random=checked.random)
     error = _compare(gradients, indices, look)
     random = _draws_random_numbers(gradients, indices, look)
     if len(indices) > 1 and look.values is not None:

@@ -64,7 +64,7 @@ class Reporter:
         self, plan: InfluencePlan, gradients: ExampleGradients, inspection: Inspection, examples: int, queries: int
     ) -> str:
         """Return the line before a long wait: what will be done, and about how long and how much memory it takes."""
-        draws = inspection.classes or 1
+        draws = inspection.exact_draws or 1
         work = plan.gradient_passes(examples, queries, draws)
         rate = self.seconds_per_example or inspection.seconds / inspection.examples
         seconds = work * rate + plan.eigendecomposition_seconds(gradients.coverage)
