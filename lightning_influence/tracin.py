@@ -54,9 +54,9 @@ def layer_step_sizes(
     by_id = {id(p): sums.get(name, 0.0) for name, p in module.named_parameters()}
     result = {}
     for name, operation in operations.items():
-        owner = operation.module
-        result[name] = tuple(by_id.get(id(getattr(owner, parameter)), 0.0) for parameter in ("weight", "bias"))
-    return result  # type: ignore[return-value]  # the generator has two entries
+        own = operation.module._parameters
+        result[name] = by_id.get(id(own["weight"]), 0.0), by_id.get(id(own["bias"]), 0.0)
+    return result
 
 
 def self_influence(io: LayerIO, norms: Tensor, has_bias: bool, step_sizes: tuple[float, float]) -> Tensor:
@@ -70,7 +70,7 @@ def self_influence(io: LayerIO, norms: Tensor, has_bias: bool, step_sizes: tuple
     """
     weight, bias = step_sizes
     if not has_bias or weight == bias:
-        return norms * (weight if io.x.shape[3] > 1 or not has_bias else bias)
+        return norms * weight
     # knso -> n: the gradient of the bias is the sum of the output gradients over positions.
     of_bias = io.gs[0].sum(2).square().sum((0, 2))
     return norms * weight + of_bias * (bias - weight)
