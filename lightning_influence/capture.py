@@ -1,22 +1,39 @@
-"""Capture: activations and output gradients of every covered layer from one forward and backward pass.
+"""Capture: activations and output gradients of every covered parameter from one forward and backward pass.
 
-The only file with hooks. Parameters are frozen during a captured pass; the first covered layer on each path makes
-the graph start at its output, so that no weight gradient and nothing below that layer is computed.
+Calls of torch functions are watched, not modules: a functional call, a subclass of a layer, or attention's packed
+projections are seen like any layer. Nothing in the forward pass is changed. The backward pass starts from the loss and
+stops at the outputs of the calls, so that no weight gradient and nothing below the first of them is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from lightning_influence.layers import Coverage, LayerError, LayerOperation
+from lightning_influence.calls import Call, EmbeddingCall, Layouts, MatrixCall, NormCall, RepeatedCall, tensors_in
+from lightning_influence.layers import Coverage, LayerError, NewPathError, ParameterBlock
+from lightning_influence.precision import working_dtype
+from lightning_influence.reading import NotUnderstoodError, Site, read_call
+from lightning_influence.rows import Rows
+from lightning_influence.trace import TracedUse, repeated_call
+from lightning_influence.uses import (
+    Output,
+    Source,
+    Use,
+    check_batch,
+    direct_rows,
+    joined,
+    kept,
+    modified,
+    rows_of,
+    unknown,
+)
+from lightning_influence.watch import FunctionWatch, name_of, outputs_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,35 +41,31 @@ class LayerIO:
     """What one parameter block saw in one batch.
 
     Attributes:
-        name: Block name (module path).
-        x: Activations ``[k, n, s, i]``, float32 or float64.
-        gs: Output gradients ``[k, n, s, o]``, one tensor per draw of labels (one for true labels). Each is the
-            derivative of *that example's own* loss, not of the batch mean.
+        name: Block name.
+        xs: Activations ``[k, n, s, i]``, float32 or float64: one for all draws of labels, or one per draw where they
+            depend on the labels (embeddings, see ``rows``).
+        gs: Output gradients ``[k, n, s, o]``, one per draw of labels (one for true labels), or one that all draws
+            share. Each is the derivative of *that example's own* loss, not of the batch mean.
     """
 
     name: str
-    x: Tensor
-    gs: Sequence[Tensor]
+    xs: Sequence[Tensor]
+    gs: Sequence[Rows]
 
-
-@dataclass(eq=False)
-class _Use:
-    """One call of a layer: its raw input, its output's place in the graph, and that output's gradient per draw."""
-
-    input: Tensor
-    version: int
-    edge: GradientEdge
-    gradients: list[Tensor | None] = field(default_factory=list)
+    @property
+    def x(self) -> Tensor:
+        """The activations of the first draw."""
+        return self.xs[0]
 
 
 class Capture:
-    """Hooks on every covered layer, for the duration of a ``with`` block.
+    """Watches every call with a covered parameter, for the duration of a ``with`` block.
 
-    A layer called several times in one forward pass has the positions of all its calls laid end to end: the sum
-    over positions is then the exact gradient.
+    A parameter used several times in one forward pass has the positions of all its uses laid end to end: the sum over
+    positions is then the exact gradient.
 
     Args:
-        coverage: The layers.
+        coverage: The blocks.
 
     Example:
         >>> with Capture(coverage) as capture:
@@ -65,181 +78,328 @@ class Capture:
 
     def __init__(self, coverage: Coverage) -> None:
         self.coverage = coverage
-        self._handles: list[RemovableHandle] = []
-        self._uses: dict[str, list[_Use]] = {}
-        self._recording = False
+        self._followed: dict[int, tuple[str, Tensor, ParameterBlock]] = {
+            id(parameter): (name, parameter, block)
+            for block in coverage.blocks.values()
+            if block.name not in coverage.one_by_one
+            for name, parameter in block.parameters.items()
+        }
+        self._flags: list[tuple[Tensor, bool]] = []
+        self._uses: dict[str, list[Use]] = {}
+        self._order: list[tuple[str, Use]] = []
+        self._outputs: list[Output] = []
+        self._sources: dict[int, Source] = {}
+        # Id of a parameter to the number of its uses so far and the traced paths that began like this.
+        self._positions: dict[int, tuple[int, list[list[TracedUse]]]] = {}
+        self._computed: dict[str, list[dict[str, Tensor]]] = {}
+        self._examples: int | None = None
         self._draws = 0
 
     def __enter__(self) -> Capture:
-        try:
-            for name, operation in self.coverage.operations.items():
-                hook = _ForwardHook(self, name)
-                self._handles.append(operation.module.register_forward_hook(hook, with_kwargs=True))
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+        # Frozen parameters outside of the coverage keep the graph from growing below the first covered one.
+        thawed = [parameter for _, parameter, _ in self._followed.values()]
+        if not thawed:  # all of them one by one: the loss still has to depend on something
+            thawed = [p for block in self.coverage.blocks.values() for p in block.parameters.values()]
+        self._flags = [(parameter, parameter.requires_grad) for parameter in thawed]
+        for parameter, _ in self._flags:
+            parameter.requires_grad_(True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._flags = []
         self.clear()
 
-    def forward(self) -> _Forward:
-        """Return a context in which layer calls are recorded; recomputation during backward is not."""
+    def forward(self, n: int | None = None) -> _Forward:
+        """Return a context in which calls are recorded; recomputation during backward is not.
+
+        Args:
+            n: Number of examples, which helps to tell paths through the model apart.
+        """
+        self._examples = n
         return _Forward(self)
 
     def clear(self) -> None:
         """Forget the last batch."""
-        self._uses, self._draws = {}, 0
+        self._uses, self._order, self._outputs, self._computed = {}, [], [], {}
+        self._sources, self._positions, self._draws = {}, {}, 0
+
+    # ------------------------------------------------------------ forward pass
+
+    def begin(self) -> None:
+        """Start to follow the parameters through a forward pass."""
+        self.clear()
+        self._sources = {
+            id(parameter): Source(parameter, ((name, parameter),)) for name, parameter, _ in self._followed.values()
+        }
+
+    def concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell whether a covered parameter, or something made from covered parameters alone, is among the arguments."""
+        return any(id(tensor) in self._sources for tensor in tensors_in((args, kwargs)))
+
+    def after(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        before: tuple[Any, ...] | None = None,
+    ) -> None:
+        """Record a call in which a covered parameter met the batch; ``before`` holds what it has overwritten."""
+        # Without gradients the call adds nothing to the parameters' gradient in training either.
+        if not torch.is_grad_enabled() or not self.concerns(args, kwargs):
+            return
+        made = [tensor for tensor in outputs_of(func, args, output) if tensor.requires_grad]
+        if not made:
+            return
+        passed = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self._sources]
+        sources = [self._sources[id(tensor)] for tensor in passed]
+        parameters = dict((name, parameter) for source in sources for name, parameter in source.parameters)
+        traced = [self._traced(func, parameter, made[0]) for parameter in parameters.values()]
+        use = next((use for use in traced if use is not None), None)
+        if use is not None and use.kind == "penalty":
+            return
+        if use is None and not _meets_the_batch(func, passed, made):
+            use = TracedUse("shared", func)
+        if use is not None and use.kind == "shared":
+            indices = self._looked_up(func, args, kwargs, passed, made)
+            for tensor in made:
+                self._sources[id(tensor)] = Source(tensor, tuple(parameters.items()), indices)
+            return
+        site = Site(func, args if before is None else before, kwargs, passed, made[0])
+        names = sorted({self._followed[id(parameter)][2].name for parameter in parameters.values()})
+        call: Call | None
+        if use is not None and use.call is RepeatedCall and len(use.arguments) == len(list(tensors_in((args, kwargs)))):
+            call = repeated_call(site, use.arguments)
+        else:
+            try:
+                call = read_call(site)
+            except NotUnderstoodError as error:
+                raise LayerError(unknown(names, str(error))) from None
+        if call is None or (use is not None and use.kind == "unknown"):
+            raise LayerError(unknown(names, f"by {name_of(func)}, which is not a supported function"))
+        self._record(call, use.layouts if use is not None else Layouts(), made[0])
+
+    def _traced(self, func: Callable[..., Any], parameter: Tensor, output: Tensor) -> TracedUse | None:
+        """Return what the trace says of the next use of a parameter, None if the parameter was not traced.
+
+        Raises:
+            NewPathError: If no traced path goes on like this.
+        """
+        key = id(parameter)
+        if key not in self.coverage.trace.paths:
+            return None
+        number, paths = self._positions.get(key, (0, self.coverage.trace.paths[key]))
+        following = [
+            (path, use)
+            for path in paths
+            if (use := _next_use(path, number, func)) is not None and use.fits(output, self._examples)
+        ]
+        if any(use.kind == "batched" for _, use in following):
+            # An output that has the examples where a batched use has them was not made without them.
+            following = [(path, use) for path, use in following if use.kind != "shared"]
+        if not following or any(use != following[0][1] for _, use in following):
+            name = self._followed[key][0]
+            raise NewPathError(unknown([name], f"by {name_of(func)}"))
+        self._positions[key] = number + 1, [path for path, _ in following]
+        return following[0][1]
+
+    def _looked_up(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        passed: Sequence[Tensor],
+        made: Sequence[Tensor],
+    ) -> Tensor | None:
+        """Return the indices of rows looked up in a parameter without the batch (position embeddings)."""
+        if len(passed) != 1 or len(made) != 1 or id(passed[0]) not in self._followed:
+            return None
+        try:
+            call = read_call(Site(func, args, kwargs, passed, made[0]))
+        except NotUnderstoodError:
+            return None
+        plain = type(call) is EmbeddingCall and call.padding_idx is None
+        return call.input if plain and call is not None else None
+
+    def _record(self, call: Call, layouts: Layouts, output: Tensor) -> None:
+        place = Output.of(output)
+        self._outputs.append(place)
+        roles: dict[str, dict[str, Source]] = {}
+        for role, tensor in call.parameters.items():
+            source = self._sources[id(tensor)]
+            for _, parameter in source.parameters:
+                roles.setdefault(self._followed[id(parameter)][2].name, {})[role] = source
+        for name, of_block in roles.items():
+            use = Use(call, layouts, place, tuple(tensor._version for tensor in call.inputs), of_block)
+            self._uses.setdefault(name, []).append(use)
+            self._order.append((name, use))
+
+    # ----------------------------------------------------------- backward pass
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool = True) -> None:
-        """Run one backward pass and keep every covered layer's output gradient as a further draw.
+        """Run one backward pass and keep every recorded output's gradient as a further draw.
 
         Args:
             outputs: Tensors in the graph of the last forward pass.
             gradients: Gradients to start from, shaped like ``outputs``.
             last: Whether the graph may be freed.
+
+        Raises:
+            LayerError: If nothing was recorded, or a reentrant checkpoint stands in the way.
         """
-        uses = [use for uses in self._uses.values() for use in uses]
-        if not uses:
-            raise LayerError("no covered layer was called in the forward pass; does the model's forward use them?")
-        edges = [use.edge for use in uses]
-        found = torch.autograd.grad(outputs, edges, gradients, retain_graph=not last, allow_unused=True)
-        for use, gradient in zip(uses, found, strict=True):
-            use.gradients.append(gradient)
         self._draws += 1
+        if not self._outputs and self.coverage.one_by_one:
+            return
+        if not self._outputs:
+            raise LayerError("no covered layer was called in the forward pass; does the model's forward use them?")
+        edges = [place.edge for place in self._outputs]
+        try:
+            found = torch.autograd.grad(outputs, edges, gradients, retain_graph=not last, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" in str(error) or "Checkpointing is not compatible" in str(error):
+                raise LayerError(
+                    "the model uses reentrant activation checkpointing, under which output gradients can't be taken; "
+                    "pass `use_reentrant=False` to `torch.utils.checkpoint.checkpoint` (for transformers models "
+                    '`gradient_checkpointing_kwargs={"use_reentrant": False}`).'
+                ) from error
+            changed = [name for name, use in self._order if use.changed]
+            if changed and "modified by an inplace operation" in str(error):
+                raise LayerError(modified(changed[0])) from error
+            raise
+        for place, gradient in zip(self._outputs, found, strict=True):
+            place.add(gradient)
+
+    def add_computed(self, name: str, draws: list[dict[str, Tensor]]) -> None:
+        """Add per-example gradients that were computed one example at a time.
+
+        Args:
+            name: Block name.
+            draws: Parameter name to ``[n, *shape]``, by draw.
+        """
+        self._computed[name] = draws
 
     @property
     def precise(self) -> bool:
         """Whether everything captured has at least single precision."""
         return all(
-            tensor is None or tensor.dtype in (torch.float32, torch.float64)
-            for uses in self._uses.values()
-            for use in uses
-            for tensor in (use.input, *use.gradients)
+            tensor is None or not tensor.is_floating_point() or tensor.dtype in (torch.float32, torch.float64)
+            for _, use in self._order
+            for tensor in (use.call.input, *use.output.gradients)
         )
 
     @property
     def order(self) -> list[str]:
-        """Names of the layers called in the last forward pass, in order of their first call."""
-        return list(self._uses)
+        """Names of the blocks used in the last forward pass, in order of their first use."""
+        return list(dict.fromkeys(name for name, _ in self._order))
 
     def finite(self, n: int) -> Tensor:
         """Tell which examples have finite inputs and output gradients in every layer: ``[n]`` bool."""
         result: Tensor | None = None
-        for name, uses in self._uses.items():
-            for use in uses:
-                reached = [gradient for gradient in use.gradients if gradient is not None]
-                if not reached:
-                    continue
-                self.coverage.operations[name].check_batch(use.input, n)
-                for tensor in (use.input, *reached):
-                    # One sum instead of an elementwise test: NaN and inf survive addition.
-                    good = torch.isfinite(tensor.reshape(n, -1).sum(1, dtype=_working_dtype(tensor)))
-                    result = good if result is None else result & good
+        for name, use in self._order:
+            if not use.output.reached:
+                continue
+            check_batch(name, use, n)
+            # Of elementwise functions only the gradients: masks are full of infinities, or of numbers that sum to one.
+            factors = isinstance(use.call, (MatrixCall, NormCall)) and use.call.needs_input
+            inputs = [use.call.input] if factors else []
+            rows = [use.layouts.input.by_example(tensor, n) for tensor in inputs]
+            rows += [use.layouts.output.by_example(g, n) for g in use.output.gradients if g is not None]
+            for tensor in rows:
+                # One sum instead of an elementwise test: NaN and inf survive addition.
+                good = torch.isfinite(tensor.reshape(n, -1).sum(1, dtype=working_dtype(tensor.dtype)))
+                result = good if result is None else result & good
+        for draws in self._computed.values():
+            for tensor in (tensor for draw in draws for tensor in draw.values()):
+                good = torch.isfinite(tensor.reshape(n, -1).sum(1))
+                result = good if result is None else result & good
         if result is None:
             raise LayerError("the loss does not depend on any covered layer that was called: nothing to attribute.")
         return result
 
+    # -------------------------------------------------------------------- rows
+
     def layers(self, n: int, keep: Tensor | None = None) -> Iterator[LayerIO]:
-        """Yield the layers that took part, one at a time, so that only one is laid out in memory.
+        """Yield the blocks that took part, one at a time, so that only one is laid out in memory.
 
         Args:
             n: Number of examples in the batch.
             keep: ``[n]`` bool; the others' activations and gradients are set to zero (they may be NaN).
         """
-        for name in self._uses:
+        for name in [*self.order, *self._computed]:
             io = self.layer(name, n, keep)
             if io is not None:
                 yield io
 
     def layer(self, name: str, n: int, keep: Tensor | None = None) -> LayerIO | None:
-        """Return one layer's activations and output gradients, or None if no gradient reached it."""
-        operation = self.coverage.operations[name]
-        uses = [use for use in self._uses[name] if any(gradient is not None for gradient in use.gradients)]
-        if not uses:
+        """Return one block's activations and output gradients, or None if no gradient reached it."""
+        block = self.coverage.blocks[name]
+        if name in self._computed:
+            laid_out = [direct_rows(block, self._computed[name])]
+        else:
+            laid_out = rows_of(block, [use for use in self._uses[name] if use.output.reached], n)
+        if not laid_out:
             return None
-        activations = []
-        gradients: list[list[Tensor]] = [[] for _ in range(self._draws)]
-        for use in uses:
-            if operation.has_weight:
-                _check_unmodified(use, name)
-            x = operation.activations(_zeroed(_working(use.input), keep), n)
-            if keep is not None:  # the ones of the bias, too
-                x = torch.where(keep.view(1, -1, 1, 1), x, 0)
-            activations.append(x)
-            for draw, raw in enumerate(use.gradients):
-                if raw is None:  # this draw's logits do not depend on this call
-                    gradients[draw].append(x.new_zeros((*x.shape[:3], operation.shape[1])))
-                else:
-                    gradients[draw].append(operation.output_gradients(_zeroed(_working(raw), keep), n))
-        if len(uses) == 1:
-            return LayerIO(name, activations[0], [draw[0] for draw in gradients])
-        return LayerIO(name, torch.cat(activations, 2), [torch.cat(draw, 2) for draw in gradients])
+        if keep is not None:
+            laid_out = [([kept(x, keep) for x in xs], [kept(g, keep) for g in gs]) for xs, gs in laid_out]
+        return LayerIO(name, *joined(laid_out))
 
-    def activations(self, name: str, n: int) -> Tensor:
-        """Return the activations ``[k, n, s, i]`` of the last call of a layer."""
-        operation: LayerOperation = self.coverage.operations[name]
-        return operation.activations(_working(self._uses[name][-1].input), n)
-
-
-class _ForwardHook:
-    """Notes a layer's input and where its output stands in the graph."""
-
-    def __init__(self, capture: Capture, name: str) -> None:
-        self.capture = capture
-        self.name = name
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        # Without gradients the call adds nothing to the parameters' gradient in training either.
-        if not torch.is_grad_enabled():
-            return output
-        raw: Tensor = args[0] if args else kwargs["input"]
-        if not output.requires_grad:
-            # A copy, as an in-place activation may not overwrite the leaf itself.
-            output = output.detach().requires_grad_().clone()
-        if not self.capture._recording:
-            # Run again in the backward pass of a checkpointed segment: the same graph, but no further use.
-            return output
-        # The edge, not the tensor: it stays that of the layer's own output when an in-place activation follows.
-        use = _Use(raw.detach(), raw._version, get_gradient_edge(output))
-        self.capture._uses.setdefault(self.name, []).append(use)
-        return output
+    def features(self, n: int) -> Tensor | None:
+        """Return the inputs of the last linear map or convolution, averaged over positions: ``[n, d]``."""
+        for _, use in reversed(self._order):
+            if isinstance(use.call, MatrixCall):
+                return use.call.activations(n, use.layouts).mean(2).transpose(0, 1).reshape(n, -1)
+        return None
 
 
 class _Forward:
+    """Lets a capture watch one forward pass."""
+
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
+        self.watch = _Watch(capture)
 
     def __enter__(self) -> None:
-        self.capture.clear()
-        self.capture._recording = True
+        self.capture.begin()
+        self.watch.__enter__()
 
-    def __exit__(self, *error: object) -> None:
-        self.capture._recording = False
-
-
-def _check_unmodified(use: _Use, name: str) -> None:
-    if use.input._version != use.version:
-        raise LayerError(
-            f"the input of layer {name!r} was modified in place after the layer had used it; training would fail on "
-            "this too. Use the out-of-place form of that operation."
-        )
+    def __exit__(self, *error: Any) -> None:
+        self.watch.__exit__(*error)
 
 
-def _working_dtype(tensor: Tensor) -> torch.dtype:
-    return tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
+class _Watch(FunctionWatch):
+    """Tells a capture of every call."""
+
+    def __init__(self, capture: Capture) -> None:
+        super().__init__()
+        self.capture = capture
+
+    def concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return self.capture.concerns(args, kwargs)
+
+    def after(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        before: tuple[Any, ...] | None,
+    ) -> None:
+        self.capture.after(func, args, kwargs, output, before)
 
 
-def _working(tensor: Tensor) -> Tensor:
-    return tensor.to(_working_dtype(tensor))
+def _next_use(path: list[TracedUse], number: int, func: Callable[..., Any]) -> TracedUse | None:
+    """Return the use at a place of a path if it is by this function."""
+    if number < len(path):
+        return path[number] if path[number].function == func else None
+    # A loop that runs longer than in the trace: more of the same, if all of the same kind are alike.
+    same = [use for use in path if use.function == func]
+    return same[0] if same and path[-1].function == func and all(use == same[0] for use in same) else None
 
 
-def _zeroed(tensor: Tensor, keep: Tensor | None) -> Tensor:
-    if keep is None:
-        return tensor
-    return torch.where(keep.view(-1, *[1] * (tensor.ndim - 1)), tensor, 0)
+def _meets_the_batch(func: Callable[..., Any], passed: Sequence[Tensor], made: Sequence[Tensor]) -> bool:
+    """Tell, without a trace, whether a call has other arguments than parameters: only views are known not to."""
+    return not all(tensor._base is not None and any(tensor._base is p for p in passed) for tensor in made)

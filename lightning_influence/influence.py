@@ -89,17 +89,18 @@ class InfluencePlan:
         """Return a guess of the time of the eigendecompositions: cubic, and 0.6 s for 1,569 rows on two CPU cores."""
         if self.curvature not in ("ekfac", "kfac"):
             return 0.0
-        shapes = [operation.shape for operation in coverage.operations.values()]
-        return sum(1.6e-10 * k * (o**3 + i**3) for k, o, i in shapes)
+        sizes = [(block.shape[0], *block.basis_sizes) for block in coverage.blocks.values()]
+        return sum(1.6e-10 * k * (o**3 + i**3) for k, o, i in sizes)
 
     def factor_bytes(self, coverage: Coverage, element_size: int = 4) -> int:
         """Return the memory that the fitted curvature takes, the float64 copies of the eigendecomposition included."""
         total = largest = 0
-        for operation in coverage.operations.values():
-            k, o, i = operation.shape
-            factors = 2 * (i * i + o * o) if BLOCKS[self.curvature].passes == 2 or self.curvature == "kfac" else 0
+        for block in coverage.blocks.values():
+            k, o, i = block.shape
+            of_g, of_x = block.basis_sizes
+            factors = 2 * (of_x**2 + of_g**2) if BLOCKS[self.curvature].passes == 2 or self.curvature == "kfac" else 0
             total += k * (factors + o * i) * element_size
-            largest = max(largest, k * 3 * (i * i + o * o) * 8 if factors else 0)
+            largest = max(largest, k * 3 * (of_x**2 + of_g**2) * 8 if factors else 0)
         return 0 if self.curvature == "identity" else total + largest
 
 

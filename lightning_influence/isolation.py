@@ -136,6 +136,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
         guards.enter_context(_restored(modules))
         guards.enter_context(_evaluating(modules))
         guards.enter_context(_frozen(modules))
+        guards.enter_context(_kept_weights(modules))
         guards.enter_context(torch.inference_mode(False))
         guards.enter_context(torch.enable_grad())
         # Hooks and probes need the eager modules; a compiled forward would not call them.
@@ -169,6 +170,13 @@ def _all_modules(root: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
+def hidden_parameters(root: nn.Module) -> list[nn.Parameter]:
+    """Return the trainable parameters of modules that plain attributes hide from ``root.parameters()``."""
+    known = {id(p) for p in root.parameters()}
+    everywhere = [p for module in _all_modules(root) for p in module.parameters(recurse=False)]
+    return [p for p in everywhere if id(p) not in known and p.requires_grad]
+
+
 @contextmanager
 def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
     """Put every module in eval mode and give each its own mode back (a frozen BatchNorm stays frozen)."""
@@ -195,6 +203,20 @@ def _frozen(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _kept_weights(modules: list[nn.Module]) -> Iterator[None]:
+    """Put back the weights of embeddings with ``max_norm``, which every forward pass overwrites."""
+    weights = [module.weight for module in modules if getattr(module, "max_norm", None) is not None]
+    kept = [(weight, weight.detach().clone()) for weight in weights if isinstance(weight, Tensor)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, values in kept:
+                if not torch.equal(weight, values):
+                    weight.copy_(values)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
-"""Which layers are understood, and how each becomes activations and output gradients.
+"""Blocks of parameters: which ones are understood, and how each becomes activations and output gradients.
 
-Everything layer-specific ends here. An operation turns a layer's raw input and raw output gradient into the
-canonical layout
+A block is a weight with its bias, wherever they are used, in the canonical layout
 
     activations       ``x: [k, n, s, i]``
     output gradients  ``g: [k, n, s, o]``
@@ -9,178 +8,276 @@ canonical layout
 ``k`` independent groups (1 except for grouped convolutions, whose weight is block-diagonal), ``n`` examples,
 ``s`` positions that share the weights, ``i`` inputs of a group plus a last column of ones for the bias, ``o`` outputs
 of a group. The gradient of example ``n`` for group ``k`` is ``Σ_s g_s x_sᵀ``, ``[o, i]``, row-major like the weight.
+Rows of embeddings are one-hot (see ``rows``). Scales and shifts have no such form: every example's own gradient is the
+only row, a vector.
 """
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_influence.calls import ConvolutionCall, EmbeddingCall, Layouts, MatrixCall
+from lightning_influence.rows import OneHot, Rows
+from lightning_influence.trace import Trace, TracedUse
+
+# A side with more rows keeps the identity as its eigenbasis: the decomposition is cubic, a minute for this one.
+_LARGEST_BASIS = 8192
+# Vectors up to this length have a dense curvature, longer ones a diagonal.
+_LARGEST_VECTOR = 1024
+
+# Gradients of so many scalars are formed for every example where there is no other way; larger ones only on request.
+_LARGEST_REPEATED = 2**20
+
+_ONE_HOT = frozenset({"embedding"})
+
+Uncovered = Literal["report", "exact"]
+Layer: TypeAlias = "str | type[nn.Module]"
+Layers: TypeAlias = "Layer | Iterable[Layer] | None"
 
 
 class LayerError(RuntimeError):
     """A layer was used in a way that would give wrong numbers; the message names it and the way out."""
 
 
-class LayerOperation(ABC):
-    """One layer whose per-example gradients have the form ``Σ_s g_s x_sᵀ``.
+class NewPathError(LayerError):
+    """A batch took another path through the model than any that was traced."""
+
+
+class ParameterBlock(ABC):
+    """Parameters whose per-example gradients are handled together.
 
     Args:
-        name: Path of the module, as in ``named_modules()``.
-        module: The layer.
+        name: Path of the module for its weight and bias, of the parameter for others.
+        parameters: Full name to parameter: first the weight, then its bias.
     """
 
-    batched_ndim: ClassVar[int]
-    """Number of dimensions of an input with a batch."""
-
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, parameters: Mapping[str, nn.Parameter]) -> None:
         self.name = name
-        self.module = module
-        self.has_weight = _trainable(module, "weight")
-        self.has_bias = _trainable(module, "bias")
+        self.parameters = dict(parameters)
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int, int]:
-        """``(k, o, i)`` of the parameter block, the bias column included."""
-
-    @abstractmethod
-    def activations(self, raw: Tensor, n: int) -> Tensor:
-        """Turn the layer's input into ``[k, n, s, i]``."""
-
-    @abstractmethod
-    def output_gradients(self, raw: Tensor, n: int) -> Tensor:
-        """Turn the gradient of the layer's output into ``[k, n, s, o]``."""
+        """``(k, o, i)``, the bias column included."""
 
     @property
-    def parameter_names(self) -> tuple[str, ...]:
-        """Names of the covered parameters within the module: weight first."""
-        return tuple(name for name, has in (("weight", self.has_weight), ("bias", self.has_bias)) if has)
+    @abstractmethod
+    def dense(self) -> tuple[bool, bool]:
+        """Whether the output side and the input side may have a dense eigenbasis."""
+
+    @property
+    def basis_sizes(self) -> tuple[int, int]:
+        """Dimensions of the dense eigenbases of the output and the input side; 0 for the identity."""
+        _, o, i = self.shape
+        return o * self.dense[0], i * self.dense[1]
+
+    @property
+    @abstractmethod
+    def bias_columns(self) -> slice | None:
+        """Columns of the block that are the second parameter, None without one."""
+
+    @abstractmethod
+    def to_parameters(self, block: Tensor) -> dict[str, Tensor]:
+        """Split ``[..., k, o, i]`` into tensors shaped like the parameters, by name (leading dimensions kept)."""
+
+    @abstractmethod
+    def from_parameters(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Join tensors shaped like the parameters, by name, into one block ``[k, o, i]``."""
+
+    @abstractmethod
+    def direct_rows(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Rows]:
+        """Turn per-example gradients ``[n, *shape]``, by parameter name, into rows; missing ones are zero."""
+
+    def no_rows(self, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Rows]]:
+        """Return rows of zeros, one pair for each kind of rows that the block can have."""
+        k, o, i = self.shape
+        zeros = torch.zeros((k, 1, 1, i), dtype=dtype, device=device)
+        return [(zeros, torch.zeros((k, 1, 1, o), dtype=dtype, device=device))]
+
+
+class MatrixBlock(ParameterBlock):
+    """A weight ``[o, ...]`` and a bias ``[o]`` as one matrix, or several for a grouped convolution.
+
+    Args:
+        name: Path of the module for its weight and bias, of the parameter for others.
+        weight: Full name and parameter.
+        bias: Full name and parameter.
+        form: ``"linear"``; ``"transposed"`` for ``[i, o]``; ``"rows"`` for ``[..., i]``; ``"convolution"``;
+            ``"transposed convolution"`` for ``[i, o / groups, ...]``.
+        groups: Number of groups of a convolution.
+        kinds: Kinds of rows that the weight gets: ``"linear"``, ``"embedding"`` or both.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: tuple[str, nn.Parameter],
+        bias: tuple[str, nn.Parameter] | None = None,
+        *,
+        form: str = "linear",
+        groups: int = 1,
+        kinds: frozenset[str] = frozenset({"linear"}),
+    ) -> None:
+        super().__init__(name, dict([weight] if bias is None else [weight, bias]))
+        self.weight_name, self.weight = weight
+        self.bias_name = None if bias is None else bias[0]
+        self.form = form
+        self.groups = groups
+        self.kinds = kinds
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the last column is a bias."""
+        return self.bias_name is not None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(groups, o / groups, i / groups + bias)``."""
+        shape, k = self.weight.shape, self.groups
+        if self.form == "transposed":
+            return 1, shape[1], shape[0] + self.has_bias
+        if self.form == "rows":
+            return 1, math.prod(shape[:-1]), shape[-1]
+        if self.form == "transposed convolution":
+            return k, shape[1], shape[0] // k * math.prod(shape[2:]) + self.has_bias
+        return k, shape[0] // k, math.prod(shape[1:]) + self.has_bias
+
+    @property
+    def dense(self) -> tuple[bool, bool]:
+        """Not for the one-hot side of an embedding, nor for very large sides."""
+        _, o, i = self.shape
+        return o <= _LARGEST_BASIS and self.kinds == {"linear"}, i <= _LARGEST_BASIS
+
+    @property
+    def bias_columns(self) -> slice | None:
+        """The last column."""
+        return slice(-1, None) if self.has_bias else None
 
     def to_parameters(self, block: Tensor) -> dict[str, Tensor]:
-        """Split a block ``[..., k, o, i]`` into tensors shaped like the parameters (leading dimensions kept)."""
-        lead = block.shape[:-3]
-        result: dict[str, Tensor] = {}
-        if self.has_weight:
-            weight = block[..., :-1] if self.has_bias else block
-            result["weight"] = weight.reshape(*lead, *self.module.get_parameter("weight").shape)
-        if self.has_bias:
-            result["bias"] = block[..., -1].reshape(*lead, *self.module.get_parameter("bias").shape)
+        """Split ``[..., k, o, i]`` into weight and bias, by name."""
+        lead, shape = block.shape[:-3], self.weight.shape
+        weight = block[..., :-1] if self.has_bias else block
+        if self.form == "transposed":
+            weight = weight.squeeze(-3).transpose(-1, -2)
+        elif self.form == "transposed convolution":
+            weight = weight.unflatten(-1, (-1, math.prod(shape[2:]))).transpose(-3, -2)
+        result = {self.weight_name: weight.reshape((*lead, *shape))}
+        if self.bias_name is not None:
+            result[self.bias_name] = block[..., -1].reshape((*lead, *self.parameters[self.bias_name].shape))
         return result
 
-    def from_parameters(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Join tensors shaped like the parameters into one block ``[k, o, i]``."""
-        k, o, i = self.shape
-        parts = []
-        if self.has_weight:
-            parts.append(tensors["weight"].reshape(k, o, i - self.has_bias))
-        if self.has_bias:
-            parts.append(tensors["bias"].reshape(k, o, 1))
+    def from_parameters(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Join weight and bias, by name, into ``[k, o, i]``."""
+        k, o, _ = self.shape
+        weight = tensors[self.weight_name]
+        if self.form == "transposed":
+            weight = weight.t()
+        elif self.form == "transposed convolution":
+            weight = weight.reshape(k, -1, o, math.prod(weight.shape[2:])).transpose(1, 2)
+        parts = [weight.reshape(k, o, -1)]
+        if self.bias_name is not None:
+            parts.append(tensors[self.bias_name].reshape(k, o, 1))
         return torch.cat(parts, -1)
 
-    def check_batch(self, raw: Tensor, n: int) -> None:
-        """Raise ``LayerError`` unless the first dimension of the layer's input is the batch."""
-        if raw.ndim < self.batched_ndim or raw.shape[0] != n:
-            raise LayerError(
-                f"layer {self.name!r} got an input of shape {tuple(raw.shape)} for a batch of {n} examples; the first "
-                "dimension has to be the batch for its gradients to be told apart by example. Keep the batch "
-                "dimension first, or leave the layer out by freezing it (requires_grad=False)."
-            )
+    def direct_rows(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Rows]:
+        """Give every output a position of its own: ``x`` holds the gradient's rows, ``g`` says which."""
+        _, o, i = self.shape
+        like = next(iter(gradients.values()))
+        n = len(like)
+        x = like.new_zeros((1, n, o, i))
+        if self.weight_name in gradients:
+            x[..., : i - self.has_bias] = gradients[self.weight_name].reshape(1, n, o, -1)
+        if self.bias_name is not None and self.bias_name in gradients:
+            x[..., -1] = gradients[self.bias_name].reshape(1, n, o)
+        return x, OneHot(torch.arange(o, device=like.device).expand(n, o), o, distinct=True)
+
+    def linear_rows(
+        self, call: MatrixCall, gradients: Sequence[Tensor | None], n: int, layouts: Layouts, start: int, bias: bool
+    ) -> tuple[list[Tensor], list[Rows]]:
+        """Return the rows of a linear map or a convolution.
+
+        Args:
+            call: The call.
+            gradients: Of its output, by draw; None is zero.
+            n: Number of examples.
+            layouts: Where they are.
+            start: First output of the block that the call computes.
+            bias: Whether the call adds the block's bias.
+        """
+        x = call.with_ones(n, layouts) if bias else self.widened(call.activations(n, layouts))
+        rows: list[Rows] = []
+        for gradient in gradients:
+            if gradient is None:
+                rows.append(x.new_zeros((*x.shape[:3], self.shape[1])))
+                continue
+            g = call.output_gradients(gradient, n, layouts)
+            rest = self.shape[1] - start - g.shape[-1]
+            rows.append(F.pad(g, (start, rest)) if start or rest else g)
+        return [x], rows
+
+    def widened(self, x: Tensor) -> Tensor:
+        """Add a column of zeros if the block has a bias."""
+        return F.pad(x, (0, 1)) if self.has_bias else x
+
+    def no_rows(self, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Rows]]:
+        """Return rows of zeros, one pair for each kind of rows that the block can have."""
+        zeros = super().no_rows(dtype, device)
+        nothing = torch.zeros((1, 1), dtype=torch.bool, device=device)
+        onehot = OneHot(torch.zeros((1, 1), dtype=torch.long, device=device), self.shape[1], kept=nothing)
+        pairs = {"linear": zeros[0], "embedding": (zeros[0][0], onehot)}
+        return [pairs[kind] for kind in sorted(self.kinds)]
 
 
-class LinearOperation(LayerOperation):
-    """``nn.Linear`` with any number of dimensions between batch and features."""
-
-    module: nn.Linear
-    batched_ndim = 2
+class VectorBlock(ParameterBlock):
+    """Scales, shifts and whatever else has no matrix form: all parameters flattened into one row, ``(1, 1, p)``."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """``(1, out_features, in_features + bias)``."""
-        return 1, self.module.out_features, self.module.in_features * self.has_weight + self.has_bias
-
-    def activations(self, raw: Tensor, n: int) -> Tensor:
-        """``[n, ..., i] -> [1, n, s, i]``."""
-        self.check_batch(raw, n)
-        rows = raw.reshape(1, n, -1, raw.shape[-1])
-        if not self.has_bias:
-            return rows
-        if not self.has_weight:
-            return rows.new_ones((1, n, rows.shape[2], 1))
-        return F.pad(rows, (0, 1), value=1.0)
-
-    def output_gradients(self, raw: Tensor, n: int) -> Tensor:
-        """``[n, ..., o] -> [1, n, s, o]``."""
-        return raw.reshape(1, n, -1, raw.shape[-1])
-
-
-class Conv2dOperation(LayerOperation):
-    """``nn.Conv2d`` with every stride, padding (mode), dilation and number of groups."""
-
-    module: nn.Conv2d
-    batched_ndim = 4
+        """``(1, 1, p)``."""
+        return 1, 1, sum(p.numel() for p in self.parameters.values())
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(groups, out_channels / groups, in_channels / groups * kernel + bias)``."""
-        conv = self.module
-        inputs = conv.in_channels // conv.groups * math.prod(conv.kernel_size)
-        return conv.groups, conv.out_channels // conv.groups, inputs * self.has_weight + self.has_bias
+    def dense(self) -> tuple[bool, bool]:
+        """Dense for short vectors, diagonal for long ones."""
+        return True, self.shape[2] <= _LARGEST_VECTOR
 
-    def activations(self, raw: Tensor, n: int) -> Tensor:
-        """``[n, c, h, w] -> [groups, n, s, i]``: one row per output position."""
-        self.check_batch(raw, n)
-        conv = self.module
-        k, _, i = self.shape
-        # torch keeps the per-side amounts here, of 'same' (which may be uneven) and of every mode.
-        sides = list(conv._reversed_padding_repeated_twice)
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        padded = F.pad(raw, sides, mode=mode) if any(sides) else raw
-        height, width = (
-            (size - conv.dilation[d] * (conv.kernel_size[d] - 1) - 1) // conv.stride[d] + 1
-            for d, size in enumerate(padded.shape[-2:])
-        )
-        rows = raw.new_empty((n, k, i, height * width))
-        if self.has_weight:
-            # All patches as one strided view, copied straight beside the bias: F.unfold and a concatenation take 3 to
-            # 20 times as long. Channels are the slow index, so a group's inputs are contiguous.
-            of_n, of_c, of_h, of_w = padded.stride()
-            channels = conv.in_channels // k
-            patches = padded.as_strided(
-                (n, k, channels, *conv.kernel_size, height, width),
-                (
-                    of_n,
-                    of_c * channels,
-                    of_c,
-                    of_h * conv.dilation[0],
-                    of_w * conv.dilation[1],
-                    of_h * conv.stride[0],
-                    of_w * conv.stride[1],
-                ),
-                padded.storage_offset(),
-            )
-            rows[:, :, : i - self.has_bias].view(patches.shape).copy_(patches)
-        if self.has_bias:
-            rows[:, :, -1] = 1
-        return rows.permute(1, 0, 3, 2)
+    @property
+    def bias_columns(self) -> slice | None:
+        """Everything behind the first parameter."""
+        first = next(iter(self.parameters.values()))
+        return slice(first.numel(), None) if len(self.parameters) > 1 else None
 
-    def output_gradients(self, raw: Tensor, n: int) -> Tensor:
-        """``[n, c, h, w] -> [groups, n, s, o]``."""
-        grouped = raw.reshape(n, self.module.groups, -1, raw.shape[-2] * raw.shape[-1])
-        return grouped.permute(1, 0, 3, 2)
+    def to_parameters(self, block: Tensor) -> dict[str, Tensor]:
+        """Split ``[..., 1, 1, p]`` by name."""
+        lead = block.shape[:-3]
+        parts = block.reshape(*lead, -1).split([p.numel() for p in self.parameters.values()], -1)
+        return {
+            name: part.reshape((*lead, *p.shape))
+            for (name, p), part in zip(self.parameters.items(), parts, strict=True)
+        }
 
+    def from_parameters(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Join tensors, by name, into ``[1, 1, p]``."""
+        return torch.cat([tensors[name].reshape(-1) for name in self.parameters]).view(1, 1, -1)
 
-_OPERATIONS: dict[type[nn.Module], type[LayerOperation]] = {
-    nn.Linear: LinearOperation,
-    nn.Conv2d: Conv2dOperation,
-}
+    def direct_rows(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Rows]:
+        """Return the gradients as the only row of every example, times one."""
+        like = next(iter(gradients.values()))
+        parts = [
+            gradients[name].reshape(len(like), -1) if name in gradients else like.new_zeros((len(like), p.numel()))
+            for name, p in self.parameters.items()
+        ]
+        return torch.cat(parts, 1).view(1, len(like), 1, -1), like.new_ones((1, len(like), 1, 1))
 
 
 @dataclass(frozen=True)
@@ -188,16 +285,20 @@ class Coverage:
     """Which trainable parameters are understood.
 
     Attributes:
-        operations: Block name (module path) to operation.
+        blocks: Block name to block.
         uncovered: Name of every trainable parameter that is left out, to the reason.
         covered_parameters: Number of scalars covered.
         total_parameters: Number of trainable scalars.
+        one_by_one: Names of the blocks whose gradients are computed one example at a time.
+        trace: How the parameters are used.
     """
 
-    operations: dict[str, LayerOperation]
+    blocks: dict[str, ParameterBlock]
     uncovered: dict[str, str] = field(default_factory=dict)
     covered_parameters: int = 0
     total_parameters: int = 0
+    one_by_one: frozenset[str] = frozenset()
+    trace: Trace = field(default_factory=Trace)
 
     @property
     def share(self) -> float:
@@ -206,104 +307,292 @@ class Coverage:
 
     def describe(self) -> str:
         """Return one line for logs: the share covered and what is left out."""
-        line = f"{self.share:.1%} of {self.total_parameters:,} trainable parameters in {len(self.operations)} layers"
-        if not self.uncovered:
-            return line
-        names = list(self.uncovered)
-        listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        return f"{line}; not covered: {listed}"
+        line = f"{self.share:.1%} of {self.total_parameters:,} trainable parameters in {len(self.blocks)} layers"
+        if self.one_by_one:
+            line += f", one example at a time: {_listed(sorted(self.one_by_one))}"
+        return f"{line}; not covered: {_listed(list(self.uncovered))}" if self.uncovered else line
 
 
-def cover(module: nn.Module, layers: Iterable[str] | None = None) -> Coverage:
-    """Find the layers whose per-example gradients are understood.
+def listed_layers(layers: Layer | Iterable[Layer]) -> list[Layer]:
+    """Return one name or type, or several, as a list."""
+    return [layers] if isinstance(layers, (str, type)) else list(layers)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def cover(
+    module: nn.Module,
+    layers: Layers = None,
+    *,
+    trace: Trace | None = None,
+    uncovered: Uncovered = "report",
+) -> Coverage:
+    """Find the parameters whose per-example gradients are understood.
 
     Args:
         module: The model. Only parameters that require a gradient count.
-        layers: Module names or glob patterns to keep; None keeps all.
+        layers: What to keep: names of modules (with everything in them), of blocks or parameters, glob patterns, or
+            types of modules; None keeps all.
+        trace: How the parameters are used, see ``discover``; without it, layers are taken to be used in the standard
+            way, and other parameters are not covered.
+        uncovered: ``"exact"`` covers all others by one backward pass per example.
 
     Returns:
-        Operations by module name, and the reason for each trainable parameter that is not covered.
+        Blocks by name, and the reason for each trainable parameter that is not covered.
 
     Raises:
-        LayerError: If nothing is covered, or a pattern matches no layer.
+        LayerError: If nothing is covered, or an entry of ``layers`` matches nothing.
     """
-    users: dict[int, list[str]] = {}
-    for name, submodule in module.named_modules():
-        for parameter in submodule.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(name)
-    operations: dict[str, LayerOperation] = {}
-    reasons: dict[int, str] = {}
-    covered: set[int] = set()
-    patterns = None if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    matched: set[str] = set()
-    supported: list[str] = []
-    bypassed = {
-        id(child): f"used by {type(parent).__name__} without being called"
-        for parent in module.modules()
-        if isinstance(parent, nn.MultiheadAttention)
-        for child in parent.children()
-    }
-    for path, submodule in module.named_modules():
-        own = [p for p in submodule.parameters(recurse=False) if p.requires_grad]
-        if not own:
-            continue
-        name = _clean(path)
-        reason = bypassed.get(id(submodule)) or _why_not(submodule, own, users)
-        if reason is None:
-            supported.append(name)
-        if patterns is not None and reason is None:
-            hits = [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)]
-            matched.update(hits)
-            reason = None if hits else "left out by `layers=`"
-        kind = _kind(submodule)
-        if reason is None and kind is not None:
-            operations[name] = _OPERATIONS[kind](name, submodule)
-            covered.update(id(p) for p in own)
-        else:
-            reasons.update({id(p): str(reason) for p in own})
-    trainable = {_clean(name): p for name, p in module.named_parameters() if p.requires_grad}
-    if patterns is not None and (missing := [pattern for pattern in patterns if pattern not in matched]):
-        raise LayerError(
-            f"`layers=` names {missing}, which match no supported layer; supported are {supported or 'none'}."
+    return _Survey(module, trace or Trace(), uncovered).coverage(layers, uncovered)
+
+
+@dataclass(eq=False)
+class _Profile:
+    """How one parameter is used, over all its uses."""
+
+    name: str
+    parameter: nn.Parameter
+    form: str | None = None  # of a matrix
+    groups: int = 1
+    kinds: set[str] = field(default_factory=set)
+    direct: bool = False
+    reason: str | None = None
+    partners: list[int | None] = field(default_factory=list)  # weights that it is the bias of, one per use
+    seen: bool = False
+
+    def matrix(self, form: str, groups: int = 1, kind: str = "linear") -> None:
+        """Note a use as a matrix."""
+        if self.form is not None and (self.form, self.groups) != (form, groups):
+            self.reason = f"used both as {self.form} and as {form}"
+        self.form, self.groups = form, groups
+        self.kinds.add(kind)
+
+
+class _Survey:
+    """Sorts the trainable parameters of a model into blocks."""
+
+    def __init__(self, module: nn.Module, trace: Trace, uncovered: Uncovered) -> None:
+        self.module = module
+        self.trace = trace
+        self.largest_repeated: float = _LARGEST_REPEATED if uncovered == "report" else math.inf
+        self.profiles: dict[int, _Profile] = {}
+        self.owners: dict[int, list[tuple[str, nn.Module]]] = {}
+        for path, submodule in module.named_modules():
+            for local, parameter in submodule.named_parameters(recurse=False):
+                self.owners.setdefault(id(parameter), []).append((_clean(path), submodule))
+                if parameter.requires_grad and id(parameter) not in self.profiles:
+                    name = _clean(f"{path}.{local}" if path else local)
+                    self.profiles[id(parameter)] = _Profile(name, parameter)
+        for profile in self.profiles.values():
+            self._look(profile)
+
+    def coverage(self, layers: Layers, uncovered: Uncovered) -> Coverage:
+        blocks = self._blocks()
+        slow = self._slow_blocks() if uncovered == "exact" else []
+        reasons = {p.name: p.reason for p in self.profiles.values() if p.reason is not None}
+        chosen = blocks + slow
+        for block in slow:
+            reasons = {name: reason for name, reason in reasons.items() if name not in block.parameters}
+        if layers is not None:
+            chosen = self._selected(chosen, listed_layers(layers))
+            kept = {name for block in chosen for name in block.parameters}
+            left = [name for block in blocks + slow for name in block.parameters if name not in kept]
+            reasons |= dict.fromkeys(left, "left out by `layers=`")
+        if not chosen:
+            why = "; ".join(sorted(set(map(str, reasons.values())))) or "no parameter requires a gradient"
+            way_out = ' Pass `uncovered="exact"` to compute them one example at a time.' if reasons else ""
+            raise LayerError(
+                "the model has no trainable parameter whose per-example gradients are understood. Found: "
+                f"{why}.{way_out}"
+            )
+        reasons |= dict.fromkeys(
+            self.trace.outside, "registered in no module, so neither saved nor found; assign it to one"
         )
-    if not operations:
-        kinds = sorted({r for r in reasons.values()}) or ["no parameter requires a gradient"]
-        raise LayerError(
-            "the model has no supported layer with trainable parameters; supported are "
-            f"{', '.join(sorted(kind.__name__ for kind in _OPERATIONS))}. Found: {'; '.join(kinds)}."
+        order = {p.name: k for k, p in enumerate(self.profiles.values())}
+        return Coverage(
+            {block.name: block for block in chosen},
+            {name: str(reasons[name]) for name in sorted(reasons, key=lambda name: order.get(name, len(order)))},
+            sum(p.numel() for block in chosen for p in block.parameters.values()),
+            sum(p.parameter.numel() for p in self.profiles.values()),
+            frozenset(block.name for block in slow) & {block.name for block in chosen},
+            self.trace,
         )
-    return Coverage(
-        operations,
-        {name: reasons[id(p)] for name, p in trainable.items() if id(p) not in covered},
-        sum(p.numel() for p in trainable.values() if id(p) in covered),
-        sum(p.numel() for p in trainable.values()),
-    )
+
+    # ------------------------------------------------------------- profiles
+
+    def _look(self, profile: _Profile) -> None:
+        uses = [use for use in self.trace.uses(profile.parameter) if use.kind != "penalty"]
+        met = [use for use in uses if use.kind != "shared"]
+        profile.seen = bool(met)
+        for use in met:
+            self._look_at_use(profile, use)
+        if not uses and self.trace.paths:
+            profile.reason = "took no part in the first batch"
+            if id(profile.parameter) in self.trace.without_gradients:
+                profile.reason = (
+                    "used without gradients only, under `torch.no_grad` or in a reentrant checkpoint (pass "
+                    "`use_reentrant=False`)"
+                )
+        elif not uses:
+            self._look_at_owner(profile)
+        elif not met and profile.reason is None:
+            profile.reason = "its values never meet the batch"
+        if profile.direct and profile.form not in (None, "linear"):
+            profile.reason = f"used both as {profile.form} and elementwise"
+
+    def _look_at_use(self, profile: _Profile, use: TracedUse) -> None:
+        if use.kind == "unknown" or use.call is None:
+            profile.reason = use.reason
+            return
+        if use.repeated_size > self.largest_repeated:
+            profile.reason = f"{use.reason}; its gradients of every example are too large to form unasked"
+        for role, sources in use.roles.items():
+            if id(profile.parameter) not in sources:
+                continue
+            view = use.views[role]
+            whole = view is not None and view.rows == len(profile.parameter) if profile.parameter.ndim else True
+            if role not in use.call.matrix_roles:
+                profile.direct = True
+                weights = use.roles.get("weight", ())
+                paired = role == "bias" and view is not None and len(weights) == 1
+                profile.partners.append(weights[0] if paired else None)
+            elif issubclass(use.call, EmbeddingCall):
+                profile.matrix("linear", kind="embedding")
+                profile.reason = profile.reason or (None if whole else "used in parts by an embedding")
+            elif issubclass(use.call, ConvolutionCall):
+                profile.matrix("transposed convolution" if use.transposed else "convolution", use.groups)
+                profile.reason = profile.reason or (None if whole else "used in parts by a convolution")
+            else:
+                assert view is not None  # or the call would have been repeated for every example
+                across = use.transposed != view.transposed
+                profile.matrix("transposed" if across else "linear")
+                if across and not whole:
+                    profile.reason = "used in parts by a matrix product"
+
+    def _look_at_owner(self, profile: _Profile) -> None:
+        """Take a layer that was not seen at work to be used in the standard way."""
+        path, owner = self.owners[id(profile.parameter)][0]
+        local = profile.name.removeprefix(f"{path}." if path else "")
+        weight = next((p for n, p in owner.named_parameters(recurse=False) if n == "weight"), None)
+        reason = None
+        for _, each in self.owners[id(profile.parameter)]:
+            if each._parameters.get(local) is None and not isinstance(each, nn.MultiheadAttention):
+                continue
+            if isinstance(each, (nn.Linear, nn.modules.conv._ConvNd)) and local == "bias":
+                profile.direct = True
+                profile.partners.append(id(weight) if weight is not None else None)
+            elif isinstance(each, nn.Linear) and local == "weight":
+                profile.matrix("linear")
+            elif isinstance(each, nn.modules.conv._ConvTransposeNd) and local == "weight":
+                profile.matrix("transposed convolution", each.groups)
+            elif isinstance(each, nn.modules.conv._ConvNd) and local == "weight":
+                profile.matrix("convolution", each.groups)
+            elif isinstance(each, (nn.Embedding, nn.EmbeddingBag)) and local == "weight":
+                profile.matrix("linear", kind="embedding")
+            elif isinstance(each, _SCALES) and local in ("weight", "bias"):
+                profile.direct = True
+                profile.partners.append(id(weight) if local == "bias" and weight is not None else None)
+            elif isinstance(each, nn.MultiheadAttention) and local.endswith("proj_weight"):
+                profile.matrix("linear")
+            elif isinstance(each, nn.MultiheadAttention):
+                profile.direct = True
+                packed = each.in_proj_weight if local == "in_proj_bias" else None
+                profile.partners.append(None if packed is None else id(packed))
+            else:
+                reason = f"{type(each).__name__} is not supported"
+        profile.reason = profile.reason or reason
+        if profile.form is None and not profile.direct and profile.reason is None:
+            profile.reason = "no supported use of it is known"
+
+    # --------------------------------------------------------------- blocks
+
+    def _blocks(self) -> list[ParameterBlock]:
+        understood = [p for p in self.profiles.values() if p.reason is None]
+        biases: dict[int, _Profile] = {}
+        for profile in understood:
+            partners = set(profile.partners)
+            if profile.form is None and len(partners) == 1 and None not in partners:
+                (partner,) = partners
+                weight = None if partner is None else self.profiles.get(partner)
+                if weight is not None and weight.reason is None and partner is not None and partner not in biases:
+                    biases[partner] = profile
+        joined = {id(p.parameter) for p in biases.values()}
+        blocks: list[ParameterBlock] = []
+        for profile in understood:
+            if id(profile.parameter) in joined:
+                continue
+            bias = biases.get(id(profile.parameter))
+            pair = {p.name: p.parameter for p in (profile, bias) if p is not None}
+            name = profile.name.removesuffix(".weight") if profile.name != "weight" else ""
+            rows = profile.parameter.ndim >= 2 and profile.parameter.shape[-1] > 1
+            if profile.form is None and (not rows or profile.parameter.numel() <= _LARGEST_VECTOR):
+                blocks.append(VectorBlock(name, pair))
+            elif profile.form is None:
+                blocks.append(MatrixBlock(name, (profile.name, profile.parameter), form="rows", kinds=_ONE_HOT))
+            else:
+                kinds = frozenset(profile.kinds) | (_ONE_HOT if profile.direct else frozenset())
+                blocks.append(
+                    MatrixBlock(
+                        name,
+                        (profile.name, profile.parameter),
+                        None if bias is None else (bias.name, bias.parameter),
+                        form=profile.form,
+                        groups=profile.groups,
+                        kinds=kinds,
+                    )
+                )
+        return blocks
+
+    def _slow_blocks(self) -> list[ParameterBlock]:
+        blocks: list[ParameterBlock] = []
+        for profile in self.profiles.values():
+            if profile.reason is None:
+                continue
+            if profile.parameter.ndim >= 2:
+                named = (profile.name, profile.parameter)
+                blocks.append(MatrixBlock(profile.name, named, kinds=_ONE_HOT))
+            else:
+                blocks.append(VectorBlock(profile.name, {profile.name: profile.parameter}))
+        return blocks
+
+    def _selected(self, blocks: list[ParameterBlock], patterns: Sequence[Layer]) -> list[ParameterBlock]:
+        matched: set[int] = set()
+        kept = []
+        for block in blocks:
+            owners = [owner for p in block.parameters.values() for owner in self.owners[id(p)]]
+            names = {block.name, *block.parameters, *(path for path, _ in owners)}
+            hits = {
+                position
+                for position, pattern in enumerate(patterns)
+                if (
+                    any(isinstance(owner, pattern) for _, owner in owners)
+                    if isinstance(pattern, type)
+                    else any(fnmatch.fnmatchcase(n, pattern) or n.startswith(f"{pattern}.") for n in names)
+                )
+            }
+            matched |= hits
+            if hits:
+                kept.append(block)
+        if missing := [pattern for position, pattern in enumerate(patterns) if position not in matched]:
+            listed = [pattern.__name__ if isinstance(pattern, type) else pattern for pattern in missing]
+            known = [block.name for block in blocks]
+            close = [near for name in listed for near in difflib.get_close_matches(name, known, 3, 0.5)]
+            hint = f"did you mean {close}?" if close else f"there are {known[:20] or 'none'}"
+            raise LayerError(f"`layers=` names {listed}, which match no supported layer; {hint}")
+        return kept
 
 
-def _why_not(module: nn.Module, own: list[nn.Parameter], users: dict[int, list[str]]) -> str | None:
-    kind = _kind(module)
-    if kind is None:
-        return f"{type(module).__name__} is not supported"
-    if type(module).forward is not kind.forward:
-        return f"{type(module).__name__} has a forward of its own"
-    extra = set(dict(module.named_parameters(recurse=False))) - {"weight", "bias"}
-    if extra or "weight" not in module._parameters:
-        return f"{type(module).__name__} is parametrised ({', '.join(sorted(extra)) or 'no own weight'})"
-    for parameter in own:
-        if len(users[id(parameter)]) > 1:
-            return f"shared by {' and '.join(map(_clean, users[id(parameter)]))}"
-    return None
-
-
-def _kind(module: nn.Module) -> type[nn.Module] | None:
-    return next((kind for kind in _OPERATIONS if isinstance(module, kind)), None)
-
-
-def _trainable(module: nn.Module, name: str) -> bool:
-    parameter = module._parameters[name]
-    return parameter is not None and parameter.requires_grad
+_SCALES = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,
+    nn.PReLU,
+)
 
 
 def _clean(path: str) -> str:
     """Drop what ``torch.compile`` puts into module paths, so that names are those of the eager model."""
-    return path.replace("_orig_mod.", "").removesuffix("._orig_mod")
+    return path.replace("_orig_mod.", "").removesuffix("._orig_mod").removesuffix("_orig_mod")

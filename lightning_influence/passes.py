@@ -17,15 +17,18 @@ from torch import Tensor, nn
 
 from lightning_influence import distributed
 from lightning_influence.capture import Capture, LayerIO
+from lightning_influence.discover import trace_model
 from lightning_influence.isolation import (
     seed_everything,
     untouched,
 )
-from lightning_influence.layers import Coverage
+from lightning_influence.layers import Coverage, LayerError, NewPathError
+from lightning_influence.precision import working
 from lightning_influence.source import ExampleSource
 from lightning_influence.task import BatchLoss, Task, TaskError, evaluate
 
 Labels = Literal["true", "sampled", "exact"]
+_COPIES = 2
 _T = TypeVar("_T")
 
 
@@ -157,8 +160,9 @@ class ExampleGradients:
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own, size):
-                loss = self._forward(capture, batch, len(batch_indices), references, step_seed)
+                loss = self._traced_forward(capture, batch, batch_indices, references, step_seed)
                 self._backward(capture, loss, labels, batch_indices, draw)
+                self._add_one_by_one(capture, batch_indices, labels, draw, references)
                 n = len(batch_indices)
                 finite = capture.finite(n)
                 if loss.values is not None:
@@ -172,11 +176,11 @@ class ExampleGradients:
         own = distributed.share(indices)
         with (
             untouched(self.module),
-            Capture(self.coverage) as capture,
+            Capture(self.coverage),
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own):
-                yield batch_indices, self._forward(capture, batch, len(batch_indices), None)
+                yield batch_indices, self._forward(batch, len(batch_indices), None)
                 advance(len(batch_indices))
 
     def calibrate(self, indices: Sequence[int]) -> None:
@@ -210,33 +214,128 @@ class ExampleGradients:
         """Return autograd's gradient of the batch loss for every covered parameter: block, parameter -> tensor."""
         with untouched(self.module):
             owners = [
-                (name, parameter, getattr(operation.module, parameter))
-                for name, operation in self.coverage.operations.items()
-                for parameter in operation.parameter_names
+                (block.name, name, parameter)
+                for block in self.coverage.blocks.values()
+                for name, parameter in block.parameters.items()
             ]
             for _, _, tensor in owners:
                 tensor.requires_grad_(True)
-            seed_everything(0)
-            with self._forward_context():
-                loss = evaluate(self.task, self.module, self._to_device(batch), n)
+            loss = self._forward(batch, n, None)
             tensors = [tensor for _, _, tensor in owners]
             found = torch.autograd.grad(loss.loss, tensors, allow_unused=True)
         result: dict[str, dict[str, Tensor]] = {}
-        for (name, parameter, tensor), gradient in zip(owners, found, strict=True):
-            result.setdefault(name, {})[parameter] = torch.zeros_like(tensor) if gradient is None else gradient
+        for (block, name, tensor), gradient in zip(owners, found, strict=True):
+            result.setdefault(block, {})[name] = _dense(gradient, tensor)
         return result
 
+    def _traced_forward(
+        self,
+        capture: Capture,
+        batch: Any,
+        indices: list[int],
+        references: Mapping[int, float] | None,
+        step_seed: int,
+    ) -> BatchLoss:
+        """Run a captured forward pass; one that takes a new path through the model is traced first."""
+        n = len(indices)
+        for whole in (False, True):
+            try:
+                return self._forward(batch, n, references, step_seed=step_seed, watch=capture.forward(n))
+            except NewPathError:
+                # A few of the examples may take the same path as all of them, at a fraction of the memory.
+                self._trace(indices, whole)
+        return self._forward(batch, n, references, step_seed=step_seed, watch=capture.forward(n))
+
+    def _trace(self, indices: list[int], whole: bool) -> None:
+        trace = trace_model(
+            self.module,
+            self.task,
+            self.source,
+            indices=indices,
+            whole=whole,
+            to_device=self._to_device,
+            forward_context=self._forward_context,
+        )
+        for block in self.coverage.blocks.values():
+            for name, parameter in block.parameters.items():
+                for use in trace.uses(parameter):
+                    if use.kind == "unknown" and block.name not in self.coverage.one_by_one:
+                        raise LayerError(
+                            f"{name!r} is {use.reason}, in the batch of examples {indices[0]}, {indices[-1]} and those "
+                            "between, though not in the first batch. Leave it out by `layers=`, or freeze it."
+                        )
+        self.coverage.trace.add(trace)
+
     def _forward(
-        self, capture: Capture, batch: Any, n: int, references: Mapping[int, float] | None, step_seed: int = 0
+        self,
+        batch: Any,
+        n: int,
+        references: Mapping[int, float] | None,
+        *,
+        step_seed: int = 0,
+        watch: AbstractContextManager[Any] | None = None,
     ) -> BatchLoss:
         # A step that draws random numbers itself must not depend on how many were drawn before.
         seed_everything(step_seed)
-        with capture.forward(), self._forward_context():
+        with watch or nullcontext(), self._forward_context():
             return evaluate(self.task, self.module, self._to_device(batch), n, references)
 
+    def _add_one_by_one(
+        self,
+        capture: Capture,
+        indices: list[int],
+        labels: Labels,
+        draw: int,
+        references: Mapping[int, float] | None,
+    ) -> None:
+        """Compute the gradients of the parameters that have no rows by a forward and backward pass per example."""
+        blocks = [self.coverage.blocks[name] for name in sorted(self.coverage.one_by_one)]
+        owned = [(block.name, name, parameter) for block in blocks for name, parameter in block.parameters.items()]
+        if not owned:
+            return
+        tensors = [parameter for _, _, parameter in owned]
+        rows: list[list[list[Tensor]]] = []  # draw, parameter, example
+        flags = [tensor.requires_grad for tensor in tensors]
+        for tensor in tensors:
+            tensor.requires_grad_(True)
+        try:
+            for index in indices:
+                # Two copies: steps that `squeeze()` the batch away do not meet a batch of one.
+                ((_, batch),) = self.source.batches([index] * _COPIES, _COPIES)
+                loss = self._forward(batch, _COPIES, references)
+                starts = list(self._starts(loss, labels, [index] * _COPIES, draw))
+                for number, (outputs, gradients) in enumerate(starts):
+                    last = number == len(starts) - 1
+                    found = torch.autograd.grad(outputs, tensors, gradients, retain_graph=not last, allow_unused=True)
+                    if len(rows) <= number:
+                        rows.append([[] for _ in tensors])
+                    for column, tensor, gradient in zip(rows[number], tensors, found, strict=True):
+                        column.append(working(_dense(gradient, tensor) / _COPIES))
+        finally:
+            for tensor, flag in zip(tensors, flags, strict=True):
+                tensor.requires_grad_(flag)
+        for block in blocks:
+            draws = [
+                {
+                    name: torch.stack(column)
+                    for (owner, name, _), column in zip(owned, columns, strict=True)
+                    if owner == block.name
+                }
+                for columns in rows
+            ]
+            capture.add_computed(block.name, draws)
+
     def _backward(self, capture: Capture, loss: BatchLoss, labels: Labels, indices: list[int], draw: int) -> None:
+        draws = loss.exact_draws() if labels == "exact" else 1
+        for number, (outputs, gradients) in enumerate(self._starts(loss, labels, indices, draw)):
+            capture.backward(outputs, gradients, last=number + 1 == draws)
+
+    def _starts(
+        self, loss: BatchLoss, labels: Labels, indices: list[int], draw: int
+    ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Yield tensors and gradients to run backward from, once per draw of labels."""
         if labels == "true":
-            capture.backward(*loss.true_outputs())
+            yield loss.true_outputs()
             return
         if not loss.terms:
             raise TaskError(
@@ -244,16 +343,14 @@ class ExampleGradients:
                 'F.binary_cross_entropy_with_logits, F.mse_loss). Use `fisher="empirical"`.'
             )
         if labels == "sampled":
-            capture.backward(*loss.sampled_outputs(_ExampleNoise(self.seed, draw, indices)))
+            yield loss.sampled_outputs(_ExampleNoise(self.seed, draw, indices))
             return
-        draws = loss.exact_draws()
-        if draws is None:
+        if loss.exact_draws() is None:
             raise TaskError(
                 "the expectation over labels has no closed form for this loss (it makes several decisions per "
                 'example); use `fisher="sampled"`.'
             )
-        for number, (outputs, gradients) in enumerate(loss.exact_outputs()):
-            capture.backward(outputs, gradients, last=number == draws - 1)
+        yield from loss.exact_outputs()
 
     def _move(self, batch: Any) -> Any:
         return _moved(batch, self.device)
@@ -281,6 +378,12 @@ class _silent(nullcontext[Callable[[int], None]]):
 
     def __init__(self, title: str, examples: int) -> None:
         super().__init__(lambda done: None)
+
+
+def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(like)
+    return gradient.to_dense() if gradient.layout != torch.strided else gradient
 
 
 def _moved(batch: _T, device: torch.device) -> _T:

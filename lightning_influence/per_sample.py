@@ -3,7 +3,8 @@
 Every function takes activations ``x: [k, n, s, i]`` and output gradients ``g: [k, n, s, o]`` of one block (see
 ``layers``) and returns something about the per-example gradients ``G_kn = Σ_s g_kns x_knsᵀ``, ``[o, i]``, choosing
 the cheapest exact form. With one position (``s = 1``) the gradient is an outer product and no ``[n, o, i]`` tensor
-ever exists; otherwise gradients are formed for a few examples at a time.
+ever exists; with one-hot rows ``g`` (embeddings, see ``rows``) only the rows that an example uses do; otherwise
+gradients are formed for a few examples at a time.
 
 Index legend: ``k`` groups, ``n`` examples, ``s``/``t`` positions, ``i`` inputs, ``o`` outputs.
 """
@@ -16,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.rows import Joined, OneHot, Rows, added, compact, rotate
+
 # Scalars of formed gradients held at a time: 16 MiB in float32, about what stays in cache between two uses.
 _CHUNK_ELEMENTS = 2**22
 
@@ -23,7 +26,7 @@ NormForm = Literal["auto", "gram", "form"]
 RotationForm = Literal["auto", "rotate_first", "form_first"]
 
 
-def squared_norms(x: Tensor, g: Tensor, *, form: NormForm = "auto") -> Tensor:
+def squared_norms(x: Tensor, g: Rows, *, form: NormForm = "auto") -> Tensor:
     """Return the squared norm of every per-example gradient.
 
     Args:
@@ -35,6 +38,15 @@ def squared_norms(x: Tensor, g: Tensor, *, form: NormForm = "auto") -> Tensor:
     Returns:
         ``Σ_k ‖G_kn‖²``, ``[n]``.
     """
+    if isinstance(g, OneHot):
+        return compact(x, g).square().sum((0, 2, 3))
+    if isinstance(g, Joined):
+        first, second = g.split(x)
+        # nst, nst -> n: ⟨Σ_s e_id x_sᵀ, Σ_t g_t x_tᵀ⟩ = Σ_st (x_s·x_t) g_t[id_s]
+        products = first[0] @ second[0].transpose(-1, -2)
+        picked = g.dense[0].transpose(-1, -2).gather(1, g.onehot.indices.unsqueeze(2).expand_as(products))
+        cross = (products * picked).sum((1, 2))
+        return squared_norms(first, g.onehot) + 2 * cross + squared_norms(second, g.dense, form=form)
     s, i, o = x.shape[2], x.shape[3], g.shape[3]
     if s == 1:
         return (x.square().sum(-1) * g.square().sum(-1)).sum((0, 2))
@@ -44,32 +56,60 @@ def squared_norms(x: Tensor, g: Tensor, *, form: NormForm = "auto") -> Tensor:
     return torch.cat([chunk.square().sum((0, 2, 3)) for chunk in gradients(x, g)])
 
 
-def gradients(x: Tensor, g: Tensor) -> Iterator[Tensor]:
+def gradients(x: Tensor, g: Rows) -> Iterator[Tensor]:
     """Yield the per-example gradients a few examples at a time, each ``[k, m, o, i]``, in order."""
     k, n, _, i = x.shape
-    step = max(1, _CHUNK_ELEMENTS // (k * i * g.shape[3]))
+    o = g.shape[3]
+    step = max(1, _CHUNK_ELEMENTS // (k * i * o))
+    if isinstance(g, (OneHot, Joined)):
+        onehot, x, dense, of_dense = (g, x, None, x) if isinstance(g, OneHot) else (g.onehot, *_parts(x, g))
+        for start in range(0, n, step):
+            ids = onehot.indices[start : start + step]
+            offset = torch.arange(len(ids), device=ids.device).unsqueeze(1) * o
+            if dense is None:
+                chunk = x.new_zeros((1, len(ids), o, i))
+            else:
+                chunk = dense[:, start : start + step].transpose(-1, -2) @ of_dense[:, start : start + step]
+            flat = x[0, start : start + step].reshape(-1, i)
+            chunk.view(-1, i).index_add_(0, (ids + offset).reshape(-1), flat)
+            yield chunk
+        return
     for start in range(0, n, step):
         # kmso, kmsi -> kmoi
         yield g[:, start : start + step].transpose(-1, -2) @ x[:, start : start + step]
 
 
-def summed_gradient(x: Tensor, g: Tensor) -> Tensor:
+def _parts(x: Tensor, g: Joined) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the activations of the one-hot rows, the dense rows and their activations."""
+    first, second = g.split(x)
+    return first, g.dense, second
+
+
+def _added(x: Tensor, g: OneHot) -> Tensor:
+    """Return ``Σ_ns e_id x_nsᵀ``, ``[1, o, i]``."""
+    i = x.shape[3]
+    return x.new_zeros((1, g.size, i)).index_add_(1, g.indices.reshape(-1), x.reshape(1, -1, i))
+
+
+def summed_gradient(x: Tensor, g: Rows) -> Tensor:
     """Return the sum over examples of their gradients, ``[k, o, i]``."""
+    if isinstance(g, OneHot):
+        return _added(x, g)
+    if isinstance(g, Joined):
+        first, second = g.split(x)
+        return _added(first, g.onehot) + summed_gradient(second, g.dense)
     if x.shape[2] == 1:
         return g[:, :, 0].transpose(-1, -2) @ x[:, :, 0]
     # One product per example instead of one over all rows: patches lie transposed in memory, and a copy costs more.
-    return torch.stack([chunk.sum(1) for chunk in gradients(x, g)]).sum(0)
+    return added(chunk.sum(1) for chunk in gradients(x, g))
 
 
-def summed_squares(x: Tensor, gs: Sequence[Tensor]) -> Tensor:
+def summed_squares(x: Tensor | Sequence[Tensor], gs: Sequence[Rows]) -> Tensor:
     """Return the elementwise squares of the gradients, summed over examples and draws, ``[k, o, i]``."""
-    if x.shape[2] == 1:
-        squares = torch.stack([g[:, :, 0].square() for g in gs]).sum(0)
-        return squares.transpose(-1, -2) @ x[:, :, 0].square()
-    return torch.stack([chunk.square().sum(1) for g in gs for chunk in gradients(x, g)]).sum(0)
+    return rotated_squares(x, gs, None, None)
 
 
-def weighted_squares(x: Tensor, g: Tensor, weights: Tensor) -> Tensor:
+def weighted_squares(x: Tensor, g: Rows, weights: Tensor) -> Tensor:
     """Return ``Σ_koi weights_koi (G_kn)²_oi``, ``[n]``.
 
     Args:
@@ -77,13 +117,10 @@ def weighted_squares(x: Tensor, g: Tensor, weights: Tensor) -> Tensor:
         g: Output gradients ``[k, n, s, o]``.
         weights: ``[k, o, i]``.
     """
-    if x.shape[2] == 1:
-        # kno, koi, kni -> n
-        return ((g[:, :, 0].square() @ weights) * x[:, :, 0].square()).sum((0, 2))
-    return torch.cat([(chunk.square() * weights.unsqueeze(1)).sum((0, 2, 3)) for chunk in gradients(x, g)])
+    return weighted_rotated_squares(x, g, None, None, weights)
 
 
-def inner_products(x: Tensor, g: Tensor, matrix: Tensor) -> Tensor:
+def inner_products(x: Tensor, g: Rows, matrix: Tensor) -> Tensor:
     """Return the inner product of every per-example gradient with one matrix.
 
     Args:
@@ -94,56 +131,58 @@ def inner_products(x: Tensor, g: Tensor, matrix: Tensor) -> Tensor:
     Returns:
         ``Σ_ks g_knsᵀ matrix_k x_kns``, ``[n]``.
     """
+    if isinstance(g, OneHot):
+        return (x[0] * matrix[0][g.indices]).sum((1, 2))
+    if isinstance(g, Joined):
+        first, second = g.split(x)
+        return inner_products(first, g.onehot, matrix) + inner_products(second, g.dense, matrix)
     return (rotate(x, matrix.transpose(-1, -2)) * g).sum((0, 2, 3))
 
 
-def second_moment(rows: Tensor) -> Tensor:
-    """Return ``Σ_ns v_ns v_nsᵀ`` for ``rows: [k, n, s, i]``: ``[k, i, i]``."""
-    k, n, s, i = rows.shape
-    if s == 1 or rows.is_contiguous():
-        flat = rows.reshape(k, n * s, i)
-        return flat.transpose(-1, -2) @ flat
-    columns = rows.transpose(-1, -2)
-    if k == 1:
-        return torch.addbmm(rows.new_zeros((i, i)), columns[0], rows[0]).unsqueeze(0)
-    flat = columns.transpose(1, 2).reshape(k, i, n * s)
-    return flat @ flat.transpose(-1, -2)
-
-
-def rotate(rows: Tensor, basis: Tensor) -> Tensor:
-    """Multiply every row by a matrix: ``[k, n, s, i]`` times ``[k, i, j]`` is ``[k, n, s, j]``."""
-    k, n, s, i = rows.shape
-    if s == 1 or rows.is_contiguous():
-        return torch.bmm(rows.reshape(k, n * s, i), basis).view(k, n, s, -1)
-    # Patches lie as [n, i, s] in memory: multiply from the left there rather than copy them.
-    return (basis.transpose(-1, -2).unsqueeze(1) @ rows.transpose(-1, -2)).transpose(-1, -2)
-
-
 def rotated_squares(
-    x: Tensor, gs: Sequence[Tensor], basis_x: Tensor, basis_g: Tensor, *, form: RotationForm = "auto"
+    x: Tensor | Sequence[Tensor],
+    gs: Sequence[Rows],
+    basis_x: Tensor | None,
+    basis_g: Tensor | None,
+    *,
+    form: RotationForm = "auto",
 ) -> Tensor:
     """Return the squares of the rotated gradients, summed over examples and draws.
 
     Args:
-        x: Activations ``[k, n, s, i]``.
-        gs: Output gradients ``[k, n, s, o]``, one per draw.
-        basis_x: Orthonormal columns ``[k, i, i]``.
-        basis_g: Orthonormal columns ``[k, o, o]``.
+        x: Activations ``[k, n, s, i]``, or one per draw.
+        gs: Output gradients ``[k, n, s, o]``, one per draw, or one that all draws share.
+        basis_x: Orthonormal columns ``[k, i, i]``; None is the identity.
+        basis_g: Orthonormal columns ``[k, o, o]``; None is the identity, the only one for one-hot rows.
         form: For tests only, see ``_rotated``.
 
     Returns:
         ``Σ_n Σ_draws (basis_gᵀ G_kn basis_x)²``, ``[k, o, i]`` (EK-FAC eigenvalues before the mean; George et al.
         2018, 1806.03884).
     """
+    if not isinstance(x, Tensor):
+        if len(x) > 1:
+            each = gs if len(gs) > 1 else [gs[0]] * len(x)
+            return added(rotated_squares(a, [g], basis_x, basis_g, form=form) for a, g in zip(x, each, strict=True))
+        x = x[0]
+    if isinstance(gs[0], OneHot):
+        rotated = rotate(x, basis_x)
+        return added(_added(compact(rotated, g).square(), g) for g in gs if isinstance(g, OneHot))
     if x.shape[2] == 1:
-        squares = torch.stack([rotate(g, basis_g)[:, :, 0].square() for g in gs]).sum(0)
+        squares = added(rotate(_dense(g), basis_g)[:, :, 0].square() for g in gs)
         # kno, kni -> koi
         return squares.transpose(-1, -2) @ rotate(x, basis_x)[:, :, 0].square()
-    return torch.stack([chunk.square().sum(1) for chunk in _rotated(x, gs, basis_x, basis_g, form)]).sum(0)
+    return added(chunk.square().sum(1) for chunk in _rotated(x, gs, basis_x, basis_g, form))
 
 
 def weighted_rotated_squares(
-    x: Tensor, g: Tensor, basis_x: Tensor, basis_g: Tensor, weights: Tensor, *, form: RotationForm = "auto"
+    x: Tensor,
+    g: Rows,
+    basis_x: Tensor | None,
+    basis_g: Tensor | None,
+    weights: Tensor,
+    *,
+    form: RotationForm = "auto",
 ) -> Tensor:
     """Return ``Σ_koi weights_koi (basis_gᵀ G_kn basis_x)²_oi`` for every example.
 
@@ -152,17 +191,19 @@ def weighted_rotated_squares(
     Args:
         x: Activations ``[k, n, s, i]``.
         g: Output gradients ``[k, n, s, o]``.
-        basis_x: Orthonormal columns ``[k, i, i]``.
-        basis_g: Orthonormal columns ``[k, o, o]``.
+        basis_x: Orthonormal columns ``[k, i, i]``; None is the identity.
+        basis_g: Orthonormal columns ``[k, o, o]``; None is the identity, the only one for one-hot rows.
         weights: ``[k, o, i]``.
         form: For tests only, see ``_rotated``.
 
     Returns:
         ``[n]``.
     """
+    if isinstance(g, OneHot):
+        return (compact(rotate(x, basis_x), g)[0].square() * weights[0][g.indices]).sum((1, 2))
     if x.shape[2] == 1:
         # kno, koi, kni -> n
-        squares = rotate(g, basis_g)[:, :, 0].square()
+        squares = rotate(_dense(g), basis_g)[:, :, 0].square()
         return ((squares @ weights) * rotate(x, basis_x)[:, :, 0].square()).sum((0, 2))
     scales = weights.unsqueeze(1)
     chunks = _rotated(x, [g], basis_x, basis_g, form)
@@ -170,25 +211,33 @@ def weighted_rotated_squares(
 
 
 def rotated_scores(
-    x: Tensor, g: Tensor, basis_x: Tensor, basis_g: Tensor, weights: Tensor, vector: Tensor | None = None
+    x: Tensor,
+    g: Rows,
+    basis_x: Tensor | None,
+    basis_g: Tensor | None,
+    weights: Tensor,
+    vector: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return what a scoring pass needs of every example, from one look at its rotated gradient.
 
     Args:
         x: Activations ``[k, n, s, i]``.
         g: Output gradients ``[k, n, s, o]``.
-        basis_x: Orthonormal columns ``[k, i, i]``.
-        basis_g: Orthonormal columns ``[k, o, o]``.
+        basis_x: Orthonormal columns ``[k, i, i]``; None is the identity.
+        basis_g: Orthonormal columns ``[k, o, o]``; None is the identity, the only one for one-hot rows.
         weights: ``[k, o, i]``, in the rotated basis.
         vector: ``[k, o, i]``, in the parameter basis.
 
     Returns:
         ``(squared_norms, weighted_rotated_squares, inner_products)``, each ``[n]``, the last None without a vector.
     """
-    if x.shape[2] == 1:
+    if isinstance(g, OneHot) or x.shape[2] == 1:
         inner = None if vector is None else inner_products(x, g, vector)
         return squared_norms(x, g), weighted_rotated_squares(x, g, basis_x, basis_g, weights), inner
-    turned = None if vector is None else (basis_g.transpose(-1, -2) @ vector @ basis_x).unsqueeze(1)
+    turned = None
+    if vector is not None:
+        turned = vector if basis_x is None else vector @ basis_x
+        turned = (turned if basis_g is None else basis_g.transpose(-1, -2) @ turned).unsqueeze(1)
     norms, weighted, inners = [], [], []
     for chunk in _rotated(x, [g], basis_x, basis_g, "auto"):
         if turned is not None:
@@ -199,21 +248,31 @@ def rotated_scores(
     return torch.cat(norms), torch.cat(weighted), torch.cat(inners) if inners else None
 
 
-def _rotated(x: Tensor, gs: Sequence[Tensor], basis_x: Tensor, basis_g: Tensor, form: RotationForm) -> Iterator[Tensor]:
+def _rotated(
+    x: Tensor, gs: Sequence[Rows], basis_x: Tensor | None, basis_g: Tensor | None, form: RotationForm
+) -> Iterator[Tensor]:
     """Yield rotated gradients ``[k, m, o, i]`` for every draw, a few examples at a time.
 
     Per example, ``d`` draws cost ``s·i² + d·s·o² + d·s·o·i`` multiplications when rows are rotated first, and
-    ``d·s·o·i + d·o·i·(o + i)`` when gradients are formed first.
+    ``d·s·o·i + d·o·i·(o + i)`` when gradients are formed first; an identity basis costs nothing either way.
     """
     s, i, o, d = x.shape[2], x.shape[3], gs[0].shape[3], len(gs)
+    of_x, of_g = (0 if basis is None else basis.shape[-1] for basis in (basis_x, basis_g))
     if form == "auto":
-        form = "rotate_first" if s * (i * i + d * o * o) < d * o * i * (o + i) else "form_first"
+        form = "rotate_first" if s * (i * of_x + d * o * of_g) <= d * o * i * (of_g + of_x) else "form_first"
     if form == "rotate_first":
         x = rotate(x, basis_x)
         for g in gs:
-            yield from gradients(x, rotate(g, basis_g))
+            yield from gradients(x, g if basis_g is None else rotate(_dense(g), basis_g))
         return
-    left, right = basis_g.transpose(-1, -2).unsqueeze(1), basis_x.unsqueeze(1)
     for g in gs:
-        for chunk in gradients(x, g):
-            yield left @ chunk @ right
+        for formed in gradients(x, g):
+            chunk = formed if basis_x is None else formed @ basis_x.unsqueeze(1)
+            yield chunk if basis_g is None else basis_g.transpose(-1, -2).unsqueeze(1) @ chunk
+
+
+def _dense(g: Rows) -> Tensor:
+    """Return rows that a basis can turn, or that are one position each: never one-hot ones."""
+    if isinstance(g, Tensor):
+        return g
+    raise TypeError(f"rows of type {type(g).__name__} have an identity basis and more than one position.")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_influence import distributed, per_sample, tracin
-from lightning_influence.capture import Capture
 from lightning_influence.curvature.fit import Curvature
 from lightning_influence.losses import LossCall
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.precision import working_dtype
 
 # Features kept per example: 2 GB for a million examples.
 _FEATURES = 512
@@ -62,7 +62,7 @@ def score_examples(
     """
     collected: dict[str, list[Tensor]] = {}
     kept: list[int] = []
-    operations = gradients.coverage.operations
+    blocks = gradients.coverage.blocks
     with closing(gradients.run(indices, title=title)) as batches:
         for batch in batches:
             n = batch.loss.n
@@ -83,14 +83,14 @@ def score_examples(
                 if inner is not None:
                     row["harm"] -= inner
                 if step_sizes is not None:
-                    has_bias = operations[io.name].has_bias
-                    row["tracin"] += tracin.self_influence(io, norms, has_bias, step_sizes[io.name])
+                    sizes = step_sizes[io.name]
+                    row["tracin"] += tracin.self_influence(io, norms, blocks[io.name].bias_columns, sizes)
             for name, values in row.items():
                 row[name] = values.masked_fill(~batch.finite, torch.nan)
             row["finite"] = batch.finite
             row |= _from_loss(batch.loss.values, batch.loss.primary, n)
-            if features:
-                row["features"] = _last_features(batch.capture, n)
+            if features and (last := batch.capture.features(n)) is not None:
+                row["features"] = _projected(last)
             for name, values in row.items():
                 collected.setdefault(name, []).append(values)
             kept.extend(batch.indices)
@@ -107,10 +107,10 @@ def mean_gradient(gradients: ExampleGradients, indices: Sequence[int], *, title:
         ValueError: If no example has a finite gradient.
     """
     like = next(p for p in gradients.module.parameters() if p.is_floating_point())
-    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+    dtype = working_dtype(like.dtype)
     sums = {
-        name: torch.zeros(operation.shape, dtype=dtype, device=like.device)
-        for name, operation in gradients.coverage.operations.items()
+        name: torch.zeros(block.shape, dtype=dtype, device=like.device)
+        for name, block in gradients.coverage.blocks.items()
     }
     count = torch.zeros((), dtype=torch.float64, device=like.device)
     with closing(gradients.run(indices, title=title)) as batches:
@@ -132,15 +132,9 @@ def _from_loss(values: Tensor | None, primary: LossCall | None, n: int) -> dict[
     return row
 
 
-def _last_features(capture: Capture, n: int) -> Tensor:
-    """Inputs of the last layer called, without the bias column, averaged over positions: ``[n, d]``.
-
-    More than ``_FEATURES`` are projected at random, which leaves cosines nearly as they are.
-    """
-    name = capture.order[-1]
-    activations = capture.activations(name, n)
-    inputs = activations.shape[-1] - capture.coverage.operations[name].has_bias
-    features = activations[..., :inputs].mean(2).transpose(0, 1).reshape(n, -1).float()
+def _projected(features: Tensor) -> Tensor:
+    """Return features ``[n, d]``; more than ``_FEATURES`` are projected at random, which nearly keeps cosines."""
+    features = features.float()
     if features.shape[1] <= _FEATURES:
         return features
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.capture import LayerIO
-from lightning_influence.layers import LayerOperation
+from lightning_influence.layers import ParameterBlock
+from lightning_influence.per_sample import squared_norms
 
 
 class StepSizes:
@@ -47,32 +48,31 @@ class StepSizes:
         return taken
 
 
-def layer_step_sizes(
-    operations: Mapping[str, LayerOperation], sums: Mapping[str, float], module: nn.Module
+def block_step_sizes(
+    blocks: Mapping[str, ParameterBlock], sums: Mapping[str, float], module: nn.Module
 ) -> dict[str, tuple[float, float]]:
-    """Return, for every layer, the step sizes of its weight and of its bias."""
+    """Return, for every block, the step sizes of its first parameter and of the others (a bias; 0 without one)."""
     by_id = {id(p): sums.get(name, 0.0) for name, p in module.named_parameters()}
     result = {}
-    for name, operation in operations.items():
-        own = operation.module._parameters
-        result[name] = by_id.get(id(own["weight"]), 0.0), by_id.get(id(own["bias"]), 0.0)
+    for name, block in blocks.items():
+        sizes = [by_id.get(id(parameter), 0.0) for parameter in block.parameters.values()]
+        result[name] = sizes[0], sizes[-1] if len(sizes) > 1 else 0.0
     return result
 
 
-def self_influence(io: LayerIO, norms: Tensor, has_bias: bool, step_sizes: tuple[float, float]) -> Tensor:
-    """Return one layer's part of ``η ‖∇ℓ(z)‖²`` for every example, ``[n]``.
+def self_influence(io: LayerIO, norms: Tensor, bias_columns: slice | None, step_sizes: tuple[float, float]) -> Tensor:
+    """Return one block's part of ``η ‖∇ℓ(z)‖²`` for every example, ``[n]``.
 
     Args:
-        io: The layer's activations and output gradients.
+        io: The block's activations and output gradients.
         norms: Its squared gradient norms ``[n]``.
-        has_bias: Whether the last column of the activations is the bias.
+        bias_columns: Columns of the activations that are the bias.
         step_sizes: Of the weight and of the bias.
     """
     weight, bias = step_sizes
-    if not has_bias or weight == bias:
+    if bias_columns is None or weight == bias:
         return norms * weight
-    # knso -> n: the gradient of the bias is the sum of the output gradients over positions.
-    of_bias = io.gs[0].sum(2).square().sum((0, 2))
+    of_bias = squared_norms(io.x[..., bias_columns], io.gs[0])
     return norms * weight + of_bias * (bias - weight)
 
 

@@ -103,14 +103,26 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
     look = _look(gradients, indices)
     if not verify:
         return look.inspection
+    if gradients.coverage.trace.batch_statistics:
+        raise VerificationError(
+            "a batch norm normalises by the statistics of the batch, in eval mode too: the loss of an example depends "
+            "on the others, so its own influence is not defined. Use `track_running_stats=True` and do not call "
+            "`.train()` in `training_step`, replace it by a group or layer norm, or accept it with `verify=False`."
+        )
     if not bool(look.finite.all()):
         good = [index for index, finite in zip(indices, look.finite.tolist(), strict=True) if finite]
         if not good:
             return look.inspection
         checked = inspect(gradients, good)
         return replace(look.inspection, largest_error=checked.largest_error, random=checked.random)
-    error = _compare(gradients, indices, look)
     random = _draws_random_numbers(gradients, indices, look)
+    if random and gradients.coverage.one_by_one:
+        raise VerificationError(
+            "the step draws random numbers of its own, other ones for one example than for a batch: gradients computed "
+            f"one example at a time would not be those of training ({', '.join(sorted(gradients.coverage.one_by_one))}"
+            '). Leave these layers out with `uncovered="report"`, or pass `task=` without the randomness.'
+        )
+    error = _compare(gradients, indices, look)
     if len(indices) > 1 and look.values is not None:
         _compare_alone(gradients, indices, look, random)
     elif len(indices) > 1 and not random:
@@ -170,8 +182,8 @@ def _compare(gradients: ExampleGradients, indices: list[int], look: _Look) -> fl
     with isolated_rng():
         ((_, batch),) = gradients.source.batches(indices, len(indices))
     autograd = gradients.verification_gradients(batch, len(indices))
-    operations = gradients.coverage.operations
-    expected = {name: operations[name].from_parameters(tensors) for name, tensors in autograd.items()}
+    blocks = gradients.coverage.blocks
+    expected = {name: blocks[name].from_parameters(tensors) for name, tensors in autograd.items()}
     whole = max((float(block.norm()) for block in expected.values()), default=0.0)
     errors: dict[str, float] = {}
     for name, block in expected.items():

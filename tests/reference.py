@@ -13,13 +13,17 @@ Every function that takes a model works on a float64 deep copy. Train or eval mo
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+_Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def per_example_gradients(
@@ -47,11 +51,34 @@ def per_example_gradients(
     return {name: torch.stack(gradients) for name, gradients in rows.items()}
 
 
+def gradients_alone(
+    model: nn.Module, task: Callable[[nn.Module, Any], Tensor], batches: Iterable[Any]
+) -> dict[str, Tensor]:
+    """Return the gradient of every example's own loss, for batches and tasks of any kind.
+
+    Args:
+        model: Any module; its copy is brought to float64, the batches are taken as they are.
+        task: Called as `task(model, batch)`; returns one number.
+        batches: One batch for every example, that example alone in it.
+
+    Returns:
+        As `per_example_gradients`. Sparse gradients are made dense.
+    """
+    model = _float64_copy(model)
+    parameters = _trainable(model)
+    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for batch in batches:
+        loss = _one_number(task(model, batch))
+        for name, gradient in zip(parameters, _gradients(loss, parameters.values()), strict=True):
+            rows[name].append(gradient)
+    return {name: torch.stack(gradients) for name, gradients in rows.items()}
+
+
 def gradient_matrix(module: nn.Module, weight_grads: Tensor, bias_grads: Tensor | None) -> Tensor:
     """Bring the gradients of one layer into the layout `[K, N, O, I]`.
 
     Args:
-        module: A linear layer or two-dimensional convolution.
+        module: A linear layer or convolution.
         weight_grads: `[N, *module.weight.shape]`.
         bias_grads: `[N, *module.bias.shape]`, or None for a layer without a bias.
     """
@@ -88,7 +115,7 @@ def layer_inputs_and_output_gradients(
         `x: [K, N, S, I]` with a last column of ones if the layer has a bias, and `g: [K, N, S, O]`.
 
     Raises:
-        TypeError: If the layer is neither linear nor a two-dimensional convolution.
+        TypeError: If the layer is neither linear nor a convolution.
         RuntimeError: If the forward pass of `model` does not call the layer.
     """
     model = _float64_copy(model)
@@ -183,6 +210,67 @@ def ekfac_dense(Q_A: Tensor, Q_B: Tensor, lam: Tensor) -> Tensor:
         basis = torch.kron(Q_B[k], Q_A[k])
         blocks.append(basis @ torch.diag(lam[k].reshape(-1)) @ basis.T)
     return torch.stack(blocks)
+
+
+def embedding_output_gradients(
+    model: nn.Module, module_name: str, loss_fn: LossFunction, inputs: Tensor, targets: Tensor
+) -> Tensor:
+    """Return the gradient of every example's own loss at the output of an `nn.Embedding`, `[N, S, D]`.
+
+    Found as in `layer_inputs_and_output_gradients`: a zero tensor is added to the output. The positions of several
+    calls stand one after the other.
+    """
+    model = _float64_copy(model)
+    module = model.get_submodule(module_name)
+    forward = module.forward
+    zeros: list[Tensor] = []
+
+    def forward_plus_zero(input: Tensor) -> Tensor:
+        output: Tensor = forward(input)
+        zeros.append(torch.zeros_like(output, requires_grad=True))
+        return output + zeros[-1]
+
+    module.forward = forward_plus_zero
+    rows = []
+    for example, target in _examples(inputs, targets):
+        zeros.clear()
+        loss = _one_number(loss_fn(model(example), target))
+        gradients = _gradients(loss, zeros)
+        rows.append(torch.cat([gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]))
+    return torch.stack(rows)
+
+
+def embedding_dense(gradients: Tensor, g: Tensor) -> Tensor:
+    """Return the EK-FAC matrix of an embedding, `[1, V*D, V*D]`: every row of the weight in the same basis.
+
+    Only the output side is rotated: one-hot inputs have a diagonal second moment already.
+
+    Args:
+        gradients: `[N, V, D]`, of the weight.
+        g: `[N, S, D]`, at the output.
+    """
+    examples, rows, features = gradients.shape
+    B = g.new_zeros(features, features)
+    for example in g:
+        for position in example:
+            B += torch.outer(position, position) / examples
+    Q = torch.linalg.eigh(B).eigenvectors
+    C = g.new_zeros(rows * features, rows * features)
+    for v in range(rows):
+        lam = g.new_zeros(features)
+        for n in range(examples):
+            lam += (Q.T @ gradients[n, v]) ** 2 / examples
+        block = slice(v * features, (v + 1) * features)
+        C[block, block] = Q @ torch.diag(lam) @ Q.T
+    return C[None]
+
+
+def mean_outer_product(vectors: Tensor) -> Tensor:
+    """Return `1/N Σ_n v_n v_nᵀ: [P, P]` of `vectors: [N, P]`, the empirical Fisher if they are gradients."""
+    total = vectors.new_zeros(vectors.shape[1], vectors.shape[1])
+    for vector in vectors:
+        total += torch.outer(vector, vector) / len(vectors)
+    return total
 
 
 def quadratic_forms(C: Tensor, gradients: Tensor, damping: Tensor | float) -> Tensor:
@@ -420,7 +508,7 @@ def _gradients(value: Tensor, variables: Iterable[Tensor], *, create_graph: bool
     variables = list(variables)
     gradients = torch.autograd.grad(value, variables, retain_graph=True, create_graph=create_graph, allow_unused=True)
     return [
-        torch.zeros_like(variable) if gradient is None else gradient
+        torch.zeros_like(variable) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
         for variable, gradient in zip(variables, gradients, strict=True)
     ]
 
@@ -441,56 +529,57 @@ def _per_group(damping: Tensor | float, c: Tensor) -> list[float]:
 
 
 def _groups(module: nn.Module) -> int:
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, _Convolution):
         return module.groups
     if isinstance(module, nn.Linear):
         return 1
-    raise TypeError(f"{type(module).__name__} has no reference; expected nn.Linear or nn.Conv2d")
+    raise TypeError(f"{type(module).__name__} has no reference; expected nn.Linear or a convolution")
 
 
 def _layer_input(module: nn.Module, value: Tensor) -> Tensor:
     """Rewrite the input of one call for one example as `[K, S, I]`."""
-    if isinstance(module, nn.Conv2d):
-        images = value if value.ndim == 4 else value[None]
-        x = torch.cat([_patches(module, image) for image in images], dim=1)
+    if isinstance(module, _Convolution):
+        x = torch.cat([_patches(module, image) for image in _images(module, value)], dim=1)
     else:
         x = value.reshape(1, -1, value.shape[-1])
-    if module.bias is None:
+    if "bias" not in dict(module.named_parameters(recurse=False)):
         return x
     return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
 
 
 def _output_gradient(module: nn.Module, value: Tensor) -> Tensor:
     """Rewrite the output gradient of one call for one example as `[K, S, O]`."""
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, _Convolution):
         return value.reshape(1, -1, value.shape[-1])
-    images = value if value.ndim == 4 else value[None]
     per_group = module.out_channels // module.groups
     rows = [
         [
-            image[k * per_group : (k + 1) * per_group, y, x]
-            for image in images
-            for y in range(image.shape[1])
-            for x in range(image.shape[2])
+            image[(slice(k * per_group, (k + 1) * per_group), *pixel)]
+            for image in _images(module, value)
+            for pixel in itertools.product(*map(range, image.shape[1:]))
         ]
         for k in range(module.groups)
     ]
     return torch.stack([torch.stack(row) for row in rows])
 
 
-def _patches(module: nn.Conv2d, image: Tensor) -> Tensor:
-    """Cut an image `[channels, height, width]` into the patches `[K, S, I]` that the kernel is laid on."""
-    for axis in (0, 1):
+def _images(module: Convolution, value: Tensor) -> Tensor:
+    return value if value.ndim == len(module.kernel_size) + 2 else value[None]
+
+
+def _patches(module: Convolution, image: Tensor) -> Tensor:
+    """Cut an image `[channels, *pixels]` into the patches `[K, S, I]` that the kernel is laid on."""
+    axes = range(len(module.kernel_size))
+    for axis in axes:
         before, after = _padding(module, axis)
         image = _pad(image, axis + 1, before, after, module.padding_mode)
-    spans = [module.dilation[axis] * (module.kernel_size[axis] - 1) + 1 for axis in (0, 1)]
+    spans = [module.dilation[axis] * (module.kernel_size[axis] - 1) + 1 for axis in axes]
+    starts = [range(0, image.shape[axis + 1] - spans[axis] + 1, module.stride[axis]) for axis in axes]
     per_group = module.in_channels // module.groups
     patches = []
-    for top in range(0, image.shape[1] - spans[0] + 1, module.stride[0]):
-        for left in range(0, image.shape[2] - spans[1] + 1, module.stride[1]):
-            rows = slice(top, top + spans[0], module.dilation[0])
-            columns = slice(left, left + spans[1], module.dilation[1])
-            patches.append(image[:, rows, columns])
+    for corner in itertools.product(*starts):
+        window = [slice(corner[axis], corner[axis] + spans[axis], module.dilation[axis]) for axis in axes]
+        patches.append(image[(slice(None), *window)])
     groups = [
         torch.stack([patch[k * per_group : (k + 1) * per_group].reshape(-1) for patch in patches])
         for k in range(module.groups)
@@ -498,7 +587,7 @@ def _patches(module: nn.Conv2d, image: Tensor) -> Tensor:
     return torch.stack(groups)
 
 
-def _padding(module: nn.Conv2d, axis: int) -> tuple[int, int]:
+def _padding(module: Convolution, axis: int) -> tuple[int, int]:
     if module.padding == "valid":
         return 0, 0
     if module.padding == "same":

@@ -29,13 +29,15 @@ from lightning_influence.curvature import (
     fit,
     random_subset,
 )
-from lightning_influence.layers import cover
+from lightning_influence.discover import discover
+from lightning_influence.layers import Coverage, cover
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.rows import Rows
 from lightning_influence.scoring import mean_gradient, score_examples
 from lightning_influence.source import ExampleSource
 from lightning_influence.task import TaskError
 
-EXACT = {"rtol": 1e-6, "atol": 1e-12}
+EXACT: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-12}
 N, CLASSES = 13, 3
 EVERY = FactorExamples(10**9, 10**9)
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -73,7 +75,40 @@ def cnn() -> tuple[nn.Module, Tensor]:
     return net, torch.randn(N, 2, 6, 6)
 
 
-NETS = {"mlp": mlp, "tokens": tokens, "cnn": cnn}
+class Words(nn.Module):
+    """A look-up, a bare parameter, norms, and a head that may be the table of the look-up."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.words = nn.Embedding(CLASSES if tied else 6, 4)
+        self.place = nn.Parameter(torch.randn(3, 4))
+        self.norm, self.inner = nn.LayerNorm(4), nn.Linear(4, 4)
+        self.slope = nn.PReLU(4)
+        self.head = nn.Linear(4, CLASSES)
+        self.tied = tied
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.norm(self.words(ids) + self.place)
+        # The head at every position if it is tied, else at one.
+        hidden = torch.tanh(self.inner(hidden))
+        hidden = hidden if self.tied else self.slope(hidden.mean(1))
+        logits: Tensor = self.head(hidden)
+        return logits.mean(1) if self.tied else logits
+
+
+def words() -> tuple[nn.Module, Tensor]:
+    return Words(False), torch.randint(6, (N, 3))
+
+
+def tied() -> tuple[nn.Module, Tensor]:
+    net = Words(True)
+    del net.slope
+    return net, torch.randint(CLASSES, (N, 3))
+
+
+NETS = {"mlp": mlp, "tokens": tokens, "cnn": cnn, "words": words, "tied": tied}
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -96,9 +131,11 @@ class Problem:
         torch.manual_seed(seed)
         module, inputs = NETS[net]()
         self.net = module.double().eval()
-        self.inputs, self.targets = inputs.double(), torch.randint(0, CLASSES, (N,))
+        self.inputs = inputs.double() if inputs.is_floating_point() else inputs
+        self.targets = torch.randint(0, CLASSES, (N,))
         self.gradients = passes(self.net, self.inputs, self.targets)
-        self.layers = list(self.gradients.coverage.operations)
+        assert self.gradients.coverage.share == 1.0
+        self.layers = list(self.gradients.coverage.blocks)
 
     def fit(self, name: Any, labels: Any = "true", **options: Any) -> Curvature:
         both = (labels, labels) if isinstance(labels, str) else labels
@@ -111,32 +148,93 @@ class Problem:
         return [(cross_entropy, self.targets if labels == "true" else self.sampled(draw))]
 
     def sampled(self, draw: int) -> Tensor:
-        """Read the sampled labels off the last layer, whose output gradient is `p - onehot(label)`."""
+        """Read the sampled labels off the bias of the head, whose gradient is `p - onehot(label)`."""
         labels = []
+        *_, head = (name for name, _ in self.net.named_parameters() if name.endswith("bias"))
         with closing(self.gradients.run(range(N), "sampled", draw=draw)) as batches:
             for batch in batches:
-                *_, last = batch.layers()
-                labels.append(last.gs[0][0, :, 0].argmin(1))
+                for io in batch.layers():
+                    block = self.gradients.coverage.blocks[io.name]
+                    if head in block.parameters:
+                        formed = torch.cat(list(per_sample.gradients(io.x, io.gs[0])), 1).transpose(0, 1)
+                        labels.append(block.to_parameters(formed)[head].argmin(1))
         return torch.cat(labels)
 
-    def io(self, layer: str, labels: str, draw: int = 1) -> tuple[Tensor, list[Tensor]]:
-        pairs = [
-            ref.layer_inputs_and_output_gradients(self.net, layer, loss, self.inputs, targets)
-            for loss, targets in self.draws(labels, draw)
-        ]
-        return pairs[0][0], [g for _, g in pairs]
+    def rows(self, layer: str) -> tuple[Tensor, Rows]:
+        """Return activations and output gradients of all examples, from the reference where it has them."""
+        if self.kind(layer) == "matrix":
+            return ref.layer_inputs_and_output_gradients(self.net, layer, cross_entropy, self.inputs, self.targets)
+        with closing(self.gradients.run(range(N), whole=True)) as batches:
+            (io,) = (io for io in next(batches).layers() if io.name == layer)
+            return io.x, io.gs[0]
+
+    def kind(self, layer: str) -> str:
+        """Tell what a block is: a matrix, the table of a look-up, one that is the head, too, or a vector."""
+        try:
+            module = self.net.get_submodule(layer)
+        except AttributeError:
+            return "vector"
+        if isinstance(module, nn.Embedding):
+            return "tied" if getattr(self.net, "tied", False) else "table"
+        return "matrix" if isinstance(module, (nn.Linear, nn.Conv2d)) else "vector"
+
+    def matrix(self, layer: str, gradients: dict[str, Tensor]) -> Tensor:
+        """Lay gradients `{name: [N, *shape]}` out as the block `[K, N, O, I]`."""
+        if self.kind(layer) == "matrix":
+            return matrix(self.net, layer, gradients)
+        if self.kind(layer) == "vector":
+            names = self.gradients.coverage.blocks[layer].parameters
+            return torch.cat([gradients[name].flatten(1) for name in names], 1)[None, :, None]
+        parts = [gradients["words.weight"]]
+        if self.kind(layer) == "tied":
+            parts.append(gradients["head.bias"][..., None])
+        return torch.cat(parts, -1)[None]
+
+    def cut(self, whole: Tensor, layer: str) -> Tensor:
+        """Cut the block `[K, O*I, O*I]` out of a matrix over all parameters."""
+        sizes = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+        places = torch.arange(len(whole)).split([p.numel() for p in sizes.values()])
+        index = self.matrix(
+            layer, {name: place.view(1, *p.shape) for (name, p), place in zip(sizes.items(), places, strict=True)}
+        )
+        return torch.stack([whole[rows.reshape(-1)][:, rows.reshape(-1)] for rows in index])
 
     def per_example(self, layer: str, labels: str = "true", draw: int = 1) -> list[Tensor]:
         """Return one `[K, N, O, I]` for every draw."""
         return [
-            matrix(self.net, layer, ref.per_example_gradients(self.net, loss, self.inputs, targets))
+            self.matrix(layer, ref.per_example_gradients(self.net, loss, self.inputs, targets))
             for loss, targets in self.draws(labels, draw)
         ]
 
-    def factors(self, layer: str, labels: str) -> tuple[Tensor, Tensor]:
-        x, gs = self.io(layer, labels)
-        moments = [ref.second_moments(x, g) for g in gs]
-        return moments[0][0], torch.stack([b for _, b in moments]).sum(0)
+    def factors(self, layer: str, labels: str) -> list[tuple[Tensor, Tensor]]:
+        """Return the two K-FAC factors, for every kind of use that the block has."""
+        kind = self.kind(layer)
+        if kind == "vector":
+            outer = [ref.mean_outer_product(g[0, :, 0]) for g in self.per_example(layer, labels)]
+            return [(torch.stack(outer).sum(0)[None], torch.ones(1, 1, 1).double())]
+        found = []
+        if kind != "matrix":
+            found.append(self.factors_of_the_table(labels, kind == "tied"))
+        if kind != "table":
+            moments = [
+                ref.second_moments(
+                    *ref.layer_inputs_and_output_gradients(
+                        self.net, "head" if kind == "tied" else layer, loss, self.inputs, targets
+                    )
+                )
+                for loss, targets in self.draws(labels)
+            ]
+            found.append((moments[0][0], torch.stack([b for _, b in moments]).sum(0)))
+        return found
+
+    def factors_of_the_table(self, labels: str, bias: bool) -> tuple[Tensor, Tensor]:
+        """Of a linear layer on one-hot rows, whose activations are the gradients of what was looked up."""
+        looked_up = torch.zeros(4, 4).double()
+        for loss, targets in self.draws(labels):
+            for rows in ref.embedding_output_gradients(self.net, "words", loss, self.inputs, targets):
+                looked_up += rows.T @ rows / N
+        counts = F.one_hot(self.inputs).double().mean((0, 1))
+        return F.pad(looked_up, (0, 1, 0, 1) if bias else (0, 0))[None], torch.diag(counts)[None]
 
     def dense(self, name: str, layer: str, block: CurvatureBlock, labels: tuple[str, str]) -> Tensor:
         """Return the block `[K, O*I, O*I]` that the reference makes of it."""
@@ -146,16 +244,34 @@ class Problem:
         if name == "diagonal":
             squares = torch.stack([g.square().mean(1) for g in self.per_example(layer, labels[1], 1)]).sum(0)
             return torch.diag_embed(squares.flatten(1))
-        A, B = self.factors(layer, labels[0])
+        assert isinstance(block, KroneckerBlock)
         if name == "kfac":
-            return ref.kfac_dense(A, B)
-        assert isinstance(block, EKFACBlock)
-        return ref.ekfac_dense(*block.basis, self.eigenvalues(layer, block, labels[1], 2))
+            factors = self.factors(layer, labels[0])
+            total = torch.stack([ref.kfac_dense(A, B) for A, B in factors]).sum(0)
+            if len(factors) == 1:
+                return total
+            # A sum of products has no Kronecker basis of its own: its diagonal in the block's.
+            basis = kronecker(block)
+            diagonal = (basis.mT @ total @ basis).diagonal(dim1=1, dim2=2)
+            return basis @ torch.diag_embed(diagonal) @ basis.mT
+        return ref.ekfac_dense(*bases(block), self.eigenvalues(layer, block, labels[1], 2))
 
     def eigenvalues(self, layer: str, block: KroneckerBlock, labels: str, draw: int) -> Tensor:
         """Return the EK-FAC eigenvalues in the block's own basis (it is not unique)."""
         gradients = self.per_example(layer, labels, draw)
-        return torch.stack([ref.ekfac_eigenvalues(g, *block.basis) for g in gradients]).sum(0)
+        return torch.stack([ref.ekfac_eigenvalues(g, *bases(block)) for g in gradients]).sum(0)
+
+
+def bases(block: KroneckerBlock) -> tuple[Tensor, Tensor]:
+    """Return both bases, the identity written out."""
+    k, o, i = block.shape
+    of_x, of_g = block.basis
+    eye_x, eye_g = (torch.eye(size).double().repeat(k, 1, 1) for size in (i, o))
+    return eye_x if of_x is None else of_x.contiguous(), eye_g if of_g is None else of_g.contiguous()
+
+
+def kronecker(block: KroneckerBlock) -> Tensor:
+    return torch.stack([torch.kron(b, a) for a, b in zip(*bases(block), strict=True)])
 
 
 def passes(
@@ -166,9 +282,16 @@ def passes(
     *,
     batch_size: int = 5,
     layers: Sequence[str] | None = None,
+    coverage: Coverage | None = None,
 ) -> ExampleGradients:
     source = ExampleSource(TensorDataset(inputs, targets), batch_size=batch_size)
-    return ExampleGradients(net, lambda m, b: loss(m(b[0]), b[1]), source, cover(net, layers))
+
+    def task(module: Any, batch: Any) -> Tensor:
+        return loss(module(batch[0]), batch[1])
+
+    if coverage is None:
+        coverage = discover(net, task, source, layers=layers)
+    return ExampleGradients(net, task, source, coverage)
 
 
 def matrix(net: nn.Module, layer: str, gradients: dict[str, Tensor]) -> Tensor:
@@ -194,10 +317,21 @@ class TestAgainstTheReference:
         assert list(blocks) == problem.layers
         for layer, block in blocks.items():
             assert isinstance(block, EKFACBlock)
-            A, B = problem.factors(layer, labels)
+            factors = problem.factors(layer, labels)
+            A, B = factors[0]
+            if len(factors) > 1:
+                # Two uses: each factor in proportion to the size of the other.
+                A = torch.stack([b.diagonal(dim1=1, dim2=2).sum() * a for a, b in factors]).sum(0)
+                B = torch.stack([a.diagonal(dim1=1, dim2=2).sum() * b for a, b in factors]).sum(0)
+            of_x, of_g = block.basis
+            # One-hot rows keep the identity, and only the diagonal.
+            assert (of_g is None) == (problem.kind(layer) in ("table", "tied"))
             torch.testing.assert_close(block.tensors["activation_covariance"], A, **EXACT)
-            torch.testing.assert_close(block.tensors["gradient_covariance"], B, **EXACT)
-            for factor, basis in ((A, block.basis[0]), (B, block.basis[1])):
+            found = block.tensors["gradient_covariance"]
+            torch.testing.assert_close(found, B.diagonal(dim1=1, dim2=2) if of_g is None else B, **EXACT)
+            for factor, basis in ((A, of_x), (B, of_g)):
+                if basis is None:
+                    continue
                 assert basis.shape == factor.shape
                 eye = torch.eye(basis.shape[-1]).double().expand_as(basis)
                 torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=1e-12)
@@ -235,13 +369,14 @@ class TestAgainstTheReference:
             torch.testing.assert_close(block.solve(v, damping), solution, **EXACT)
 
             (G,) = problem.per_example(layer)
-            x, (g,) = problem.io(layer, "true")
+            x, g = problem.rows(layer)
             expected = ref.quadratic_forms(C, G, damping)
             torch.testing.assert_close(block.self_influence(x, g, damping), expected, **EXACT)
             total += ref.quadratic_forms(C, G, curvature.dampings[layer])
         scores = score_examples(problem.gradients, range(N), curvature=curvature).columns
         torch.testing.assert_close(scores["self_influence"], total, **EXACT)
-        norms = sum(problem.per_example(layer)[0].square().sum((0, 2, 3)) for layer in problem.layers)
+        squares = [problem.per_example(layer)[0].square().sum((0, 2, 3)) for layer in problem.layers]
+        norms = torch.stack(squares).sum(0)
         torch.testing.assert_close(scores["grad_norm_squared"], norms, **EXACT)
         if name != "identity":
             ratio = scores["self_influence"] / norms
@@ -341,32 +476,36 @@ class TestWhereTheApproximationIsExact:
             torch.testing.assert_close(block.to_dense(), expected, rtol=1e-9, atol=1e-12 * float(outer.max()))
             # One direction of curvature |g|²: the self-influence is |g|²/(|g|² + λ), λ = 0.1 |g|²/P.
             if name != "diagonal":
-                x, (grad,) = problem.io(layer, "true")
+                x, grad = problem.rows(layer)
                 found = block.self_influence(x, grad, block.damping())[7]
                 assert float(found) == pytest.approx(1 / (1 + 0.1 / g.numel()), rel=1e-9)
 
     @pytest.mark.parametrize("labels", ["exact", ("sampled", "exact")])
     def test_ekfac_diagonal_in_its_basis(self, problem: Problem, labels: Any) -> None:
-        """Whatever the basis, the diagonal of the Fisher in it is exact, so no diagonal is closer to the Fisher."""
+        """Whatever the basis, the diagonal of the Fisher in it is exact, so no diagonal is closer to the Fisher.
+
+        Vectors (of norms, and bare parameters) have the Fisher itself, where both passes use the same labels.
+        """
         fisher = ref.exact_fisher(problem.net, problem.inputs, CLASSES)
         ekfac, kfac = problem.fit("ekfac", labels), problem.fit("kfac", labels)
         ratios = []
         for layer, block in ekfac.blocks.items():
             assert isinstance(block, EKFACBlock)
-            exact = ref.layer_blocks(fisher, problem.net, layer)
-            Q_A, Q_B = block.basis
-            basis = torch.stack([torch.kron(b, a) for a, b in zip(Q_A, Q_B, strict=True)])
+            exact, basis = problem.cut(fisher, layer), kronecker(block)
             diagonal = (basis.mT @ exact @ basis).diagonal(dim1=1, dim2=2)
             torch.testing.assert_close(block.eigenvalues.flatten(1), diagonal, **EXACT)
-            errors = [(b.to_dense() - exact).norm() for b in (block, kfac.blocks[layer])]
-            ratios.append(float(errors[0] / errors[1]))
+            errors = [float((b.to_dense() - exact).norm()) for b in (block, kfac.blocks[layer])]
+            if labels == "exact" and problem.kind(layer) == "vector":
+                assert max(errors) < 1e-12 * float(exact.norm())
+            else:
+                ratios.append(errors[0] / errors[1])
         assert max(ratios) <= 1
         assert min(ratios) < 0.9
 
     def test_diagonal(self, problem: Problem) -> None:
         fisher = ref.exact_fisher(problem.net, problem.inputs, CLASSES)
         for layer, block in problem.fit("diagonal", "exact").blocks.items():
-            exact = ref.layer_blocks(fisher, problem.net, layer).diagonal(dim1=1, dim2=2)
+            exact = problem.cut(fisher, layer).diagonal(dim1=1, dim2=2)
             torch.testing.assert_close(block.diagonal().flatten(1), exact, **EXACT)
 
     @pytest.mark.parametrize("kind", ["cross_entropy", "bce", "mse"])
@@ -390,10 +529,9 @@ class TestWhereTheApproximationIsExact:
         for layer, block in problem.fit("ekfac", ("sampled", "exact")).blocks.items():
             assert isinstance(block, EKFACBlock)
             per_layer = [
-                matrix(problem.net, layer, {name: value[:, c] for name, value in per_class.items()})
-                for c in range(CLASSES)
+                problem.matrix(layer, {name: value[:, c] for name, value in per_class.items()}) for c in range(CLASSES)
             ]
-            expected = torch.stack([ref.ekfac_eigenvalues(G, *block.basis) for G in per_layer]).sum(0)
+            expected = torch.stack([ref.ekfac_eigenvalues(G, *bases(block)) for G in per_layer]).sum(0)
             torch.testing.assert_close(block.eigenvalues, expected, **EXACT)
 
 
@@ -423,11 +561,12 @@ class TestSampledLabels:
 
     def squares(self, gradients: ExampleGradients, labels: Any, draw: int) -> dict[str, Tensor]:
         with closing(gradients.run(range(N), labels, draw=draw)) as batches:
-            return {io.name: per_sample.summed_squares(io.x, io.gs) for io in next(batches).layers()}
+            return {io.name: per_sample.summed_squares(io.xs, io.gs) for io in next(batches).layers()}
 
     def test_labels_follow_the_model(self) -> None:
         """Frequencies of the drawn labels against the predicted probabilities, for every example."""
         problem = Problem("mlp")
+        problem.gradients = passes(problem.net, problem.inputs, problem.targets, batch_size=N)
         with torch.no_grad():
             problem.net[4].weight *= 4
         draws = F.one_hot(torch.stack([problem.sampled(draw) for draw in range(400)]), CLASSES).double().mean(0)
@@ -473,7 +612,7 @@ class TestSampledLabels:
         with closing(problem.gradients.run(range(N), labels, draw=draw)) as batches:
             *_, io = next(batches).layers()
             assert io.name == "4"
-            return per_sample.rotated_squares(io.x, io.gs, *block.basis)[0, -1].sum() / N
+            return per_sample.rotated_squares(io.xs, io.gs, *block.basis)[0, -1].sum() / N
 
     def test_loss_without_known_labels(self) -> None:
         problem = Problem("mlp")
@@ -540,7 +679,7 @@ class TestDamping:
     def test_blocks_refuse_it_too(self, name: Any, damping: float) -> None:
         problem = Problem("mlp")
         block = problem.fit(name, "true").blocks["0"]
-        x, (g,) = problem.io("0", "true")
+        x, g = problem.rows("0")
         with pytest.raises(ValueError, match=rf"damping {damping!r} leaves .*; pass a damping > 0, or .*relative"):
             block.solve(torch.ones(block.shape).double(), damping)
         with pytest.raises(ValueError, match=rf"damping {damping!r} leaves"):
@@ -563,7 +702,7 @@ class TestDamping:
         problem = Problem("mlp")
         block = problem.fit(name, "exact").blocks["0"]
         C, v = block.to_dense(), torch.ones(block.shape).double()
-        x, (g,) = problem.io("0", "true")
+        x, g = problem.rows("0")
         (G,) = problem.per_example("0")
         for damping in (0.1, 2.0, 1e-3, 0.1):
             damped = C + damping * torch.eye(C.shape[-1]).double()
@@ -772,25 +911,32 @@ class TestFit:
 
 
 class Spare(nn.Module):
-    """A layer that the forward pass never calls, and one that is called but not used."""
+    """Layers of every kind that the forward pass never calls, and one that is called but not used."""
 
     def __init__(self) -> None:
         super().__init__()
         self.used, self.spare, self.ignored = nn.Linear(4, CLASSES), nn.Conv2d(2, 2, 3), nn.Linear(4, 2)
+        self.table, self.norm = nn.Embedding(5, 3), nn.LayerNorm(4)
+        self.tied_table, self.tied = nn.Embedding(5, 3), nn.Linear(3, 5)
+        self.tied.weight = self.tied_table.weight
 
     def forward(self, value: Tensor) -> Tensor:
         self.ignored(value)
-        return self.used(value)
+        result: Tensor = self.used(value)
+        return result
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 class TestLayersWithoutGradients:
-    def test_score_nothing(self, name: Any) -> None:
+    @pytest.mark.parametrize("traced", [True, False])
+    def test_score_nothing(self, name: Any, traced: bool) -> None:
+        """A trace leaves out what it has not seen; without one, it stays, with a gradient of zero."""
         net = Spare().double()
         inputs, targets = torch.randn(N, 4).double(), torch.arange(N) % CLASSES
-        gradients = passes(net, inputs, targets)
+        gradients = passes(net, inputs, targets, coverage=None if traced else cover(net))
         curvature = fit(gradients, name, range(N), examples=EVERY, labels=("exact", "exact"))
-        assert list(curvature.blocks) == ["used", "spare", "ignored"]
+        without = ["ignored"] if traced else ["spare", "ignored", "table", "norm", "tied_table"]
+        assert list(curvature.blocks) == ["used", *without]
         query = curvature.solve(mean_gradient(gradients, range(N)))
         scores = score_examples(gradients, range(N), curvature=curvature, query=query).columns
         alone = passes(net.used, inputs, targets)
@@ -800,7 +946,7 @@ class TestLayersWithoutGradients:
         torch.testing.assert_close(scores["self_influence"], expected["self_influence"], **EXACT)
         torch.testing.assert_close(scores["grad_norm_squared"], expected["grad_norm_squared"], **EXACT)
         assert torch.isfinite(scores["harm"]).all()
-        for layer in ("spare", "ignored"):
+        for layer in without:
             block = curvature.blocks[layer]
             assert not query[layer].any()
             if name != "identity":

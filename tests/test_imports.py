@@ -25,11 +25,21 @@ ORDER = (
     "columns",
     "isolation",
     "distributed",
+    "layout",
+    "precision",
     "losses",
+    "terms",
     "task",
-    "layers",
-    "capture",
     "source",
+    "rows",
+    "calls",
+    "reading",
+    "watch",
+    "trace",
+    "layers",
+    "discover",
+    "uses",
+    "capture",
     "passes",
     "per_sample",
     "verify",
@@ -49,7 +59,7 @@ ORDER = (
     "cli",
 )
 MAY_IMPORT_LIGHTNING = {"callbacks", "cli"}
-MAY_HOOK = {"capture"}
+MAY_WATCH_FUNCTIONS = {"watch", "task"}
 MAY_COMMUNICATE = {"distributed"}
 STANDS_ALONE = {"metrics"}
 
@@ -176,8 +186,10 @@ def _import_faults(module: Module, part: str) -> Iterator[tuple[int, str]]:
             yield item.line, "imports torch.distributed; collectives belong into distributed.py"
         elif item.starts_with(*PICKLES) or item.starts_with(*PICKLING_CALLS):
             yield item.line, f"imports {item.target}; nothing may be pickled"
-        elif HOOK.fullmatch(item.target.rpartition(".")[2]) and part not in MAY_HOOK:
-            yield item.line, f"imports {item.target}; hooks belong into capture.py"
+        elif HOOK.fullmatch(item.target.rpartition(".")[2]):
+            yield item.line, f"imports {item.target}; no hooks on a user's model: watch its functions"
+        elif item.target.endswith("TorchFunctionMode") and part not in MAY_WATCH_FUNCTIONS:
+            yield item.line, f"imports {item.target}; function modes belong into watch.py"
 
 
 def _order_faults(part: str, target: str) -> Iterator[str]:
@@ -195,8 +207,10 @@ def _order_faults(part: str, target: str) -> Iterator[str]:
 def _use_faults(module: Module, part: str) -> Iterator[tuple[int, str]]:
     for line, dotted in attributes_of(module):
         last = dotted.rpartition(".")[2]
-        if HOOK.fullmatch(last) and part not in MAY_HOOK:
-            yield line, f"uses {last}; hooks belong into capture.py"
+        if HOOK.fullmatch(last):
+            yield line, f"uses {last}; no hooks on a user's model: watch its functions"
+        if last == "TorchFunctionMode" and part not in MAY_WATCH_FUNCTIONS:
+            yield line, f"uses {dotted}; function modes belong into watch.py"
         if part not in MAY_COMMUNICATE and (dotted == "torch.distributed" or last in COLLECTIVES):
             yield line, f"uses {dotted}; collectives belong into distributed.py"
         if dotted in PICKLING_CALLS:
@@ -338,7 +352,14 @@ def test_unknown_name_is_an_attribute_error() -> None:
         ("task", "layer.register_full_backward_hook(tap)", "uses register_full_backward_hook"),
         ("task", "layer.register_forward_pre_hook(tap)", "uses register_forward_pre_hook"),
         ("task", "model(x)[0].register_hook(tap)", "uses register_hook"),
-        ("task", "from torch.autograd.graph import register_multi_grad_hook", "hooks belong into capture"),
+        ("capture", "layer.register_forward_hook(tap)", "uses register_forward_hook"),
+        ("task", "from torch.autograd.graph import register_multi_grad_hook", "no hooks on a user's model"),
+        ("capture", "from torch.overrides import TorchFunctionMode", "function modes belong into watch.py"),
+        (
+            "capture",
+            "import torch\nclass W(torch.overrides.TorchFunctionMode): ...",
+            "function modes belong into watch",
+        ),
         ("scoring", "import torch.distributed", "imports torch.distributed"),
         ("scoring", "import torch.distributed as dist", "imports torch.distributed"),
         ("scoring", "from torch import distributed", "imports torch.distributed"),
@@ -362,7 +383,8 @@ def test_checker_finds(name: str, source: str, fault: str) -> None:
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("capture", "from lightning_influence.layers import LayerError\nlayer.register_forward_hook(tap)"),
+        ("capture", "from lightning_influence.layers import LayerError\nfrom lightning_influence.watch import name_of"),
+        ("watch", "from torch.overrides import TorchFunctionMode\nclass W(TorchFunctionMode): ..."),
         ("curvature.ekfac", "from lightning_influence.curvature.block import Block\nfrom . import kfac"),
         ("curvature.ekfac", "from lightning_influence import distributed\ndistributed.barrier()"),
         ("distributed", "import torch.distributed as dist\ndist.all_reduce(x)"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_influence.curvature import BLOCKS, Curvature, FactorExamples, fit
-from lightning_influence.layers import cover
+from lightning_influence.discover import discover
+from lightning_influence.layers import Uncovered
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import ExampleScores, mean_gradient, score_examples
 from lightning_influence.source import DataError, ExampleSource
@@ -22,7 +23,7 @@ from lightning_influence.verify import inspect
 
 N, CLASSES = 22, 4
 # Only the order of summation may differ.
-SAME = {"rtol": 1e-9, "atol": 1e-12}
+SAME: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12}
 EVERY = FactorExamples(10**9, 10**9)
 # Batches of one, of sizes that leave one example and several over, and everything at once.
 BATCH_SIZES = (1, 7, 8, N)
@@ -46,6 +47,33 @@ def cnn() -> nn.Module:
     )
 
 
+class Words(nn.Module):
+    """A padded look-up that is the head, too, attention with time first, and a recurrent layer."""
+
+    def __init__(self, recurrent: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(CLASSES, 4, padding_idx=1)
+        self.place = nn.Parameter(torch.randn(1, 3, 4))
+        self.attention, self.norm = nn.MultiheadAttention(4, 2, dropout=0.5), nn.LayerNorm(4)
+        self.body: nn.Module = nn.GRU(4, 4, batch_first=True) if recurrent else nn.Linear(4, 4)
+        self.head = nn.Linear(4, CLASSES)
+        self.head.weight = self.words.weight
+        self.double().train()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = (self.words(ids) + self.place).transpose(0, 1)
+        hidden = self.norm(self.attention(hidden, hidden, hidden)[0]).transpose(0, 1)
+        out = self.body(hidden)
+        result: Tensor = self.head(torch.tanh(out[0] if isinstance(out, tuple) else out)).mean(1)
+        return result
+
+
+def sentences() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(CLASSES, (N, 3), generator=generator), torch.arange(N) % CLASSES
+
+
 def images() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return torch.randn(N, 2, 6, 6, generator=generator).double(), torch.arange(N) % CLASSES
@@ -62,10 +90,13 @@ def passes(
     *,
     net: nn.Module | None = None,
     task: Any = task,
+    uncovered: Uncovered = "report",
 ) -> ExampleGradients:
     source = ExampleSource(dataset, batch_size=batch_size, num_workers=workers)
     net = net or cnn()
-    return ExampleGradients(net, task, source, cover(net))
+    coverage = discover(net, task, source, uncovered=uncovered)
+    assert coverage.share == 1.0
+    return ExampleGradients(net, task, source, coverage)
 
 
 def audit(
@@ -101,6 +132,19 @@ class TestBatches:
         assert expected[1].columns["self_influence"].min() > 0
         for batch_size in BATCH_SIZES[:-1]:
             assert_same(audit(passes(dataset, batch_size), name=name, labels=labels), expected)
+
+    @pytest.mark.parametrize("recurrent", [False, True], ids=["attention", "recurrent"])
+    @pytest.mark.parametrize("name", BLOCKS)
+    def test_batch_size_for_blocks_of_every_kind(self, name: str, recurrent: bool) -> None:
+        """The recurrent layer's gradients are computed one example at a time, in whatever batch it comes."""
+        dataset, uncovered = TensorDataset(*sentences()), "exact" if recurrent else "report"
+        results = []
+        for batch_size in BATCH_SIZES[::-1]:
+            gradients = passes(dataset, batch_size, net=Words(recurrent), uncovered=uncovered)
+            assert bool(gradients.coverage.one_by_one) == recurrent
+            results.append(audit(gradients, name=name))
+            assert_same(results[-1], results[0])
+        assert results[0][1].columns["self_influence"].min() > 0
 
     def test_workers(self) -> None:
         dataset = TensorDataset(*images())
@@ -252,7 +296,7 @@ class TestNothingMoves:
     def test_random_streams(self, kind: str, workers: int) -> None:
         """Training goes on with the same numbers, whatever pass is run in between."""
         gradients = passes(Augmented(kind), 5, workers)
-        steps = {
+        steps: dict[str, Callable[[], Any]] = {
             "fit": lambda: fit(
                 gradients, "ekfac", range(N), examples=FactorExamples(9, 9), labels=("sampled", "exact")
             ),
@@ -261,6 +305,7 @@ class TestNothingMoves:
             "calibrate": lambda: gradients.calibrate(range(N)),
             "losses": lambda: list(gradients.losses(range(N))),
             "inspect": lambda: inspect(gradients, range(N)),
+            "discover": lambda: discover(gradients.module, task, gradients.source),
         }
         for name, step in steps.items():
             before = self.streams()

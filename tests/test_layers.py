@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
@@ -12,16 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
 
+from lightning_influence import per_sample
 from lightning_influence.capture import Capture
-from lightning_influence.layers import LayerError, LayerOperation, cover
+from lightning_influence.discover import discover
+from lightning_influence.isolation import untouched
+from lightning_influence.layers import Coverage, LayerError, Layers, cover
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import ExampleSource
 from lightning_influence.verify import VerificationError, inspect
 
-EXACT = {"rtol": 1e-9, "atol": 1e-11}
+EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 EXAMPLES = 5
 CLASSES = 3
 
@@ -105,10 +111,14 @@ def passes(
     *,
     batch_size: int = 3,
     task: Callable[[Any, Any], Tensor] = task,
+    layers: Layers = None,
+    coverage: Coverage | None = None,
     **options: Any,
 ) -> ExampleGradients:
     dataset = inputs if targets is None else TensorDataset(inputs, targets)
-    return ExampleGradients(net, task, ExampleSource(dataset, batch_size=batch_size), cover(net), **options)
+    source = ExampleSource(dataset, batch_size=batch_size)
+    coverage = coverage or discover(net, task, source, layers=layers, **options)
+    return ExampleGradients(net, task, source, coverage, **options)
 
 
 def captured(gradients: ExampleGradients, n: int = EXAMPLES) -> dict[str, tuple[Tensor, Tensor]]:
@@ -117,14 +127,45 @@ def captured(gradients: ExampleGradients, n: int = EXAMPLES) -> dict[str, tuple[
     with closing(gradients.run(range(n))) as batches:
         for batch in batches:
             for io in batch.layers():
-                assert len(io.gs) == 1
-                collected.setdefault(io.name, []).append((io.x, io.gs[0]))
-    return {name: tuple(torch.cat(part, 1) for part in zip(*parts, strict=True)) for name, parts in collected.items()}
+                (g,) = io.gs
+                assert isinstance(g, Tensor)
+                collected.setdefault(io.name, []).append((io.x, g))
+    return {
+        name: (torch.cat([x for x, _ in parts], 1), torch.cat([g for _, g in parts], 1))
+        for name, parts in collected.items()
+    }
 
 
 def formed(x: Tensor, g: Tensor) -> Tensor:
     """Return the per-example gradients `[k, n, o, i]`."""
     return torch.einsum("knso,knsi->knoi", g, x)
+
+
+def found_gradients(gradients: ExampleGradients, n: int = EXAMPLES) -> dict[str, Tensor]:
+    """Return the per-example gradients of every parameter of every block that took part, by name."""
+    collected: dict[str, list[Tensor]] = {}
+    with closing(gradients.run(range(n))) as batches:
+        for batch in batches:
+            for io in batch.layers():
+                blocks = torch.cat(list(per_sample.gradients(io.x, io.gs[0])), 1).transpose(0, 1)
+                for name, value in gradients.coverage.blocks[io.name].to_parameters(blocks).items():
+                    collected.setdefault(name, []).append(value)
+    return {name: torch.cat(parts) for name, parts in collected.items()}
+
+
+def assert_gradients(net: nn.Module, inputs: Tensor, targets: Tensor, **options: Any) -> None:
+    """Hold the gradients of every trainable parameter, of whatever kind, against the reference."""
+    gradients = passes(net, inputs, targets, **options)
+    assert gradients.coverage.share == 1.0
+    found = found_gradients(gradients, len(inputs))
+    expected = ref.per_example_gradients(net, cross_entropy, inputs, targets)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.norm() > 1e-3, name
+        torch.testing.assert_close(found[name], gradient, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
+    error = inspect(passes(net, inputs, targets, **options), range(len(inputs))).largest_error
+    assert error is not None
+    assert error < 1e-12
 
 
 def reference_gradients(net: nn.Module, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -207,39 +248,52 @@ class TestEveryVariant:
         whole = reference_gradients(net, inputs, targets)["0"]
         expected = whole[..., :-1] if frozen == "bias" else whole[..., -1:]
         getattr(net[0], frozen).requires_grad_(False)
-        found = captured(passes(net, inputs, targets))
-        torch.testing.assert_close(formed(*found["0"]), expected, **EXACT)
-        coverage = cover(net)
-        assert coverage.operations["0"].shape == (expected.shape[0], *expected.shape[2:])
-        assert coverage.share == 1.0
-        assert coverage.operations["0"].parameter_names == (("weight",) if frozen == "bias" else ("bias",))
+        trained = "weight" if frozen == "bias" else "bias"
+        # A bias alone is no matrix, and has its own name.
+        name = "0" if frozen == "bias" else "0.bias"
+        gradients = passes(net, inputs, targets)
+        found = formed(*captured(gradients)[name])
+        shape = expected.shape if frozen == "bias" else (1, EXAMPLES, 1, expected[:, 0].numel())
+        torch.testing.assert_close(
+            found, expected.transpose(0, 1).reshape(found.shape) if frozen == "weight" else expected, **EXACT
+        )
+        for coverage in (gradients.coverage, cover(net)):
+            assert list(coverage.blocks) == [name]
+            assert coverage.blocks[name].shape == (shape[0], *shape[2:])
+            assert coverage.share == 1.0
+            assert {key: id(value) for key, value in coverage.blocks[name].parameters.items()} == {
+                f"0.{trained}": id(getattr(net[0], trained))
+            }
 
     @pytest.mark.parametrize("name", ["plain", "no bias", "groups", "depthwise, two outputs each"])
     def test_block_and_parameters_are_the_same_numbers(self, name: str) -> None:
         module = nn.Conv2d(4, **{"out_channels": 4, **CONVOLUTIONS[name]}).double()
-        self.check_layout(cover(module).operations[""])
-        module.weight.requires_grad_(False)
-        if module.bias is not None:
-            self.check_layout(cover(module).operations[""])
+        self.check_layout(module, "conv", module.bias is not None)
+        module.requires_grad_(False)
+        module.weight.requires_grad_(True)
+        self.check_layout(module, "conv", False)
 
-    def check_layout(self, operation: LayerOperation) -> None:
-        module = operation.module
-        own = {name: torch.randn(2, 3, *getattr(module, name).shape).double() for name in operation.parameter_names}
-        whole = {name: own.get(name, torch.zeros(2, 3, *p.shape).double()) for name, p in module.named_parameters()}
+    def check_layout(self, module: nn.Conv2d, name: str, bias: bool) -> None:
+        block = cover(nn.ModuleDict({name: module})).blocks[name]
+        own = {
+            f"{name}.{key}": torch.randn(2, 3, *p.shape).double()
+            for key, p in module.named_parameters()
+            if p.requires_grad
+        }
+        assert (f"{name}.bias" in own) == bias
         matrix = ref.gradient_matrix(
             module,
-            whole["weight"].flatten(0, 1),
-            whole["bias"].flatten(0, 1) if "bias" in own else None,
+            own[f"{name}.weight"].flatten(0, 1),
+            own[f"{name}.bias"].flatten(0, 1) if bias else None,
         )
-        block = matrix.transpose(0, 1).reshape(2, 3, *matrix.shape[::2][:1], *matrix.shape[2:])
-        block = block if "weight" in own else block[..., -1:]
-        assert block.shape[2:] == operation.shape
-        back = operation.to_parameters(block)
+        expected = matrix.transpose(0, 1).reshape(2, 3, len(matrix), *matrix.shape[2:])
+        assert expected.shape[2:] == block.shape
+        back = block.to_parameters(expected)
         assert back.keys() == own.keys()
-        for name, value in own.items():
-            assert torch.equal(back[name], value)
-        single = {name: value[1, 2] for name, value in own.items()}
-        assert torch.equal(operation.from_parameters(single), block[1, 2])
+        for key, value in own.items():
+            assert torch.equal(back[key], value)
+        single = {key: value[1, 2] for key, value in own.items()}
+        assert torch.equal(block.from_parameters(single), expected[1, 2])
 
     def test_lower_precision_is_laid_out_in_float32(self) -> None:
         net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(80, CLASSES)).eval()
@@ -380,9 +434,47 @@ def in_place() -> nn.Module:
 
 
 def in_place_on_sequences() -> nn.Module:
+    """What `nn.Linear` returns for sequences is a view, unless it has no bias."""
     return nn.Sequential(
-        nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 5, bias=False), nn.SiLU(inplace=True), Flat()
+        nn.Linear(4, 5),
+        nn.ReLU(inplace=True),
+        nn.Linear(5, 5, bias=False),
+        nn.SiLU(inplace=True),
+        nn.Linear(5, 5),
+        nn.ELU(inplace=True),
+        Flat(),
     )
+
+
+class UsedThenOverwritten(nn.Module):
+    """A sequence that is used before it is overwritten: part of its gradient comes from either side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, value: Tensor) -> Tensor:
+        hidden = self.first(value)
+        doubled = 2 * hidden
+        hidden.sub_(0.3)
+        return self.last(torch.tanh(doubled * hidden.flip(1))).mean(1)
+
+
+class OverwrittenInParts(nn.Module):
+    """Parameters that are added to and multiplied with a part of a tensor, in place and by way of a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, CLASSES)
+        self.shift, self.scale, self.whole = (nn.Parameter(torch.randn(5)) for _ in range(3))
+
+    def forward(self, value: Tensor) -> Tensor:
+        hidden = self.first(value)
+        hidden += self.whole
+        hidden[:, 0].add_(self.shift)
+        hidden[:, 1:].mul_(self.scale)
+        hidden.transpose(1, 2)[:, :2].mul_(3)
+        return self.last(torch.tanh(hidden)).mean(1)
 
 
 STRUCTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -392,6 +484,8 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "two towers": (TwoTowers, (4, 6, 7)),
     "in-place after every layer": (in_place, (4, 6, 7)),
     "in-place after every layer, sequences": (in_place_on_sequences, (2, 3, 4)),
+    "used, then overwritten": (UsedThenOverwritten, (3, 4)),
+    "overwritten in parts": (OverwrittenInParts, (3, 4)),
     "residual, in place": (Bottleneck, (4, 6, 7)),
     "calls without gradients": (SomeWithoutGradients, (4,)),
     "keyword argument": (ByKeyword, (4,)),
@@ -402,15 +496,7 @@ class TestStructure:
     @pytest.mark.parametrize("name", STRUCTURES)
     def test_equals_the_reference(self, name: str) -> None:
         make, shape = STRUCTURES[name]
-        net = make().double().eval()
-        inputs, targets = data(shape)
-        found = captured(passes(net, inputs, targets))
-        expected = reference_gradients(net, inputs, targets)
-        assert found.keys() == expected.keys()
-        for layer, gradient in expected.items():
-            assert gradient.norm() > 1e-3
-            torch.testing.assert_close(formed(*found[layer]), gradient, **EXACT)
-        assert inspect(passes(net, inputs, targets), range(EXAMPLES)).largest_error < 1e-12
+        assert_gradients(make().double().eval(), *data(shape))
 
     def test_calls_lie_end_to_end(self) -> None:
         """Also as factors see them: three positions of the first call, one of the second."""
@@ -431,12 +517,14 @@ class TestStructure:
         net = Bottleneck().double()
         net(torch.randn(8, 4, 6, 7).double())
         statistics = [buffer.clone() for buffer in net.buffers()]
-        found = captured(passes(net, *data((4, 6, 7))))
+        found = found_gradients(passes(net, *data((4, 6, 7))))
         assert net.training
         assert net.norm.training
         assert all(torch.equal(a, b) for a, b in zip(statistics, net.buffers(), strict=True))
-        for layer, gradient in reference_gradients(net.eval(), *data((4, 6, 7))).items():
-            torch.testing.assert_close(formed(*found[layer]), gradient, **EXACT)
+        expected = ref.per_example_gradients(net.eval(), cross_entropy, *data((4, 6, 7)))
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, **EXACT)
 
     def test_batches_of_named_tensors(self) -> None:
         inputs, targets = data((4,))
@@ -516,18 +604,53 @@ class TestStructure:
                 torch.testing.assert_close(formed(*found[name]), gradient, **EXACT)
 
 
+class Computed(TorchDispatchMode):
+    """Notes the sizes of all tensors that are computed, except views of the model's parameters."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+        self._own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self._own:
+                self.shapes.add(tuple(sorted(tensor.shape)))
+        return output
+
+
+def every_kind() -> nn.Sequential:
+    """A lookup, linear layers, a convolution and norms; no two parameters or activations have one shape."""
+    return nn.Sequential(
+        OrderedDict(
+            words=nn.Embedding(7, 8),
+            first=nn.Linear(8, 12),
+            norm=nn.LayerNorm(12),
+            tanh=nn.Tanh(),
+            images=nn.Unflatten(1, (2, 2, 3)),
+            convolution=nn.Conv2d(2, 9, 2),
+            channels=nn.GroupNorm(3, 9),
+            flat=nn.Flatten(),
+            last=nn.Linear(18, CLASSES),
+        )
+    )
+
+
 class TestCapture:
     def test_several_draws_share_one_forward_pass(self) -> None:
         net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES)).double()
         inputs, _ = data((4,))
         per_class = ref.class_gradients(net, inputs, CLASSES)
+        gradients = passes(net, *data((4,)), batch_size=EXAMPLES)
         calls: list[int] = []
         net[1].register_forward_hook(lambda *_: calls.append(1))
-        with closing(passes(net, *data((4,)), batch_size=EXAMPLES).run(range(EXAMPLES), "exact")) as batches:
+        with closing(gradients.run(range(EXAMPLES), "exact")) as batches:
             for batch in batches:
                 for io in batch.layers():
                     assert len(io.gs) == CLASSES
                     for c, g in enumerate(io.gs):
+                        assert isinstance(g, Tensor)
                         weight, bias = (per_class[f"{io.name}.{p}"][:, c] for p in ("weight", "bias"))
                         expected = ref.gradient_matrix(net.get_submodule(io.name), weight, bias)
                         torch.testing.assert_close(formed(io.x, g), expected, **EXACT)
@@ -552,10 +675,11 @@ class TestCapture:
         net = Heads().double()
         with closing(passes(net, *data((4,)), task=both).run(range(EXAMPLES), "exact")) as batches:
             for batch in batches:
-                reached = {io.name: [bool(g.any()) for g in io.gs] for io in batch.layers()}
+                reached = {io.name: [bool(torch.as_tensor(g).any()) for g in io.gs] for io in batch.layers()}
                 assert reached == {"body": [True] * 5, "one": [True] * 2 + [False] * 3, "two": [False] * 2 + [True] * 3}
 
     def test_nothing_is_left_behind(self) -> None:
+        """Nor by the trace."""
         net = in_place().double().train()
         net[2].requires_grad_(False)
         before = [(p, p.requires_grad, p.detach().clone()) for p in net.parameters()]
@@ -573,19 +697,49 @@ class TestCapture:
             captured(passes(net, *data((4, 6, 7)), task=fails))
         assert not [module for module in net.modules() if module._forward_hooks or module._forward_pre_hooks]
         assert all(module.training for module in net.modules())
+        assert not torch._C._len_torch_function_stack()
         for parameter, flag, value in before:
             assert parameter.requires_grad == flag
             assert parameter.grad is None
             assert torch.equal(parameter, value)
 
     def test_no_weight_gradient_is_computed(self) -> None:
-        """That is a third of a training pass: everything trainable is frozen, whatever it is."""
-        net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, CLASSES)).double()
-        seen: list[bool] = []
-        net[3].register_forward_pre_hook(lambda module, args: seen.append(module.weight.requires_grad))
-        net[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].requires_grad))
-        captured(passes(net, torch.arange(EXAMPLES) % 5, data((4,))[1]))
-        assert set(seen) == {False}
+        """That is a third of a training pass. What the backward pass computes has the shapes of activations only."""
+        inputs, targets = torch.arange(EXAMPLES) % 7, data((4,))[1]
+        net = every_kind().double()
+        sizes = {tuple(sorted(p.shape)) for p in net.parameters()}
+        with Computed(net) as training:
+            task(net, (inputs, targets)).backward()
+        assert training.shapes >= sizes
+        net.zero_grad()
+        coverage = passes(net, inputs, targets).coverage
+        assert coverage.share == 1.0
+        for draws in (1, 2):
+            with untouched(net), Capture(coverage) as capture:
+                with capture.forward():
+                    loss = task(net, (inputs, targets))
+                with Computed(net) as found:
+                    for draw in range(draws):
+                        capture.backward([loss], [torch.ones_like(loss)], last=draw == draws - 1)
+                assert [io.name for io in capture.layers(EXAMPLES)] == list(coverage.blocks)
+            assert found.shapes
+            assert not found.shapes & sizes
+            assert all(p.grad is None for p in net.parameters())
+
+    def test_nothing_below_the_first_covered_layer_is_in_the_graph(self) -> None:
+        """Parameters that are trained but not covered are frozen for the pass."""
+        net = every_kind().double()
+        gradients = passes(net, torch.arange(EXAMPLES) % 7, data((4,))[1], layers=["last"])
+        seen: dict[str, bool] = {}
+        for name, layer in net.named_children():
+            layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].requires_grad}))
+            layer.register_forward_hook(
+                lambda _, args, out, name=name: seen.update({f"{name}, out": out.requires_grad})
+            )
+        assert captured(gradients).keys() == {"last"}
+        assert [name for name, flag in seen.items() if flag] == ["last, out"]
+        assert "last" in seen
+        assert all(p.requires_grad for p in net.parameters())
 
     def test_modified_input(self) -> None:
         net = Modifies().double()
@@ -600,13 +754,11 @@ class TestCapture:
         net.last.weight.requires_grad_(False)
         inputs, targets = data((4,))
         task(net, (inputs, targets)).backward()
-        gradients = ref.per_example_gradients(net, cross_entropy, inputs, targets)
-        found = captured(passes(net, inputs, targets))
-        torch.testing.assert_close(formed(*found["last"])[0, ..., 0], gradients["last.bias"], **EXACT)
+        assert_gradients(net, inputs, targets)
 
     @pytest.mark.parametrize("shape", [(4, 4), (2, 6, 4), (4,)])
     def test_input_without_the_batch(self, shape: tuple[int, ...]) -> None:
-        """A grid of positions has rows that are not examples; equal numbers of both must not go through."""
+        """A grid of positions has rows that are not examples; equal numbers of both must not be taken for them."""
 
         class Grid(ByKeyword):
             def __init__(self) -> None:
@@ -618,7 +770,9 @@ class TestCapture:
 
         net = Grid().double()
         for batch_size in (3, 4):
-            gradients = passes(net, *data((4,)), batch_size=batch_size)
+            assert_gradients(net, *data((4,)), batch_size=batch_size)
+            # Without a trace, the layer is taken to be used in the standard way.
+            gradients = passes(net, *data((4,)), batch_size=batch_size, coverage=cover(net))
             with pytest.raises(
                 LayerError, match=r"'first' got an input of shape \(.*\) for a batch of \d examples; .*by"
             ):
@@ -644,9 +798,12 @@ class TestCapture:
             with capture.forward():
                 net(torch.randn(2, 4))
             assert capture.order == ["0"]
-            assert capture.activations("0", 2).shape == (1, 2, 1, 5)
+            features = capture.features(2)
+            assert features is not None
+            assert features.shape == (2, 4)
             capture.clear()
             assert capture.order == []
+            assert capture.features(2) is None
 
 
 class Own(nn.Linear):
@@ -660,85 +817,136 @@ class Renamed(nn.Linear):
     """A subclass that computes what its parent computes."""
 
 
+class Distances(nn.Linear):
+    """Takes its weight for points and has no use for its bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.cdist(input, self.weight)
+
+
+class Tied(nn.Module):
+    """A look-up, a layer under two names of its weight, and a head that is the table of the look-up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(CLASSES, 4)
+        self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.other.weight = self.one.weight
+        self.head = nn.Linear(4, CLASSES, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.other(torch.tanh(self.one(self.words(ids)))).mean(1)))
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.head(self.attention(value, value, value)[0].mean(1))
+
+
 class TestCoverage:
     def test_shares_and_reasons(self) -> None:
         net = nn.Sequential(
-            nn.Linear(4, 4), nn.BatchNorm1d(4), Renamed(4, 4), Own(4, 4), nn.Conv1d(1, 1, 3), nn.Linear(4, 2)
+            nn.Linear(4, 4), nn.BatchNorm1d(4), Renamed(4, 4), nn.Bilinear(2, 2, 2), nn.RNNCell(2, 1), nn.Linear(4, 2)
         )
         net[5].requires_grad_(False)
         coverage = cover(net)
-        assert list(coverage.operations) == ["0", "2"]
+        assert list(coverage.blocks) == ["0", "1", "2"]
         assert coverage.uncovered == {
-            "1.weight": "BatchNorm1d is not supported",
-            "1.bias": "BatchNorm1d is not supported",
-            "3.weight": "Own has a forward of its own",
-            "3.bias": "Own has a forward of its own",
-            "4.weight": "Conv1d is not supported",
-            "4.bias": "Conv1d is not supported",
+            "3.weight": "Bilinear is not supported",
+            "3.bias": "Bilinear is not supported",
+            "4.weight_ih": "RNNCell is not supported",
+            "4.weight_hh": "RNNCell is not supported",
+            "4.bias_ih": "RNNCell is not supported",
+            "4.bias_hh": "RNNCell is not supported",
         }
-        assert (coverage.covered_parameters, coverage.total_parameters) == (40, 40 + 8 + 20 + 4)
-        assert coverage.share == 40 / 72
+        assert (coverage.covered_parameters, coverage.total_parameters) == (48, 48 + 10 + 5)
+        assert coverage.share == 48 / 63
         assert coverage.describe() == (
-            "55.6% of 72 trainable parameters in 2 layers; not covered: "
-            "1.weight, 1.bias, 3.weight, 3.bias, 4.weight, 4.bias"
+            "76.2% of 63 trainable parameters in 3 layers; not covered: "
+            "3.weight, 3.bias, 4.weight_ih, 4.weight_hh, 4.bias_ih, 4.bias_hh"
         )
 
     def test_long_lists_are_cut(self) -> None:
-        net = nn.Sequential(nn.Linear(2, 2), *(nn.LayerNorm(2) for _ in range(5)))
+        net = nn.Sequential(nn.Linear(2, 2), *(nn.Bilinear(2, 1, 2) for _ in range(5)))
         assert cover(net).describe().endswith("3.weight, 3.bias and 4 more")
         assert cover(net[:1]).describe() == "100.0% of 6 trainable parameters in 1 layers"
 
-    def test_shared_parameters(self) -> None:
-        """The sum over both uses is not of the form that either layer has alone."""
-        net = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
-        net["b"].weight = net["a"].weight
-        coverage = cover(net)
-        assert list(coverage.operations) == ["c"]
-        assert coverage.uncovered == dict.fromkeys(["a.weight", "a.bias", "b.bias"], "shared by a and b")
-        assert (coverage.covered_parameters, coverage.total_parameters) == (12, 12 + 9 + 3 + 3)
+    def test_what_is_found_to_be_used_counts(self) -> None:
+        """A layer's type says nothing about what its subclass does with it; the trace does."""
+        net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Renamed(4, 4), Own(4, 4), nn.Linear(4, CLASSES))
+        assert_gradients(net.double().eval(), *data((4,)))
+        net = nn.Sequential(nn.Linear(4, 4), Distances(4, 4), nn.Linear(4, CLASSES)).double()
+        coverage = passes(net, *data((4,))).coverage
+        assert list(coverage.blocks) == ["0", "1", "2"]
+        assert coverage.uncovered == {"1.bias": "took no part in the first batch"}
+        net[1].bias.requires_grad_(False)
+        assert_gradients(net, *data((4,)))
 
-    def test_head_tied_to_an_embedding(self) -> None:
-        net = nn.ModuleDict({"words": nn.Embedding(5, 3), "body": nn.Linear(3, 3), "head": nn.Linear(3, 5, bias=False)})
-        net["head"].weight = net["words"].weight
-        coverage = cover(net)
-        assert list(coverage.operations) == ["body"]
-        assert coverage.uncovered == {"words.weight": "shared by words and head"}
-        assert coverage.share == 12 / 27
+    def test_shared_parameters(self) -> None:
+        """The sum over both uses: rows of a look-up and of a linear layer in one block, named after the first."""
+        net = Tied().double()
+        inputs, targets = torch.arange(2 * EXAMPLES).reshape(EXAMPLES, 2) % CLASSES, data((4,))[1]
+        assert_gradients(net, inputs, targets)
+        for coverage in (cover(net), passes(net, inputs, targets).coverage):
+            assert {name: list(block.parameters) for name, block in coverage.blocks.items()} == {
+                "words": ["words.weight"],
+                "one": ["one.weight", "one.bias"],
+                "other.bias": ["other.bias"],
+            }
+            assert (coverage.covered_parameters, coverage.total_parameters) == (36, 36)
 
     def test_frozen_sharing_does_no_harm(self) -> None:
-        net = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
-        net["b"].weight = net["a"].weight
-        net["a"].weight.requires_grad_(False)
-        coverage = cover(net)
-        assert {name: operation.parameter_names for name, operation in coverage.operations.items()} == {
-            "a": ("bias",),
-            "b": ("bias",),
-        }
-        assert coverage.share == 1.0
+        net = Tied().double()
+        net.one.weight.requires_grad_(False)
+        net.words.weight.requires_grad_(False)
+        inputs, targets = torch.arange(2 * EXAMPLES).reshape(EXAMPLES, 2) % CLASSES, data((4,))[1]
+        assert_gradients(net, inputs, targets)
+        for coverage in (cover(net), passes(net, inputs, targets).coverage):
+            assert {name: list(block.parameters) for name, block in coverage.blocks.items()} == {
+                "one.bias": ["one.bias"],
+                "other.bias": ["other.bias"],
+            }
 
     @pytest.mark.parametrize(
-        ("change", "reason"),
+        "change",
         [
-            (parametrizations.weight_norm, r"ParametrizedLinear is parametrised \(no own weight\)"),
-            (parametrizations.spectral_norm, r"ParametrizedLinear is parametrised \(no own weight\)"),
-            (lambda layer: prune.random_unstructured(layer, "weight", 0.5), r"Linear is parametrised \(weight_orig\)"),
+            parametrizations.weight_norm,
+            parametrizations.spectral_norm,
+            parametrizations.orthogonal,
+            lambda layer: prune.random_unstructured(layer, "weight", 0.5),
         ],
-        ids=["weight_norm", "spectral_norm", "prune"],
+        ids=["weight_norm", "spectral_norm", "orthogonal", "prune"],
     )
-    def test_reparametrised_layers(self, change: Callable[[nn.Module], nn.Module], reason: str) -> None:
-        net = nn.Sequential(change(nn.Linear(4, 4)), nn.Linear(4, 2))
+    def test_reparametrised_layers(self, change: Callable[[nn.Module], nn.Module]) -> None:
+        """What is trained is not what meets the input: without a trace, nothing is known about it."""
+        net = nn.Sequential(change(nn.Linear(4, 4)), nn.Linear(4, CLASSES)).double().eval()
         coverage = cover(net)
-        assert list(coverage.operations) == ["1"]
-        assert torch.tensor(coverage.share) < 0.4
-        reasons = set(coverage.uncovered.values())
-        assert {next(r for r in reasons if "parametrised" in r)} == {reason.replace("\\", "")}
+        assert list(coverage.blocks) == ["0.bias", "1"]
+        names = [name for name, _ in net.named_parameters() if name.startswith("0.") and name != "0.bias"]
+        assert list(coverage.uncovered) == names
+        assert coverage.share < 0.6
+        inputs, targets = data((4,))
+        with torch.no_grad():
+            net(inputs)  # a pruned layer keeps the product of its last forward pass, which can be copied now
+        assert_gradients(net, inputs, targets)
 
     def test_attention(self) -> None:
         """`MultiheadAttention` reads the weight of its output projection without calling the layer."""
-        net = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "head": nn.Linear(4, 2)})
-        coverage = cover(net)
-        assert list(coverage.operations) == ["head"]
-        assert set(coverage.uncovered) == {f"attention.{name}" for name, _ in net["attention"].named_parameters()}
+        net = Attends().double()
+        assert_gradients(net, *data((3, 4)))
+        expected = {
+            "attention.in_proj_weight": ["attention.in_proj_weight", "attention.in_proj_bias"],
+            "attention.out_proj": ["attention.out_proj.weight", "attention.out_proj.bias"],
+            "head": ["head.weight", "head.bias"],
+        }
+        for coverage in (cover(net), passes(net, *data((3, 4))).coverage):
+            assert {name: list(block.parameters) for name, block in coverage.blocks.items()} == expected
 
     @pytest.mark.parametrize(
         ("patterns", "expected"),
@@ -757,36 +965,42 @@ class TestCoverage:
         body = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
         net = nn.ModuleDict({"body": body, "head": nn.Linear(2, 2)})
         coverage = cover(net, patterns)
-        assert list(coverage.operations) == expected
+        assert list(coverage.blocks) == expected
         others = {name for name, _ in net.named_parameters() if name.rpartition(".")[0] not in expected}
         assert coverage.uncovered == dict.fromkeys(others, "left out by `layers=`")
         assert coverage.share == len(expected) / 4
 
-    @pytest.mark.parametrize("patterns", [["typo"], ["body.0", "typo"], ["body.0", "typo", "body.1"]])
-    def test_pattern_without_a_layer(self, patterns: list[str]) -> None:
+    @pytest.mark.parametrize(
+        ("patterns", "missing", "hint"),
+        [
+            (["typo"], ["typo"], "there are ['body.0', 'head']"),
+            (["body.0", "typo"], ["typo"], "there are ['body.0', 'head']"),
+            (["body.0", "typo", "body.1"], ["typo", "body.1"], "did you mean ['body.0']?"),
+            ([nn.RNN, "head"], ["RNN"], "there are ['body.0', 'head']"),
+        ],
+    )
+    def test_pattern_without_a_layer(self, patterns: Any, missing: list[str], hint: str) -> None:
         """The message has to name what there is, not what the other patterns matched."""
-        net = nn.ModuleDict({"body": nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "head": nn.Linear(2, 2)})
-        missing = [pattern for pattern in patterns if pattern != "body.0"]
+        net = nn.ModuleDict({"body": nn.Sequential(nn.Linear(2, 2), nn.RNN(2, 2)), "head": nn.Linear(2, 2)})
         with pytest.raises(LayerError) as error:
             cover(net, patterns)
-        assert f"`layers=` names {missing}, which match no supported layer" in str(error.value)
-        assert "supported are ['body.0', 'head']" in str(error.value)
+        assert f"`layers=` names {missing}, which match no supported layer; {hint}" in str(error.value)
 
     @pytest.mark.parametrize(
         ("net", "found"),
         [
-            (nn.Sequential(nn.LayerNorm(3), nn.Conv1d(1, 1, 1)), "Conv1d is not supported; LayerNorm is not supported"),
+            (nn.Sequential(nn.RNN(3, 2), nn.Bilinear(1, 1, 1)), "Bilinear is not supported; RNN is not supported"),
             (nn.Sequential(nn.Linear(2, 2).requires_grad_(False)), "no parameter requires a gradient"),
             (nn.Tanh(), "no parameter requires a gradient"),
         ],
     )
     def test_nothing_to_cover(self, net: nn.Module, found: str) -> None:
-        with pytest.raises(LayerError, match=rf"no supported layer.*supported are Conv2d, Linear\. Found: {found}\."):
+        with pytest.raises(LayerError, match=rf"no trainable parameter whose .* are understood\. Found: {found}\."):
             cover(net)
 
     def test_layer_that_is_the_model(self) -> None:
         net = nn.Linear(4, CLASSES).double()
-        assert list(cover(net).operations) == [""]
+        assert list(cover(net).blocks) == [""]
         assert_right(net, *data((4,)))
 
     def test_modes_of_coverage_do_not_touch_the_model(self) -> None:
@@ -799,24 +1013,42 @@ class TestCoverage:
 
 
 class TestVerification:
-    """Uses of a layer that hooks can't see must not go through unnoticed."""
+    """Uses of a parameter that no call with an example shows must not go through unnoticed."""
 
     def gradients(self, change: Callable[[Any, Any], Tensor]) -> ExampleGradients:
         net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES)).double()
         return passes(net, *data((4,)), task=change, batch_size=EXAMPLES)
 
-    def functional(self, module: Any, batch: Any) -> Tensor:
-        hidden = module[1](module[0](batch[0]))
-        return cross_entropy(F.linear(hidden, module[2].weight, module[2].bias), batch[1])
+    def penalty(self, module: Any, batch: Any) -> Tensor:
+        return task(module, batch) + 1e-3 * module[2].weight.square().sum()
 
-    def test_functional_use_and_penalty(self) -> None:
-        def penalty(module: Any, batch: Any) -> Tensor:
-            return task(module, batch) + 1e-3 * module[0].weight.square().sum()
+    def test_penalty(self) -> None:
+        with pytest.raises(VerificationError, match=r"do not add up .* in: 2 \(\d+\.\d% off\)\."):
+            inspect(self.gradients(self.penalty), range(EXAMPLES))
 
-        with pytest.raises(VerificationError, match=r"do not add up .* in: 2 \(100\.0% off\)"):
-            inspect(self.gradients(self.functional), range(EXAMPLES))
-        with pytest.raises(VerificationError, match=r"do not add up .* in: 0 \("):
-            inspect(self.gradients(penalty), range(EXAMPLES))
+    def test_functional_use(self) -> None:
+        """The same numbers as with the layer itself, alone or beside it."""
+
+        def functional(module: Any, batch: Any) -> Tensor:
+            hidden = module[1](module[0](batch[0]))
+            return cross_entropy(F.linear(hidden, module[2].weight, module[2].bias), batch[1])
+
+        def twice(module: Any, batch: Any) -> Tensor:
+            hidden = module[1](module[0](batch[0]))
+            return cross_entropy(F.linear(hidden, module[2].weight) + 2 * module[2](hidden), batch[1])
+
+        for change in (functional, twice):
+            gradients = self.gradients(change)
+            error = inspect(gradients, range(EXAMPLES)).largest_error
+            assert error is not None
+            assert error < 1e-12
+            found = found_gradients(gradients)
+            net, (inputs, targets) = gradients.module, data((4,))
+            for n in range(EXAMPLES):
+                loss = change(net, (inputs[n : n + 1], targets[n : n + 1]))
+                expected = torch.autograd.grad(loss, list(net.parameters()))
+                for (name, _), gradient in zip(net.named_parameters(), expected, strict=True):
+                    torch.testing.assert_close(found[name][n], gradient, **EXACT)
 
     def test_batch_with_a_nan(self) -> None:
         """One bad example in the first batch is no reason not to look at the others."""
@@ -826,7 +1058,7 @@ class TestVerification:
         error = inspect(passes(net, inputs, targets, batch_size=EXAMPLES), range(EXAMPLES)).largest_error
         assert error is not None
         assert error < 1e-12
-        gradients = passes(net, inputs, targets, batch_size=EXAMPLES, task=self.functional)
+        gradients = passes(net, inputs, targets, batch_size=EXAMPLES, task=self.penalty)
         with pytest.raises(VerificationError, match=r"do not add up .* in: 2 \("):
             inspect(gradients, range(EXAMPLES))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,16 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_influence.losses import (
+    AbsoluteError,
     BinaryCrossEntropy,
+    BinaryProbabilities,
     CrossEntropy,
+    Divergence,
+    HuberError,
     LossCall,
+    NormalLikelihood,
+    PoissonLikelihood,
+    SmoothAbsoluteError,
     SquaredError,
     known_loss,
+    known_losses,
     read_call,
 )
 
 N = 6
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 COEFFICIENT = 0.3
 
 
@@ -35,6 +44,7 @@ class Case:
     input: tuple[int, ...]
     target: Callable[[], Tensor]
     kwargs: Callable[[], dict[str, Any]] = field(default=dict)
+    channels_first: bool = True
 
     def make(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
         generator = torch.Generator().manual_seed(1)
@@ -42,8 +52,22 @@ class Case:
         return logits, self.target(), self.kwargs()
 
     def inputs(self, logits: Tensor) -> Tensor:
-        """Log-probabilities for `nll_loss`, else the logits themselves."""
-        return logits.log_softmax(1) if self.function is F.nll_loss else logits
+        """What the function takes: log-probabilities, probabilities, rates, else the logits themselves."""
+        if self.function is F.nll_loss:
+            return logits.log_softmax(1)
+        if self.function is F.kl_div:
+            return logits.log_softmax(self.class_dim)
+        if self.function is F.binary_cross_entropy:
+            return logits.sigmoid()
+        return logits.exp() if self.rates else logits
+
+    @property
+    def class_dim(self) -> int:
+        return 1 if len(self.input) == 2 or self.channels_first else len(self.input) - 1
+
+    @property
+    def rates(self) -> bool:
+        return self.function is F.poisson_nll_loss and self.kwargs().get("log_input") is False
 
     def call(self, reduction: str, coefficient: float = COEFFICIENT) -> tuple[LossCall, Tensor, Tensor, Tensor]:
         """Return the call, its logits, the batch loss made from it and the derivative of that by its output."""
@@ -51,7 +75,9 @@ class Case:
         logits.requires_grad_()
         inputs = self.inputs(logits)
         kwargs = {**kwargs, "reduction": reduction}
-        output = self.function(inputs, target, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch on the mean of `kl_div`
+            output = self.function(inputs, target, **kwargs)
         loss = coefficient * output
         if reduction == "none":  # every element with a weight of its own
             loss = (loss * torch.linspace(0.5, 2, output.numel(), dtype=torch.float64).view(output.shape)).sum()
@@ -85,6 +111,10 @@ def _bits(*shape: int) -> Callable[[], Tensor]:
 
 def _numbers(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.rand(shape, generator=_generator(), dtype=torch.float64)
+
+
+def _counts(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randint(0, 5, shape, generator=_generator()).double()
 
 
 WEIGHT = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
@@ -157,10 +187,57 @@ SQUARED = {
     "outputs": Case(F.mse_loss, (N, 3), _numbers(N, 3)),
     "image": Case(F.mse_loss, (N, 1, 2, 2), _numbers(N, 1, 2, 2)),
     "rows": Case(F.mse_loss, (2 * N, 3), _numbers(2 * N, 3)),
+    "weights": Case(F.mse_loss, (N, 3), _numbers(N, 3), lambda: {"weight": _numbers(N, 3)()}),
+    "weights of padding": Case(F.mse_loss, (2 * N, 3), _numbers(2 * N, 3), lambda: {"weight": _bits(2 * N, 3)()}),
+}
+PROBABILITIES = {
+    "one output": Case(F.binary_cross_entropy, (N,), _bits(N)),
+    "outputs": Case(F.binary_cross_entropy, (N, 3), _numbers(N, 3)),
+    "element weights": Case(F.binary_cross_entropy, (N, 3), _bits(N, 3), lambda: {"weight": _numbers(N, 3)()}),
+    "weights by example": Case(F.binary_cross_entropy, (N, 3), _bits(N, 3), lambda: {"weight": _numbers(N, 1)()}),
+    "pixels": Case(F.binary_cross_entropy, (N, 1, 2, 2), _bits(N, 1, 2, 2)),
+}
+DIVERGENCE = {
+    "plain": Case(F.kl_div, (N, 4), _soft(N, 4)),
+    "log target": Case(F.kl_div, (N, 4), lambda: _soft(N, 4)().log(), lambda: {"log_target": True}),
+    "not summing to one": Case(F.kl_div, (N, 4), _soft(N, 4, total=1.7)),
+    "tokens": Case(F.kl_div, (3 * N, 4), _soft(3 * N, 4)),
+    "positions": Case(F.kl_div, (N, 3, 4), _soft(N, 3, 4), channels_first=False),
+    "pixels": Case(F.kl_div, (N, 4, 3), _soft(N, 4, 3)),
+}
+RESIDUALS = {
+    "absolute": Case(F.l1_loss, (N, 3), _numbers(N, 3)),
+    "absolute, rows": Case(F.l1_loss, (2 * N, 3), _numbers(2 * N, 3)),
+    "absolute, weights": Case(F.l1_loss, (N, 3), _numbers(N, 3), lambda: {"weight": _numbers(N, 3)()}),
+    "huber": Case(F.huber_loss, (N, 3), _numbers(N, 3)),
+    "huber, delta": Case(F.huber_loss, (N, 1, 2, 2), _numbers(N, 1, 2, 2), lambda: {"delta": 0.4}),
+    "huber, weights": Case(F.huber_loss, (N, 3), _numbers(N, 3), lambda: {"weight": _numbers(N, 3)()}),
+    "smooth": Case(F.smooth_l1_loss, (N, 3), _numbers(N, 3)),
+    "smooth, beta": Case(F.smooth_l1_loss, (N,), _numbers(N), lambda: {"beta": 0.3}),
+    "smooth, beta 0": Case(F.smooth_l1_loss, (N, 3), _numbers(N, 3), lambda: {"beta": 0.0}),
+}
+LIKELIHOODS = {
+    "counts": Case(F.poisson_nll_loss, (N, 3), _counts(N, 3)),
+    "counts, full": Case(F.poisson_nll_loss, (N,), _counts(N), lambda: {"full": True}),
+    "counts, rates": Case(F.poisson_nll_loss, (N, 3), _counts(N, 3), lambda: {"log_input": False, "eps": 1e-15}),
+    "normal": Case(F.gaussian_nll_loss, (N, 3), _numbers(N, 3), lambda: {"var": _numbers(N, 3)()}),
+    "normal, full": Case(F.gaussian_nll_loss, (N, 3), _numbers(N, 3), lambda: {"var": _numbers(N, 1)(), "full": True}),
+    "normal, one variance": Case(F.gaussian_nll_loss, (2 * N, 3), _numbers(2 * N, 3), lambda: {"var": 0.7}),
+    "normal, small variances": Case(
+        F.gaussian_nll_loss, (N, 3), _numbers(N, 3), lambda: {"var": _bits(N)(), "eps": 0.1}
+    ),
 }
 CASES = {
     f"{kind}: {name}": case
-    for kind, cases in (("cross-entropy", CROSS_ENTROPY), ("binary", BINARY), ("squared", SQUARED))
+    for kind, cases in (
+        ("cross-entropy", CROSS_ENTROPY),
+        ("binary", BINARY),
+        ("squared", SQUARED),
+        ("probabilities", PROBABILITIES),
+        ("divergence", DIVERGENCE),
+        ("residual", RESIDUALS),
+        ("likelihood", LIKELIHOODS),
+    )
     for name, case in cases.items()
 }
 REDUCTIONS = ("mean", "sum", "none")
@@ -171,16 +248,39 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def book_terms(case: Case, logits: Tensor, target: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return the loss terms and their shares of the denominator of a mean, both shaped `[r, ...]`."""
-    if case.function is F.mse_loss:
-        return (logits - target) ** 2, torch.ones_like(logits)
-    if case.function is F.binary_cross_entropy_with_logits:
+    ones = torch.ones_like(logits)
+    weight = kwargs.get("weight")
+    residual = logits - target if target.shape == logits.shape else None
+    if residual is not None and case.function in (F.mse_loss, F.l1_loss):
+        terms = residual**2 if case.function is F.mse_loss else residual.abs()
+        return (terms, ones) if weight is None else (terms * weight, weight)  # torch: a mean over the weights
+    if residual is not None and case.function in (F.huber_loss, F.smooth_l1_loss):
+        size, edge = residual.abs(), kwargs.get("delta", kwargs.get("beta", 1.0))
+        terms = torch.where(size <= edge, residual**2 / 2, edge * (size - edge / 2))
+        if case.function is F.smooth_l1_loss:
+            terms = terms / edge if edge else size
+        return terms * (1.0 if weight is None else weight), ones
+    if case.function is F.poisson_nll_loss:
+        log_rate = logits
+        terms = log_rate.exp() - target * log_rate
+        stirling = target * target.log() - target + 0.5 * (2 * math.pi * target).log()
+        return terms + (torch.where(target > 1, stirling, 0) if kwargs.get("full") else 0), ones
+    if case.function is F.gaussian_nll_loss:
+        var = torch.as_tensor(kwargs["var"], dtype=torch.float64)
+        var = (var if var.ndim in (0, logits.ndim) else var.unsqueeze(1)).clamp(min=kwargs.get("eps", 1e-6))
+        constant = 0.5 * math.log(2 * math.pi) if kwargs.get("full") else 0.0
+        return 0.5 * (var.log() + (logits - target) ** 2 / var) + constant, ones
+    if case.function is F.kl_div:
+        log_p = logits.log_softmax(case.class_dim)
+        log_t = target if kwargs.get("log_target") else target.log()
+        return log_t.exp() * (log_t - log_p), ones
+    if case.function in (F.binary_cross_entropy_with_logits, F.binary_cross_entropy):
         positive, negative = torch.sigmoid(logits), torch.sigmoid(-logits)
-        pos_weight, weight = kwargs.get("pos_weight"), kwargs.get("weight")
+        pos_weight = kwargs.get("pos_weight")
         terms = -(target * (1.0 if pos_weight is None else pos_weight) * positive.log() + (1 - target) * negative.log())
-        return terms * (1.0 if weight is None else weight), torch.ones_like(logits)
+        return terms * (1.0 if weight is None else weight), ones
     classes = logits.shape[1]
     smoothing, ignore = kwargs.get("label_smoothing", 0.0), kwargs.get("ignore_index", -100)
-    weight = kwargs.get("weight")
     weight = torch.ones(classes, dtype=torch.float64) if weight is None else weight
     log_p = logits.movedim(1, -1).log_softmax(-1)
     if target.is_floating_point():
@@ -206,8 +306,18 @@ def book_own_losses(case: Case, logits: Tensor, reduction: str, coefficient: flo
 
 def book_hessians(case: Case, logits: Tensor, reduction: str) -> list[Tensor]:
     """Return the Hessian of every example's own loss by its own logits, each `[P, P]`."""
-    whole = torch.autograd.functional.hessian(lambda z: book_own_losses(case, z, reduction).sum(), logits.detach())
     size = logits.numel() // N
+    if case.function is F.l1_loss or case.kwargs().get("beta") == 0.0:
+        # The Hessian is 0. Of a Laplace distribution around the prediction it is the Fisher information: 1 for every
+        # element, as the mean square of the gradients +-1, times the element's weight in its example's own loss.
+        _, target, kwargs = case.make()
+        weight = kwargs.get("weight")
+        share = book_terms(case, logits.detach(), target, kwargs)[1]
+        each = torch.full(case.input, N * COEFFICIENT, dtype=torch.float64) * (1.0 if weight is None else weight)
+        if reduction == "none":
+            each = each * torch.linspace(0.5, 2, each.numel(), dtype=torch.float64).view(each.shape)
+        return list(torch.diag_embed((each / (share.sum() if reduction == "mean" else 1.0)).reshape(N, size)))
+    whole = torch.autograd.functional.hessian(lambda z: book_own_losses(case, z, reduction).sum(), logits.detach())
     blocks = whole.reshape(N, size, N, size)
     return [blocks[n, :, n, :] for n in range(N)]
 
@@ -215,7 +325,10 @@ def book_hessians(case: Case, logits: Tensor, reduction: str) -> list[Tensor]:
 def to_logits(case: Case, gradient: Tensor, logits: Tensor) -> Tensor:
     """Carry a gradient by the input of the loss back to the logits."""
     logits = logits.detach().requires_grad_()
-    (result,) = torch.autograd.grad(case.inputs(logits), logits, gradient)
+    inputs = case.inputs(logits)
+    if case.function is F.kl_div:
+        inputs = inputs.movedim(case.class_dim, 1)
+    (result,) = torch.autograd.grad(inputs, logits, gradient)
     return result
 
 
@@ -229,6 +342,8 @@ def test_terms_and_own_losses(name: str, reduction: str) -> None:
     call, logits, loss, derivative = case.call(reduction)
     _, target, kwargs = case.make()
     terms, share = book_terms(case, logits, target, kwargs)
+    if isinstance(call, Divergence):  # classes second, as everywhere
+        terms, share = terms.movedim(case.class_dim, 1), share.movedim(case.class_dim, 1)
     torch.testing.assert_close(call.elements(), terms, **EXACT)
     torch.testing.assert_close(call.weights(), share, **EXACT)
     values = call.per_example(call.elements() * call.scale(derivative, N), N)
@@ -251,11 +366,13 @@ def test_the_reference_replaces_the_batch(name: str) -> None:
         terms, share = book_terms(case, logits, target, kwargs)
         own = float(share.sum()) / N if reduction == "mean" else float(N)
         assert call.batch_reference(N) == pytest.approx(own, rel=1e-12)
-        expected = COEFFICIENT * (1 / reference if reduction == "mean" else reference)
-        assert float(call.scale(derivative, N, reference)) == pytest.approx(expected, rel=1e-12)
+        weight = COEFFICIENT * (1 / reference if reduction == "mean" else reference)
+        assert float(call.scale(derivative, N, reference)) == pytest.approx(weight, rel=1e-12)
     call, _, _, derivative = case.call("none")
     assert call.batch_reference(N) == 1.0
-    assert torch.equal(call.scale(derivative, N, 7.0), N * derivative)
+    weights = N * derivative
+    placed = weights.movedim(case.class_dim, 1) if case.function is F.kl_div else weights
+    assert torch.equal(call.scale(derivative, N, 7.0), placed)
 
 
 @pytest.mark.parametrize(
@@ -326,13 +443,12 @@ def test_exact_gradients_are_a_root_of_the_hessian(name: str, reduction: str) ->
     case = CASES[name]
     call, logits, _, derivative = case.call(reduction)
     draws = call.exact_draws(N)
-    several_decisions = name.startswith("cross") and logits.numel() > 4 * N
+    several_decisions = name.startswith(("cross", "divergence")) and logits.numel() > 4 * N
     assert draws == (None if several_decisions else logits.numel() // N)
     if draws is None:
         return
     columns = [to_logits(case, column, logits) for column in call.exact_gradients(call.scale(derivative, N), N)]
     assert len(columns) == draws
-    assert all(column.shape == logits.shape for column in columns)
     flat = torch.stack(columns).reshape(draws, N, -1)
     for n, hessian in enumerate(book_hessians(case, logits, reduction)):
         torch.testing.assert_close(flat[:, n].T @ flat[:, n], hessian, **EXACT)
@@ -361,7 +477,8 @@ def _repeated(case: Case, reduction: str, copies: int) -> tuple[list[LossCall], 
 
 
 def _by_row(value: Any, logits: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == logits.shape[0]
+    """Weights and variances by row; a vector is one of class weights, which are fewer or more than the rows."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == logits.shape[0]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -407,15 +524,23 @@ def test_noise_at_its_ends_gives_finite_gradients(dtype: torch.dtype) -> None:
     scale = torch.ones(())
     logits = torch.tensor([[3.0, -2.0, 0.5], [60.0, 0.0, -60.0]], dtype=dtype)
     targets = torch.tensor([0, 1])
-    for function, target, shape in (
-        (F.cross_entropy, targets, (2, 1)),
-        (F.nll_loss, targets, (2, 1)),
-        (F.binary_cross_entropy_with_logits, torch.ones_like(logits), (2, 3)),
-        (F.mse_loss, torch.ones_like(logits), (2, 3)),
+    counts = torch.ones_like(logits)
+    for function, values, target in (
+        (F.cross_entropy, logits, targets),
+        (F.nll_loss, logits.float().log_softmax(1).to(dtype), targets),
+        (F.kl_div, logits.float().log_softmax(1).to(dtype), counts / 3),
+        (F.binary_cross_entropy_with_logits, logits, counts),
+        # 0 and 1 are probabilities, too
+        (F.binary_cross_entropy, (logits.float() / 60).clamp(0, 1).to(dtype), counts),
+        (F.mse_loss, logits, counts),
+        (F.l1_loss, logits, counts),
+        (F.huber_loss, logits, counts),
+        (F.smooth_l1_loss, logits, counts),
+        (F.poisson_nll_loss, logits / 20, counts),
     ):
-        values = logits.float().log_softmax(1).to(dtype) if function is F.nll_loss else logits
         call = read_call(function, (values, target), {}, torch.zeros(()))
         assert call is not None
+        shape = (2, *call.noise_shape(2))
         gradient = call.sampled_gradient(scale, noise.view(2, *[1] * (len(shape) - 1)).expand(shape))
         assert bool(gradient.isfinite().all())
         assert gradient.shape == logits.shape
@@ -495,7 +620,7 @@ def test_statistics_of_class_decisions(name: str) -> None:
     assert not any(value.requires_grad for value in statistics.values())
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("binary")])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("binary", "probabilities"))])
 def test_statistics_of_binary_outputs(name: str) -> None:
     case = CASES[name]
     logits, target, _ = case.make()
@@ -521,14 +646,48 @@ def test_statistics_of_binary_outputs(name: str) -> None:
     torch.testing.assert_close(statistics["probabilities"], probabilities, **EXACT)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("squared")])
-def test_statistics_of_squared_errors(name: str) -> None:
-    logits, target, _ = CASES[name].make()
-    residual = (logits - target).reshape(N, -1).numpy()
-    statistics = CASES[name].call("sum")[0].statistics(N)
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("squared", "residual", "likelihood"))])
+def test_statistics_of_numbers(name: str) -> None:
+    """Loss without the element weights, over what has one, and the distance of prediction and target."""
+    case = CASES[name]
+    logits, target, kwargs = case.make()
+    weight = kwargs.pop("weight", None)
+    counted = torch.ones_like(logits) if weight is None else (weight > 0).double()
+    terms, _ = book_terms(case, logits, target, kwargs)
+    prediction = logits.exp() if case.function is F.poisson_nll_loss else logits
+    statistics = case.call("sum")[0].statistics(N)
     assert set(statistics) == {"loss", "el2n"}
-    torch.testing.assert_close(statistics["loss"], torch.from_numpy((residual**2).mean(1)), **EXACT)
-    torch.testing.assert_close(statistics["el2n"], torch.from_numpy(np.sqrt((residual**2).sum(1))), **EXACT)
+    loss = (terms * counted).reshape(N, -1).sum(1) / counted.reshape(N, -1).sum(1)
+    torch.testing.assert_close(statistics["loss"], loss, **EXACT)
+    distance = ((prediction - target) * counted).reshape(N, -1).norm(dim=1)
+    torch.testing.assert_close(statistics["el2n"], distance, **EXACT)
+    assert not any(value.requires_grad for value in statistics.values())
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("divergence")])
+def test_statistics_of_divergences(name: str) -> None:
+    case = CASES[name]
+    logits, target, kwargs = case.make()
+    terms, _ = book_terms(case, logits, target, kwargs)
+    t = target.exp() if kwargs.get("log_target") else target
+    t, z, own = (value.movedim(case.class_dim, -1).reshape(N, -1, 4) for value in (t, logits, terms))
+    p, label = z.softmax(-1), t.argmax(-1)
+    log_p = z.log_softmax(-1)
+    others = log_p.scatter(-1, label.unsqueeze(-1), -math.inf).amax(-1)
+    expected = {
+        "loss": own.sum(-1),
+        "margin": log_p.gather(-1, label.unsqueeze(-1)).squeeze(-1) - others,
+        "el2n": (p - t).norm(dim=-1),
+        "wrong": (z.argmax(-1) != label).double(),
+    }
+    statistics = case.call("sum")[0].statistics(N)
+    for key, values in expected.items():
+        torch.testing.assert_close(statistics[key], values.mean(1), **EXACT)
+    single = z.shape[1] == 1
+    assert set(statistics) == set(expected) | ({"predicted", "label", "probabilities"} if single else set())
+    if single:
+        assert statistics["label"].tolist() == label[:, 0].tolist()
+        torch.testing.assert_close(statistics["probabilities"], p[:, 0], **EXACT)
 
 
 @pytest.mark.parametrize("function", [F.cross_entropy, F.nll_loss])
@@ -565,8 +724,21 @@ def test_statistics_of_half_precision_logits_are_computed_in_float32(dtype: torc
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce args")
+@pytest.mark.filterwarnings("ignore:reduction")
 @pytest.mark.parametrize(
-    "function", [F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.mse_loss], ids=lambda f: f.__name__
+    "function",
+    [
+        F.cross_entropy,
+        F.nll_loss,
+        F.binary_cross_entropy_with_logits,
+        F.binary_cross_entropy,
+        F.mse_loss,
+        F.l1_loss,
+        F.smooth_l1_loss,
+        F.poisson_nll_loss,
+        F.kl_div,
+    ],
+    ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("size_average", [None, True, False])
 @pytest.mark.parametrize("reduce", [None, True, False])
@@ -575,14 +747,19 @@ def test_deprecated_arguments_mean_what_torch_takes_them_for(
     function: Callable[..., Tensor], size_average: bool | None, reduce: bool | None, reduction: str
 ) -> None:
     logits = torch.randn(N, 4, dtype=torch.float64).log_softmax(1)
+    logits = logits.exp() if function is F.binary_cross_entropy else logits
     hard = function in (F.cross_entropy, F.nll_loss)
     target = _classes(N)() if hard else _bits(N, 4)()
     kwargs = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
     output = function(logits, target, **kwargs)
     call = read_call(function, (logits, target), kwargs, output)
     assert call is not None
-    reduced = {"mean": torch.mean, "sum": torch.sum, "none": torch.clone}[call.reduction](call.elements())
-    torch.testing.assert_close(reduced, output, **EXACT)
+    reduce_elements: dict[str, Callable[[Tensor], Tensor]] = {
+        "mean": torch.mean,
+        "sum": torch.sum,
+        "none": torch.clone,
+    }
+    torch.testing.assert_close(reduce_elements[call.reduction](call.elements()), output, **EXACT)
 
 
 def test_positional_and_keyword_arguments_are_the_same_call() -> None:
@@ -626,8 +803,158 @@ def test_positional_and_keyword_arguments_are_the_same_call() -> None:
 def test_what_is_not_understood_is_not_read() -> None:
     out = torch.zeros(())
     # [N, 1] against [N] broadcasts to [N, N]: every example would depend on every target.
-    assert read_call(F.mse_loss, (torch.zeros(N, 1), torch.zeros(N)), {}, out) is None
-    assert read_call(F.mse_loss, (torch.zeros(N, 1), torch.zeros(N, 1)), {"weight": torch.ones(N, 1)}, out) is None
+    for function in (F.mse_loss, F.l1_loss, F.huber_loss, F.smooth_l1_loss, F.poisson_nll_loss):
+        assert read_call(function, (torch.zeros(N, 1), torch.zeros(N)), {}, out) is None
+        assert read_call(function, (torch.zeros(N), torch.zeros(N, 1)), {}, out) is None
+        assert read_call(function, (torch.zeros(()), torch.zeros(N)), {}, out) is None
+    assert read_call(F.gaussian_nll_loss, (torch.zeros(N, 1), torch.zeros(N), torch.ones(N, 1)), {}, out) is None
+    variance_of_batch = torch.ones(1, 3)
+    assert read_call(F.gaussian_nll_loss, (torch.zeros(N, 3), torch.zeros(N, 3), variance_of_batch), {}, out) is None
+    # Logits instead of log-probabilities: no distribution, so no pseudo-labels.
+    assert read_call(F.kl_div, (torch.randn(N, 3), torch.rand(N, 3)), {}, out) is None
     assert known_loss(F.cross_entropy)
-    assert not known_loss(F.l1_loss)
+    assert not known_loss(F.soft_margin_loss)
     assert not known_loss(torch.add)
+    assert known_losses().startswith("F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits")
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("function", [F.mse_loss, F.l1_loss, F.huber_loss, F.smooth_l1_loss])
+@pytest.mark.parametrize(
+    ("prediction", "target"),
+    [((N, 3), ()), ((N, 3), (3,)), ((N, 3), (1, 3)), ((N, 3), (N, 1)), ((N, 1), (N, 3)), ((N, 1, 2), (N, 3, 2))],
+)
+def test_broadcasting_that_keeps_examples_apart(
+    function: Callable[..., Tensor], prediction: tuple[int, ...], target: tuple[int, ...], reduction: str
+) -> None:
+    z = torch.randn(prediction, generator=_generator(), dtype=torch.float64, requires_grad=True)
+    t = torch.rand(target, generator=_generator(), dtype=torch.float64)
+    output = function(z, t, reduction=reduction)
+    call = read_call(function, (z, t), {"reduction": reduction}, output)
+    assert call is not None
+    coefficient = torch.ones_like(output)
+    values = call.per_example(call.elements() * call.scale(coefficient, N), N)
+    torch.testing.assert_close(values.mean(), output.sum(), **EXACT)
+    # An example alone has the same loss: the shapes do not pair it with others.
+    every = t.expand(torch.broadcast_shapes(z.shape, t.shape))
+    alone = [function(z[n : n + 1], every[n : n + 1], reduction=reduction).sum() for n in range(N)]
+    torch.testing.assert_close(values, torch.stack(alone) * (1 if reduction == "mean" else N), **EXACT)
+    # The gradients of the broadcast prediction come back to the prediction.
+    ((tensor, gradient), *_) = call.sampled(torch.ones(()), torch.full((N, *call.noise_shape(N)), 0.3).double())
+    assert torch.autograd.grad(tensor, z, gradient)[0].shape == z.shape
+
+
+@pytest.mark.parametrize("kind", [F.mse_loss, F.l1_loss, F.huber_loss, F.smooth_l1_loss])
+@pytest.mark.parametrize("learned", ["input", "target", "both"])
+def test_either_argument_may_be_the_prediction(kind: Callable[..., Tensor], learned: str) -> None:
+    """`F.mse_loss(target, prediction)` is as common; two predictions (consistency losses) move against each other."""
+    a, b = torch.randn(2, N, 3, generator=_generator(), dtype=torch.float64)
+    a.requires_grad_(learned != "target")
+    b.requires_grad_(learned != "input")
+    call = read_call(kind, (a, b), {}, kind(a, b))
+    assert call is not None
+    assert call.in_graph
+    noise = torch.rand(N, *call.noise_shape(N), generator=_generator(), dtype=torch.float64)
+    starts = [call.sampled(torch.ones(()), noise), *call.exact(torch.ones(()), N)]
+    for (first, gradient), (second, opposite) in starts:
+        assert first is call.input
+        assert second is call.target
+        assert torch.equal(gradient, -opposite)
+    assert len(starts) == 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "own"), [((N, 3), (N, 3)), ((N, 3), (N, 1)), ((N, 3), (N,)), ((2 * N, 2), (2 * N, 2))]
+)
+@pytest.mark.parametrize("learned", ["both", "mean", "variance"])
+def test_a_learned_variance_has_fisher_information_of_its_own(
+    shape: tuple[int, ...], own: tuple[int, ...], learned: str
+) -> None:
+    """The loss is quadratic in the target, so the mean Hessian over targets is that of the two at one deviation."""
+    mean = torch.randn(shape, generator=_generator(), dtype=torch.float64)
+    log_variance = torch.randn(own, generator=_generator(3), dtype=torch.float64)
+    size, rows = (math.prod(shape) // N, math.prod(own) // N)
+
+    def own_losses(parameters: Tensor, target: Tensor) -> Tensor:
+        m, v = parameters[:, :size].reshape(shape), parameters[:, size:].reshape(own).exp()
+        terms = F.gaussian_nll_loss(m, target, v, reduction="none")
+        return terms.reshape(N, -1).sum(1) * (N * COEFFICIENT / math.prod(shape))
+
+    parameters = torch.cat([mean.reshape(N, -1), log_variance.reshape(N, -1)], 1)
+    deviation = log_variance.exp().sqrt().reshape(own if len(own) == len(shape) else (*own, 1)).expand(shape)
+    expected = torch.zeros(N, size + rows, size + rows, dtype=torch.float64)
+    for target in (mean + deviation, mean - deviation):
+        whole = torch.autograd.functional.hessian(lambda p, t=target: own_losses(p, t).sum(), parameters)
+        expected += torch.stack([whole[n, :, n] for n in range(N)]) / 2
+    kept = {"both": slice(None), "mean": slice(size), "variance": slice(size, None)}[learned]
+    expected = expected[:, kept, kept]
+
+    mean.requires_grad_(learned != "variance")
+    log_variance.requires_grad_(learned != "mean")
+    output = F.gaussian_nll_loss(mean, mean.detach() + 1, log_variance.exp())
+    call = read_call(F.gaussian_nll_loss, (mean, mean.detach() + 1, log_variance.exp()), {}, output)
+    assert isinstance(call, NormalLikelihood)
+    leaves = [leaf for leaf in (mean, log_variance) if leaf.requires_grad]
+
+    def at_leaves(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        tensors, gradients = zip(*[pair for pair in pairs if pair[0].requires_grad], strict=True)
+        found = torch.autograd.grad(
+            tensors, leaves, gradients, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return torch.cat([g.reshape(N, -1) for g in found], 1)
+
+    scale = call.scale(torch.tensor(COEFFICIENT, dtype=torch.float64), N)
+    columns = [at_leaves(pairs) for pairs in call.exact(scale, N)]
+    assert len(columns) == call.exact_draws(N)
+    torch.testing.assert_close(sum(torch.einsum("ni,nj->nij", c, c) for c in columns), expected, **EXACT)
+    generator = np.random.default_rng(0)
+    draws = 4000
+    samples = torch.stack(
+        [
+            at_leaves(call.sampled(scale, torch.from_numpy(generator.random((N, *call.noise_shape(N))))))
+            for _ in range(draws)
+        ]
+    )
+    products = torch.einsum("dni,dnj->dnij", samples, samples)
+    error = products.std(0) / math.sqrt(draws)
+    assert bool(((products.mean(0) - expected).abs() <= 6 * error + 1e-12).all())
+
+
+def test_the_divergence_of_a_batch_may_be_divided_by_its_rows() -> None:
+    for shape in ((N, 4), (N, 3, 4)):
+        logits = torch.randn(shape, dtype=torch.float64)
+        target = torch.rand(shape, dtype=torch.float64).softmax(-1)
+        output = F.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
+        call = read_call(F.kl_div, (logits.log_softmax(-1), target), {"reduction": "batchmean"}, output)
+        assert isinstance(call, Divergence)
+        values = call.per_example(call.elements() * call.scale(torch.ones(()), N), N)
+        torch.testing.assert_close(values.mean(), output, **EXACT)
+        expected = F.kl_div(logits.log_softmax(-1), target, reduction="none").reshape(N, -1).sum(1)
+        torch.testing.assert_close(values, expected, **EXACT)
+
+
+def test_outliers_have_no_curvature_in_a_huber_loss() -> None:
+    z, t = torch.tensor([[0.0, 5.0], [0.0, -5.0]], dtype=torch.float64), torch.full((2, 2), 0.5, dtype=torch.float64)
+    noise = torch.full((2, 1, 2), 0.9, dtype=torch.float64)
+    for function, inside in ((F.huber_loss, 1.0), (F.smooth_l1_loss, 1.0)):
+        call = read_call(function, (z, t), {}, torch.zeros(()))
+        assert call is not None
+        gradient = call.sampled_gradient(torch.ones((), dtype=torch.float64), noise)
+        assert gradient[:, 1].tolist() == [0.0, 0.0]
+        assert gradient[:, 0].tolist() == pytest.approx([1.2815515655446 * inside] * 2)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (F.binary_cross_entropy, BinaryProbabilities),
+        (F.l1_loss, AbsoluteError),
+        (F.huber_loss, HuberError),
+        (F.smooth_l1_loss, SmoothAbsoluteError),
+        (F.poisson_nll_loss, PoissonLikelihood),
+    ],
+)
+def test_kinds(function: Callable[..., Tensor], kind: type) -> None:
+    call = read_call(function, (torch.full((N, 2), 0.5), torch.ones(N, 2)), {}, torch.zeros(()))
+    assert type(call) is kind

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 
 from lightning_influence import passes
-from lightning_influence.layers import LayerError, cover
+from lightning_influence.discover import discover
+from lightning_influence.layers import Coverage, LayerError, cover
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.task import TaskError
 from lightning_influence.verify import Inspection, VerificationError, inspect
 
 N, C = 21, 4
-EXACT = {"rtol": 1e-9, "atol": 1e-11}
+EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 WEIGHT = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
 Task = Callable[[Any, Any], Tensor]
 
@@ -51,11 +52,15 @@ def _gradients(
     net: nn.Module | None = None,
     data: Dataset[Any] | None = None,
     batch_size: int = 8,
+    coverage: Coverage | None = None,
     **options: Any,
 ) -> ExampleGradients:
     net = _net() if net is None else net
     source = ExampleSource(_data() if data is None else data, batch_size=batch_size)
-    return ExampleGradients(net, task, source, cover(net), **options)
+    if coverage is None:
+        to_device = options.get("to_device", lambda batch: batch)
+        coverage = discover(net, task, source, to_device=to_device)
+    return ExampleGradients(net, task, source, coverage, **options)
 
 
 def _collect(
@@ -84,9 +89,14 @@ def _assert_reference(
     net: nn.Module,
     loss: Callable[[Tensor, Tensor], Tensor],
     data: TensorDataset,
+    forward: Callable[[nn.Module, Tensor], Tensor] | None = None,
 ) -> None:
     """Compare with one backward pass per example of `loss`, the example's own."""
-    expected = ref.per_example_gradients(net, loss, *data.tensors)
+    if forward is None:
+        expected = ref.per_example_gradients(net, loss, *data.tensors)
+    else:
+        batches = [(x[None], y[None]) for x, y in zip(*data.tensors, strict=True)]
+        expected = ref.gradients_alone(net, lambda net, batch: loss(forward(net, batch[0]), batch[1]), batches)
     assert found
     for name, rows in found.items():
         matrix = ref.gradient_matrix(net.get_submodule(name), expected[f"{name}.weight"], expected.get(f"{name}.bias"))
@@ -424,7 +434,9 @@ def test_calibration_of_a_plain_loss_is_one_batch() -> None:
         calls.append(len(batch[0]))
         return _cross_entropy(module, batch)
 
-    _gradients(task, batch_size=4).calibrate(range(N))
+    gradients = _gradients(task, batch_size=4)
+    calls.clear()
+    gradients.calibrate(range(N))
     assert calls == [4]
 
 
@@ -524,8 +536,12 @@ def test_exact_labels_of_several_rows_per_example() -> None:
 @pytest.mark.parametrize(
     ("task", "labels", "match"),
     [
-        (lambda m, b: F.l1_loss(m(b[0]), m(b[0]) * 0), "sampled", r'no known loss call was seen.*fisher="empirical"'),
-        (lambda m, b: F.l1_loss(m(b[0]), m(b[0]) * 0), "exact", r"no known loss call was seen"),
+        (
+            lambda m, b: F.soft_margin_loss(z := m(b[0]), torch.ones_like(z)),
+            "sampled",
+            r'no known loss call was seen.*fisher="empirical"',
+        ),
+        (lambda m, b: F.soft_margin_loss(z := m(b[0]), torch.ones_like(z)), "exact", r"no known loss call was seen"),
         (
             lambda m, b: F.cross_entropy(m(b[0]).repeat(2, 1), b[1].repeat(2)),
             "exact",
@@ -603,7 +619,10 @@ def test_the_model_is_as_before_however_a_pass_ends(ending: str, pass_: str) -> 
         with closing(iterator) as batches:
             for _ in batches:
                 seen += 1
-                assert not any(p.requires_grad for p in net.parameters())
+                # What is covered takes part in the graph, what is frozen does not, and no weight gradient is kept.
+                assert [p.requires_grad for p in net.parameters()] == before["requires_grad"]
+                assert all(p.grad is None for p in net.parameters())
+                assert not any(m.training for m in net.modules())
                 if ending == "closed early":
                     break
                 if ending == "consumer raises" and seen == 2:
@@ -742,7 +761,9 @@ def test_batches_are_moved_with_their_structure() -> None:
         return F.cross_entropy(module(batch["pair"].x), batch["pair"].y)
 
     plain = _collect(_gradients(), range(N))
-    _assert_same(_collect(_gradients(task, data=Nested()), range(N)), plain)
+    gradients = _gradients(task, data=Nested())
+    seen.clear()
+    _assert_same(_collect(gradients, range(N)), plain)
     assert type(seen[0]["pair"]) is Pair
     assert isinstance(seen[0]["more"], list)
     assert seen[0]["more"][1][0][:2] == ("0", "1")
@@ -794,12 +815,33 @@ def _half_frozen() -> nn.Module:
     return net
 
 
+def _functional_weight(module: Any, batch: Any) -> Tensor:
+    hidden = module[1](module[0](batch[0]))
+    return F.cross_entropy(module[2](hidden) + F.linear(hidden, module[2].weight), batch[1])
+
+
+def _only_functional(module: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(F.linear(module[1](module[0](batch[0])), module[2].weight), batch[1])
+
+
 def _tokens(module: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(module(batch[0]).flatten(0, 1), batch[1].unsqueeze(1).expand(-1, 5).flatten())
 
 
 def _squeezed(module: nn.Module, batch: Any) -> Tensor:
     return F.binary_cross_entropy_with_logits(module(batch[0]).squeeze(), (batch[1] > 1).double())
+
+
+def _time_major(module: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch[0].transpose(0, 1)).mean(0), batch[1])
+
+
+def _flattened(module: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch[0].flatten(0, 1)).unflatten(0, (-1, 5)).mean(1), batch[1])
+
+
+def _flattened_time_major(module: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch[0].transpose(0, 1).flatten(0, 1)).unflatten(0, (5, -1)).mean(0), batch[1])
 
 
 def _untapped(module: nn.Module, batch: Any) -> Tensor:
@@ -812,7 +854,13 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], Task, tuple[int, ...], bool, int
     "convolutions": (_convolutional, _cross_entropy, (2, 5, 5), True, C),
     "a layer used twice": (_Tied, _cross_entropy, (3,), True, C),
     "half frozen": (_half_frozen, _cross_entropy, (3,), True, C),
+    "weight used functionally, too": (_net, _functional_weight, (3,), True, C),
+    "weight used only functionally": (_net, _only_functional, (3,), True, C),
     "tokens": (_net, _tokens, (5, 3), True, None),
+    "time first": (_net, _time_major, (5, 3), True, C),
+    "time first, as many steps as examples": (_net, _time_major, (8, 3), True, C),
+    "examples and time in one dimension": (_net, _flattened, (5, 3), True, C),
+    "time and examples in one dimension": (_net, _flattened_time_major, (5, 3), True, C),
     "class weights": (_net, OWN_LOSSES["class weights"][0], (3,), True, C),
     "ignored": (_net, OWN_LOSSES["ignored"][0], (3,), True, C),
     "sum": (_net, OWN_LOSSES["sum"][0], (3,), True, C),
@@ -862,7 +910,7 @@ def test_right_gradients_pass(name: str, batch: int, calibrated: bool) -> None:
     assert seen.largest_error < 1e-10
     assert seen.tapped is tapped
     assert seen.exact_draws == classes
-    assert list(seen.positions) == list(gradients.coverage.operations)
+    assert list(seen.positions) == list(gradients.coverage.blocks)
     assert gradients.references == references
 
 
@@ -878,9 +926,9 @@ def test_right_gradients_pass_in_float32() -> None:
 def test_what_the_look_at_a_batch_tells() -> None:
     gradients = _gradients(net=_convolutional().double(), data=_data(shape=(2, 5, 5)), batch_size=4)
     seen = inspect(gradients, range(N))
-    # Whatever is asked for, one batch is looked at: 25 and 9 positions, then one.
-    assert seen.positions == {"0": 25, "3": 9, "6": 1}
-    patches = [2 * 4 * 25 * (9 + 1), 4 * 9 * (4 * 9 + 1), 4 * 28]
+    # Whatever is asked for, one batch is looked at: 25 and 9 positions, then one. A norm has the gradient itself.
+    assert seen.positions == {"0": 25, "1": 1, "3": 9, "6": 1}
+    patches = [2 * 4 * 25 * (9 + 1), 4 * 2 * 4, 4 * 9 * (4 * 9 + 1), 4 * 28]
     assert seen.batch_bytes == 8 * (sum(patches) + max(patches))
     assert inspect(gradients, range(N), verify=False).largest_error is None
 
@@ -935,15 +983,6 @@ def test_looking_leaves_the_random_streams_alone(augmented: bool) -> None:
     assert _streams() == before
 
 
-def _functional_weight(module: Any, batch: Any) -> Tensor:
-    hidden = module[1](module[0](batch[0]))
-    return F.cross_entropy(module[2](hidden) + F.linear(hidden, module[2].weight), batch[1])
-
-
-def _only_functional(module: Any, batch: Any) -> Tensor:
-    return F.cross_entropy(F.linear(module[1](module[0](batch[0])), module[2].weight), batch[1])
-
-
 def _l2_penalty(module: Any, batch: Any) -> Tensor:
     return _cross_entropy(module, batch) + 0.01 * sum(p.square().sum() for p in module.parameters())
 
@@ -963,6 +1002,11 @@ def _batch_norm_of_images(module: Any, batch: Any) -> Tensor:
     return F.cross_entropy(module(F.batch_norm(images, None, None, training=True).mean((2, 3))), batch[1])
 
 
+def _normalised(module: Any, batch: Any) -> Tensor:
+    logits = module(batch[0])
+    return F.cross_entropy((logits - logits.mean(0)) / logits.std(0), batch[1])
+
+
 def _mixup(module: Any, batch: Any) -> Tensor:
     x, y = batch
     share, other = random.uniform(0.3, 0.7), torch.arange(len(x)).roll(1)
@@ -980,18 +1024,14 @@ def _untapped_interaction(module: Any, batch: Any) -> Tensor:
     return (z - z.mean(0)).abs().sum(1).mean()
 
 
+STATISTICS = r"batch norm normalises by the statistics of the batch.*depends on the others.*verify=False"
 DEPENDS = r"has another gradient in a batch than alone|depends on the other examples"
 WRONG: dict[str, tuple[Task, tuple[int, ...], str]] = {
-    "weight used functionally, too": (
-        _functional_weight,
-        (3,),
-        r"do not add up to the gradient of the batch loss in: 2 \(.*verify=False",
-    ),
-    "weight used only functionally": (_only_functional, (3,), r"in: 2 \(100\.0% off\).*outside the layer's own"),
     "penalty": (_l2_penalty, (3,), r"do not add up .*a penalty on the weights"),
     "penalty added in place": (_penalty_in_place, (3,), r"do not add up .*in: 0 \("),
-    "batch statistics": (_batch_norm, (3,), DEPENDS),
-    "batch statistics of images": (_batch_norm_of_images, (12,), DEPENDS),
+    "batch statistics": (_batch_norm, (3,), STATISTICS),
+    "batch statistics of images": (_batch_norm_of_images, (12,), STATISTICS),
+    "batch statistics by hand": (_normalised, (3,), DEPENDS),
     "mixup": (_mixup, (3,), DEPENDS),
     "contrastive": (_contrastive, (3,), DEPENDS),
     "untapped sum": (
@@ -1030,14 +1070,27 @@ def test_wrong_gradients_are_found(name: str) -> None:
     assert inspect(gradients, range(8), verify=False).largest_error is None, "the way out"
 
 
-@pytest.mark.parametrize("steps", [5, 8], ids=["fewer steps than examples", "as many steps as examples"])
-def test_time_major_inputs_are_refused_with_the_layer(steps: int) -> None:
-    def task(module: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(module(batch[0].transpose(0, 1)).mean(0), batch[1])
+@pytest.mark.parametrize("name", ["batch statistics", "batch statistics of images"])
+def test_batch_statistics_are_found_without_a_trace(name: str) -> None:
+    """Where the two tiny batches could not be run."""
+    task, shape, _ = WRONG[name]
+    net = _net()
+    with pytest.raises(VerificationError, match=DEPENDS):
+        inspect(_gradients(task, net, _data(shape=shape), coverage=cover(net)), range(8))
 
-    gradients = _gradients(task, data=_data(shape=(steps, 3)))
-    with pytest.raises((VerificationError, LayerError), match=r"first dimension.*batch|batch.*first dimension"):
-        inspect(gradients, range(8))
+
+@pytest.mark.parametrize("steps", [5, 8], ids=["fewer steps than examples", "as many steps as examples"])
+def test_time_major_inputs(steps: int) -> None:
+    """Two tiny batches tell where the examples are; without them, a layer that is used so is refused."""
+    data, net = _data(shape=(steps, 3)), _net()
+    gradients = _gradients(_time_major, net, data)
+    _assert_reference(
+        _collect(gradients, range(N)), net, F.cross_entropy, data, forward=lambda net, x: net(x.transpose(0, 1)).mean(0)
+    )
+    with pytest.raises(
+        (VerificationError, LayerError), match=r"dimension has to hold the examples|batch is not the first"
+    ):
+        inspect(_gradients(_time_major, net, data, coverage=cover(net)), range(8))
 
 
 def test_more_of_a_mean_is_not_taken_for_a_sum() -> None:

@@ -18,10 +18,11 @@ from lightning_influence import per_sample
 from lightning_influence.curvature import BLOCKS, CurvatureBlock, FactorExamples, fit
 from lightning_influence.layers import cover
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.rows import Joined, OneHot, Rows, compact, join, rotate, second_moment
 from lightning_influence.scoring import score_examples
 from lightning_influence.source import ExampleSource
 
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
 # (k, n, s, i, o)
 SHAPES = {
@@ -88,7 +89,8 @@ def rotated(x: Tensor, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def basis(k: int, m: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(k, m, m).double()).Q
+    q: Tensor = torch.linalg.qr(torch.randn(k, m, m).double()).Q
+    return q
 
 
 @pytest.mark.usefixtures("_chunks")
@@ -164,13 +166,16 @@ class TestAgainstFormedGradients:
 class TestRows:
     def test_second_moment(self) -> None:
         for x, _, _, case in cases():
-            expected = sum(row[..., :, None] * row[..., None, :] for row in x.flatten(1, 2).unbind(1))
-            close(per_sample.second_moment(x), expected, case)
+            rows = x.flatten(1, 2).unbind(1)
+            expected = torch.stack([row[..., :, None] * row[..., None, :] for row in rows]).sum(0)
+            close(second_moment(x), expected, case)
+            close(second_moment(x, diagonal=True), expected.diagonal(dim1=-2, dim2=-1), case)
 
     def test_rotate(self) -> None:
         for x, _, (k, _, _, i, _), case in cases():
             matrix = torch.randn(k, i, 3).double()
-            close(per_sample.rotate(x, matrix), torch.stack([x[group] @ matrix[group] for group in range(k)]), case)
+            close(rotate(x, matrix), torch.stack([x[group] @ matrix[group] for group in range(k)]), case)
+            assert rotate(x, None) is x, "the identity costs nothing"
 
     def test_inputs_are_left_alone(self) -> None:
         """They are the captured tensors, which further blocks and columns read."""
@@ -185,6 +190,133 @@ class TestRows:
                 per_sample.weighted_rotated_squares(x, gs[0], a, b, weights, form=form)
             per_sample.rotated_scores(x, gs[0], a, b, weights, weights)
             assert all(torch.equal(tensor, copy) for tensor, copy in zip((x, *gs), copies, strict=True)), case
+
+
+# Of five examples and rows of size 7: positions, how many indices there are to choose from, whether some are padding,
+# and the number of dense positions that follow.
+ONE_HOT: dict[str, tuple[int, int, bool, int]] = {
+    "one position": (1, 7, False, 0),
+    "few of the same": (6, 2, False, 0),
+    "all different": (6, 7, False, 0),
+    "padding": (6, 3, True, 0),
+    "one position, padding": (1, 7, True, 0),
+    "joined": (6, 3, False, 4),
+    "joined, padding": (6, 3, True, 1),
+    "joined, many dense ones": (1, 7, False, 40),
+}
+
+
+def one_hot_rows(name: str, inputs: int = 4, draws: int = 1) -> tuple[list[Tensor], list[Rows]]:
+    """Return activations and rows by draw; the indices are the same in all."""
+    positions, choice, padding, dense_positions = ONE_HOT[name]
+    generator = torch.Generator().manual_seed(5)
+    indices = torch.randint(choice, (5, positions), generator=generator)
+    if name == "all different":
+        indices = torch.stack([torch.randperm(7, generator=generator)[:positions] for _ in range(5)])
+    kept = torch.rand(5, positions, generator=generator) < 0.6 if padding else None
+    onehot = OneHot(indices, 7, name == "all different", kept)
+    xs: list[Tensor] = []
+    gs: list[Rows] = []
+    for _ in range(draws):
+        x = torch.randn(1, 5, positions + dense_positions, inputs, generator=generator).double()
+        if kept is not None:
+            x[:, :, :positions][0, ~kept] = 0
+        xs.append(x)
+        dense_rows = torch.randn(1, 5, dense_positions, 7, generator=generator).double()
+        gs.append(Joined(onehot, dense_rows) if dense_positions else onehot)
+    return xs, gs
+
+
+def opened(g: Rows) -> Tensor:
+    """Write rows out with their zeros."""
+    if isinstance(g, Tensor):
+        return g
+    if isinstance(g, Joined):
+        return torch.cat([opened(g.onehot), g.dense], 2)
+    rows = F.one_hot(g.indices, g.size).double()
+    return (rows if g.kept is None else rows * g.kept.unsqueeze(2)).unsqueeze(0)
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("name", ONE_HOT)
+class TestOneHotRows:
+    """The same numbers as for rows that are written out."""
+
+    def test_gradients_and_norms(self, name: str) -> None:
+        (x,), (g,) = one_hot_rows(name)
+        expected = dense(x, opened(g))
+        assert g.shape == opened(g).shape
+        close(torch.cat(list(per_sample.gradients(x, g)), 1), expected, name)
+        close(per_sample.summed_gradient(x, g), expected.sum(1), name)
+        close(per_sample.squared_norms(x, g), expected.square().sum((0, 2, 3)), name)
+        close(second_moment(g), second_moment(opened(g)).to(second_moment(g).dtype), name)
+        close(second_moment(g, diagonal=True), second_moment(opened(g), diagonal=True).to(second_moment(g).dtype), name)
+
+    @pytest.mark.parametrize("turned", [True, False])
+    def test_products_and_squares(self, name: str, turned: bool) -> None:
+        (x,), (g,) = one_hot_rows(name)
+        expected, weights, vector = dense(x, opened(g)), torch.rand(1, 7, 4).double(), torch.randn(1, 7, 4).double()
+        a = basis(1, 4) if turned else None
+        squares = (expected if a is None else expected @ a).square()
+        weighted, inner = torch.einsum("knoi,koi->n", squares, weights), torch.einsum("knoi,koi->n", expected, vector)
+        close(per_sample.inner_products(x, g, vector), inner, name)
+        close(per_sample.weighted_rotated_squares(x, g, a, None, weights), weighted, name)
+        for found, right in zip(
+            per_sample.rotated_scores(x, g, a, None, weights, vector),
+            (expected.square().sum((0, 2, 3)), weighted, inner),
+            strict=True,
+        ):
+            assert found is not None
+            close(found, right, name)
+        assert per_sample.rotated_scores(x, g, a, None, weights)[2] is None
+        if not turned:
+            close(per_sample.weighted_squares(x, g, weights), weighted, name)
+
+    @pytest.mark.parametrize("turned", [True, False])
+    @pytest.mark.parametrize("draws", [1, 3])
+    def test_squares_of_several_draws(self, name: str, draws: int, turned: bool) -> None:
+        """The looked-up vectors get other gradients for other labels; the rows of a look-up stay."""
+        xs, gs = one_hot_rows(name, draws=draws)
+        a = basis(1, 4) if turned else None
+        each = [dense(x, opened(g)) for x, g in zip(xs, gs, strict=True)]
+        expected = torch.stack([(d if a is None else d @ a).square().sum(1) for d in each]).sum(0)
+        close(per_sample.rotated_squares(xs, gs, a, None), expected, name)
+        if isinstance(gs[0], OneHot):
+            close(per_sample.rotated_squares(xs, gs[:1], a, None), expected, name)
+        if not turned:
+            close(per_sample.summed_squares(xs, gs), expected, name)
+
+    def test_examples_are_left_out(self, name: str) -> None:
+        (x,), (g,) = one_hot_rows(name)
+        keep = torch.tensor([True, False, True, True, False])
+        onehot = g.onehot if isinstance(g, Joined) else g
+        assert isinstance(onehot, OneHot)
+        expected = opened(onehot) * keep.view(1, -1, 1, 1)
+        assert torch.equal(opened(onehot.keep(keep)), expected)
+        close(second_moment(onehot.keep(keep)), second_moment(expected).float(), name)
+
+    def test_no_two_rows_touch_the_same_numbers_when_compact(self, name: str) -> None:
+        (x,), (g,) = one_hot_rows(name)
+        onehot = g.onehot if isinstance(g, Joined) else g
+        assert isinstance(onehot, OneHot)
+        x = x[:, :, : onehot.shape[2]]
+        together = compact(x, onehot)
+        close(dense(together, opened(OneHot(onehot.indices, 7))), dense(x, opened(onehot)), name)
+        for example in range(5):
+            places = onehot.indices[example][together[0, example].any(1)]
+            assert len(places.unique()) == len(places)
+
+    def test_joined_in_parts(self, name: str) -> None:
+        """Several uses of a table, then several of the same parameter as a linear layer."""
+        (x,), (g,) = one_hot_rows(name)
+        onehot = g.onehot if isinstance(g, Joined) else g
+        assert isinstance(onehot, OneHot)
+        others = [OneHot(onehot.indices.flip(0), 7), onehot]
+        tail = [torch.randn(1, 5, size, 7).double() for size in (2, 1)]
+        parts: list[Tensor | OneHot]
+        for parts in ([*others], [others[0]], [*others, *tail], [onehot, tail[0]], [*tail], [tail[0]]):
+            joined = join(parts)
+            assert torch.equal(opened(joined), torch.cat([opened(part) for part in parts], 2))
 
 
 class _Sizes(TorchDispatchMode):
@@ -240,6 +372,23 @@ class TestCost:
             per_sample.squared_norms(x, gs[0])
             per_sample.inner_products(x, gs[0], torch.ones(k, self.O, self.I))
             per_sample.summed_gradient(x, gs[0])
+
+    @pytest.mark.parametrize("name", BLOCKS)
+    def test_a_look_up_costs_the_vectors_that_were_looked_up(self, name: str) -> None:
+        """64 examples of 6 words each out of 3,000: their gradients would take 64 tables. One in float64 is enough."""
+        words, size = 3000, 16
+        onehot = OneHot(torch.randint(words, (self.N, 6)), words)
+        xs = [torch.randn(1, self.N, 6, size) for _ in range(4)]
+        block: CurvatureBlock = BLOCKS[name]((1, words, size), (False, True))
+        with largest_below(2 * words * size + 1):
+            for _ in range(block.passes):
+                block.update(xs, [onehot], self.N)
+                block.end_pass(self.N)
+            block.self_influence(xs[0], onehot, 0.1)
+            block.scores(xs[0], onehot, 0.1, torch.ones(1, words, size))
+            block.solve(torch.ones(1, words, size), 0.1)
+            per_sample.squared_norms(xs[0], onehot)
+            per_sample.summed_gradient(xs[0], onehot)
 
     @pytest.mark.parametrize("name", BLOCKS)
     def test_whole_audit_of_an_mlp_never_forms_gradients(self, name: Any) -> None:

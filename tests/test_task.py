@@ -14,7 +14,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
+from lightning_influence.losses import (
+    AbsoluteError,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    HuberError,
+    PoissonLikelihood,
+    SmoothAbsoluteError,
+    SquaredError,
+)
 from lightning_influence.task import BatchLoss, LossTap, TaskError, TrainingStepTask, evaluate
 
 N, C = 8, 3
@@ -67,6 +75,10 @@ class Nested(nn.Module):
         pytest.param(F.nll_loss, nn.NLLLoss, CrossEntropy, True, id="nll"),
         pytest.param(F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss, BinaryCrossEntropy, False, id="binary"),
         pytest.param(F.mse_loss, nn.MSELoss, SquaredError, False, id="squared"),
+        pytest.param(F.l1_loss, nn.L1Loss, AbsoluteError, False, id="absolute"),
+        pytest.param(F.huber_loss, nn.HuberLoss, HuberError, False, id="huber"),
+        pytest.param(F.smooth_l1_loss, nn.SmoothL1Loss, SmoothAbsoluteError, False, id="smooth"),
+        pytest.param(F.poisson_nll_loss, nn.PoissonNLLLoss, PoissonLikelihood, False, id="counts"),
     ],
 )
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -113,7 +125,9 @@ def test_calls_without_a_gradient_are_not_kept() -> None:
         F.cross_entropy(z.detach(), y)
         with torch.no_grad():
             F.cross_entropy(z, y)
-        F.l1_loss(z, torch.zeros_like(z))
+        F.soft_margin_loss(z, torch.ones_like(z))
+        # The gradient goes through the soft labels alone: the curvature of the logits is not asked for.
+        F.cross_entropy(z.detach(), z.softmax(1))
     assert tap.calls == []
 
 
@@ -167,6 +181,36 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Te
     "squared, sum": (
         lambda z, y: F.mse_loss(z, _onehot(y), reduction="sum"),
         lambda z, y: N * (z - _onehot(y)).square().sum(1),
+    ),
+    "squared, weights": (
+        lambda z, y: F.mse_loss(z, _onehot(y), weight=1 + _onehot(y)),
+        lambda z, y: N * ((1 + _onehot(y)) * (z - _onehot(y)).square()).sum(1) / (N * (C + 1)),
+    ),
+    "probabilities": (
+        lambda z, y: F.binary_cross_entropy(z[:, 0].sigmoid(), (y > 0).double()),
+        lambda z, y: F.softplus(z[:, 0]) - z[:, 0] * (y > 0),
+    ),
+    "counts": (
+        lambda z, y: F.poisson_nll_loss(z, _onehot(y), reduction="sum"),
+        lambda z, y: N * (z.exp() - z * _onehot(y)).sum(1),
+    ),
+    "divergence": (
+        lambda z, y: F.kl_div(z.log_softmax(1), 0.8 * _onehot(y) + 0.2 / C, reduction="batchmean"),
+        lambda z, y: F.kl_div(z.log_softmax(1), 0.8 * _onehot(y) + 0.2 / C, reduction="none").sum(1),
+    ),
+    "squared, target first": (lambda z, y: F.mse_loss(_onehot(y), z), lambda z, y: (z - _onehot(y)).square().mean(1)),
+    "two heads, one on some examples": (
+        lambda z, y: F.cross_entropy(z, y) + 0.3 * F.mse_loss(z[y > 0, 0], z.new_ones(int((y > 0).sum()))),
+        lambda z, y: _nll(z, y) + 0.3 * ((y > 0) * (z[:, 0] - 1).square()) * N / (y > 0).sum(),
+    ),
+    "three terms and a logged one": (
+        lambda z, y: (
+            F.cross_entropy(z, y)
+            + 0.3 * F.cross_entropy(2 * z, y, reduction="sum") / N
+            + 0.1 * (F.mse_loss(z, _onehot(y), reduction="none") * torch.arange(N).unsqueeze(1)).mean()
+            + 0 * F.huber_loss(z, _onehot(y)).detach()
+        ),
+        lambda z, y: _nll(z, y) + 0.3 * _nll(2 * z, y) + 0.1 * (torch.arange(N) * (z - _onehot(y)).square().mean(1)),
     ),
     "two terms": (
         lambda z, y: F.cross_entropy(z, y) + 0.5 * F.mse_loss(z, _onehot(y)),
@@ -360,11 +404,15 @@ def _penalty(module: nn.Module) -> Tensor:
     return 0.01 * sum(p.square().sum() for p in module.parameters())
 
 
+def _margin(z: Tensor) -> Tensor:
+    return F.soft_margin_loss(z, torch.ones_like(z))
+
+
 @pytest.mark.parametrize(
     "task",
     [
         pytest.param(lambda m, b: F.cross_entropy(m(b[0]), b[1]) + _penalty(m), id="penalty"),
-        pytest.param(lambda m, b: F.cross_entropy(z := m(b[0]), b[1]) + F.l1_loss(z, _onehot(b[1])), id="unknown term"),
+        pytest.param(lambda m, b: F.cross_entropy(z := m(b[0]), b[1]) + _margin(z), id="unknown term"),
         pytest.param(lambda m, b: F.cross_entropy(m(b[0]), b[1]).exp(), id="function of the loss"),
         pytest.param(lambda m, b: F.cross_entropy(m(b[0]), b[1]).add_(_penalty(m)), id="penalty added in place"),
     ],
@@ -381,7 +429,7 @@ def test_a_part_that_the_tap_did_not_see_is_flagged(task: Callable[[Any, Any], T
 
 
 def test_a_loss_without_any_known_call() -> None:
-    result = evaluate(_task(lambda z, y: F.l1_loss(z, _onehot(y))), _net(), _batch(), N)
+    result = evaluate(_task(lambda z, y: _margin(z)), _net(), _batch(), N)
     assert result.terms == ()
     assert not result.tapped
     assert result.primary is None

@@ -14,20 +14,44 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence import per_sample
+from lightning_influence.discover import discover
 from lightning_influence.layers import cover
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import score_examples
 from lightning_influence.source import ExampleSource
-from lightning_influence.tracin import StepSizes, TracInScores, layer_step_sizes, self_influence
+from lightning_influence.tracin import StepSizes, TracInScores, block_step_sizes, self_influence
 
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
 
-def _conv_net() -> nn.Module:
+def _conv_net() -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, groups=2), nn.Tanh(), nn.Conv2d(4, 3, 2, bias=False), nn.Flatten(), nn.Linear(27, 4)
     ).double()
+
+
+class Words(nn.Module):
+    """A look-up that is the head, too, and norms: blocks of every kind, with rows of either kind in one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.place = nn.Embedding(4, 6), nn.Parameter(0.1 * torch.randn(3, 6))
+        self.norm, self.inner = nn.LayerNorm(6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 4)
+        self.head.weight = self.words.weight
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.norm(self.words(ids) + self.place)
+        result: Tensor = self.head(torch.tanh(self.inner(hidden))).mean(1)
+        return result
+
+
+def _words(n: int = 12) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 4, (n, 3), generator=generator)
+    return TensorDataset(ids, torch.randint(0, 4, (n,), generator=generator))
 
 
 def _data(n: int = 12) -> TensorDataset:
@@ -40,7 +64,8 @@ def _gradients(net: nn.Module, data: TensorDataset, batch_size: int = 5) -> Exam
     def task(module: nn.Module, batch: Any) -> Tensor:
         return F.cross_entropy(module(batch[0]), batch[1])
 
-    return ExampleGradients(net, task, ExampleSource(data, batch_size=batch_size), cover(net))
+    source = ExampleSource(data, batch_size=batch_size)
+    return ExampleGradients(net, task, source, discover(net, task, source))
 
 
 # ----------------------------------------------------------------------------------------------------- step sizes
@@ -117,11 +142,28 @@ def test_a_step_size_is_how_far_a_constant_gradient_moves_the_weights(options: d
 def test_step_sizes_of_layers() -> None:
     net = _conv_net()
     net[4].bias.requires_grad_(False)
-    operations = cover(net).operations
+    blocks = cover(net).blocks
     sums = {"0.weight": 1.0, "0.bias": 2.0, "2.weight": 3.0, "4.weight": 4.0}
-    sizes = layer_step_sizes(operations, sums, net)
+    sizes = block_step_sizes(blocks, sums, net)
     assert sizes == {"0": (1.0, 2.0), "2": (3.0, 0.0), "4": (4.0, 0.0)}
-    assert layer_step_sizes(operations, {}, net) == {"0": (0.0, 0.0), "2": (0.0, 0.0), "4": (0.0, 0.0)}
+    assert block_step_sizes(blocks, {}, net) == {"0": (0.0, 0.0), "2": (0.0, 0.0), "4": (0.0, 0.0)}
+
+
+def test_step_sizes_of_tied_and_of_bare_parameters() -> None:
+    """A parameter is found by what it is: under its second name (of the head), too."""
+    net = Words()
+    net.inner.weight.requires_grad_(False)
+    blocks = _gradients(net, _words()).coverage.blocks
+    sums = {
+        "words.weight": 1.0,
+        "place": 2.0,
+        "norm.weight": 3.0,
+        "norm.bias": 4.0,
+        "inner.bias": 5.0,
+        "head.bias": 6.0,
+    }
+    expected = {"words": (1.0, 6.0), "place": (2.0, 0.0), "norm": (3.0, 4.0), "inner.bias": (5.0, 0.0)}
+    assert block_step_sizes(blocks, sums, net) == expected
 
 
 # ----------------------------------------------------------------------------------------------- self-influence
@@ -129,45 +171,48 @@ def test_step_sizes_of_layers() -> None:
 
 RATES: dict[str, Callable[[str], float]] = {
     "one rate": lambda name: 0.3,
-    "rates of weights and biases": lambda name: 0.3 if name.endswith("weight") else 0.7,
-    "no rate for biases": lambda name: 0.3 if name.endswith("weight") else 0.0,
-    "no rate for weights": lambda name: 0.0 if name.endswith("weight") else 0.7,
-    "rates of layers": lambda name: 0.1 * (1 + int(name[0])),
-    "all different": lambda name: 0.1 * (1 + int(name[0])) + (0.01 if name.endswith("weight") else 0.0),
+    "rates of weights and biases": lambda name: 0.7 if name.endswith("bias") else 0.3,
+    "no rate for biases": lambda name: 0.0 if name.endswith("bias") else 0.3,
+    "no rate for weights": lambda name: 0.7 if name.endswith("bias") else 0.0,
+    "rates of layers": lambda name: 0.1 * (1 + ord(name[0]) % 8),
+    "all different": lambda name: 0.1 * (1 + ord(name[0]) % 8) + (0.0 if name.endswith("bias") else 0.01),
 }
 FROZEN: dict[str, Callable[[str], bool]] = {
     "nothing": lambda name: False,
     "biases": lambda name: name.endswith("bias"),
-    "weights of the ends": lambda name: name in ("0.weight", "4.weight"),
-    "the first layer": lambda name: name.startswith("0"),
+    "some weights": lambda name: name in ("0.weight", "4.weight", "norm.weight", "inner.weight"),
+    "the first layer": lambda name: name.startswith(("0", "words")),
+}
+NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], TensorDataset]]] = {
+    "convolutions": (_conv_net, _data),
+    "words": (Words, _words),
 }
 
 
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("rates", RATES)
-def test_self_influence_is_that_of_the_reference(rates: str, frozen: str) -> None:
-    net, data = _conv_net(), _data()
+@pytest.mark.parametrize("kind", NETS)
+def test_self_influence_is_that_of_the_reference(kind: str, rates: str, frozen: str) -> None:
+    make, examples = NETS[kind]
+    net, data = make(), examples()
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(not FROZEN[frozen](name))
     gradients = _gradients(net, data)
+    assert gradients.coverage.share == 1.0
     etas = {name: RATES[rates](name) for name, p in net.named_parameters() if p.requires_grad}
-    sizes = layer_step_sizes(gradients.coverage.operations, etas, net)
+    sizes = block_step_sizes(gradients.coverage.blocks, etas, net)
     own = ref.per_example_gradients(net, F.cross_entropy, *data.tensors)
     expected = ref.tracin_self([own], [etas])
     scores = score_examples(gradients, range(len(data)), step_sizes=sizes)
     torch.testing.assert_close(scores.columns["tracin"], expected, **EXACT)
-    # By layer, too: one wrong layer may hide in the sum of all.
+    # By block, too: one wrong block may hide in the sum of all.
     with closing(gradients.run(range(len(data)))) as batches:
         for batch in batches:
             for io in batch.layers():
-                part = self_influence(
-                    io,
-                    per_sample.squared_norms(io.x, io.gs[0]),
-                    gradients.coverage.operations[io.name].has_bias,
-                    sizes[io.name],
-                )
-                of_layer = {name: g[batch.indices] for name, g in own.items() if name.startswith(f"{io.name}.")}
-                torch.testing.assert_close(part, ref.tracin_self([of_layer], [etas]), **EXACT)
+                block = gradients.coverage.blocks[io.name]
+                part = self_influence(io, per_sample.squared_norms(io.x, io.gs[0]), block.bias_columns, sizes[io.name])
+                of_block = {name: own[name][batch.indices] for name in block.parameters}
+                torch.testing.assert_close(part, ref.tracin_self([of_block], [etas]), **EXACT)
 
 
 def test_a_sum_over_checkpoints() -> None:
@@ -186,7 +231,7 @@ def test_a_sum_over_checkpoints() -> None:
         optimizer.step()
         if step % 2 == 0:
             taken = sizes.take()
-            layers = layer_step_sizes(gradients.coverage.operations, taken, net)
+            layers = block_step_sizes(gradients.coverage.blocks, taken, net)
             scores = score_examples(gradients, range(len(data)), step_sizes=layers)
             assert running.add(step, scores.indices.tolist(), scores.columns["tracin"])
             checkpoints.append(ref.per_example_gradients(net, F.cross_entropy, *data.tensors))
@@ -210,7 +255,7 @@ def test_one_step_on_an_example_lowers_its_loss_by_its_tracin(index: int) -> Non
         before = F.cross_entropy(net(x), y)
         before.backward()
         sizes.record(optimizer)
-        layers = layer_step_sizes(gradients.coverage.operations, sizes.take(), net)
+        layers = block_step_sizes(gradients.coverage.blocks, sizes.take(), net)
         predicted = float(score_examples(gradients, [index], step_sizes=layers).columns["tracin"])
         optimizer.step()
         lowered = float(before.detach() - F.cross_entropy(net(x), y).detach())

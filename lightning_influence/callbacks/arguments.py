@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -41,3 +42,14 @@ def checked_indices(indices: Sequence[int] | Tensor | None) -> Tensor | None:
     if int(values.min()) < 0 or len(values.unique()) != len(values):
         raise ValueError("known_noise holds negative or repeated indices; expected distinct dataset indices >= 0.")
     return values
+
+
+def check_layers(layers: Any) -> None:
+    """Raise ``ValueError`` unless ``layers`` is None, or one or several names or types of modules."""
+    entries = [] if layers is None else [layers] if isinstance(layers, (str, type)) else layers
+    ok = isinstance(entries, Iterable) and (layers is None or len(entries := list(entries)) > 0)
+    if not ok or not all(isinstance(e, str) or (isinstance(e, type) and issubclass(e, nn.Module)) for e in entries):
+        raise ValueError(
+            f"layers={layers!r}; expected None for everything, or names, glob patterns or types of modules, such as "
+            '["encoder.*", torch.nn.Linear].'
+        )

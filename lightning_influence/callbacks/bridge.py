@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypedDict
 
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
@@ -25,10 +25,15 @@ from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.task import Task
 
 
-def example_gradients(
-    trainer: Trainer, module: LightningModule, task: Task, source: ExampleSource, coverage: Coverage
-) -> ExampleGradients:
-    """Build the engine's passes with the trainer's way of moving batches, its precision and its progress bars.
+class Surroundings(TypedDict):
+    """What a trainer puts around a forward pass."""
+
+    to_device: Callable[[Any], Any]
+    forward_context: Callable[[], AbstractContextManager[Any]]
+
+
+def surroundings(trainer: Trainer, module: LightningModule) -> Surroundings:
+    """Return the trainer's way of moving batches, and its precision.
 
     Mixed precision is left out: extra passes run in the weights' own precision, as rounded gradients would be noise
     in the scores and scaled losses would have to be unscaled.
@@ -41,15 +46,15 @@ def example_gradients(
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
     own_precision = not isinstance(plugin, MixedPrecision)
-    return ExampleGradients(
-        module,
-        task,
-        source,
-        coverage,
-        to_device=to_device,
-        progress=_progress_bar if trainer.progress_bar_callback is not None and trainer.is_global_zero else None,
-        forward_context=plugin.forward_context if own_precision else nullcontext,
-    )
+    return {"to_device": to_device, "forward_context": plugin.forward_context if own_precision else nullcontext}
+
+
+def example_gradients(
+    trainer: Trainer, module: LightningModule, task: Task, source: ExampleSource, coverage: Coverage
+) -> ExampleGradients:
+    """Build the engine's passes with the trainer's surroundings and its progress bars."""
+    progress = _progress_bar if trainer.progress_bar_callback is not None and trainer.is_global_zero else None
+    return ExampleGradients(module, task, source, coverage, progress=progress, **surroundings(trainer, module))
 
 
 def audited_indices(trainer: Trainer, seen: list[int], size: int) -> list[int]:

@@ -16,19 +16,27 @@ from torch import Tensor
 from lightning_influence import distributed
 from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks import bridge
-from lightning_influence.callbacks.arguments import check_choice, check_count, check_number, checked_indices
+from lightning_influence.callbacks.arguments import (
+    check_choice,
+    check_count,
+    check_layers,
+    check_number,
+    checked_indices,
+)
 from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.curvature import CurvatureName, Fisher
+from lightning_influence.discover import trace_model
 from lightning_influence.influence import InfluencePlan, influence_scores
-from lightning_influence.layers import Coverage, LayerError, cover
+from lightning_influence.layers import Coverage, LayerError, Layers, Uncovered, cover, listed_layers
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import score_examples
 from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.store import AuditStore, StoreError
 from lightning_influence.task import LossTap, Task, TaskError, TrainingStepTask
-from lightning_influence.tracin import layer_step_sizes
+from lightning_influence.trace import Trace
+from lightning_influence.tracin import block_step_sizes
 from lightning_influence.verify import Inspection, VerificationError, inspect, roomy_batch_size
 
 _AVERAGING_CALLBACKS = {"StochasticWeightAveraging", "WeightAveraging"}
@@ -55,6 +63,11 @@ class InfluenceAudit(Callback):
         factor_examples: Number of random examples that the curvature is fitted on; ``"auto"`` gives every factor
             enough rows and does not grow with the data; None takes all.
         every_n_epochs: Epochs between TracIn checkpoints; None for none.
+        layers: What to audit: names of modules (with everything in them), of layers or parameters, glob patterns, or
+            types such as ``torch.nn.Linear``; None for everything that is trained.
+        uncovered: What to do about trainable parameters whose per-example gradients have no closed form (recurrent
+            layers, custom autograd functions, reparametrised weights): ``"report"`` them with their share and leave
+            them out, or ``"exact"``: one backward pass per example.
         task: A function ``(module, batch) -> loss`` in place of ``training_step``. Needed for manual optimization.
         known_noise: Dataset indices of labels that are known to be wrong, to measure the detection.
         dirpath: Directory of the audit, instead of ``<log_dir>/influence``. An existing audit is never overwritten:
@@ -84,6 +97,8 @@ class InfluenceAudit(Callback):
         damping: float | Literal["relative"] = "relative",
         factor_examples: int | Literal["auto"] | None = "auto",
         every_n_epochs: int | None = 1,
+        layers: Layers = None,
+        uncovered: Uncovered = "report",
         task: Task | None = None,
         known_noise: Sequence[int] | Tensor | None = None,
         dirpath: str | os.PathLike[str] | None = None,
@@ -91,6 +106,8 @@ class InfluenceAudit(Callback):
     ) -> None:
         check_choice("curvature", curvature, get_args(CurvatureName))
         check_choice("fisher", fisher, get_args(Fisher))
+        check_choice("uncovered", uncovered, get_args(Uncovered))
+        check_layers(layers)
         if damping != "relative":
             check_number("damping", damping, 'a number > 0, or "relative" for 0.1 times the mean eigenvalue')
         if factor_examples != "auto" and factor_examples is not None:
@@ -104,6 +121,8 @@ class InfluenceAudit(Callback):
         self.damping = damping
         self.factor_examples = factor_examples
         self.every_n_epochs = every_n_epochs
+        self.layers = layers
+        self.uncovered = uncovered
         self.task = task
         self.known_noise = checked_indices(known_noise)
         self.dirpath = dirpath
@@ -114,6 +133,7 @@ class InfluenceAudit(Callback):
         self._reporter: Reporter | None = None
         self._source: ExampleSource | None = None
         self._inspection: Inspection | None = None
+        self._trace: Trace | None = None
         # The scale of losses that depend on their batch: labels and weights stay, so one look per run is enough.
         self._references: dict[int, float] | None = None
         self._tap: LossTap | None = None
@@ -175,6 +195,9 @@ class InfluenceAudit(Callback):
                 self._restored_state = None
             first = self._indices(trainer) or list(range(size))
             with bridge.silenced_loggers(trainer):
+                self._trace = trace_model(
+                    pl_module, self._task, self._source, indices=first, **bridge.surroundings(trainer, pl_module)
+                )
                 self._inspection = inspect(self._gradients(trainer, pl_module), first, verify=self.verify)
             self._source.pass_batch_size = max(self._source.batch_size, roomy_batch_size(self._inspection))
             self._reporter = self._open_reporter(trainer)
@@ -370,7 +393,8 @@ class InfluenceAudit(Callback):
     def _gradients(self, trainer: Trainer, pl_module: LightningModule) -> ExampleGradients:
         assert self._source is not None
         # Anew each time: callbacks that thaw a backbone change what there is to cover.
-        gradients = bridge.example_gradients(trainer, pl_module, self._task, self._source, cover(pl_module))
+        coverage = cover(pl_module, self.layers, trace=self._trace, uncovered=self.uncovered)
+        gradients = bridge.example_gradients(trainer, pl_module, self._task, self._source, coverage)
         gradients.references = self._references
         return gradients
 
@@ -380,7 +404,7 @@ class InfluenceAudit(Callback):
 
     def _take_step_sizes(self, coverage: Coverage, module: LightningModule) -> dict[str, tuple[float, float]]:
         assert self._recording is not None
-        return layer_step_sizes(coverage.operations, self._recording.step_sizes.take(), module)
+        return block_step_sizes(coverage.blocks, self._recording.step_sizes.take(), module)
 
     def _stop_tap(self) -> LossTap | None:
         tap, self._tap = self._tap, None
@@ -405,6 +429,8 @@ class InfluenceAudit(Callback):
             "damping": self.damping,
             "factor_examples": self.factor_examples,
             "every_n_epochs": self.every_n_epochs,
+            "layers": None if self.layers is None else [getattr(e, "__name__", e) for e in listed_layers(self.layers)],
+            "uncovered": self.uncovered,
             "task": None if self.task is None else getattr(self.task, "__name__", type(self.task).__name__),
             "verify": self.verify,
         }

@@ -70,7 +70,7 @@ class Reporter:
         seconds = work * rate + plan.eigendecomposition_seconds(gradients.coverage)
         memory = plan.factor_bytes(gradients.coverage) + inspection.batch_bytes
         return (
-            f"influence audit: {plan.curvature} on {len(gradients.coverage.operations)} layers, {examples:,} training "
+            f"influence audit: {plan.curvature} on {len(gradients.coverage.blocks)} layers, {examples:,} training "
             f"examples{f', {queries:,} validation examples' if queries else ''}; about {_duration(seconds)} and "
             f"{_size(memory)} of extra memory"
         )
@@ -127,7 +127,7 @@ class Reporter:
             "coverage": {
                 "share": gradients.coverage.share,
                 "summary": gradients.coverage.describe(),
-                "covered": {name: op.parameter_names for name, op in gradients.coverage.operations.items()},
+                "covered": {name: list(block.parameters) for name, block in gradients.coverage.blocks.items()},
                 "uncovered": gradients.coverage.uncovered,
             },
             "curvature": {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence import distributed, per_sample
+from lightning_influence.rows import Rows
 
 RELATIVE_DAMPING = 0.1
 """Default damping: this multiple of the block's mean eigenvalue (Grosse et al. 2023, 2308.03296)."""
@@ -29,12 +30,15 @@ class CurvatureBlock(ABC):
 
     Args:
         shape: ``(k, o, i)``: groups, outputs, inputs (bias column included).
+        dense: Whether the output side and the input side may have a dense basis: not for one-hot rows, and not for
+            sides too large for an eigendecomposition.
     """
 
     passes: ClassVar[int]
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
+    def __init__(self, shape: tuple[int, int, int], dense: tuple[bool, bool] = (True, True)) -> None:
         self.shape = shape
+        self.dense = dense
         self._finished_passes = 0
         # Sums over examples of the running pass. All of them add up across processes; see ``reduce``.
         self._sums: dict[str, Tensor] = {}
@@ -42,16 +46,18 @@ class CurvatureBlock(ABC):
         # The last damping and the inverse for it: a pass asks for the same one with every batch.
         self._cached: tuple[float, Tensor] | None = None
 
-    def update(self, x: Tensor, gs: Sequence[Tensor], examples: int) -> None:
+    def update(self, x: Tensor | Sequence[Tensor], gs: Sequence[Rows], examples: int) -> None:
         """Add one batch to the running pass.
 
         Args:
-            x: Activations ``[k, n, s, i]``; rows of left-out examples are zero.
+            x: Activations ``[k, n, s, i]``, or one per draw where they depend on the labels (embeddings, see
+                ``rows``); rows of left-out examples are zero.
             gs: Output gradients ``[k, n, s, o]`` whose outer products, summed over the draws, average to the
                 curvature of one example's loss. Rows of left-out examples are zero.
             examples: Number of examples that count (``n`` minus those left out).
         """
-        for name, value in self._contributions(x, gs, examples).items():
+        xs = [x] if isinstance(x, Tensor) else x
+        for name, value in self._contributions(xs, gs, examples).items():
             self._accumulate(name, value)
 
     def end_pass(self, examples: int) -> None:
@@ -88,8 +94,8 @@ class CurvatureBlock(ABC):
         return relative * float(self.diagonal().double().mean())
 
     @abstractmethod
-    def _contributions(self, x: Tensor, gs: Sequence[Tensor], examples: int) -> dict[str, Tensor]:
-        """Return this batch's part of the running pass's sums."""
+    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+        """Return this batch's part of the running pass's sums; one of ``xs``, ``gs`` or both have one per draw."""
 
     @abstractmethod
     def _finish(self, sums: dict[str, Tensor]) -> None:
@@ -108,11 +114,11 @@ class CurvatureBlock(ABC):
         """Return the diagonal of the curvature, ``[k, o, i]``."""
 
     @abstractmethod
-    def self_influence(self, x: Tensor, g: Tensor, damping: float) -> Tensor:
+    def self_influence(self, x: Tensor, g: Rows, damping: float) -> Tensor:
         """Return ``G_nᵀ (C + damping)⁻¹ G_n`` for every example, ``[n]``, by the cheapest exact form."""
 
     def scores(
-        self, x: Tensor, g: Tensor, damping: float, query: Tensor | None = None
+        self, x: Tensor, g: Rows, damping: float, query: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return squared gradient norm, self-influence, and inner product with ``query``, each ``[n]``.
 

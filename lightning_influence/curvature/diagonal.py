@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_influence import per_sample
 from lightning_influence.curvature.block import CurvatureBlock
+from lightning_influence.rows import Rows
 
 
 class DiagonalBlock(CurvatureBlock):
@@ -29,7 +30,7 @@ class DiagonalBlock(CurvatureBlock):
         self._check_fitted()
         return self._result["diagonal"]
 
-    def self_influence(self, x: Tensor, g: Tensor, damping: float) -> Tensor:
+    def self_influence(self, x: Tensor, g: Rows, damping: float) -> Tensor:
         """Return ``Σ G_n² / (diagonal + damping)``."""
         return per_sample.weighted_squares(x, g, self._inverse(damping))
 
@@ -40,8 +41,8 @@ class DiagonalBlock(CurvatureBlock):
             self._cached = damping, 1 / (diagonal + damping)
         return self._cached[1]
 
-    def _contributions(self, x: Tensor, gs: Sequence[Tensor], examples: int) -> dict[str, Tensor]:
-        return {"squares": per_sample.summed_squares(x, gs)}
+    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+        return {"squares": per_sample.summed_squares(xs, gs)}
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
         self._result = {"diagonal": sums["squares"] / sums["examples"].to(sums["squares"].dtype)}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_influence import per_sample
 from lightning_influence.curvature.kfac import KroneckerBlock
+from lightning_influence.rows import Rows
 
 
 class EKFACBlock(KroneckerBlock):
@@ -20,10 +21,10 @@ class EKFACBlock(KroneckerBlock):
 
     passes: ClassVar[int] = 2
 
-    def _contributions(self, x: Tensor, gs: Sequence[Tensor], examples: int) -> dict[str, Tensor]:
+    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         if not self._finished_passes:
-            return super()._contributions(x, gs, examples)
-        return {"squares": per_sample.rotated_squares(x, gs, *self.basis)}
+            return super()._contributions(xs, gs, examples)
+        return {"squares": per_sample.rotated_squares(xs, gs, *self.basis)}
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
         if not self._finished_passes:

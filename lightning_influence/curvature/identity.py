@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_influence import per_sample
 from lightning_influence.curvature.block import CurvatureBlock
+from lightning_influence.rows import Rows
 
 
 class IdentityBlock(CurvatureBlock):
@@ -34,12 +35,12 @@ class IdentityBlock(CurvatureBlock):
         """Return ones, ``[k, o, i]``."""
         return torch.ones(self.shape)
 
-    def self_influence(self, x: Tensor, g: Tensor, damping: float) -> Tensor:
+    def self_influence(self, x: Tensor, g: Rows, damping: float) -> Tensor:
         """Return ``‖G_n‖² / (1 + damping)``."""
         self._check_damping(damping, torch.ones(1))
         return per_sample.squared_norms(x, g) / (1 + damping)
 
-    def _contributions(self, x: Tensor, gs: Sequence[Tensor], examples: int) -> dict[str, Tensor]:
+    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         return {}
 
     def _finish(self, sums: dict[str, Tensor]) -> None:

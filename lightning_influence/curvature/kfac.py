@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_influence import per_sample
 from lightning_influence.curvature.block import CurvatureBlock
+from lightning_influence.rows import Joined, OneHot, Rows, added, second_moment
 
 
 class KroneckerBlock(CurvatureBlock):
@@ -18,6 +19,11 @@ class KroneckerBlock(CurvatureBlock):
     The bases are the eigenvectors of ``A = 1/N Σ_n Σ_s x xᵀ`` and ``B = 1/(N S) Σ_n Σ_s g gᵀ``. With this scaling
     ``B ⊗ A`` has the size of the Fisher itself for layers that share weights over positions (Grosse & Martens 2016,
     1602.01407; "KFAC-expand" in Eschenhagen et al. 2023, 2311.00636).
+
+    A side without a dense basis keeps the identity and the diagonal of its moment: embeddings, whose one-hot rows have
+    a diagonal moment anyway, and sides too large for an eigendecomposition. A parameter that is both an embedding and
+    a linear layer (tied) has the sum of two Kronecker products, ``Σ_u B_u ⊗ A_u``; its basis is that of the sums
+    ``Σ_u tr(B_u) A_u`` and ``Σ_u tr(A_u) B_u``, its eigenvalues the diagonal of the sum in it.
     """
 
     passes: ClassVar[int] = 1
@@ -29,11 +35,11 @@ class KroneckerBlock(CurvatureBlock):
         return self._result["eigenvalues"]
 
     @property
-    def basis(self) -> tuple[Tensor, Tensor]:
-        """``(Q_A: [k, i, i], Q_B: [k, o, o])``, eigenvectors in columns."""
+    def basis(self) -> tuple[Tensor | None, Tensor | None]:
+        """``(Q_A: [k, i, i], Q_B: [k, o, o])``, eigenvectors in columns; None is the identity."""
         if not self._finished_passes:
             self._check_fitted()
-        return self._result["activation_basis"], self._result["gradient_basis"]
+        return self._result.get("activation_basis"), self._result.get("gradient_basis")
 
     def damping(self, relative: float = 0.1) -> float:
         """Return ``relative`` times the mean eigenvalue of the block."""
@@ -50,9 +56,10 @@ class KroneckerBlock(CurvatureBlock):
     def diagonal(self) -> Tensor:
         """Return the diagonal in the parameter basis, ``[k, o, i]``."""
         basis_x, basis_g = self.basis
-        return basis_g.square() @ self.eigenvalues @ basis_x.square().transpose(-1, -2)
+        result = self.eigenvalues if basis_g is None else basis_g.square() @ self.eigenvalues
+        return result if basis_x is None else result @ basis_x.square().transpose(-1, -2)
 
-    def self_influence(self, x: Tensor, g: Tensor, damping: float) -> Tensor:
+    def self_influence(self, x: Tensor, g: Rows, damping: float) -> Tensor:
         """Return ``Σ (Q_Bᵀ G_n Q_A)² / (lam + damping)``."""
         basis_x, basis_g = self.basis
         return per_sample.weighted_rotated_squares(x, g, basis_x, basis_g, self._inverse(damping))
@@ -62,7 +69,7 @@ class KroneckerBlock(CurvatureBlock):
         self._check_damping(damping, self.eigenvalues)
 
     def scores(
-        self, x: Tensor, g: Tensor, damping: float, query: Tensor | None = None
+        self, x: Tensor, g: Rows, damping: float, query: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return squared gradient norm, self-influence, and inner product with ``query``, each ``[n]``."""
         basis_x, basis_g = self.basis
@@ -77,50 +84,99 @@ class KroneckerBlock(CurvatureBlock):
 
     def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
         basis_x, basis_g = self.basis
-        rotated = basis_g.transpose(-1, -2) @ v @ basis_x
-        return basis_g @ (rotated * scales) @ basis_x.transpose(-1, -2)
+        if basis_x is not None:
+            v = v @ basis_x
+        if basis_g is not None:
+            v = basis_g.transpose(-1, -2) @ v
+        v = v * scales
+        if basis_x is not None:
+            v = v @ basis_x.transpose(-1, -2)
+        return v if basis_g is None else basis_g @ v
 
-    def _contributions(self, x: Tensor, gs: Sequence[Tensor], examples: int) -> dict[str, Tensor]:
-        rows = torch.tensor(float(examples * x.shape[2]), dtype=torch.float64, device=x.device)
-        return {
-            "activation": per_sample.second_moment(x),
-            "gradient": torch.stack([per_sample.second_moment(g) for g in gs]).sum(0),
-            "rows": rows,
-        }
+    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        for use, use_xs, use_gs in _by_use(xs, gs):
+            rows = float(examples * use_xs[0].shape[2])
+            sums |= {
+                f"activation.{use}": self._moment(use_xs, self.dense[1]),
+                f"gradient.{use}": self._moment(use_gs, self.dense[0]),
+                f"rows.{use}": torch.tensor(rows, dtype=torch.float64, device=use_xs[0].device),
+            }
+        return sums
+
+    @staticmethod
+    def _moment(draws: Sequence[Rows], dense: bool) -> Tensor:
+        return added(second_moment(rows, diagonal=not dense) for rows in draws)
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
-        dtype = sums["activation"].dtype
-        activation = sums["activation"].double() / sums["examples"]
-        gradient = sums["gradient"].double() / sums["rows"].clamp(min=1)  # 0 if the layer was never reached
-        a, basis_x = _eigh(activation)
-        b, basis_g = _eigh(gradient)
+        uses = sorted(name.removeprefix("rows.") for name in sums if name.startswith("rows."))
+        dtype = sums[f"activation.{uses[-1]}"].dtype
+        a = [sums[f"activation.{use}"].double() / sums["examples"] for use in uses]
+        # 0 if the layer was never reached
+        b = [sums[f"gradient.{use}"].double() / sums[f"rows.{use}"].clamp(min=1) for use in uses]
+        activation, gradient = a[0], b[0]
+        if len(uses) > 1:
+            activation = torch.stack([_trace(y) * x for x, y in zip(a, b, strict=True)]).sum(0)
+            gradient = torch.stack([_trace(x) * y for x, y in zip(a, b, strict=True)]).sum(0)
         self._result = {
             "activation_covariance": activation.to(dtype),
             "gradient_covariance": gradient.to(dtype),
-            "activation_basis": basis_x.to(dtype),
-            "gradient_basis": basis_g.to(dtype),
-            "eigenvalues": (b.unsqueeze(-1) * a.unsqueeze(-2)).to(dtype),
         }
+        bases = []
+        for name, moment, dense in (("activation", activation, self.dense[1]), ("gradient", gradient, self.dense[0])):
+            bases.append(eigenvectors(moment) if dense else None)
+            if bases[-1] is not None:
+                self._result[f"{name}_basis"] = bases[-1].to(dtype)
+        eigenvalues = [
+            _diagonal_in(y, bases[1]).unsqueeze(-1) * _diagonal_in(x, bases[0]).unsqueeze(-2)
+            for x, y in zip(a, b, strict=True)
+        ]
+        self._result["eigenvalues"] = torch.stack(eigenvalues).sum(0).to(dtype)
 
 
 class KFACBlock(KroneckerBlock):
     """``C = B ⊗ A``: eigenvalues are products of those of the factors."""
 
 
-def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigendecomposition of ``[k, m, m]`` in float64, eigenvalues clamped at 0.
+def _by_use(xs: Sequence[Tensor], gs: Sequence[Rows]) -> Iterator[tuple[str, Sequence[Tensor], Sequence[Rows]]]:
+    """Yield the rows of each kind of use: name, activations and output gradients by draw."""
+    joined = [g for g in gs if isinstance(g, Joined)]
+    if not joined:
+        yield ("embedding" if isinstance(gs[0], OneHot) else "linear"), xs, gs
+        return
+    splits = [joined[0].split(x) for x in xs]
+    yield "embedding", [first for first, _ in splits], [joined[0].onehot]
+    # Looked-up vectors have gradients that depend on the labels; the activations of a linear map do not.
+    yield "linear", [splits[0][1]], [g.dense for g in joined]
+
+
+def _trace(moment: Tensor) -> Tensor:
+    """Return the traces of ``[k, m, m]``, or of diagonals ``[k, m]``, shaped to scale another moment."""
+    total = moment.sum() if moment.ndim == 2 else moment.diagonal(dim1=-2, dim2=-1).sum()
+    return total
+
+
+def _diagonal_in(moment: Tensor, basis: Tensor | None) -> Tensor:
+    """Return the diagonal ``[k, m]`` of a moment in a basis, never negative."""
+    if basis is None:
+        return moment if moment.ndim == 2 else moment.diagonal(dim1=-2, dim2=-1)
+    return ((moment @ basis) * basis).sum(-2).clamp(min=0)
+
+
+def eigenvectors(matrices: Tensor) -> Tensor:
+    """Return orthonormal eigenvectors of symmetric ``[k, m, m]`` in columns, in float64.
 
     Raises:
         RuntimeError: If LAPACK does not converge even on the slightly shifted matrix.
     """
     symmetric = (matrices + matrices.transpose(-1, -2)) / 2
     try:
-        values, vectors = torch.linalg.eigh(symmetric)
+        _, vectors = torch.linalg.eigh(symmetric)
     except torch.linalg.LinAlgError:
         # A tiny multiple of the identity separates clustered eigenvalues and leaves the eigenvectors alone.
         size = symmetric.shape[-1]
         shift = 1e-8 * symmetric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         shifted = symmetric + shift * torch.eye(size, dtype=symmetric.dtype, device=symmetric.device)
-        values, vectors = torch.linalg.eigh(shifted)
-        values = values - shift.squeeze(-1)
-    return values.clamp(min=0), vectors
+        _, vectors = torch.linalg.eigh(shifted)
+    result: Tensor = vectors
+    return result

@@ -1,0 +1,233 @@
+"""Losses of class decisions: softmax cross-entropy in its forms.
+
+Index legend: ``n`` examples, ``r`` rows of the logits, ``c`` classes, ``...`` further positions such as pixels of a
+segmentation map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_influence.losses.call import LossCall, decisions, root_of, single
+from lightning_influence.precision import working
+
+
+@dataclass(frozen=True, eq=False)
+class CrossEntropy(LossCall):
+    """``F.cross_entropy`` on logits or ``F.nll_loss`` on log-probabilities, ``input: [r, c, ...]``.
+
+    Covers class weights, ``ignore_index``, label smoothing and probability targets.
+    """
+
+    class_weights: Tensor | None = None
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    log_probabilities: bool = False
+
+    @property
+    def element_shape(self) -> torch.Size:
+        """``[r, ...]``; nothing for a single example that comes as ``[c]``."""
+        return torch.Size((self.input.shape[0], *self.input.shape[2:])) if self.input.ndim >= 2 else torch.Size()
+
+    def _element_dim(self, dim: int) -> int | None:
+        return None if dim == 1 else max(dim - 1, 0)
+
+    def natural_reference(self, n: int) -> float | None:
+        """Return 1 where each example makes one decision: those without a label then simply have no loss."""
+        plain = self.reduction == "mean" and self.class_weights is None and not self._soft
+        return 1.0 if plain and self._one_each(n) else None
+
+    def elements(self) -> Tensor:
+        """Return ``[r, ...]``."""
+        if self.log_probabilities and not self._soft:
+            return F.nll_loss(
+                self.input, self.target, self.class_weights, ignore_index=self.ignore_index, reduction="none"
+            )
+        if self.log_probabilities:
+            return -torch.where(self.target > 0, self.input * self.target, 0).sum(1)
+        return F.cross_entropy(
+            self.input,
+            self.target,
+            self.class_weights,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction="none",
+        )
+
+    def weights(self) -> Tensor:
+        """Return ``[r, ...]``: class weight of the target, 0 where ignored."""
+        if self._soft:  # torch divides by the number of elements here, whatever the class weights
+            return torch.ones_like(self.input[:, 0])
+        kept = self._kept
+        if self.class_weights is None:
+            return kept.to(self.input.dtype)
+        return self.class_weights[self.target.where(kept, 0)] * kept
+
+    def scale_varies(self, n: int) -> bool:
+        """Tell whether the same example would weigh differently in another batch: weights, ignored targets, sums."""
+        uneven = self.reduction == "mean" and not self._soft and self.natural_reference(n) is None
+        return uneven or super().scale_varies(n)
+
+    def sampled_gradient(self, scale: Tensor, noise: Tensor) -> Tensor:
+        """Return ``sqrt(scale * mass) * (p - onehot(sampled))``; Kunstner et al. 2019 (1905.12558)."""
+        probabilities = self._probabilities()
+        uniform = self.shares(noise.shape[0]).scatter(noise).to(probabilities).unsqueeze(1)
+        cumulative = probabilities.cumsum(1)
+        # The last class takes what rounding leaves below 1.
+        sampled = (cumulative < uniform * cumulative[:, -1:]).sum(1, keepdim=True)
+        sampled = sampled.clamp_(max=self.input.shape[1] - 1)
+        one = torch.ones_like(probabilities)
+        return (probabilities.scatter_add(1, sampled, -one)) * self._root(scale).unsqueeze(1)
+
+    def exact_draws(self, n: int) -> int | None:
+        """Return ``c`` if each example makes one decision at most."""
+        return self.input.shape[1] if single(self.noise_shape(n)) else None
+
+    def exact_gradients(self, scale: Tensor, n: int) -> Iterator[Tensor]:
+        """Yield ``sqrt(scale * mass * p_c) * (p - onehot(c))`` for every class ``c``."""
+        probabilities = self._probabilities()
+        root = self._root(scale)
+        for c in range(probabilities.shape[1]):
+            column = probabilities.clone()
+            column[:, c] -= 1
+            yield column * (root * probabilities[:, c].sqrt()).unsqueeze(1)
+
+    def statistics(self, n: int) -> dict[str, Tensor]:
+        """Return loss, margin (target logit minus the largest other), EL2N, wrong and the class decision."""
+        logits, target = working(self.input.detach()), self.target.detach()
+        log_probabilities = self._log_probabilities()
+        probabilities = log_probabilities.exp()
+        kept, label = self._kept, self._hard_target()
+        others = logits.scatter(1, label.unsqueeze(1), -math.inf).amax(1)
+        margin = logits.gather(1, label.unsqueeze(1)).squeeze(1) - others
+        predicted = logits.argmax(1)
+        if self._soft:
+            difference = probabilities - target
+            # A class that is impossible (log-probability -inf) and not the target adds nothing.
+            unweighted = -torch.where(target > 0, log_probabilities * target, 0).sum(1)
+        else:  # without a one-hot tensor: logits may be as large as anything in training
+            one = torch.ones_like(label, dtype=probabilities.dtype).unsqueeze(1)
+            difference = probabilities.scatter_add(1, label.unsqueeze(1), -one)
+            unweighted = -log_probabilities.gather(1, label.unsqueeze(1)).squeeze(1)
+        result = {
+            "loss": self._mean(unweighted, kept, n),
+            "margin": self._mean(margin, kept, n),
+            "el2n": self._mean(difference.norm(dim=1), kept, n),
+            "wrong": self._mean((predicted != label).to(logits.dtype), kept, n),
+        }
+        shares = self.shares(n)
+        if single(shares.shape):
+            found = {
+                "predicted": predicted,
+                "label": label.masked_fill(~kept, -1),
+                "probabilities": probabilities.movedim(1, -1),
+            }
+            result |= decisions(found, shares)
+        return result
+
+    @property
+    def _soft(self) -> bool:
+        return self.target.is_floating_point()
+
+    @property
+    def _kept(self) -> Tensor:
+        if self._soft:
+            return torch.ones_like(self.input[:, 0], dtype=torch.bool)
+        return self.target != self.ignore_index
+
+    def _one_each(self, n: int) -> bool:
+        return self.target.numel() == n and single(self.noise_shape(n))
+
+    def _hard_target(self) -> Tensor:
+        return self.target.argmax(1) if self._soft else self.target.where(self._kept, 0)
+
+    def _log_probabilities(self) -> Tensor:
+        logits = working(self.input.detach())
+        return logits if self.log_probabilities else logits.log_softmax(1)
+
+    def _probabilities(self) -> Tensor:
+        return self._log_probabilities().exp()
+
+    def _root(self, scale: Tensor) -> Tensor:
+        """Square root of each element's factor in front of ``diag(p) - p pᵀ``."""
+        smoothing, classes = self.label_smoothing, self.input.shape[1]
+        smooth = self.target * (1 - smoothing) + smoothing / classes if self._soft else self.target
+        if self.class_weights is None:
+            mass = smooth.sum(1) if self._soft else self._kept.to(self.input.dtype)
+        elif self._soft:
+            mass = torch.einsum("rc...,c->r...", smooth.to(self.class_weights.dtype), self.class_weights)
+        else:
+            own = self.class_weights[self._hard_target()]
+            mass = ((1 - smoothing) * own + smoothing * self.class_weights.mean()) * self._kept
+        return root_of(scale * mass)
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence(LossCall):
+    """``F.kl_div`` of log-probabilities ``input: [r, c, ...]`` and probabilities ``target`` of the same shape.
+
+    In the log-probabilities it is linear; its curvature is that of the softmax before them, as for ``nll_loss``.
+
+    Attributes:
+        class_dim: Where the classes were in the call; ``input`` and ``target`` have them in dimension 1.
+        rows: Size of the first dimension of the call if the mean was over that alone (``"batchmean"``).
+    """
+
+    class_dim: int = 1
+    rows: int | None = None
+
+    @property
+    def element_shape(self) -> torch.Size:
+        """``[r, ...]``: a divergence per distribution."""
+        return torch.Size((self.input.shape[0], *self.input.shape[2:]))
+
+    def _element_dim(self, dim: int) -> int | None:
+        return None if dim == 1 else max(dim - 1, 0)
+
+    def elements(self) -> Tensor:
+        """Return ``[r, c, ...]``: ``t (log t - input)``."""
+        return F.kl_div(self.input, self.target, reduction="none")
+
+    def weights(self) -> Tensor:
+        """Return equal weights ``[r, c, ...]`` that add up to what the mean divides by."""
+        total = self.input.numel() if self.rows is None else self.rows
+        return torch.full_like(self.input, total / max(self.input.numel(), 1))
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """``[r, c, ...]`` or ``[r, ...] -> [r, ...]``: sums over the classes."""
+        return values.sum(1) if values.ndim == self.input.ndim else values
+
+    def scale(self, coefficient: Tensor, n: int, reference: float | None = None) -> Tensor:
+        """Return the weight of each element; see ``LossCall.scale``."""
+        whole = super().scale(coefficient, n, reference)
+        return whole if self.reduction != "none" else whole.movedim(self.class_dim, 1)
+
+    def sampled_gradient(self, scale: Tensor, noise: Tensor) -> Tensor:
+        """Return ``sqrt(Σ_c scale t_c) * (p - onehot(sampled))``."""
+        return self._decision(scale).sampled_gradient(torch.ones((), device=self.input.device), noise)
+
+    def exact_draws(self, n: int) -> int | None:
+        """Return ``c`` if each example has one distribution at most."""
+        return self._decision().exact_draws(n)
+
+    def exact_gradients(self, scale: Tensor, n: int) -> Iterator[Tensor]:
+        """Yield ``sqrt(Σ_c scale t_c p_c) * (p - onehot(c))`` for every class."""
+        yield from self._decision(scale).exact_gradients(torch.ones((), device=self.input.device), n)
+
+    def statistics(self, n: int) -> dict[str, Tensor]:
+        """Return the divergence, and the rest as for cross-entropy with soft labels."""
+        target = working(self.target.detach())
+        divergence = F.kl_div(working(self.input.detach()), target, reduction="none").sum(1)
+        found = self._decision().statistics(n)
+        return found | {"loss": self._mean(divergence, torch.ones_like(divergence, dtype=torch.bool), n)}
+
+    def _decision(self, scale: Tensor | None = None) -> CrossEntropy:
+        """The same as cross-entropy with soft labels, weighted by ``scale``."""
+        target = self.target.detach() if scale is None else self.target.detach() * scale
+        return CrossEntropy(self.output, self.input, target, self.reduction, layout=self.layout, log_probabilities=True)

@@ -1,0 +1,144 @@
+"""Rows of activations or output gradients, one-hot ones without their zeros.
+
+An embedding is a linear layer on one-hot rows: the gradient of example ``n`` is ``Σ_s e_id x_sᵀ``, where ``x_s`` is the
+gradient that reached the looked-up vector. A parameter used both as an embedding and as a linear layer has rows of
+both kinds.
+
+Index legend: ``k`` groups, ``n`` examples, ``s`` positions, ``o`` size of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class OneHot:
+    """Rows ``[1, n, s, o]`` that are 1 at one place and 0 elsewhere.
+
+    Attributes:
+        indices: Where the 1 is, ``[n, s]``.
+        size: Length ``o`` of a row.
+        distinct: Whether no two positions of an example share an index.
+        kept: ``[n, s]`` bool; the other rows are all zero (padding), and so are their activations. None keeps all.
+    """
+
+    indices: Tensor
+    size: int
+    distinct: bool = False
+    kept: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[1, n, s, o]``."""
+        return torch.Size((1, *self.indices.shape, self.size))
+
+    def keep(self, examples: Tensor) -> OneHot:
+        """Zero the rows of the examples that ``[n]`` bool leaves out."""
+        kept = examples.unsqueeze(1).expand_as(self.indices)
+        return OneHot(self.indices, self.size, self.distinct, kept if self.kept is None else kept & self.kept)
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """One-hot rows followed, along the positions, by dense ones ``[1, n, s, o]``."""
+
+    onehot: OneHot
+    dense: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[1, n, s, o]``, the positions of both counted."""
+        k, n, s, o = self.dense.shape
+        return torch.Size((k, n, s + self.onehot.shape[2], o))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the activations ``[1, n, s, i]`` that belong to these rows into those of the two parts."""
+        first = self.onehot.shape[2]
+        return x[:, :, :first], x[:, :, first:]
+
+
+Rows: TypeAlias = "Tensor | OneHot | Joined"
+
+
+def join(rows: Sequence[Tensor | OneHot]) -> Rows:
+    """Lay rows end to end along the positions; one-hot rows have to come first."""
+    dense = [part for part in rows if isinstance(part, Tensor)]
+    onehot = [part for part in rows if isinstance(part, OneHot)]
+    if not onehot:
+        return dense[0] if len(dense) == 1 else torch.cat(dense, 2)
+    first = onehot[0]
+    if len(onehot) > 1:
+        all_kept = all(part.kept is None for part in onehot)
+        kept = [torch.ones_like(part.indices, dtype=torch.bool) if part.kept is None else part.kept for part in onehot]
+        indices = torch.cat([part.indices for part in onehot], 1)
+        first = OneHot(indices, first.size, kept=None if all_kept else torch.cat(kept, 1))
+    return Joined(first, dense[0] if len(dense) == 1 else torch.cat(dense, 2)) if dense else first
+
+
+def added(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of tensors as large as parameters, holding two of them at a time; at least one is needed."""
+    total: Tensor | None = None
+    for part in parts:
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def compact(x: Tensor, rows: OneHot) -> Tensor:
+    """Add up the activations of positions with the same index: each sum stands at the first of them, zeros elsewhere.
+
+    Afterwards no two non-zero rows of an example touch the same entries of its gradient, so that squares can be taken
+    row by row.
+
+    Args:
+        x: ``[1, n, s, i]``.
+        rows: The one-hot rows of the same positions.
+
+    Returns:
+        ``[1, n, s, i]``.
+    """
+    if rows.distinct or x.shape[2] == 1:
+        return x
+    # nst: the first position t with the index of position s
+    first = (rows.indices.unsqueeze(2) == rows.indices.unsqueeze(1)).to(torch.uint8).argmax(2)
+    place = first.view(1, *first.shape, 1).expand_as(x)
+    return torch.zeros_like(x).scatter_add_(2, place, x)
+
+
+def second_moment(rows: Rows, *, diagonal: bool = False) -> Tensor:
+    """Return ``Σ_ns v_ns v_nsᵀ`` for rows ``[k, n, s, o]``: ``[k, o, o]``, or only its diagonal ``[k, o]``."""
+    if isinstance(rows, Joined):
+        onehot = second_moment(rows.onehot, diagonal=diagonal)
+        return onehot.to(rows.dense.dtype) + second_moment(rows.dense, diagonal=diagonal)
+    if isinstance(rows, OneHot):
+        indices = rows.indices.reshape(-1) if rows.kept is None else rows.indices[rows.kept]
+        counts = torch.bincount(indices, minlength=rows.size).unsqueeze(0).float()
+        return counts if diagonal else torch.diag_embed(counts)
+    if diagonal:
+        return rows.square().sum((1, 2))
+    k, n, s, i = rows.shape
+    if s == 1 or rows.is_contiguous():
+        flat = rows.reshape(k, n * s, i)
+        return flat.transpose(-1, -2) @ flat
+    columns = rows.transpose(-1, -2)
+    if k == 1:
+        return torch.addbmm(rows.new_zeros((i, i)), columns[0], rows[0]).unsqueeze(0)
+    flat = columns.transpose(1, 2).reshape(k, i, n * s)
+    return flat @ flat.transpose(-1, -2)
+
+
+def rotate(rows: Tensor, basis: Tensor | None) -> Tensor:
+    """Multiply every row by a matrix, ``[k, n, s, i]`` times ``[k, i, j]``; None is the identity."""
+    if basis is None:
+        return rows
+    k, n, s, i = rows.shape
+    if s == 1 or rows.is_contiguous():
+        return torch.bmm(rows.reshape(k, n * s, i), basis).view(k, n, s, -1)
+    # Patches lie as [n, i, s] in memory: multiply from the left there rather than copy them.
+    return (basis.transpose(-1, -2).unsqueeze(1) @ rows.transpose(-1, -2)).transpose(-1, -2)

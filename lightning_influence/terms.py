@@ -1,0 +1,351 @@
+"""What the loss of one batch is made of, and every example's part in it.
+
+Each known call that the loss depends on is a term; ``ℓ`` of an example is the sum of its own elements over all terms,
+scaled such that the batch loss is the mean of ``ℓ``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_influence.layout import BatchLayout, Order, find_layout
+from lightning_influence.losses import LossCall
+
+
+class TaskError(RuntimeError):
+    """The loss of a batch can't be understood; the message says what was seen and the way out."""
+
+
+@dataclass(frozen=True)
+class TermForm:
+    """How a term of the loss follows the batch; the same in every batch of a task, see ``term_forms``.
+
+    Attributes:
+        layout: Where the examples are, see ``LossCall.layout``; None if the number of rows does not follow theirs.
+        sums: Whether the weight of an element in the batch loss stays as it is when the batch grows (a sum over the
+            examples); else it shrinks (a mean, by whatever the task divides by).
+    """
+
+    layout: BatchLayout | None
+    sums: bool
+
+
+@dataclass(frozen=True, eq=False)
+class LossTerm:
+    """One tapped call and how it enters the batch loss.
+
+    Attributes:
+        call: The tapped call.
+        coefficient: Derivative of the batch loss with respect to what the call returned.
+        reference: See ``batch_reference``; None takes the batch's own.
+        number: Number of the call among those that the loss is made of.
+        form: How it follows the batch; None takes a call with ``reduction="sum"`` for a sum, others for means.
+        factor: What the sum of the call's elements (times weights of the task's own, such as a mask) is multiplied
+            with; None if there is no such number.
+        steady: Whether ``factor`` is one over the number of examples, whatever the batch.
+    """
+
+    call: LossCall
+    coefficient: Tensor
+    reference: float | None = None
+    number: int = 0
+    form: TermForm | None = None
+    factor: float | None = None
+    steady: bool = False
+
+    @property
+    def sums(self) -> bool:
+        """Whether the term grows with the batch."""
+        return self.call.reduction == "sum" if self.form is None else self.form.sums
+
+    def scale(self, n: int) -> Tensor:
+        """Return the weight of each element in its example's own loss."""
+        if self.call.reduction == "mean":
+            return self.call.scale(self.coefficient, n, self.reference)
+        return self.call.scale(self._coefficient, n) * self.correction(n)
+
+    def start(self, n: int) -> Tensor:
+        """Return the derivative of the sum of the examples' own losses with respect to what the call returned."""
+        return self._coefficient * (n * self.correction(n))
+
+    @property
+    def _coefficient(self) -> Tensor:
+        # Where nothing of the batch counts, the task has divided by zero: such examples have no loss.
+        nothing = self.form is not None and self.factor is not None and math.isinf(self.factor)
+        return torch.zeros_like(self.coefficient) if nothing else self.coefficient
+
+    def correction(self, n: int) -> float:
+        """Return the reference scale over the batch's own."""
+        if self.reference is None or (self.form is None and self.call.reduction == "none"):
+            return 1.0
+        own = self.batch_reference(n)
+        return self.reference / own if self.sums else own / self.reference
+
+    def batch_reference(self, n: int) -> float:
+        """Return the number that makes the term's scale depend on the batch.
+
+        The batch size for a sum; else what the elements are divided by (number of tokens, sum of weights), per
+        example.
+        """
+        if self.sums:
+            return float(n)
+        if self.form is None or self.call.reduction == "mean":
+            return self.call.batch_reference(n)
+        return 1.0 if not self.factor else 1 / (n * self.factor)
+
+    def known_reference(self, n: int) -> float:
+        """Return the reference that the scale goes by: the given one, or else the batch's own."""
+        return self.batch_reference(n) if self.reference is None else self.reference
+
+    def training_reference(self, n: int, batch_size: int) -> float:
+        """Return what this batch adds to the mean reference of all training examples, see ``batch_reference``."""
+        return float(batch_size) if self.sums else self.batch_reference(n)
+
+    def scale_varies(self, n: int) -> bool:
+        """Tell whether the same example would weigh differently in another batch."""
+        if self.form is None or self.call.reduction == "mean":
+            return self.call.scale_varies(n)
+        return self.sums or (self.factor is not None and not self.steady)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchLoss:
+    """The loss of one batch and what the tap saw of it.
+
+    Attributes:
+        loss: The batch loss, in the graph.
+        n: Number of examples in the batch.
+        terms: The known calls that the loss is made of and whose rows can be shared out over the examples; empty if
+            none was seen.
+        remainder: Whether the loss has a part besides the terms that depends on what the terms depend on or has a
+            value of its own (an untapped loss, a penalty).
+        values: Per-example losses ``[n]`` if the task returned them or the terms tell them, else None.
+        seen: The terms and the known calls whose rows can't be shared out.
+    """
+
+    loss: Tensor
+    n: int
+    terms: tuple[LossTerm, ...]
+    remainder: bool
+    values: Tensor | None
+    seen: tuple[LossTerm, ...] = ()
+
+    @property
+    def tapped(self) -> bool:
+        """Whether the known calls account for the whole loss."""
+        return bool(self.terms) and not self.remainder
+
+    @property
+    def primary(self) -> LossCall | None:
+        """The call that predictions and margins are read from: the first."""
+        return self.terms[0].call if self.terms else None
+
+    def true_outputs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return tensors and gradients to run backward from, for the gradients of every example's own loss.
+
+        Starting from the terms instead of the batch loss puts the reference scale in place of the batch's own.
+        """
+        if not self.tapped:
+            return [self.loss], [torch.full_like(self.loss, float(self.n))]
+        outputs = [term.call.output for term in self.terms]
+        return outputs, [term.start(self.n) for term in self.terms]
+
+    def sampled_outputs(self, noise: Callable[[tuple[int, ...]], Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return logits and gradients for labels sampled from the model, independently for each term.
+
+        Args:
+            noise: Given the shape for one example, returns uniform numbers ``[n, *shape]``, fresh at each call.
+        """
+        inputs, gradients = [], []
+        for term in self.terms:
+            drawn = noise(term.call.noise_shape(self.n))
+            for tensor, gradient in term.call.sampled(term.scale(self.n), drawn):
+                if tensor.requires_grad:
+                    inputs.append(tensor)
+                    gradients.append(_like(gradient, tensor))
+        return inputs, gradients
+
+    def exact_draws(self) -> int | None:
+        """Return the number of backward passes of ``exact_outputs``, or None if there is no closed form."""
+        draws = [term.call.exact_draws(self.n) for term in self.terms]
+        return sum(d for d in draws if d is not None) if draws and None not in draws else None
+
+    def exact_outputs(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Yield logits and gradients whose outer products add up to the exact Fisher (GGN) of every example."""
+        for term in self.terms:
+            for column in term.call.exact(term.scale(self.n), self.n):
+                own = [(tensor, gradient) for tensor, gradient in column if tensor.requires_grad]
+                yield [tensor for tensor, _ in own], [_like(gradient, tensor) for tensor, gradient in own]
+
+
+def term_forms(small: BatchLoss, large: BatchLoss) -> dict[int, TermForm]:
+    """Tell from two tiny batches where the examples of every term are, and which terms are sums.
+
+    Args:
+        small: A batch, say of examples ``a, b``.
+        large: The same examples and more, the last one a copy of the first: ``a, b, a``.
+
+    Returns:
+        Term number to form.
+    """
+    forms: dict[int, TermForm] = {}
+    for before, after in zip(small.seen, large.seen, strict=False):
+        if type(before.call) is not type(after.call):
+            break  # the batches take different paths through the task
+        layout = find_layout(_source_shape(before.call), _source_shape(after.call), (small.n, large.n))
+        call = after.call
+        if layout is not None:
+            # Rows side by side, also where there happens to be one per example here.
+            layout = BatchLayout(layout.dim, _order(call, BatchLayout(layout.dim, "major"), large.n))
+        steady = (
+            before.factor is not None
+            and after.factor is not None
+            and math.isclose(before.factor, after.factor, rel_tol=1e-6)
+        )
+        forms[after.number] = TermForm(layout, steady and call.reduction != "mean")
+    return forms
+
+
+def _source_shape(call: LossCall) -> torch.Size:
+    """Shape of what the layout of a call is about."""
+    picking = call.picking()
+    return call.element_shape if picking is None else picking.source
+
+
+def _order(call: LossCall, layout: BatchLayout, n: int) -> Order:
+    """Tell the order of rows: the losses of the first and the last example are those of copies."""
+    orders: tuple[Order, Order] = ("major", "minor")
+    alike: list[Order] = []
+    for order in orders:
+        placed = call.placed(BatchLayout(layout.dim, order))
+        if placed.rows_match(n):
+            parts = placed.shares(n).gather(placed.per_row(placed.elements().detach()))
+            if torch.allclose(parts[0], parts[-1], rtol=1e-3, atol=1e-6, equal_nan=True):
+                alike.append(order)
+    return alike[0] if len(alike) == 1 else "major"
+
+
+def understand(
+    loss: Tensor,
+    calls: Sequence[LossCall],
+    n: int,
+    references: Mapping[int, float] | None = None,
+    forms: Mapping[int, TermForm] | None = None,
+) -> BatchLoss:
+    """Tell what a loss is made of; see ``evaluate``, of which this is the second half."""
+    values: Tensor | None = None
+    if loss.ndim == 1 and loss.shape[0] == n:
+        values, loss = loss.detach(), loss.mean()
+    if loss.numel() != 1:
+        raise TaskError(
+            f"the loss of a batch of {n} examples has the shape {tuple(loss.shape)}; expected a scalar (their mean), "
+            f"or [{n}] from a `task=`."
+        )
+    loss = loss.reshape(())
+    if not loss.requires_grad:
+        raise TaskError(
+            "the loss does not depend on any layer with trainable parameters that is understood: nothing to attribute. "
+            "Was it computed under `torch.no_grad()` or from detached tensors?"
+        )
+    seen = _seen(loss, calls, n, references, forms or {})
+    terms = tuple(term for term in seen if term.call.rows_match(n))
+    with torch.no_grad():
+        explained = sum((float((term.coefficient * term.call.output).sum()) for term in terms), 0.0)
+        total = float(loss)
+        if math.isfinite(total) and math.isfinite(explained):
+            remainder = abs(total - explained) > 1e-4 * max(abs(total), abs(explained), 1e-8)
+        else:  # explained if the known calls are non-finite themselves
+            remainder = math.isfinite(explained)
+        if terms and not remainder:
+            parts = [term.call.per_example(term.call.elements() * term.scale(n), n) for term in terms]
+            values = torch.stack([part.to(loss.dtype) for part in parts]).sum(0)
+    return BatchLoss(loss, n, terms, remainder, values, seen)
+
+
+def _seen(
+    loss: Tensor,
+    calls: Sequence[LossCall],
+    n: int,
+    references: Mapping[int, float] | None,
+    forms: Mapping[int, TermForm],
+) -> tuple[LossTerm, ...]:
+    """Return the calls that the loss is made of, as terms."""
+    if not calls:
+        return ()
+    reductions = [_reduction_of(loss, call) if call.reduction == "none" else None for call in calls]
+    wanted: list[Any] = [call.output for call in calls]
+    wanted += [reduction.edge for reduction in reductions if reduction is not None]
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+    at_reductions = iter(found[len(calls) :])
+    terms: list[LossTerm] = []
+    for call, coefficient, reduction in zip(calls, found, reductions, strict=False):
+        factor = coefficient if call.reduction == "sum" else None
+        if reduction is not None:
+            at_reduction = next(at_reductions)
+            factor = None if at_reduction is None else at_reduction / reduction.count
+        if coefficient is None:
+            continue
+        number = len(terms)
+        form = forms.get(number)
+        placed = call if form is None else call.placed(form.layout)
+        reference: float | None = None
+        if references is not None:
+            reference = references.get(number, placed.natural_reference(n) if placed.rows_match(n) else None)
+        steady = reduction is not None and reduction.count == n
+        terms.append(
+            LossTerm(placed, coefficient, reference, number, form, None if factor is None else float(factor), steady)
+        )
+    return tuple(terms)
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    """Where element losses become one number: the place in the graph, and what is divided by there."""
+
+    edge: GradientEdge
+    count: int
+
+
+def _reduction_of(loss: Tensor, call: LossCall) -> _Reduction | None:
+    """Find the operation that made one number of a call's elements, if there is just one."""
+    # The graph between the loss and the call, upside down.
+    target: Any = call.output.grad_fn
+    users: dict[Any, list[tuple[Any, int]]] = {}
+    waiting: list[Any] = [loss.grad_fn]
+    seen: set[Any] = {loss.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if node is None or node is target:
+            continue
+        for following, number in node.next_functions:
+            if following is None:
+                continue
+            users.setdefault(following, []).append((node, number))
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    found: dict[Any, int] = {}
+    above, met = [target], {target}
+    while above:
+        below = above.pop()
+        for node, number in users.get(below, []):
+            if not node._input_metadata[0].shape:
+                found[node] = math.prod(below._input_metadata[number].shape)
+            elif node not in met:
+                met.add(node)
+                above.append(node)
+    if len(found) != 1:
+        return None
+    ((node, count),) = found.items()
+    return _Reduction(GradientEdge(node, 0), count if node.name().startswith("Mean") else 1)
+
+
+def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    return gradient.to(tensor.dtype)
