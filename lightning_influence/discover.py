@@ -12,7 +12,8 @@ from torch import nn
 from lightning_influence.isolation import hidden_parameters, seed_everything, untouched
 from lightning_influence.layers import Coverage, Layers, Uncovered, cover
 from lightning_influence.source import ExampleSource
-from lightning_influence.task import Task
+from lightning_influence.task import Task, run_tapped
+from lightning_influence.terms import BatchLoss, TaskError, term_forms, understand
 from lightning_influence.trace import ShapeRecorder, Trace, Tracer
 
 
@@ -87,19 +88,25 @@ def trace_model(
             for parameter in parameters:
                 parameter.requires_grad_(True)
 
-            def run(watch: ShapeRecorder | Tracer, indices: list[int]) -> None:
+            def run(watch: ShapeRecorder | Tracer, indices: list[int]) -> BatchLoss | None:
                 ((_, batch),) = source.batches(indices, len(indices))
                 seed_everything(0)
                 with forward_context(), watch:
-                    task(module, to_device(batch))
+                    loss, calls = run_tapped(task, module, to_device(batch))
+                try:
+                    return understand(loss, calls, len(indices))
+                except TaskError:  # raised again by the first pass
+                    return None
 
             # Examples that happen to have equal rows leave their order open: others are tried then.
             for start, size in ((0, 2), (2, 3), (5, 4)) if not whole else ((0, len(indices)),):
                 chosen = [indices[(start + k) % len(indices)] for k in range(size)]
                 recorder = ShapeRecorder()
-                run(recorder, chosen)
+                small = run(recorder, chosen)
                 tracer = Tracer(parameters, recorder.calls, (size, size + 1), hidden)
-                run(tracer, [*chosen, chosen[0]])
+                large = run(tracer, [*chosen, chosen[0]])
+                if small is not None and large is not None:
+                    tracer.trace.forms = term_forms(small, large)
                 if not tracer.trace.ambiguous:
                     break
     except torch.cuda.OutOfMemoryError:

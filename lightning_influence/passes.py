@@ -23,6 +23,7 @@ from lightning_influence.isolation import (
     untouched,
 )
 from lightning_influence.layers import Coverage, LayerError, NewPathError
+from lightning_influence.losses import known_losses
 from lightning_influence.precision import working
 from lightning_influence.source import ExampleSource
 from lightning_influence.task import BatchLoss, Task, TaskError, evaluate
@@ -162,7 +163,9 @@ class ExampleGradients:
             for batch_indices, batch in self.source.batches(own, size):
                 loss = self._traced_forward(capture, batch, batch_indices, references, step_seed)
                 self._backward(capture, loss, labels, batch_indices, draw)
-                self._add_one_by_one(capture, batch_indices, labels, draw, references)
+                # A copy of an example weighs as the example does in its batch.
+                known = {term.number: term.known_reference(loss.n) for term in loss.terms}
+                self._add_one_by_one(capture, batch_indices, labels, draw, known)
                 n = len(batch_indices)
                 finite = capture.finite(n)
                 if loss.values is not None:
@@ -197,18 +200,17 @@ class ExampleGradients:
         count = 0
         with closing(self.losses(indices, title="loss scale")) as batches:
             for batch_indices, loss in batches:
-                if not count and not any(term.call.scale_varies(loss.n) for term in loss.terms):
+                if not count and not any(term.scale_varies(loss.n) for term in loss.terms):
                     # Every process sees the same kind of calls, so all of them leave here.
                     self.references = {}
                     return
                 count += len(batch_indices)
-                for k, term in enumerate(loss.terms):
-                    sums = term.call.reduction == "sum"
-                    value = float(self.source.batch_size) if sums else term.call.batch_reference(loss.n)
-                    totals[k] = totals.get(k, 0.0) + value * len(batch_indices)
+                for term in loss.terms:
+                    value = term.training_reference(loss.n, self.source.batch_size)
+                    totals[term.number] = totals.get(term.number, 0.0) + value * len(batch_indices)
         numbers = [float(count), *(totals[k] for k in sorted(totals))]
         (reduced,) = distributed.sum_across_processes([torch.tensor(numbers, dtype=torch.float64, device=self.device)])
-        self.references = {k: float(reduced[1 + k] / reduced[0]) for k in sorted(totals)}
+        self.references = {k: float(total / reduced[0]) for k, total in zip(sorted(totals), reduced[1:], strict=True)}
 
     def verification_gradients(self, batch: Any, n: int) -> dict[str, dict[str, Tensor]]:
         """Return autograd's gradient of the batch loss for every covered parameter: block, parameter -> tensor."""
@@ -278,7 +280,7 @@ class ExampleGradients:
         # A step that draws random numbers itself must not depend on how many were drawn before.
         seed_everything(step_seed)
         with watch or nullcontext(), self._forward_context():
-            return evaluate(self.task, self.module, self._to_device(batch), n, references)
+            return evaluate(self.task, self.module, self._to_device(batch), n, references, self.coverage.trace.forms)
 
     def _add_one_by_one(
         self,
@@ -286,7 +288,7 @@ class ExampleGradients:
         indices: list[int],
         labels: Labels,
         draw: int,
-        references: Mapping[int, float] | None,
+        references: Mapping[int, float],
     ) -> None:
         """Compute the gradients of the parameters that have no rows by a forward and backward pass per example."""
         blocks = [self.coverage.blocks[name] for name in sorted(self.coverage.one_by_one)]
@@ -339,8 +341,8 @@ class ExampleGradients:
             return
         if not loss.terms:
             raise TaskError(
-                "labels can't be sampled from the model: no known loss call was seen (F.cross_entropy, F.nll_loss, "
-                'F.binary_cross_entropy_with_logits, F.mse_loss). Use `fisher="empirical"`.'
+                f"labels can't be sampled from the model: no known loss call was seen ({known_losses()}). Use "
+                '`fisher="empirical"`.'
             )
         if labels == "sampled":
             yield loss.sampled_outputs(_ExampleNoise(self.seed, draw, indices))

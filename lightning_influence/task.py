@@ -162,7 +162,7 @@ def primary_call(
     """
     for number, call in enumerate(calls_in(loss, calls)):
         form = (forms or {}).get(number)
-        placed = call if form is None else call.placed(form.layout)
+        placed = call if form is None else call.placed(form.layout, follow=form.follow)
         if placed.rows_match(n):
             return placed
     return None

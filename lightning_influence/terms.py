@@ -31,10 +31,12 @@ class TermForm:
         layout: Where the examples are, see ``LossCall.layout``; None if the number of rows does not follow theirs.
         sums: Whether the weight of an element in the batch loss stays as it is when the batch grows (a sum over the
             examples); else it shrinks (a mean, by whatever the task divides by).
+        follow: See ``LossCall.follow``.
     """
 
     layout: BatchLayout | None
     sums: bool
+    follow: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,32 +201,32 @@ def term_forms(small: BatchLoss, large: BatchLoss) -> dict[int, TermForm]:
     for before, after in zip(small.seen, large.seen, strict=False):
         if type(before.call) is not type(after.call):
             break  # the batches take different paths through the task
-        layout = find_layout(_source_shape(before.call), _source_shape(after.call), (small.n, large.n))
-        call = after.call
+        call, pickings = after.call, (before.call.picking(), after.call.picking())
+        # A tensor that does not grow with the batch has no examples: rows looked up in it are the batch's own.
+        follow = not (pickings[0] and pickings[1] and pickings[0].source == pickings[1].source)
+        shapes = [
+            term.call.element_shape if picking is None or not follow else picking.source
+            for term, picking in zip((before, after), pickings, strict=True)
+        ]
+        layout = find_layout(shapes[0], shapes[1], (small.n, large.n))
         if layout is not None:
             # Rows side by side, also where there happens to be one per example here.
-            layout = BatchLayout(layout.dim, _order(call, BatchLayout(layout.dim, "major"), large.n))
+            layout = BatchLayout(layout.dim, _order(call, layout.dim, large.n, follow))
         steady = (
             before.factor is not None
             and after.factor is not None
             and math.isclose(before.factor, after.factor, rel_tol=1e-6)
         )
-        forms[after.number] = TermForm(layout, steady and call.reduction != "mean")
+        forms[after.number] = TermForm(layout, steady and call.reduction != "mean", follow)
     return forms
 
 
-def _source_shape(call: LossCall) -> torch.Size:
-    """Shape of what the layout of a call is about."""
-    picking = call.picking()
-    return call.element_shape if picking is None else picking.source
-
-
-def _order(call: LossCall, layout: BatchLayout, n: int) -> Order:
+def _order(call: LossCall, dim: int, n: int, follow: bool) -> Order:
     """Tell the order of rows: the losses of the first and the last example are those of copies."""
     orders: tuple[Order, Order] = ("major", "minor")
     alike: list[Order] = []
     for order in orders:
-        placed = call.placed(BatchLayout(layout.dim, order))
+        placed = call.placed(BatchLayout(dim, order), follow=follow)
         if placed.rows_match(n):
             parts = placed.shares(n).gather(placed.per_row(placed.elements().detach()))
             if torch.allclose(parts[0], parts[-1], rtol=1e-3, atol=1e-6, equal_nan=True):
@@ -294,7 +296,7 @@ def _seen(
             continue
         number = len(terms)
         form = forms.get(number)
-        placed = call if form is None else call.placed(form.layout)
+        placed = call if form is None else call.placed(form.layout, follow=form.follow)
         reference: float | None = None
         if references is not None:
             reference = references.get(number, placed.natural_reference(n) if placed.rows_match(n) else None)

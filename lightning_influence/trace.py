@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_influence.calls import Call, Layouts, RepeatedCall, tensors_in
 from lightning_influence.layout import BatchLayout, Order, find_layout, settle_order
 from lightning_influence.reading import NotSeparableError, NotUnderstoodError, Site, read_call
+from lightning_influence.terms import TermForm
 from lightning_influence.watch import FunctionWatch, name_of, outputs_of
 
 UseKind = Literal["batched", "shared", "penalty", "unknown"]
@@ -106,6 +107,7 @@ class Trace:
         without_gradients: Ids of parameters that were used where gradients are off.
         ambiguous: Whether the values left open in which order rows of examples lie.
         batch_statistics: Whether a batch norm took the statistics of the batch.
+        forms: Number of a term of the loss to where its examples are, see ``terms.term_forms``.
         outside: Shapes of trainable parameters that took part but are in no module, and the functions that used them.
         failure: Why there is no trace: nothing but layers called in the standard way is understood then.
     """
@@ -115,6 +117,7 @@ class Trace:
     without_gradients: set[int] = field(default_factory=set)
     ambiguous: bool = False
     batch_statistics: bool = False
+    forms: Mapping[int, TermForm] = field(default_factory=dict)
     outside: list[str] = field(default_factory=list)
     failure: str | None = None
 
@@ -124,6 +127,7 @@ class Trace:
 
     def add(self, other: Trace) -> None:
         """Add the paths of another trace of the same model."""
+        self.forms = {**other.forms, **self.forms}
         for key, paths in other.paths.items():
             known = self.paths.setdefault(key, [])
             known.extend(path for path in paths if path not in known)

@@ -167,7 +167,7 @@ def _look(
             loss.values,
             float(loss.loss.detach()),
             item.finite,
-            {k: term.call.batch_reference(loss.n) for k, term in enumerate(loss.terms)},
+            {term.number: term.batch_reference(loss.n) for term in loss.terms},
             _TOLERANCES[dtype] if precise else _COARSE,
         )
 

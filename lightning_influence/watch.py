@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.calls import tensors_in
+from lightning_influence.losses import all_arguments
 from lightning_influence.reading import IN_PLACE
 
 
@@ -25,7 +26,7 @@ class FunctionWatch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the call unchanged and look at it."""
-        kwargs = kwargs or {}
+        kwargs = all_arguments(func, kwargs or {})
         if func == F.multi_head_attention_forward:
             # Its linear maps are the layers. This copy does not ask the mode again, so the mode can see what it calls.
             with self:

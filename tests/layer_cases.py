@@ -417,6 +417,12 @@ ELEMENTWISE: dict[str, tuple[Make, tuple[int, ...]]] = {
     "queries, expanded": (bare(lambda x, q: (q.expand(len(x), -1, -1) @ x.mT).softmax(-1) @ x, (2, 4)), (3, 4)),
     "cumulated scale": (bare(lambda x, w: x * w.cumsum(0), (4,)), (3, 4)),
     "mask token": (bare(token_where, (4,)), (3, 4)),
+    # Longer than what has a dense curvature.
+    "long scale": (bare(lambda x, g: x.repeat(1, 275) * g, (1100,)), (4,)),
+    "long learned positions": (bare(lambda x, p: x + p[:, : x.shape[1]], (1, 300, 4)), (3, 4)),
+    "long learned positions, as many as examples": (bare(lambda x, p: x + p[:N], (300, 4)), (N, 4)),
+    "long bias, a whole example": (bare(lambda x, b: x + b, (30, 40)), (30, 40)),
+    "long class tokens": (bare(with_token, (1, 30, 40)), (2, 40)),
 }
 
 FUNCTIONAL: dict[str, tuple[Make, tuple[int, ...]]] = {
@@ -556,10 +562,10 @@ def mlp(size: int = 4) -> list[nn.Module]:
 class Positions(nn.Module):
     """Position embeddings by ids that are the same for all examples."""
 
-    def __init__(self, ids: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, ids: Callable[[Tensor], Tensor], size: int = 6) -> None:
         super().__init__()
         self.ids = ids
-        self.embedding = nn.Embedding(6, 4)
+        self.embedding = nn.Embedding(size, 4)
         self.norm = nn.LayerNorm(4)
 
     def forward(self, value: Tensor) -> Any:
@@ -595,11 +601,11 @@ class SharedAndNot(nn.Module):
 class Attention(nn.Module):
     """Self-attention with scores changed by a relative bias as T5 has it, `[S, S, H] -> [1, H, S, S]`."""
 
-    def __init__(self, heads: int = 2) -> None:
+    def __init__(self, heads: int = 2, buckets: int = 5) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(4, 12, bias=False)
-        self.bias = nn.Embedding(5, heads)
+        self.bias = nn.Embedding(buckets, heads)
         self.out = nn.Linear(4, 4, bias=False)
 
     def forward(self, value: Tensor) -> Any:
@@ -822,12 +828,22 @@ STRUCTURES: dict[str, tuple[Make, tuple[int, ...]]] = {
     "positions by ids [1, S]": (lambda: Positions(lambda x: torch.arange(x.shape[1])[None]), (3, 4)),
     "positions by ids [N, S]": (lambda: Positions(lambda x: torch.arange(x.shape[1]).expand(len(x), -1)), (3, 4)),
     "positions by ids [S, 1]": (lambda: Positions(lambda x: torch.arange(x.shape[1])[:, None].mT), (3, 4)),
+    "positions by ids, a long table": (lambda: Positions(lambda x: torch.arange(x.shape[1]) + 200, 300), (3, 4)),
+    "positions by ids, a long table, some twice": (
+        lambda: Positions(lambda x: torch.arange(x.shape[1])[None] // 2, 300),
+        (4, 4),
+    ),
+    "positions by ids, a long table, as many as examples": (
+        lambda: Positions(lambda x: torch.arange(x.shape[1])[None], 300),
+        (N, 4),
+    ),
     "positions through layers": (PositionsThroughLayers, (3, 4)),
     "positions through layers, as many as examples": (PositionsThroughLayers, (N, 4)),
     "a layer on positions and examples": (SharedAndNot, (3, 4)),
     "a layer on as many positions as examples": (SharedAndNot, (N, 4)),
     "relative bias": (Attention, (3, 4)),
     "relative bias, as many positions as examples": (Attention, (N, 4)),
+    "relative bias, a long table": (lambda: Attention(buckets=600), (3, 4)),
     "low-rank update": (LoRA, (3, 4)),
     "low-rank update by parameters": (LoRAParameters, (3, 4)),
     "in place": (InPlace, (4, 3, 3)),

@@ -91,15 +91,16 @@ class Problem:
         assert len(names) == len(set(names)), "a parameter in two blocks would count twice in every score"
         return names
 
-    def run(self, coverage: Coverage, batch_size: int) -> Found:
+    def run(self, coverage: Coverage, batch_size: int, finite: Sequence[bool] | None = None) -> Found:
         n = len(self.examples)
+        finite = [True] * n if finite is None else finite
         names = self.covered(coverage)
         each = {name: torch.zeros_like(self.expected[name]) for name in names}
         sums = {name: torch.zeros_like(self.vectors[name]) for name in names}
         found = Found(each, sums, torch.zeros(n).double(), torch.zeros(n).double())
         with closing(self.passes(coverage, batch_size).run(range(n))) as batches:
             for batch in batches:
-                assert bool(batch.finite.all())
+                assert batch.finite.tolist() == [finite[index] for index in batch.indices]
                 for io in batch.layers():
                     self.add(found, coverage, io, batch.indices)
         return found
@@ -366,6 +367,50 @@ def test_examples_without_a_label_have_no_gradient(batch_size: int) -> None:
     for name, value in expected.items():
         assert not value[[1, 4]].any()
         assert float((found[name] - value).abs().max()) < 1e-12, name
+
+
+NAN = [
+    "linear: sequence, later",
+    "convolution: 2d, everything, later",
+    "transposed convolution: 2d, everything, later",
+    "norm: LayerNorm, later",
+    "norm: BatchNorm2d",
+    "elementwise: scale and shift",
+    "elementwise: class token",
+    "elementwise: long learned positions",
+    "repeated: bilinear",
+    "structure: time first with positions",
+    "structure: relative bias",
+    "structure: positions by ids, a long table",
+    "attention: self, time first",
+    "embedding: bag, weights, padding",
+    "LSTM",
+    "a weight and its transpose",
+]
+
+
+@pytest.mark.parametrize("name", NAN)
+def test_an_example_that_is_not_finite_leaves_the_others_alone(name: str) -> None:
+    case = (COVERED | EXACT_ON_REQUEST)[name]
+    problem = Problem(case)
+    coverage = problem.discover(uncovered="exact")
+    *_, numbers, label = problem.examples[1]
+    problem.examples[1] = (*problem.examples[1][:-2], torch.full_like(numbers, torch.nan), label)
+    for gradient in problem.expected.values():
+        gradient[1] = 0
+    found = problem.run(coverage, 3, finite=[True, False, True, True, True])
+    for parameter, gradient in problem.expected.items():
+        problem.close(found.each[parameter], gradient, parameter)
+        problem.close(found.sums[parameter], gradient.sum(0), f"sum of {parameter}")
+    assert not found.norms[1]
+    passes = problem.passes(coverage, 3)
+    curvature = fit(passes, "ekfac", range(5), examples=FactorExamples(5, 5), labels=("true", "true"))
+    others = [0, 2, 3, 4]
+    without = fit(passes, "ekfac", others, examples=FactorExamples(5, 5), labels=("true", "true"))
+    for block, fitted in curvature.blocks.items():
+        for key, value in fitted.tensors.items():
+            if not key.endswith("basis"):  # signs
+                torch.testing.assert_close(value, without.blocks[block].tensors[key], rtol=1e-6, atol=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------- what curvature

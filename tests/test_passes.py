@@ -857,6 +857,20 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], Task, tuple[int, ...], bool, int
     "weight used functionally, too": (_net, _functional_weight, (3,), True, C),
     "weight used only functionally": (_net, _only_functional, (3,), True, C),
     "tokens": (_net, _tokens, (5, 3), True, None),
+    "time-major logits": (
+        _net,
+        lambda m, b: F.cross_entropy(m(b[0]).transpose(0, 1).reshape(-1, C), b[1].repeat(5)),
+        (5, 3),
+        True,
+        None,
+    ),
+    "none, then sum": (
+        _net,
+        lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none").sum(),
+        (3,),
+        True,
+        C,
+    ),
     "time first": (_net, _time_major, (5, 3), True, C),
     "time first, as many steps as examples": (_net, _time_major, (8, 3), True, C),
     "examples and time in one dimension": (_net, _flattened, (5, 3), True, C),
@@ -1040,21 +1054,11 @@ WRONG: dict[str, tuple[Task, tuple[int, ...], str]] = {
         r"is not the mean of the losses of its examples alone.*one loss per example",
     ),
     "untapped interaction": (_untapped_interaction, (3,), r"is not the mean of the losses|" + DEPENDS),
-    "sum of a loss per element": (
-        lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none").sum(),
-        (3,),
-        DEPENDS,
-    ),
     "logits in another order": (lambda m, b: F.cross_entropy(m(b[0]).flip(0), b[1].flip(0)), (3,), r"example 0 "),
     "examples in another order inside the model": (
         lambda m, b: F.cross_entropy(m(b[0].flip(0)).flip(0), b[1]),
         (3,),
         DEPENDS,
-    ),
-    "time-major logits": (
-        lambda m, b: F.cross_entropy(m(b[0]).transpose(0, 1).reshape(-1, C), b[1].repeat(5)),
-        (5, 3),
-        r"example 0 ",
     ),
 }
 

@@ -426,6 +426,16 @@ class TestLosses:
         with pytest.raises(TaskError, match=r"made of known calls .* has a part besides them .* use the Hessian"):
             GGNProduct(p.passes(penalised), range(N))
 
+    def test_known_calls_in_a_formula_of_the_task(self) -> None:
+        """The weight of one call depends on the other: its derivative is part of the Hessian."""
+
+        def geometric(o: Tensor, t: Tensor) -> Tensor:
+            return (F.cross_entropy(o, t, reduction="none") * F.cross_entropy(-o, t, reduction="none")).sqrt()
+
+        p = problem()
+        found = HessianProduct(p.passes(on_targets(geometric)), range(N)).to_dense()
+        torch.testing.assert_close(found, ref.hessian_dense(p.net, geometric, p.inputs, p.targets), **EXACT)
+
     def test_an_unknown_loss(self) -> None:
         p = problem()
 
@@ -605,14 +615,15 @@ class TestHolding:
         monkeypatch.setattr(ExampleSource, "batches", counted)
         gradients = p.passes()
         gradients.references = {}
-        # Three batches of at most 4 examples with 4 float64 numbers and a label.
-        for room, held in ((3 * 4 * 5 * 8, True), (3 * 4 * 5 * 8 - 1, False)):
+        # Batches of 4, 4 and 3 examples, each with 4 float64 numbers and a label.
+        for room, held in ((11 * 5 * 8, True), (11 * 5 * 8 - 1, False), (3 * 5 * 8, False)):
             product = GGNProduct(gradients, range(N), hold_bytes=room)
             assert product.held == held
             loads.clear()
             for _ in range(3):
                 product(product.gradient)
             assert len(loads) == (0 if held else 3)
+            torch.testing.assert_close(product.to_dense(), reference(GGNProduct, p), **EXACT)
 
     def test_batches_of_unknown_kind_are_loaded_every_time(self) -> None:
         p = problem()

@@ -287,6 +287,29 @@ def test_steps_before_the_picking_do_not_matter() -> None:
     torch.testing.assert_close(result.values, own.detach(), **EXACT)
 
 
+@pytest.mark.parametrize("derived", [False, True])
+@pytest.mark.parametrize("each", [1, 3])
+def test_rows_looked_up_in_a_table_belong_to_who_asked(each: int, derived: bool) -> None:
+    """12 rows of 4 features, looked up by 12 examples: the rows of the table are nobody's."""
+    torch.manual_seed(0)
+    net = nn.ParameterDict({"table": nn.Parameter(torch.randn(12, 4)), "head": nn.Parameter(torch.randn(4, C))})
+    batch = {"ids": torch.arange(N * each).view(N, each) * 5 % 12, "y": torch.arange(N) % C}
+
+    def loss(module: Any, b: Batch) -> Tensor:
+        table = F.normalize(module["table"]) if derived else module["table"]
+        rows = torch.tanh(table[b["ids"].flatten()] @ module["head"])
+        return F.cross_entropy(rows, b["y"].repeat_interleave(b["ids"].shape[1]))
+
+    forms = _forms(loss, net, batch)
+    assert forms == {0: TermForm(BatchLayout(0, "major"), False, follow=not derived)}
+    for known in (forms, {0: TermForm(BatchLayout(0, "major"), False, follow=False)}):
+        result = evaluate(loss, net, batch, N, forms=known)
+        table = F.normalize(net["table"]) if derived else net["table"]
+        z = torch.tanh(table[batch["ids"]] @ net["head"])
+        own = F.cross_entropy(z.transpose(1, 2), batch["y"].unsqueeze(1).expand(-1, z.shape[1]), reduction="none")
+        torch.testing.assert_close(result.values, own.mean(1).detach())
+
+
 def test_owners_of_rows_that_repeat() -> None:
     """Hard negatives, several draws of one example: rows count for the example they were picked from."""
     net, batch = Tagger(), sequences()

@@ -39,6 +39,9 @@ from lightning_influence.trace import Trace
 from lightning_influence.tracin import block_step_sizes
 from lightning_influence.verify import Inspection, VerificationError, inspect, roomy_batch_size
 
+# Less than this share of the parameters is worth a warning.
+_COMPLETE = 0.99
+
 _AVERAGING_CALLBACKS = {"StochasticWeightAveraging", "WeightAveraging"}
 
 
@@ -198,13 +201,26 @@ class InfluenceAudit(Callback):
                 self._trace = trace_model(
                     pl_module, self._task, self._source, indices=first, **bridge.surroundings(trainer, pl_module)
                 )
-                self._inspection = inspect(self._gradients(trainer, pl_module), first, verify=self.verify)
+                gradients = self._gradients(trainer, pl_module)
+                self._warn_of_gaps(gradients.coverage)
+                self._inspection = inspect(gradients, first, verify=self.verify)
             self._source.pass_batch_size = max(self._source.batch_size, roomy_batch_size(self._inspection))
             self._reporter = self._open_reporter(trainer)
             if self._recording.postponed == trainer.global_step and self._recording.step_sizes.steps:
                 self._add_checkpoint(trainer, pl_module, self._recording, self._reporter)
         except (DataError, LayerError, TaskError, VerificationError, StoreError, ValueError) as error:
             raise MisconfigurationException(f"InfluenceAudit: {error}") from error
+
+    def _warn_of_gaps(self, coverage: Coverage) -> None:
+        if self.layers is not None or coverage.share >= _COMPLETE:
+            return
+        reasons = [f"{name} ({reason})" for name, reason in coverage.uncovered.items()]
+        more = f" and {len(reasons) - 4} more" if len(reasons) > 4 else ""
+        rank_zero_warn(
+            f"InfluenceAudit covers {coverage.share:.1%} of the trainable parameters. Not covered: "
+            f'{"; ".join(reasons[:4])}{more}. They are left out of every score; `uncovered="exact"` computes '
+            "their gradients one example at a time, `layers=` makes a choice on purpose."
+        )
 
     def _open_reporter(self, trainer: Trainer) -> Reporter:
         directory = self.dirpath or os.path.join(trainer.log_dir or trainer.default_root_dir, "influence")
@@ -235,7 +251,8 @@ class InfluenceAudit(Callback):
         """File what the training pass itself said about each example."""
         tap, indices = self._stop_tap(), self._batch_indices
         if tap is not None and indices is not None and self._recording is not None:
-            self._recording.record_batch(indices, loss, tap.calls)
+            forms = {} if self._trace is None else self._trace.forms
+            self._recording.record_batch(indices, loss, tap.calls, forms)
             self._batch_indices = None  # a second backward pass of the same step is not a second visit
 
     def on_train_batch_end(

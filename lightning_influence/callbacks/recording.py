@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from lightning_influence import distributed, neighbours
 from lightning_influence.dynamics import TrainingDynamics
 from lightning_influence.losses import LossCall
 from lightning_influence.scoring import ExampleScores
-from lightning_influence.task import calls_in
+from lightning_influence.task import primary_call
+from lightning_influence.terms import TermForm
 from lightning_influence.tracin import StepSizes, TracInScores
 
 
@@ -42,13 +43,19 @@ class Recording:
         self._passes: list[int] = []
         self._failed = False
 
-    def record_batch(self, indices: Sequence[int], loss: Tensor, calls: Sequence[LossCall]) -> None:
+    def record_batch(
+        self,
+        indices: Sequence[int],
+        loss: Tensor,
+        calls: Sequence[LossCall],
+        forms: Mapping[int, TermForm] | None = None,
+    ) -> None:
         """File one training batch under its indices, by the first known call that its loss is made of."""
         if self._failed:
             return
         try:
             self._seen[torch.tensor(indices)] = True
-            call = next((call for call in calls_in(loss, calls) if call.rows_match(len(indices))), None)
+            call = primary_call(loss, calls, len(indices), forms)
             if call is None:
                 self.untapped_batches += 1
                 return

@@ -9,7 +9,6 @@ Index legend: ``q`` vectors multiplied at a time, ``p`` parameters, ``n`` exampl
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -160,8 +159,7 @@ class CurvatureProduct(ABC):
     every product. Processes share the examples. The batch size makes no difference beyond rounding.
 
     Batches are held from the first pass on, as they were loaded, if they consist of tensors in lists, tuples and dicts
-    and all of this process's together (reckoned from the first) take at most ``hold_bytes``; else the data set is read
-    for every product.
+    and all of this process's together take at most ``hold_bytes``; else the data set is read for every product.
 
     Args:
         gradients: Supplies model, task, examples, device and loss scale. Its coverage does not matter here.
@@ -358,23 +356,21 @@ class CurvatureProduct(ABC):
             The sum of the gradients, the non-finite examples, and whether a sum is non-finite without any of these.
         """
         total = torch.zeros(self.flat.size, dtype=self.flat.dtype, device=self.flat.device)
-        stored: list[tuple[int, Any]] = []
+        stored: list[tuple[int, Any]] | None = []
+        left = self._hold_bytes
         suspicious: list[int] = []
-        hold = False
         with self._pass():
             for found, batch in self._load(own):
-                if not stored and not suspicious:
-                    size = _bytes(batch)
-                    hold = size is not None and size * math.ceil(len(own) / len(found)) <= self._hold_bytes
-                if hold:
-                    stored.append((len(found), _copied(batch)))
+                size = _bytes(batch)
+                left = -1 if size is None else left - size
+                stored = None if left < 0 or stored is None else [*stored, (len(found), _copied(batch))]
                 gradient = self._summed_gradient(batch, len(found))
                 if gradient is None:
                     suspicious += found
                 else:
                     total += gradient
         if not suspicious:
-            self._stored = stored if hold else None
+            self._stored = stored
             return total, [], False
         bad = [index for index in suspicious if not self._is_finite(index)]
         if not bad:

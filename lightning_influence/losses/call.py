@@ -30,6 +30,8 @@ class LossCall(ABC):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         layout: Where the examples are among the elements; if the batch picked the rows, in the tensor that they were
             picked from. None if that is not known.
+        follow: Whether to follow rows to the tensor that they were picked from; not if that is one and the same for
+            every batch (a table made from parameters).
     """
 
     output: Tensor
@@ -37,6 +39,7 @@ class LossCall(ABC):
     target: Tensor
     reduction: str
     layout: BatchLayout | None = field(default=SIDE_BY_SIDE, kw_only=True)
+    follow: bool = field(default=True, kw_only=True)
     _found: dict[int, Shares | None] = field(default_factory=dict, init=False, repr=False)
 
     @abstractmethod
@@ -93,9 +96,9 @@ class LossCall(ABC):
 
     # ------------------------------------------------------------------------------------------- whose is what
 
-    def placed(self: _Call, layout: BatchLayout | None) -> _Call:
+    def placed(self: _Call, layout: BatchLayout | None, *, follow: bool = True) -> _Call:
         """Return the same call with its examples elsewhere."""
-        return replace(self, layout=layout)
+        return replace(self, layout=layout, follow=follow)
 
     @property
     def element_shape(self) -> torch.Size:
@@ -135,7 +138,7 @@ class LossCall(ABC):
             return share_out(self.element_shape, SIDE_BY_SIDE, n)
         if self.layout is None:
             return None
-        picking = self.picking()
+        picking = self.picking() if self.follow else None
         if picking is None:
             return share_out(self.element_shape, self.layout, n)
         found = picking.owners(self.layout, n)

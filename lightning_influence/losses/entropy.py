@@ -230,4 +230,12 @@ class Divergence(LossCall):
     def _decision(self, scale: Tensor | None = None) -> CrossEntropy:
         """The same as cross-entropy with soft labels, weighted by ``scale``."""
         target = self.target.detach() if scale is None else self.target.detach() * scale
-        return CrossEntropy(self.output, self.input, target, self.reduction, layout=self.layout, log_probabilities=True)
+        return CrossEntropy(
+            self.output,
+            self.input,
+            target,
+            self.reduction,
+            layout=self.layout,
+            follow=self.follow,
+            log_probabilities=True,
+        )

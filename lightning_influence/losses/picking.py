@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_influence.layout import BatchLayout
 
@@ -71,9 +71,9 @@ def find_picking(tensor: Tensor) -> Picking | None:
     node, number = tensor.grad_fn, tensor.output_nr
     while node is not None and node.name() in _MOVES:
         steps.append((node, number))
-        if node.name() in _PICKS:
-            picked = len(steps)
         following = _row_input(node, number)
+        if node.name() in _PICKS and not _is_parameter(following):
+            picked = len(steps)
         if following is None:
             break
         node, number = following
@@ -81,6 +81,11 @@ def find_picking(tensor: Tensor) -> Picking | None:
         return None
     steps = steps[:picked][::-1]
     return Picking(_PICKS[steps[0][0].name()](steps[0][0]), steps)
+
+
+def _is_parameter(place: tuple[Any, int] | None) -> bool:
+    """Tell whether a tensor is a parameter: rows looked up in a table are as many as the batch asks for."""
+    return place is not None and isinstance(getattr(place[0], "variable", None), nn.Parameter)
 
 
 # ------------------------------------------------------------------------------------- steps through the graph
