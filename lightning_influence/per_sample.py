@@ -139,6 +139,32 @@ def inner_products(x: Tensor, g: Rows, matrix: Tensor) -> Tensor:
     return (rotate(x, matrix.transpose(-1, -2)) * g).sum((0, 2, 3))
 
 
+def products(x: Tensor, g: Rows, vectors: Tensor) -> Tensor:
+    """Return the inner products of every per-example gradient with many vectors.
+
+    Args:
+        x: Activations ``[k, n, s, i]``.
+        g: Output gradients ``[k, n, s, o]``.
+        vectors: ``[q, k, o, i]``.
+
+    Returns:
+        ``[n, q]``.
+    """
+    if isinstance(g, Joined):
+        first, second = g.split(x)
+        return products(first, g.onehot, vectors) + products(second, g.dense, vectors)
+    if isinstance(g, OneHot):
+        step = max(1, _CHUNK_ELEMENTS // (len(vectors) * x.shape[2] * x.shape[3]))
+        parts = []
+        for start in range(0, x.shape[1], step):
+            picked = vectors[:, 0][:, g.indices[start : start + step]]  # qnsi
+            parts.append(torch.einsum("nsi,qnsi->nq", x[0, start : start + step], picked))
+        return torch.cat(parts)
+    # One matrix product with all vectors per chunk: forming the gradients costs a q-th of it.
+    flat = vectors.flatten(1).T
+    return torch.cat([chunk.transpose(0, 1).flatten(1) @ flat for chunk in gradients(x, g)])
+
+
 def rotated_squares(
     x: Tensor | Sequence[Tensor],
     gs: Sequence[Rows],

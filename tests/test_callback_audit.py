@@ -458,9 +458,9 @@ def test_dropout_and_batch_norm_are_in_eval_mode(tmp_path: Path) -> None:
     report, _ = fit(model, audit, tmp_path, loader(DOUBLE))
     model.eval()
     expected = ref.per_example_gradients(model.net, F.cross_entropy, *DOUBLE.tensors)
-    norms = sum((g**2).flatten(1).sum(1) for name, g in expected.items() if not name.startswith("1."))
-    close(report.columns["grad_norm_squared"], norms)
-    assert set(report.manifest["coverage"]["uncovered"]) == {"net.1.weight", "net.1.bias"}
+    close(report.columns["grad_norm_squared"], sum((g**2).flatten(1).sum(1) for g in expected.values()))
+    assert report.manifest["coverage"]["share"] == 1.0
+    assert report.manifest["coverage"]["covered"]["net.1"] == ["weight", "bias"]
 
 
 def test_several_validation_loaders_are_one_set(tmp_path: Path) -> None:
@@ -534,7 +534,7 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
     assert manifest["nonfinite"] == []
     assert manifest["arguments"] == {
         "curvature": "ekfac", "fisher": "auto", "damping": "relative", "factor_examples": 9, "every_n_epochs": 1,
-        "task": None, "verify": True,
+        "layers": None, "uncovered": "report", "task": None, "verify": True,
     }  # fmt: skip
     assert set(manifest["versions"]) == {"python", "lightning-influence", "lightning", "torch"}
     assert manifest["coverage"]["share"] == 1.0
@@ -894,7 +894,7 @@ def test_a_training_step_that_returns_a_dict_or_takes_no_index(tmp_path: Path) -
 
 
 class Sequences(Classifier):
-    """Tokens into an LSTM: only the head is understood."""
+    """Tokens into an LSTM, whose gradients can't be told apart by example."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -906,21 +906,60 @@ class Sequences(Classifier):
         return self.net(self.lstm(self.embedding(x))[0][:, -1])
 
 
+def sequences() -> TensorDataset:
+    return TensorDataset(torch.randint(9, (22, 4)), torch.randint(CLASSES, (22,)))
+
+
 def test_what_is_not_understood_is_named_with_its_share(tmp_path: Path) -> None:
-    data = TensorDataset(torch.randint(9, (22, 4)), torch.randint(CLASSES, (22,)))
-    model = Sequences()
-    report, trainer = fit(model, InfluenceAudit(curvature="identity"), tmp_path, loader(data))
+    data, model = sequences(), Sequences()
+    with pytest.warns(
+        UserWarning, match=r"covers 19\.7% of the trainable parameters.*lstm.weight_ih_l0 \(used by lstm"
+    ):
+        report, trainer = fit(model, InfluenceAudit(curvature="identity"), tmp_path, loader(data))
     coverage = report.manifest["coverage"]
     total = sum(parameter.numel() for parameter in model.parameters())
-    assert coverage["share"] == pytest.approx(18 / total)
+    assert coverage["share"] == pytest.approx((36 + 18) / total)
     assert set(coverage["uncovered"]) == {
-        "embedding.weight", *(f"lstm.{kind}_{part}_l0" for kind in ("weight", "bias") for part in ("ih", "hh")),
-    }  # fmt: skip
-    assert "LSTM is not supported" in coverage["uncovered"]["lstm.weight_ih_l0"]
-    assert f"{18 / total:.1%} of {total:,} trainable parameters" in str(report)
+        f"lstm.{kind}_{part}_l0" for kind in ("weight", "bias") for part in ("ih", "hh")
+    }
+    assert "used by lstm" in coverage["uncovered"]["lstm.weight_ih_l0"]
+    assert f"{(36 + 18) / total:.1%} of {total:,} trainable parameters" in str(report)
     gradients = ref.per_example_gradients(model, F.cross_entropy, *data.tensors)
-    head = sum((gradients[name] ** 2).flatten(1).sum(1) for name in ("net.0.weight", "net.0.bias"))
-    close(report.columns["self_influence"], head, 1e-4)
+    understood = ("embedding.weight", "net.0.weight", "net.0.bias")
+    norms = sum((gradients[name] ** 2).flatten(1).sum(1) for name in understood)
+    close(report.columns["self_influence"], norms, 1e-4)
+
+
+def test_what_is_not_understood_is_exact_on_request(tmp_path: Path) -> None:
+    data, model = sequences(), Sequences().double()
+    audit = InfluenceAudit(curvature="identity", uncovered="exact")
+    report, _ = fit(model, audit, tmp_path, loader(data))
+    assert report.manifest["coverage"]["share"] == 1.0
+    assert report.manifest["arguments"]["uncovered"] == "exact"
+    assert "one example at a time: lstm.bias_hh_l0" in str(report)
+    gradients = ref.per_example_gradients(model, F.cross_entropy, *data.tensors)
+    close(report.columns["self_influence"], sum((g**2).flatten(1).sum(1) for g in gradients.values()))
+
+
+@pytest.mark.parametrize("layers", ["net.3", ["net.3"], [nn.LayerNorm, "net.3.*"], "*.3"], ids=str)
+def test_layers_by_name_and_type(layers: Any, tmp_path: Path) -> None:
+    class Normed(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.append(nn.LayerNorm(CLASSES))
+            self.double()
+
+    model = Normed()
+    report, _ = fit(model, InfluenceAudit(curvature="identity", layers=layers), tmp_path, loader(DOUBLE))
+    with_norm = isinstance(layers, list) and len(layers) > 1
+    chosen = ["net.3", "net.4"] if with_norm else ["net.3"]
+    assert list(report.manifest["coverage"]["covered"]) == chosen
+    assert report.manifest["coverage"]["uncovered"]["net.1.bias"] == "left out by `layers=`"
+    listed = report.manifest["arguments"]["layers"]
+    assert listed == (["LayerNorm", "net.3.*"] if with_norm else [layers] if isinstance(layers, str) else layers)
+    gradients = ref.per_example_gradients(model.net, F.cross_entropy, *DOUBLE.tensors)
+    kept = [g for name, g in gradients.items() if name.startswith(("3.", "4." if with_norm else "3."))]
+    close(report.columns["self_influence"], sum((g**2).flatten(1).sum(1) for g in kept))
 
 
 def test_layers_that_are_frozen_or_thawed_later(tmp_path: Path) -> None:

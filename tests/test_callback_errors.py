@@ -114,9 +114,15 @@ class Manual(Stepless):
 
 
 class Recurrent(Stepless):
+    """Nothing but a recurrent layer is trained; its only parameters have a hand in every position."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.LayerNorm(6))
+        self.net = nn.Sequential(nn.GRU(1, CLASSES, batch_first=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        last: Tensor = self.net(x.unsqueeze(2))[0][:, -1]
+        return last
 
 
 class Frozen(Stepless):
@@ -211,9 +217,20 @@ COMBINATIONS: dict[str, tuple[type[Stepless], Callable[[], Any], dict[str, Any],
         Recurrent,
         lambda: loader(vectors()),
         {},
-        "no supported layer.*Conv2d, Linear.*Found: Conv1d is not supported; LayerNorm is not supported",
+        'no trainable parameter whose.*Found: used by gru, which is not a supported function.*`?uncovered="exact"',
     ),
-    "all frozen": (Frozen, lambda: loader(vectors()), {}, "no supported layer.*no parameter requires a gradient"),
+    "all frozen": (
+        Frozen,
+        lambda: loader(vectors()),
+        {},
+        r"no trainable parameter whose.*Found: no parameter requires a gradient\.$",
+    ),
+    "no such layer": (
+        Stepless,
+        lambda: loader(vectors()),
+        {"layers": ["net.1", "net.7"]},
+        r"`layers=` names \['net\.7'\], which match no supported layer; did you mean \['net",
+    ),
     "no loss": (
         Lossless,
         lambda: loader(vectors()),

@@ -404,13 +404,16 @@ def test_an_example_that_is_not_finite_leaves_the_others_alone(name: str) -> Non
         problem.close(found.sums[parameter], gradient.sum(0), f"sum of {parameter}")
     assert not found.norms[1]
     passes = problem.passes(coverage, 3)
-    curvature = fit(passes, "ekfac", range(5), examples=FactorExamples(5, 5), labels=("true", "true"))
     others = [0, 2, 3, 4]
-    without = fit(passes, "ekfac", others, examples=FactorExamples(5, 5), labels=("true", "true"))
-    for block, fitted in curvature.blocks.items():
-        for key, value in fitted.tensors.items():
-            if not key.endswith("basis"):  # signs
-                torch.testing.assert_close(value, without.blocks[block].tensors[key], rtol=1e-6, atol=1e-12)
+    for name in ("ekfac", "kfac", "diagonal"):
+        curvature, without = (
+            fit(passes, cast("Any", name), indices, examples=FactorExamples(5, 5), labels=("true", "true"))
+            for indices in (range(5), others)
+        )
+        for block, fitted in curvature.blocks.items():
+            for key, value in fitted.tensors.items():
+                if not key.endswith("basis"):  # unique only up to signs
+                    torch.testing.assert_close(value, without.blocks[block].tensors[key], rtol=1e-6, atol=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------- what curvature
@@ -643,6 +646,27 @@ def test_self_influence_with_other_curvature(name: str, curvature: Any) -> None:
             (io,) = [io for io in batch.layers() if io.name == block.name]
             _, influence, _ = fitted.scores(io)
             torch.testing.assert_close(influence, expected[batch.indices], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("padding", [None, 0])
+def test_kfac_of_an_embedding(padding: int | None) -> None:
+    """The one-hot side is diagonal: how often an id is looked up; padding never is."""
+    embedding = nn.Embedding(5, 4, padding_idx=padding)
+    problem = Problem(Case(lambda: Reading(nn.Sequential(embedding, nn.Tanh())), ids(3, size=5, n=12)))
+    inputs, targets = (torch.stack(parts) for parts in zip(*problem.examples, strict=True))
+    g = ref.embedding_output_gradients(problem.module, "layer.0", F.cross_entropy, inputs, targets)
+    counts = torch.zeros(5).double()
+    for n in range(12):
+        for s in range(3):
+            if inputs[n, s] == padding:
+                g[n, s] = 0
+            else:
+                counts[inputs[n, s]] += 1
+    C = torch.kron(torch.diag(counts / 36), ref.mean_outer_product(g.flatten(0, 1)) * 3)
+    passes = problem.passes(problem.discover(), 5)
+    fitted = fit(passes, "kfac", range(12), examples=FactorExamples(12, 12), labels=("true", "true"))
+    (block,) = fitted.blocks.values()
+    torch.testing.assert_close(block.to_dense()[0].double(), C, rtol=1e-6, atol=1e-12)
 
 
 def test_tied_weights_have_one_block_with_both_uses() -> None:

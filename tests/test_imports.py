@@ -49,6 +49,7 @@ ORDER = (
     "neighbours",
     "measurements",
     "scoring",
+    "pairwise",
     "influence",
     "unlearning",
     "store",
