@@ -376,7 +376,8 @@ class _Survey:
     def __init__(self, module: nn.Module, trace: Trace, uncovered: Uncovered) -> None:
         self.module = module
         self.trace = trace
-        self.largest_repeated: float = _LARGEST_REPEATED if uncovered == "report" else math.inf
+        self.exact = uncovered == "exact"
+        self.largest_repeated: float = math.inf if self.exact else _LARGEST_REPEATED
         self.profiles: dict[int, _Profile] = {}
         self.owners: dict[int, list[tuple[str, nn.Module]]] = {}
         for path, submodule in module.named_modules():
@@ -428,7 +429,11 @@ class _Survey:
         profile.seen = bool(met)
         for use in met:
             self._look_at_use(profile, use)
-        if not uses and self.trace.paths:
+        if profile.parameter.is_complex():
+            profile.reason = "complex numbers have no influence scores here"
+        elif not uses and self.trace.failure is not None and self.exact:
+            profile.reason = f"the model could not be traced ({self.trace.failure})"
+        elif not uses and self.trace.paths:
             profile.reason = "took no part in the first batch"
             if id(profile.parameter) in self.trace.without_gradients:
                 profile.reason = (
@@ -478,7 +483,9 @@ class _Survey:
         weight = next((p for n, p in owner.named_parameters(recurse=False) if n == "weight"), None)
         reason = None
         for _, each in self.owners[id(profile.parameter)]:
-            if each._parameters.get(local) is None and not isinstance(each, nn.MultiheadAttention):
+            if dict(each.named_parameters(recurse=False)).get(local) is None and not isinstance(
+                each, nn.MultiheadAttention
+            ):
                 continue
             if isinstance(each, (nn.Linear, nn.modules.conv._ConvNd)) and local == "bias":
                 profile.direct = True
@@ -548,7 +555,7 @@ class _Survey:
     def _slow_blocks(self) -> list[ParameterBlock]:
         blocks: list[ParameterBlock] = []
         for profile in self.profiles.values():
-            if profile.reason is None:
+            if profile.reason is None or profile.parameter.is_complex():
                 continue
             if profile.parameter.ndim >= 2:
                 named = (profile.name, profile.parameter)

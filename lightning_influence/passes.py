@@ -30,6 +30,8 @@ from lightning_influence.task import BatchLoss, Task, TaskError, evaluate
 
 Labels = Literal["true", "sampled", "exact"]
 _COPIES = 2
+# Known loss calls that one step may be made of.
+_MOST_TERMS = 256
 _T = TypeVar("_T")
 
 
@@ -196,21 +198,27 @@ class ExampleGradients:
         """
         if self.references is not None:
             return
-        totals: dict[int, float] = {}
-        count = 0
+        # Example count, then the sum of references by number of the term: the same length on every process, as one
+        # without examples has seen no term.
+        sums = torch.zeros(1 + _MOST_TERMS, dtype=torch.float64)
+        numbers: set[int] = set()
         with closing(self.losses(indices, title="loss scale")) as batches:
             for batch_indices, loss in batches:
-                if not count and not any(term.scale_varies(loss.n) for term in loss.terms):
-                    # Every process sees the same kind of calls, so all of them leave here.
-                    self.references = {}
-                    return
-                count += len(batch_indices)
+                if not sums[0]:
+                    numbers = {term.number for term in loss.terms}
+                    if not distributed.any_process(any(term.scale_varies(loss.n) for term in loss.terms)):
+                        self.references = {}
+                        return
+                sums[0] += len(batch_indices)
                 for term in loss.terms:
                     value = term.training_reference(loss.n, self.source.batch_size)
-                    totals[term.number] = totals.get(term.number, 0.0) + value * len(batch_indices)
-        numbers = [float(count), *(totals[k] for k in sorted(totals))]
-        (reduced,) = distributed.sum_across_processes([torch.tensor(numbers, dtype=torch.float64, device=self.device)])
-        self.references = {k: float(total / reduced[0]) for k, total in zip(sorted(totals), reduced[1:], strict=True)}
+                    sums[1 + term.number] += value * len(batch_indices)
+        if not sums[0] and not distributed.any_process(False):
+            self.references = {}
+            return
+        (reduced,) = distributed.sum_across_processes([sums.to(self.device)])
+        seen = numbers or set(range(_MOST_TERMS))
+        self.references = {k: float(reduced[1 + k] / reduced[0]) for k in sorted(seen) if float(reduced[1 + k])}
 
     def verification_gradients(self, batch: Any, n: int) -> dict[str, dict[str, Tensor]]:
         """Return autograd's gradient of the batch loss for every covered parameter: block, parameter -> tensor."""

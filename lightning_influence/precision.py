@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_PRECISE = (torch.float32, torch.float64)
+
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return float32 or float64: itself, or float32 for anything of lower precision."""
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    """Return the type itself, or float32 for real types of lower precision."""
+    return dtype if dtype in _PRECISE or dtype.is_complex else torch.float32
 
 
 def working(tensor: Tensor) -> Tensor:

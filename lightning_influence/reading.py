@@ -88,6 +88,8 @@ def read_call(site: Site) -> Call | None:
         NotUnderstoodError: If it is known, but used in a way that has no per-example form.
     """
     reader = _READERS.get(site.function)
+    if reader is not None and (site.output.is_complex() or any(p.is_complex() for p in site.parameters)):
+        raise NotUnderstoodError("with complex numbers")
     return None if reader is None else reader(site)
 
 

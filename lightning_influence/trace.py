@@ -354,6 +354,7 @@ class Tracer(FunctionWatch):
         if of_output is None:
             return None
         call = repeated_call(site, tuple(layouts))
+        of_input = next((layout for layout in layouts if layout is not None), of_output)
         try:
             with torch.no_grad():
                 alone = call.of_example(1, n, call.parameters)
@@ -364,7 +365,7 @@ class Tracer(FunctionWatch):
             same = False
         if not same:
             return None
-        return self._use_of(site.function, call, Layouts(of_output, of_output), tuple(layouts))
+        return self._use_of(site.function, call, Layouts(of_input, of_output), tuple(layouts))
 
     @staticmethod
     def _raw_input(call: Call, site: Site) -> Tensor | None:

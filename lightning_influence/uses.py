@@ -236,8 +236,8 @@ def check_batch(name: str, use: Use, n: int) -> None:
         raise LayerError(
             f"layer {name!r} got an input of shape {tuple(call.input.shape)} for a batch of {n} examples; one "
             "dimension has to hold the examples, alone or with the same number of rows for each, for its gradients to "
-            "be told apart by example. Keep the batch dimension, or leave the layer out by `layers=` or by freezing it "
-            "(requires_grad=False)."
+            "be told apart by example. Keep the batch dimension, compute the gradients one example at a time "
+            '(`uncovered="exact"`), or leave the layer out by `layers=` or by freezing it (requires_grad=False).'
         )
 
 

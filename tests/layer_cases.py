@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
 from lightning_influence.task import Task
@@ -194,6 +195,13 @@ class LayerNormChannelsFirst(nn.Module):
         return self.weight[:, None, None] * value + self.bias[:, None, None]
 
 
+class OutputSize(nn.ConvTranspose2d):
+    """A transposed convolution that is told how large its output shall be."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return super().forward(input, output_size=[8, 10])
+
+
 def with_statistics(norm: nn.Module) -> nn.Module:
     """Running statistics that are not zeros and ones."""
     for name, buffer in norm.named_buffers():
@@ -287,6 +295,7 @@ TRANSPOSED = _convolutions(
     _TRANSPOSED,
 )
 TRANSPOSED["2d, oblong"] = (lambda: nn.ConvTranspose2d(4, 3, (2, 3), (1, 2), (1, 0), (0, 1)), (4, 4, 3))
+TRANSPOSED["2d, output size"] = (lambda: OutputSize(4, 3, 3, stride=2), (4, 3, 4))
 TRANSPOSED["2d, weight frozen"] = (lambda: frozen(nn.ConvTranspose2d(4, 4, 2), "weight"), (4, 4, 3))
 TRANSPOSED["2d, bias frozen"] = (lambda: frozen(nn.ConvTranspose2d(4, 4, 2, groups=2), "bias"), (4, 4, 3))
 
@@ -368,6 +377,12 @@ def token_where(x: Tensor, token: Tensor) -> Tensor:
     return torch.where(x[..., :1] > 0, token, x)
 
 
+def token_in_place(x: Tensor, token: Tensor) -> Tensor:
+    x = x.clone()
+    x[x[..., 0] > 0] = token
+    return x
+
+
 ELEMENTWISE: dict[str, tuple[Make, tuple[int, ...]]] = {
     "bias": (bare(lambda x, b: x + b, (4,)), (3, 4)),
     "bias on vectors": (bare(lambda x, b: x + b, (4,)), (4,)),
@@ -445,6 +460,21 @@ FUNCTIONAL: dict[str, tuple[Make, tuple[int, ...]]] = {
     "F.conv_transpose2d": (bare(lambda x, w, b: F.conv_transpose2d(x, w, b, 2), (4, 3, 2, 2), (3,)), (4, 3, 3)),
     "F.layer_norm": (bare(lambda x, w, b: F.layer_norm(x, (4,), w, b), (4,), (4,)), (3, 4)),
     "F.group_norm": (bare(lambda x, w, b: F.group_norm(x, 2, w, b), (4,), (4,)), (4, 3)),
+    "F.linear with parts of weight and bias": (
+        bare(lambda x, w, b: F.linear(x, w[:3], b[:3]) * F.linear(x, w[3:], b[3:]), (6, 4), (6,)),
+        (3, 4),
+    ),
+    "F.linear with and without its bias": (
+        bare(lambda x, w, b: F.linear(F.linear(x, w, b).tanh(), w), (4, 4), (4,)),
+        (3, 4),
+    ),
+    "F.linear with a view of a kernel": (bare(lambda x, w: F.linear(x, w.view(5, 4)), (5, 4, 1, 1)), (3, 4)),
+    "two weights with one bias": (
+        bare(lambda x, w, v, b: F.linear(x, w, b).tanh() * F.linear(x, v, b), (5, 4), (5, 4), (5,)),
+        (3, 4),
+    ),
+    "a weight and its row as a scale": (bare(lambda x, w: F.linear(x, w) * w[0], (4, 4)), (3, 4)),
+    "a weight and its sum as a scale": (bare(lambda x, w: F.linear(x, w) * w.sum(0), (4, 4)), (3, 4)),
     "F.linear with a part of a weight": (bare(lambda x, w: F.linear(x, w[:3]) * F.linear(x, w[3:]), (6, 4)), (3, 4)),
 }
 
@@ -634,6 +664,44 @@ class WindowBias(nn.Module):
         bias = self.table[index].view(3, 3, 2).permute(2, 0, 1).contiguous()
         attended = (q @ k.mT + bias.unsqueeze(0)).softmax(-1) @ v
         return attended.transpose(1, 2).reshape(n, 6, 4)
+
+
+class Hyper(nn.Module):
+    """A layer makes the weight of another from a vector that is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code = nn.Parameter(torch.randn(3))
+        self.maker = nn.Linear(3, 20)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return F.linear(value, self.maker(self.code).view(5, 4))
+
+
+class Checkpointed(nn.Module):
+    """Keeps no activations."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, value: Tensor) -> Any:
+        return checkpoint(self.inner, value, use_reentrant=False)
+
+
+class Recommender(nn.Module):
+    """Two embeddings, two biases by id and a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Embedding(6, 4), nn.Embedding(6, 4)
+        self.user_bias, self.item_bias = nn.Embedding(6, 1), nn.Embedding(6, 1)
+        self.mean = nn.Parameter(torch.zeros(1))
+
+    def forward(self, ids: Tensor) -> Any:
+        user, item = ids.unbind(1)
+        bias = (self.user_bias(user) + self.item_bias(item)).squeeze(-1)
+        return (self.user(user) * self.item(item)).sum(-1) + bias + self.mean
 
 
 class LoRA(nn.Module):
@@ -844,6 +912,15 @@ STRUCTURES: dict[str, tuple[Make, tuple[int, ...]]] = {
     "relative bias": (Attention, (3, 4)),
     "relative bias, as many positions as examples": (Attention, (N, 4)),
     "relative bias, a long table": (lambda: Attention(buckets=600), (3, 4)),
+    "a weight made by a layer": (Hyper, (3, 4)),
+    "recomputed in the backward pass": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Checkpointed(nn.Sequential(*mlp()))),
+        (3, 4),
+    ),
+    "attention recomputed in the backward pass": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Checkpointed(encoder_layer(dropout=0))),
+        (3, 4),
+    ),
     "low-rank update": (LoRA, (3, 4)),
     "low-rank update by parameters": (LoRAParameters, (3, 4)),
     "in place": (InPlace, (4, 3, 3)),
@@ -1020,11 +1097,6 @@ def one_after_another(examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
     return torch.cat([value for value, _ in examples]), lengths.cumsum(0), torch.stack([y for _, y in examples])
 
 
-def by_index(size: int = 6) -> Make:
-    """Rows of a parameter by indexing."""
-    return bare(lambda x, w: w[x], (size, 4))
-
-
 EMBEDDINGS: dict[str, tuple[Make, Callable[[], Sequence[tuple[Tensor, ...]]]]] = {
     "one id": (lambda: nn.Embedding(6, 4), ids()),
     "ids": (lambda: nn.Embedding(6, 4), ids(3)),
@@ -1042,6 +1114,12 @@ EMBEDDINGS: dict[str, tuple[Make, Callable[[], Sequence[tuple[Tensor, ...]]]]] =
     "bag, weights, padding": (lambda: Bag(mode="sum", padding_idx=2), weighted_ids),
     "F.embedding": (bare(lambda x, w: F.embedding(x, w), (6, 4)), ids(3)),
     "F.embedding, padding": (bare(lambda x, w: F.embedding(x, w, 1), (6, 4)), ids(3)),
+    "rows by index": (bare(lambda x, w: w[x], (6, 4)), ids(3)),
+    "numbers by index": (bare(lambda x, w: w[x], (6,)), ids(3)),
+    "columns by index": (bare(lambda x, w: w[:, x].transpose(0, 1), (4, 6)), ids(3)),
+    "entries by two indices": (bare(lambda x, w: w[x, x.flip(1)], (6, 6)), ids(3)),
+    "index_select": (bare(lambda x, w: w.index_select(0, x.flatten()).view(len(x), -1), (6, 4)), ids(3)),
+    "gather": (bare(lambda x, w: w.expand(len(x), -1).gather(1, x), (1, 6)), ids(3)),
     "F.one_hot @": (bare(lambda x, w: F.one_hot(x, 6).to(w.dtype) @ w, (6, 4)), ids(3)),
     "scaled": (bare(lambda x, w: F.embedding(x, w) * 2.0, (6, 4)), ids(3)),
     "twice": (bare(lambda x, w: F.embedding(x, w) + F.embedding(x.flip(1), w).tanh(), (6, 4)), ids(3)),
@@ -1065,6 +1143,10 @@ def tokens() -> Sequence[tuple[Tensor, ...]]:
 def squared_error(module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """No labels: the module reconstructs its input."""
     return F.mse_loss(module(batch[0]), batch[0])
+
+
+def yes_or_no(module: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    return F.binary_cross_entropy_with_logits(module(batch[0]), (batch[1] > 0).double())
 
 
 def unknown_loss(module: nn.Module, batch: Sequence[Tensor]) -> Any:
@@ -1122,6 +1204,29 @@ class TwoSided(nn.Module):
         return self.bilinear(value, value.sin())
 
 
+class Scripted(nn.Module):
+    """Part of the model is compiled: its functions can't be watched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.Linear(4, 4)
+        self.inner = torch.jit.trace(nn.Linear(4, 4), torch.randn(2, 4))
+
+    def forward(self, value: Tensor) -> Any:
+        return self.outer(torch.tanh(self.inner(value)))
+
+
+class Mapped(nn.Module):
+    """A layer that is called for each example by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.inner = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, value: Tensor) -> Any:
+        return self.outer(torch.tanh(torch.vmap(self.inner)(value)))
+
+
 class Experts(nn.Module):
     """The weight of the expert that an example asks for: a weight made of parameters by the example."""
 
@@ -1174,6 +1279,17 @@ REPEATED: dict[str, tuple[Make, tuple[int, ...]]] = {
         bare(lambda x, w, b: torch.baddbmm(b.expand(len(x), 1, -1), x, w.expand(len(x), -1, -1)), (4, 5), (5,)),
         (3, 4),
     ),
+    "a weight for every head": (bare(lambda x, w: torch.matmul(x, w), (2, 4, 3)), (2, 3, 4)),
+    "torch.cdist": (bare(lambda x, p: torch.cdist(x, p), (3, 4)), (4,)),
+    "F.cosine_similarity": (
+        bare(lambda x, p: F.cosine_similarity(x[:, None], p[None], dim=-1), (3, 4)),
+        (4,),
+    ),
+    "a number in place of others": (bare(lambda x, v: x.masked_fill(x > 0, v), ()), (3, 4)),
+    "torch.maximum": (bare(lambda x, a: torch.maximum(x, a), (4,)), (3, 4)),
+    "Tensor.clamp": (bare(lambda x, a: x.clamp(max=a), (4,)), (3, 4)),
+    "Tensor.pow": (bare(lambda x, a: (x.abs() + 1) ** a, (4,)), (3, 4)),
+    "torch.lerp": (bare(lambda x, a: torch.lerp(x, x.sin(), a), (4,)), (3, 4)),
     "torch.tensordot": (bare(lambda x, w: torch.tensordot(x, w, dims=([2], [0])), (4, 5)), (3, 4)),
     "attention with a bias": (
         bare(lambda x, b: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], b[None]), (1, 3, 3)),
@@ -1197,6 +1313,9 @@ UNCOVERED: dict[str, tuple[Make, Any, dict[str, str]]] = {
     "GRU": (lambda: Recurrent(nn.GRU(4, 4, batch_first=True)), (3, 4), {"recurrent.*": "(?i)gru"}),
     "LSTM cell": (lambda: Cells(nn.LSTMCell(4, 4)), (3, 4), {"cell.*": "(?i)lstm"}),
     "own autograd function": (bare(lambda x, w: Relu3.apply(x, w), (4,)), (3, 4), {"a": "."}),
+    "token in place": (bare(token_in_place, (4,)), (3, 4), {"a": "__setitem__"}),
+    "traced by jit": (Scripted, (4,), {"inner.*": "."}),
+    "torch.vmap": (Mapped, (4,), {"inner.*": "."}),
     "a weight and its transpose": (SharedTransposed, (4,), {"encoder.weight": "both as linear and as transposed"}),
     "largest norm": (lambda: nn.Embedding(6, 4, max_norm=1.0), ids(3), {"weight": "max_norm"}),
 }
@@ -1246,6 +1365,7 @@ COVERED: dict[str, Case] = {
     "loss: squared error": Case(
         lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4)), numbers((4,)), squared_error
     ),
+    "loss: binary": Case(Recommender, ids(2), yes_or_no),
     "loss: unknown": Case(
         lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2)), numbers((4,)), unknown_loss
     ),
@@ -1318,7 +1438,34 @@ class Centred(nn.Module):
         return self.layer(value - value.mean(0))
 
 
+class Fourier(nn.Module):
+    """A Fourier layer: numbers are complex inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.filter = nn.Parameter(torch.randn(3, 4, 2))
+
+    def forward(self, value: Tensor) -> Any:
+        frequencies = torch.fft.rfft(self.layer(value), dim=1)
+        return torch.fft.irfft(frequencies * torch.view_as_complex(self.filter), n=value.shape[1], dim=1)
+
+
+class Loop(nn.Module):
+    """One call for each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return torch.stack([self.layer(row) for row in value])
+
+
 MISLEADING: dict[str, Case] = {
+    "complex numbers": Case(lambda: Reading(Fourier()), numbers((4, 4))),
+    "a loop over examples": Case(lambda: Reading(Loop()), numbers((3, 4))),
+    "a loop over vectors": Case(lambda: Reading(Loop()), numbers((4,))),
     "scaled by frequency": Case(lambda: Reading(nn.Embedding(6, 4, scale_grad_by_freq=True)), ids(3)),
     "some rows": Case(lambda: Reading(Selected()), numbers((3, 4))),
     "sorted": Case(lambda: Reading(Sorted()), numbers((4,))),

@@ -460,7 +460,7 @@ def test_dropout_and_batch_norm_are_in_eval_mode(tmp_path: Path) -> None:
     expected = ref.per_example_gradients(model.net, F.cross_entropy, *DOUBLE.tensors)
     close(report.columns["grad_norm_squared"], sum((g**2).flatten(1).sum(1) for g in expected.values()))
     assert report.manifest["coverage"]["share"] == 1.0
-    assert report.manifest["coverage"]["covered"]["net.1"] == ["weight", "bias"]
+    assert report.manifest["coverage"]["covered"]["net.1"] == ["net.1.weight", "net.1.bias"]
 
 
 def test_several_validation_loaders_are_one_set(tmp_path: Path) -> None:
@@ -538,7 +538,7 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
     }  # fmt: skip
     assert set(manifest["versions"]) == {"python", "lightning-influence", "lightning", "torch"}
     assert manifest["coverage"]["share"] == 1.0
-    assert manifest["coverage"]["covered"] == {"net.1": ["weight", "bias"], "net.3": ["weight", "bias"]}
+    assert manifest["coverage"]["covered"] == {name: [f"{name}.weight", f"{name}.bias"] for name in ("net.1", "net.3")}
     assert manifest["curvature"]["labels"] == ["sampled", "exact"]
     assert manifest["curvature"]["examples"] == [9, 9]
     assert 0 <= manifest["verification_error"] < 1e-4

@@ -118,7 +118,7 @@ class Recurrent(Stepless):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.GRU(1, CLASSES, batch_first=True))
+        self.net = nn.Sequential(nn.GRU(1, 3, batch_first=True))
 
     def forward(self, x: Tensor) -> Tensor:
         last: Tensor = self.net(x.unsqueeze(2))[0][:, -1]

@@ -19,6 +19,7 @@ from layer_cases import (
     COVERED,
     EXACT_ON_REQUEST,
     MISLEADING,
+    Bare,
     Case,
     MultiHead,
     Read,
@@ -510,6 +511,19 @@ def of_vector(*names: str) -> Callable[[nn.Module, Tensor, Tensor], tuple[Tensor
     return joined
 
 
+def of_long_vector(module: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Longer than what has a dense curvature: the diagonal."""
+    (vectors,) = ref.per_example_gradients(module, F.cross_entropy, inputs, targets).values()
+    return torch.diag(vectors.square().mean(0))[None], vectors[None, :, None]
+
+
+def of_long_table(module: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Like an embedding that looks up every row."""
+    (gradients,) = ref.per_example_gradients(module, F.cross_entropy, inputs, targets).values()
+    rows = gradients.flatten(1, 2)
+    return ref.embedding_dense(rows, rows), rows[None]
+
+
 # Case, the parameters of the block under test, and the reference's matrix and gradients.
 CURVED: dict[str, tuple[Case, list[str], Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]]] = {
     "linear": (Case(lambda: Reading(nn.Linear(4, 3)), numbers((3, 4), n=12)), ["layer.*"], of_layer("layer")),
@@ -563,6 +577,16 @@ CURVED: dict[str, tuple[Case, list[str], Callable[[nn.Module, Tensor, Tensor], t
         Case(lambda: Reading(nn.LayerNorm(4, bias=False)), numbers((3, 4), n=12)),
         ["layer.*"],
         of_vector("layer.weight"),
+    ),
+    "long scale": (
+        Case(lambda: Reading(Bare(lambda x, g: x.repeat(1, 275) * g, (1100,))), numbers((4,), n=12)),
+        ["layer.a"],
+        of_long_vector,
+    ),
+    "long learned positions": (
+        Case(lambda: Reading(Bare(lambda x, p: x + p[:, :3], (1, 300, 4))), numbers((3, 4), n=12)),
+        ["layer.a"],
+        of_long_table,
     ),
     "norm of channels": (
         Case(lambda: Reading(nn.GroupNorm(2, 4)), numbers((4, 3), n=12)),

@@ -21,7 +21,7 @@ from torchmetrics.classification import (
     MulticlassPrecision,
 )
 
-from lightning_influence.isolation import untouched
+from lightning_influence.isolation import hidden_parameters, untouched
 
 
 class Stop(BaseException):
@@ -394,6 +394,14 @@ def test_a_module_hidden_in_a_list_is_as_before() -> None:
         holder.teacher[0](torch.randn(4, 2) + 3)
     assert torch.equal(teacher[0].running_mean, torch.zeros(2))
     assert all(module.training for module in teacher.modules())
+
+
+def test_parameters_that_the_model_does_not_register() -> None:
+    """Trained they may be, saved they are not; frozen ones (a teacher's) are nobody's concern."""
+    student, teacher, known = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
+    holder = Holder(hidden=[student, {"deep": (teacher,)}], known=known, again=[known])
+    assert {id(p) for p in hidden_parameters(holder)} == {id(p) for p in student.parameters()}
+    assert hidden_parameters(known) == []
 
 
 # -------------------------------------------------------------------------------------------- plain attributes
