@@ -246,6 +246,8 @@ class Tracer(FunctionWatch):
         # Tensors made from parameters alone, by id: the tensor (or its id could be reused) and its parameters.
         self._shared: dict[int, tuple[Tensor, tuple[int, ...]]] = {id(p): (p, (id(p),)) for p in parameters}
         self._from_batch: dict[int, Tensor] = {}
+        # Rows picked by their values (``h[mask]``): how many an example has differs from batch to batch.
+        self._picked: dict[int, Tensor] = {}
 
     def concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell whether a parameter, or something made from parameters alone, is among the arguments."""
@@ -279,6 +281,7 @@ class Tracer(FunctionWatch):
         batched = any(event.grown) or any(id(t) in self._from_batch for t in tensors)
         if batched:
             self._from_batch.update((id(t), t) for t in made)
+            self._follow_picked(func, tensors, made)
         if not torch.is_grad_enabled():
             self.trace.without_gradients.update(map(id, parameters))
         differentiable = [t for t in made if t.requires_grad]
@@ -300,6 +303,9 @@ class Tracer(FunctionWatch):
     def _batched_use(self, event: _Event) -> TracedUse:
         """Tell what a call in which parameters meet the batch does with them."""
         site, name = event.site, name_of(event.site.function)
+        if any(id(t) in self._picked for t in tensors_in((site.args, site.kwargs))):
+            reason = f"used by {name} on rows picked by their values, of which every example has a number of its own"
+            return TracedUse("unknown", site.function, reason=reason)
         if len(event.made) != 1:
             return TracedUse("unknown", site.function, reason=f"used by {name}, which is not a supported function")
         try:
@@ -400,6 +406,18 @@ class Tracer(FunctionWatch):
                 result.append(None if order is None else BatchLayout(layout.dim, order))
         return result
 
+    def _follow_picked(self, func: Callable[..., Any], tensors: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+        """Follow rows that were picked by a mask, as long as they stay rows."""
+        picks = func in _PICKING or (func == torch.where and len(tensors) == 1)
+        picks = picks or (func == Tensor.__getitem__ and any(t.dtype == torch.bool for t in tensors[1:]))
+        rows = {len(t) for t in tensors if id(t) in self._picked and t.ndim}
+        first = tensors[0] if tensors else None
+        for output in made:
+            # What is written back into a tensor of the whole batch (`back[mask] = rows`) is in its place again.
+            back = first is not None and id(first) not in self._picked and output.shape == first.shape
+            if picks or (output.ndim and len(output) in rows and not back):
+                self._picked[id(output)] = output
+
     def _note_strangers(self, func: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
         if not torch.is_grad_enabled():
             return
@@ -409,6 +427,9 @@ class Tracer(FunctionWatch):
                 note = f"a parameter of shape {tuple(tensor.shape)} used by {name_of(func)}"
                 if note not in self.trace.outside:
                     self.trace.outside.append(note)
+
+
+_PICKING = (torch.masked_select, Tensor.masked_select, torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere)
 
 
 def repeated_call(site: Site, layouts: tuple[BatchLayout | None, ...]) -> RepeatedCall:

@@ -322,3 +322,39 @@ def test_a_path_that_is_not_understood() -> None:
     """Not guessed at: the batch and the parameter are named."""
     with pytest.raises(LayerError, match=r"'last.weight' is summed over the batch by einsum.*examples 3, 4.*not in"):
         found(passes(LateSum().eval()))
+
+
+class PicksRows(nn.Module):
+    """Runs its second layer on some of the rows only, picked by their values."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).unsqueeze(1) * torch.tensor([1.0, -1.0, 0.5]).double().view(3, 1)  # [n, 3, 4]
+        kept = hidden[:, :, 0] > 0
+        if self.how == "mask":
+            picked = self.second(hidden[kept])
+        else:
+            rows = kept.flatten().nonzero().squeeze(1)
+            picked = self.second(hidden.flatten(0, 1)[rows])
+        back = torch.zeros_like(hidden)
+        back[kept] = picked.tanh()
+        output: Tensor = self.last(back.sum(1))
+        return output
+
+
+@pytest.mark.parametrize("how", ["mask", "indices"])
+def test_rows_picked_by_their_values(how: str) -> None:
+    """Their number may be a multiple of the batch by chance: then equal shares would be the wrong examples'."""
+    net = PicksRows(how).eval()
+    gradients = passes(net)
+    assert set(gradients.coverage.uncovered) == {"second.weight", "second.bias"}
+    assert all("picked by their values" in reason for reason in gradients.coverage.uncovered.values())
+    expected = alone(net)
+    for options in ({}, {"uncovered": "exact"}):
+        for name, value in found(passes(net, **options)).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
+    assert passes(net, uncovered="exact").coverage.share == 1.0
