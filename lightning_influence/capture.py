@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.calls import Call, EmbeddingCall, Layouts, MatrixCall, NormCall, RepeatedCall, tensors_in
-from lightning_influence.layers import Coverage, LayerError, NewPathError, ParameterBlock
+from lightning_influence.coverage import Coverage
+from lightning_influence.layers import LayerError, NewPathError, ParameterBlock
 from lightning_influence.precision import working_dtype
 from lightning_influence.reading import NotUnderstoodError, Site, read_call
 from lightning_influence.rows import Rows

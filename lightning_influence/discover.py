@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_influence.coverage import Coverage, Layers, Uncovered, cover
 from lightning_influence.isolation import hidden_parameters, seed_everything, untouched
-from lightning_influence.layers import Coverage, Layers, Uncovered, cover
 from lightning_influence.source import ExampleSource
 from lightning_influence.task import Task, run_tapped
 from lightning_influence.terms import BatchLoss, TaskError, term_forms, understand

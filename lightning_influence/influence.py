@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.coverage import Coverage
 from lightning_influence.curvature.fit import (
     BLOCKS,
     Curvature,
@@ -21,7 +22,6 @@ from lightning_influence.curvature.fit import (
     factor_examples,
     fit,
 )
-from lightning_influence.layers import Coverage
 from lightning_influence.passes import ExampleGradients, Labels
 from lightning_influence.scoring import ExampleScores, mean_gradient, score_examples
 from lightning_influence.verify import Inspection

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from lightning_influence import distributed
 from lightning_influence.capture import Capture, LayerIO
+from lightning_influence.coverage import Coverage
 from lightning_influence.discover import trace_model
 from lightning_influence.isolation import (
     seed_everything,
     untouched,
 )
-from lightning_influence.layers import Coverage, LayerError, NewPathError
+from lightning_influence.layers import LayerError, NewPathError
 from lightning_influence.losses import known_losses
 from lightning_influence.precision import working
 from lightning_influence.source import ExampleSource

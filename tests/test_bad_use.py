@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from lightning_influence import per_sample
+from lightning_influence.coverage import Coverage
 from lightning_influence.discover import discover
-from lightning_influence.layers import Coverage, LayerError
+from lightning_influence.layers import LayerError
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import ExampleSource
 from lightning_influence.verify import VerificationError, inspect

@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, T
 
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.callbacks.bridge import check_strategy
-from lightning_influence.layers import cover
+from lightning_influence.coverage import cover
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import score_examples
 from lightning_influence.source import ExampleSource

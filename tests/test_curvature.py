@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence import per_sample
+from lightning_influence.coverage import Coverage, cover
 from lightning_influence.curvature import (
     BLOCKS,
     Curvature,
@@ -30,7 +31,6 @@ from lightning_influence.curvature import (
     random_subset,
 )
 from lightning_influence.discover import discover
-from lightning_influence.layers import Coverage, cover
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.rows import Rows
 from lightning_influence.scoring import mean_gradient, score_examples

@@ -35,9 +35,10 @@ from torch import Tensor, nn
 
 from lightning_influence import per_sample
 from lightning_influence.capture import LayerIO
+from lightning_influence.coverage import Coverage
 from lightning_influence.curvature import FactorExamples, fit
 from lightning_influence.discover import discover
-from lightning_influence.layers import Coverage, LayerError, ParameterBlock
+from lightning_influence.layers import LayerError, ParameterBlock
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import ExampleSource
 from lightning_influence.task import TaskError

@@ -37,6 +37,7 @@ ORDER = (
     "watch",
     "trace",
     "layers",
+    "coverage",
     "discover",
     "uses",
     "capture",

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from lightning_influence.coverage import Uncovered
 from lightning_influence.curvature import BLOCKS, Curvature, FactorExamples, fit
 from lightning_influence.discover import discover
-from lightning_influence.layers import Uncovered
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import ExampleScores, mean_gradient, score_examples
 from lightning_influence.source import DataError, ExampleSource

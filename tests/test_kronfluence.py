@@ -19,8 +19,8 @@ from kronfluence.task import Task
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from lightning_influence.coverage import cover
 from lightning_influence.curvature import Curvature, EKFACBlock, FactorExamples, fit
-from lightning_influence.layers import cover
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import score_examples
 from lightning_influence.source import ExampleSource

@@ -20,9 +20,10 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lightning_influence import per_sample
 from lightning_influence.capture import Capture
+from lightning_influence.coverage import Coverage, Layers, cover
 from lightning_influence.discover import discover
 from lightning_influence.isolation import untouched
-from lightning_influence.layers import Coverage, LayerError, Layers, cover
+from lightning_influence.layers import LayerError
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import ExampleSource
 from lightning_influence.verify import VerificationError, inspect

@@ -12,8 +12,8 @@ from loss_cases import BATCH_SIZE, LAYOUTS, PICKED, SCALES, Batch, Loss, N, Tagg
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_influence.coverage import Uncovered
 from lightning_influence.discover import discover
-from lightning_influence.layers import Uncovered
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import ExampleSource
 from lightning_influence.verify import inspect

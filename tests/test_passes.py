@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 
 from lightning_influence import passes
+from lightning_influence.coverage import Coverage, cover
 from lightning_influence.discover import discover
-from lightning_influence.layers import Coverage, LayerError, cover
+from lightning_influence.layers import LayerError
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.task import TaskError

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
 from lightning_influence import per_sample
+from lightning_influence.coverage import cover
 from lightning_influence.curvature import BLOCKS, CurvatureBlock, FactorExamples, fit
-from lightning_influence.layers import cover
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.rows import Joined, OneHot, Rows, compact, join, rotate, second_moment
 from lightning_influence.scoring import score_examples

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence import per_sample
+from lightning_influence.coverage import cover
 from lightning_influence.discover import discover
-from lightning_influence.layers import cover
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import score_examples
 from lightning_influence.source import ExampleSource

@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, SubsetRandomSampler
 from tqdm import tqdm
 
+from lightning_influence.coverage import Coverage
 from lightning_influence.isolation import generators_in, isolated_generators, isolated_rng
-from lightning_influence.layers import Coverage
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.task import Task

@@ -26,10 +26,11 @@ from lightning_influence.callbacks.arguments import (
 from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.reporting import Reporter
+from lightning_influence.coverage import Coverage, Layers, Uncovered, cover, listed_layers
 from lightning_influence.curvature import CurvatureName, Fisher
 from lightning_influence.discover import trace_model
 from lightning_influence.influence import InfluencePlan, influence_scores
-from lightning_influence.layers import Coverage, LayerError, Layers, Uncovered, cover, listed_layers
+from lightning_influence.layers import LayerError
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import score_examples
 from lightning_influence.source import DataError, ExampleSource

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_influence.capture import LayerIO
+from lightning_influence.coverage import Coverage
 from lightning_influence.curvature.block import RELATIVE_DAMPING, CurvatureBlock
 from lightning_influence.curvature.diagonal import DiagonalBlock
 from lightning_influence.curvature.ekfac import EKFACBlock
 from lightning_influence.curvature.identity import IdentityBlock
 from lightning_influence.curvature.kfac import KFACBlock
-from lightning_influence.layers import Coverage
 from lightning_influence.passes import BatchGradients, ExampleGradients, Labels
 from lightning_influence.precision import working_dtype
 
