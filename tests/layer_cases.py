@@ -1321,11 +1321,13 @@ UNCOVERED: dict[str, tuple[Make, Any, dict[str, str]]] = {
 }
 
 
-def _read(table: Mapping[str, tuple[Make, tuple[int, ...]]], kind: str) -> dict[str, Case]:
+def _read(table: Mapping[str, tuple[Make, tuple[int, ...]]], kind: str, *, alone: bool = True) -> dict[str, Case]:
     cases = {}
     for name, (make, shape) in table.items():
-        cases[f"{kind}: {name}"] = first(make, *shape)
-        if not name.startswith(("1d", "3d")):
+        one_and_three = name.startswith(("1d", "3d"))
+        if alone or one_and_three:
+            cases[f"{kind}: {name}"] = first(make, *shape)
+        if not one_and_three:
             cases[f"{kind}: {name}, later"] = later(make, *shape)
     return cases
 
@@ -1338,12 +1340,12 @@ COVERED: dict[str, Case] = {
     **_read(LINEARS, "linear"),
     **_read(CONVOLUTIONS, "convolution"),
     **_read(TRANSPOSED, "transposed convolution"),
-    **_read(NORMS, "norm"),
-    **_read(ELEMENTWISE, "elementwise"),
-    **_read(FUNCTIONAL, "functional"),
+    **_read(NORMS, "norm", alone=False),
+    **_read(ELEMENTWISE, "elementwise", alone=False),
+    **_read(FUNCTIONAL, "functional", alone=False),
     **_read(STRUCTURES, "structure"),
     **_read(ATTENTION, "attention"),
-    **_read(REPEATED, "repeated"),
+    **_read(REPEATED, "repeated", alone=False),
     **{
         f"embedding: {name}": Case(lambda make=make: Reading(make()), data)  # type: ignore[misc]
         for name, (make, data) in EMBEDDINGS.items()
