@@ -375,13 +375,14 @@ class ElementwiseCall(Call):
         else:
             args, kwargs = list(self.arguments[0]), dict(self.arguments[1])
             with torch.enable_grad():
-                leaf = parameter.detach().to(gradient.dtype).expand(gradient.shape).requires_grad_()
+                leaf = parameter.detach().expand(gradient.shape).requires_grad_()
                 if isinstance(self.position, int):
                     args[self.position] = leaf
                 else:
                     kwargs[self.position] = leaf
                 output = self.function(*args, **kwargs)
                 (spread,) = torch.autograd.grad(output, leaf, gradient.to(output.dtype))
+                spread = working(spread)
         return _reduced(spread, parameter.shape, n, layouts.output)
 
 
@@ -465,6 +466,20 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: map_tensors(function, item) for key, item in value.items()}
     return value
+
+
+def as_now(function: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
+    """Return a function that runs later under the autocast that is active now."""
+    kind = like.device.type
+    if not torch.is_autocast_enabled(kind):
+        return function
+    dtype = torch.get_autocast_dtype(kind)
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(kind, dtype):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _reduced(gradient: Tensor, shape: torch.Size, n: int, layout: BatchLayout) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from torch import nn
 
-from lightning_influence.calls import ConvolutionCall, EmbeddingCall
+from lightning_influence.calls import ConvolutionCall, EmbeddingCall, LinearCall
 from lightning_influence.layers import LARGEST_VECTOR, ONE_HOT, LayerError, MatrixBlock, ParameterBlock, VectorBlock
 from lightning_influence.trace import Trace, TracedUse
 
@@ -204,8 +204,10 @@ class _Survey:
             if role not in use.call.matrix_roles:
                 profile.direct = True
                 weights = use.roles.get("weight", ())
-                paired = role == "bias" and view is not None and len(weights) == 1
+                paired = role == "bias" and view is not None and len(weights) == 1 and _same_rows(use)
                 profile.partners.append(weights[0] if paired else None)
+            elif issubclass(use.call, EmbeddingCall) and view is not None and view.transposed:
+                profile.reason = "used transposed by an embedding"
             elif issubclass(use.call, EmbeddingCall):
                 profile.matrix("linear", kind="embedding")
                 profile.reason = profile.reason or (None if whole else "used in parts by an embedding")
@@ -341,6 +343,14 @@ _SCALES = (
     nn.modules.batchnorm._NormBase,
     nn.PReLU,
 )
+
+
+def _same_rows(use: TracedUse) -> bool:
+    """Tell whether a linear map takes the same rows of its weight and of its bias, if it takes only some."""
+    weight, bias = use.views.get("weight"), use.views.get("bias")
+    if use.call is not LinearCall or use.transposed or weight is None or bias is None or weight.transposed:
+        return True
+    return (weight.start, weight.rows) == (bias.start, bias.rows)
 
 
 def _clean(path: str) -> str:

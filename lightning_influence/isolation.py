@@ -224,7 +224,10 @@ def _restored(modules: list[nn.Module]) -> Iterator[None]:
     """Let the pass work on copies of buffers and attributes; put the originals back."""
     attributes = [(module, dict(module.__dict__)) for module in modules]
     registries = [
-        (module.__dict__[name], copy.copy(module.__dict__[name])) for module in modules for name in _REGISTRIES
+        (module.__dict__[name], copy.copy(module.__dict__[name]))
+        for module in modules
+        for name in _REGISTRIES
+        if isinstance(module.__dict__.get(name), (dict, set))  # scripted modules have views of C++ containers
     ]
     memo: dict[int, Any] = {}
     try:

@@ -23,6 +23,7 @@ from lightning_influence.calls import (
     LinearCall,
     NormCall,
     PReLUCall,
+    as_now,
 )
 
 
@@ -265,15 +266,15 @@ def _elementwise_reader(plain: Callable[..., Tensor], sign: int | None = None) -
             },
         )
         raw = next((value for value in others if value.shape == output.shape), output).detach()
-        return ElementwiseCall(raw, {"weight": parameter}, plain, ((), {}) if adds else detached, place, adds)
+        again = as_now(plain, output)
+        return ElementwiseCall(raw, {"weight": parameter}, again, ((), {}) if adds else detached, place, adds)
 
     return read
 
 
 def _read_expand(site: Site) -> Call:
     (parameter,) = site.parameters
-    shape = site.output.shape
-    if parameter.ndim > len(shape):
+    if parameter.ndim > site.output.ndim:
         raise NotUnderstoodError("in a repetition that drops dimensions")
     return ExpandCall(site.output.detach(), {"weight": parameter})
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_influence.calls import Call, Layouts, RepeatedCall, tensors_in
+from lightning_influence.calls import Call, ExpandCall, Layouts, RepeatedCall, as_now, tensors_in
 from lightning_influence.layout import BatchLayout, Order, find_layout, settle_order
 from lightning_influence.reading import NotSeparableError, NotUnderstoodError, Site, read_call
 from lightning_influence.terms import TermForm
@@ -295,6 +295,9 @@ class Tracer(FunctionWatch):
             use = self._batched_use(event)
         elif any(event.grown):
             use = TracedUse("unknown", func, reason=f"summed over the batch by {name_of(func)}")
+        elif any(id(t) in self._from_batch and t.numel() > 1 for t in tensors):
+            reason = f"used by {name_of(func)} on rows of some of the examples"
+            use = TracedUse("unknown", func, reason=reason)
         else:
             use = TracedUse("penalty", func)
         for source in sources:
@@ -336,6 +339,13 @@ class Tracer(FunctionWatch):
         if of_output is None or (wanted and of_input is None):
             name = name_of(event.site.function)
             raise NotUnderstoodError(f"by {name} on a tensor whose batch dimension can't be told")
+        if isinstance(call, ExpandCall):
+            # Without the batch, only dimensions of size 1 may have been repeated.
+            shape = of_output.in_place(event.site.output, self._sizes[1]).shape[1:]
+            (parameter,) = call.parameters.values()
+            padded = (1,) * (len(shape) - parameter.ndim) + tuple(parameter.shape)
+            if any(own not in (1, size) for own, size in zip(padded, shape, strict=True)):
+                raise NotUnderstoodError(f"by {name_of(event.site.function)} over more than the examples")
         return Layouts(of_input or of_output, of_output)
 
     def _use_of(
@@ -410,11 +420,18 @@ class Tracer(FunctionWatch):
         """Follow rows that were picked by a mask, as long as they stay rows."""
         picks = func in _PICKING or (func == torch.where and len(tensors) == 1)
         picks = picks or (func == Tensor.__getitem__ and any(t.dtype == torch.bool for t in tensors[1:]))
+        if name_of(func) == "_pad_packed_sequence":  # every row is in its place again
+            return
+        if name_of(func) == "_pack_padded_sequence":
+            self._picked[id(made[0])] = made[0]
+            return
         rows = {len(t) for t in tensors if id(t) in self._picked and t.ndim}
         first = tensors[0] if tensors else None
         for output in made:
             # What is written back into a tensor of the whole batch (`back[mask] = rows`) is in its place again.
-            back = first is not None and id(first) not in self._picked and output.shape == first.shape
+            back = (
+                func in _WRITING and first is not None and id(first) not in self._picked and output.shape == first.shape
+            )
             if picks or (output.ndim and len(output) in rows and not back):
                 self._picked[id(output)] = output
 
@@ -429,6 +446,14 @@ class Tracer(FunctionWatch):
                     self.trace.outside.append(note)
 
 
+_WRITING = {Tensor.__setitem__} | {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for stem in (*(f"index_{kind}" for kind in ("add", "copy", "put", "fill", "reduce")), "scatter", "scatter_add",
+                 "scatter_reduce", "masked_scatter")
+    for name in (stem, f"{stem}_")
+    if hasattr(owner, name)
+}  # fmt: skip
 _PICKING = (torch.masked_select, Tensor.masked_select, torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere)
 
 
@@ -444,7 +469,7 @@ def repeated_call(site: Site, layouts: tuple[BatchLayout | None, ...]) -> Repeat
     distinct = {id(tensor): tensor for tensor in site.parameters}
     roles = {f"argument {position}": tensor for position, tensor in enumerate(distinct.values())}
     raw = (batched or list(distinct.values()))[0].detach()
-    return RepeatedCall(raw, roles, site.function, arguments, layouts)
+    return RepeatedCall(raw, roles, as_now(site.function, site.output), arguments, layouts)
 
 
 def _takes_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -144,7 +144,7 @@ def rows_of(block: ParameterBlock, uses: Sequence[Use], n: int) -> list[RowsByDr
 
 
 def direct_rows(block: ParameterBlock, draws: Sequence[dict[str, Tensor]]) -> RowsByDraw:
-    """Lay out per-example gradients ``[n, *shape]`` by parameter name,, by draw."""
+    """Lay out per-example gradients ``[n, *shape]`` by parameter name, by draw."""
     pairs = [block.direct_rows(draw) for draw in draws]
     return [x for x, _ in pairs], [pairs[0][1]]
 

@@ -60,7 +60,7 @@ class _Look:
 
     inspection: Inspection
     sums: dict[str, Tensor]
-    norms: Tensor
+    norms: dict[str, Tensor]
     values: Tensor | None
     mean: float
     finite: Tensor
@@ -137,7 +137,7 @@ def _look(
     positions: dict[str, int] = {}
     sums: dict[str, Tensor] = {}
     largest = total = 0
-    norms = torch.zeros(len(indices), device=gradients.device, dtype=torch.float64)
+    norms: dict[str, Tensor] = {}
     start = time.perf_counter()
     own = references is None
     run = gradients.run(indices, everywhere=True, whole=True, own_scale=own, references=references, step_seed=step_seed)
@@ -149,7 +149,7 @@ def _look(
             size = io.x.numel() * io.x.element_size()
             largest, total = max(largest, size), total + size
             sums[io.name] = per_sample.summed_gradient(io.x, io.gs[0])
-            norms += per_sample.squared_norms(io.x, io.gs[0]).double()
+            norms[io.name] = per_sample.squared_norms(io.x, io.gs[0]).double()
         dtype = next((block.dtype for block in sums.values()), torch.float32)
         inspection = Inspection(
             positions,
@@ -175,7 +175,11 @@ def _look(
 def _draws_random_numbers(gradients: ExampleGradients, indices: list[int], look: _Look) -> bool:
     """Tell whether the step draws random numbers: another seed gives other gradients."""
     again = _look(gradients, indices, step_seed=1)
-    return not torch.allclose(look.norms, again.norms, rtol=look.tolerance, atol=1e-6 * float(look.norms.max()))
+    return any(
+        not torch.allclose(norms, again.norms[name], rtol=look.tolerance, atol=_smallest(look, name))
+        for name, norms in look.norms.items()
+        if name in again.norms
+    )
 
 
 def _compare(gradients: ExampleGradients, indices: list[int], look: _Look) -> float:
@@ -215,11 +219,16 @@ def _compare_alone(gradients: ExampleGradients, indices: list[int], look: _Look,
         trials.append((0, _copies(n)))
     for position, size in trials:
         alone = _look(gradients, [indices[position]] * size, look.references)
-        pairs = [("squared gradient norm", float(look.norms[position]), float(alone.norms[position]))]
+        pairs = [
+            (f"squared gradient norm in {name}", norms[position], alone.norms[name][position], _smallest(look, name))
+            for name, norms in look.norms.items()
+            if name in alone.norms
+        ]
         if look.values is not None and alone.values is not None:
-            pairs.append(("loss", float(look.values[position]), float(alone.values[position])))
-        for what, there, here in pairs:
-            scale = max(abs(here), abs(there), 1e-6 * float(look.norms.max()), 1e-12)
+            pairs.append(("loss", look.values[position], alone.values[position], 0.0))
+        for what, in_batch, by_itself, smallest in pairs:
+            there, here = float(in_batch), float(by_itself)
+            scale = max(abs(here), abs(there), smallest, 1e-12)
             if not abs(here - there) <= 5 * look.tolerance * scale:
                 raise VerificationError(
                     f"example {indices[position]} has another {what} in a batch than alone ({there:.4g} and "
@@ -228,6 +237,12 @@ def _compare_alone(gradients: ExampleGradients, indices: list[int], look: _Look,
                     "single examples is not defined then; pass `task=` with a loss per example, or accept it with "
                     "`verify=False`."
                 )
+
+
+def _smallest(look: _Look, name: str) -> float:
+    """Return the squared norm below which a block's gradient is rounding noise."""
+    whole = float(torch.stack(list(look.norms.values())).sum(0).max())
+    return max(1e-6 * float(look.norms[name].max()), _NEGLIGIBLE**2 * whole)
 
 
 def _copies(n: int) -> int:

@@ -136,6 +136,7 @@ class Problem:
         self.gradients = passes(self.net, self.inputs, self.targets)
         assert self.gradients.coverage.share == 1.0
         self.layers = list(self.gradients.coverage.blocks)
+        self._known: dict[tuple[str, int], list[dict[str, Tensor]]] = {}
 
     def fit(self, name: Any, labels: Any = "true", **options: Any) -> Curvature:
         both = (labels, labels) if isinstance(labels, str) else labels
@@ -201,10 +202,12 @@ class Problem:
 
     def per_example(self, layer: str, labels: str = "true", draw: int = 1) -> list[Tensor]:
         """Return one `[K, N, O, I]` for every draw."""
-        return [
-            self.matrix(layer, ref.per_example_gradients(self.net, loss, self.inputs, targets))
-            for loss, targets in self.draws(labels, draw)
-        ]
+        if (labels, draw) not in self._known:
+            self._known[labels, draw] = [
+                ref.per_example_gradients(self.net, loss, self.inputs, targets)
+                for loss, targets in self.draws(labels, draw)
+            ]
+        return [self.matrix(layer, gradients) for gradients in self._known[labels, draw]]
 
     def factors(self, layer: str, labels: str) -> list[tuple[Tensor, Tensor]]:
         """Return the two K-FAC factors, for every kind of use that the block has."""

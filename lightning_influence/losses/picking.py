@@ -72,7 +72,7 @@ def find_picking(tensor: Tensor) -> Picking | None:
     while node is not None and node.name() in _MOVES:
         steps.append((node, number))
         following = _row_input(node, number)
-        if node.name() in _PICKS and not _is_parameter(following):
+        if node.name() in _PICKS and not _is_parameter(following) and not _reorders(node):
             picked = len(steps)
         if following is None:
             break
@@ -81,6 +81,14 @@ def find_picking(tensor: Tensor) -> Picking | None:
         return None
     steps = steps[:picked][::-1]
     return Picking(_PICKS[steps[0][0].name()](steps[0][0]), steps)
+
+
+def _reorders(node: Any) -> bool:
+    """Tell whether all rows were picked, each once: sorted sequences brought back into the order of the batch."""
+    if node.name() != "IndexSelectBackward0":
+        return False
+    index, size = node._saved_index, node._saved_self_sym_sizes[node._saved_dim % len(node._saved_self_sym_sizes)]
+    return index.numel() == size and torch.equal(index.sort().values, torch.arange(size, device=index.device))
 
 
 def _is_parameter(place: tuple[Any, int] | None) -> bool:
