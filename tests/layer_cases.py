@@ -704,6 +704,19 @@ class Recommender(nn.Module):
         return (self.user(user) * self.item(item)).sum(-1) + bias + self.mean
 
 
+class Fourier(nn.Module):
+    """A Fourier layer: numbers are complex inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.filter = nn.Parameter(torch.randn(3, 4, 2))
+
+    def forward(self, value: Tensor) -> Any:
+        frequencies = torch.fft.rfft(self.layer(value), dim=1)
+        return torch.fft.irfft(frequencies * torch.view_as_complex(self.filter), n=value.shape[1], dim=1)
+
+
 class LoRA(nn.Module):
     """A frozen layer with a trained update of low rank."""
 
@@ -925,6 +938,7 @@ STRUCTURES: dict[str, tuple[Make, tuple[int, ...]]] = {
     "low-rank update by parameters": (LoRAParameters, (3, 4)),
     "in place": (InPlace, (4, 3, 3)),
     "some without gradients": (SomeWithoutGradients, (3, 4)),
+    "complex numbers": (Fourier, (4, 4)),
     "steps of a cell": (StepByStep, (3, 4)),
 }
 
@@ -1440,19 +1454,6 @@ class Centred(nn.Module):
         return self.layer(value - value.mean(0))
 
 
-class Fourier(nn.Module):
-    """A Fourier layer: numbers are complex inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-        self.filter = nn.Parameter(torch.randn(3, 4, 2))
-
-    def forward(self, value: Tensor) -> Any:
-        frequencies = torch.fft.rfft(self.layer(value), dim=1)
-        return torch.fft.irfft(frequencies * torch.view_as_complex(self.filter), n=value.shape[1], dim=1)
-
-
 class Loop(nn.Module):
     """One call for each example."""
 
@@ -1465,13 +1466,12 @@ class Loop(nn.Module):
 
 
 MISLEADING: dict[str, Case] = {
-    "complex numbers": Case(lambda: Reading(Fourier()), numbers((4, 4))),
     "a loop over examples": Case(lambda: Reading(Loop()), numbers((3, 4))),
     "a loop over vectors": Case(lambda: Reading(Loop()), numbers((4,))),
-    "scaled by frequency": Case(lambda: Reading(nn.Embedding(6, 4, scale_grad_by_freq=True)), ids(3)),
     "some rows": Case(lambda: Reading(Selected()), numbers((3, 4))),
-    "sorted": Case(lambda: Reading(Sorted()), numbers((4,))),
     "experts": Case(lambda: Reading(Expert()), numbers((3, 4))),
+    "sorted": Case(lambda: Reading(Sorted()), numbers((4,))),
+    "scaled by frequency": Case(lambda: Reading(nn.Embedding(6, 4, scale_grad_by_freq=True)), ids(3)),
     "statistics of the batch": Case(
         lambda: Reading(nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4, track_running_stats=False))),
         numbers((4, 3)),

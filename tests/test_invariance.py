@@ -29,7 +29,7 @@ EVERY = FactorExamples(10**9, 10**9)
 BATCH_SIZES = (1, 7, 8, N)
 
 
-def cnn() -> nn.Module:
+def cnn() -> nn.Sequential:
     torch.manual_seed(0)
     return (
         nn.Sequential(
@@ -111,6 +111,11 @@ def audit(
     return curvature, score_examples(gradients, indices, curvature=curvature, query=query, features=True)
 
 
+def about(name: str) -> Callable[[str], str]:
+    """Put a name before the message of a failed comparison."""
+    return lambda message: f"{name}: {message}"
+
+
 def assert_same(found: tuple[Curvature, ExampleScores], expected: tuple[Curvature, ExampleScores]) -> None:
     for layer, block in expected[0].blocks.items():
         torch.testing.assert_close(found[0].blocks[layer].to_dense(), block.to_dense(), **SAME)
@@ -118,7 +123,7 @@ def assert_same(found: tuple[Curvature, ExampleScores], expected: tuple[Curvatur
     assert torch.equal(found[1].indices, expected[1].indices)
     assert found[1].columns.keys() == expected[1].columns.keys()
     for name, column in expected[1].columns.items():
-        torch.testing.assert_close(found[1].columns[name], column, **SAME, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(found[1].columns[name], column, **SAME, msg=about(name))
     torch.testing.assert_close(found[1].features, expected[1].features)
 
 
@@ -198,7 +203,7 @@ class TestBatches:
     def test_loss_per_example(self) -> None:
         """A task may return `[n]` losses of a kind that is not known; a last batch of one has them as well."""
 
-        def own(module: Any, batch: Any) -> Tensor:
+        def own(module: Any, batch: Any) -> Any:
             logits = module(batch[0])
             return logits.logsumexp(1) - logits.gather(1, batch[1][:, None])[:, 0]
 
@@ -313,7 +318,8 @@ class TestNothingMoves:
             assert self.streams() == before, name
 
     def streams(self) -> tuple[Any, ...]:
-        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        of_numpy: Any = np.random.get_state()
+        return random.getstate(), of_numpy[1].tolist(), torch.get_rng_state().tolist()
 
     def test_model(self) -> None:
         net = cnn()
@@ -341,7 +347,9 @@ class TestNothingMoves:
 
         expected = audit(passes(TensorDataset((inputs + prompt).detach(), targets), 7))
         assert_same(audit(passes(TensorDataset(inputs, targets), 7, task=prompted)), expected)
-        assert inspect(passes(TensorDataset(inputs, targets), 7, task=prompted), range(7)).largest_error < 1e-10
+        error = inspect(passes(TensorDataset(inputs, targets), 7, task=prompted), range(7)).largest_error
+        assert error is not None
+        assert error < 1e-10
         assert prompt.grad is None
         assert inputs.grad is None
 
@@ -390,7 +398,8 @@ class TestSource:
             def __getitem__(self, index: int) -> int:
                 return index
 
-        for dataset in (Stream(), NoLength()):
+        datasets: list[Any] = [Stream(), NoLength()]
+        for dataset in datasets:
             with pytest.raises(DataError, match=rf"{type(dataset).__name__} is a stream.*`__getitem__` and `__len__`"):
                 ExampleSource(dataset)
         with pytest.raises(DataError, match="Stream is a stream"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import pytest
@@ -87,6 +88,15 @@ def task(module: Any, batch: Any) -> Tensor:
     return cross_entropy(module(batch[0]), batch[1])
 
 
+def with_input(value: Tensor, module: Any, batch: Any) -> Tensor:
+    return task(module, (value, batch[1]))
+
+
+def about(name: str) -> Callable[[str], str]:
+    """Put a name before the message of a failed comparison."""
+    return lambda message: f"{name}: {message}"
+
+
 def bfloat16() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)
 
@@ -116,7 +126,10 @@ def passes(
     coverage: Coverage | None = None,
     **options: Any,
 ) -> ExampleGradients:
-    dataset = inputs if targets is None else TensorDataset(inputs, targets)
+    dataset: Any = inputs
+    if targets is not None:
+        assert isinstance(inputs, Tensor)
+        dataset = TensorDataset(inputs, targets)
     source = ExampleSource(dataset, batch_size=batch_size)
     coverage = coverage or discover(net, task, source, layers=layers, **options)
     return ExampleGradients(net, task, source, coverage, **options)
@@ -163,7 +176,7 @@ def assert_gradients(net: nn.Module, inputs: Tensor, targets: Tensor, **options:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient.norm() > 1e-3, name
-        torch.testing.assert_close(found[name], gradient, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(found[name], gradient, **EXACT, msg=about(name))
     error = inspect(passes(net, inputs, targets, **options), range(len(inputs))).largest_error
     assert error is not None
     assert error < 1e-12
@@ -218,12 +231,14 @@ class TestEveryVariant:
         }
         for layout, value in inputs.items():
             # One batch that keeps the layout: a copy per example would bring it in order.
-            gradients = passes(net, value, targets, batch_size=EXAMPLES, task=lambda m, b, v=value: task(m, (v, b[1])))
+            gradients = passes(net, value, targets, batch_size=EXAMPLES, task=partial(with_input, value))
             found = captured(gradients)["0"]
             x, g = ref.layer_inputs_and_output_gradients(net, "0", cross_entropy, value, targets)
-            torch.testing.assert_close(found[0], x, **EXACT, msg=lambda m, layout=layout: f"{layout}: {m}")
+            torch.testing.assert_close(found[0], x, **EXACT, msg=about(layout))
             torch.testing.assert_close(found[1], g, **EXACT)
-        net = net.to(memory_format=torch.channels_last)
+        for parameter in net.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         assert_right(nn.Sequential(nn.Conv2d(2, 4, 1), nn.Tanh(), *net).double(), *data((2, 6, 7)))
 
     @pytest.mark.parametrize("name", LINEARS)
@@ -254,13 +269,13 @@ class TestEveryVariant:
         name = "0" if frozen == "bias" else "0.bias"
         gradients = passes(net, inputs, targets)
         found = formed(*captured(gradients)[name])
-        shape = expected.shape if frozen == "bias" else (1, EXAMPLES, 1, expected[:, 0].numel())
+        block_shape = (1, 1, expected[:, 0].numel()) if frozen == "weight" else (len(expected), *expected.shape[2:])
         torch.testing.assert_close(
             found, expected.transpose(0, 1).reshape(found.shape) if frozen == "weight" else expected, **EXACT
         )
         for coverage in (gradients.coverage, cover(net)):
             assert list(coverage.blocks) == [name]
-            assert coverage.blocks[name].shape == (shape[0], *shape[2:])
+            assert coverage.blocks[name].shape == block_shape
             assert coverage.share == 1.0
             assert {key: id(value) for key, value in coverage.blocks[name].parameters.items()} == {
                 f"0.{trained}": id(getattr(net[0], trained))
@@ -314,7 +329,7 @@ class Twice(nn.Module):
         self.shared = nn.Linear(4, 4)
         self.last = nn.Linear(4, CLASSES)
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Tensor) -> Any:
         return self.last(torch.tanh(self.shared(torch.tanh(self.shared(value)).mean(1))))
 
 
@@ -327,7 +342,7 @@ class TwoNames(nn.Module):
         self.other = self.one
         self.flat = Flat()
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Tensor) -> Any:
         whole, part = torch.tanh(self.one(value)), torch.tanh(self.other(value[:, :, ::2, 1:]))
         return self.flat(whole) + self.flat(part)
 
@@ -339,7 +354,7 @@ class Siamese(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Tensor) -> Any:
         return self.encoder(value[:, 0]) * self.encoder(value[:, 1])
 
 
@@ -352,7 +367,7 @@ class TwoTowers(nn.Module):
         self.text = nn.Linear(7, 40)
         self.head = nn.Linear(40, CLASSES)
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Tensor) -> Any:
         return self.head(torch.tanh(self.image(value)).flatten(1) * self.text(value[:, 0, 0]))
 
 
@@ -367,7 +382,7 @@ class Bottleneck(nn.Module):
         self.skip = nn.Conv2d(4, 6, 1)
         self.head = nn.Linear(6, CLASSES)
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Tensor) -> Any:
         value = F.relu(self.norm(self.stem(value)), inplace=True)
         out = self.body(value)
         out += self.skip(value)
@@ -382,7 +397,7 @@ class SomeWithoutGradients(nn.Module):
         self.first = nn.Linear(4, 4)
         self.last = nn.Linear(4, CLASSES)
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Tensor) -> Any:
         with torch.no_grad():
             target = torch.tanh(self.first(2 * value))
         return self.last(torch.tanh(self.first(value)) * target) + self.last(target)
@@ -396,7 +411,7 @@ class Detached(nn.Module):
         self.below = nn.Linear(4, 4)
         self.above = nn.Linear(4, CLASSES)
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Tensor) -> Any:
         return self.above(torch.tanh(self.below(value)).detach())
 
 
@@ -406,21 +421,21 @@ class ByKeyword(nn.Module):
         self.first = nn.Linear(4, 4)
         self.last = nn.Linear(4, CLASSES)
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Tensor) -> Any:
         return self.last(input=torch.tanh(self.first(input=value)))
 
 
 class Modifies(ByKeyword):
     """Changes the input of its last layer after the layer has used it."""
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Tensor) -> Any:
         hidden = self.first(value)
         out = self.last(hidden)
         hidden.mul_(2)
         return out + hidden[:, :CLASSES]
 
 
-def in_place() -> nn.Module:
+def in_place() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(4, 5, 3),
         nn.ReLU(inplace=True),
@@ -454,7 +469,7 @@ class UsedThenOverwritten(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(4, 5), nn.Linear(5, CLASSES)
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Tensor) -> Any:
         hidden = self.first(value)
         doubled = 2 * hidden
         hidden.sub_(0.3)
@@ -469,7 +484,7 @@ class OverwrittenInParts(nn.Module):
         self.first, self.last = nn.Linear(4, 5), nn.Linear(5, CLASSES)
         self.shift, self.scale, self.whole = (nn.Parameter(torch.randn(5)) for _ in range(3))
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Tensor) -> Any:
         hidden = self.first(value)
         hidden += self.whole
         hidden[:, 0].add_(self.shift)
@@ -511,7 +526,9 @@ class TestStructure:
         assert captured(passes(net, inputs, targets)).keys() == {"above"}
         expected = reference_gradients(net, inputs, targets)
         assert not expected["below"].any()
-        assert inspect(passes(net, inputs, targets), range(3)).largest_error < 1e-12
+        error = inspect(passes(net, inputs, targets), range(3)).largest_error
+        assert error is not None
+        assert error < 1e-12
 
     def test_batch_norm_uses_its_running_statistics_and_keeps_them(self) -> None:
         """Even when the model is in training mode, as in the middle of `fit`."""
@@ -548,11 +565,12 @@ class TestStructure:
 
     def test_compiled_model(self) -> None:
         """A wrapped model has the names and the numbers of the eager one."""
-        net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, CLASSES))).double().eval()
+        net: Any = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, CLASSES))).double().eval()
         inputs, targets = data((4,))
         expected = captured(passes(net, inputs, targets))
         net[1] = torch.compile(net[1])
-        found = captured(passes(torch.compile(net), inputs, targets))
+        net = torch.compile(net)
+        found = captured(passes(net, inputs, targets))
         assert found.keys() == expected.keys() == {"0", "1.1"}
         for layer, (x, g) in expected.items():
             torch.testing.assert_close(found[layer], (x, g), **EXACT)
@@ -566,7 +584,7 @@ class TestStructure:
                 self.first, self.last, self.beside = nn.Linear(4, 4), nn.Linear(4, CLASSES), nn.Linear(4, CLASSES)
                 self.with_a_root = True
 
-            def forward(self, value: Tensor) -> Tensor:
+            def forward(self, value: Tensor) -> Any:
                 leaf = value.detach().requires_grad_()
                 out = self.last(torch.tanh(self.first(leaf * 2)))
                 return out + self.beside(value) if self.with_a_root else out + 0 * self.beside(leaf)
@@ -590,7 +608,7 @@ class TestStructure:
             def whole(self, value: Tensor) -> Tensor:
                 return self.segment(self.first(value))
 
-            def forward(self, value: Tensor) -> Tensor:
+            def forward(self, value: Tensor) -> Any:
                 if self.from_the_start:
                     return self.last(checkpoint(self.whole, value, use_reentrant=False))
                 return self.last(checkpoint(self.segment, self.first(value), use_reentrant=False))
@@ -766,7 +784,7 @@ class TestCapture:
                 super().__init__()
                 self.grid = nn.Buffer(torch.randn(shape))
 
-            def forward(self, value: Tensor) -> Tensor:
+            def forward(self, value: Tensor) -> Any:
                 return self.last(torch.tanh(self.first(self.grid)).reshape(-1, 4).mean(0) * value)
 
         net = Grid().double()
@@ -836,7 +854,7 @@ class Tied(nn.Module):
         self.head = nn.Linear(4, CLASSES, bias=False)
         self.head.weight = self.words.weight
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor) -> Any:
         return self.head(torch.tanh(self.other(torch.tanh(self.one(self.words(ids)))).mean(1)))
 
 
@@ -846,7 +864,7 @@ class Attends(nn.Module):
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
         self.head = nn.Linear(4, CLASSES)
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Tensor) -> Any:
         return self.head(self.attention(value, value, value)[0].mean(1))
 
 
@@ -1020,7 +1038,7 @@ class TestVerification:
         net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES)).double()
         return passes(net, *data((4,)), task=change, batch_size=EXAMPLES)
 
-    def penalty(self, module: Any, batch: Any) -> Tensor:
+    def penalty(self, module: Any, batch: Any) -> Any:
         return task(module, batch) + 1e-3 * module[2].weight.square().sum()
 
     def test_penalty(self) -> None:

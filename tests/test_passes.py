@@ -39,7 +39,7 @@ def _data(n: int = N, shape: tuple[int, ...] = (3,)) -> TensorDataset:
     return TensorDataset(x, torch.randint(0, C, (n,), generator=generator))
 
 
-def _net(outputs: int = C) -> nn.Module:
+def _net(outputs: int = C) -> nn.Sequential:
     torch.manual_seed(2)
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, outputs)).double()
 
@@ -328,7 +328,7 @@ def test_true_gradients_are_those_of_the_reference(batch_size: int) -> None:
     found = _collect(gradients, indices)
     assert list(found) == ["0", "2"]
     assert list(found["0"]) == indices
-    _assert_reference(found, gradients.module, F.cross_entropy, gradients.source.dataset)
+    _assert_reference(found, gradients.module, F.cross_entropy, _data())
 
 
 def test_batch_statistics_dropout_and_augmentation_do_not_make_the_batch_matter() -> None:
@@ -410,9 +410,9 @@ def test_after_calibration_an_example_weighs_the_same_in_every_batch(name: str, 
     one_by_one = ExampleGradients(net, task, ExampleSource(data, batch_size=1), cover(net)).like(gradients)
     _assert_same(sampled, _collect(one_by_one, range(N), "sampled", draw=1))
     _assert_same(_collect(gradients, range(N), "exact"), _collect(one_by_one, range(N), "exact"))
-    expected = torch.stack([own(net(x[None]), y[None]).sum().detach() for x, y in data])
+    expected = torch.stack([own(net(x[None]), y[None]).sum().detach() for x, y in zip(*data.tensors, strict=True)])
     with closing(gradients.run(range(N))) as batches:
-        values = torch.cat([batch.loss.values for batch in batches])
+        values = torch.cat([batch.loss.values for batch in batches if batch.loss.values is not None])
     torch.testing.assert_close(values, expected, **EXACT)
 
 
@@ -484,7 +484,7 @@ def test_labels_of_different_examples_are_independent() -> None:
 def test_labels_of_different_terms_are_independent() -> None:
     """Two equal terms agree on the label by chance only; with one label for both, the cross terms would not vanish."""
     gradients = _gradients(lambda m, b: F.cross_entropy(m(b[0]), b[1]) + F.cross_entropy(m(b[0]), b[1]))
-    p = gradients.module(gradients.source.dataset.tensors[0]).softmax(1).detach()
+    p = gradients.module(_data().tensors[0]).softmax(1).detach()
     found = _collect(gradients, range(N), "sampled")["2"]
     # The layer is called twice, and the gradient of its bias is the sum of both: 2 p minus the labels.
     labels = torch.stack([2 * p[n] - found[n][0, 0, :, -1] for n in range(N)])
@@ -494,9 +494,8 @@ def test_labels_of_different_terms_are_independent() -> None:
 
 def test_exact_labels_give_the_fisher_of_every_example() -> None:
     gradients = _gradients(batch_size=8)
-    data = gradients.source.dataset
     found = _collect(gradients, range(N), "exact")
-    expected = ref.class_gradients(gradients.module, data.tensors[0], C)
+    expected = ref.class_gradients(gradients.module, _data().tensors[0], C)
     for name, rows in found.items():
         for n, gradient in rows.items():
             per_class = torch.cat(
@@ -559,7 +558,8 @@ def test_labels_that_cannot_be_had(task: Task, labels: passes.Labels, match: str
 
 
 def _streams() -> Any:
-    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+    of_numpy: Any = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), of_numpy[1].tolist()
 
 
 def _traces(net: nn.Module) -> dict[str, Any]:
@@ -577,12 +577,13 @@ def _traces(net: nn.Module) -> dict[str, Any]:
 class _Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(_net(6), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, C)).double()
-        self.net[0][0].bias.requires_grad_(False)
+        first = _net(6)
+        first[0].bias.requires_grad_(False)
+        self.net = nn.Sequential(first, nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, C)).double()
         self.net[1].eval()
         self.losses: list[float] = []
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.net(x)
 
 
@@ -602,7 +603,7 @@ def _failing(module: Any, batch: Any) -> Tensor:
 
 @pytest.mark.parametrize("ending", ["all", "closed early", "consumer raises", "task raises"])
 @pytest.mark.parametrize("pass_", ["true", "sampled", "exact", "losses", "calibrate"])
-def test_the_model_is_as_before_however_a_pass_ends(ending: str, pass_: str) -> None:
+def test_the_model_is_as_before_however_a_pass_ends(ending: str, pass_: Any) -> None:
     net = _Normed()
     task = _failing if ending == "task raises" else _counting
     weighted = (lambda m, b: 0 * task(m, b) + F.cross_entropy(m(b[0]), b[1], WEIGHT)) if pass_ == "calibrate" else task
@@ -645,7 +646,7 @@ def test_the_model_is_as_before_however_a_pass_ends(ending: str, pass_: str) -> 
 def test_training_goes_on_after_a_pass() -> None:
     gradients = _gradients()
     _collect(gradients, range(N))
-    x, y = gradients.source.dataset.tensors
+    x, y = _data().tensors
     F.cross_entropy(gradients.module(x), y).backward()
     assert all(p.grad is not None for p in gradients.module.parameters())
 
@@ -689,6 +690,7 @@ def test_a_loss_that_overflows_is_told_though_its_gradient_is_finite() -> None:
 def test_passes_have_a_size_of_their_own_and_many_draws_that_of_training() -> None:
     gradients = _gradients()
     gradients.source.pass_batch_size = 16
+    labels: passes.Labels
     for labels, sizes in (("true", [16, 5]), ("sampled", [16, 5]), ("exact", [8, 8, 5])):
         with closing(gradients.run(range(N), labels)) as batches:
             assert [len(batch.indices) for batch in batches] == sizes
@@ -793,7 +795,7 @@ class _Tied(nn.Module):
         super().__init__()
         self.first, self.again, self.last = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, C)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.last(self.again(torch.tanh(self.again(torch.tanh(self.first(x))))))
 
 
@@ -845,7 +847,7 @@ def _flattened_time_major(module: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(module(batch[0].transpose(0, 1).flatten(0, 1)).unflatten(0, (5, -1)).mean(0), batch[1])
 
 
-def _untapped(module: nn.Module, batch: Any) -> Tensor:
+def _untapped(module: nn.Module, batch: Any) -> Any:
     return (module(batch[0]) - F.one_hot(batch[1], C)).abs().sum(1)
 
 
@@ -998,7 +1000,7 @@ def test_looking_leaves_the_random_streams_alone(augmented: bool) -> None:
     assert _streams() == before
 
 
-def _l2_penalty(module: Any, batch: Any) -> Tensor:
+def _l2_penalty(module: Any, batch: Any) -> Any:
     return _cross_entropy(module, batch) + 0.01 * sum(p.square().sum() for p in module.parameters())
 
 
@@ -1034,7 +1036,7 @@ def _contrastive(module: Any, batch: Any) -> Tensor:
     return F.cross_entropy(z @ z.roll(1, 1).T, torch.arange(len(z)))
 
 
-def _untapped_interaction(module: Any, batch: Any) -> Tensor:
+def _untapped_interaction(module: Any, batch: Any) -> Any:
     z = module(batch[0])
     return (z - z.mean(0)).abs().sum(1).mean()
 

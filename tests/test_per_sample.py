@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -313,8 +313,15 @@ class TestOneHotRows:
         assert isinstance(onehot, OneHot)
         others = [OneHot(onehot.indices.flip(0), 7), onehot]
         tail = [torch.randn(1, 5, size, 7).double() for size in (2, 1)]
-        parts: list[Tensor | OneHot]
-        for parts in ([*others], [others[0]], [*others, *tail], [onehot, tail[0]], [*tail], [tail[0]]):
+        cases: list[Sequence[Tensor | OneHot]] = [
+            others,
+            others[:1],
+            [*others, *tail],
+            [onehot, tail[0]],
+            tail,
+            tail[:1],
+        ]
+        for parts in cases:
             joined = join(parts)
             assert torch.equal(opened(joined), torch.cat([opened(part) for part in parts], 2))
 

@@ -218,10 +218,9 @@ def test_self_influence_is_that_of_the_reference(kind: str, rates: str, frozen: 
 def test_a_sum_over_checkpoints() -> None:
     """Two checkpoints of a training run, with the step sizes of the steps that each stands for."""
     net, data = _conv_net(), _data()
-    optimizer = torch.optim.SGD(
-        [{"params": list(net.parameters())[:2]}, {"params": list(net.parameters())[2:], "lr": 0.2, "momentum": 0.5}],
-        lr=0.1,
-    )
+    parameters = list(net.parameters())
+    groups: list[dict[str, Any]] = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.2, "momentum": 0.5}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
     gradients, sizes, running = _gradients(net, data), StepSizes(net), TracInScores(len(data))
     checkpoints, etas = [], []
     for step in range(1, 5):
@@ -248,9 +247,9 @@ def test_one_step_on_an_example_lowers_its_loss_by_its_tracin(index: int) -> Non
     left_over = []
     for rate in (2e-4, 1e-4):
         net = _conv_net()
-        optimizer = torch.optim.SGD(
-            [{"params": list(net.parameters())[:2]}, {"params": list(net.parameters())[2:], "lr": 3 * rate}], lr=rate
-        )
+        parameters = list(net.parameters())
+        groups: list[dict[str, Any]] = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 3 * rate}]
+        optimizer = torch.optim.SGD(groups, lr=rate)
         gradients, sizes = _gradients(net, data), StepSizes(net)
         before = F.cross_entropy(net(x), y)
         before.backward()
