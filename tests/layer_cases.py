@@ -1357,7 +1357,7 @@ COVERED: dict[str, Case] = {
     **_read(NORMS, "norm", alone=False),
     **_read(ELEMENTWISE, "elementwise", alone=False),
     **_read(FUNCTIONAL, "functional", alone=False),
-    **_read(STRUCTURES, "structure"),
+    **_read(STRUCTURES, "structure", alone=False),
     **_read(ATTENTION, "attention"),
     **_read(REPEATED, "repeated", alone=False),
     **{
