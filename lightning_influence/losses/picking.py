@@ -67,17 +67,19 @@ def find_picking(tensor: Tensor) -> Picking | None:
         None if no rows were picked.
     """
     steps: list[tuple[Any, int]] = []
-    picked = 0
+    picked, only_reordered = 0, True
     node, number = tensor.grad_fn, tensor.output_nr
     while node is not None and node.name() in _MOVES:
         steps.append((node, number))
         following = _row_input(node, number)
-        if node.name() in _PICKS and not _is_parameter(following) and not _reorders(node):
+        if node.name() in _PICKS and not _is_parameter(following):
             picked = len(steps)
+            only_reordered = only_reordered and _reorders(node)
         if following is None:
             break
         node, number = following
-    if not picked:
+    # Sorted for packing and picked: followed from before the sort. Only put in order again: nothing was picked.
+    if not picked or only_reordered:
         return None
     steps = steps[:picked][::-1]
     return Picking(_PICKS[steps[0][0].name()](steps[0][0]), steps)
