@@ -11,7 +11,7 @@ positions, ``i`` inputs, ``o`` outputs, ``c`` channels.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ class Layouts:
 
 
 @dataclass(frozen=True, eq=False)
-class Call(ABC):
+class Call:
     """One call.
 
     Attributes:
@@ -66,6 +66,11 @@ class Call(ABC):
     def batched_ndim(self) -> int:
         """Return the smallest number of dimensions of an input with a batch."""
         return 1
+
+
+@dataclass(frozen=True, eq=False)
+class DirectCall(Call):
+    """A call whose parameters scale or shift: every example's own gradient is formed."""
 
     @abstractmethod
     def direct(self, role: str, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
@@ -231,10 +236,6 @@ class EmbeddingCall(Call):
         vectors = layouts.output.by_example(gradient, n).reshape(1, n, -1, gradient.shape[-1])
         return _looked_up(indices, vectors, len(self.parameters["weight"]), self.padding_idx)
 
-    def direct(self, role: str, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
-        """Never called: an embedding has no parameter that scales or shifts."""
-        raise NotImplementedError(f"an embedding has no {role}")
-
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingBagCall(EmbeddingCall):
@@ -299,7 +300,7 @@ def _looked_up(
 
 
 @dataclass(frozen=True, eq=False)
-class NormCall(Call):
+class NormCall(DirectCall):
     """A normalisation with an affine part.
 
     Attributes:
@@ -330,7 +331,7 @@ class NormCall(Call):
 
 
 @dataclass(frozen=True, eq=False)
-class PReLUCall(Call):
+class PReLUCall(DirectCall):
     """``F.prelu``: one slope for all, or one per channel (dimension 1)."""
 
     def direct(self, role: str, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
@@ -342,7 +343,7 @@ class PReLUCall(Call):
 
 
 @dataclass(frozen=True, eq=False)
-class ElementwiseCall(Call):
+class ElementwiseCall(DirectCall):
     """An elementwise function of a parameter and the batch, with broadcasting.
 
     Attributes:
@@ -387,7 +388,7 @@ class ElementwiseCall(Call):
 
 
 @dataclass(frozen=True, eq=False)
-class ExpandCall(Call):
+class ExpandCall(DirectCall):
     """A parameter repeated for every example: ``cls_token.expand(n, -1, -1)``."""
 
     @property
@@ -401,7 +402,7 @@ class ExpandCall(Call):
 
 
 @dataclass(frozen=True, eq=False)
-class RepeatedCall(Call):
+class RepeatedCall(DirectCall):
     """Any function that treats each example alone: run once more for each, and differentiated there.
 
     Attributes:

@@ -7,7 +7,7 @@ stops at the outputs of the calls, so that no weight gradient and nothing below 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -86,7 +86,6 @@ class Capture:
             for name, parameter in block.parameters.items()
         }
         self._flags: list[tuple[Tensor, bool]] = []
-        self._uses: dict[str, list[Use]] = {}
         self._order: list[tuple[str, Use]] = []
         self._outputs: list[Output] = []
         self._sources: dict[int, Source] = {}
@@ -94,7 +93,6 @@ class Capture:
         self._positions: dict[int, tuple[int, list[list[TracedUse]]]] = {}
         self._computed: dict[str, list[dict[str, Tensor]]] = {}
         self._examples: int | None = None
-        self._draws = 0
 
     def __enter__(self) -> Capture:
         # Frozen parameters outside of the coverage keep the graph from growing below the first covered one.
@@ -125,8 +123,8 @@ class Capture:
 
     def clear(self) -> None:
         """Forget the last batch."""
-        self._uses, self._order, self._outputs, self._computed = {}, [], [], {}
-        self._sources, self._positions, self._draws = {}, {}, 0
+        self._order, self._outputs, self._computed = [], [], {}
+        self._sources, self._positions = {}, {}
 
     # ------------------------------------------------------------ forward pass
 
@@ -137,9 +135,10 @@ class Capture:
             id(parameter): Source(parameter, ((name, parameter),)) for name, parameter, _ in self._followed.values()
         }
 
-    def concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Tell whether a covered parameter, or something made from covered parameters alone, is among the arguments."""
-        return any(id(tensor) in self._sources for tensor in tensors_in((args, kwargs)))
+    @property
+    def followed(self) -> Container[int]:
+        """Ids of the covered parameters, and of what the running forward pass has made from them alone."""
+        return self._sources
 
     def after(
         self,
@@ -151,7 +150,7 @@ class Capture:
     ) -> None:
         """Record a call in which a covered parameter met the batch; ``before`` holds what it has overwritten."""
         # Without gradients the call adds nothing to the parameters' gradient in training either.
-        if not torch.is_grad_enabled() or not self.concerns(args, kwargs):
+        if not torch.is_grad_enabled() or not any(id(t) in self._sources for t in tensors_in((args, kwargs))):
             return
         made = [tensor for tensor in outputs_of(func, args, output) if tensor.requires_grad]
         if not made:
@@ -236,7 +235,6 @@ class Capture:
                 roles.setdefault(self._followed[id(parameter)][2].name, {})[role] = source
         for name, of_block in roles.items():
             use = Use(call, layouts, place, tuple(tensor._version for tensor in call.inputs), of_block)
-            self._uses.setdefault(name, []).append(use)
             self._order.append((name, use))
 
     # ----------------------------------------------------------- backward pass
@@ -252,7 +250,6 @@ class Capture:
         Raises:
             LayerError: If nothing was recorded, or a reentrant checkpoint stands in the way.
         """
-        self._draws += 1
         if not self._outputs and self.coverage.one_by_one:
             return
         if not self._outputs:
@@ -341,7 +338,7 @@ class Capture:
         if name in self._computed:
             laid_out = [direct_rows(block, self._computed[name])]
         else:
-            laid_out = rows_of(block, [use for use in self._uses[name] if use.output.reached], n)
+            laid_out = rows_of(block, [use for owner, use in self._order if owner == name and use.output.reached], n)
         if not laid_out:
             return None
         if keep is not None:
@@ -378,8 +375,9 @@ class _Watch(FunctionWatch):
         super().__init__()
         self.capture = capture
 
-    def concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return self.capture.concerns(args, kwargs)
+    @property
+    def followed(self) -> Container[int]:
+        return self.capture.followed
 
     def after(
         self,

@@ -51,6 +51,8 @@ class Coverage:
     def describe(self) -> str:
         """Return one line for logs: the share covered and what is left out."""
         line = f"{self.share:.1%} of {self.total_parameters:,} trainable parameters in {len(self.blocks)} layers"
+        if self.trace.failure is not None:
+            line += f", taken to be used in the standard way (not traced: {self.trace.failure})"
         if self.one_by_one:
             line += f", one example at a time: {_listed(sorted(self.one_by_one))}"
         return f"{line}; not covered: {_listed(list(self.uncovered))}" if self.uncovered else line

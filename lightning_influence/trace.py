@@ -7,7 +7,7 @@ last example of the larger batch is a copy of its first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -153,9 +153,10 @@ class ShapeRecorder(FunctionWatch):
         super().__init__()
         self.calls: list[_Shapes] = []
 
-    def concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return False: values do not matter here."""
-        return False
+    @property
+    def followed(self) -> Container[int]:
+        """Nothing: values do not matter here."""
+        return frozenset()
 
     def after(
         self,
@@ -249,9 +250,10 @@ class Tracer(FunctionWatch):
         # Rows picked by their values (``h[mask]``): how many an example has differs from batch to batch.
         self._picked: dict[int, Tensor] = {}
 
-    def concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Tell whether a parameter, or something made from parameters alone, is among the arguments."""
-        return any(id(t) in self._shared for t in tensors_in((args, kwargs)))
+    @property
+    def followed(self) -> Container[int]:
+        """Ids of the parameters, and of what was made from parameters alone."""
+        return self._shared
 
     def after(
         self,

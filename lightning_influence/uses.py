@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from lightning_influence.calls import Call, EmbeddingCall, Layouts, MatrixCall
+from lightning_influence.calls import Call, DirectCall, EmbeddingCall, Layouts, MatrixCall
 from lightning_influence.layers import LayerError, MatrixBlock, ParameterBlock
 from lightning_influence.precision import working, working_dtype
 from lightning_influence.rows import Joined, OneHot, Rows, join
@@ -174,6 +174,8 @@ def _matrix_rows(block: MatrixBlock, use: Use, draws: Sequence[Tensor | None], n
 
 def _direct_gradients(use: Use, draw: Tensor | None, n: int) -> dict[str, Tensor]:
     """Return per-example gradients ``[n, *shape]`` of what was passed, by role."""
+    # An embedding has a weight alone, which has rows.
+    assert isinstance(use.call, (MatrixCall, DirectCall))
     if draw is not None:
         return {role: use.call.direct(role, draw, n, use.layouts) for role in use.roles}
     like = next(gradient for gradient in use.output.gradients if gradient is not None)

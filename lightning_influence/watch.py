@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from lightning_influence.losses import all_arguments
 from lightning_influence.reading import IN_PLACE
 
 
-class FunctionWatch(TorchFunctionMode):
+class FunctionWatch(TorchFunctionMode, ABC):
     """Sees every call of a torch function while it is active, from the outside and from within attention."""
 
     def __torch_function__(
@@ -32,16 +33,18 @@ class FunctionWatch(TorchFunctionMode):
             with self:
                 return _attention(*args, **kwargs)
         before: tuple[Any, ...] | None = None
-        if func in IN_PLACE and self.concerns(args, kwargs):
+        if func in IN_PLACE and any(id(tensor) in self.followed for tensor in tensors_in((args, kwargs))):
             before = (args[0].detach().clone(), *args[1:])
         output = func(*args, **kwargs)
         self.after(func, args, kwargs, output, before)
         return output
 
-    def concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Tell whether the arguments hold something to follow."""
-        raise NotImplementedError
+    @property
+    @abstractmethod
+    def followed(self) -> Container[int]:
+        """Ids of the tensors to follow: what an in-place call with one of them overwrites is copied before."""
 
+    @abstractmethod
     def after(
         self,
         func: Callable[..., Any],
@@ -59,7 +62,6 @@ class FunctionWatch(TorchFunctionMode):
             output: What it returned.
             before: The positional arguments with a copy of what the call has overwritten, if it has.
         """
-        raise NotImplementedError
 
 
 # The function, with a `has_torch_function` of its own that says no.
