@@ -12,19 +12,31 @@ import torch
 from torch import Tensor
 
 from lightning_influence.coverage import Coverage
-from lightning_influence.curvature.fit import (
-    BLOCKS,
+from lightning_influence.curvature import (
+    LADDER,
     Curvature,
     CurvatureName,
+    Damping,
+    DampingChoice,
     FactorExamples,
     Fisher,
+    IndefiniteError,
+    OptimizerHistory,
+    Solver,
+    SolverError,
+    choose_damping,
     choose_labels,
+    choose_solver,
     factor_examples,
     fit,
 )
 from lightning_influence.passes import ExampleGradients, Labels
 from lightning_influence.scoring import ExampleScores, mean_gradient, score_examples
 from lightning_influence.verify import Inspection
+
+# Passes forward and backward that one product of one vector takes, and steps that a solver usually does.
+_PRODUCT_COST = 2.0
+_USUAL_STEPS = 40
 
 
 @dataclass(frozen=True)
@@ -35,13 +47,15 @@ class InfluencePlan:
         curvature: Which approximation.
         labels: Labels of the covariance and the eigenvalue pass.
         examples: Number of examples of these passes.
-        damping: Absolute λ, or None for 0.1 times the mean eigenvalue of each block.
+        damping: λ, or how it follows from the curvature.
+        solver: For GGN and Hessian, see ``curvature.fit``.
     """
 
     curvature: CurvatureName
     labels: tuple[Labels, Labels]
     examples: FactorExamples
-    damping: float | None = None
+    damping: DampingChoice = DampingChoice()
+    solver: Solver = "auto"
 
     @classmethod
     def make(
@@ -52,10 +66,12 @@ class InfluencePlan:
         *,
         curvature: CurvatureName = "ekfac",
         fisher: Fisher = "auto",
-        damping: float | Literal["relative"] = "relative",
+        damping: Damping = "auto",
         examples: int | Literal["auto"] | None = "auto",
+        history: OptimizerHistory | None = None,
+        solver: Solver = "auto",
     ) -> InfluencePlan:
-        """Decide labels and subset sizes.
+        """Decide labels, damping and subset sizes.
 
         Args:
             coverage: The layers.
@@ -63,8 +79,10 @@ class InfluencePlan:
             size: Number of training examples.
             curvature: Which approximation.
             fisher: Which labels, see ``curvature.choose_labels``.
-            damping: Absolute λ or ``"relative"``.
+            damping: A number or a rule, see ``curvature.damping``.
             examples: Number of examples for the factors; ``"auto"`` see ``curvature.factor_examples``; None for all.
+            history: What the optimizers did, for the rule.
+            solver: For GGN and Hessian.
         """
         labels = choose_labels(fisher, inspection.exact_draws, inspection.tapped)
         draws = (inspection.exact_draws or 1) if labels[1] == "exact" else 1
@@ -72,36 +90,33 @@ class InfluencePlan:
             sizes = factor_examples(coverage, inspection.positions, draws, size)
         else:
             count = size if examples is None else min(size, examples)
-            sizes = FactorExamples(count, count)
-        return cls(curvature, labels, sizes, None if damping == "relative" else damping)
+            sizes = FactorExamples(count, count, count)
+        choice = choose_damping(damping, LADDER[curvature].damping, coverage.blocks, history)
+        return cls(curvature, labels, sizes, choice, solver)
 
-    def gradient_passes(self, size: int, queries: int, draws: int) -> float:
+    def gradient_passes(self, coverage: Coverage, size: int, queries: int, draws: int) -> float:
         """Return the work in numbers of per-example gradients (one forward and backward pass each)."""
-        passes = BLOCKS[self.curvature].passes
+        rung = LADDER[self.curvature]
         work = float(size + queries)
-        if passes == 2 or self.curvature == "kfac":
-            work += self.examples.covariances * (draws if self.labels[0] == "exact" else 1)
-        if passes == 2 or self.curvature == "diagonal":
-            work += self.examples.eigenvalues * (draws if self.labels[1] == "exact" else 1)
-        return work
+        by_measure = {
+            "covariances": self.examples.covariances * (draws if self.labels[0] == "exact" else 1),
+            "eigenvalues": self.examples.eigenvalues * (draws if self.labels[1] == "exact" else 1),
+        }
+        if rung.product is None:
+            return work + sum(by_measure[measure] for measure in rung.block.measures)
+        chosen, _ = choose_solver(self.solver, coverage.covered_parameters, torch.device("cpu"))
+        vectors = coverage.covered_parameters if chosen == "dense" else _USUAL_STEPS
+        work += _PRODUCT_COST * vectors * (self.examples.products or size)
+        return work if chosen != "pcg" else work + sum(by_measure.values())
 
-    def eigendecomposition_seconds(self, coverage: Coverage) -> float:
+    def decomposition_seconds(self, coverage: Coverage) -> float:
         """Return a guess of the time of the eigendecompositions: cubic, and 0.6 s for 1,569 rows on two CPU cores."""
-        if self.curvature not in ("ekfac", "kfac"):
-            return 0.0
-        sizes = [(block.shape[0], *block.basis_sizes) for block in coverage.blocks.values()]
-        return sum(1.6e-10 * k * (o**3 + i**3) for k, o, i in sizes)
-
-    def factor_bytes(self, coverage: Coverage, element_size: int = 4) -> int:
-        """Return the memory that the fitted curvature takes, the float64 copies of the eigendecomposition included."""
-        total = largest = 0
-        for block in coverage.blocks.values():
-            k, o, i = block.shape
-            of_g, of_x = block.basis_sizes
-            factors = 2 * (of_x**2 + of_g**2) if BLOCKS[self.curvature].passes == 2 or self.curvature == "kfac" else 0
-            total += k * (factors + o * i) * element_size
-            largest = max(largest, k * 3 * (of_x**2 + of_g**2) * 8 if factors else 0)
-        return 0 if self.curvature == "identity" else total + largest
+        kind = LADDER[self.curvature].block
+        return sum(
+            1.6e-10 * block.shape[0] * size**3
+            for block in coverage.blocks.values()
+            for size in kind.decomposed(block.shape, block.dense)
+        )
 
 
 @dataclass(eq=False)
@@ -110,13 +125,13 @@ class InfluenceScores:
 
     Attributes:
         scores: Columns by example.
-        curvature: The fitted curvature.
+        curvature: The fitted curvature; None if there is none, and the notes say why.
         seconds: Wall time by stage.
         notes: What a reader of the scores should know.
     """
 
     scores: ExampleScores
-    curvature: Curvature
+    curvature: Curvature | None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -150,15 +165,32 @@ def influence_scores(
     notes: list[str] = []
     with _timed(seconds, "loss scale"):
         gradients.calibrate(indices)
+    notes += plan.damping.notes
+    curvature = None
     with _timed(seconds, "factors"):
-        curvature = fit(
-            gradients, plan.curvature, indices, examples=plan.examples, labels=plan.labels, damping=plan.damping
-        )
+        try:
+            curvature = fit(
+                gradients,
+                plan.curvature,
+                indices,
+                examples=plan.examples,
+                labels=plan.labels,
+                damping=plan.damping.absolute,
+                weight_decay=plan.damping.weight_decay,
+                solver=plan.solver,
+            )
+            notes += curvature.notes
+        # What does not need this curvature is still worth having.
+        except (IndefiniteError, torch.linalg.LinAlgError) as error:
+            notes.append(f"no self_influence and no harm: {error}")
     query: dict[str, Tensor] | None = None
-    if queries:
+    if queries and curvature is not None:
         with _timed(seconds, "validation gradient"):
             try:
                 query = curvature.solve(_mean_query([(q.like(gradients), chosen) for q, chosen in queries]))
+                notes += [note for note in curvature.notes if note not in notes]
+            except SolverError as error:
+                notes.append(f"no harm column: {error}")
             except _NotTheTask as error:
                 notes.append(
                     "no harm column: the loss of the training task can't be computed on the validation batches "

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence import distributed, per_sample
-from lightning_influence.capture import LayerIO
-from lightning_influence.curvature.fit import Curvature
+from lightning_influence.curvature.fitted import Curvature
 from lightning_influence.passes import BatchGradients, ExampleGradients
 from lightning_influence.precision import working_dtype
 
@@ -196,7 +195,7 @@ def _prepare(
     with closing(queries.run(indices, title="queries", everywhere=True)) as batches:
         for batch in batches:
             finite.append(batch.finite)
-            reached = {io.name: _formed(io) for io in batch.layers()}
+            reached = {io.name: per_sample.formed(io.x, io.gs[0]) for io in batch.layers()}
             for name, shape in shapes.items():
                 like = next(iter(reached.values()))
                 missing = like.new_zeros((batch.loss.n, *shape))
@@ -206,11 +205,6 @@ def _prepare(
     products = [(raw[name] * vectors[name]).sum((1, 2, 3), dtype=torch.float64) for name in raw]
     own = torch.stack(products).sum(0).masked_fill(~torch.cat(finite), torch.nan)
     return _Prepared(vectors, own)
-
-
-def _formed(io: LayerIO) -> Tensor:
-    """Return per-example gradients ``[n, k, o, i]``."""
-    return torch.cat([chunk.transpose(0, 1) for chunk in per_sample.gradients(io.x, io.gs[0])])
 
 
 def _columns(
@@ -242,12 +236,12 @@ def _scored(
     """Return ``⟨g_z, v_q⟩``, ``[n, q]``, and ``g_zᵀ (C + λ)⁻¹ g_z``, ``[n]``."""
     device = prepared.self_influence.device
     scores = torch.zeros((batch.loss.n, len(prepared.self_influence)), dtype=torch.float64, device=device)
-    own = torch.zeros(batch.loss.n, dtype=torch.float64, device=device) if with_own else None
+    scorer = curvature.scorer(batch.loss.n) if with_own else None
     for io in batch.layers():
         scores += per_sample.products(io.x, io.gs[0], prepared.vectors[io.name])
-        if own is not None:
-            own += curvature.scores(io)[1]
-    return scores, own
+        if scorer is not None:
+            scorer.add(io)
+    return scores, None if scorer is None else scorer.self_influence()
 
 
 def _merged(best: tuple[Tensor, Tensor] | None, scores: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -186,7 +186,7 @@ class ExampleGradients:
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own):
-                yield batch_indices, self._forward(batch, len(batch_indices), None)
+                yield batch_indices, self.forward(batch, len(batch_indices), None)
                 advance(len(batch_indices))
 
     def calibrate(self, indices: Sequence[int]) -> None:
@@ -221,6 +221,28 @@ class ExampleGradients:
         seen = numbers or set(range(_MOST_TERMS))
         self.references = {k: float(reduced[1 + k] / reduced[0]) for k in sorted(seen) if float(reduced[1 + k])}
 
+    def forward(
+        self,
+        batch: Any,
+        n: int,
+        references: Mapping[int, float] | None,
+        *,
+        step_seed: int = 0,
+        watch: AbstractContextManager[Any] | None = None,
+    ) -> BatchLoss:
+        """Evaluate the task on one batch, the model as it is: callers isolate it (``isolation.untouched``).
+
+        Args:
+            batch: As the source yields it; it is moved to the module's device.
+            n: Number of examples in it.
+            references: Scale of losses that depend on their batch, see ``calibrate``; None leaves the batch's own.
+            step_seed: Seed of what ``training_step`` itself draws: not a matter of how many were drawn before.
+            watch: Context around the forward pass.
+        """
+        seed_everything(step_seed)
+        with watch or nullcontext(), self._forward_context():
+            return evaluate(self.task, self.module, self._to_device(batch), n, references, self.coverage.trace.forms)
+
     def verification_gradients(self, batch: Any, n: int) -> dict[str, dict[str, Tensor]]:
         """Return autograd's gradient of the batch loss for every covered parameter: block, parameter -> tensor."""
         with untouched(self.module):
@@ -231,7 +253,7 @@ class ExampleGradients:
             ]
             for _, _, tensor in owners:
                 tensor.requires_grad_(True)
-            loss = self._forward(batch, n, None)
+            loss = self.forward(batch, n, None)
             tensors = [tensor for _, _, tensor in owners]
             found = torch.autograd.grad(loss.loss, tensors, allow_unused=True)
         result: dict[str, dict[str, Tensor]] = {}
@@ -251,11 +273,11 @@ class ExampleGradients:
         n = len(indices)
         for whole in (False, True):
             try:
-                return self._forward(batch, n, references, step_seed=step_seed, watch=capture.forward(n))
+                return self.forward(batch, n, references, step_seed=step_seed, watch=capture.forward(n))
             except NewPathError:
                 # A few of the examples may take the same path as all of them, at a fraction of the memory.
                 self._trace(indices, whole)
-        return self._forward(batch, n, references, step_seed=step_seed, watch=capture.forward(n))
+        return self.forward(batch, n, references, step_seed=step_seed, watch=capture.forward(n))
 
     def _trace(self, indices: list[int], whole: bool) -> None:
         trace = trace_model(
@@ -276,20 +298,6 @@ class ExampleGradients:
                             "between, though not in the first batch. Leave it out by `layers=`, or freeze it."
                         )
         self.coverage.trace.add(trace)
-
-    def _forward(
-        self,
-        batch: Any,
-        n: int,
-        references: Mapping[int, float] | None,
-        *,
-        step_seed: int = 0,
-        watch: AbstractContextManager[Any] | None = None,
-    ) -> BatchLoss:
-        # A step that draws random numbers itself must not depend on how many were drawn before.
-        seed_everything(step_seed)
-        with watch or nullcontext(), self._forward_context():
-            return evaluate(self.task, self.module, self._to_device(batch), n, references, self.coverage.trace.forms)
 
     def _add_one_by_one(
         self,
@@ -313,7 +321,7 @@ class ExampleGradients:
             for index in indices:
                 # Two copies: steps that `squeeze()` the batch away do not meet a batch of one.
                 ((_, batch),) = self.source.batches([index] * _COPIES, _COPIES)
-                loss = self._forward(batch, _COPIES, references)
+                loss = self.forward(batch, _COPIES, references)
                 starts = list(self._starts(loss, labels, [index] * _COPIES, draw))
                 for number, (outputs, gradients) in enumerate(starts):
                     last = number == len(starts) - 1

@@ -79,6 +79,11 @@ def gradients(x: Tensor, g: Rows) -> Iterator[Tensor]:
         yield g[:, start : start + step].transpose(-1, -2) @ x[:, start : start + step]
 
 
+def formed(x: Tensor, g: Rows) -> Tensor:
+    """Return all per-example gradients at once, ``[n, k, o, i]``; for queries and small networks."""
+    return torch.cat([chunk.transpose(0, 1) for chunk in gradients(x, g)])
+
+
 def _parts(x: Tensor, g: Joined) -> tuple[Tensor, Tensor, Tensor]:
     """Return the activations of the one-hot rows, the dense rows and their activations."""
     first, second = g.split(x)

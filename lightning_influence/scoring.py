@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_influence import distributed, per_sample, tracin
-from lightning_influence.curvature.fit import Curvature
+from lightning_influence.curvature.fitted import Curvature
 from lightning_influence.losses import LossCall
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.precision import working_dtype
 
 # Features kept per example: 2 GB for a million examples.
 _FEATURES = 512
+_PART = "self_influence/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,7 @@ def score_examples(
     query: Mapping[str, Tensor] | None = None,
     step_sizes: Mapping[str, tuple[float, float]] | None = None,
     features: bool = False,
+    parts: bool = False,
     title: str = "scores",
 ) -> ExampleScores:
     """Score examples in one pass over them.
@@ -54,6 +56,8 @@ def score_examples(
             ``-g_qᵀ (C + λ)⁻¹ g_z``: positive where training on the example raises the query's loss.
         step_sizes: By layer, of weight and bias, for ``tracin``, ``η ‖g‖²``.
         features: Whether to keep the inputs of the last layer.
+        parts: Whether to give self-influence by layer, too, in columns ``self_influence/<layer>`` (not for GGN and
+            Hessian, where it is no sum over layers).
         title: Text of the progress bar.
 
     Returns:
@@ -68,14 +72,14 @@ def score_examples(
             n = batch.loss.n
             device = batch.finite.device
             row: dict[str, Tensor] = {"grad_norm_squared": torch.zeros(n, dtype=torch.float64, device=device)}
-            for name, wanted in (("self_influence", curvature), ("harm", query), ("tracin", step_sizes)):
+            scorer = None if curvature is None else curvature.scorer(n)
+            for name, wanted in (("harm", query), ("tracin", step_sizes)):
                 if wanted is not None:
                     row[name] = torch.zeros(n, dtype=torch.float64, device=device)
             for io in batch.layers():
                 vector = None if query is None else query[io.name]
-                if curvature is not None:
-                    norms, influence, inner = curvature.scores(io, vector)
-                    row["self_influence"] += influence
+                if scorer is not None:
+                    norms, inner = scorer.add(io, vector)
                 else:
                     norms = per_sample.squared_norms(io.x, io.gs[0])
                     inner = None if vector is None else per_sample.inner_products(io.x, io.gs[0], vector)
@@ -85,6 +89,9 @@ def score_examples(
                 if step_sizes is not None:
                     sizes = step_sizes[io.name]
                     row["tracin"] += tracin.self_influence(io, norms, blocks[io.name].bias_columns, sizes)
+            if scorer is not None and (influence := scorer.self_influence()) is not None:
+                row["self_influence"] = influence.to(device)
+                row |= {f"{_PART}{name}": part.double() for name, part in scorer.parts().items()} if parts else {}
             for name, values in row.items():
                 row[name] = values.masked_fill(~batch.finite, torch.nan)
             row["finite"] = batch.finite

@@ -15,8 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.capture import LayerIO
+from lightning_influence.curvature.damping import OptimizerHistory
 from lightning_influence.layers import ParameterBlock
 from lightning_influence.per_sample import squared_norms
+
+# Optimizers whose `weight_decay` is added to the gradient.
+_L2_OPTIMIZERS = (
+    torch.optim.SGD,
+    torch.optim.ASGD,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.RMSprop,
+)
 
 
 class StepSizes:
@@ -30,22 +44,66 @@ class StepSizes:
         self._names = {id(p): name for name, p in module.named_parameters()}
         self.sums: dict[str, float] = {}
         self.steps = 0
+        self._totals: dict[str, float] = {}
+        self._weight_decay: dict[str, float] = {}
+        self._adaptive: set[str] = set()
+        self._all_steps = 0
 
     def record(self, optimizer: Any) -> None:
         """Add the current learning rates of one optimizer, just before it steps."""
         self.steps += 1
+        self._all_steps += 1
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(optimizer, torch.optim.SGD):
+            self._adaptive.add(type(optimizer).__name__)
         for group in optimizer.param_groups:
             momentum, dampening = (float(group.get(name) or 0.0) for name in ("momentum", "dampening"))
             rate = float(group["lr"]) * (1 - dampening * (momentum > 0)) / (1 - momentum)
+            decay = _l2_coefficient(optimizer, group)
             for parameter in group["params"]:
                 name = self._names.get(id(parameter))
                 if name is not None and parameter.requires_grad:
                     self.sums[name] = self.sums.get(name, 0.0) + rate
+                    self._totals[name] = self._totals.get(name, 0.0) + rate
+                    self._weight_decay[name] = decay
+
+    def history(self) -> OptimizerHistory:
+        """Return what the optimizers have done since the start of training."""
+        return OptimizerHistory(
+            dict(self._totals), dict(self._weight_decay), tuple(sorted(self._adaptive)), self._all_steps
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums, in primitives."""
+        return {
+            "step_sizes": dict(self.sums),
+            "steps": self.steps,
+            "total_step_sizes": dict(self._totals),
+            "weight_decay": dict(self._weight_decay),
+            "adaptive": sorted(self._adaptive),
+            "all_steps": self._all_steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; one of an earlier version does not know the totals."""
+        self.sums = dict(state["step_sizes"])
+        self.steps = state["steps"]
+        self._totals = dict(state.get("total_step_sizes", {}))
+        self._weight_decay = dict(state.get("weight_decay", {}))
+        self._adaptive = set(state.get("adaptive", ()))
+        self._all_steps = state.get("all_steps", 0)
 
     def take(self) -> dict[str, float]:
         """Return the sums since the last call and start again."""
         taken, self.sums, self.steps = self.sums, {}, 0
         return taken
+
+
+def _l2_coefficient(optimizer: Any, group: Mapping[str, Any]) -> float:
+    """Return the coefficient of the L2 term that an optimizer adds to the loss; decoupled decay adds none."""
+    if not isinstance(optimizer, _L2_OPTIMIZERS) or isinstance(optimizer, torch.optim.AdamW):
+        return 0.0
+    return 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay") or 0.0)
 
 
 def block_step_sizes(

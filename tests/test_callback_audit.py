@@ -533,8 +533,8 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
     assert manifest["examples"] == 22
     assert manifest["nonfinite"] == []
     assert manifest["arguments"] == {
-        "curvature": "ekfac", "fisher": "auto", "damping": "relative", "factor_examples": 9, "every_n_epochs": 1,
-        "layers": None, "uncovered": "report", "task": None, "verify": True,
+        "curvature": "ekfac", "fisher": "auto", "damping": "auto", "solver": "auto", "factor_examples": 9,
+        "every_n_epochs": 1, "layers": None, "uncovered": "report", "task": None, "verify": True,
     }  # fmt: skip
     assert set(manifest["versions"]) == {"python", "lightning-influence", "lightning", "torch"}
     assert manifest["coverage"]["share"] == 1.0

@@ -866,10 +866,10 @@ class TestFit:
         """Two rows for every dimension of the widest factor, 4,096 labelled gradients, never more than there are."""
         net = nn.Sequential(nn.Conv2d(64, 128, 3), nn.Flatten(), nn.Linear(128 * 36, 2000), nn.Linear(2000, 10))
         coverage, positions = cover(net), {"0": 36, "2": 1, "3": 1}
-        assert factor_examples(coverage, positions, 10, 10**6) == FactorExamples(2 * 4609, 410 - 1)
-        assert factor_examples(coverage, positions, 1, 10**6) == FactorExamples(2 * 4609, 4096)
+        assert factor_examples(coverage, positions, 10, 10**6) == FactorExamples(2 * 4609, 410 - 1, 8192)
+        assert factor_examples(coverage, positions, 1, 10**6) == FactorExamples(2 * 4609, 4096, 8192)
         assert factor_examples(coverage, positions, 1000, 10**6).eigenvalues == 256
-        assert factor_examples(coverage, positions, 10, 300) == FactorExamples(300, 300)
+        assert factor_examples(coverage, positions, 10, 300) == FactorExamples(300, 300, 300)
         small = cover(net, ["0"])
         assert factor_examples(small, positions, 10, 10**6).covariances == 512
         assert factor_examples(small, {"0": 1}, 10, 10**6).covariances == 2 * 577

@@ -631,7 +631,7 @@ def test_self_influence_with_ekfac(name: str) -> None:
         for batch in batches:
             for io in batch.layers():
                 if io.name == block.name:
-                    parts = curvature.scores(io, vector)
+                    parts = curvature.blocks[io.name].scores(io.x, io.gs[0], curvature.dampings[io.name], vector)
                     for key, part in zip(found, parts, strict=True):
                         assert part is not None
                         found[key][batch.indices] += part
@@ -671,7 +671,7 @@ def test_self_influence_with_other_curvature(name: str, curvature: Any) -> None:
     with closing(passes.run(range(n))) as batches:
         for batch in batches:
             (io,) = [io for io in batch.layers() if io.name == block.name]
-            _, influence, _ = fitted.scores(io)
+            _, influence, _ = fitted.blocks[io.name].scores(io.x, io.gs[0], fitted.dampings[io.name])
             torch.testing.assert_close(influence, expected[batch.indices], rtol=1e-6, atol=0)
 
 

@@ -27,6 +27,7 @@ ORDER = (
     "distributed",
     "layout",
     "precision",
+    "memory",
     "losses",
     "terms",
     "task",

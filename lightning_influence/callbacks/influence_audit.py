@@ -27,7 +27,14 @@ from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.coverage import Coverage, Layers, Uncovered, cover, listed_layers
-from lightning_influence.curvature import CurvatureName, Fisher
+from lightning_influence.curvature import (
+    CurvatureName,
+    Damping,
+    Fisher,
+    IterativeSolver,
+    Solver,
+    check_curvature,
+)
 from lightning_influence.discover import trace_model
 from lightning_influence.influence import InfluencePlan, influence_scores
 from lightning_influence.layers import LayerError
@@ -57,13 +64,18 @@ class InfluenceAudit(Callback):
     every example. Extra passes run in eval mode, in the precision of the weights.
 
     Args:
-        curvature: Approximation behind ``self_influence`` and ``harm``: ``"ekfac"``, ``"kfac"``, ``"diagonal"`` or
-            ``"identity"`` (plain gradient products).
+        curvature: Approximation behind ``self_influence`` and ``harm``, from the cheapest: ``"identity"`` (plain
+            gradient products), ``"diagonal"``, ``"kfac"``, ``"ekfac"``, ``"block_ggn"`` (dense for each layer),
+            ``"ggn"`` and ``"hessian"`` (all covered parameters at once, by products with them).
         fisher: Labels that the curvature is fitted with: ``"sampled"`` from the model's predictions, their
             ``"exact"`` expectation, or the given ones (``"empirical"``). ``"auto"``: sampled covariances, exact
             eigenvalues for up to 20 classes; empirical if the loss is not a known one.
-        damping: Absolute λ > 0 added to the curvature, or ``"relative"``: 0.1 times the mean eigenvalue of each layer
-            (nothing for the identity).
+        damping: Absolute λ > 0 added to the curvature; ``"relative"``: 0.1 times the mean eigenvalue of each layer
+            (nothing for the identity); ``"trainer"``: ``1 / Σ η / (1 - momentum)`` over the steps of the run. L2 weight
+            decay is added to either. ``"auto"`` is ``"trainer"`` for ``"block_ggn"``, ``"ggn"`` and ``"hessian"``.
+        solver: For ``"ggn"`` and ``"hessian"``: ``"dense"`` forms the matrix; ``"cg"``, ``"pcg"`` (conjugate gradients,
+            preconditioned with EK-FAC) and ``"lissa"`` use products only. ``"auto"`` is dense for up to 4,096
+            parameters, else ``"pcg"``.
         factor_examples: Number of random examples that the curvature is fitted on; ``"auto"`` gives every factor
             enough rows and does not grow with the data; None takes all.
         every_n_epochs: Epochs between TracIn checkpoints; None for none.
@@ -98,7 +110,8 @@ class InfluenceAudit(Callback):
         *,
         curvature: CurvatureName = "ekfac",
         fisher: Fisher = "auto",
-        damping: float | Literal["relative"] = "relative",
+        damping: Damping = "auto",
+        solver: Solver = "auto",
         factor_examples: int | Literal["auto"] | None = "auto",
         every_n_epochs: int | None = 1,
         layers: Layers = None,
@@ -112,8 +125,13 @@ class InfluenceAudit(Callback):
         check_choice("fisher", fisher, get_args(Fisher))
         check_choice("uncovered", uncovered, get_args(Uncovered))
         check_layers(layers)
-        if damping != "relative":
-            check_number("damping", damping, 'a number > 0, or "relative" for 0.1 times the mean eigenvalue')
+        if damping not in ("auto", "relative", "trainer"):
+            check_number(
+                "damping",
+                damping,
+                'a number > 0, "relative" (0.1 times the mean eigenvalue), "trainer" (1 / sum of step sizes) or "auto"',
+            )
+        check_choice("solver", solver, ("auto", "dense", *get_args(IterativeSolver)))
         if factor_examples != "auto" and factor_examples is not None:
             check_count("factor_examples", factor_examples, '"auto", None for all examples')
         if every_n_epochs is not None:
@@ -123,6 +141,7 @@ class InfluenceAudit(Callback):
         self.curvature = curvature
         self.fisher = fisher
         self.damping = damping
+        self.solver = solver
         self.factor_examples = factor_examples
         self.every_n_epochs = every_n_epochs
         self.layers = layers
@@ -204,6 +223,7 @@ class InfluenceAudit(Callback):
                 )
                 gradients = self._gradients(trainer, pl_module)
                 self._warn_of_gaps(gradients.coverage)
+                check_curvature(gradients, self.curvature, first)
                 self._inspection = inspect(gradients, first, verify=self.verify)
             self._source.pass_batch_size = max(self._source.batch_size, roomy_batch_size(self._inspection))
             self._reporter = self._open_reporter(trainer)
@@ -362,6 +382,8 @@ class InfluenceAudit(Callback):
             fisher=self.fisher,
             damping=self.damping,
             examples=self.factor_examples,
+            history=recording.step_sizes.history(),
+            solver=self.solver,
         )
         queries = bridge.validation_queries(trainer, pl_module, self._task, gradients.coverage)
         rank_zero_info(reporter.announce(plan, gradients, inspection, len(indices), sum(len(q) for _, q in queries)))
@@ -445,6 +467,7 @@ class InfluenceAudit(Callback):
             "curvature": self.curvature,
             "fisher": self.fisher,
             "damping": self.damping,
+            "solver": self.solver,
             "factor_examples": self.factor_examples,
             "every_n_epochs": self.every_n_epochs,
             "layers": None if self.layers is None else [getattr(e, "__name__", e) for e in listed_layers(self.layers)],

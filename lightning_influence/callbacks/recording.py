@@ -152,8 +152,7 @@ class Recording:
             "tracin": self.tracin.values.clone(),
             "tracin_steps": list(self.tracin.checkpoints),
             "passes": list(self._passes),
-            "step_sizes": dict(self.step_sizes.sums),
-            "steps": self.step_sizes.steps,
+            **self.step_sizes.state_dict(),
             "postponed": self.postponed,
             "disagreement": self._disagreement.clone(),
             "disagreement_count": self._disagreement_count.clone(),
@@ -175,8 +174,7 @@ class Recording:
         self.tracin.values = state["tracin"].clone()
         self.tracin.checkpoints = list(state["tracin_steps"])
         self._passes = list(state["passes"])
-        self.step_sizes.sums = dict(state["step_sizes"])
-        self.step_sizes.steps = state["steps"]
+        self.step_sizes.load_state_dict(state)
         self.postponed = state["postponed"]
         self._disagreement = state["disagreement"].clone()
         self._disagreement_count = state["disagreement_count"].clone()

@@ -21,6 +21,7 @@ from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.columns import LOW_IS_SUSPICIOUS, SCORE_COLUMNS
+from lightning_influence.curvature import Curvature, fitted_bytes
 from lightning_influence.influence import InfluencePlan, InfluenceScores
 from lightning_influence.metrics import mislabel_detection
 from lightning_influence.passes import ExampleGradients
@@ -65,10 +66,10 @@ class Reporter:
     ) -> str:
         """Return the line before a long wait: what will be done, and about how long and how much memory it takes."""
         draws = inspection.exact_draws or 1
-        work = plan.gradient_passes(examples, queries, draws)
+        work = plan.gradient_passes(gradients.coverage, examples, queries, draws)
         rate = self.seconds_per_example or inspection.seconds / inspection.examples
-        seconds = work * rate + plan.eigendecomposition_seconds(gradients.coverage)
-        memory = plan.factor_bytes(gradients.coverage) + inspection.batch_bytes
+        seconds = work * rate + plan.decomposition_seconds(gradients.coverage)
+        memory = fitted_bytes(plan.curvature, gradients.coverage.blocks) + inspection.batch_bytes
         return (
             f"influence audit: {plan.curvature} on {len(gradients.coverage.blocks)} layers, {examples:,} training "
             f"examples{f', {queries:,} validation examples' if queries else ''}; about {_duration(seconds)} and "
@@ -130,12 +131,8 @@ class Reporter:
                 "covered": {name: list(block.parameters) for name, block in gradients.coverage.blocks.items()},
                 "uncovered": gradients.coverage.uncovered,
             },
-            "curvature": {
-                "name": plan.curvature,
-                "labels": result.curvature.labels,
-                "examples": result.curvature.examples,
-                "damping": dict(result.curvature.dampings),
-            },
+            "curvature": {"name": plan.curvature, "damping_rule": plan.damping.rule}
+            | ({} if result.curvature is None else _described(result.curvature)),
             "verification_error": inspection.largest_error,
             "tracin_steps": recording.tracin.checkpoints,
             "seconds": result.seconds,
@@ -146,13 +143,9 @@ class Reporter:
             manifest["detection"] = _detection(ranked, mislabelled)
         if self.store is not None:
             names = _usable_names(bridge.label_names(gradients.source.dataset), ranked)
-            for block, fitted in result.curvature.blocks.items():
-                if fitted.tensors:
-                    self.store.write_factors(
-                        block,
-                        fitted.tensors,
-                        {"kind": plan.curvature, "damping": repr(result.curvature.dampings[block])},
-                    )
+            if result.curvature is not None:
+                for name, (tensors, about) in result.curvature.tensors().items():
+                    self.store.write_factors(name, tensors, about)
             self.store.write_scores(ranked)
             self.store.write_candidates(ranked, label_names=names)
             # Last: only a directory whose every file is in place calls itself complete.
@@ -232,6 +225,28 @@ def _fingerprint(gradients: ExampleGradients, columns: Columns) -> dict[str, str
         "data": f"{type(gradients.source.dataset).__name__} "
         f"{hashlib.sha256(columns['index'].tobytes() + labels).hexdigest()[:16]}",
     }
+
+
+def _described(curvature: Curvature) -> dict[str, Any]:
+    """Return what the manifest keeps about a fitted curvature."""
+    described: dict[str, Any] = {
+        "labels": curvature.labels,
+        "examples": curvature.examples,
+        "damping": dict(curvature.dampings),
+    }
+    if curvature.solves:
+        described["solves"] = [
+            {
+                "systems": len(solve.steps),
+                "converged": int(solve.converged.sum()),
+                "steps": int(solve.steps.max()),
+                "residual": float(solve.residual.max()),
+                "products": solve.products,
+            }
+            for solve in curvature.solves
+            if len(solve.steps)
+        ]
+    return described
 
 
 def _notes(inspection: Inspection, recording: Recording) -> list[str]:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_influence import distributed, per_sample
 from lightning_influence.rows import Rows
+
+Measure = Literal["covariances", "eigenvalues"]
 
 RELATIVE_DAMPING = 0.1
 """Default damping: this multiple of the block's mean eigenvalue (Grosse et al. 2023, 2308.03296)."""
@@ -35,6 +37,9 @@ class CurvatureBlock(ABC):
     """
 
     passes: ClassVar[int]
+    title: ClassVar[str]
+    # What each pass measures.
+    measures: ClassVar[tuple[Measure, ...]]
 
     def __init__(self, shape: tuple[int, int, int], dense: tuple[bool, bool] = (True, True)) -> None:
         self.shape = shape
@@ -92,6 +97,20 @@ class CurvatureBlock(ABC):
     def damping(self, relative: float = RELATIVE_DAMPING) -> float:
         """Return ``relative`` times the mean eigenvalue of the block."""
         return relative * float(self.diagonal().double().mean())
+
+    @classmethod
+    def decomposed(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> tuple[int, ...]:
+        """Return the dimensions of the matrices of each group that an eigendecomposition is made of."""
+        return ()
+
+    @classmethod
+    def fitted_bytes(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> tuple[int, int]:
+        """Return the memory that a block takes in float32, and what its fit takes besides, for a while."""
+        k, o, i = shape
+        squares = sum(size**2 for size in cls.decomposed(shape, dense))
+        # Moments, bases and eigenvalues; of the largest, three float64 copies while it is decomposed.
+        kept = 4 * k * (2 * squares + o * i) if cls.measures else 0
+        return kept, 24 * k * squares
 
     @abstractmethod
     def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_influence import per_sample
-from lightning_influence.curvature.block import CurvatureBlock
+from lightning_influence.curvature.block import CurvatureBlock, Measure
 from lightning_influence.rows import Rows
 
 
@@ -16,6 +16,8 @@ class DiagonalBlock(CurvatureBlock):
     """``C = diag(mean over examples of G²)``."""
 
     passes: ClassVar[int] = 1
+    title: ClassVar[str] = "diagonal"
+    measures: ClassVar[tuple[Measure, ...]] = ("eigenvalues",)
 
     def matvec(self, v: Tensor) -> Tensor:
         """Multiply elementwise."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_influence import per_sample
+from lightning_influence.curvature.block import Measure
 from lightning_influence.curvature.kfac import KroneckerBlock
 from lightning_influence.rows import Rows
 
@@ -20,6 +21,8 @@ class EKFACBlock(KroneckerBlock):
     """
 
     passes: ClassVar[int] = 2
+    title: ClassVar[str] = "EK-FAC"
+    measures: ClassVar[tuple[Measure, ...]] = ("covariances", "eigenvalues")
 
     def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         if not self._finished_passes:

@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
-from torch import Tensor
 
-from lightning_influence.capture import LayerIO
 from lightning_influence.coverage import Coverage
-from lightning_influence.curvature.block import RELATIVE_DAMPING, CurvatureBlock
-from lightning_influence.curvature.diagonal import DiagonalBlock
-from lightning_influence.curvature.ekfac import EKFACBlock
-from lightning_influence.curvature.identity import IdentityBlock
-from lightning_influence.curvature.kfac import KFACBlock
+from lightning_influence.curvature.block import RELATIVE_DAMPING, CurvatureBlock, Measure
+from lightning_influence.curvature.fitted import BlockCurvature, Curvature
+from lightning_influence.curvature.full import (
+    BlockCoordinates,
+    DenseCurvature,
+    ImplicitCurvature,
+    IterativeSolver,
+    Solver,
+    mean_eigenvalue,
+)
+from lightning_influence.curvature.ladder import LADDER, CurvatureName, check_memory
+from lightning_influence.curvature.solvers import IndefiniteError
+from lightning_influence.memory import available_bytes, fits, readable
 from lightning_influence.passes import BatchGradients, ExampleGradients, Labels
 from lightning_influence.precision import working_dtype
 
-CurvatureName = Literal["ekfac", "kfac", "diagonal", "identity"]
 Fisher = Literal["auto", "exact", "sampled", "empirical"]
-
-BLOCKS: dict[str, type[CurvatureBlock]] = {
-    "ekfac": EKFACBlock,
-    "kfac": KFACBlock,
-    "diagonal": DiagonalBlock,
-    "identity": IdentityBlock,
-}
 
 # Up to so many backward passes per batch the exact expectation over labels is worth its price.
 _EXACT_DRAWS = 20
+# Up to so many parameters the matrix is formed (float64: 134 MB), which gives exact self-influence of all examples.
+_DENSE_BY_ITSELF = 4096
+# A dense matrix in float32, made symmetric, in block order, in float64, and its factor.
+_DENSE_BYTES = 28
+# Examples that a curvature is tried out on before training.
+_LOOKED_AT = 4
+# Products with more examples than this estimate the curvature hardly better, and cost a pass each.
+_PRODUCT_EXAMPLES = 8192
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,12 @@ class FactorExamples:
     Attributes:
         covariances: For the eigenvectors (first pass).
         eigenvalues: For what is measured in the eigenbasis (second pass).
+        products: For products with GGN or Hessian; None for all.
     """
 
     covariances: int
     eigenvalues: int
+    products: int | None = None
 
 
 def factor_examples(coverage: Coverage, positions: Mapping[str, int], draws: int, size: int) -> FactorExamples:
@@ -67,34 +75,7 @@ def factor_examples(coverage: Coverage, positions: Mapping[str, int], draws: int
     )
     eigenvalues = min(size, max(256, 4096 // max(draws, 1)))
     # At least as many for the basis: outside of what it has seen, there is nothing to measure the eigenvalues in.
-    return FactorExamples(min(size, max(512, rows, eigenvalues)), eigenvalues)
-
-
-@dataclass(frozen=True, eq=False)
-class Curvature:
-    """Fitted curvature of all covered layers.
-
-    Attributes:
-        name: Which approximation.
-        blocks: Layer name to block.
-        dampings: Layer name to absolute damping λ.
-        labels: Which labels each pass used.
-        examples: Number of examples each pass saw.
-    """
-
-    name: str
-    blocks: Mapping[str, CurvatureBlock]
-    dampings: Mapping[str, float]
-    labels: tuple[str, ...]
-    examples: tuple[int, ...]
-
-    def scores(self, io: LayerIO, query: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return one layer's part of ``‖g‖²``, of ``gᵀ (C + λ)⁻¹ g`` and of ``queryᵀ g`` for every example, ``[n]``."""
-        return self.blocks[io.name].scores(io.x, io.gs[0], self.dampings[io.name], query)
-
-    def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``(C + λ)⁻¹ v``, layer by layer: name -> ``[..., k, o, i]``."""
-        return {name: self.blocks[name].solve(v, self.dampings[name]) for name, v in vectors.items()}
+    return FactorExamples(min(size, max(512, rows, eigenvalues)), eigenvalues, min(size, _PRODUCT_EXAMPLES))
 
 
 def choose_labels(fisher: Fisher, draws: int | None, tapped: bool) -> tuple[Labels, Labels]:
@@ -123,56 +104,208 @@ def fit(
     *,
     examples: FactorExamples,
     labels: tuple[Labels, Labels],
-    damping: float | None = None,
+    damping: float | Mapping[str, float] | None = None,
+    weight_decay: Mapping[str, float] | None = None,
+    solver: Solver = "auto",
     seed: int = 0,
 ) -> Curvature:
     """Fit one curvature approximation.
 
     Args:
         gradients: The passes.
-        name: ``"ekfac"``, ``"kfac"``, ``"diagonal"`` or ``"identity"``.
+        name: Which approximation, see ``ladder``.
         indices: The training examples; random subsets of them are used.
         examples: Subset sizes.
         labels: Labels of the covariance and eigenvalue passes; approximations with one pass in the parameter basis
-            take the latter.
-        damping: Absolute λ for every block; by default 0.1 times the mean eigenvalue of each.
+            take the latter, products none.
+        damping: Absolute λ for every block, or one by block name; by default 0.1 times the mean eigenvalue of each
+            block (of all parameters for GGN and Hessian).
+        weight_decay: By block name, added to the default.
+        solver: For GGN and Hessian: ``"dense"`` forms the matrix, ``"cg"``, ``"pcg"`` (preconditioned with EK-FAC) and
+            ``"lissa"`` need its products only. ``"auto"`` is dense for up to 4,096 parameters, else ``"pcg"``.
         seed: Seed of the subsets.
 
     Returns:
         The fitted curvature.
 
     Raises:
-        ValueError: If ``damping`` leaves a block singular, or no example has finite gradients.
+        ValueError: If ``damping`` leaves a block singular, a block is missing in it, no example has finite gradients,
+            or the memory does not suffice.
+        IndefiniteError: If a Hessian has eigenvalues below ``-λ``.
+        TaskError: If GGN or Hessian are not defined for the loss, or the model can't be differentiated twice.
     """
-    kind = BLOCKS[name]
+    blocks = gradients.coverage.blocks
+    if isinstance(damping, Mapping) and (missing := blocks.keys() - damping.keys()):
+        raise ValueError(f"damping has no entry for {sorted(missing)}; expected one for every covered layer.")
+    check_memory(name, blocks)
+    if LADDER[name].product is None:
+        return _fit_blocks(gradients, name, indices, examples, labels, damping, weight_decay or {}, seed)
+    return _fit_full(gradients, name, indices, examples, labels, damping, weight_decay or {}, solver, seed)
+
+
+def check_curvature(gradients: ExampleGradients, name: CurvatureName, indices: Sequence[int]) -> None:
+    """Find out before training whether a curvature can be had after it, from a few examples.
+
+    Raises:
+        ValueError: If the memory does not suffice.
+        TaskError: If GGN or Hessian are not defined for the loss, or the model can't be differentiated twice.
+    """
+    check_memory(name, gradients.coverage.blocks)
+    make = LADDER[name].product
+    if make is None:
+        return
+    references = gradients.references
+    try:
+        make(gradients, list(indices[:_LOOKED_AT]), parameters=BlockCoordinates(gradients.coverage.blocks).parameters)
+    finally:
+        gradients.references = references  # those of a few examples are not those of the data
+
+
+def _fit_blocks(
+    gradients: ExampleGradients,
+    name: str,
+    indices: Sequence[int],
+    examples: FactorExamples,
+    labels: tuple[Labels, Labels],
+    damping: float | Mapping[str, float] | None,
+    weight_decay: Mapping[str, float],
+    seed: int,
+) -> BlockCurvature:
+    kind = LADDER[name].block
     covered = gradients.coverage.blocks
     blocks = {name: kind(block.shape, block.dense) for name, block in covered.items()}
-    sizes = (examples.covariances, examples.eigenvalues)
-    single = issubclass(kind, DiagonalBlock)
-    chosen = (labels[1:], sizes[1:]) if single else (labels, sizes)
-    titles = {"ekfac": ("EK-FAC covariances", "EK-FAC eigenvalues"), "kfac": ("K-FAC covariances",)}.get(
-        name, (f"{name} curvature",)
-    )
+    chosen: dict[Measure, tuple[Labels, int]] = {
+        "covariances": (labels[0], examples.covariances),
+        "eigenvalues": (labels[1], examples.eigenvalues),
+    }
     used = []
-    for number in range(kind.passes):
-        subset = random_subset(indices, chosen[1][number], seed)
+    for number, measure in enumerate(kind.measures):
+        which, size = chosen[measure]
+        subset = random_subset(indices, size, seed)
         used.append(len(subset))
-        run = gradients.run(subset, chosen[0][number], draw=1 + number, title=titles[number])
+        # Another draw for each pass: eigenvalues measured with that of their basis come out biased.
+        run = gradients.run(subset, which, draw=1 + number, title=f"{kind.title} {measure}")
         with closing(run) as batches:
             counted = _update(blocks, batches)
         # Layers that the forward pass never reached have an all-zero gradient: their curvature is zero too.
         for layer, block in blocks.items():
             for x, g in covered[layer].no_rows(*_kind_of_tensor(gradients)):
                 block.update(x, [g], 0)
-            block.end_pass(counted)
-    dampings = {}
-    for layer, block in blocks.items():
-        value = block.damping(RELATIVE_DAMPING) if damping is None else damping
-        # A layer without any gradient has no scale of its own; its scores are zero with any damping.
-        if damping is not None:
-            block.check_damping(damping)
-        dampings[layer] = value if value > 0 or damping is not None or name == "identity" else 1.0
-    return Curvature(name, blocks, dampings, tuple(chosen[0][: kind.passes]), tuple(used))
+            with _naming(layer):
+                block.end_pass(counted)
+    dampings = {
+        layer: _block_damping(layer, block, damping, weight_decay.get(layer, 0.0)) for layer, block in blocks.items()
+    }
+    return BlockCurvature(name, blocks, dampings, [chosen[measure][0] for measure in kind.measures], used)
+
+
+def _block_damping(
+    layer: str, block: CurvatureBlock, damping: float | Mapping[str, float] | None, weight_decay: float
+) -> float:
+    if damping is not None:
+        value = damping[layer] if isinstance(damping, Mapping) else damping
+        block.check_damping(value)
+        return value
+    if not block.measures:
+        return block.damping()
+    # A layer without any gradient has no scale of its own; its scores are zero with any damping.
+    return block.damping() + weight_decay or 1.0
+
+
+def _fit_full(
+    gradients: ExampleGradients,
+    name: str,
+    indices: Sequence[int],
+    examples: FactorExamples,
+    labels: tuple[Labels, Labels],
+    damping: float | Mapping[str, float] | None,
+    weight_decay: Mapping[str, float],
+    solver: Solver,
+    seed: int,
+) -> Curvature:
+    coordinates = BlockCoordinates(gradients.coverage.blocks)
+    for value in damping.values() if isinstance(damping, Mapping) else [] if damping is None else [damping]:
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"damping is {value!r}; expected a number >= 0, and > 0 if the {name} is singular.")
+    make = LADDER[name].product
+    assert make is not None
+    subset = random_subset(indices, len(indices) if examples.products is None else examples.products, seed)
+    product = make(gradients, subset, parameters=coordinates.parameters)
+    like = product.gradient.new_zeros(coordinates.size)
+    chosen, notes = choose_solver(solver, coordinates.size, product.flat.device)
+    matrix = None
+    if chosen == "dense":
+        places = coordinates.places_in(product.flat)
+        matrix = product.to_dense(limit=coordinates.size)[places][:, places]
+    if damping is None:
+        mean = mean_eigenvalue(product, like) if matrix is None else float(matrix.diagonal().double().mean())
+        if mean <= 0:
+            raise IndefiniteError(
+                f"the mean eigenvalue of the {name} is {mean:.3g}: there is no relative damping. Pass a number, "
+                '`damping="trainer"`, or use the GGN.'
+            )
+        dampings = {layer: RELATIVE_DAMPING * mean + weight_decay.get(layer, 0.0) for layer in coordinates.blocks}
+    elif isinstance(damping, Mapping):
+        dampings = {layer: damping[layer] for layer in coordinates.blocks}
+    else:
+        dampings = dict.fromkeys(coordinates.blocks, damping)
+    curvature: Curvature
+    if matrix is not None:
+        curvature = DenseCurvature(name, matrix, coordinates, dampings, [], [product.examples])
+    else:
+        preconditioner = None
+        if chosen == "pcg":
+            preconditioner = _fit_blocks(gradients, "ekfac", indices, examples, labels, dampings, {}, seed)
+            notes.append(
+                f"self_influence is that of EK-FAC with the same damping: with the {name} it would take a solve for "
+                f"every training example. What is solved with the {name}: harm, and scores of queries."
+            )
+        else:
+            notes.append(
+                f'no self_influence: with the {name} and solver="{chosen}" it would take a solve for every training '
+                'example; solver="pcg" gives that of EK-FAC, "dense" the exact one.'
+            )
+        curvature = ImplicitCurvature(
+            name,
+            product,
+            coordinates,
+            dampings,
+            solver=cast("IterativeSolver", chosen),
+            preconditioner=preconditioner,
+            labels=[] if preconditioner is None else preconditioner.labels,
+            examples=[product.examples] if preconditioner is None else [product.examples, *preconditioner.examples],
+            seed=seed,
+        )
+    if product.left_out:
+        notes.append(f"{len(product.left_out)} examples with a non-finite loss or gradient are not in the {name}.")
+    curvature.notes += notes
+    return curvature
+
+
+def choose_solver(solver: Solver, size: int, device: torch.device) -> tuple[str, list[str]]:
+    """Return the solver to take for ``size`` parameters, and what to say about it."""
+    needed = _DENSE_BYTES * size * size
+    if solver == "auto":
+        return ("dense" if size <= _DENSE_BY_ITSELF and fits(needed, device) else "pcg"), []
+    if solver != "dense" or fits(needed, device):
+        return solver, []
+    note = (
+        f"a dense matrix of {size:,} parameters takes {readable(needed)}, and {readable(available_bytes(device) or 0)} "
+        'are available: solver="pcg" was taken instead.'
+    )
+    return "pcg", [note]
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Say which layer's decomposition failed."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise torch.linalg.LinAlgError(
+            f"the curvature of {layer!r} can't be decomposed: {error} Leave it out by `layers=`, or use "
+            '`curvature="diagonal"`.'
+        ) from error
 
 
 def random_subset(indices: Sequence[int], size: int, seed: int) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence import per_sample
-from lightning_influence.curvature.block import CurvatureBlock
+from lightning_influence.curvature.block import CurvatureBlock, Measure
 from lightning_influence.rows import Rows
 
 
@@ -17,6 +17,8 @@ class IdentityBlock(CurvatureBlock):
     """``C = I``. Damping only rescales: ``(1 + λ)⁻¹``."""
 
     passes: ClassVar[int] = 0
+    title: ClassVar[str] = "identity"
+    measures: ClassVar[tuple[Measure, ...]] = ()
 
     def damping(self, relative: float = 0.0) -> float:
         """Return 0: the identity needs no damping, and scores are then plain inner products."""

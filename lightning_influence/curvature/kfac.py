@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence import per_sample
-from lightning_influence.curvature.block import CurvatureBlock
+from lightning_influence.curvature.block import CurvatureBlock, Measure
 from lightning_influence.rows import Joined, OneHot, Rows, added, second_moment
 
 
@@ -27,6 +27,8 @@ class KroneckerBlock(CurvatureBlock):
     """
 
     passes: ClassVar[int] = 1
+    title: ClassVar[str] = "K-FAC"
+    measures: ClassVar[tuple[Measure, ...]] = ("covariances",)
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -74,6 +76,12 @@ class KroneckerBlock(CurvatureBlock):
         """Return squared gradient norm, self-influence, and inner product with ``query``, each ``[n]``."""
         basis_x, basis_g = self.basis
         return per_sample.rotated_scores(x, g, basis_x, basis_g, self._inverse(damping), query)
+
+    @classmethod
+    def decomposed(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> tuple[int, ...]:
+        """Return the dimensions of the sides that have a dense basis."""
+        _, o, i = shape
+        return o * dense[0], i * dense[1]
 
     def _inverse(self, damping: float) -> Tensor:
         if self._cached is None or self._cached[0] != damping:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -171,6 +171,7 @@ class CurvatureProduct(ABC):
 
     Attributes:
         flat: The parameters.
+        semidefinite: Whether no eigenvalue can be negative.
         examples: Number of examples, over all processes, that count.
         left_out: Dataset indices of examples with a non-finite loss or gradient, which do not.
         gradient: Mean gradient ``[p]`` over the examples: zero at a minimum without weight decay.
@@ -180,6 +181,8 @@ class CurvatureProduct(ABC):
         TaskError: If the loss is not one that this curvature is defined for.
         ValueError: If an argument is out of range or no example counts.
     """
+
+    semidefinite: ClassVar[bool]
 
     def __init__(
         self,
@@ -324,7 +327,7 @@ class CurvatureProduct(ABC):
 
     def _evaluate(self, batch: Any, n: int) -> BatchLoss:
         # Seeded alike in every product, or a step with random numbers would make another matrix every time.
-        return self._gradients._forward(batch, n, self._gradients.references or {})
+        return self._gradients.forward(batch, n, self._gradients.references or {})
 
     @contextmanager
     def _pass(self) -> Iterator[None]:
@@ -478,6 +481,8 @@ class HessianProduct(CurvatureProduct):
     ``solvers.require_positive_definite`` tells whether a damping makes up for that.
     """
 
+    semidefinite: ClassVar[bool] = False
+
     def _check(self, loss: BatchLoss) -> None:
         return None
 
@@ -506,6 +511,8 @@ class GGNProduct(CurvatureProduct):
         TaskError: If the loss is not made of known calls alone, or a target depends on the parameters.
         ValueError: If a call enters the loss with a negative weight.
     """
+
+    semidefinite: ClassVar[bool] = True
 
     def _check(self, loss: BatchLoss) -> None:
         if not loss.tapped:

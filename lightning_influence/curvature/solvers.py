@@ -355,7 +355,7 @@ def require_positive_definite(
     _check_damping(damping)
     smallest = smallest_eigenvalue(matvec, like, max_steps=max_steps, resolution=0.1 * damping, seed=seed)
     if smallest.value <= -damping:
-        raise IndefiniteError(_indefinite(smallest.value, damping, smallest.error))
+        raise IndefiniteError(indefinite_reason(smallest.value, damping, smallest.error))
     return smallest
 
 
@@ -401,7 +401,7 @@ def _explain(kind: int, value: float, residual: float, steps: int, damping: floa
     if kind == _SOLVED:
         return ""
     if kind == _INDEFINITE:
-        return _indefinite(value, damping)
+        return indefinite_reason(value, damping)
     if kind == _SINGULAR:
         return f"singular: with damping {damping:.3g} the solution grows beyond all bounds; raise `damping`."
     if kind == _PRECONDITIONER:
@@ -428,7 +428,8 @@ def _explain(kind: int, value: float, residual: float, steps: int, damping: floa
     )
 
 
-def _indefinite(value: float, damping: float, noise: float = 0.0) -> str:
+def indefinite_reason(value: float, damping: float, noise: float = 0.0) -> str:
+    """Say why ``C + damping`` is not positive definite, ``C`` having the eigenvalue ``value``, and what to do."""
     if not math.isfinite(value):
         return "non-finite: a product has non-finite entries; leave out the examples that cause them."
     # The zero eigenvalues of a semidefinite curvature come out as rounding noise of either sign.

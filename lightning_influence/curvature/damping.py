@@ -1,0 +1,123 @@
+"""Which damping: a rule, chosen before anything is computed, never tuned on the scores.
+
+* relative: 0.1 times the mean eigenvalue of each block (Grosse et al. 2023, 2308.03296), for Kronecker factors, whose
+  eigenvalues are not to be trusted at the lower end;
+* trainer: ``1 / Σ_t η_t``, over the optimizer's own steps. Gradient descent from ``θ`` on a quadratic with curvature
+  ``C`` solves for directions with eigenvalues above that, and hardly moves along others (2209.10015, 2405.12186).
+
+Weight decay that is an L2 term of the loss is curvature, ``+ weight_decay · I``. It comes on top of either rule; a
+number is taken as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lightning_influence.layers import ParameterBlock
+
+Damping = float | Literal["auto", "relative", "trainer"]
+
+
+@dataclass(frozen=True)
+class OptimizerHistory:
+    """What the optimizers did in a run.
+
+    Attributes:
+        step_sizes: Parameter name to ``Σ_t η_t / (1 - momentum)`` over all steps.
+        weight_decay: Parameter name to the coefficient of an L2 term in the loss; decoupled decay is none.
+        adaptive: Names of optimizers whose steps are no multiples of the gradient (Adam), or may not be.
+        steps: Number of optimizer steps.
+    """
+
+    step_sizes: Mapping[str, float]
+    weight_decay: Mapping[str, float]
+    adaptive: tuple[str, ...]
+    steps: int
+
+
+@dataclass(frozen=True)
+class DampingChoice:
+    """A damping, decided as far as it can be before the curvature is known.
+
+    Attributes:
+        absolute: λ of every block, one for all, or None for a multiple of the mean eigenvalue.
+        weight_decay: Block name to what is added to a relative damping.
+        rule: ``"absolute"``, ``"relative"`` or ``"trainer"``.
+        notes: What a reader of the scores should know.
+    """
+
+    absolute: Mapping[str, float] | float | None = None
+    weight_decay: Mapping[str, float] = field(default_factory=dict)
+    rule: str = "relative"
+    notes: tuple[str, ...] = ()
+
+
+def choose_damping(
+    damping: Damping,
+    default: Literal["relative", "trainer"],
+    blocks: Mapping[str, ParameterBlock],
+    history: OptimizerHistory | None,
+) -> DampingChoice:
+    """Decide a damping.
+
+    Args:
+        damping: A number λ >= 0, ``"relative"``, ``"trainer"``, or ``"auto"``: the curvature's default.
+        default: The default of the curvature.
+        blocks: The covered parameters.
+        history: What the optimizers did, None if unknown.
+
+    Returns:
+        The choice. Without plain gradient steps there is no ``"trainer"`` damping: it is relative then, and says so.
+
+    Raises:
+        ValueError: If ``damping`` is none of these.
+    """
+    if not isinstance(damping, str):
+        if isinstance(damping, bool) or not math.isfinite(damping) or damping < 0:
+            raise ValueError(f'damping={damping!r}; expected a number >= 0, "relative", "trainer" or "auto".')
+        return DampingChoice(absolute=float(damping), rule="absolute")
+    if damping not in ("auto", "relative", "trainer"):
+        raise ValueError(f'damping={damping!r}; expected a number >= 0, "relative", "trainer" or "auto".')
+    rule = default if damping == "auto" else damping
+    decay = {} if history is None else _means(blocks, history.weight_decay)
+    if rule == "relative":
+        return DampingChoice(weight_decay=decay)
+    reason = _no_trainer_damping(history)
+    if reason or history is None:
+        return DampingChoice(
+            weight_decay=decay,
+            notes=(
+                f"the damping is 0.1 of the mean eigenvalue: {reason}, so there is no damping that follows from the "
+                "training (1 / sum of step sizes). A number for `damping=` sets it.",
+            ),
+        )
+    moved = _means(blocks, history.step_sizes)
+    everywhere = sum(moved.values()) / len(moved)
+    absolute = {name: 1 / (size or everywhere) + decay[name] for name, size in moved.items()}
+    return DampingChoice(absolute=absolute, weight_decay=decay, rule="trainer")
+
+
+def _no_trainer_damping(history: OptimizerHistory | None) -> str:
+    if history is None or not any(history.step_sizes.values()):
+        return "no optimizer step was seen"
+    if history.adaptive:
+        return f"{', '.join(history.adaptive)} takes steps that are not multiples of the gradient"
+    return ""
+
+
+def _means(blocks: Mapping[str, ParameterBlock], values: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean over each block's scalars of what is known by parameter."""
+    return {name: _weighted(_pairs(block, values)) for name, block in blocks.items()}
+
+
+def _pairs(block: ParameterBlock, values: Mapping[str, float]) -> Iterable[tuple[float, int]]:
+    return [(values.get(name, 0.0), parameter.numel()) for name, parameter in block.parameters.items()]
+
+
+def _weighted(pairs: Iterable[tuple[float, int]]) -> float:
+    pairs = list(pairs)
+    total = sum(count for _, count in pairs)
+    return sum(value * count for value, count in pairs) / total if total else 0.0

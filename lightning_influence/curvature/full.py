@@ -1,0 +1,327 @@
+"""The curvature of all covered parameters at once, correlations between layers included: GGN and Hessian.
+
+Two forms: ``DenseCurvature`` holds the matrix and solves exactly, for small networks; ``ImplicitCurvature`` has its
+products only and solves with an iterative solver, at the price of passes over the data for every solve.
+
+Index legend: ``q`` vectors, ``n`` examples of a batch, ``p`` parameters, ``k, o, i`` a block's groups, outputs, inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence import per_sample
+from lightning_influence.capture import LayerIO
+from lightning_influence.curvature.fitted import BlockCurvature, Curvature, Scorer
+from lightning_influence.curvature.products import CurvatureProduct, FlatParameters
+from lightning_influence.curvature.solvers import (
+    IndefiniteError,
+    Matvec,
+    Solution,
+    SolverError,
+    cg,
+    indefinite_reason,
+    lissa,
+    require_positive_definite,
+)
+from lightning_influence.layers import ParameterBlock
+
+IterativeSolver = Literal["cg", "pcg", "lissa"]
+Solver = Literal["auto", "dense"] | IterativeSolver
+
+# Relative residuals to stop at. Influence scores need no more, and random batches (LiSSA) do not reach as far.
+_TOLERANCES: dict[str, float] = {"cg": 1e-4, "pcg": 1e-4, "lissa": 1e-2}
+# A solution that missed its tolerance but not this one is used, and the scores' notes say so.
+_ACCEPTED = 0.1
+_MOST_STEPS: dict[str, int] = {"cg": 1000, "pcg": 300, "lissa": 2000}
+_LISSA_BATCH = 64
+# Products spent on looking for negative eigenvalues of a Hessian.
+_LOOKS = 50
+# Random vectors that estimate the trace: the relative error is about 1 / sqrt(vectors · effective rank).
+_PROBES = 16
+
+
+class BlockCoordinates:
+    """Vectors over all blocks as one: ``{name: [..., k, o, i]}`` to ``[..., p]``, block after block.
+
+    Args:
+        blocks: The covered parameters, by block name.
+    """
+
+    def __init__(self, blocks: Mapping[str, ParameterBlock]) -> None:
+        self.blocks = dict(blocks)
+        self.shapes = {name: block.shape for name, block in blocks.items()}
+        self.sizes = {name: k * o * i for name, (k, o, i) in self.shapes.items()}
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates ``p``."""
+        return sum(self.sizes.values())
+
+    @property
+    def parameters(self) -> list[str]:
+        """Full names of the parameters, in the order of the blocks."""
+        return [name for block in self.blocks.values() for name in block.parameters]
+
+    def slices(self) -> dict[str, slice]:
+        """Return where each block lies."""
+        result, start = {}, 0
+        for name, size in self.sizes.items():
+            result[name] = slice(start, start + size)
+            start += size
+        return result
+
+    def join(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """Put blocks ``[..., k, o, i]`` in line: ``[..., p]``."""
+        return torch.cat([vectors[name].flatten(-3) for name in self.blocks], -1)
+
+    def split(self, line: Tensor) -> dict[str, Tensor]:
+        """Cut ``[..., p]`` up into views ``[..., k, o, i]``."""
+        parts = line.split(list(self.sizes.values()), -1)
+        return {name: part.unflatten(-1, self.shapes[name]) for name, part in zip(self.sizes, parts, strict=True)}
+
+    def spread(self, values: Mapping[str, float], like: Tensor) -> Tensor:
+        """Return ``[p]`` with one value for all coordinates of a block."""
+        return torch.cat([like.new_full((size,), values[name]) for name, size in self.sizes.items()])
+
+    def places_in(self, flat: FlatParameters) -> Tensor:
+        """Return where each coordinate lies in the flat vector of the same parameters, ``[p]`` int64.
+
+        Raises:
+            ValueError: If the parameters are others, or a block holds more or less than its parameters.
+        """
+        if set(flat.parameters) != set(self.parameters):
+            raise ValueError(
+                f"the flat vector holds {sorted(flat.parameters)}, the blocks {sorted(self.parameters)}; expected the "
+                "same parameters."
+            )
+        numbers = flat.unflatten(torch.arange(flat.size, dtype=torch.float64, device=flat.device))
+        blocks = {name: block.from_parameters(numbers) for name, block in self.blocks.items()}
+        places = self.join(blocks).round().long()
+        if not torch.equal(places.sort().values, torch.arange(flat.size, device=places.device)):
+            raise ValueError("the blocks are not made of every scalar of their parameters, each once.")
+        return places
+
+
+class DenseCurvature(Curvature):
+    """The matrix itself, factorised: exact solves and exact self-influence.
+
+    Args:
+        name: Which curvature.
+        matrix: ``C: [p, p]`` in block coordinates.
+        coordinates: The blocks.
+        dampings: Block name to λ.
+        labels: For the record.
+        examples: For the record.
+
+    Raises:
+        IndefiniteError: If ``C + λ`` is not positive definite; the message gives its smallest eigenvalue.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        matrix: Tensor,
+        coordinates: BlockCoordinates,
+        dampings: Mapping[str, float],
+        labels: Sequence[str],
+        examples: Sequence[int],
+    ) -> None:
+        super().__init__(name, dampings, labels, examples)
+        self.coordinates = coordinates
+        self.matrix = matrix
+        wide = matrix.to(torch.float64, copy=True)
+        wide.diagonal().add_(coordinates.spread(self.dampings, wide))
+        factor, info = torch.linalg.cholesky_ex(wide)
+        if int(info):
+            # Of the damped matrix: with one damping per block that is the number that counts.
+            eigenvalues = torch.linalg.eigvalsh(wide)
+            least = min(self.dampings.values())
+            noise = len(wide) * torch.finfo(matrix.dtype).eps * float(eigenvalues.abs().max())
+            raise IndefiniteError(indefinite_reason(float(eigenvalues[0]) - least, least, noise))
+        self._factor = factor
+
+    def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``(C + λ)⁻¹ v``, block by block: name -> ``[..., k, o, i]``."""
+        line = self.coordinates.join(vectors)
+        columns = line.reshape(-1, line.shape[-1]).double().T
+        solved = torch.cholesky_solve(columns, self._factor).T.reshape(line.shape)
+        return self.coordinates.split(solved.to(line.dtype))
+
+    def scorer(self, n: int) -> Scorer:
+        """Return what adds up the scores of one batch of ``n`` examples."""
+        return _DenseScorer(self, n)
+
+    def half_solved(self, gradients: Tensor) -> Tensor:
+        """Return ``L⁻¹ g`` for ``g: [n, p]``, where ``C + λ = L Lᵀ``: its squared norm is the self-influence."""
+        solved: Tensor = torch.linalg.solve_triangular(self._factor, gradients.double().T, upper=False)
+        return solved.T
+
+    def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        """Return the matrix and what its coordinates are."""
+        about = {"kind": self.name, "damping": repr(self.dampings), "coordinates": repr(self.coordinates.shapes)}
+        return {self.name: ({"matrix": self.matrix}, about)}
+
+
+class ImplicitCurvature(Curvature):
+    """Products only; ``solve`` runs an iterative solver, and ``solves`` tells how it fared.
+
+    Args:
+        name: Which curvature.
+        product: Products with ``C``.
+        coordinates: The blocks.
+        dampings: Block name to λ.
+        solver: Which solver.
+        preconditioner: A block-diagonal curvature with the same damping, for ``"pcg"`` and for self-influence.
+        labels: For the record.
+        examples: For the record.
+        seed: Seed of LiSSA's random batches.
+
+    Raises:
+        IndefiniteError: If the curvature has a negative eigenvalue below ``-λ``, as far as was looked.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        product: CurvatureProduct,
+        coordinates: BlockCoordinates,
+        dampings: Mapping[str, float],
+        *,
+        solver: IterativeSolver,
+        preconditioner: BlockCurvature | None,
+        labels: Sequence[str],
+        examples: Sequence[int],
+        seed: int = 0,
+    ) -> None:
+        super().__init__(name, dampings, labels, examples)
+        self.coordinates = coordinates
+        self.preconditioner = preconditioner
+        self._product = product
+        self._solver = solver
+        self._seed = seed
+        self._places = coordinates.places_in(product.flat)
+        like = product.gradient[:0].new_zeros(product.flat.size)
+        # One damping for each block is the smallest of them for all, and the rest as part of the curvature.
+        self._least = min(self.dampings.values())
+        self._rest = coordinates.spread(self.dampings, like) - self._least
+        if not product.semidefinite:
+            require_positive_definite(self.matvec, like, self._least, max_steps=_LOOKS, seed=seed)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Multiply ``[..., p]`` in block coordinates by ``C`` and what dampings differ by."""
+        return self._in_blocks(self._product, v)
+
+    def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``(C + λ)⁻¹ v``, block by block: name -> ``[..., k, o, i]``.
+
+        Raises:
+            SolverError: If a system was not solved to a relative residual of 0.1.
+        """
+        line = self.coordinates.join(vectors)
+        systems = line.reshape(-1, line.shape[-1])
+        # Queries with non-finite gradients get no score anyway, and one would spoil the others.
+        finite = torch.isfinite(systems).all(1, keepdim=True)
+        found = self._run(torch.where(finite, systems, 0))
+        self.solves.append(found)
+        worst = float(found.residual.max()) if len(found.residual) else 0.0
+        if worst > _ACCEPTED:
+            raise SolverError(f"{self.name} with {self._solver}: {found.reason}")
+        if found.reason:
+            self._note(f"{self.name} was solved with {self._solver} to a relative residual of {worst:.2g} only")
+        return self.coordinates.split(found.solution.reshape(line.shape))
+
+    def scorer(self, n: int) -> Scorer:
+        """Return what adds up the scores of one batch; self-influence is that of the preconditioner."""
+        return _ImplicitScorer(self, n)
+
+    def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        """Return the preconditioner's state: there is no other."""
+        return {} if self.preconditioner is None else self.preconditioner.tensors()
+
+    def _run(self, systems: Tensor) -> Solution:
+        tolerance, steps = _TOLERANCES[self._solver], _MOST_STEPS[self._solver]
+        if self._solver == "lissa":
+            size = min(_LISSA_BATCH, self._product.examples)
+            batches = (
+                partial(self._in_blocks, product) for product in self._product.random_batches(size, seed=self._seed)
+            )
+            return lissa(batches, systems, self._least, matvec=self.matvec, steps=steps, tolerance=tolerance)
+        preconditioner = self._precondition if self._solver == "pcg" else None
+        return cg(
+            self.matvec, systems, self._least, preconditioner=preconditioner, tolerance=tolerance, max_steps=steps
+        )
+
+    def _precondition(self, v: Tensor) -> Tensor:
+        assert self.preconditioner is not None
+        return self.coordinates.join(self.preconditioner.solve(self.coordinates.split(v)))
+
+    def _in_blocks(self, product: Matvec, v: Tensor) -> Tensor:
+        flat = torch.empty_like(v)
+        flat[..., self._places] = v
+        return product(flat)[..., self._places] + self._rest * v
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+class _DenseScorer(Scorer):
+    def __init__(self, curvature: DenseCurvature, n: int) -> None:
+        self._curvature = curvature
+        self._n = n
+        self._rows: dict[str, Tensor] = {}
+
+    def add(self, io: LayerIO, query: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        formed = per_sample.formed(io.x, io.gs[0])
+        self._rows[io.name] = formed
+        flat = formed.flatten(1)
+        inner = None if query is None else flat @ query.flatten().to(flat.dtype)
+        return flat.square().sum(1), inner
+
+    def self_influence(self) -> Tensor:
+        curvature = self._curvature
+        missing = curvature.matrix.new_zeros(())
+        rows = {
+            name: self._rows.get(name, missing.expand(self._n, *shape))
+            for name, shape in curvature.coordinates.shapes.items()
+        }
+        return curvature.half_solved(curvature.coordinates.join(rows)).square().sum(1)
+
+    def parts(self) -> dict[str, Tensor]:
+        return {}
+
+
+class _ImplicitScorer(Scorer):
+    def __init__(self, curvature: ImplicitCurvature, n: int) -> None:
+        self._own = None if curvature.preconditioner is None else curvature.preconditioner.scorer(n)
+
+    def add(self, io: LayerIO, query: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if self._own is not None:
+            return self._own.add(io, query)
+        inner = None if query is None else per_sample.inner_products(io.x, io.gs[0], query)
+        return per_sample.squared_norms(io.x, io.gs[0]), inner
+
+    def self_influence(self) -> Tensor | None:
+        return None if self._own is None else self._own.self_influence()
+
+    def parts(self) -> dict[str, Tensor]:
+        return {} if self._own is None else self._own.parts()
+
+
+def mean_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor, *, seed: int = 0) -> float:
+    """Estimate ``trace / p`` with random signs (Hutchinson 1990), one product of 16 vectors.
+
+    Args:
+        product: Multiplies ``[q, p]``.
+        like: ``[p]``, for dtype and device.
+        seed: Seed of the signs, the same on every process.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (_PROBES, like.shape[-1]), generator=generator).mul_(2).sub_(1).to(like)
+    return float((signs * product(signs)).sum(dtype=torch.float64)) / signs.numel()

@@ -1,0 +1,53 @@
+"""How much memory there is, to refuse or take another way before it runs out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Return the memory that can still be taken on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    known = [size for size in (_free_on_host(), _left_in_group()) if size is not None]
+    return min(known) if device.type == "cpu" and known else None
+
+
+def fits(size: float, device: torch.device) -> bool:
+    """Tell whether ``size`` bytes can be taken; yes where the system does not tell."""
+    available = available_bytes(device)
+    return available is None or size <= available
+
+
+def readable(size: float) -> str:
+    """Return a number of bytes as a person reads it."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def _free_on_host() -> int | None:
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+        entries = dict(line.split(":", 1) for line in lines)
+        return int(entries["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        return None
+
+
+def _left_in_group() -> int | None:
+    """Return what the limit of the control group (a container) leaves, None without one."""
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no control groups, or "max": no limit
+        return None
+    # Cached files are given back when memory gets short.
+    return limit - used + int(statistics.get("inactive_file", 0))

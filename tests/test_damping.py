@@ -1,0 +1,260 @@
+"""Which damping a run gets: rules, the optimizer's history, and what the callback makes of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference as ref
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import Classifier, Validated, loader, make_trainer, vectors
+from torch import Tensor, nn
+
+from lightning_influence import InfluenceAudit, memory
+from lightning_influence.audit import AuditReport
+from lightning_influence.coverage import cover
+from lightning_influence.curvature import LADDER, OptimizerHistory, choose_damping
+from lightning_influence.tracin import StepSizes
+
+SGD = OptimizerHistory({"0.weight": 8.0, "0.bias": 2.0, "2.weight": 4.0, "2.bias": 4.0}, {"0.weight": 0.5}, (), 10)
+
+
+def blocks() -> Any:
+    return cover(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2))).blocks
+
+
+class TestRule:
+    def test_a_number_is_taken_as_it_is(self) -> None:
+        choice = choose_damping(0.25, "relative", blocks(), SGD)
+        assert (choice.absolute, choice.rule, choice.notes) == (0.25, "absolute", ())
+
+    def test_trainer_is_one_over_the_step_sizes_plus_weight_decay(self) -> None:
+        choice = choose_damping("trainer", "relative", blocks(), SGD)
+        first = (8.0 * 6 + 2.0 * 2) / 8
+        assert choice.absolute == pytest.approx({"0": 1 / first + 0.5 * 6 / 8, "2": 0.25})
+        assert choice.rule == "trainer"
+
+    @pytest.mark.parametrize("default", ["relative", "trainer"])
+    def test_auto_is_the_default_of_the_curvature(self, default: Any) -> None:
+        assert choose_damping("auto", default, blocks(), SGD).rule == default
+
+    def test_kronecker_blocks_are_relative_and_the_exact_ones_follow_the_trainer(self) -> None:
+        relative = {name for name, rung in LADDER.items() if rung.damping == "relative"}
+        assert relative == {"identity", "diagonal", "kfac", "ekfac"}
+        assert LADDER.keys() - relative == {"block_ggn", "ggn", "hessian"}
+
+    def test_relative_leaves_the_scale_to_the_curvature(self) -> None:
+        choice = choose_damping("relative", "trainer", blocks(), SGD)
+        assert choice.absolute is None
+        assert choice.weight_decay == pytest.approx({"0": 0.375, "2": 0.0})
+
+    def test_a_layer_that_never_moved_gets_the_mean_of_the_others(self) -> None:
+        history = OptimizerHistory({"0.weight": 4.0, "0.bias": 4.0}, {}, (), 10)
+        assert choose_damping("trainer", "relative", blocks(), history).absolute == pytest.approx({"0": 0.25, "2": 0.5})
+
+    @pytest.mark.parametrize(
+        ("history", "reason"),
+        [
+            (None, "no optimizer step was seen"),
+            (OptimizerHistory({}, {}, (), 0), "no optimizer step was seen"),
+            (OptimizerHistory({"0.weight": 1.0}, {}, ("Adam",), 5), "Adam takes steps that are not multiples"),
+        ],
+    )
+    def test_without_plain_steps_it_is_relative_and_says_so(self, history: Any, reason: str) -> None:
+        choice = choose_damping("trainer", "relative", blocks(), history)
+        assert (choice.absolute, choice.rule) == (None, "relative")
+        assert reason in choice.notes[0]
+
+    @pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf, True, "large"])
+    def test_anything_else_is_refused(self, wrong: Any) -> None:
+        with pytest.raises(ValueError, match='expected a number >= 0, "relative", "trainer" or "auto"'):
+            choose_damping(wrong, "relative", blocks(), SGD)
+
+
+class TestHistory:
+    def stepped(self, make: Callable[[list[nn.Parameter]], Any], steps: int = 3) -> OptimizerHistory:
+        layer = nn.Linear(2, 1)
+        optimizer, sizes = make(list(layer.parameters())), StepSizes(layer)
+        for _ in range(steps):
+            sizes.record(optimizer)
+        sizes.take()
+        return sizes.history()
+
+    def test_totals_outlive_the_checkpoints(self) -> None:
+        history = self.stepped(lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.75))
+        assert history.step_sizes == pytest.approx({"weight": 6.0, "bias": 6.0})
+        assert (history.steps, history.adaptive) == (3, ())
+
+    @pytest.mark.parametrize(
+        ("make", "decay", "adaptive"),
+        [
+            (lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.01), 0.01, ()),
+            (lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.01), 0.01, ("Adam",)),
+            (lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.01), 0.0, ("AdamW",)),
+            (lambda p: torch.optim.NAdam(p, lr=0.1, weight_decay=0.01), 0.01, ("NAdam",)),
+            (
+                lambda p: torch.optim.NAdam(p, lr=0.1, weight_decay=0.01, decoupled_weight_decay=True),
+                0.0,
+                ("NAdam",),
+            ),
+            (lambda p: torch.optim.Rprop(p, lr=0.1), 0.0, ("Rprop",)),
+        ],
+    )
+    def test_only_an_l2_term_is_curvature(self, make: Any, decay: float, adaptive: tuple[str, ...]) -> None:
+        history = self.stepped(make)
+        assert history.weight_decay["weight"] == decay
+        assert history.adaptive == adaptive
+
+    def test_it_survives_a_checkpoint(self) -> None:
+        layer = nn.Linear(2, 1)
+        first, second = StepSizes(layer), StepSizes(layer)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, weight_decay=0.01)
+        first.record(optimizer)
+        second.load_state_dict(first.state_dict())
+        second.record(optimizer)
+        first.record(optimizer)
+        assert second.history() == first.history()
+        # Checkpoints of version 0.1 know of the last steps only.
+        second.load_state_dict({"step_sizes": {"weight": 1.0}, "steps": 2})
+        assert second.history() == OptimizerHistory({}, {}, (), 0)
+
+
+# -------------------------------------------------------------------------------------------------- the callback
+
+
+def fit(audit: InfluenceAudit, directory: Path, model: Any = None) -> AuditReport:
+    torch.manual_seed(0)
+    trainer = make_trainer(directory, callbacks=[audit])
+    trainer.fit(model or Validated(), loader(vectors()), loader(vectors(6, 2)))
+    assert audit.report is not None
+    return audit.report
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.5, weight_decay=0.03)
+
+
+@pytest.mark.parametrize("solver", ["auto", "pcg"])
+def test_ggn_with_the_damping_of_the_run(tmp_path: Path, solver: Any) -> None:
+    """22 examples in batches of 5, two epochs: 10 steps of 0.1 / (1 - 0.5), and an L2 term."""
+    model = Validated(sgd)
+    report = fit(InfluenceAudit(curvature="ggn", solver=solver), tmp_path, model)
+    damping = 1 / (10 * 0.2) + 0.03
+    described = report.manifest["curvature"]
+    assert described["damping_rule"] == "trainer"
+    assert described["damping"] == pytest.approx({"net.1": damping, "net.3": damping})
+
+    data, queries = vectors(), vectors(6, 2)
+    x, y = data.tensors
+    model = model.double()
+
+    def rows(inputs: Tensor, labels: Tensor) -> Tensor:
+        task = lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])  # noqa: E731
+        batches = [(inputs[n : n + 1].double(), labels[n : n + 1]) for n in range(len(inputs))]
+        return ref.flatten_gradients(ref.gradients_alone(model, task, batches))
+
+    matrix = ref.ggn_dense(model, x.double(), "cross_entropy")
+    matrix = matrix + damping * torch.eye(len(matrix), dtype=torch.float64)
+    g, q = rows(x, y), rows(*queries.tensors).mean(0)
+    expected = -(g @ torch.linalg.solve(matrix, q))
+    torch.testing.assert_close(torch.from_numpy(report.columns["harm"]), expected, rtol=1e-3, atol=1e-5)
+    own = (g * torch.linalg.solve(matrix, g.T).T).sum(1)
+    found = torch.from_numpy(report.columns["self_influence"])
+    if solver == "auto":
+        torch.testing.assert_close(found, own, rtol=1e-4, atol=0)
+        assert not [note for note in report.manifest["notes"] if "self_influence" in note]
+    else:
+        (solve,) = described["solves"]
+        assert solve["converged"] == solve["systems"] == 1
+        assert solve["residual"] < 1e-4
+        assert any("self_influence is that of EK-FAC" in note for note in report.manifest["notes"])
+
+
+def test_adam_has_no_trainer_damping_and_the_report_says_so(tmp_path: Path) -> None:
+    model = Validated(lambda module: torch.optim.Adam(module.parameters(), lr=0.01))
+    report = fit(InfluenceAudit(curvature="ggn"), tmp_path, model)
+    assert report.manifest["curvature"]["damping_rule"] == "relative"
+    assert any("Adam takes steps that are not multiples of the gradient" in n for n in report.manifest["notes"])
+    assert "self_influence" in report.columns
+
+
+def test_an_indefinite_hessian_leaves_the_rest_of_the_audit(tmp_path: Path) -> None:
+    report = fit(InfluenceAudit(curvature="hessian", damping=1e-6), tmp_path, Validated(sgd))
+    assert report.manifest["status"] == "complete"
+    (note,) = [note for note in report.manifest["notes"] if "no self_influence" in note]
+    assert "or use the GGN" in note
+    assert {"tracin", "el2n", "grad_norm_squared", "rank"} <= set(report.columns)
+    assert not {"self_influence", "harm"} & set(report.columns)
+    assert "self_influence" not in str(report).split("coverage")[0]
+
+
+@pytest.mark.parametrize("curvature", LADDER)
+def test_every_rung_from_one_argument(tmp_path: Path, curvature: Any) -> None:
+    damping: Any = 3.0 if curvature == "hessian" else "auto"
+    report = fit(InfluenceAudit(curvature=curvature, damping=damping), tmp_path, Validated(sgd))
+    assert (report.columns["self_influence"] > 0).all()
+    assert len(set(report.columns["harm"])) == 22
+    assert report.manifest["curvature"]["name"] == curvature
+
+
+def test_a_curvature_that_can_not_be_had_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Classifier(loss=lambda logits, batch: (logits.logsumexp(1) - logits[:, 0]).mean())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MisconfigurationException, match="the GGN needs a loss made of known calls"):
+        fit(InfluenceAudit(curvature="ggn"), tmp_path, model)
+    monkeypatch.setattr("lightning_influence.curvature.ladder.available_bytes", lambda device: 1000)
+    with pytest.raises(MisconfigurationException, match="curvature='ekfac' needs .* available"):
+        fit(InfluenceAudit(), tmp_path, model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"curvature": "newton"}, "curvature='newton'; expected one of"),
+        ({"solver": "sgd"}, "solver='sgd'; expected one of 'auto', 'dense', 'cg', 'pcg', 'lissa'"),
+        ({"damping": 0.0}, '"trainer"'),
+        ({"damping": "none"}, '"trainer"'),
+    ],
+)
+def test_wrong_arguments(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        InfluenceAudit(**arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+class TestMemory:
+    def test_this_machine_has_some(self) -> None:
+        found = memory.available_bytes(torch.device("cpu"))
+        assert found is None or found > 2**20
+
+    def test_an_unknown_amount_is_enough(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "none")
+        monkeypatch.setattr(memory, "_CGROUP", tmp_path / "none")
+        assert memory.available_bytes(torch.device("cpu")) is None
+        assert memory.fits(1e18, torch.device("cpu"))
+
+    def test_the_smaller_of_host_and_container_counts(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
+        monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+        monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+        (tmp_path / "memory.max").write_text("max\n")
+        assert memory.available_bytes(torch.device("cpu")) == 5000 * 1024
+        (tmp_path / "memory.max").write_text("4000000\n")
+        (tmp_path / "memory.current").write_text("3000000\n")
+        (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 500000\n")
+        assert memory.available_bytes(torch.device("cpu")) == 1_500_000
+        assert not memory.fits(1.6e6, torch.device("cpu"))
+
+    @pytest.mark.parametrize(("size", "text"), [(12, "12 bytes"), (2_000, "2 kB"), (3.4e6, "3.4 MB"), (5e10, "50 GB")])
+    def test_sizes_for_readers(self, size: float, text: str) -> None:
+        assert memory.readable(size) == text

@@ -1,0 +1,329 @@
+"""Scores with the curvature of all parameters at once (GGN, Hessian) against dense float64 algebra."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference as ref
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lightning_influence.curvature import (
+    BlockCoordinates,
+    Curvature,
+    FactorExamples,
+    FlatParameters,
+    GGNProduct,
+    IndefiniteError,
+    SolverError,
+    check_curvature,
+    fit,
+    fitted_bytes,
+    full,
+)
+from lightning_influence.curvature import fit as fitting
+from lightning_influence.curvature.full import mean_eigenvalue
+from lightning_influence.discover import discover
+from lightning_influence.pairwise import pairwise_scores
+from lightning_influence.passes import ExampleGradients
+from lightning_influence.scoring import score_examples
+from lightning_influence.source import ExampleSource
+from lightning_influence.task import TaskError
+
+N, C = 14, 3
+EVERY = FactorExamples(N, N)
+
+
+def classify(module: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def mlp() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C)), torch.randn(N, 4)
+
+
+def cnn() -> tuple[nn.Module, Tensor]:
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, groups=2), nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.Linear(16, C, bias=False)
+    )
+    return net, torch.randn(N, 2, 4, 4)
+
+
+def embedding() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Embedding(6, 3), nn.Flatten(), nn.Linear(9, C)), torch.randint(0, 6, (N, 3))
+
+
+MODELS = {"mlp": mlp, "cnn": cnn, "embedding": embedding}
+
+
+class Problem:
+    """A small network and its dense algebra."""
+
+    def __init__(self, name: str = "mlp", dtype: torch.dtype = torch.float64, batch_size: int = 4) -> None:
+        torch.manual_seed(0)
+        net, inputs = MODELS[name]()
+        self.net = net.to(dtype)
+        self.inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+        self.targets = torch.randint(0, C, (N,))
+        source = ExampleSource(TensorDataset(self.inputs, self.targets), batch_size=batch_size)
+        self.gradients = ExampleGradients(self.net, classify, source, discover(self.net, classify, source))
+
+    def dense(self, name: str) -> Tensor:
+        if name == "ggn":
+            return ref.ggn_dense(self.net, self.inputs, "cross_entropy")
+        return ref.hessian_dense(self.net, F.cross_entropy, self.inputs, self.targets)
+
+    def rows(self) -> Tensor:
+        alone = [(self.inputs[n : n + 1], self.targets[n : n + 1]) for n in range(N)]
+        return ref.flatten_gradients(ref.gradients_alone(self.net, classify, alone))
+
+    def damping_vector(self, dampings: dict[str, float]) -> Tensor:
+        """One λ per scalar, in the order of ``named_parameters()``."""
+        by_name = {p: dampings[b.name] for b in self.gradients.coverage.blocks.values() for p in b.parameters}
+        return torch.cat(
+            [torch.full((p.numel(),), by_name[name], dtype=torch.float64) for name, p in self.net.named_parameters()]
+        )
+
+    def expected(self, name: str, damping: Tensor | float) -> Tensor:
+        matrix = self.dense(name)
+        matrix = matrix + torch.diag(torch.as_tensor(damping, dtype=torch.float64).expand(len(matrix)))
+        g = self.rows()
+        return g @ torch.linalg.solve(matrix, g.T)
+
+    def fit(self, name: Any, damping: Any, **options: Any) -> Curvature:
+        return fit(
+            self.gradients, name, range(N), examples=EVERY, labels=("exact", "exact"), damping=damping, **options
+        )
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", ["ggn", "hessian"])
+class TestDense:
+    def test_scores(self, model: str, name: str) -> None:
+        problem = Problem(model)
+        damping = 0.05 if name == "ggn" else 2.0
+        curvature = problem.fit(name, damping)
+        expected = problem.expected(name, damping)
+        found = score_examples(problem.gradients, range(N), curvature=curvature).columns
+        torch.testing.assert_close(found["self_influence"], expected.diagonal(), rtol=1e-8, atol=0)
+        pairs = pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, range(N)).scores
+        torch.testing.assert_close(pairs, expected, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(found["grad_norm_squared"], problem.rows().square().sum(1), rtol=1e-9, atol=0)
+        # The identity would give another ranking, not only another scale.
+        ratio = expected.diagonal() / problem.rows().square().sum(1)
+        assert ratio.max() > (2 if name == "ggn" else 1.02) * ratio.min()
+
+    def test_one_damping_for_each_block(self, model: str, name: str) -> None:
+        problem = Problem(model)
+        floor = 0.05 if name == "ggn" else 2.0
+        dampings = {block: floor * (1 + 3 * k) for k, block in enumerate(problem.gradients.coverage.blocks)}
+        expected = problem.expected(name, problem.damping_vector(dampings))
+        for solver in ("dense", "pcg"):
+            curvature = problem.fit(name, dampings, solver=solver)
+            pairs = pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, range(N)).scores
+            torch.testing.assert_close(pairs, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("solver", ["cg", "pcg", "lissa"])
+def test_iterative_solvers_agree_with_the_dense_one(solver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full, "_TOLERANCES", {"cg": 1e-9, "pcg": 1e-9, "lissa": 1e-2})
+    monkeypatch.setattr(full, "_MOST_STEPS", {"cg": 100, "pcg": 100, "lissa": 150})
+    monkeypatch.setattr(full, "_LISSA_BATCH", N)
+    problem = Problem()
+    curvature = problem.fit("ggn", 0.05, solver=solver)
+    pairs = pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, range(N)).scores
+    close = {"rtol": 1e-6, "atol": 1e-7} if solver != "lissa" else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(pairs, problem.expected("ggn", 0.05), **close)
+    (solve,) = curvature.solves
+    assert bool(solve.converged.all())
+    assert solve.products > 0
+    plain = problem.rows() @ problem.rows().T
+    # With the identity the pairs would be these up to a factor: their cosine with the right ones is far from 1.
+    assert float(F.cosine_similarity(plain.flatten(), problem.expected("ggn", 0.05).flatten(), dim=0)) < 0.97
+
+
+def test_self_influence_without_a_dense_matrix_is_that_of_the_preconditioner() -> None:
+    problem = Problem()
+    own = score_examples(problem.gradients, range(N), curvature=problem.fit("ekfac", 0.05)).columns
+    curvature = problem.fit("ggn", 0.05, solver="pcg")
+    found = score_examples(problem.gradients, range(N), curvature=curvature).columns
+    torch.testing.assert_close(found["self_influence"], own["self_influence"], rtol=1e-10, atol=0)
+    assert any("self_influence is that of EK-FAC" in note for note in curvature.notes)
+    without = problem.fit("ggn", 0.05, solver="cg")
+    found = score_examples(problem.gradients, range(N), curvature=without).columns
+    assert "self_influence" not in found
+    assert any('no self_influence: with the ggn and solver="cg"' in note for note in without.notes)
+
+
+def test_parts_by_layer_add_up() -> None:
+    problem = Problem("cnn")
+    curvature = problem.fit("ekfac", 0.05)
+    found = score_examples(problem.gradients, range(N), curvature=curvature, parts=True).columns
+    parts = [found[f"self_influence/{name}"] for name in problem.gradients.coverage.blocks]
+    assert len(parts) == 3
+    torch.testing.assert_close(torch.stack(parts).sum(0), found["self_influence"], rtol=1e-10, atol=0)
+    assert float(torch.stack(parts).min()) > 0
+
+
+def test_relative_damping_is_a_share_of_the_mean_eigenvalue() -> None:
+    problem = Problem()
+    mean = float(problem.dense("ggn").diagonal().mean())
+    exact = problem.fit("ggn", None, weight_decay={"0": 0.25})
+    assert exact.dampings == pytest.approx({"0": 0.1 * mean + 0.25, "2": 0.1 * mean}, rel=1e-9)
+    estimated = problem.fit("ggn", None, solver="pcg")
+    assert estimated.dampings["0"] == pytest.approx(0.1 * mean, rel=0.3)
+
+
+def test_the_trace_estimate_is_exact_for_diagonals_and_unbiased() -> None:
+    diagonal = torch.arange(1.0, 8.0).double()
+    assert mean_eigenvalue(lambda v: v * diagonal, diagonal) == pytest.approx(4.0)
+    root = torch.randn(30, 30, generator=torch.Generator().manual_seed(0)).double()
+    matrix = root @ root.T
+    found = [mean_eigenvalue(lambda v: v @ matrix, matrix[0], seed=seed) for seed in range(50)]
+    assert sum(found) / 50 == pytest.approx(float(matrix.diagonal().mean()), rel=0.03)
+
+
+def test_coordinates_are_a_permutation_of_the_parameters() -> None:
+    problem = Problem("cnn")
+    coordinates = BlockCoordinates(problem.gradients.coverage.blocks)
+    flat = FlatParameters.of(problem.net)
+    places = coordinates.places_in(flat)
+    assert sorted(places.tolist()) == list(range(flat.size))
+    vectors = {name: torch.randn(2, *block.shape).double() for name, block in coordinates.blocks.items()}
+    line = coordinates.join(vectors)
+    for name, vector in coordinates.split(line).items():
+        assert torch.equal(vector, vectors[name])
+    by_parameter = {}
+    for name, block in coordinates.blocks.items():
+        by_parameter |= block.to_parameters(vectors[name])
+    assert torch.equal(flat.flatten(by_parameter)[:, places], line)
+    with pytest.raises(ValueError, match="expected the same parameters"):
+        coordinates.places_in(FlatParameters.of(problem.net, ["0.weight"]))
+
+
+def test_layers_can_be_chosen() -> None:
+    """The curvature of a part of the parameters, the others fixed."""
+    problem = Problem()
+    source = problem.gradients.source
+    coverage = discover(problem.net, classify, source, layers=["2"])
+    gradients = ExampleGradients(problem.net, classify, source, coverage)
+    curvature = fit(gradients, "ggn", range(N), examples=EVERY, labels=("exact", "exact"), damping=0.05)
+    names = ["2.weight", "2.bias"]
+    matrix = ref.ggn_dense(problem.net, problem.inputs, "cross_entropy", names)
+    alone = [(problem.inputs[n : n + 1], problem.targets[n : n + 1]) for n in range(N)]
+    rows = ref.flatten_gradients(ref.gradients_alone(problem.net, classify, alone), names)
+    expected = ref.quadratic_forms(matrix[None], rows[None, :, :, None].transpose(2, 3), 0.05)
+    found = score_examples(gradients, range(N), curvature=curvature).columns["self_influence"]
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("solver", ["dense", "pcg"])
+def test_an_indefinite_hessian_is_refused_with_the_way_out(solver: Any) -> None:
+    problem = Problem()
+    least = float(torch.linalg.eigvalsh(problem.dense("hessian"))[0])
+    assert least < -0.01
+    with pytest.raises(IndefiniteError, match="Raise `damping` above .* or use the GGN"):
+        problem.fit("hessian", -0.5 * least, solver=solver)
+    problem.fit("hessian", -1.5 * least, solver=solver)
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("nan")])
+def test_no_damping_on_a_singular_curvature(damping: float) -> None:
+    problem = Problem()
+    assert float(torch.linalg.eigvalsh(problem.dense("ggn"))[0]) < 1e-10
+    with pytest.raises(ValueError, match=r"damping|singular"):
+        problem.fit("ggn", damping)
+    with pytest.raises(ValueError, match=r"damping|singular"):
+        problem.fit("ekfac", damping)
+
+
+def test_a_solver_that_does_not_arrive_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem()
+    monkeypatch.setattr(full, "_MOST_STEPS", {"cg": 1, "pcg": 1, "lissa": 1})
+    curvature = problem.fit("ggn", 1e-6, solver="cg")
+    with pytest.raises(SolverError, match=r"ggn with cg: .*not converged: .* take more"):
+        pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, [0])
+    assert not bool(curvature.solves[-1].converged.any())
+    # Between the tolerance and what can be used at all: used, and said.
+    monkeypatch.setattr(full, "_MOST_STEPS", {"cg": 6, "pcg": 6, "lissa": 1})
+    curvature = problem.fit("ggn", 0.05, solver="cg")
+    pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, [0])
+    assert any("to a relative residual of" in note for note in curvature.notes)
+
+
+def test_a_dense_matrix_that_does_not_fit_is_not_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem()
+    monkeypatch.setattr(fitting_module(), "fits", lambda size, device: False)
+    monkeypatch.setattr(fitting_module(), "available_bytes", lambda device: 1000)
+    curvature = problem.fit("ggn", 0.05, solver="dense")
+    assert any('1 kB are available: solver="pcg" was taken instead' in note for note in curvature.notes)
+    pairs = pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, range(N)).scores
+    torch.testing.assert_close(pairs, problem.expected("ggn", 0.05), rtol=1e-3, atol=1e-3)
+
+
+def test_memory_is_estimated_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem()
+    monkeypatch.setattr("lightning_influence.curvature.ladder.available_bytes", lambda device: 2000)
+    blocks = problem.gradients.coverage.blocks
+    assert fitted_bytes("diagonal", blocks) < 2000 < fitted_bytes("ekfac", blocks)
+    with pytest.raises(ValueError, match=r"curvature='ekfac' needs .* the largest: .* Use `curvature=\"ggn\"`"):
+        check_curvature(problem.gradients, "ekfac", range(N))
+    check_curvature(problem.gradients, "diagonal", range(N))
+
+
+def test_damping_for_every_block_is_needed() -> None:
+    with pytest.raises(ValueError, match=r"no entry for \['2'\]"):
+        Problem().fit("ggn", {"0": 1.0})
+
+
+def test_what_the_ggn_is_not_defined_for_is_found_before_training() -> None:
+    problem = Problem()
+    unknown = ExampleGradients(
+        problem.net,
+        lambda module, batch: (module(batch[0]).logsumexp(1) - module(batch[0])[:, 0]).mean(),
+        problem.gradients.source,
+        problem.gradients.coverage,
+    )
+    unknown.references = {7: 2.0}
+    with pytest.raises(TaskError, match="the GGN needs a loss made of known calls"):
+        check_curvature(unknown, "ggn", range(N))
+    assert unknown.references == {7: 2.0}
+    check_curvature(unknown, "hessian", range(N))
+
+
+def test_non_finite_examples_are_left_out_of_the_curvature() -> None:
+    problem = Problem()
+    problem.inputs[3] = torch.nan
+    good = [n for n in range(N) if n != 3]
+    curvature = problem.fit("ggn", 0.05)
+    assert any("1 examples with a non-finite loss or gradient are not in the ggn" in note for note in curvature.notes)
+    found = score_examples(problem.gradients, range(N), curvature=curvature).columns["self_influence"]
+    assert found.isnan().nonzero().flatten().tolist() == [3]
+    matrix = ref.ggn_dense(problem.net, problem.inputs[good], "cross_entropy")
+    rows = problem.rows()[good]
+    expected = (rows @ torch.linalg.solve(matrix + 0.05 * torch.eye(len(matrix)), rows.T)).diagonal()
+    torch.testing.assert_close(found[good], expected, rtol=1e-8, atol=0)
+    pairs = pairwise_scores(
+        problem.gradients, range(N), problem.fit("ggn", 0.05, solver="pcg"), problem.gradients, [3, 0]
+    )
+    assert bool(pairs.scores[0].isnan().all())
+    assert int(pairs.scores[1].isnan().sum()) == 1
+
+
+def test_products_are_not_asked_for_more_than_the_parameters() -> None:
+    product = GGNProduct(Problem().gradients, range(N))
+    assert product.semidefinite
+    assert product.to_dense().shape == (43, 43)
+
+
+def fitting_module() -> Any:
+    import sys
+
+    assert fitting is fit
+    return sys.modules["lightning_influence.curvature.fit"]
