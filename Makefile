@@ -69,10 +69,12 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 	@$(INSTALL) --editable '.[examples]'
 	@touch $@
 
-# kronfluence, the second reference of the tests, asks for torchvision but never imports it, and torchvision does
-# not import beside the pinned torch. So kronfluence comes without its dependencies; the `test` extra has the rest.
+# kronfluence and curvlinops (by way of backpack), further references of the tests, ask for torchvision and never
+# import it, and torchvision does not import beside the pinned torch. So they come without their dependencies; the
+# `test` extra has the rest.
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	@echo 'installing lightning-influence with its test tools into $(VENV) (once, some minutes) ...'
 	@$(INSTALL) --editable '.[examples,test,dev]'
-	@$(INSTALL) --no-deps kronfluence==1.0.1
+	@$(INSTALL) --no-deps kronfluence==1.0.1 curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 \
+	    linear_operator==0.6.1
 	@touch $@ $(VENV)/.demo

@@ -224,12 +224,14 @@ def weighted_rotated_squares(
         g: Output gradients ``[k, n, s, o]``.
         basis_x: Orthonormal columns ``[k, i, i]``; None is the identity.
         basis_g: Orthonormal columns ``[k, o, o]``; None is the identity, the only one for one-hot rows.
-        weights: ``[k, o, i]``.
+        weights: ``[k, o, i]``, or many at a time: ``[d, k, o, i]``.
         form: For tests only, see ``_rotated``.
 
     Returns:
-        ``[n]``.
+        ``[n]``, or ``[n, d]``; the gradients are rotated once.
     """
+    if weights.ndim == 4:
+        return _many_weighted_squares(x, g, basis_x, basis_g, weights, form)
     if isinstance(g, OneHot):
         return (compact(rotate(x, basis_x), g)[0].square() * weights[0][g.indices]).sum((1, 2))
     if x.shape[2] == 1:
@@ -239,6 +241,20 @@ def weighted_rotated_squares(
     scales = weights.unsqueeze(1)
     chunks = _rotated(x, [g], basis_x, basis_g, form)
     return torch.cat([chunk.square_().mul_(scales).sum((0, 2, 3)) for chunk in chunks])
+
+
+def _many_weighted_squares(
+    x: Tensor, g: Rows, basis_x: Tensor | None, basis_g: Tensor | None, weights: Tensor, form: RotationForm
+) -> Tensor:
+    if isinstance(g, OneHot):
+        squares = compact(rotate(x, basis_x), g)[0].square()
+        return torch.stack([(squares * each[0][g.indices]).sum((1, 2)) for each in weights], 1)
+    if x.shape[2] == 1:
+        of_g, of_x = rotate(_dense(g), basis_g)[:, :, 0].square(), rotate(x, basis_x)[:, :, 0].square()
+        return torch.stack([((of_g @ each) * of_x).sum((0, 2)) for each in weights], 1)
+    columns = weights.flatten(2).permute(1, 2, 0)  # dkp -> kpd
+    chunks = _rotated(x, [g], basis_x, basis_g, form)
+    return torch.cat([(chunk.square_().flatten(2) @ columns).sum(0) for chunk in chunks])
 
 
 def rotated_scores(

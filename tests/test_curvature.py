@@ -250,6 +250,9 @@ class Problem:
         if name == "diagonal":
             squares = torch.stack([g.square().mean(1) for g in self.per_example(layer, labels[1], 1)]).sum(0)
             return torch.diag_embed(squares.flatten(1))
+        if name == "block_ggn":
+            rows = [g.flatten(2) for g in self.per_example(layer, labels[1], 1)]
+            return torch.stack([g.transpose(1, 2) @ g / N for g in rows]).sum(0)
         assert isinstance(block, KroneckerBlock)
         if name == "kfac":
             factors = self.factors(layer, labels[0])
@@ -378,6 +381,9 @@ class TestAgainstTheReference:
             x, g = problem.rows(layer)
             expected = ref.quadratic_forms(C, G, damping)
             torch.testing.assert_close(block.self_influence(x, g, damping), expected, **EXACT)
+            swept = torch.stack([ref.quadratic_forms(C, G, factor * damping) for factor in (0.1, 1.0, 20.0)], 1)
+            found = block.self_influences(x, g, [0.1 * damping, damping, 20.0 * damping])
+            torch.testing.assert_close(found, swept, **EXACT)
             total += ref.quadratic_forms(C, G, curvature.dampings[layer])
         scores = score_examples(problem.gradients, range(N), curvature=curvature).columns
         torch.testing.assert_close(scores["self_influence"], total, **EXACT)

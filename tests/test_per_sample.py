@@ -349,6 +349,10 @@ def largest_below(limit: int) -> Iterator[_Sizes]:
     assert sizes.largest < limit, f"a tensor of {sizes.largest} numbers; the limit is {limit}"
 
 
+# The dense block is made of formed gradients, and of their outer products: it has no place here.
+STRUCTURED = [name for name in BLOCKS if name != "block_ggn"]
+
+
 class TestCost:
     N, I, O = 64, 40, 30  # noqa: E741  (the letters of the index legend)
 
@@ -362,7 +366,7 @@ class TestCost:
         assert sizes.largest == self.N * self.I * self.O
 
     @pytest.mark.parametrize("k", [1, 3])
-    @pytest.mark.parametrize("name", BLOCKS)
+    @pytest.mark.parametrize("name", STRUCTURED)
     def test_one_position_never_forms_gradients(self, name: str, k: int) -> None:
         """Nothing of the size `[n, o, i]`: only rows of the batch and the factors themselves."""
         x = torch.randn(k, self.N, 1, self.I)
@@ -380,7 +384,7 @@ class TestCost:
             per_sample.inner_products(x, gs[0], torch.ones(k, self.O, self.I))
             per_sample.summed_gradient(x, gs[0])
 
-    @pytest.mark.parametrize("name", BLOCKS)
+    @pytest.mark.parametrize("name", STRUCTURED)
     def test_a_look_up_costs_the_vectors_that_were_looked_up(self, name: str) -> None:
         """64 examples of 6 words each out of 3,000: their gradients would take 64 tables. One in float64 is enough."""
         words, size = 3000, 16
@@ -397,7 +401,7 @@ class TestCost:
             per_sample.squared_norms(xs[0], onehot)
             per_sample.summed_gradient(xs[0], onehot)
 
-    @pytest.mark.parametrize("name", BLOCKS)
+    @pytest.mark.parametrize("name", STRUCTURED)
     def test_whole_audit_of_an_mlp_never_forms_gradients(self, name: Any) -> None:
         """Capture, fit and scores together; the limit is what the gradients of the smallest layer would take."""
         net = nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 50), nn.ReLU(), nn.Linear(50, 5))

@@ -1,6 +1,7 @@
 """Curvature approximations, from the identity to the exact Hessian, behind one contract."""
 
 from lightning_influence.curvature.block import CurvatureBlock
+from lightning_influence.curvature.block_ggn import BlockGGN
 from lightning_influence.curvature.damping import Damping, DampingChoice, OptimizerHistory, choose_damping
 from lightning_influence.curvature.diagonal import DiagonalBlock
 from lightning_influence.curvature.ekfac import EKFACBlock
@@ -33,6 +34,7 @@ __all__ = [
     "LADDER",
     "BlockCoordinates",
     "BlockCurvature",
+    "BlockGGN",
     "Curvature",
     "CurvatureBlock",
     "CurvatureName",

@@ -136,6 +136,10 @@ class CurvatureBlock(ABC):
     def self_influence(self, x: Tensor, g: Rows, damping: float) -> Tensor:
         """Return ``G_nᵀ (C + damping)⁻¹ G_n`` for every example, ``[n]``, by the cheapest exact form."""
 
+    def self_influences(self, x: Tensor, g: Rows, dampings: Sequence[float]) -> Tensor:
+        """Return self-influence for each of several dampings, ``[n, d]``; blocks share the work between them."""
+        return torch.stack([self.self_influence(x, g, damping) for damping in dampings], 1)
+
     def scores(
         self, x: Tensor, g: Rows, damping: float, query: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_influence import per_sample
@@ -35,6 +36,10 @@ class DiagonalBlock(CurvatureBlock):
     def self_influence(self, x: Tensor, g: Rows, damping: float) -> Tensor:
         """Return ``Σ G_n² / (diagonal + damping)``."""
         return per_sample.weighted_squares(x, g, self._inverse(damping))
+
+    def self_influences(self, x: Tensor, g: Rows, dampings: Sequence[float]) -> Tensor:
+        """Return self-influence for many dampings, ``[n, d]``: gradients are formed once."""
+        return per_sample.weighted_squares(x, g, torch.stack([self._inverse(damping) for damping in dampings]))
 
     def _inverse(self, damping: float) -> Tensor:
         if self._cached is None or self._cached[0] != damping:

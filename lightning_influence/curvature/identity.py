@@ -42,6 +42,11 @@ class IdentityBlock(CurvatureBlock):
         self._check_damping(damping, torch.ones(1))
         return per_sample.squared_norms(x, g) / (1 + damping)
 
+    def self_influences(self, x: Tensor, g: Rows, dampings: Sequence[float]) -> Tensor:
+        """Return self-influence for many dampings, ``[n, d]``."""
+        norms = self.self_influence(x, g, 0.0)
+        return torch.stack([norms / (1 + damping) for damping in dampings], 1)
+
     def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         return {}
 

@@ -66,6 +66,12 @@ class KroneckerBlock(CurvatureBlock):
         basis_x, basis_g = self.basis
         return per_sample.weighted_rotated_squares(x, g, basis_x, basis_g, self._inverse(damping))
 
+    def self_influences(self, x: Tensor, g: Rows, dampings: Sequence[float]) -> Tensor:
+        """Return self-influence for many dampings, ``[n, d]``: gradients are rotated once."""
+        basis_x, basis_g = self.basis
+        inverses = torch.stack([self._inverse(damping) for damping in dampings])
+        return per_sample.weighted_rotated_squares(x, g, basis_x, basis_g, inverses)
+
     def check_damping(self, damping: float) -> None:
         """Raise ``ValueError`` if ``damping`` is no number >= 0, or leaves the curvature singular."""
         self._check_damping(damping, self.eigenvalues)
@@ -171,20 +177,31 @@ def _diagonal_in(moment: Tensor, basis: Tensor | None) -> Tensor:
     return ((moment @ basis) * basis).sum(-2).clamp(min=0)
 
 
-def eigenvectors(matrices: Tensor) -> Tensor:
-    """Return orthonormal eigenvectors of symmetric ``[k, m, m]`` in columns, in float64.
+def eigendecomposition(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues ``[k, m]`` and orthonormal eigenvectors in columns of symmetric ``[k, m, m]``.
 
     Raises:
-        RuntimeError: If LAPACK does not converge even on the slightly shifted matrix.
+        LinAlgError: If LAPACK does not converge even on the slightly shifted matrix.
     """
     symmetric = (matrices + matrices.transpose(-1, -2)) / 2
     try:
-        _, vectors = torch.linalg.eigh(symmetric)
+        values, vectors = torch.linalg.eigh(symmetric)
     except torch.linalg.LinAlgError:
         # A tiny multiple of the identity separates clustered eigenvalues and leaves the eigenvectors alone.
         size = symmetric.shape[-1]
         shift = 1e-8 * symmetric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         shifted = symmetric + shift * torch.eye(size, dtype=symmetric.dtype, device=symmetric.device)
-        _, vectors = torch.linalg.eigh(shifted)
-    result: Tensor = vectors
-    return result
+        try:
+            values, vectors = torch.linalg.eigh(shifted)
+        except torch.linalg.LinAlgError as error:
+            largest, finite = float(symmetric.abs().max()), bool(torch.isfinite(symmetric).all())
+            raise torch.linalg.LinAlgError(
+                f"no convergence for {size} rows, {'all finite' if finite else 'some of them non-finite'}, the largest "
+                f"entry {largest:.3g}, nor with 1e-8 of the mean eigenvalue added."
+            ) from error
+    return values, vectors
+
+
+def eigenvectors(matrices: Tensor) -> Tensor:
+    """Return orthonormal eigenvectors of symmetric ``[k, m, m]`` in columns, see ``eigendecomposition``."""
+    return eigendecomposition(matrices)[1]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_influence.curvature.block import CurvatureBlock
+from lightning_influence.curvature.block_ggn import BlockGGN
 from lightning_influence.curvature.diagonal import DiagonalBlock
 from lightning_influence.curvature.ekfac import EKFACBlock
 from lightning_influence.curvature.identity import IdentityBlock
@@ -38,6 +39,7 @@ LADDER: dict[str, Rung] = {
     "diagonal": Rung(DiagonalBlock),
     "kfac": Rung(KFACBlock),
     "ekfac": Rung(EKFACBlock),
+    "block_ggn": Rung(BlockGGN, damping="trainer"),
     "ggn": Rung(EKFACBlock, GGNProduct, "trainer"),
     "hessian": Rung(EKFACBlock, HessianProduct, "trainer"),
 }

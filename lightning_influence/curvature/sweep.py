@@ -1,0 +1,118 @@
+"""How much scores depend on the damping: one pass, as rotated gradients do not depend on it.
+
+The damping is a choice, and choosing it by what the scores should be good for is leakage. What can be told honestly
+is whether it matters: how far rankings move when it is ten times smaller or larger.
+
+Index legend: ``n`` examples, ``d`` dampings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_influence import distributed
+from lightning_influence.curvature.fitted import BlockCurvature
+from lightning_influence.passes import ExampleGradients
+
+FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
+# Share of the examples at the head of a ranking, for the overlap.
+_HEAD = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class DampingSweep:
+    """Self-influence for several dampings.
+
+    Attributes:
+        factors: Multiples of the fitted dampings, rising, ``d`` of them.
+        indices: Dataset indices ``[n]``, sorted.
+        self_influence: ``[n, d]``; NaN for examples without a finite gradient.
+        stability: Spearman's rank correlation of each with that of the fitted damping (factor 1).
+        overlap: Share of the top tenth of the fitted damping that is in the top tenth of each.
+    """
+
+    factors: tuple[float, ...]
+    indices: Tensor
+    self_influence: Tensor
+    stability: tuple[float, ...]
+    overlap: tuple[float, ...]
+
+    def __str__(self) -> str:
+        lines = ["damping   rank correlation   same top 10 %"]
+        rows = zip(self.factors, self.stability, self.overlap, strict=True)
+        return "\n".join(lines + [f"{f:>6g} x   {s:>16.3f}   {o:>13.0%}" for f, s, o in rows])
+
+
+def damping_sweep(
+    gradients: ExampleGradients,
+    indices: Sequence[int],
+    curvature: BlockCurvature,
+    factors: Sequence[float] = FACTORS,
+    *,
+    title: str = "damping sweep",
+) -> DampingSweep:
+    """Compute self-influence for multiples of the fitted dampings, in one pass over the examples.
+
+    Args:
+        gradients: The passes.
+        indices: Dataset indices of the examples.
+        curvature: A fitted block-diagonal curvature.
+        factors: Multiples of its dampings; 1 is added if it is missing.
+        title: Text of the progress bar.
+
+    Raises:
+        ValueError: If a factor is not positive, or fewer than two examples have finite gradients.
+    """
+    if not all(factor > 0 for factor in factors):
+        raise ValueError(f"factors={tuple(factors)}; expected positive multiples of the fitted damping.")
+    ordered = tuple(sorted({1.0, *map(float, factors)}))
+    kept: list[int] = []
+    rows: list[Tensor] = []
+    with closing(gradients.run(indices, title=title)) as batches:
+        for batch in batches:
+            total = torch.zeros((batch.loss.n, len(ordered)), dtype=torch.float64, device=gradients.device)
+            for io in batch.layers():
+                dampings = [factor * curvature.dampings[io.name] for factor in ordered]
+                total += curvature.blocks[io.name].self_influences(io.x, io.gs[0], dampings)
+            rows.append(total.masked_fill(~batch.finite.unsqueeze(1), torch.nan))
+            kept.extend(batch.indices)
+    local = torch.cat(rows) if rows else torch.zeros((0, len(ordered)), dtype=torch.float64, device=gradients.device)
+    own = torch.tensor(kept, dtype=torch.long, device=gradients.device)
+    order, columns = distributed.gather_by_index(own, {"values": local})
+    values = columns["values"]
+    finite = values[torch.isfinite(values).all(1)]
+    if len(finite) < 2:
+        raise ValueError(f"{len(finite)} examples have finite gradients; expected at least two to rank.")
+    reference = ordered.index(1.0)
+    head = max(1, round(_HEAD * len(finite)))
+    best = [set(column.topk(head).indices.tolist()) for column in finite.T]
+    return DampingSweep(
+        ordered,
+        order.cpu(),
+        values.cpu(),
+        tuple(rank_correlation(finite[:, d], finite[:, reference]) for d in range(len(ordered))),
+        tuple(len(found & best[reference]) / head for found in best),
+    )
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Return Spearman's correlation of two columns ``[n]``; 1 if neither says anything, 0 if one of them does not."""
+    first, second = (_ranks(column) for column in (a, b))
+    first, second = first - first.mean(), second - second.mean()
+    scale = float(first.norm() * second.norm())
+    if not scale:
+        return float(bool((first == second).all()))
+    return float(first @ second) / scale
+
+
+def _ranks(column: Tensor) -> Tensor:
+    """Return ranks ``[n]``, ties sharing their mean."""
+    _, inverse, counts = torch.unique(column, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    ranks: Tensor = (last - (counts.double() - 1) / 2)[inverse]
+    return ranks
