@@ -107,7 +107,7 @@ class InfluencePlan:
         chosen, _ = choose_solver(self.solver, coverage.covered_parameters, torch.device("cpu"))
         vectors = coverage.covered_parameters if chosen == "dense" else _USUAL_STEPS
         work += _PRODUCT_COST * vectors * (self.examples.products or size)
-        return work if chosen != "pcg" else work + sum(by_measure.values())
+        return work if chosen == "dense" else work + sum(by_measure.values())
 
     def decomposition_seconds(self, coverage: Coverage) -> float:
         """Return a guess of the time of the eigendecompositions: cubic, and 0.6 s for 1,569 rows on two CPU cores."""
@@ -176,7 +176,6 @@ def influence_scores(
                 examples=plan.examples,
                 labels=plan.labels,
                 damping=plan.damping.absolute,
-                weight_decay=plan.damping.weight_decay,
                 solver=plan.solver,
             )
             notes += curvature.notes

@@ -89,8 +89,8 @@ def score_examples(
                 if step_sizes is not None:
                     sizes = step_sizes[io.name]
                     row["tracin"] += tracin.self_influence(io, norms, blocks[io.name].bias_columns, sizes)
-            if scorer is not None and (influence := scorer.self_influence()) is not None:
-                row["self_influence"] = influence.to(device)
+            if scorer is not None:
+                row["self_influence"] = scorer.self_influence().to(device)
                 row |= {f"{_PART}{name}": part.double() for name, part in scorer.parts().items()} if parts else {}
             for name, values in row.items():
                 row[name] = values.masked_fill(~batch.finite, torch.nan)

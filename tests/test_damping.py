@@ -50,8 +50,7 @@ class TestRule:
 
     def test_relative_leaves_the_scale_to_the_curvature(self) -> None:
         choice = choose_damping("relative", "trainer", blocks(), SGD)
-        assert choice.absolute is None
-        assert choice.weight_decay == pytest.approx({"0": 0.375, "2": 0.0})
+        assert (choice.absolute, choice.rule, choice.notes) == (None, "relative", ())
 
     def test_a_layer_that_never_moved_gets_the_mean_of_the_others(self) -> None:
         history = OptimizerHistory({"0.weight": 4.0, "0.bias": 4.0}, {}, (), 10)
@@ -139,7 +138,7 @@ def sgd(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.5, weight_decay=0.03)
 
 
-@pytest.mark.parametrize("solver", ["auto", "pcg"])
+@pytest.mark.parametrize("solver", ["auto", "nystrom"])
 def test_ggn_with_the_damping_of_the_run(tmp_path: Path, solver: Any) -> None:
     """22 examples in batches of 5, two epochs: 10 steps of 0.1 / (1 - 0.5), and an L2 term."""
     model = Validated(sgd)
@@ -219,7 +218,7 @@ def test_a_curvature_that_can_not_be_had_is_refused_before_training(
     ("arguments", "message"),
     [
         ({"curvature": "newton"}, "curvature='newton'; expected one of"),
-        ({"solver": "sgd"}, "solver='sgd'; expected one of 'auto', 'dense', 'cg', 'pcg', 'lissa'"),
+        ({"solver": "sgd"}, "solver='sgd'; expected one of 'auto', 'dense', 'cg', 'nystrom', 'pcg', 'lissa'"),
         ({"damping": 0.0}, '"trainer"'),
         ({"damping": "none"}, '"trainer"'),
     ],

@@ -51,6 +51,8 @@ ORDER = (
     "neighbours",
     "measurements",
     "scoring",
+    "queries",
+    "score_matrix",
     "pairwise",
     "influence",
     "unlearning",

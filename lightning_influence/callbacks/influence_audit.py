@@ -71,11 +71,12 @@ class InfluenceAudit(Callback):
             ``"exact"`` expectation, or the given ones (``"empirical"``). ``"auto"``: sampled covariances, exact
             eigenvalues for up to 20 classes; empirical if the loss is not a known one.
         damping: Absolute λ > 0 added to the curvature; ``"relative"``: 0.1 times the mean eigenvalue of each layer
-            (nothing for the identity); ``"trainer"``: ``1 / Σ η / (1 - momentum)`` over the steps of the run. L2 weight
-            decay is added to either. ``"auto"`` is ``"trainer"`` for ``"block_ggn"``, ``"ggn"`` and ``"hessian"``.
-        solver: For ``"ggn"`` and ``"hessian"``: ``"dense"`` forms the matrix; ``"cg"``, ``"pcg"`` (conjugate gradients,
-            preconditioned with EK-FAC) and ``"lissa"`` use products only. ``"auto"`` is dense for up to 4,096
-            parameters, else ``"pcg"``.
+            (nothing for the identity); ``"trainer"``: ``1 / Σ η / (1 - momentum)`` over the steps of the run, plus
+            L2 weight decay. ``"auto"`` is ``"trainer"`` for ``"block_ggn"``, ``"ggn"`` and ``"hessian"``.
+        solver: For ``"ggn"`` and ``"hessian"``: ``"dense"`` forms the matrix; ``"cg"`` (conjugate gradients),
+            ``"nystrom"`` and ``"pcg"`` (the same, preconditioned with a sketch of the matrix, or with EK-FAC) and
+            ``"lissa"`` use products only. ``"auto"`` is dense for up to 4,096 parameters, else ``"nystrom"`` (``"cg"``
+            for the Hessian).
         factor_examples: Number of random examples that the curvature is fitted on; ``"auto"`` gives every factor
             enough rows and does not grow with the data; None takes all.
         every_n_epochs: Epochs between TracIn checkpoints; None for none.

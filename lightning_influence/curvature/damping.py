@@ -5,15 +5,16 @@
 * trainer: ``1 / Σ_t η_t``, over the optimizer's own steps. Gradient descent from ``θ`` on a quadratic with curvature
   ``C`` solves for directions with eigenvalues above that, and hardly moves along others (2209.10015, 2405.12186).
 
-Weight decay that is an L2 term of the loss is curvature, ``+ weight_decay · I``. It comes on top of either rule; a
-number is taken as it is.
+Weight decay that is an L2 term of the loss is curvature, ``+ weight_decay · I``, and comes on top of the trainer's. It
+does not come on top of the relative one, which is a heuristic of its own: there it cost EK-FAC .03 of .57 LDS
+(``benchmarks/lds.py``). A number is taken as it is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from lightning_influence.layers import ParameterBlock
@@ -44,13 +45,11 @@ class DampingChoice:
 
     Attributes:
         absolute: λ of every block, one for all, or None for a multiple of the mean eigenvalue.
-        weight_decay: Block name to what is added to a relative damping.
         rule: ``"absolute"``, ``"relative"`` or ``"trainer"``.
         notes: What a reader of the scores should know.
     """
 
     absolute: Mapping[str, float] | float | None = None
-    weight_decay: Mapping[str, float] = field(default_factory=dict)
     rule: str = "relative"
     notes: tuple[str, ...] = ()
 
@@ -82,22 +81,20 @@ def choose_damping(
     if damping not in ("auto", "relative", "trainer"):
         raise ValueError(f'damping={damping!r}; expected a number >= 0, "relative", "trainer" or "auto".')
     rule = default if damping == "auto" else damping
-    decay = {} if history is None else _means(blocks, history.weight_decay)
     if rule == "relative":
-        return DampingChoice(weight_decay=decay)
+        return DampingChoice()
     reason = _no_trainer_damping(history)
     if reason or history is None:
         return DampingChoice(
-            weight_decay=decay,
             notes=(
                 f"the damping is 0.1 of the mean eigenvalue: {reason}, so there is no damping that follows from the "
                 "training (1 / sum of step sizes). A number for `damping=` sets it.",
             ),
         )
-    moved = _means(blocks, history.step_sizes)
+    moved, decay = _means(blocks, history.step_sizes), _means(blocks, history.weight_decay)
     everywhere = sum(moved.values()) / len(moved)
     absolute = {name: 1 / (size or everywhere) + decay[name] for name, size in moved.items()}
-    return DampingChoice(absolute=absolute, weight_decay=decay, rule="trainer")
+    return DampingChoice(absolute=absolute, rule="trainer")
 
 
 def _no_trainer_damping(history: OptimizerHistory | None) -> str:

@@ -105,7 +105,6 @@ def fit(
     examples: FactorExamples,
     labels: tuple[Labels, Labels],
     damping: float | Mapping[str, float] | None = None,
-    weight_decay: Mapping[str, float] | None = None,
     solver: Solver = "auto",
     seed: int = 0,
 ) -> Curvature:
@@ -120,9 +119,10 @@ def fit(
             take the latter, products none.
         damping: Absolute λ for every block, or one by block name; by default 0.1 times the mean eigenvalue of each
             block (of all parameters for GGN and Hessian).
-        weight_decay: By block name, added to the default.
-        solver: For GGN and Hessian: ``"dense"`` forms the matrix, ``"cg"``, ``"pcg"`` (preconditioned with EK-FAC) and
-            ``"lissa"`` need its products only. ``"auto"`` is dense for up to 4,096 parameters, else ``"pcg"``.
+        solver: For GGN and Hessian: ``"dense"`` forms the matrix; ``"cg"`` (conjugate gradients), ``"nystrom"`` and
+            ``"pcg"`` (the same, preconditioned with a sketch of the matrix, see ``nystrom``, or with EK-FAC) and
+            ``"lissa"`` need its products only. ``"auto"`` is dense for up to 4,096 parameters, else ``"nystrom"`` for
+            the GGN and ``"cg"`` for the Hessian, which a sketch may not be taken of.
         seed: Seed of the subsets.
 
     Returns:
@@ -139,8 +139,8 @@ def fit(
         raise ValueError(f"damping has no entry for {sorted(missing)}; expected one for every covered layer.")
     check_memory(name, blocks)
     if LADDER[name].product is None:
-        return _fit_blocks(gradients, name, indices, examples, labels, damping, weight_decay or {}, seed)
-    return _fit_full(gradients, name, indices, examples, labels, damping, weight_decay or {}, solver, seed)
+        return _fit_blocks(gradients, name, indices, examples, labels, damping, seed)
+    return _fit_full(gradients, name, indices, examples, labels, damping, solver, seed)
 
 
 def check_curvature(gradients: ExampleGradients, name: CurvatureName, indices: Sequence[int]) -> None:
@@ -168,7 +168,6 @@ def _fit_blocks(
     examples: FactorExamples,
     labels: tuple[Labels, Labels],
     damping: float | Mapping[str, float] | None,
-    weight_decay: Mapping[str, float],
     seed: int,
 ) -> BlockCurvature:
     kind = LADDER[name].block
@@ -193,15 +192,11 @@ def _fit_blocks(
                 block.update(x, [g], 0)
             with _naming(layer):
                 block.end_pass(counted)
-    dampings = {
-        layer: _block_damping(layer, block, damping, weight_decay.get(layer, 0.0)) for layer, block in blocks.items()
-    }
+    dampings = {layer: _block_damping(layer, block, damping) for layer, block in blocks.items()}
     return BlockCurvature(name, blocks, dampings, [chosen[measure][0] for measure in kind.measures], used)
 
 
-def _block_damping(
-    layer: str, block: CurvatureBlock, damping: float | Mapping[str, float] | None, weight_decay: float
-) -> float:
+def _block_damping(layer: str, block: CurvatureBlock, damping: float | Mapping[str, float] | None) -> float:
     if damping is not None:
         value = damping[layer] if isinstance(damping, Mapping) else damping
         block.check_damping(value)
@@ -209,7 +204,7 @@ def _block_damping(
     if not block.measures:
         return block.damping()
     # A layer without any gradient has no scale of its own; its scores are zero with any damping.
-    return block.damping() + weight_decay or 1.0
+    return block.damping() or 1.0
 
 
 def _fit_full(
@@ -219,7 +214,6 @@ def _fit_full(
     examples: FactorExamples,
     labels: tuple[Labels, Labels],
     damping: float | Mapping[str, float] | None,
-    weight_decay: Mapping[str, float],
     solver: Solver,
     seed: int,
 ) -> Curvature:
@@ -232,7 +226,7 @@ def _fit_full(
     subset = random_subset(indices, len(indices) if examples.products is None else examples.products, seed)
     product = make(gradients, subset, parameters=coordinates.parameters)
     like = product.gradient.new_zeros(coordinates.size)
-    chosen, notes = choose_solver(solver, coordinates.size, product.flat.device)
+    chosen, notes = choose_solver(solver, coordinates.size, product.flat.device, semidefinite=product.semidefinite)
     matrix = None
     if chosen == "dense":
         places = coordinates.places_in(product.flat)
@@ -244,7 +238,7 @@ def _fit_full(
                 f"the mean eigenvalue of the {name} is {mean:.3g}: there is no relative damping. Pass a number, "
                 '`damping="trainer"`, or use the GGN.'
             )
-        dampings = {layer: RELATIVE_DAMPING * mean + weight_decay.get(layer, 0.0) for layer in coordinates.blocks}
+        dampings = dict.fromkeys(coordinates.blocks, RELATIVE_DAMPING * mean)
     elif isinstance(damping, Mapping):
         dampings = {layer: damping[layer] for layer in coordinates.blocks}
     else:
@@ -253,27 +247,20 @@ def _fit_full(
     if matrix is not None:
         curvature = DenseCurvature(name, matrix, coordinates, dampings, [], [product.examples])
     else:
-        preconditioner = None
-        if chosen == "pcg":
-            preconditioner = _fit_blocks(gradients, "ekfac", indices, examples, labels, dampings, {}, seed)
-            notes.append(
-                f"self_influence is that of EK-FAC with the same damping: with the {name} it would take a solve for "
-                f"every training example. What is solved with the {name}: harm, and scores of queries."
-            )
-        else:
-            notes.append(
-                f'no self_influence: with the {name} and solver="{chosen}" it would take a solve for every training '
-                'example; solver="pcg" gives that of EK-FAC, "dense" the exact one.'
-            )
+        blocks = _fit_blocks(gradients, "ekfac", indices, examples, labels, dampings, seed)
+        notes.append(
+            f"self_influence is that of EK-FAC with the same damping: with the {name} it would take a solve for every "
+            f"training example. What is solved with the {name}: harm, and scores of queries."
+        )
         curvature = ImplicitCurvature(
             name,
             product,
             coordinates,
             dampings,
             solver=cast("IterativeSolver", chosen),
-            preconditioner=preconditioner,
-            labels=[] if preconditioner is None else preconditioner.labels,
-            examples=[product.examples] if preconditioner is None else [product.examples, *preconditioner.examples],
+            blocks=blocks,
+            labels=blocks.labels,
+            examples=[product.examples, *blocks.examples],
             seed=seed,
         )
     if product.left_out:
@@ -282,18 +269,23 @@ def _fit_full(
     return curvature
 
 
-def choose_solver(solver: Solver, size: int, device: torch.device) -> tuple[str, list[str]]:
+def choose_solver(
+    solver: Solver, size: int, device: torch.device, *, semidefinite: bool = True
+) -> tuple[str, list[str]]:
     """Return the solver to take for ``size`` parameters, and what to say about it."""
     needed = _DENSE_BYTES * size * size
+    iterative = "nystrom" if semidefinite else "cg"
+    if solver == "nystrom" and not semidefinite:
+        raise ValueError('solver="nystrom" needs a curvature without negative eigenvalues: use "cg", or the GGN.')
     if solver == "auto":
-        return ("dense" if size <= _DENSE_BY_ITSELF and fits(needed, device) else "pcg"), []
+        return ("dense" if size <= _DENSE_BY_ITSELF and fits(needed, device) else iterative), []
     if solver != "dense" or fits(needed, device):
         return solver, []
     note = (
         f"a dense matrix of {size:,} parameters takes {readable(needed)}, and {readable(available_bytes(device) or 0)} "
-        'are available: solver="pcg" was taken instead.'
+        f'are available: solver="{iterative}" was taken instead.'
     )
-    return "pcg", [note]
+    return iterative, [note]
 
 
 @contextmanager

@@ -35,11 +35,8 @@ class Scorer(ABC):
         """
 
     @abstractmethod
-    def self_influence(self) -> Tensor | None:
-        """Return ``gᵀ (C + λ)⁻¹ g`` of every example, ``[n]`` float64, once all blocks have been added.
-
-        None where it would take a solve for every example.
-        """
+    def self_influence(self) -> Tensor:
+        """Return ``gᵀ (C + λ)⁻¹ g`` of every example, ``[n]`` float64, once all blocks have been added."""
 
     @abstractmethod
     def parts(self) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class Rung:
     """One approximation.
 
     Attributes:
-        block: Curvature of one block; for the full ones that of the preconditioner.
+        block: Curvature of one block; for the full ones what stands in where it would take too many solves.
         product: Products with the curvature of all parameters, None for block-diagonal ones.
         damping: The rule unless another is asked for.
     """

@@ -1,0 +1,127 @@
+"""Queries: what training examples are scored by, one gradient each, preconditioned once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_influence import distributed, memory, per_sample
+from lightning_influence.curvature.fitted import Curvature
+from lightning_influence.passes import BatchGradients, ExampleGradients
+from lightning_influence.precision import working_dtype
+
+# Of each query's gradient there are, for a while: itself, the solution, and what solving takes.
+_COPIES = 4
+
+
+class QueryError(ValueError):
+    """The task of the training data can't be run on the queries; the cause is what it raised."""
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedQueries:
+    """Preconditioned gradients of some queries.
+
+    Attributes:
+        vectors: ``(C + λ)⁻¹ g_q`` by block, ``[q, k, o, i]``.
+        self_influence: ``g_qᵀ (C + λ)⁻¹ g_q``, ``[q]``; NaN for queries without a finite gradient.
+    """
+
+    vectors: Mapping[str, Tensor]
+    self_influence: Tensor
+
+
+def query_chunks(gradients: ExampleGradients, indices: Sequence[int], size: int) -> tuple[list[list[int]], list[str]]:
+    """Return the queries to take at a time, and what to say about it; the same on every process.
+
+    Args:
+        gradients: Passes over the training data.
+        indices: The queries.
+        size: Bytes of preconditioned gradients to hold at a time; fewer are taken if the memory does not suffice.
+    """
+    like = next(p for p in gradients.module.parameters() if p.is_floating_point())
+    width = max(1, gradients.coverage.covered_parameters * working_dtype(like.dtype).itemsize)
+    asked = step = min(len(indices), max(1, size // width))
+    # All processes take as many as the one with the least memory can.
+    while step > 1 and distributed.any_process(not memory.fits(_COPIES * step * width, gradients.device)):
+        step = (step + 1) // 2
+    chunks = [list(indices[start : start + step]) for start in range(0, len(indices), step)]
+    if step == asked:
+        return chunks, []
+    note = (
+        f"the gradients of {asked:,} queries take {memory.readable(_COPIES * asked * width)} of memory, more than is "
+        f"available: {step:,} were taken at a time, in {len(chunks):,} passes over the training data."
+    )
+    return chunks, [note]
+
+
+def prepared_queries(
+    curvature: Curvature, queries: ExampleGradients, chunks: Sequence[list[int]]
+) -> Iterator[PreparedQueries]:
+    """Yield the preconditioned gradients of one chunk of queries after the other, the same on every process.
+
+    Args:
+        curvature: ``C + λ``.
+        queries: Passes over the queries' data.
+        chunks: The queries, as many as are taken at a time.
+
+    Raises:
+        QueryError: With the first chunk, if the task can't be run on some query of any chunk.
+        SolverError: If an iterative solver did not reach its tolerance.
+    """
+    for chunk in chunks[1:]:
+        # Else a query that does not fit is found after a pass over the training data for every chunk before it.
+        _visit(queries, chunk, lambda place, batch: None)
+    for chunk in chunks:
+        gradients, finite = _gradients(queries, chunk)
+        vectors = curvature.solve(gradients)
+        products = [(gradients.pop(name) * vectors[name]).sum((1, 2, 3), dtype=torch.float64) for name in vectors]
+        yield PreparedQueries(vectors, torch.stack(products).sum(0).masked_fill(~finite, torch.nan))
+
+
+def _gradients(queries: ExampleGradients, indices: list[int]) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the queries' gradients by block, ``[q, k, o, i]``, and which are finite, ``[q]``."""
+    shapes = {name: (len(indices), *block.shape) for name, block in queries.coverage.blocks.items()}
+    reached: dict[str, Tensor] = {}
+    finite: list[Tensor] = []
+
+    def take(place: int, batch: BatchGradients) -> None:
+        for io in batch.layers():
+            formed = per_sample.formed(io.x, io.gs[0])
+            if io.name not in reached:
+                reached[io.name] = formed.new_zeros(shapes[io.name])
+            reached[io.name][place : place + len(formed)] = formed
+        finite.append(batch.finite)
+
+    _visit(queries, indices, take)
+    like = next(iter(reached.values()), torch.zeros(0, device=queries.device))
+    return {name: reached.get(name, like.new_zeros(shapes[name])) for name in shapes}, torch.cat(finite)
+
+
+def _visit(queries: ExampleGradients, indices: list[int], take: Callable[[int, BatchGradients], None]) -> None:
+    """Hand every batch of queries on, with the place of its first one, on every process."""
+    done = 0
+    try:
+        with closing(queries.run(indices, title="queries", everywhere=True)) as batches:
+            for batch in batches:
+                take(done, batch)
+                done += batch.loss.n
+    # Anything can go wrong in a user's task that meets another kind of batch.
+    except Exception as error:
+        if _out_of_memory(error):
+            raise
+        failed = indices[done : done + queries.source.pass_batch_size]
+        raise QueryError(
+            f"queries: the training task can't be run on the batch from query {failed[0]} to {failed[-1]} "
+            f"({type(error).__name__}: {error}). Queries need inputs and labels of the kind that the model was trained "
+            "on."
+        ) from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # On the host torch raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
