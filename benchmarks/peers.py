@@ -7,9 +7,11 @@ proponents.
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import tempfile
 import warnings
+from contextlib import redirect_stderr
 from typing import Any
 
 import torch
@@ -85,7 +87,7 @@ def dattri_scores(net: nn.Module, data: Data, queries: Data, method: str, **opti
     attributor = getattr(influence_function, method)(task=task, **options)
     train = DataLoader(TensorDataset(*data), batch_size=len(data[1]))
     query = DataLoader(TensorDataset(*queries), batch_size=len(queries[1]))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # progress bars
         warnings.simplefilter("ignore")
         attributor.cache(train)
         with torch.no_grad():
