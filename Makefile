@@ -16,7 +16,7 @@ INSTALL := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input i
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test lint bench detection clean
+.PHONY: help demo test lint bench detection lds clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -24,6 +24,7 @@ help:
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make bench   measure what an audit costs, in passes of plain training'
 	@echo 'make detection   how well flipped labels are found, over three seeds'
+	@echo 'make lds     how well scores predict retraining, beside kronfluence and dattri (half an hour)'
 	@echo 'make clean   remove the environment, caches and builds (not the logs of runs)'
 	@echo
 	@echo 'The first use makes .venv and installs what constraints.txt names. PYTHON=... picks the Python.'
@@ -44,6 +45,9 @@ bench: $(VENV)/.dev
 
 detection: $(VENV)/.dev
 	@$(PY) benchmarks/detection.py
+
+lds: $(VENV)/.peers
+	@$(PY) benchmarks/lds.py --out docs/results/lds.md
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
@@ -78,3 +82,9 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	@$(INSTALL) --no-deps kronfluence==1.0.1 curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 \
 	    linear_operator==0.6.1
 	@touch $@ $(VENV)/.demo
+
+# dattri asks for pretty_midi, which the methods measured here do not use.
+$(VENV)/.peers: $(VENV)/.dev
+	@$(INSTALL) pyyaml scipy tqdm
+	@$(INSTALL) --no-deps dattri==0.3.0
+	@touch $@

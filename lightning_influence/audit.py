@@ -163,6 +163,10 @@ def summary(report: AuditReport, rows: int = 10) -> str:
     if seconds := manifest.get("seconds"):
         parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
         lines.append(f"  time        {parts}")
+    if swept := manifest.get("damping_sweep"):
+        pairs = zip(swept["factors"], swept["stability"], strict=True)
+        told = ", ".join(f"{stability:.2f} with {factor:g} x" for factor, stability in pairs if factor != 1)
+        lines.append(f"  damping     rank correlation of self_influence: {told} (on {swept['examples']} examples)")
     for note in manifest.get("notes", ()):
         lines.append(f"  note        {note}")
     bad = report.nonfinite

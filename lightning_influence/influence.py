@@ -29,7 +29,9 @@ from lightning_influence.curvature import (
     choose_solver,
     factor_examples,
     fit,
+    random_subset,
 )
+from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
 from lightning_influence.passes import ExampleGradients, Labels
 from lightning_influence.scoring import ExampleScores, mean_gradient, score_examples
 from lightning_influence.verify import Inspection
@@ -37,6 +39,9 @@ from lightning_influence.verify import Inspection
 # Passes forward and backward that one product of one vector takes, and steps that a solver usually does.
 _PRODUCT_COST = 2.0
 _USUAL_STEPS = 40
+# Examples that tell whether the damping matters for the ranking; fewer than ten would tell nothing.
+_SWEPT = 256
+_FEWEST_TO_SWEEP = 10
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,14 @@ class InfluenceScores:
         scores: Columns by example.
         curvature: The fitted curvature; None if there is none, and the notes say why.
         seconds: Wall time by stage.
+        sweep: How much self-influence depends on the damping, from a few hundred examples; None where that would take
+            another factorisation for each.
         notes: What a reader of the scores should know.
     """
 
     scores: ExampleScores
     curvature: Curvature | None
+    sweep: DampingSweep | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -205,7 +213,13 @@ def influence_scores(
             features=features,
             title="self-influence",
         )
-    return InfluenceScores(scores, curvature, seconds, notes)
+    sweep = None
+    own = None if curvature is None else curvature.blockwise
+    finite = scores.indices[scores.columns["finite"]].tolist()
+    if own is not None and LADDER[own.name].block.measures and len(finite) >= _FEWEST_TO_SWEEP:
+        with _timed(seconds, "damping sweep"):
+            sweep = damping_sweep(gradients, random_subset(finite, _SWEPT, 0), own)
+    return InfluenceScores(scores, curvature, sweep, seconds, notes)
 
 
 class _NotTheTask(Exception):

@@ -88,8 +88,8 @@ def test_what_is_the_same_has_full_overlap() -> None:
     _, second, third, last = chain().steps
     assert list(second.eigenvalue_overlap.values()) == pytest.approx([1.0] * 3)
     assert list(second.eigenbasis_overlap.values()) == pytest.approx([1.0] * 3)
-    assert 0 < min(third.eigenbasis_overlap.values()) < 0.9
-    assert max(last.eigenvalue_overlap.values()) < 0.999
+    assert 0 < min(third.eigenbasis_overlap.values()) < 0.97
+    assert min(last.eigenvalue_overlap.values()) < 0.9
 
 
 def test_ekfac_is_the_best_in_its_basis() -> None:

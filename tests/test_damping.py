@@ -199,6 +199,15 @@ def test_every_rung_from_one_argument(tmp_path: Path, curvature: Any) -> None:
     assert (report.columns["self_influence"] > 0).all()
     assert len(set(report.columns["harm"])) == 22
     assert report.manifest["curvature"]["name"] == curvature
+    swept = curvature in ("diagonal", "kfac", "ekfac", "block_ggn")
+    assert ("damping_sweep" in report.manifest) == swept
+    assert ("rank correlation of self_influence" in str(report)) == swept
+    if swept:
+        assert report.manifest["damping_sweep"]["stability"][2] == pytest.approx(1)
+        assert report.manifest["damping_sweep"]["examples"] == 22
+        shares = report.manifest["layer_shares"]
+        assert sum(shares.values()) == pytest.approx(1)
+        assert min(shares.values()) > 0
 
 
 def test_a_curvature_that_can_not_be_had_is_refused_before_training(

@@ -138,6 +138,14 @@ class Reporter:
             "seconds": result.seconds,
             "notes": result.notes + _notes(inspection, recording),
         }
+        if result.sweep is not None:
+            manifest["damping_sweep"] = {
+                "factors": result.sweep.factors,
+                "stability": result.sweep.stability,
+                "overlap": result.sweep.overlap,
+                "examples": len(result.sweep.indices),
+            }
+            manifest["layer_shares"] = result.sweep.layer_shares
         mislabelled = self._known_mask(ranked["index"])
         if mislabelled is not None:
             manifest["detection"] = _detection(ranked, mislabelled)

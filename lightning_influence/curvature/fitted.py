@@ -65,6 +65,11 @@ class Curvature(ABC):
         self.notes: list[str] = []
         self.solves: list[Solution] = []
 
+    @property
+    @abstractmethod
+    def blockwise(self) -> BlockCurvature | None:
+        """The block-diagonal curvature that self-influence is measured with; None where it is no sum over blocks."""
+
     @abstractmethod
     def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``(C + λ)⁻¹ v``, block by block: name -> ``[..., k, o, i]``.
@@ -99,6 +104,11 @@ class BlockCurvature(Curvature):
     ) -> None:
         super().__init__(name, dampings, labels, examples)
         self.blocks = dict(blocks)
+
+    @property
+    def blockwise(self) -> BlockCurvature:
+        """The curvature itself."""
+        return self
 
     def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``(C + λ)⁻¹ v``, block by block: name -> ``[..., k, o, i]``."""

@@ -151,6 +151,11 @@ class DenseCurvature(Curvature):
             raise IndefiniteError(indefinite_reason(float(eigenvalues[0]) - least, least, noise))
         self._factor = factor
 
+    @property
+    def blockwise(self) -> None:
+        """There is none: self-influence is no sum over blocks."""
+        return None
+
     def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``(C + λ)⁻¹ v``, block by block: name -> ``[..., k, o, i]``."""
         line = self.coordinates.join(vectors)
@@ -218,6 +223,11 @@ class ImplicitCurvature(Curvature):
         self._rest = coordinates.spread(self.dampings, like) - self._least
         if not product.semidefinite:
             require_positive_definite(self.matvec, like, self._least, max_steps=_LOOKS, seed=seed)
+
+    @property
+    def blockwise(self) -> BlockCurvature:
+        """The curvature that stands in where it would take a solve for every example."""
+        return self.blocks
 
     def matvec(self, v: Tensor) -> Tensor:
         """Multiply ``[..., p]`` in block coordinates by ``C`` and what dampings differ by."""

@@ -34,6 +34,7 @@ class DampingSweep:
         self_influence: ``[n, d]``; NaN for examples without a finite gradient.
         stability: Spearman's rank correlation of each with that of the fitted damping (factor 1).
         overlap: Share of the top tenth of the fitted damping that is in the top tenth of each.
+        layer_shares: Block name to its share of the self-influence at the fitted damping, summed over the examples.
     """
 
     factors: tuple[float, ...]
@@ -41,6 +42,7 @@ class DampingSweep:
     self_influence: Tensor
     stability: tuple[float, ...]
     overlap: tuple[float, ...]
+    layer_shares: dict[str, float]
 
     def __str__(self) -> str:
         lines = ["damping   rank correlation   same top 10 %"]
@@ -71,24 +73,29 @@ def damping_sweep(
     if not all(factor > 0 for factor in factors):
         raise ValueError(f"factors={tuple(factors)}; expected positive multiples of the fitted damping.")
     ordered = tuple(sorted({1.0, *map(float, factors)}))
+    reference = ordered.index(1.0)
     kept: list[int] = []
     rows: list[Tensor] = []
+    by_layer = torch.zeros(len(curvature.blocks), dtype=torch.float64, device=gradients.device)
+    places = {name: place for place, name in enumerate(curvature.blocks)}
     with closing(gradients.run(indices, title=title)) as batches:
         for batch in batches:
             total = torch.zeros((batch.loss.n, len(ordered)), dtype=torch.float64, device=gradients.device)
             for io in batch.layers():
                 dampings = [factor * curvature.dampings[io.name] for factor in ordered]
-                total += curvature.blocks[io.name].self_influences(io.x, io.gs[0], dampings)
+                part = curvature.blocks[io.name].self_influences(io.x, io.gs[0], dampings)
+                total += part
+                by_layer[places[io.name]] += part[:, reference].sum()
             rows.append(total.masked_fill(~batch.finite.unsqueeze(1), torch.nan))
             kept.extend(batch.indices)
     local = torch.cat(rows) if rows else torch.zeros((0, len(ordered)), dtype=torch.float64, device=gradients.device)
     own = torch.tensor(kept, dtype=torch.long, device=gradients.device)
+    (by_layer,) = distributed.sum_across_processes([by_layer])
     order, columns = distributed.gather_by_index(own, {"values": local})
     values = columns["values"]
     finite = values[torch.isfinite(values).all(1)]
     if len(finite) < 2:
         raise ValueError(f"{len(finite)} examples have finite gradients; expected at least two to rank.")
-    reference = ordered.index(1.0)
     head = max(1, round(_HEAD * len(finite)))
     best = [set(column.topk(head).indices.tolist()) for column in finite.T]
     return DampingSweep(
@@ -97,6 +104,7 @@ def damping_sweep(
         values.cpu(),
         tuple(rank_correlation(finite[:, d], finite[:, reference]) for d in range(len(ordered))),
         tuple(len(found & best[reference]) / head for found in best),
+        dict(zip(places, (by_layer / by_layer.sum().clamp(min=1e-300)).tolist(), strict=True)),
     )
 
 
