@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_influence.metrics import linear_datamodeling_correlations
+
 Data = tuple[Tensor, Tensor]
 
 
@@ -154,7 +156,7 @@ class GroundTruth:
             order = torch.randperm(seeds, generator=generator)
             halves = order[: seeds // 2], order[seeds // 2 : 2 * (seeds // 2)]
             first, second = (self.losses[:, half].mean(1) for half in halves)
-            found.append(float(rank_correlations(first, second).mean()))
+            found.append(float(linear_datamodeling_correlations(first, second).mean()))
         r = sum(found) / splits
         return math.sqrt(2 * r / (1 + r))
 
@@ -184,13 +186,6 @@ def retrain(
     return GroundTruth(members, torch.cat(found).view(subsets, seeds, -1))
 
 
-def rank_correlations(a: Tensor, b: Tensor) -> Tensor:
-    """Return Spearman's correlation of columns of ``[subsets, queries]``, ``[queries]``; for values without ties."""
-    first, second = (columns.argsort(0).argsort(0).double() for columns in (a, b))
-    first, second = first - first.mean(0), second - second.mean(0)
-    return (first * second).sum(0) / (first.norm(dim=0) * second.norm(dim=0)).clamp(min=1e-12)
-
-
 @dataclass(frozen=True)
 class Score:
     """A linear datamodeling score with its 95 % bootstrap interval over subsets and queries."""
@@ -209,14 +204,16 @@ def datamodeling_score(scores: Tensor, truth: GroundTruth, draws: int = 200) -> 
         draws: Bootstrap samples.
     """
     predicted, true = truth.members.double() @ scores.double().T, truth.quality
-    value = float(rank_correlations(predicted, true).mean())
+    value = float(linear_datamodeling_correlations(predicted, true).mean())
     generator = torch.Generator().manual_seed(0)
     subsets, queries = predicted.shape
     found = []
     for _ in range(draws):
         rows = torch.randint(subsets, (subsets,), generator=generator).unique()
         columns = torch.randint(queries, (queries,), generator=generator)
-        found.append(float(rank_correlations(predicted[rows][:, columns], true[rows][:, columns]).mean()))
+        found.append(
+            float(linear_datamodeling_correlations(predicted[rows][:, columns], true[rows][:, columns]).mean())
+        )
     low, high = torch.tensor(found).quantile(torch.tensor([0.025, 0.975])).tolist()
     return Score(value, low, high)
 

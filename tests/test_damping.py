@@ -266,3 +266,21 @@ class TestMemory:
     @pytest.mark.parametrize(("size", "text"), [(12, "12 bytes"), (2_000, "2 kB"), (3.4e6, "3.4 MB"), (5e10, "50 GB")])
     def test_sizes_for_readers(self, size: float, text: str) -> None:
         assert memory.readable(size) == text
+
+
+def test_a_decomposition_that_fails_names_the_layer_and_leaves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eigh = torch.linalg.eigh
+
+    def fails_for_the_second(matrix: Tensor) -> Any:
+        if matrix.shape[-1] == 7:  # inputs of net.3, its bias included
+            raise torch.linalg.LinAlgError("no convergence")
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_for_the_second)
+    report = fit(InfluenceAudit(), tmp_path, Validated(sgd))
+    (note,) = [note for note in report.manifest["notes"] if "no self_influence" in note]
+    assert "the curvature of 'net.3' can't be decomposed: no convergence for 7 rows" in note
+    assert 'Leave it out by `layers=`, or use `curvature="diagonal"`' in note
+    assert "tracin" in report.columns
