@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
+from torch import Tensor
 
+from lightning_influence import distributed, per_sample
 from lightning_influence.coverage import Coverage
 from lightning_influence.curvature.block import RELATIVE_DAMPING, CurvatureBlock, Measure
 from lightning_influence.curvature.fitted import BlockCurvature, Curvature
@@ -229,8 +231,10 @@ def _fit_full(
     chosen, notes = choose_solver(solver, coordinates.size, product.flat.device, semidefinite=product.semidefinite)
     matrix = None
     if chosen == "dense":
-        places = coordinates.places_in(product.flat)
-        matrix = product.to_dense(limit=coordinates.size)[places][:, places]
+        matrix = _dense_ggn(gradients, subset, coordinates, like) if product.semidefinite else None
+        if matrix is None:
+            places = coordinates.places_in(product.flat)
+            matrix = product.to_dense(limit=coordinates.size)[places][:, places]
     if damping is None:
         mean = mean_eigenvalue(product, like) if matrix is None else float(matrix.diagonal().double().mean())
         if mean <= 0:
@@ -267,6 +271,44 @@ def _fit_full(
         notes.append(f"{len(product.left_out)} examples with a non-finite loss or gradient are not in the {name}.")
     curvature.notes += notes
     return curvature
+
+
+def _dense_ggn(
+    gradients: ExampleGradients, indices: Sequence[int], coordinates: BlockCoordinates, like: Tensor
+) -> Tensor | None:
+    """Return the GGN ``[p, p]`` as the mean of outer products of per-example gradients, where that is the cheaper way.
+
+    The exact expectation over labels makes it, ``Σ_draws v vᵀ``, at ``2 d p²`` operations an example for ``d`` draws.
+    Products with ``p`` unit vectors cost about eight passes forward, ``8 p Σ_l s_l p_l`` for layers that share ``p_l``
+    parameters over ``s_l`` positions, so that convolutions are better off with outer products.
+    """
+    draws, forward = 0, 0
+    # The same example on every process: they all have to decide alike.
+    with closing(gradients.run(indices[:1], everywhere=True)) as batches:
+        for batch in batches:
+            draws = batch.loss.exact_draws() or 0
+            forward = sum(io.x.shape[2] * coordinates.sizes[io.name] for io in batch.layers())
+    if not draws or draws * coordinates.size > 4 * forward:
+        return None
+    total = like.new_zeros((coordinates.size, coordinates.size))
+    count = torch.zeros((), dtype=torch.float64, device=like.device)
+    with closing(gradients.run(indices, "exact", title="GGN")) as batches:
+        for batch in batches:
+            count += batch.counted
+            ios = {io.name: io for io in batch.layers()}
+            for draw in range(draws):
+                formed = {
+                    # Either may be one for all draws, see `rows`.
+                    name: per_sample.formed(io.xs[draw % len(io.xs)], io.gs[draw % len(io.gs)])
+                    for name, io in ios.items()
+                }
+                for name in coordinates.shapes.keys() - formed.keys():
+                    formed[name] = like.new_zeros((batch.loss.n, *coordinates.shapes[name]))
+                rows = coordinates.join(formed)
+                # np, nr -> pr
+                total.addmm_(rows.T, rows)
+    summed, examples = distributed.sum_across_processes([total, count])
+    return summed / examples.to(summed.dtype)
 
 
 def choose_solver(
