@@ -6,6 +6,7 @@ number of workers or processes: labels are sampled from streams that belong to t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -116,6 +117,12 @@ class ExampleGradients:
         """Take over the loss scale of other passes (validation data are weighed as the training data are)."""
         self.references = other.references
         return self
+
+    def on(self, source: ExampleSource) -> ExampleGradients:
+        """Return the same passes over other examples."""
+        other = copy.copy(self)
+        other.source = source
+        return other
 
     def run(
         self,

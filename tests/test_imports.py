@@ -55,6 +55,7 @@ ORDER = (
     "score_matrix",
     "pairwise",
     "influence",
+    "relabel",
     "unlearning",
     "store",
     "audit",

@@ -11,7 +11,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from lightning_influence import distributed, per_sample
+from lightning_influence import distributed
 from lightning_influence.coverage import Coverage
 from lightning_influence.curvature.block import RELATIVE_DAMPING, CurvatureBlock, Measure
 from lightning_influence.curvature.fitted import BlockCurvature, Curvature
@@ -21,6 +21,7 @@ from lightning_influence.curvature.full import (
     ImplicitCurvature,
     IterativeSolver,
     Solver,
+    joined_gradients,
     mean_eigenvalue,
 )
 from lightning_influence.curvature.ladder import LADDER, CurvatureName, check_memory
@@ -295,16 +296,8 @@ def _dense_ggn(
     with closing(gradients.run(indices, "exact", title="GGN")) as batches:
         for batch in batches:
             count += batch.counted
-            ios = {io.name: io for io in batch.layers()}
             for draw in range(draws):
-                formed = {
-                    # Either may be one for all draws, see `rows`.
-                    name: per_sample.formed(io.xs[draw % len(io.xs)], io.gs[draw % len(io.gs)])
-                    for name, io in ios.items()
-                }
-                for name in coordinates.shapes.keys() - formed.keys():
-                    formed[name] = like.new_zeros((batch.loss.n, *coordinates.shapes[name]))
-                rows = coordinates.join(formed)
+                rows = joined_gradients(batch, coordinates, draw)
                 # np, nr -> pr
                 total.addmm_(rows.T, rows)
     summed, examples = distributed.sum_across_processes([total, count])

@@ -31,6 +31,7 @@ from lightning_influence.curvature.solvers import (
     require_positive_definite,
 )
 from lightning_influence.layers import ParameterBlock
+from lightning_influence.passes import BatchGradients
 
 IterativeSolver = Literal["cg", "nystrom", "pcg", "lissa"]
 Solver = Literal["auto", "dense"] | IterativeSolver
@@ -111,6 +112,19 @@ class BlockCoordinates:
         if not torch.equal(places.sort().values, torch.arange(flat.size, device=places.device)):
             raise ValueError("the blocks are not made of every scalar of their parameters, each once.")
         return places
+
+
+def joined_gradients(batch: BatchGradients, coordinates: BlockCoordinates, draw: int = 0) -> Tensor:
+    """Return per-example gradients in one line each, ``[n, p]``, of one draw of labels."""
+    formed = {
+        # Activations and output gradients may each be one for all draws, see `rows`.
+        io.name: per_sample.formed(io.xs[draw % len(io.xs)], io.gs[draw % len(io.gs)])
+        for io in batch.layers()
+    }
+    like = next(iter(formed.values()))
+    for name in coordinates.shapes.keys() - formed.keys():  # layers that this batch did not reach
+        formed[name] = like.new_zeros((batch.loss.n, *coordinates.shapes[name]))
+    return coordinates.join(formed)
 
 
 class DenseCurvature(Curvature):
