@@ -126,8 +126,8 @@ def pairwise_scores(
         normalise: ``"relative"`` divides by ``√(g_zᵀ (C + λ)⁻¹ g_z)``, so that examples with large gradients do not
             lead every list (the ℓ-RelatIF of Barshan et al. 2020, 2003.11630). ``"cosine"`` divides by that of the
             query, too: the cosine of the gradients in the metric ``(C + λ)⁻¹``; with the identity it is the plain one
-            (grad-cos). GGN and Hessian with ``solver="pcg"`` take the norm of training examples from their EK-FAC
-            preconditioner, and that of queries from their own solution; such cosines may exceed 1.
+            (grad-cos). Where GGN and Hessian are not dense, the norm of training examples is EK-FAC's, and that of
+            queries their own; such cosines may exceed 1.
         by_layer: Whether to give each layer's part of the scores, too.
         path: Where to write the scores instead of holding them in memory: an ``.npy`` file in float32, which
             ``numpy.load(path, mmap_mode="r")`` reads. It appears, or replaces the one there, when it is complete. With
@@ -139,8 +139,8 @@ def pairwise_scores(
 
     Raises:
         ValueError: Before anything is computed, if there is no query or no example, the scores do not fit into memory
-            (or on the disk), training data, queries and curvature are not about the same parameters, ``normalise``
-            needs norms that the curvature does not have, or ``by_layer`` is combined with ``normalise`` or ``path``.
+            (or on the disk), training data, queries and curvature are not about the same parameters, or ``by_layer`` is
+            combined with ``normalise`` or ``path``.
         QueryError: Before any training example is scored, if the training task can't be run on the queries.
         SolverError: If an iterative solver did not reach its tolerance.
     """
@@ -251,12 +251,6 @@ def _check(
             )
     if own != theirs:
         raise ValueError("the queries' layers have other shapes than the training data's; use the same coverage.")
-    if normalise != "none" and curvature.scorer(0).self_influence() is None:
-        raise ValueError(
-            f"normalise={normalise!r} takes the norm of every training example, and with {curvature.name} each would "
-            'be a solve; fit it with solver="pcg" (norms of its EK-FAC preconditioner) or solver="dense" (exact), or '
-            'use normalise="none".'
-        )
 
 
 def _distinct(indices: Sequence[int]) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import reference as ref
 import torch
@@ -15,6 +17,7 @@ from lightning_influence.curvature import Curvature, CurvatureName, FactorExampl
 from lightning_influence.discover import discover
 from lightning_influence.pairwise import PairwiseScores, pairwise_scores, top_scores
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.queries import QueryError
 from lightning_influence.scoring import score_examples
 from lightning_influence.source import ExampleSource
 
@@ -188,3 +191,150 @@ def test_nothing_to_score() -> None:
     typo: Any = "cos"
     with pytest.raises(ValueError, match="normalise='cos'; expected one of 'none', 'relative', 'cosine'"):
         pairwise_scores(problem.train, [0], fitted, problem.queries, [0], normalise=typo)
+
+
+# ------------------------------------------------------------------------------------------------ in a file, by layer
+
+
+class TestFile:
+    def test_the_file_holds_the_scores(self, tmp_path: Path) -> None:
+        problem = Problem("text")
+        fitted = problem.fitted("ekfac")
+        path = tmp_path / "scores.npy"
+        order = [5, 0, 7, 2]
+        found = pairwise_scores(problem.train, order, fitted, problem.queries, range(Q), path=path, query_bytes=2000)
+        expected = problem.expected(fitted, problem.asked, problem.data)[:, sorted(order)]
+        torch.testing.assert_close(found.scores, expected.float(), rtol=1e-6, atol=1e-6)
+        read = np.load(path, mmap_mode="r")
+        assert read.dtype == np.float32
+        assert np.array_equal(read, found.scores.numpy())
+        torch.testing.assert_close(found.group([7, 0]), expected[:, [0, 3]].sum(1), rtol=1e-5, atol=1e-5)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["scores.npy"]
+
+    def test_what_fails_leaves_nothing_behind(self, tmp_path: Path) -> None:
+        problem = Problem("text")
+        fitted = problem.fitted("identity")
+        path = tmp_path / "scores.npy"
+        path.write_text("of an earlier run")
+        broken = ExampleGradients(problem.net, failing, problem.train.source, problem.train.coverage)
+        with pytest.raises(RuntimeError, match="never mind"):
+            pairwise_scores(broken, range(N), fitted, problem.queries, range(Q), path=path)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["scores.npy"]
+        assert path.read_text() == "of an earlier run"
+
+    def test_paths_that_will_not_do(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        problem = Problem("text")
+        fitted = problem.fitted("identity")
+
+        def score(path: Path) -> None:
+            pairwise_scores(problem.train, range(N), fitted, problem.queries, range(Q), path=path)
+
+        for wrong in (tmp_path / "scores.bin", tmp_path / "nowhere" / "scores.npy"):
+            with pytest.raises(ValueError, match=r"expected a file name ending in '\.npy', in a folder that exists"):
+                score(wrong)
+        usage = type("Usage", (), {"free": 10})
+        monkeypatch.setattr("lightning_influence.score_matrix.shutil.disk_usage", lambda folder: usage)
+        with pytest.raises(ValueError, match=r"4 x 9 scores take 144 bytes on disk, and 10 bytes are free"):
+            score(tmp_path / "scores.npy")
+        assert list(tmp_path.iterdir()) == []
+
+
+def failing(module: Any, batch: Any) -> Tensor:
+    raise RuntimeError("never mind")
+
+
+@pytest.mark.parametrize("solver", ["dense", "nystrom"])
+def test_parts_by_layer_add_up(solver: Any) -> None:
+    """Also with a full curvature: the score is a sum over layers of what each contributes."""
+    problem = Problem("images")
+    everything = FactorExamples(N, N)
+    for name in ("ekfac", "ggn"):
+        fitted = fit(
+            problem.train, name, range(N), examples=everything, labels=("true", "true"), damping=0.1, solver=solver
+        )  # fmt: skip
+        found = pairwise_scores(problem.train, range(N), fitted, problem.queries, range(Q), by_layer=True)
+        assert found.parts is not None
+        assert list(found.parts) == list(problem.train.coverage.blocks)
+        torch.testing.assert_close(torch.stack(list(found.parts.values())).sum(0), found.scores, **EXACT)
+        of_queries = fitted.solve(problem.blocks(problem.asked))
+        for layer, of_examples in problem.blocks(problem.data).items():
+            expected = of_queries[layer].flatten(1) @ of_examples.flatten(1).T
+            torch.testing.assert_close(found.parts[layer], expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="a normalised score is no sum over layers"):
+        pairwise_scores(
+            problem.train, range(N), fitted, problem.queries, range(Q), by_layer=True, normalise="cosine"
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="by_layer=True keeps the parts in memory"):
+        pairwise_scores(problem.train, range(N), fitted, problem.queries, range(Q), by_layer=True, path="x.npy")
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def other_queries(problem: Problem, inputs: Tensor, labels: Tensor) -> ExampleGradients:
+    source = ExampleSource(TensorDataset(inputs, labels), batch_size=2)
+    return ExampleGradients(problem.net, task, source, problem.train.coverage)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "cause"),
+    [
+        (torch.randn(6, 2, 4, 4).double(), torch.tensor([0, 1, 2, 0, C, 1]), "IndexError"),
+        (torch.randn(6, 3, 4, 4).double(), torch.zeros(6).long(), "RuntimeError"),
+    ],
+    ids=["classes", "shapes"],
+)
+@pytest.mark.parametrize("query_bytes", [1, 2**30])
+def test_queries_of_another_kind(inputs: Tensor, labels: Tensor, cause: str, query_bytes: int) -> None:
+    """Found before any training example is visited."""
+    problem = Problem("images")
+    fitted = problem.fitted("identity")
+    queries = other_queries(problem, inputs, labels)
+    problem.train.task = failing  # type: ignore[assignment]
+    for score in (pairwise_scores, top_scores):
+        with pytest.raises(QueryError, match=rf"from query \d to \d \({cause}: .* Queries need inputs") as caught:
+            score(problem.train, range(N), fitted, queries, range(6), query_bytes=query_bytes)
+        assert type(caught.value.__cause__).__name__ == cause
+
+
+def test_running_out_of_memory_is_no_matter_of_the_queries() -> None:
+    def hungry(module: Any, batch: Any) -> Tensor:
+        raise MemoryError("too much")
+
+    problem = Problem("images")
+    queries = other_queries(problem, *problem.asked.tensors)
+    queries.task = hungry  # type: ignore[assignment]
+    with pytest.raises(MemoryError, match="too much"):
+        pairwise_scores(problem.train, range(N), problem.fitted("identity"), queries, range(Q))
+
+
+def test_scores_that_do_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    problem = Problem("images")
+    fitted = problem.fitted("identity")
+    monkeypatch.setattr("lightning_influence.memory.available_bytes", lambda device: 200)
+    with pytest.raises(
+        ValueError, match=r"4 x 9 scores take 288 bytes of memory, and 200 bytes are available; pass `p"
+    ):
+        pairwise_scores(problem.train, range(N), fitted, problem.queries, range(Q))
+    with pytest.raises(ValueError, match=r"with their parts by 3 layers take .* leave out by_layer=True"):
+        pairwise_scores(problem.train, range(N), fitted, problem.queries, range(Q), by_layer=True)
+    # In a file there is room; queries are taken one at a time then, and that is said.
+    found = pairwise_scores(problem.train, range(N), fitted, problem.queries, range(Q), path=tmp_path / "s.npy")
+    expected = problem.expected(fitted, problem.asked, problem.data)
+    torch.testing.assert_close(found.scores, expected.float(), rtol=1e-5, atol=1e-6)
+    assert "1 were taken at a time, in 4 passes over the training data" in found.notes[0]
+
+
+def test_what_does_not_belong_together() -> None:
+    problem, other = Problem("images"), Problem("images")
+    fitted = problem.fitted("identity")
+    with pytest.raises(ValueError, match="the queries run through another model"):
+        pairwise_scores(problem.train, range(N), fitted, other.queries, range(Q))
+    source = problem.train.source
+    last = ExampleGradients(problem.net, task, source, discover(problem.net, task, source, layers=["5"]))
+    with pytest.raises(ValueError, match=r"the queries and the training data differ in the layers \['0', '3'\]"):
+        pairwise_scores(problem.train, range(N), fitted, last, range(Q))
+    with pytest.raises(ValueError, match=r"the curvature and the training data differ in the layers"):
+        pairwise_scores(last, range(N), fitted, last, range(Q))
+    with pytest.raises(ValueError, match="count is 0"):
+        top_scores(problem.train, range(N), fitted, problem.queries, range(Q), 0)
