@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import reference as ref
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence.curvature import Curvature, CurvatureName, FactorExamples, fit
+from lightning_influence.curvature import BlockCurvature, Curvature, CurvatureName, FactorExamples, fit
+from lightning_influence.curvature.sweep import damping_sweep
 from lightning_influence.discover import discover
 from lightning_influence.pairwise import PairwiseScores, pairwise_scores, top_scores
 from lightning_influence.passes import ExampleGradients
@@ -338,3 +340,53 @@ def test_what_does_not_belong_together() -> None:
         pairwise_scores(last, range(N), fitted, last, range(Q))
     with pytest.raises(ValueError, match="count is 0"):
         top_scores(problem.train, range(N), fitted, problem.queries, range(Q), 0)
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def everything_of(problem: Problem, folder: str) -> dict[str, Any]:
+    """All that a process can ask for, GGN and sweep included; an odd number of examples for two processes."""
+    all_ = FactorExamples(N, N)
+    result: dict[str, Any] = {}
+    for name, solver in (("ekfac", "auto"), ("ggn", "dense"), ("ggn", "nystrom")):
+        fitted = fit(
+            problem.train, cast("Any", name), range(N), examples=all_, labels=("true", "exact"), damping=0.1,
+            solver=cast("Any", solver),
+        )  # fmt: skip
+        found = pairwise_scores(problem.train, range(N), fitted, problem.queries, range(Q), by_layer=True)
+        filed = pairwise_scores(
+            problem.train, range(N), fitted, problem.queries, range(Q), path=f"{folder}/{name}-{solver}.npy"
+        )  # fmt: skip
+        top = top_scores(problem.train, range(N), fitted, problem.queries, range(Q), 3)
+        own = score_examples(problem.train, range(N), curvature=fitted).columns["self_influence"]
+        result[f"{name} {solver}"] = (found.scores, found.parts, top.proponents, own)
+        torch.testing.assert_close(filed.scores, found.scores.float())
+        if isinstance(fitted, BlockCurvature):
+            sweep = damping_sweep(problem.train, range(N), fitted)
+            result["sweep"] = (sweep.self_influence, torch.tensor(sweep.stability), sweep.layer_shares)
+    return result
+
+
+def _two_processes(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    try:
+        torch.save(everything_of(Problem("images"), folder), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_two_processes, args=(str(tmp_path),), nprocs=2)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    expected = everything_of(Problem("images"), str(alone))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, values in found.items():
+            for value, other in zip(values, expected[name], strict=True):
+                # Conjugate gradients stop at a residual, and rounding may cost or save a step.
+                close: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4} if "nystrom" in name else EXACT
+                torch.testing.assert_close(value, other, **close)
