@@ -27,6 +27,7 @@ ORDER = (
     "distributed",
     "layout",
     "precision",
+    "checkpoints",
     "memory",
     "losses",
     "terms",
