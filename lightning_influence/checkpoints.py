@@ -92,8 +92,8 @@ class Checkpoint:
         missing = [name for name, p in module.named_parameters() if p.requires_grad and name not in self.parameters]
         if missing:
             raise CheckpointError(
-                f"the checkpoint of step {self.step} lacks the trainable parameters {missing[:5]}; it belongs to another "
-                "model, or they were thawed later. Freeze them, or take checkpoints of the whole model."
+                f"the checkpoint of step {self.step} lacks the trainable parameters {missing[:5]}; it belongs to "
+                "another model, or they were thawed later. Freeze them, or take checkpoints of the whole model."
             )
 
     @contextmanager
