@@ -100,8 +100,8 @@ class _Masked(TorchFunctionMode):
             return input
         if input.ndim < 2:
             raise ValueError(
-                f"dropout of a tensor of the shape {list(input.shape)}: examples and units can't be told apart; expected "
-                "at least two dimensions."
+                f"dropout of a tensor of the shape {list(input.shape)}: examples and units can't be told apart; "
+                "expected at least two dimensions."
             )
         dim = 1 if func in _BY_CHANNEL or input.ndim > 3 else -1
         on = self._masks.mask(self._calls, input.shape[dim], p)
@@ -176,6 +176,6 @@ def _check_dropout(gradients: ExampleGradients, masks: DropoutMasks, indices: Se
     if not masks.calls:
         raise ValueError(
             f"{type(gradients.module).__name__} calls no dropout with a rate above 0 that could be masked: all "
-            'sub-networks are the model itself. Use `pairwise_scores` with `fit(..., "identity")`, or average the scores '
-            "of models of several seeds with `mean_scores`."
+            'sub-networks are the model itself. Use `pairwise_scores` with `fit(..., "identity")`, or average the '
+            "scores of models of several seeds with `mean_scores`."
         )

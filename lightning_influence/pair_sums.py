@@ -117,8 +117,8 @@ def mean_scores(members: Sequence[PairwiseScores]) -> PairwiseScores:
         ):
             if not torch.equal(own, theirs):
                 raise ValueError(
-                    f"member {number} has scores of {len(theirs)} {what}, member 0 of {len(own)}, or of others; expected "
-                    "the same queries and training examples in all members."
+                    f"member {number} has scores of {len(theirs)} {what}, member 0 of {len(own)}, or of others; "
+                    "expected the same queries and training examples in all members."
                 )
     total = torch.zeros(first.scores.shape, dtype=torch.float64)
     for member in members:

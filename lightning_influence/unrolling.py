@@ -54,8 +54,8 @@ def plain_steps(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """
     if any(b.step <= a.step for a, b in zip(checkpoints, checkpoints[1:], strict=False)):
         raise CheckpointError(
-            f"the checkpoints are of the steps {[c.step for c in checkpoints]}; expected those of one run, in the order "
-            "of training, each once."
+            f"the checkpoints are of the steps {[c.step for c in checkpoints]}; expected those of one run, in the "
+            "order of training, each once."
         )
     moved = [c for c in checkpoints if c.steps and any(c.step_sizes.values())]
     if adaptive := [c.step for c in moved if c.preconditioner]:
@@ -66,8 +66,8 @@ def plain_steps(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         )
     if not moved:
         raise CheckpointError(
-            f"none of {len(checkpoints)} checkpoints knows the steps it stands for; take them with `step_sizes=` and `steps=`, see "
-            "`tracin.StepSizes`."
+            f"none of {len(checkpoints)} checkpoints knows the steps it stands for; take them with `step_sizes=` and "
+            "`steps=`, see `tracin.StepSizes`."
         )
     return moved
 
@@ -126,9 +126,9 @@ def source_scores(
         examples: Number of examples that the curvature is fitted on; all of them by default.
         weight_decay: Coefficient of an L2 term in the loss, or one by parameter name
             (``OptimizerHistory.weight_decay``).
-        at: Where the examples' gradients are taken. ``"checkpoints"``: averaged over the segment's checkpoints, one pass
-            over the training data for each, as in the paper. ``"average"``: at the segment's averaged weights, one pass
-            for each segment (its "fast" form).
+        at: Where the examples' gradients are taken. ``"checkpoints"``: averaged over the segment's checkpoints, one
+            pass over the training data for each, as in the paper. ``"average"``: at the segment's averaged weights,
+            one pass for each segment (its "fast" form).
         query_bytes: Memory for the vectors of queries; more queries take more passes over the training data.
 
     Returns:
@@ -238,7 +238,8 @@ def _segment(checkpoints: Sequence[Checkpoint]) -> Segment:
     different = {name for c in checkpoints for name in c.parameters.keys() ^ last.parameters.keys()}
     if different:
         raise CheckpointError(
-            f"some checkpoints have the parameters {sorted(different)[:5]} and others have not; expected those of one run."
+            f"some checkpoints have the parameters {sorted(different)[:5]} and others have not; expected those of one "
+            "run."
         )
     average = replace(
         last,

@@ -78,9 +78,9 @@ def z0_self_influence(
 
     Returns:
         Columns ``z0``, the score of the example on itself; ``loss_variance``, over the checkpoints; and ``z0_bound``,
-        the least that ``z0`` can be with that variance. Squared differences of ``m`` numbers in a row add up to at least
-        ``4 m sin²(π / 2m)`` times their variance, so that the variance alone, for which the order of the checkpoints
-        need not be known, bounds self-influence from below.
+        the least that ``z0`` can be with that variance. Squared differences of ``m`` numbers in a row add up to at
+        least ``4 m sin²(π / 2m)`` times their variance, so that the variance alone, for which the order of the
+        checkpoints need not be known, bounds self-influence from below.
 
     Raises:
         CheckpointError: See ``z0_scores``.
