@@ -10,7 +10,7 @@ columns stay in the table; influence earns its place there by saying which predi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_influence import ensemble
 from lightning_influence.columns import LOW_IS_SUSPICIOUS
 from lightning_influence.store import AuditStore
 
@@ -64,6 +65,35 @@ class AuditReport:
         """
         store = AuditStore.open(directory)
         return cls(store.read_scores(), store.manifest, store.directory)
+
+    @classmethod
+    def ensemble(cls, reports: Sequence[AuditReport]) -> AuditReport:
+        """Merge audits of several runs (seeds) on the same data, and rank anew.
+
+        Scores are averaged as they are, labels voted on; see ``ensemble.merged_columns``.
+
+        Args:
+            reports: Complete audits, two at least.
+
+        Returns:
+            A report in memory; ``manifest["ensemble"]`` names the directories of its members.
+
+        Raises:
+            EnsembleError: If the audits are about other data, or one of them is not complete.
+
+        Example:
+            >>> report = AuditReport.ensemble([AuditReport.load(directory) for directory in directories])
+        """
+        sources = [str(each.directory or f"audit {number}") for number, each in enumerate(reports)]
+        columns, left_out = ensemble.merged_columns([each.columns for each in reports])
+        manifest = ensemble.merged_manifest([each.manifest for each in reports], sources, left_out)
+        ranked = rank(columns)
+        manifest |= {
+            "examples": len(ranked["index"]),
+            "nonfinite": ranked["index"][~ranked["finite"]],
+            "ranked_by": list(ingredients(columns)),
+        }
+        return cls(ranked, manifest)
 
     def __len__(self) -> int:
         """Return the number of training examples."""

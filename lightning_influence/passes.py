@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, cast
 
@@ -124,6 +124,19 @@ class ExampleGradients:
         other.source = source
         return other
 
+    def within(self, context: Callable[[], AbstractContextManager[Any]]) -> ExampleGradients:
+        """Return the same passes with every forward pass in a further context, entered anew for each."""
+        outer = self._forward_context
+
+        @contextmanager
+        def both() -> Iterator[None]:
+            with outer(), context():
+                yield
+
+        other = copy.copy(self)
+        other._forward_context = both
+        return other
+
     def run(
         self,
         indices: Sequence[int],
@@ -184,8 +197,10 @@ class ExampleGradients:
                 capture.clear()
                 advance(len(batch_indices))
 
-    def losses(self, indices: Sequence[int], *, title: str = "") -> Generator[tuple[list[int], BatchLoss], None, None]:
-        """Visit this process's share of the examples, forward only."""
+    def losses(
+        self, indices: Sequence[int], *, title: str = "", references: Mapping[int, float] | None = None
+    ) -> Generator[tuple[list[int], BatchLoss], None, None]:
+        """Visit this process's share of the examples, forward only; losses have their batch's scale by default."""
         own = distributed.share(indices)
         with (
             untouched(self.module),
@@ -193,7 +208,7 @@ class ExampleGradients:
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own):
-                yield batch_indices, self.forward(batch, len(batch_indices), None)
+                yield batch_indices, self.forward(batch, len(batch_indices), references)
                 advance(len(batch_indices))
 
     def calibrate(self, indices: Sequence[int]) -> None:

@@ -55,10 +55,16 @@ ORDER = (
     "queries",
     "score_matrix",
     "pairwise",
+    "pair_sums",
+    "unrolling",
+    "zeroth_order",
+    "diff_in",
+    "dropout_masks",
     "influence",
     "relabel",
     "unlearning",
     "store",
+    "ensemble",
     "audit",
     "metrics",
     "tensorboard",
@@ -66,7 +72,8 @@ ORDER = (
     "cli",
 )
 MAY_IMPORT_LIGHTNING = {"callbacks", "cli"}
-MAY_WATCH_FUNCTIONS = {"watch", "task"}
+# Watching, but for dropout masks, which stand in for the call: a sub-network is no matter of looking on.
+MAY_WATCH_FUNCTIONS = {"watch", "task", "dropout_masks"}
 MAY_COMMUNICATE = {"distributed"}
 STANDS_ALONE = {"metrics"}
 
