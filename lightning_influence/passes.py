@@ -106,7 +106,7 @@ class ExampleGradients:
         self.references: dict[int, float] | None = None
         self._to_device = to_device or self._move
         self._progress = progress or _silent
-        self._forward_context = forward_context
+        self.forward_context = forward_context
 
     @property
     def device(self) -> torch.device:
@@ -247,7 +247,7 @@ class ExampleGradients:
             watch: Context around the forward pass.
         """
         seed_everything(step_seed)
-        with watch or nullcontext(), self._forward_context():
+        with watch or nullcontext(), self.forward_context():
             return evaluate(self.task, self.module, self._to_device(batch), n, references, self.coverage.trace.forms)
 
     def verification_gradients(self, batch: Any, n: int) -> dict[str, dict[str, Tensor]]:
@@ -294,7 +294,7 @@ class ExampleGradients:
             indices=indices,
             whole=whole,
             to_device=self._to_device,
-            forward_context=self._forward_context,
+            forward_context=self.forward_context,
         )
         for block in self.coverage.blocks.values():
             for name, parameter in block.parameters.items():

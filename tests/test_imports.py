@@ -59,6 +59,7 @@ ORDER = (
     "relabel",
     "unlearning",
     "store",
+    "acting",
     "audit",
     "metrics",
     "tensorboard",
