@@ -16,22 +16,27 @@ INSTALL := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input i
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test lint bench detection lds solvers clean
+.PHONY: help demo clean-and-retrain test lint bench detection lds solvers unlearning clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
+	@echo 'make clean-and-retrain   act on the audit and train again, against an oracle that knows the flips'
 	@echo 'make test    run the test suite'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make bench   measure what an audit costs, in passes of plain training'
 	@echo 'make detection   how well flipped labels are found, over three seeds'
 	@echo 'make lds     how well scores predict retraining, beside kronfluence and dattri (half an hour)'
 	@echo 'make solvers how many steps preconditioners save'
+	@echo 'make unlearning   removal and label repair by one Newton step, against retraining'
 	@echo 'make clean   remove the environment, caches and builds (not the logs of runs)'
 	@echo
 	@echo 'The first use makes .venv and installs what constraints.txt names. PYTHON=... picks the Python.'
 
 demo: $(VENV)/.demo
 	@$(PY) examples/01_mislabelled_digits.py
+
+clean-and-retrain: $(VENV)/.demo
+	@$(PY) examples/03_clean_and_retrain.py
 
 test: $(VENV)/.dev
 	@$(PY) -m pytest $(PYTEST_ARGS)
@@ -52,6 +57,9 @@ lds: $(VENV)/.peers
 
 solvers: $(VENV)/.dev
 	@$(PY) benchmarks/solvers.py --out docs/results/solvers.md
+
+unlearning: $(VENV)/.dev
+	@$(PY) benchmarks/unlearning.py --out docs/results/unlearning.md
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
-from lightning_influence import ensemble
+from lightning_influence import acting, ensemble
 from lightning_influence.columns import LOW_IS_SUSPICIOUS
+from lightning_influence.relabel import Relabelled
 from lightning_influence.store import AuditStore
 
 Columns = Mapping[str, NDArray[Any]]
@@ -121,6 +123,45 @@ class AuditReport:
     def nonfinite(self) -> NDArray[np.int64]:
         """Dataset indices of the examples with a non-finite loss or gradient."""
         return np.asarray(self.columns["index"][~self.columns["finite"].astype(bool)], dtype=np.int64)
+
+    # ------------------------------------------------------------ acting on it
+
+    def clean_indices(self, drop: float | int | None = None) -> list[int]:
+        """Return which examples to keep for another training, ``Subset(dataset, report.clean_indices())``.
+
+        Args:
+            drop: What to leave out: the candidates (None), a share of the audited examples (``0.05``) or a number of
+                them (``200``), the most suspicious. Examples with a non-finite loss or gradient are left out anyway.
+
+        Returns:
+            Sorted dataset indices; examples that were not audited are not among them.
+
+        Raises:
+            ValueError: If ``drop`` is out of range.
+        """
+        return acting.clean_indices(self.columns, drop)
+
+    def relabelled(
+        self, dataset: Dataset[Any], indices: Sequence[int] | None = None, *, min_margin: float = 0.0
+    ) -> Relabelled:
+        """Return the data set with the suggested labels on the candidates; the data set itself is left as it is.
+
+        Args:
+            dataset: The training data set that was audited: examples that are tuples, lists or mappings, nested or
+                not. Where in them the label lies is found by comparison with the given labels.
+            indices: The examples to relabel, for example those that a person has confirmed; by default the candidates.
+            min_margin: Leave labels alone unless the mean probability of the suggested class over the run is ahead of
+                that of the given one by at least this, from 0 to 1.
+
+        Raises:
+            LabelError: If the audit suggests no labels (regression), this is not the data set that was audited, or
+                the place of the labels can't be told.
+            ValueError: If an index is not in the audit or named twice, or ``min_margin`` is out of range.
+        """
+        size = self.manifest.get("dataset_size")
+        return acting.relabelled(
+            self.columns, dataset, self.candidates.tolist(), indices=indices, min_margin=min_margin, size=size
+        )
 
     def __str__(self) -> str:
         """Return the summary table."""

@@ -65,6 +65,7 @@ ORDER = (
     "unlearning",
     "store",
     "ensemble",
+    "acting",
     "audit",
     "metrics",
     "tensorboard",

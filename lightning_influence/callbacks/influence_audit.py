@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_influence import distributed
 from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.afterwards import MakeUnlearner, unlearner_maker
 from lightning_influence.callbacks.arguments import (
     check_choice,
     check_count,
@@ -45,6 +46,7 @@ from lightning_influence.store import AuditStore, StoreError
 from lightning_influence.task import LossTap, Task, TaskError, TrainingStepTask
 from lightning_influence.trace import Trace
 from lightning_influence.tracin import block_step_sizes
+from lightning_influence.unlearning import Unlearner
 from lightning_influence.verify import Inspection, VerificationError, inspect, roomy_batch_size
 
 # Less than this share of the parameters is worth a warning.
@@ -155,6 +157,7 @@ class InfluenceAudit(Callback):
         self._recorder = BatchIndexRecorder()
         self._recording: Recording | None = None
         self._reporter: Reporter | None = None
+        self._make_unlearner: MakeUnlearner | None = None
         self._source: ExampleSource | None = None
         self._inspection: Inspection | None = None
         self._trace: Trace | None = None
@@ -178,7 +181,7 @@ class InfluenceAudit(Callback):
         if stage != "fit":
             return
         # Of an earlier fit: an error before training starts must not be filed under that one's audit.
-        self.report = self._recording = self._reporter = self._inspection = None
+        self.report = self._recording = self._reporter = self._inspection = self._make_unlearner = None
         if self.task is None and not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"InfluenceAudit can't re-run the `training_step` of {type(pl_module).__name__}: with manual "
@@ -375,17 +378,22 @@ class InfluenceAudit(Callback):
             rank_zero_warn("no influence audit: no training batch was seen.")
             return
         gradients = self._gradients(trainer, pl_module)
-        plan = InfluencePlan.make(
-            gradients.coverage,
-            inspection,
-            len(indices),
-            curvature=self.curvature,
-            fisher=self.fisher,
-            damping=self.damping,
-            examples=self.factor_examples,
-            history=recording.step_sizes.history(),
-            solver=self.solver,
-        )
+        history = recording.step_sizes.history()
+
+        def planned(curvature: CurvatureName) -> InfluencePlan:
+            return InfluencePlan.make(
+                gradients.coverage,
+                inspection,
+                len(indices),
+                curvature=curvature,
+                fisher=self.fisher,
+                damping=self.damping,
+                examples=self.factor_examples,
+                history=history,
+                solver=self.solver,
+            )
+
+        plan = planned(self.curvature)
         queries = bridge.validation_queries(trainer, pl_module, self._task, gradients.coverage)
         rank_zero_info(reporter.announce(plan, gradients, inspection, len(indices), sum(len(q) for _, q in queries)))
         pending = recording.step_sizes.steps > 0 and self.every_n_epochs is not None
@@ -399,9 +407,33 @@ class InfluenceAudit(Callback):
             )
         recording.add_pass(trainer.global_step, result.scores)
         columns = recording.columns(indices, result.scores)
+        self._make_unlearner = unlearner_maker(trainer, gradients, planned, columns, history.weight_decay)
         if trainer.is_global_zero:
             self.report = reporter.finish(trainer, gradients, plan, inspection, result, columns, recording)
             rank_zero_info(f"\n{self.report}")
+
+    def unlearner(self, curvature: CurvatureName | None = None) -> Unlearner:
+        """Return what removes training examples from the model, or repairs their labels, by one Newton step.
+
+        The curvature is fitted at the weights that the model has now, so load the weights that are meant first. With
+        several processes, call it on all of them.
+
+        Args:
+            curvature: Another one than the audit's.
+
+        Raises:
+            RuntimeError: Before an audit is complete.
+            ValueError, IndefiniteError: As ``Unlearner.fitted``.
+
+        Example:
+            >>> update = audit.unlearner().newton_removal(audit.report.candidates[:10], leverage=True)
+            >>> cleaner = update.applied_to_copy(model)
+        """
+        if self._make_unlearner is None:
+            raise RuntimeError("there is no complete audit to unlearn from; let `trainer.fit` end first.")
+        if curvature is not None:
+            check_choice("curvature", curvature, get_args(CurvatureName))
+        return self._make_unlearner(curvature or self.curvature)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo everything and keep what was recorded so far."""

@@ -122,6 +122,7 @@ class Reporter:
         manifest = self._manifest | {
             "status": "complete",
             "examples": len(ranked["index"]),
+            "dataset_size": len(gradients.source),
             "nonfinite": ranked["index"][~ranked["finite"]],
             "fingerprint": _fingerprint(gradients, ranked),
             "ranked_by": list(audit.ingredients(columns)),
