@@ -55,6 +55,7 @@ ORDER = (
     "queries",
     "score_matrix",
     "pairwise",
+    "query_pairs",
     "influence",
     "relabel",
     "unlearning",
