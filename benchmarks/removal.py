@@ -110,8 +110,7 @@ def outcomes(study: Study, seed: int) -> dict[str, Outcome]:
     generator = torch.Generator().manual_seed(seed)
     kept = {("random", draw): torch.randperm(n, generator=generator)[count:] for draw in range(study.random)}
     predicted: dict[tuple[str, str], float] = {}
-    for name, measurement in study.measurements.items():
-        scores = _scores(study, full, training, queries, measurement(queries))
+    for name, scores in _scores(study, full, training, queries).items():
         order = scores.argsort()
         # Removing an example changes the measurement by its score / N: the most negative ones lower it.
         for way, rows in (("lower", order), ("raise", order.flip(0))):
@@ -137,13 +136,11 @@ def outcomes(study: Study, seed: int) -> dict[str, Outcome]:
     return result
 
 
-def _scores(
-    study: Study, parameters: dict[str, Tensor], training: Split, queries: Split, measurement: Measurement
-) -> Tensor:
-    """Return the training examples' scores on a measurement, the mean over the networks, ``[n]``."""
+def _scores(study: Study, parameters: dict[str, Tensor], training: Split, queries: Split) -> dict[str, Tensor]:
+    """Return the training examples' scores on every measurement, the mean over the networks, ``[n]``."""
     n, q = len(training.labels), len(queries.labels)
     damping = study.recipe.trainer_damping(n) + study.recipe.weight_decay if study.trainer_damping else None
-    found = []
+    total = {name: torch.zeros(n, dtype=torch.float64) for name in study.measurements}
     for model in range(study.starts):
         load(study.net, parameters, model)
         gradients = study.passes(training)
@@ -151,10 +148,12 @@ def _scores(
             gradients, study.curvature, range(n), examples=FactorExamples(n, n, n), labels=("sampled", "exact"),
             damping=damping,
         )  # fmt: skip
-        found.append(
-            measurement_scores(gradients, range(n), curvature, study.passes(queries), range(q), measurement).scores
-        )
-    return torch.stack(found).mean(0)
+        for name, measurement in study.measurements.items():
+            found = measurement_scores(
+                gradients, range(n), curvature, study.passes(queries), range(q), measurement(queries)
+            )
+            total[name] += found.scores / study.starts
+    return total
 
 
 def _measured(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from lightning_influence.measurements import (
     AnyMeasurement,
     Loss,
     Measurement,
+    MeasurementError,
     MeasurementScores,
     QuerySets,
     Statistic,
@@ -29,6 +30,7 @@ from lightning_influence.measurements import (
 )
 from lightning_influence.pairwise import TopScores, top_scores
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.queries import QueryError
 
 Columns = dict[str, NDArray[Any]]
 
@@ -142,7 +144,8 @@ def query_pairs(
     influence = None
     if asked.of_set:
         influence = measurement_scores(gradients, indices, curvature, sets, measurement=asked.measured)
-    chosen, notes = _chosen(sets, asked)
+    with _run_on_queries():
+        chosen, notes = _chosen(sets, asked)
     parts: list[Columns] = []
     for number, (passes, _) in enumerate(sets):
         own = [query for of, query in chosen if of == number]
@@ -150,8 +153,9 @@ def query_pairs(
             continue
         top = top_scores(gradients, indices, curvature, passes.measuring(statistic), own, asked.top)
         notes += [note for note in top.notes if note not in notes]
-        places = [chosen.index((number, query)) for query in own]
-        parts.append(_rows(top, statistic, _facts(passes, own, statistic), number, places))
+        with _run_on_queries():
+            facts = _facts(passes, own, statistic)
+        parts.append(_rows(top, statistic, facts, number, [chosen.index((number, query)) for query in own]))
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.argsort(joined["number"], kind="stable")
     table = _with_examples({name: values[order] for name, values in joined.items()}, columns)
@@ -164,6 +168,20 @@ def query_pairs(
     if influence is not None:
         about |= {"value": influence.measured.value, "groups": influence.measured.counts}
     return QueryPairs(table, chosen, influence, about, notes)
+
+
+@contextmanager
+def _run_on_queries() -> Iterator[None]:
+    try:
+        yield
+    except (MeasurementError, torch.OutOfMemoryError, MemoryError):
+        raise
+    # Anything can go wrong in a user's task that meets another kind of batch.
+    except Exception as error:
+        raise QueryError(
+            f"queries: the training task can't be run on them ({type(error).__name__}: {error}). Queries need inputs "
+            "and labels of the kind that the model was trained on."
+        ) from error
 
 
 def _title(asked: Queries, count: int, total: int, statistic: Statistic) -> str:
