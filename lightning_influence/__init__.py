@@ -12,26 +12,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_influence.audit import AuditReport
     from lightning_influence.callbacks import InfluenceAudit
+    from lightning_influence.measurements import AdversarialLoss, DemographicParityGap, EqualOpportunityGap, Margin
     from lightning_influence.metrics import LinearDatamodelingScore, MislabelDetection
+    from lightning_influence.query_pairs import Queries
     from lightning_influence.task import Task, TrainingStepTask
 
     __version__: str
 
 _MODULES = {
+    "AdversarialLoss": "lightning_influence.measurements",
     "AuditReport": "lightning_influence.audit",
+    "DemographicParityGap": "lightning_influence.measurements",
+    "EqualOpportunityGap": "lightning_influence.measurements",
     "InfluenceAudit": "lightning_influence.callbacks",
     "LinearDatamodelingScore": "lightning_influence.metrics",
+    "Margin": "lightning_influence.measurements",
     "MislabelDetection": "lightning_influence.metrics",
+    "Queries": "lightning_influence.query_pairs",
     "Task": "lightning_influence.task",
     "TrainingStepTask": "lightning_influence.task",
 }
 
 # Written out, not derived from the table: type checkers and editors read it.
 __all__ = [
+    "AdversarialLoss",
     "AuditReport",
+    "DemographicParityGap",
+    "EqualOpportunityGap",
     "InfluenceAudit",
     "LinearDatamodelingScore",
+    "Margin",
     "MislabelDetection",
+    "Queries",
     "Task",
     "TrainingStepTask",
     "__version__",

@@ -46,6 +46,8 @@ class AuditReport:
             ``columns.COLUMN_DESCRIPTIONS`` for meanings, units and signs.
         manifest: Status, arguments, versions, coverage, timings and notes.
         directory: Where it lies on disk, if anywhere.
+        pairs: If there were queries: column name to array, one row per query and strong proponent or opponent. See
+            ``columns.PAIR_DESCRIPTIONS``.
 
     Example:
         >>> report = AuditReport.load("lightning_logs/version_0/influence")
@@ -55,6 +57,7 @@ class AuditReport:
     columns: Columns
     manifest: Mapping[str, Any] = field(default_factory=dict)
     directory: Path | None = None
+    pairs: Columns | None = None
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> AuditReport:
@@ -66,7 +69,7 @@ class AuditReport:
             StoreError: If the directory holds no readable audit.
         """
         store = AuditStore.open(directory)
-        return cls(store.read_scores(), store.manifest, store.directory)
+        return cls(store.read_scores(), store.manifest, store.directory, store.read_pairs())
 
     @classmethod
     def ensemble(cls, reports: Sequence[AuditReport]) -> AuditReport:
@@ -249,6 +252,7 @@ def summary(report: AuditReport, rows: int = 10) -> str:
     ranked_by = " + ".join(manifest.get("ranked_by", ()))
     lines.append(f"  candidates  {len(candidates):,} ({share:.1%}){f' ranked by {ranked_by}' if ranked_by else ''}")
     lines += _table(report, candidates[:rows])
+    lines += _queries(report)
     if detection := manifest.get("detection"):
         lines.append("  against the known label noise (recall: share found in the first 10 %)")
         lines.append(f"    {'column':<24}{'AUROC':>8}{'AP':>8}{'recall':>8}")
@@ -258,6 +262,32 @@ def summary(report: AuditReport, rows: int = 10) -> str:
     if report.directory is not None:
         lines.append(f"  saved in    {report.directory}")
     return "\n".join(lines)
+
+
+def _queries(report: AuditReport, named: int = 3) -> list[str]:
+    """Return a line for every query, with its strongest proponents and opponents."""
+    about = report.manifest.get("queries")
+    if not about:
+        return []
+    lines = [f"  queries     {about['title']}"]
+    if "value" in about:
+        lines[0] += f"; {about['measurement']} of all {about['examples']:,}: {about['value']:.4g}"
+    pairs = report.pairs
+    if pairs is None:
+        return lines
+    for number in np.unique(pairs["number"]):
+        own = pairs["number"] == number
+        first = int(np.flatnonzero(own)[0])
+        told = f"    #{int(pairs['query'][first])}"
+        if pairs["query_label"][first] >= 0:
+            told += f" given {int(pairs['query_label'][first])}, predicted {int(pairs['query_predicted'][first])}"
+        told += f", {about['per_query']} {pairs['measured'][first]:.3g}"
+        for kind in ("proponent", "opponent"):
+            rows = np.flatnonzero(own & (pairs["kind"] == kind))[:named]
+            strongest = ", ".join(f"{int(pairs['index'][row])} ({pairs['score'][row]:+.3g})" for row in rows)
+            told += f"; {kind}s {strongest or 'none'}"
+        lines.append(told)
+    return lines
 
 
 def _table(report: AuditReport, indices: NDArray[np.int64]) -> list[str]:

@@ -34,6 +34,28 @@ COLUMN_DESCRIPTIONS: dict[str, str] = {
     "raises it; high = suspicious",
 }
 
+PAIR_DESCRIPTIONS: dict[str, str] = {
+    "number": "number of the query, from 1; the worst first",
+    "query_set": "number of the loader that the query comes from, from 0",
+    "query": "position of the query in that loader's data set",
+    "query_label": "given label of the query; -1 = unknown",
+    "query_predicted": "class the trained model predicts for it; -1 = unknown",
+    "query_loss": "its loss under the trained model",
+    "measured": "what is measured of the query: its loss, margin or adversarial loss",
+    "kind": "proponent: training on the example makes the query's measurement better; opponent: worse",
+    "rank": "place among the query's proponents or opponents, 1 = strongest",
+    "index": "position of the training example in its data set",
+    "score": "influence, positive for proponents: removing the example from N makes the query's measurement worse by "
+    "about this divided by N",
+    "label": "given label of the training example; -1 = unknown",
+    "predicted": "class the trained model predicts for it; -1 = unknown",
+    "loss": "its loss under the trained model",
+}
+
+INFLUENCE_ON = "influence_on_"
+"""Columns of the scores table that begin so, with the name of a measurement of the query set: its influence score.
+Positive: training on the example lowers the measurement; removing it from N raises it by about this divided by N."""
+
 SCORE_COLUMNS = (
     "suspicion",
     "loss_mean",

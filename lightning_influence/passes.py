@@ -45,6 +45,23 @@ class Progress(Protocol):
         ...
 
 
+class Quantity(Protocol):
+    """What is differentiated of every example in place of its loss, see ``ExampleGradients.measuring``."""
+
+    def altered(self, batch: Any, run: Callable[[Any], BatchLoss]) -> Any:
+        """Return the batch to evaluate; ``run`` evaluates the task on a batch, and nothing of it is captured.
+
+        Args:
+            batch: On the module's device; not to be changed in place.
+            run: As ``ExampleGradients.forward``, for batches with as many examples.
+        """
+        ...
+
+    def outputs(self, loss: BatchLoss) -> tuple[list[Tensor], list[Tensor]]:
+        """Return tensors and gradients to run backward from, for the sum over the examples."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class BatchGradients:
     """Per-example gradients of one batch, as activations and output gradients.
@@ -104,6 +121,7 @@ class ExampleGradients:
         self.coverage = coverage
         self.seed = seed
         self.references: dict[int, float] | None = None
+        self.quantity: Quantity | None = None
         self._to_device = to_device or self._move
         self._progress = progress or _silent
         self._forward_context = forward_context
@@ -135,6 +153,12 @@ class ExampleGradients:
 
         other = copy.copy(self)
         other._forward_context = both
+        return other
+
+    def measuring(self, quantity: Quantity | None) -> ExampleGradients:
+        """Return the same passes whose gradients are those of another quantity than the loss."""
+        other = copy.copy(self)
+        other.quantity = quantity
         return other
 
     def run(
@@ -200,7 +224,13 @@ class ExampleGradients:
     def losses(
         self, indices: Sequence[int], *, title: str = "", references: Mapping[int, float] | None = None
     ) -> Generator[tuple[list[int], BatchLoss], None, None]:
-        """Visit this process's share of the examples, forward only; losses have their batch's scale by default."""
+        """Visit this process's share of the examples, forward only.
+
+        Args:
+            indices: Dataset indices.
+            title: Text of the progress bar; none without.
+            references: Scale of losses that depend on their batch; None leaves the batch's own.
+        """
         own = distributed.share(indices)
         with (
             untouched(self.module),
@@ -262,8 +292,30 @@ class ExampleGradients:
             watch: Context around the forward pass.
         """
         seed_everything(step_seed)
+        if self.quantity is not None:
+            moved = self._to_device(batch)
+            batch = self.quantity.altered(moved, lambda changed: self._evaluate(changed, n, references))
+            seed_everything(step_seed)
+            return self._evaluate(batch, n, references, watch)
         with watch or nullcontext(), self._forward_context():
             return evaluate(self.task, self.module, self._to_device(batch), n, references, self.coverage.trace.forms)
+
+    def _evaluate(
+        self,
+        batch: Any,
+        n: int,
+        references: Mapping[int, float] | None,
+        watch: AbstractContextManager[Any] | None = None,
+    ) -> BatchLoss:
+        """Evaluate the task on a batch that has been moved."""
+        with watch or nullcontext(), self._forward_context():
+            return evaluate(self.task, self.module, batch, n, references, self.coverage.trace.forms)
+
+    def applied(self, function: Callable[[Any, Any], Any], batch: Any) -> Any:
+        """Return ``function(module, batch)`` as a pass would run it; callers isolate the model, see ``forward``."""
+        seed_everything(0)
+        with self._forward_context():
+            return function(self.module, self._to_device(batch))
 
     def verification_gradients(self, batch: Any, n: int) -> dict[str, dict[str, Tensor]]:
         """Return autograd's gradient of the batch loss for every covered parameter: block, parameter -> tensor."""
@@ -376,7 +428,7 @@ class ExampleGradients:
     ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Yield tensors and gradients to run backward from, once per draw of labels."""
         if labels == "true":
-            yield loss.true_outputs()
+            yield loss.true_outputs() if self.quantity is None else self.quantity.outputs(loss)
             return
         if not loss.terms:
             raise TaskError(

@@ -6,6 +6,7 @@ Layout of `<log_dir>/influence/`:
 |---|---|
 | `manifest.json` | schema version, status, arguments, coverage, timings |
 | `scores.parquet` | one row per training example |
+| `pairs.parquet` | one row per pair of a query and one of its strongest training examples, if there are queries |
 | `candidates.csv` | the suspicious rows, worst first, for people and spreadsheets |
 | `factors/<block>.safetensors` | the curvature factors of one parameter block |
 
@@ -39,13 +40,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lightning_influence.columns import COLUMN_DESCRIPTIONS
+from lightning_influence.columns import COLUMN_DESCRIPTIONS, PAIR_DESCRIPTIONS
 
 SCHEMA_VERSION = 1
 STATUSES = ("recording", "interrupted", "complete")
 
 Column: TypeAlias = "Tensor | NDArray[Any] | Sequence[Any]"
 
+_PAIRS = "pairs.parquet"
 _MANIFEST, _SCORES, _CANDIDATES, _FACTORS = "manifest.json", "scores.parquet", "candidates.csv", "factors"
 _SUFFIX = ".safetensors"
 _CANDIDATE_ORDER = ("rank", "index", "label", "predicted", "suggested", "suspicion", *COLUMN_DESCRIPTIONS)
@@ -192,6 +194,27 @@ class AuditStore:
         """
         return self._read_table(_SCORES)
 
+    def write_pairs(self, columns: Mapping[str, Column]) -> None:
+        """Writes `pairs.parquet`, see `columns.PAIR_DESCRIPTIONS`.
+
+        Args:
+            columns: As for `write_scores`, one entry per pair.
+
+        Raises:
+            ValueError: As for `write_scores`.
+            TypeError: As for `write_scores`.
+            StoreError: The file cannot be written.
+        """
+        self._write_table(_PAIRS, columns, PAIR_DESCRIPTIONS)
+
+    def read_pairs(self) -> dict[str, NDArray[Any]] | None:
+        """Reads `pairs.parquet`: name to a writable array; None if the audit has no queries.
+
+        Raises:
+            StoreError: The file is damaged.
+        """
+        return self._read_table(_PAIRS) if (self.directory / _PAIRS).exists() else None
+
     def write_candidates(
         self, columns: Mapping[str, Column], *, label_names: Sequence[str] | Mapping[int, str] | None = None
     ) -> None:
@@ -280,12 +303,14 @@ class AuditStore:
     def _factor_path(self, block_name: str) -> Path:
         return self.directory / _FACTORS / _encode(block_name)
 
-    def _write_table(self, file_name: str, columns: Mapping[str, Column]) -> None:
+    def _write_table(
+        self, file_name: str, columns: Mapping[str, Column], meanings: Mapping[str, str] = COLUMN_DESCRIPTIONS
+    ) -> None:
         arrays = _checked(columns)
         fields, data = [], []
         for name, array in arrays.items():
             data.append(pa.array(array, type=pa.string() if array.dtype == object else None))
-            about = COLUMN_DESCRIPTIONS.get(name)
+            about = meanings.get(name)
             fields.append(pa.field(name, data[-1].type, metadata={"description": about} if about else None))
         schema = pa.schema(fields, metadata={"lightning_influence.schema_version": str(SCHEMA_VERSION)})
         with _replacing(self.directory / file_name) as handle:

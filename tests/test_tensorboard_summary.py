@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugin_util import markdown_to_safe_html
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_influence.tensorboard import summary
+from lightning_influence.tensorboard import pictures, summary
 from lightning_influence.tensorboard.summary import (
     candidate_grid,
     candidates_markdown,
@@ -261,23 +261,23 @@ def test_one_long_caption_only_makes_its_own_row_higher() -> None:
 
 def test_wrapping_keeps_both_labels() -> None:
     """The given name must not push the suggested one off the end."""
-    font, (lines,) = summary._lay_out_captions(["#5  given the nine of hearts, lucky → suggests six of clubs"], 140)
+    font, (lines,) = pictures.lay_out_captions(["#5  given the nine of hearts, lucky → suggests six of clubs"], 140)
     assert lines[0] == "#5"
     assert lines[1].startswith("given the nine")
     assert [line for line in lines if line.startswith("→ suggests")]
     assert len(lines) <= 5
-    assert all(summary._text_width(line, font) <= 140 for line in lines)
+    assert all(pictures.text_width(line, font) <= 140 for line in lines)
 
-    _, (lines,) = summary._lay_out_captions(["#12  given 3 → suggests 8"], 140)
+    _, (lines,) = pictures.lay_out_captions(["#12  given 3 → suggests 8"], 140)
     assert lines == ["#12", "given 3", "→ suggests 8"]
-    _, (lines,) = summary._lay_out_captions(["#12  given 3 → suggests 8"], 400)
+    _, (lines,) = pictures.lay_out_captions(["#12  given 3 → suggests 8"], 400)
     assert lines == ["#12  given 3 → suggests 8"]
 
 
 def test_letters_that_the_font_lacks() -> None:
     """Pillow's font is ASCII only, and would draw a box for each of them."""
-    assert summary._drawable("Zoë – naïve → 3") == "Zoe - naive → 3"
-    assert summary._drawable("a猫b") == "a?b"
+    assert pictures.drawable("Zoë – naïve → 3") == "Zoe - naive → 3"
+    assert pictures.drawable("a猫b") == "a?b"
     columns = table()
     names = ["Käse", "猫", "what?"]
     assert summary._caption(columns, 1, names) == "#1001  given 1 → suggests what?"

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_influence import distributed
 from lightning_influence.audit import AuditReport
@@ -25,6 +26,7 @@ from lightning_influence.callbacks.arguments import (
     checked_indices,
 )
 from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
+from lightning_influence.callbacks.query_report import QueryReport, checked_queries, described
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.coverage import Coverage, Layers, Uncovered, cover, listed_layers
@@ -40,6 +42,7 @@ from lightning_influence.discover import trace_model
 from lightning_influence.influence import InfluencePlan, influence_scores
 from lightning_influence.layers import LayerError
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.query_pairs import Queries
 from lightning_influence.scoring import score_examples
 from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.store import AuditStore, StoreError
@@ -88,6 +91,10 @@ class InfluenceAudit(Callback):
             layers, custom autograd functions, reparametrised weights): ``"report"`` them with their share and leave
             them out, or ``"exact"``: one backward pass per example.
         task: A function ``(module, batch) -> loss`` in place of ``training_step``. Needed for manual optimization.
+        queries: Examples to ask about: the training examples that help and harm each of them most are found, kept in
+            ``pairs.parquet`` and shown in TensorBoard. ``"worst"`` takes the eight validation examples with the highest
+            loss, a ``DataLoader`` its first eight; ``Queries(...)`` has more to choose, such as what is measured: a
+            margin, an adversarial loss, or a gap between groups.
         known_noise: Dataset indices of labels that are known to be wrong, to measure the detection.
         dirpath: Directory of the audit, instead of ``<log_dir>/influence``. An existing audit is never overwritten:
             a version suffix is added.
@@ -120,6 +127,7 @@ class InfluenceAudit(Callback):
         layers: Layers = None,
         uncovered: Uncovered = "report",
         task: Task | None = None,
+        queries: Literal["worst"] | DataLoader[Any] | Queries | None = None,
         known_noise: Sequence[int] | Tensor | None = None,
         dirpath: str | os.PathLike[str] | None = None,
         verify: bool = True,
@@ -150,6 +158,7 @@ class InfluenceAudit(Callback):
         self.layers = layers
         self.uncovered = uncovered
         self.task = task
+        self.queries = checked_queries(queries)
         self.known_noise = checked_indices(known_noise)
         self.dirpath = dirpath
         self.verify = verify
@@ -229,6 +238,9 @@ class InfluenceAudit(Callback):
                 self._warn_of_gaps(gradients.coverage)
                 check_curvature(gradients, self.curvature, first)
                 self._inspection = inspect(gradients, first, verify=self.verify)
+                if self.queries is not None:
+                    validation = bridge.validation_queries(trainer, pl_module, self._task, gradients.coverage)
+                    QueryReport(self.queries).check(trainer, pl_module, self._task, gradients.coverage, validation)
             self._source.pass_batch_size = max(self._source.batch_size, roomy_batch_size(self._inspection))
             self._reporter = self._open_reporter(trainer)
             if self._recording.postponed == trainer.global_step and self._recording.step_sizes.steps:
@@ -408,6 +420,10 @@ class InfluenceAudit(Callback):
         recording.add_pass(trainer.global_step, result.scores)
         columns = recording.columns(indices, result.scores)
         self._make_unlearner = unlearner_maker(trainer, gradients, planned, columns, history.weight_decay)
+        if self.queries is not None:
+            reporter.queries = QueryReport(self.queries)
+            with bridge.silenced_loggers(trainer):
+                columns |= reporter.queries.find(trainer, gradients, indices, result.curvature, queries, columns)
         if trainer.is_global_zero:
             self.report = reporter.finish(trainer, gradients, plan, inspection, result, columns, recording)
             rank_zero_info(f"\n{self.report}")
@@ -505,6 +521,7 @@ class InfluenceAudit(Callback):
             "every_n_epochs": self.every_n_epochs,
             "layers": None if self.layers is None else [getattr(e, "__name__", e) for e in listed_layers(self.layers)],
             "uncovered": self.uncovered,
+            "queries": described(self.queries),
             "task": None if self.task is None else getattr(self.task, "__name__", type(self.task).__name__),
             "verify": self.verify,
         }

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_influence import audit
 from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.columns import LOW_IS_SUSPICIOUS, SCORE_COLUMNS
 from lightning_influence.curvature import Curvature, fitted_bytes
@@ -46,6 +47,7 @@ class Reporter:
         self.store = store
         self.known_noise = known_noise
         self.seconds_per_example: float | None = None
+        self.queries: QueryReport | None = None
         self._manifest: dict[str, Any] = {
             "status": "recording",
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -147,6 +149,11 @@ class Reporter:
                 "examples": len(result.sweep.indices),
             }
             manifest["layer_shares"] = result.sweep.layer_shares
+        pairs = None if self.queries is None else self.queries.pairs
+        if self.queries is not None:
+            manifest["notes"] += self.queries.notes
+        if pairs is not None:
+            manifest["queries"] = pairs.about
         mislabelled = self._known_mask(ranked["index"])
         if mislabelled is not None:
             manifest["detection"] = _detection(ranked, mislabelled)
@@ -157,9 +164,11 @@ class Reporter:
                     self.store.write_factors(name, tensors, about)
             self.store.write_scores(ranked)
             self.store.write_candidates(ranked, label_names=names)
+            if pairs is not None:
+                self.store.write_pairs(pairs.table)
             # Last: only a directory whose every file is in place calls itself complete.
             self.store.write_manifest(manifest)
-        report = AuditReport(ranked, manifest, self.directory)
+        report = AuditReport(ranked, manifest, self.directory, None if pairs is None else pairs.table)
         self._log_report(trainer, gradients, report, mislabelled)
         return report
 
@@ -183,6 +192,8 @@ class Reporter:
             )
             if mislabelled is not None:
                 summary.write_detection(writer, report.columns, mislabelled, step)
+        if self.queries is not None:
+            self.queries.write(bridge.tensorboard_writers(trainer), gradients, step)
         scalars = {f"seconds/{name.replace(' ', '_')}": value for name, value in report.manifest["seconds"].items()}
         scalars |= {
             "coverage": report.manifest["coverage"]["share"],

@@ -38,6 +38,21 @@ class _Binary(ElementwiseLoss):
         sampled = (self.placed_noise(noise).to(probabilities) < probabilities).to(probabilities.dtype)
         return (probabilities - sampled) * self.slope() * self._root(scale)
 
+    @abstractmethod
+    def graph_logits(self) -> Tensor:
+        """Return the logits in the graph."""
+
+    def log_odds(self, n: int, positive: int | None = None) -> Tensor | None:
+        """Return the logit of the given label, or of class 0 or 1."""
+        shares = self.shares(n)
+        if not single(shares.shape):
+            return None
+        if positive not in (None, 0, 1):
+            raise ValueError(f"there is no class {positive} in a loss of yes-or-no decisions; expected 0 or 1.")
+        logits = self.graph_logits()
+        upwards = self.target.detach() > 0.5 if positive is None else torch.tensor(bool(positive), device=logits.device)
+        return shares.gather(torch.where(upwards, logits, -logits)).flatten()
+
     def statistics(self, n: int) -> dict[str, Tensor]:
         """Return means over the example's outputs, and the class decision if it has just one output."""
         logits, probabilities, target = self.logits(), self.probabilities(), self.target.detach()
@@ -79,6 +94,10 @@ class BinaryCrossEntropy(_Binary):
         """Return the input."""
         return self.values()
 
+    def graph_logits(self) -> Tensor:
+        """Return the input."""
+        return self.input
+
     def slope(self) -> float:
         """Return 1."""
         return 1.0
@@ -114,6 +133,10 @@ class BinaryProbabilities(_Binary):
         """Return ``log p - log(1 - p)``, at most 100 as in the loss itself."""
         probabilities = self.values()
         return (probabilities.log() - (-probabilities).log1p()).clamp(-100, 100)
+
+    def graph_logits(self) -> Tensor:
+        """Return ``log p / (1 - p)``; probabilities that round to 0 or 1 have a flat one."""
+        return self.input.logit(torch.finfo(self.input.dtype).eps)
 
     def slope(self) -> Tensor:
         """Return ``1 / (p (1 - p))``."""

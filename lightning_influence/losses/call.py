@@ -80,6 +80,21 @@ class LossCall(ABC):
         there is one class decision per example.
         """
 
+    def log_odds(self, n: int, positive: int | None = None) -> Tensor | None:
+        """Return ``log p / (1 - p)`` of one class for every example, ``[n]``, in the graph.
+
+        Args:
+            n: Number of examples.
+            positive: The class; None is each example's given label.
+
+        Returns:
+            NaN for examples without a label, where it is asked for; None unless every example makes one class decision.
+
+        Raises:
+            ValueError: If there is no such class.
+        """
+        return None
+
     def sampled(self, scale: Tensor, noise: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return the tensors that ``sampled_gradient`` is about, each with its gradient: ``input`` and no other."""
         return [(self.input, self.sampled_gradient(scale, noise))]

@@ -98,6 +98,23 @@ class CrossEntropy(LossCall):
             column[:, c] -= 1
             yield column * (root * probabilities[:, c].sqrt()).unsqueeze(1)
 
+    def log_odds(self, n: int, positive: int | None = None) -> Tensor | None:
+        """Return the logit of the class minus the ``logsumexp`` of all others."""
+        shares = self.shares(n)
+        if self.input.ndim < 2 or not single(shares.shape):
+            return None
+        classes = self.input.shape[1]
+        if positive is not None and not 0 <= positive < classes:
+            raise ValueError(f"there is no class {positive} among {classes}; expected 0 to {classes - 1}.")
+        whole = torch.full(self.element_shape, positive or 0, device=self.input.device)
+        label = (self._hard_target() if positive is None else whole).unsqueeze(1)
+        own = torch.zeros_like(self.input, dtype=torch.bool).scatter(1, label, True)
+        odds = self.input.gather(1, label).squeeze(1) - self.input.masked_fill(own, -math.inf).logsumexp(1)
+        if positive is None:
+            # Times and not `where`: the gradients of ignored examples are to be seen as missing, not as 0.
+            odds = odds * torch.ones_like(odds).masked_fill(~self._kept, math.nan)
+        return shares.gather(odds, math.nan).flatten()
+
     def statistics(self, n: int) -> dict[str, Tensor]:
         """Return loss, margin (target logit minus the largest other), EL2N, wrong and the class decision."""
         logits, target = working(self.input.detach()), self.target.detach()

@@ -11,6 +11,8 @@ Tags (`<tag>`, `<name>` and `<column>` are the caller's or a column of the score
 | `influence/candidates/text_summary` | Text | table of the same examples | `write_candidates` |
 | `influence/detection/<column>` | PR Curves | how well the column finds known label noise | `write_detection` |
 | `influence/detection/<column>_auroc` | Scalars | the same as one number | `write_detection` |
+| `influence/queries/1`, `/2`, … | Images | a query, its proponents and its opponents | `query_sheets.write_queries` |
+| `influence/queries/text_summary` | Text | table of the same pairs | `query_sheets.write_queries` |
 | `influence/<name>` | Scalars | numbers about the audit itself | `write_scalars` |
 
 Functions that take `columns` expect the scores table: one array of length `N` per column name, all in the same order of
@@ -20,19 +22,17 @@ examples. Class names are untrusted text and are escaped before they reach a das
 from __future__ import annotations
 
 import math
-import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lightning_influence.columns import LOW_IS_SUSPICIOUS, SCORE_COLUMNS
+from lightning_influence.tensorboard.pictures import candidate_grid, drawable, visible
 
 __all__ = [
     "CANDIDATES_TAG",
@@ -66,21 +66,10 @@ _LABEL_LENGTH = 28  # class names longer than this are cut, or one of them would
 # The dashboard draws 30 bars whatever it is given; somewhat more source bins keep its re-binning smooth.
 _BINS = 40
 
-_TILE = 144
-_LEAST_TILE = 96
-_MOST_TILE = 192
-_CAPTION_WIDTH = 128
-_GAP = 12
-_CAPTION_LINES = 5
-_CLAUSE_LINES = 2
 # The Images dashboard shrinks a sheet to a card some 350 pixels wide, and the Time Series dashboard to one 210 pixels
 # high. Captions stay readable in the first and pictures recognisable in the second only on small sheets.
 _SHEET_COLUMNS = 3
 _SHEET_IMAGES = 9
-_FONT_SIZES = (20, 18, 16)
-_PAPER = (255, 255, 255)
-_INK = (32, 33, 36)
-_TILE_EDGE = (218, 220, 224)
 
 Columns = Mapping[str, npt.NDArray[Any]]
 
@@ -226,9 +215,9 @@ def candidates_markdown(columns: Columns, *, label_names: Sequence[str] | None, 
     head = f"**{candidates:,} candidates** among {total:,} training examples"
     head += f"; the {rows.size} most suspicious are shown." if rows.size < candidates else ", most suspicious first."
     cells = {
-        "given" if name == "label" else name: [_label_text(value, label_names) for value in columns[name][rows]]
+        "given" if name == "label" else name: [label_text(value, label_names) for value in columns[name][rows]]
         if name in ("label", "suggested")
-        else [_number_text(value) for value in columns[name][rows]]
+        else [number_text(value) for value in columns[name][rows]]
         for name in ("rank", "index", "label", "suggested", *_TABLE_SCORES)
         if name in columns
     }
@@ -243,7 +232,7 @@ def candidates_markdown(columns: Columns, *, label_names: Sequence[str] | None, 
         "| " + " | ".join(cells) + " |",
         "| " + " | ".join(":---" if name in ("given", "suggested") else "---:" for name in cells) + " |",
     ]
-    lines += ["| " + " | ".join(_escape(text) for text in texts) + " |" for texts in zip(*cells.values(), strict=True)]
+    lines += ["| " + " | ".join(escape(text) for text in texts) + " |" for texts in zip(*cells.values(), strict=True)]
     return head + "\n\n" + "\n".join(lines) + "\n"
 
 
@@ -292,7 +281,7 @@ def _caption(columns: Columns, row: int, label_names: Sequence[str] | None) -> s
     """For example `#12  given 3 → suggests 8`; the part after the arrow only where another label is suggested."""
     parts = [f"#{int(columns['index'][row])}" if "index" in columns else f"#{row}"]
     given, suggested = (
-        _drawn_label_text(columns[name][row], label_names) if name in columns else _UNKNOWN
+        drawn_label_text(columns[name][row], label_names) if name in columns else _UNKNOWN
         for name in ("label", "suggested")
     )
     if given != _UNKNOWN:
@@ -302,7 +291,7 @@ def _caption(columns: Columns, row: int, label_names: Sequence[str] | None) -> s
     return "  ".join(parts)
 
 
-def _label_text(value: Any, label_names: Sequence[str] | None) -> str:
+def label_text(value: Any, label_names: Sequence[str] | None) -> str:
     """The class name, else the number; an en dash when unknown. Cut to one short line of visible characters."""
     number = float(value)
     if not math.isfinite(number):
@@ -314,32 +303,19 @@ def _label_text(value: Any, label_names: Sequence[str] | None) -> str:
         return _UNKNOWN
     if label_names is None or not 0 <= label < len(label_names):
         return str(label)
-    text = _visible(str(label_names[label]))
+    text = visible(str(label_names[label]))
     if not text:
         return str(label)
     return text if len(text) <= _LABEL_LENGTH else text[: _LABEL_LENGTH - 1].rstrip() + "…"
 
 
-def _drawn_label_text(value: Any, label_names: Sequence[str] | None) -> str:
+def drawn_label_text(value: Any, label_names: Sequence[str] | None) -> str:
     """As `_label_text`, but the class number where the font of the pictures lacks a letter of the name."""
-    text = _label_text(value, label_names)
-    return _label_text(value, None) if _drawable(text).count("?") > text.count("?") else text
+    text = label_text(value, label_names)
+    return label_text(value, None) if drawable(text).count("?") > text.count("?") else text
 
 
-def _visible(text: str) -> str:
-    """Collapse white space; drop control characters and those that reorder the text around them."""
-    # Zero-width joiners (also category Cf) stay: emoji and several scripts need them.
-    reordering = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-    kept = (
-        " " if character.isspace() else character
-        for character in text
-        if character.isspace()
-        or not (unicodedata.category(character) in ("Cc", "Cs") or unicodedata.bidirectional(character) in reordering)
-    )
-    return " ".join("".join(kept).split())
-
-
-def _number_text(value: Any) -> str:
+def number_text(value: Any) -> str:
     """Integers in full, other numbers to three digits, an en dash for NaN."""
     if np.issubdtype(np.asarray(value).dtype, np.integer):
         return str(int(value))
@@ -347,7 +323,7 @@ def _number_text(value: Any) -> str:
     return _UNKNOWN if math.isnan(number) else f"{number:.3g}"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Every ASCII character with a meaning in markdown or HTML as a character reference, newlines as spaces.
 
     References and not backslashes, because a backslash inside a table cell means different things to different
@@ -358,180 +334,6 @@ def _escape(text: str) -> str:
         character if character.isalnum() or character in harmless or ord(character) > 127 else f"&#{ord(character)};"
         for character in " ".join(text.split())
     )
-
-
-# ------------------------------------------------------------------------------------------------ picture grid
-
-
-def candidate_grid(images: Tensor, captions: Sequence[str], columns: int = 8) -> Tensor:
-    """Put images with captions under them on one sheet.
-
-    Every image is stretched to its own full range (a constant one is mid-grey), because the inputs of a model are
-    normalised in ways nobody knows here. Small images are enlarged by a whole factor without smoothing, very large ones
-    are reduced. Captions are wrapped at double spaces, then before `→`, then between words; what still does not fit
-    ends in an ellipsis. The font has ASCII letters only: accents are dropped, other letters become `?`.
-
-    Args:
-        images: `[n, C, H, W]`, any number type. 3 channels are colour; otherwise the mean over the channels is shown.
-        captions: `n` captions.
-        columns: images in a row.
-
-    Returns:
-        `[3, h, w]` uint8.
-
-    Raises:
-        ValueError: If `images` is not `[n, C, H, W]` or has no element, the number of captions differs, or
-            `columns < 1`.
-    """
-    if images.ndim != 4 or images.numel() == 0:
-        raise ValueError(f"images must be [n, C, H, W] without an empty dimension, got shape {list(images.shape)}")
-    if len(captions) != len(images):
-        raise ValueError(f"got {len(captions)} captions for {len(images)} images, expected one each")
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
-
-    height, width = _tile_size(images.shape[2], images.shape[3])
-    cell_width = max(width, _CAPTION_WIDTH)
-    font, lines = _lay_out_captions(captions, cell_width)
-    line_height = math.ceil(font.size * 1.3)
-    columns = min(columns, len(images))
-    # Every row is as high as its longest caption, so that one long class name does not tear the sheet apart.
-    tops = [_GAP]
-    for first in range(0, len(images), columns):
-        caption_height = line_height * max(len(caption) for caption in lines[first : first + columns])
-        tops.append(tops[-1] + height + _GAP // 2 + caption_height + _GAP)
-    sheet = Image.new("RGB", (columns * (cell_width + _GAP) + _GAP, tops[-1]), color=_PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for position, (image, caption) in enumerate(zip(images, lines, strict=True)):
-        left = _GAP + position % columns * (cell_width + _GAP)
-        top = tops[position // columns]
-        left_of_image = left + (cell_width - width) // 2
-        sheet.paste(_to_picture(image, height, width), (left_of_image, top))
-        # An outline, or images with a white background run into the paper.
-        draw.rectangle((left_of_image - 1, top - 1, left_of_image + width, top + height), outline=_TILE_EDGE)
-        for number, line in enumerate(caption):
-            _draw_line(draw, left, top + height + _GAP // 2 + number * line_height, line, font)
-    return torch.from_numpy(np.array(sheet)).permute(2, 0, 1).contiguous()
-
-
-def _tile_size(height: int, width: int) -> tuple[int, int]:
-    longest = max(height, width)
-    if longest > _MOST_TILE:
-        return max(1, round(height * _TILE / longest)), max(1, round(width * _TILE / longest))
-    factor = max(math.ceil(_LEAST_TILE / longest), round(_TILE / longest))
-    return height * factor, width * factor
-
-
-def _to_picture(image: Tensor, height: int, width: int) -> Image.Image:
-    pixels = image.detach().cpu().to(torch.float64).numpy()
-    if len(pixels) != 3:
-        pixels = pixels.mean(axis=0, keepdims=True).repeat(3, axis=0)
-    finite = np.isfinite(pixels)
-    low, high = (pixels[finite].min(), pixels[finite].max()) if finite.any() else (0.0, 0.0)
-    # Halves, because the range of the largest float64 numbers overflows.
-    span = high / 2 - low / 2
-    clipped = np.clip(np.nan_to_num(pixels, nan=low, posinf=high, neginf=low), low, high)
-    scaled = (clipped / 2 - low / 2) / span if span > 0 else np.full_like(pixels, 0.5)
-    picture = Image.fromarray((scaled * 255).round().astype(np.uint8).transpose(1, 2, 0))
-    enlarged = width >= picture.width and height >= picture.height
-    return picture.resize((width, height), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
-
-
-def _lay_out_captions(captions: Sequence[str], width: int) -> tuple[ImageFont.FreeTypeFont, list[list[str]]]:
-    """One font size for the sheet: the largest that fits all captions whole into three lines, else the smallest."""
-    for size in _FONT_SIZES:
-        font = _font(size)
-        lines = [_wrap(_drawable(caption), font, width) for caption in captions]
-        if all(len(caption) <= 3 and not any(line.endswith("…") for line in caption) for caption in lines):
-            break
-    return font, lines
-
-
-@lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("captions need a Pillow with FreeType support; reinstall Pillow from a wheel")
-    return font
-
-
-@lru_cache(maxsize=4096)
-def _has_glyph(character: str) -> bool:
-    font = _font(_FONT_SIZES[0])
-    nothing = "\U0010ffff"  # never assigned, so it is drawn as the font's "missing" box
-    return bytes(font.getmask(character)) != bytes(font.getmask(nothing))
-
-
-def _drawable(caption: str) -> str:
-    """The caption in characters that can be drawn; runs of several spaces stay, they mark where to break."""
-    segments = (_visible(segment) for segment in caption.replace("\n", "  ").split("  "))
-    text = []
-    for character in "  ".join(segment for segment in segments if segment):
-        if character in " →" or _has_glyph(character):
-            text.append(character)
-        elif character in "–—‐‑−":
-            text.append("-")
-        else:
-            plain = [part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part)]
-            text.extend(part if _has_glyph(part) else "?" for part in plain)
-    return "".join(text)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """Lines no wider than `width`, at least one and at most `_CAPTION_LINES`."""
-    if _text_width(text, font) <= width:
-        return [text]
-    lines: list[str] = []
-    for segment in text.split("  "):
-        if _text_width(segment, font) <= width:
-            lines.append(segment)
-            continue
-        for number, clause in enumerate(segment.split(" → ")):
-            wrapped = [""]
-            for word in (f"→ {clause}" if number else clause).split(" "):
-                longer = f"{wrapped[-1]} {word}".lstrip()
-                if wrapped[-1] and _text_width(longer, font) > width:
-                    wrapped.append(word)
-                else:
-                    wrapped[-1] = longer
-            lines += _join_beyond(wrapped, _CLAUSE_LINES)
-    return [_shorten(line, font, width) for line in _join_beyond(lines, _CAPTION_LINES)]
-
-
-def _join_beyond(lines: list[str], limit: int) -> list[str]:
-    """At most `limit` lines, the last one holding all the rest."""
-    return lines if len(lines) <= limit else [*lines[: limit - 1], " ".join(lines[limit - 1 :])]
-
-
-def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    if _text_width(text, font) <= width:
-        return text
-    # Bisection: dropping one letter at a time takes seconds for a caption of a thousand letters.
-    kept, too_many = 0, len(text)
-    while too_many - kept > 1:
-        middle = (kept + too_many) // 2
-        if _text_width(text[:middle] + "…", font) <= width:
-            kept = middle
-        else:
-            too_many = middle
-    return text[:kept].rstrip() + "…"
-
-
-def _text_width(text: str, font: ImageFont.FreeTypeFont) -> float:
-    return font.getlength(text.replace("→", "")) + text.count("→") * font.size
-
-
-def _draw_line(draw: ImageDraw.ImageDraw, left: float, top: float, text: str, font: ImageFont.FreeTypeFont) -> None:
-    """Draw one line of text; arrows as strokes, since Pillow's font has no arrow."""
-    for number, part in enumerate(text.split("→")):
-        if number:
-            middle, tip, head = top + font.size * 0.62, left + font.size * 0.85, font.size * 0.25
-            stroke = max(1, round(font.size / 9))
-            draw.line((left + font.size * 0.1, middle, tip, middle), fill=_INK, width=stroke)
-            draw.line((tip - head, middle - head, tip, middle, tip - head, middle + head), fill=_INK, width=stroke)
-            left += font.size
-        draw.text((left, top), part, font=font, fill=_INK)
-        left += font.getlength(part)
 
 
 # ------------------------------------------------------------------------------------------------ detection

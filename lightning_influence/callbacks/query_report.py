@@ -1,0 +1,153 @@
+"""Queries of an audit: from the callback's argument to what the reporter writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_influence import distributed
+from lightning_influence.callbacks import bridge
+from lightning_influence.coverage import Coverage
+from lightning_influence.curvature import Curvature, SolverError
+from lightning_influence.measurements import MeasurementError, QuerySets
+from lightning_influence.passes import ExampleGradients
+from lightning_influence.queries import QueryError
+from lightning_influence.query_pairs import Columns, Queries, QueryPairs, query_pairs
+from lightning_influence.source import DataError, ExampleSource
+from lightning_influence.task import Task
+from lightning_influence.tensorboard.query_sheets import write_queries
+
+
+def checked_queries(queries: Any) -> Queries | None:
+    """Return the callback's argument in full.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if queries is None or isinstance(queries, Queries):
+        return queries
+    if queries == "worst" or isinstance(queries, DataLoader):
+        return Queries(queries)
+    raise ValueError(
+        f'queries={queries!r}; expected None, "worst" (the validation examples with the highest loss), a DataLoader, '
+        "or `Queries(...)`."
+    )
+
+
+def described(queries: Queries | None) -> dict[str, Any] | None:
+    """Return the argument in terms of JSON."""
+    if queries is None:
+        return None
+    which = queries.which if isinstance(queries.which, str) else type(queries.which.dataset).__name__
+    return {"which": which, "count": queries.count, "top": queries.top, "measurement": queries.measured.name}
+
+
+class QueryReport:
+    """Asks an audit's queries.
+
+    Args:
+        asked: What is asked.
+    """
+
+    def __init__(self, asked: Queries) -> None:
+        self.asked = asked
+        self.pairs: QueryPairs | None = None
+        self.notes: list[str] = []
+        self._sets: QuerySets = []
+
+    def check(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        task: Task,
+        coverage: Coverage,
+        validation: QuerySets,
+    ) -> None:
+        """Take the measurement once before the first step, so that nothing fails after hours of training.
+
+        Raises:
+            MisconfigurationException: If the loader can't be visited by index, or the measurement can't be made on
+                the query set.
+        """
+        sets = self._queries(trainer, module, task, coverage, validation)
+        if not self.asked.of_set or not sets:
+            return
+        try:
+            self.asked.measured.measure(sets)
+        except torch.OutOfMemoryError:
+            raise
+        # A user's function may raise anything, and so may a task that meets another kind of batch.
+        except Exception as error:
+            raise MisconfigurationException(
+                f"InfluenceAudit(queries=...): {self.asked.measured.name} can't be measured on the query set: {error}"
+            ) from error
+
+    def find(
+        self,
+        trainer: Trainer,
+        gradients: ExampleGradients,
+        indices: Sequence[int],
+        curvature: Curvature | None,
+        validation: QuerySets,
+        columns: Columns,
+    ) -> Columns:
+        """Find the pairs, with the fitted curvature; return the columns that they add to the scores table."""
+        module: Any = gradients.module
+        self._sets = self._queries(trainer, module, gradients.task, gradients.coverage, validation)
+        if not self._sets:
+            self._give_up("there are no validation examples to choose them from; pass a DataLoader as `queries=`")
+        elif curvature is None:
+            self._give_up("there is no curvature to score them with")
+        else:
+            try:
+                self.pairs = query_pairs(gradients, indices, curvature, self._sets, self.asked, columns)
+                self.notes += self.pairs.notes
+            except (QueryError, MeasurementError, SolverError) as error:
+                self._give_up(str(error))
+        return {} if self.pairs is None else self.pairs.columns(columns["index"])
+
+    def write(self, writers: Sequence[Any], gradients: ExampleGradients, step: int) -> None:
+        """Write table and pictures to event files."""
+        if self.pairs is None:
+            return
+
+        def images(of: int | None, indices: list[int]) -> Tensor | None:
+            source = gradients.source if of is None else self._sets[of][0].source
+            return bridge.example_images(source.dataset, indices)
+
+        names = bridge.label_names(gradients.source.dataset)
+        for writer in writers:
+            write_queries(
+                writer,
+                self.pairs.table,
+                images=images,
+                measured=self.pairs.about["per_query"],
+                label_names=names,
+                step=step,
+            )
+
+    def _queries(
+        self, trainer: Trainer, module: LightningModule, task: Task, coverage: Coverage, validation: QuerySets
+    ) -> QuerySets:
+        if not isinstance(self.asked.which, DataLoader):
+            return validation
+        try:
+            source = ExampleSource.from_loader(self.asked.which)
+        except DataError as error:
+            raise MisconfigurationException(f"InfluenceAudit(queries=...): {error}") from error
+        size = min(len(source), self.asked.count) if bridge.is_dry_run(trainer) else len(source)
+        if not size:
+            raise MisconfigurationException("InfluenceAudit(queries=...): the loader's dataset is empty.")
+        return [(bridge.example_gradients(trainer, module, task, source, coverage), list(range(size)))]
+
+    def _give_up(self, reason: str) -> None:
+        self.notes.append(f"no pairs of queries: {reason}")
+        if distributed.rank() == 0:
+            rank_zero_warn(f"InfluenceAudit: no pairs of queries: {reason}")

@@ -1,0 +1,343 @@
+"""Queries of an audit: real runs whose pairs are those of direct calls, on disk, in memory and in TensorBoard."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import Classifier, Stream, Validated, images, loader, make_trainer, vectors
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_influence import AdversarialLoss, AuditReport, DemographicParityGap, InfluenceAudit, Margin, Queries
+from lightning_influence.columns import PAIR_DESCRIPTIONS
+from lightning_influence.curvature import FactorExamples, fit
+from lightning_influence.discover import discover
+from lightning_influence.measurements import as_measurement, measurement_scores
+from lightning_influence.pairwise import top_scores
+from lightning_influence.passes import ExampleGradients
+from lightning_influence.source import ExampleSource
+from lightning_influence.task import TrainingStepTask
+
+N, Q = 22, 13
+TRAINING, VALIDATION = vectors(N, dtype=torch.float64), vectors(Q, 2, dtype=torch.float64)
+EVERYTHING: dict[str, Any] = {"curvature": "ggn", "damping": 0.05, "factor_examples": None, "fisher": "exact"}
+
+
+def audited(
+    directory: Path, queries: Any, *data: Any, model: pl.LightningModule | None = None, **trainer: Any
+) -> tuple[AuditReport, pl.LightningModule, pl.Trainer]:
+    torch.manual_seed(0)
+    model = model or Validated().double()
+    audit = InfluenceAudit(queries=queries, **EVERYTHING)
+    made = make_trainer(directory, callbacks=[audit], max_epochs=3, **trainer)
+    made.fit(model, *(data or (loader(TRAINING), loader(VALIDATION, 4))))
+    assert audit.report is not None
+    return audit.report, model, made
+
+
+class Direct:
+    """The engine alone, without a trainer."""
+
+    def __init__(self, model: Any, training: Any = TRAINING, validation: Any = VALIDATION) -> None:
+        self.model = model
+        self.gradients, self.queries = self._passes(training), self._passes(validation)
+        everything = FactorExamples(N, N, N)
+        self.curvature = fit(
+            self.gradients, "ggn", range(N), examples=everything, labels=("exact", "exact"), damping=0.05
+        )
+
+    def _passes(self, data: Any) -> ExampleGradients:
+        source, task = ExampleSource(data, batch_size=5), TrainingStepTask()
+        return ExampleGradients(self.model, task, source, discover(self.model, task, source))
+
+    def losses(self) -> Tensor:
+        x, y = self.queries.source.dataset.tensors  # type: ignore[attr-defined]
+        with torch.no_grad():
+            return F.cross_entropy(self.model(x), y, reduction="none")
+
+
+def of_query(report: AuditReport, number: int, kind: str) -> dict[str, Any]:
+    assert report.pairs is not None
+    rows = (report.pairs["number"] == number) & (report.pairs["kind"] == kind)
+    return {name: values[rows] for name, values in report.pairs.items()}
+
+
+def test_the_worst_queries_and_their_pairs(tmp_path: Path) -> None:
+    report, model, _ = audited(tmp_path, Queries(count=4, top=3))
+    direct = Direct(model)
+    losses = direct.losses()
+    worst = losses.argsort(descending=True)[:4].tolist()
+    top = top_scores(direct.gradients, range(N), direct.curvature, direct.queries, worst, 3)
+    training = {int(index): row for row, index in enumerate(report.columns["index"])}
+    x, y = VALIDATION.tensors
+    predicted = model(x).argmax(1)
+    for row, query in enumerate(worst):
+        for kind, examples, scores in (
+            ("proponent", top.proponents, top.proponent_scores),
+            ("opponent", top.opponents, top.opponent_scores),
+        ):
+            pairs = of_query(report, row + 1, kind)
+            assert pairs["index"].tolist() == examples[row].tolist()
+            assert pairs["rank"].tolist() == [1, 2, 3]
+            np.testing.assert_allclose(pairs["score"], scores[row], rtol=1e-8)
+            assert set(pairs["query"]) == {query}
+            assert set(pairs["query_set"]) == {0}
+            np.testing.assert_allclose(pairs["query_loss"], float(losses[query]), rtol=1e-8)
+            np.testing.assert_allclose(pairs["measured"], float(losses[query]), rtol=1e-8)
+            assert set(pairs["query_label"]) == {int(y[query])}
+            assert set(pairs["query_predicted"]) == {int(predicted[query])}
+            for name in ("label", "predicted", "loss"):
+                own = [report.columns[name][training[index]] for index in pairs["index"].tolist()]
+                np.testing.assert_array_equal(pairs[name], own)
+    assert (of_query(report, 1, "proponent")["score"] > 0).all()
+    assert (of_query(report, 1, "opponent")["score"] < 0).all()
+
+
+def test_pairs_are_on_disk_and_come_back(tmp_path: Path) -> None:
+    report, _, _ = audited(tmp_path, "worst")
+    assert report.pairs is not None
+    assert report.directory is not None
+    loaded = AuditReport.load(report.directory)
+    assert loaded.pairs is not None
+    assert list(loaded.pairs) == list(report.pairs)
+    assert set(loaded.pairs) == set(PAIR_DESCRIPTIONS)
+    for name, values in report.pairs.items():
+        np.testing.assert_array_equal(loaded.pairs[name], values)
+    schema = pq.read_schema(report.directory / "pairs.parquet")
+    assert all(schema.field(name).metadata[b"description"].decode() == text for name, text in PAIR_DESCRIPTIONS.items())
+    assert len(np.unique(report.pairs["number"])) == 8
+    assert len(report.pairs["number"]) == 8 * 2 * 10
+    text = str(loaded)
+    assert "queries     the 8 of 13 validation examples with the largest loss" in text
+    first = of_query(report, 1, "proponent")
+    assert f"#{first['query'][0]} given {first['query_label'][0]}, predicted {first['query_predicted'][0]}" in text
+    assert f"proponents {first['index'][0]} ({first['score'][0]:+.3g})" in text
+    assert report.manifest["arguments"]["queries"] == {"which": "worst", "count": 8, "top": 10, "measurement": "loss"}
+    # The mean validation loss is `harm` already.
+    assert not any(name.startswith("influence_on") for name in report.columns)
+
+
+def test_without_queries_there_are_no_pairs(tmp_path: Path) -> None:
+    report, _, _ = audited(tmp_path, None)
+    assert report.directory is not None
+    assert report.pairs is None
+    assert AuditReport.load(report.directory).pairs is None
+    assert "queries  " not in str(report)
+
+
+@pytest.mark.parametrize("batch_size", [3, Q])
+def test_a_loader_of_the_users_own(batch_size: int, tmp_path: Path) -> None:
+    own = vectors(Q, 7, dtype=torch.float64)
+    given = DataLoader(own, batch_size=batch_size, shuffle=True)
+    report, model, _ = audited(tmp_path, Queries(given, count=5, top=2), loader(TRAINING), model=Classifier().double())
+    direct = Direct(model, validation=own)
+    top = top_scores(direct.gradients, range(N), direct.curvature, direct.queries, range(5), 2)
+    assert [set(of_query(report, number, "opponent")["query"].tolist()) for number in range(1, 6)] == [
+        {query} for query in range(5)
+    ]
+    np.testing.assert_array_equal(of_query(report, 3, "opponent")["index"], top.opponents[2])
+    assert any("the first 5 of 13 are shown" in note for note in report.manifest["notes"])
+    assert "the first 5 of 13 given examples" in report.manifest["queries"]["title"]
+    # No validation loader, no harm; the loss of the loader's examples, all of them, is measured all the same.
+    assert "harm" not in report.columns
+    scores = measurement_scores(direct.gradients, range(N), direct.curvature, direct.queries, range(Q)).scores
+    np.testing.assert_allclose(report.columns["influence_on_loss"], scores, rtol=1e-7)
+    assert report.manifest["queries"]["value"] == pytest.approx(float(direct.losses().mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["margin", "adversarial", "gap", "function"])
+def test_other_measurements(kind: str, tmp_path: Path) -> None:
+    group = torch.arange(Q) % 2
+    measurement: Any = {
+        "margin": "margin",
+        "adversarial": AdversarialLoss.fgsm(0.1),
+        "gap": DemographicParityGap(group),
+        "function": lambda module, batch: module(batch[0]).softmax(1)[:, 0].std(),
+    }[kind]
+    report, model, _ = audited(tmp_path, Queries(count=3, top=4, measurement=measurement))
+    direct = Direct(model)
+    made = as_measurement(measurement)
+    whole = measurement_scores(
+        direct.gradients, range(N), direct.curvature, direct.queries, range(Q), measurement=measurement
+    )
+    np.testing.assert_allclose(report.columns[f"influence_on_{made.name}"], whole.scores, rtol=1e-7)
+    assert "harm" in report.columns
+    assert np.abs(np.corrcoef(report.columns["harm"], whole.scores)[0, 1]) < 0.9999
+    assert report.manifest["queries"]["value"] == pytest.approx(whole.measured.value)
+    assert f"{made.name} of all 13: {whole.measured.value:.4g}" in str(report)
+    # Sets have no single queries: there it is the loss.
+    per_query = made if kind in ("margin", "adversarial") else as_measurement("loss")
+    numbers = [direct.queries.measuring(per_query)]  # type: ignore[arg-type]
+    first = int(of_query(report, 1, "proponent")["query"][0])
+    top = top_scores(direct.gradients, range(N), direct.curvature, numbers[0], [first], 4)
+    proponents, opponents = (of_query(report, 1, kind) for kind in ("proponent", "opponent"))
+    if kind == "margin":
+        # Proponents are those whose training raises the margin.
+        x, y = VALIDATION.tensors
+        p = model(x).softmax(1).gather(1, y[:, None]).squeeze(1)
+        margins = (p.log() - (1 - p).log()).detach()
+        assert first == int(margins.argmin())
+        assert proponents["measured"][0] == pytest.approx(float(margins[first]))
+        np.testing.assert_array_equal(proponents["index"], top.opponents[0])
+        np.testing.assert_allclose(proponents["score"], -top.opponent_scores[0], rtol=1e-7)
+        assert (proponents["score"] > 0).all()
+        assert (opponents["score"] < 0).all()
+    else:
+        np.testing.assert_array_equal(proponents["index"], top.proponents[0])
+        np.testing.assert_allclose(opponents["score"], top.opponent_scores[0], rtol=1e-7)
+
+
+def test_several_validation_loaders_are_asked_as_one(tmp_path: Path) -> None:
+    class Several(Validated):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+    halves = [TensorDataset(*(t[rows] for t in VALIDATION.tensors)) for rows in (slice(0, 5), slice(5, Q))]
+    report, model, _ = audited(
+        tmp_path, Queries(count=6, top=2), loader(TRAINING), [loader(half) for half in halves], model=Several().double()
+    )
+    losses = Direct(model).losses()
+    for number, place in enumerate(losses.argsort(descending=True)[:6].tolist(), start=1):
+        pairs = of_query(report, number, "proponent")
+        assert (pairs["query_set"][0], pairs["query"][0]) == ((0, place) if place < 5 else (1, place - 5))
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_and_table_in_tensorboard(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    report, _, _ = audited(
+        tmp_path, Queries(count=2), loader(images()), loader(images(6, 2)), model=Validated(features=36), logger=logger
+    )
+    events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "images": 0}).Reload()
+    tags = events.Tags()
+    sheets = [tag for tag in tags["images"] if tag.startswith("influence/queries")]
+    assert sheets == ["influence/queries/1", "influence/queries/2"]
+    (image,) = events.Images(sheets[0])
+    assert image.width < 3 * 192 + 100
+    assert image.height > 5 * 144
+    (text,) = events.Tensors("influence/queries/text_summary")
+    written = text.tensor_proto.string_val[0].decode()
+    first = of_query(report, 1, "proponent")
+    assert f"| &#35;{first['query'][0]} | {first['query_label'][0]} |" in written
+    assert f"&#35;{first['index'][0]} &#40;{first['label'][0]}, {first['score'][0]:+.3g}&#41;" in written
+
+
+def test_a_table_alone_where_inputs_are_no_images(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    audited(tmp_path, "worst", logger=logger)
+    tags = EventAccumulator(logger.log_dir).Reload().Tags()
+    assert tags["images"] == []
+    assert "influence/queries/text_summary" in tags["tensors"]
+
+
+# ---------------------------------------------------------------------------------------------- what may go wrong
+
+
+def test_training_is_unchanged_by_queries(tmp_path: Path) -> None:
+    found = []
+    for queries in (None, Queries(DataLoader(VALIDATION, shuffle=True), measurement=AdversarialLoss.pgd(0.1, 2))):
+        torch.manual_seed(5)
+        model = Validated().double()
+        made = make_trainer(tmp_path, callbacks=[InfluenceAudit(queries=queries)])
+        made.fit(model, loader(TRAINING, shuffle=True), loader(VALIDATION))
+        found.append([*(p.detach() for p in model.parameters()), torch.rand(3)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_dry_run_goes_through_and_writes_nothing(tmp_path: Path) -> None:
+    report, _, _ = audited(tmp_path, Queries(loader(VALIDATION), measurement="margin"), fast_dev_run=True)
+    assert report.pairs is not None
+    assert not list(tmp_path.rglob("pairs.parquet"))
+
+
+def test_no_validation_data_is_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no pairs of queries: there are no validation examples.*pass a DataLoader"):
+        report, _, _ = audited(tmp_path, "worst", loader(TRAINING), model=Classifier().double())
+    assert report.status == "complete"
+    assert report.pairs is None
+    assert any("no validation examples" in note for note in report.manifest["notes"])
+
+
+def test_validation_batches_of_another_kind_are_a_note(tmp_path: Path) -> None:
+    class Different(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("spread", batch["x"].std())
+
+    other: Any = [{"x": torch.randn(5)} for _ in range(6)]
+    with pytest.warns(UserWarning, match="no pairs of queries: .*can't be run on.*KeyError"):
+        report, _, _ = audited(tmp_path, "worst", loader(TRAINING), loader(other), model=Different().double())
+    assert report.status == "complete"
+    assert report.pairs is None
+    assert "self_influence" in report.columns
+
+
+@pytest.mark.parametrize(
+    ("measurement", "message"),
+    [
+        (
+            lambda module, batch: module(batch[0]).sum(1),
+            r"returned the shape \[13\]; expected a tensor with one number",
+        ),
+        (lambda module, batch: batch[0].mean(), "does not depend on the covered parameters"),
+        (lambda module, batch: module(batch["x"]).mean(), "can't be measured on the query set"),
+        (DemographicParityGap(torch.zeros(Q)), r"in the group 's=1' \(s=0: 13, s=1: 0\)"),
+        (DemographicParityGap(torch.zeros(3)), r"`group` has the shape \[3\]; expected \[13\]"),
+    ],
+)
+def test_bad_measurements_are_found_before_the_first_step(measurement: Any, message: str, tmp_path: Path) -> None:
+    model = Validated().double()
+    audit = InfluenceAudit(queries=Queries(measurement=measurement))
+    trainer = make_trainer(tmp_path, callbacks=[audit])
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer.fit(model, loader(TRAINING), loader(VALIDATION))
+    assert trainer.global_step == 0
+
+
+def test_a_stream_of_queries_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, callbacks=[InfluenceAudit(queries=DataLoader(Stream()))])
+    with pytest.raises(MisconfigurationException, match=r"InfluenceAudit\(queries=...\): Stream is a stream"):
+        trainer.fit(Validated().double(), loader(TRAINING), loader(VALIDATION))
+    assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: InfluenceAudit(queries="best"), "queries='best'; expected None, \"worst\""),  # type: ignore[arg-type]
+        (lambda: InfluenceAudit(queries=[1, 2]), r"queries=\[1, 2\]; expected None"),  # type: ignore[arg-type]
+        (lambda: Queries("best"), "which='best'; expected \"worst\" or a DataLoader"),  # type: ignore[arg-type]
+        (lambda: Queries(count=0), "count=0; expected an integer >= 1"),
+        (lambda: Queries(top=True), "top=True; expected an integer >= 1"),
+        (lambda: Queries(measurement="gap"), "measurement='gap'; expected 'loss' or 'margin'"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_out_of_range(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_queries_that_are_not_finite_are_not_asked_about(tmp_path: Path) -> None:
+    x, y = (t.clone() for t in VALIDATION.tensors)
+    x[3] = torch.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report, _, _ = audited(
+            tmp_path, Queries(count=Q, measurement=Margin()), loader(TRAINING), loader(TensorDataset(x, y))
+        )
+    assert report.pairs is not None
+    assert 3 not in report.pairs["query"]
+    assert len(np.unique(report.pairs["number"])) == Q - 1
+    assert any("1 examples with a non-finite margin" in note for note in report.manifest["notes"])
