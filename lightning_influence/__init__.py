@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_influence.callbacks import InfluenceAudit
     from lightning_influence.metrics import LinearDatamodelingScore, MislabelDetection
     from lightning_influence.task import Task, TrainingStepTask
+    from lightning_influence.tracin import TracIn
+    from lightning_influence.tracin_pairs import tracin_scores
 
     __version__: str
 
@@ -23,7 +25,9 @@ _MODULES = {
     "LinearDatamodelingScore": "lightning_influence.metrics",
     "MislabelDetection": "lightning_influence.metrics",
     "Task": "lightning_influence.task",
+    "TracIn": "lightning_influence.tracin",
     "TrainingStepTask": "lightning_influence.task",
+    "tracin_scores": "lightning_influence.tracin_pairs",
 }
 
 # Written out, not derived from the table: type checkers and editors read it.
@@ -33,8 +37,10 @@ __all__ = [
     "LinearDatamodelingScore",
     "MislabelDetection",
     "Task",
+    "TracIn",
     "TrainingStepTask",
     "__version__",
+    "tracin_scores",
 ]
 
 
