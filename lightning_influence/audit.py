@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from lightning_influence import acting, ensemble
+from lightning_influence.checkpoints import Checkpoint
 from lightning_influence.columns import LOW_IS_SUSPICIOUS
 from lightning_influence.relabel import Relabelled
-from lightning_influence.store import AuditStore
+from lightning_influence.store import AuditStore, StoreError
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -126,6 +127,16 @@ class AuditReport:
     def nonfinite(self) -> NDArray[np.int64]:
         """Dataset indices of the examples with a non-finite loss or gradient."""
         return np.asarray(self.columns["index"][~self.columns["finite"].astype(bool)], dtype=np.int64)
+
+    def checkpoints(self) -> Sequence[Checkpoint]:
+        """Return the checkpoints that were kept during training, in order; each is read when it is asked for.
+
+        Raises:
+            StoreError: If the audit is not on disk, or a file of it is damaged.
+        """
+        if self.directory is None:
+            raise StoreError("the audit is not on disk (a dry run?), and neither are checkpoints of its run.")
+        return AuditStore.open(self.directory).checkpoints()
 
     # ------------------------------------------------------------ acting on it
 

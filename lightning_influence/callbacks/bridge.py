@@ -101,6 +101,18 @@ def is_dry_run(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
+def has_loss_scaler(trainer: Trainer) -> bool:
+    """Tell whether losses are scaled before their backward pass (``16-mixed``)."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and bool(scaler.is_enabled())
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """Return what mixed precision multiplies losses with before their backward pass."""
+    plugin: Any = trainer.precision_plugin
+    return float(plugin.scaler.get_scale()) if has_loss_scaler(trainer) else 1.0
+
+
 def real_loggers(trainer: Trainer) -> list[Logger]:
     """Return the loggers that write something (Lightning puts dummies in place during a dry run)."""
     return [logger for logger in trainer.loggers if not isinstance(logger, DummyLogger)]
