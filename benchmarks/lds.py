@@ -30,12 +30,17 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from lightning_influence.checkpoints import Checkpoint
 from lightning_influence.curvature import Curvature, FactorExamples, fit
 from lightning_influence.curvature.solvers import Solution
+from lightning_influence.diff_in import diff_in_scores
 from lightning_influence.discover import discover
+from lightning_influence.dropout_masks import ip_ensemble
 from lightning_influence.pairwise import pairwise_scores
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import ExampleSource
+from lightning_influence.unrolling import source_scores
+from lightning_influence.zeroth_order import z0_scores
 
 MODELS = 3
 
@@ -45,8 +50,9 @@ class Setting:
     """A data set, a network, and how it is trained.
 
     Attributes:
-        checkpoints: Parameters of the full-data models at some epochs, for TracIn.
+        checkpoints: Parameters of the full-data models at some epochs, by number of steps, for trajectory methods.
         parameters: Those at the end.
+        model: Which of the full-data models the network is now.
     """
 
     title: str
@@ -55,8 +61,9 @@ class Setting:
     queries: Data
     recipe: Recipe
     at_once: int
-    checkpoints: list[dict[str, Tensor]] = field(default_factory=list)
+    checkpoints: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    model: int = 0
 
     @property
     def examples(self) -> int:
@@ -75,14 +82,30 @@ class Setting:
 
         def keep(epoch: int, parameters: dict[str, Tensor]) -> None:
             if epoch in stops:
-                self.checkpoints.append(parameters)
+                self.checkpoints[(epoch + 1) * (self.examples // self.recipe.batch_size)] = parameters
 
         self.parameters = train(self.net, *self.data, every, range(MODELS), self.recipe, keep)
 
-    def gradients(self, data: Data) -> ExampleGradients:
-        """Return passes over some data, through the network as it is."""
+    def become(self, model: int) -> None:
+        """Put the final weights of one of the full-data models into the network."""
+        self.model = model
+        load(self.net, self.parameters, model)
+
+    def run(self) -> list[Checkpoint]:
+        """Return the checkpoints of the model that the network is now."""
+        rate, run, before = self.recipe.learning_rate / (1 - self.recipe.momentum), [], 0
+        for step, every in self.checkpoints.items():
+            parameters = {name: values[self.model] for name, values in every.items()}
+            sizes = dict.fromkeys(parameters, rate * (step - before))
+            run.append(Checkpoint(step, parameters, step_sizes=sizes, steps=step - before))
+            before = step
+        return run
+
+    def gradients(self, data: Data, net: nn.Module | None = None) -> ExampleGradients:
+        """Return passes over some data, through the network as it is, or another one."""
+        net = self.net if net is None else net
         source = ExampleSource(TensorDataset(*data), batch_size=256)
-        return ExampleGradients(self.net, task, source, discover(self.net, task, source))
+        return ExampleGradients(net, task, source, discover(net, task, source))
 
 
 def digits() -> Setting:
@@ -225,14 +248,56 @@ DATTRI = [
 ]
 
 
-def tracin(setting: Setting, model: int) -> Tensor:
+def pairs(setting: Setting, net: nn.Module | None = None) -> tuple[Any, ...]:
+    """Return what all methods take first: passes and indices of the training data, and of the queries."""
+    train, queries = (setting.gradients(data, net) for data in (setting.data, setting.queries))
+    return train, range(setting.examples), queries, range(len(setting.queries[1]))
+
+
+def tracin(setting: Setting) -> Tensor:
     """TracInCP over ten checkpoints; every one stands for as many steps of the same size."""
     total = torch.zeros(len(setting.queries[1]), setting.examples, dtype=torch.float64)
-    for parameters in setting.checkpoints:
-        load(setting.net, parameters, model)
-        total += OURS[0].scores(setting)
-    load(setting.net, setting.parameters, model)
+    for checkpoint in setting.run():
+        with checkpoint.loaded(setting.net):
+            total += OURS[0].scores(setting)
     return total
+
+
+def source(name: str, **options: Any) -> Row:
+    """Return a row of SOURCE: step sizes and L2 term are those of the training."""
+
+    def scores(setting: Setting) -> Tensor:
+        decay, labels = setting.recipe.weight_decay, ("exact", "exact")
+        return source_scores(*pairs(setting), setting.run(), labels=labels, weight_decay=decay, **options).scores
+
+    return Row(name, scores)
+
+
+def masked(setting: Setting) -> Tensor:
+    """IP over sub-networks: dropout after every activation, of a network trained without."""
+    net = nn.Sequential(*(Dropped() if isinstance(module, nn.GELU) else module for module in setting.net))
+    return ip_ensemble(*pairs(setting, net), masks=10).scores
+
+
+class Dropped(nn.GELU):
+    """An activation with dropout."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop a tenth of the units."""
+        return F.dropout(super().forward(input), 0.1, self.training)
+
+
+TRAJECTORY = [
+    Row("TracInCP, 10 checkpoints", tracin),
+    source("SOURCE, EK-FAC, 3 segments of 10 checkpoints"),
+    source("SOURCE, EK-FAC, 1 segment", segments=1),
+    source("SOURCE, EK-FAC, 3 segments, at averaged weights", at="average"),
+    source("SOURCE, K-FAC, 3 segments", curvature="kfac"),
+    source("SOURCE, block GGN, 3 segments", curvature="block_ggn"),
+    Row("Z0-Inf, 10 checkpoints (losses only)", lambda s: z0_scores(*pairs(s), s.run()).scores),
+    Row("Diff-In, 10 checkpoints (second order only)", lambda s: diff_in_scores(*pairs(s), s.run()).scores),
+    Row("IP over 10 dropout masks (p = 0.1, trained without)", masked),
+]
 
 
 @dataclass(frozen=True)
@@ -250,9 +315,9 @@ def measure(row: Row, setting: Setting, truth: GroundTruth) -> Result:
     """Score every full-data model with one method."""
     found, start = [], time.perf_counter()
     for model in range(MODELS):
-        load(setting.net, setting.parameters, model)
+        setting.become(model)
         torch.manual_seed(model)  # some peers draw labels from the global stream
-        found.append(tracin(setting, model) if row.name.startswith("TracIn") else row.scores(setting))
+        found.append(row.scores(setting))
     seconds = (time.perf_counter() - start) / MODELS
     each = [datamodeling_score(scores, truth) for scores in found]
     mean = Score(*(sum(values) / MODELS for values in zip(*((s.value, s.low, s.high) for s in each), strict=True)))
@@ -334,7 +399,7 @@ def main() -> None:
     started = time.time()
     tables: list[str] = []
     if arguments.only != "mnist":
-        rows = [*OURS, Row("TracInCP, 10 checkpoints", OURS[0].scores), *EXACT, *PEERS, *DATTRI]
+        rows = [*OURS, *TRAJECTORY, *EXACT, *PEERS, *DATTRI]
         tables += run(digits(), rows, subsets=100, seeds=10 if arguments.quick else arguments.seeds)
     if not arguments.quick and arguments.only != "digits":
         # Products of 100 queries with a convolutional network take minutes a step; its dense matrix takes seconds.

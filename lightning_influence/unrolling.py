@@ -9,6 +9,10 @@ the weights by ``1/N r_l`` there, and what comes after turns that into ``1/N Π_
 One segment with a large τ gives the influence function ``g_qᵀ C⁻¹ g_z``, a small one ``τ g_qᵀ g_z``, TracIn. There is
 no damping: directions without curvature count ``τ``. An L2 term of the loss is curvature, ``C + wd``.
 
+Measured (LDS on digits, ``benchmarks/lds.py``): one segment .553, three .577, five and ten no more; gradients at the
+averaged weights .570; labels sampled once for both passes of EK-FAC .561, true labels .457; block GGN instead of EK-FAC
+.668, above its influence function (.641).
+
 Index legend: ``q`` queries, ``n`` training examples, ``k, o, i`` a block's groups, outputs, inputs.
 """
 
@@ -22,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.checkpoints import Checkpoint, CheckpointError
-from lightning_influence.curvature import BlockCurvature, CurvatureName, FactorExamples, fit
+from lightning_influence.curvature import BLOCKS, BlockCurvature, CurvatureName, FactorExamples, fit
 from lightning_influence.curvature.damping import block_means
 from lightning_influence.pair_sums import QUERY_BYTES, PairSum
 from lightning_influence.pairwise import PairwiseScores
@@ -143,6 +147,8 @@ def source_scores(
     """
     if at not in get_args(At):
         raise ValueError(f"at={at!r}; expected one of {', '.join(map(repr, get_args(At)))}.")
+    if curvature not in BLOCKS:
+        raise ValueError(f"curvature={curvature!r} is not block-diagonal; expected one of {', '.join(BLOCKS)}.")
     stretches = training_segments(checkpoints, segments)
     for checkpoint in checkpoints:
         checkpoint.check(gradients.module)
@@ -191,8 +197,7 @@ class _Maps:
         examples = examples or FactorExamples(len(indices), len(indices))
         with segment.average.loaded(gradients.module):
             curvature = fit(gradients, name, indices, examples=examples, labels=labels)
-        if not isinstance(curvature, BlockCurvature):
-            raise ValueError(f'curvature={name!r} is not block-diagonal; use "ekfac", "kfac" or "block_ggn".')
+        assert isinstance(curvature, BlockCurvature)
         return cls(curvature, block_means(blocks, segment.step_sizes), block_means(blocks, weight_decay))
 
     def response(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:

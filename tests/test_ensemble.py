@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from models import Classifier, loader, make_trainer, vectors
 
+from lightning_influence import InfluenceAudit
 from lightning_influence.audit import AuditReport, rank
 from lightning_influence.ensemble import EnsembleError
 
@@ -105,6 +108,27 @@ def test_the_manifest_says_what_it_is(tmp_path: Path) -> None:
     assert found.directory is None
     assert found.manifest["notes"].count("careful") == 1
     assert "an ensemble of 3 audits" in str(found)
+
+
+def test_audits_of_real_runs(tmp_path: Path) -> None:
+    """Two seeds on the same data, read back from their directories; a run on other data does not mix with them."""
+    directories = []
+    for seed, data in ((0, vectors(30)), (1, vectors(30)), (2, vectors(30, seed=7))):
+        torch.manual_seed(seed)
+        trainer = make_trainer(tmp_path / str(seed), callbacks=[audit := InfluenceAudit()])
+        trainer.fit(Classifier(), loader(data))
+        assert audit.report is not None
+        directories.append(audit.report.directory)
+    reports = [AuditReport.load(str(directory)) for directory in directories]
+    found = AuditReport.ensemble(reports[:2])
+    assert found.manifest["ensemble"] == [str(directory) for directory in directories[:2]]
+    own = [each.columns["self_influence"] for each in reports[:2]]
+    np.testing.assert_allclose(found.columns["self_influence"], np.mean(own, axis=0))
+    assert not np.allclose(own[0], own[1])
+    assert set(found.columns) == set(reports[0].columns)
+    assert sorted(found.ranking.tolist()) == list(range(30))
+    with pytest.raises(EnsembleError, match="audit 1 has another column 'label'|different training data"):
+        AuditReport.ensemble([reports[0], reports[2]])
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,15 @@ import pytest
 import reference as ref
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from trajectory_cases import RATES, C, N, Q, Run, make_run, scaled, task
 
 from lightning_influence.checkpoints import Checkpoint, CheckpointError
 from lightning_influence.curvature import BLOCKS, BlockCurvature, FactorExamples, fit
 from lightning_influence.diff_in import diff_in_scores
+from lightning_influence.discover import discover
 from lightning_influence.pairwise import pairwise_scores
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.queries import QueryError
@@ -103,6 +105,69 @@ def test_short_training_is_tracin() -> None:
     for segments in (1, 3):
         torch.testing.assert_close(1e7 * source(run, short, segments=segments), tracin, rtol=1e-5, atol=1e-6)
         assert (source(run, run.trained, segments=segments) - tracin).abs().max() > 0.1 * tracin.abs().max()
+
+
+def regression(rate: float, steps: int) -> tuple[ExampleGradients, list[Checkpoint], Tensor]:
+    """Linear regression, whose GGN is the Hessian: passes, a checkpoint after every step, and scores by retraining.
+
+    Scores are ``N`` times the derivative of the final losses by how much of an example is left out, ``[N, N]``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(N, 4, generator=generator).double(), torch.randn(N, 2, generator=generator).double()
+    torch.manual_seed(0)
+    net = nn.Linear(4, 2).double()
+    start = [p.detach().clone() for p in net.parameters()]
+
+    def losses(w: Tensor, b: Tensor) -> Tensor:
+        return F.mse_loss(x @ w.T + b, y, reduction="none").mean(1)
+
+    def trained(weights: Tensor) -> list[list[Tensor]]:
+        path = [[p.clone().requires_grad_(True) for p in start]]
+        for _ in range(steps):
+            found = torch.autograd.grad(losses(*path[-1]) @ weights / N, path[-1])
+            moved = [p - rate * g for p, g in zip(path[-1], found, strict=True)]
+            path.append([p.detach().requires_grad_(True) for p in moved])
+        return path
+
+    expected = torch.zeros(N, N, dtype=torch.float64)
+    for n in range(N):
+        part = 1e-3 * F.one_hot(torch.tensor(n), N).double()
+        less, more = (losses(*trained(1 + sign * part)[-1]).detach() for sign in (-1, 1))
+        expected[:, n] = N * (less - more) / 2e-3
+    run = [
+        Checkpoint(step, {"weight": w.detach(), "bias": b.detach()}, {}, {"weight": rate, "bias": rate}, 1)
+        for step, (w, b) in enumerate(trained(torch.ones(N).double())[1:], 1)
+    ]
+
+    def mean_squares(module: Any, batch: Any) -> Tensor:
+        return F.mse_loss(module(batch[0]), batch[1])
+
+    source = ExampleSource(TensorDataset(x, y), batch_size=N)
+    return ExampleGradients(net, mean_squares, source, discover(net, mean_squares, source)), run, expected
+
+
+def test_a_segment_for_every_step_is_what_training_does() -> None:
+    """Up to the order of one step: gradients are those after it, and ``1 - η λ`` is ``exp(-η λ)``.
+
+    The influence function is off by more than the scores themselves, as training stops early.
+    """
+
+    def error(rate: float, steps: int, curvature: Any = "block_ggn") -> float:
+        passes, run, expected = regression(rate, steps)
+        found = source_scores(
+            passes, range(N), passes, range(N), run, labels=("exact", "exact"), segments=steps, curvature=curvature
+        ).scores
+        return float((found - expected).norm() / expected.norm())
+
+    coarse = error(0.04, 8)
+    assert coarse < 0.07
+    assert error(0.02, 16) < 0.6 * coarse
+    assert error(0.02, 16, "identity") > 0.1
+    passes, run, expected = regression(0.02, 16)
+    with run[-1].loaded(passes.module):
+        fitted = fit(passes, "block_ggn", range(N), examples=EVERY, labels=("exact", "exact"), damping=1e-6)
+        influence = pairwise_scores(passes, range(N), fitted, passes, range(N)).scores
+    assert (influence - expected).norm() > expected.norm()
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -242,7 +307,7 @@ def test_arguments_that_do_not_go_together() -> None:
         source(run, run.checkpoints, segments=0)
     with pytest.raises(ValueError, match="at='end'; expected one of 'checkpoints', 'average'"):
         source(run, run.checkpoints, at="end")
-    with pytest.raises(ValueError, match="curvature='ggn' is not block-diagonal"):
+    with pytest.raises(ValueError, match="curvature='ggn' is not block-diagonal; expected one of identity"):
         source(run, run.checkpoints, curvature="ggn")
     train, _ = run.passes()
     other, _ = make_run().passes()
