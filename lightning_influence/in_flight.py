@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_influence import optimizers, per_sample
-from lightning_influence.calls import DirectCall, EmbeddingCall, Layouts, MatrixCall, RepeatedCall
+from lightning_influence.calls import DirectCall, EmbeddingCall, Layouts, LinearCall, MatrixCall, RepeatedCall
 from lightning_influence.coverage import Coverage
 from lightning_influence.layers import LayerError, MatrixBlock, ParameterBlock
 from lightning_influence.precision import working
@@ -231,6 +231,14 @@ class Flight:
             check_batch(block.name, use, n)
             if use.changed:
                 raise LayerError(modified(block.name))
+        plain = all(self._scale(name, parameter) is None for name, parameter in block.parameters.items())
+        if len(uses) == 1 and plain and (lengths := _row_lengths(uses[0], n)) is not None:
+            # Two norms tell all of a layer without positions; calls count where a whole step takes a millisecond.
+            of_x, of_g = lengths
+            for role, source in uses[0].roles.items():
+                # Every one a tensor of its own, as sums are taken in place.
+                yield source.tensor, of_g.clone() if role == "bias" else of_x * of_g
+            return
         if len(uses) == 1:
             for role, source in uses[0].roles.items():
                 if isinstance(block, MatrixBlock) and source.tensor is block.weight:
@@ -342,6 +350,15 @@ def _is_direct(use: TracedUse, parameter: Tensor) -> bool:
     return all(v is not None and not v.transposed and (v.start, v.rows) == (0, rows) for v in views)
 
 
+def _row_lengths(use: Use, n: int) -> tuple[Tensor, Tensor] | None:
+    """Return the squared lengths of inputs and output gradients of a linear map with a row per example, ``[n]``."""
+    call, (gradient,) = use.call, use.output.gradients
+    if type(call) is not LinearCall or call.input.ndim != 2 or gradient is None or len(call.input) != n:
+        return None
+    of_x, of_g = (torch.linalg.vector_norm(working(rows), dim=1).square_() for rows in (call.input, gradient))
+    return of_x, of_g
+
+
 def _direct_squares(use: Use, role: str, n: int, scale: Tensor | None) -> Tensor:
     """Return ``gᵀ P g`` of a parameter that scales or shifts, ``[n]``."""
     assert isinstance(use.call, (MatrixCall, DirectCall))
@@ -354,8 +371,4 @@ def _squares(x: Tensor, g: Rows, weights: Tensor | None) -> Tensor:
     """Return ``Σ_oi P (Σ_s g xᵀ)²`` of every example, ``[n]``."""
     if weights is not None:
         return per_sample.weighted_squares(x, g, weights.detach().to(x))
-    if isinstance(g, Tensor) and len(x) == 1 and x.shape[2] == 1:
-        # Half the calls of the general form, which count where a whole step takes a millisecond.
-        lengths = torch.linalg.vector_norm(x[0, :, 0], dim=1) * torch.linalg.vector_norm(g[0, :, 0], dim=1)
-        return lengths.square_()
     return per_sample.squared_norms(x, g)

@@ -330,14 +330,13 @@ class AuditStore:
             raise StoreError(f"No checkpoint of step {step} in {path.parent}; stored are {self.checkpoint_steps()}.")
         with self._reading(path):
             tensors, about = _loaded(path)
+            if missing := {"step_sizes", "steps", "optimizer"} - about.keys():
+                raise ValueError(f"it holds no checkpoint, its metadata lack {sorted(missing)}")
+            sizes, steps = json.loads(about["step_sizes"]), int(about["steps"])
             parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
             for key, tensor in tensors.items():
                 part, _, name = key.partition("/")
                 parts[part][name] = tensor
-            try:
-                sizes, steps = json.loads(about["step_sizes"]), int(about["steps"])
-            except KeyError as error:
-                raise ValueError(f"it holds no checkpoint, its metadata lack {error}") from error
             return Checkpoint(
                 step, parts["parameters"], parts["buffers"], sizes, steps, parts["preconditioner"], about["optimizer"]
             )

@@ -58,6 +58,8 @@ SCENARIOS = {
     "ekfac": Scenario(),
     "kfac": Scenario(audit={"curvature": "kfac", "fisher": "empirical", "factor_examples": 11, "damping": 0.01}),
     "every second epoch": Scenario(audit={"curvature": "identity", "tracin": TracIn(every_n_epochs=2)}),
+    "in flight": Scenario(audit={"curvature": "identity", "tracin": "step"}, shuffle=True),
+    "in flight, resumed": Scenario(audit={"curvature": "identity", "tracin": "step"}, resume=True),
     "limited": Scenario(audit={"curvature": "diagonal"}, trainer={"limit_train_batches": 2}),
     "shuffled": Scenario(audit={"curvature": "identity"}, shuffle=True, epochs=8),
     "not finite": Scenario(bad=(2, 9, 15)),

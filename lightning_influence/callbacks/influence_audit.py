@@ -167,6 +167,7 @@ class InfluenceAudit(Callback):
         self.dirpath = dirpath
         self.verify = verify
         self.report: AuditReport | None = None
+        self._key: str | None = None
         self._recorder = BatchIndexRecorder()
         self._recording: Recording | None = None
         self._reporter: Reporter | None = None
@@ -184,9 +185,11 @@ class InfluenceAudit(Callback):
     @property
     def state_key(self) -> str:
         """Key of the callback's state in checkpoints: two audits of one run have two states."""
-        # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
-        arguments = {name: value for name, value in self._arguments().items() if name != "verify"}
-        return self._generate_state_key(**arguments)
+        if self._key is None:  # asked for at every hook
+            # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
+            arguments = {name: value for name, value in self._arguments().items() if name != "verify"}
+            self._key = self._generate_state_key(**arguments)
+        return self._key
 
     # ------------------------------------------------------------------ start
 

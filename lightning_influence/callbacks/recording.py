@@ -70,7 +70,7 @@ class Recording:
                 self.untapped_batches += 1
                 return
             with torch.no_grad():
-                self.dynamics.record(indices, call.statistics(len(indices)))
+                self.dynamics.record_call(indices, call)
         except Exception as error:  # a statistic must never end a training run
             self.fail("training dynamics are incomplete", error)
 
