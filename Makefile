@@ -16,7 +16,7 @@ INSTALL := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input i
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test lint bench detection lds clean
+.PHONY: help demo test lint bench detection lds fairness robustness clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -25,6 +25,8 @@ help:
 	@echo 'make bench   measure what an audit costs, in passes of plain training'
 	@echo 'make detection   how well flipped labels are found, over three seeds'
 	@echo 'make lds     how well scores predict retraining, beside kronfluence and dattri (half an hour)'
+	@echo 'make fairness    whether removing what a fairness gap names makes it smaller (arrests)'
+	@echo 'make robustness  the same for the adversarial loss (MNIST-5k)'
 	@echo 'make clean   remove the environment, caches and builds (not the logs of runs)'
 	@echo
 	@echo 'The first use makes .venv and installs what constraints.txt names. PYTHON=... picks the Python.'
@@ -48,6 +50,12 @@ detection: $(VENV)/.dev
 
 lds: $(VENV)/.peers
 	@$(PY) benchmarks/lds.py --out docs/results/lds.md
+
+fairness: $(VENV)/.dev
+	@$(PY) benchmarks/fairness.py --out docs/results/fairness.md
+
+robustness: $(VENV)/.dev
+	@$(PY) benchmarks/robustness.py --out docs/results/robustness.md
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
