@@ -16,7 +16,7 @@ INSTALL := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input i
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test lint bench detection lds solvers unlearning clean
+.PHONY: help demo clean-and-retrain test lint bench detection lds solvers unlearning fairness robustness clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -28,6 +28,8 @@ help:
 	@echo 'make lds     how well scores predict retraining, beside kronfluence and dattri (half an hour)'
 	@echo 'make solvers how many steps preconditioners save'
 	@echo 'make unlearning   removal and label repair by one Newton step, against retraining'
+	@echo 'make fairness    whether removing what a fairness gap names makes it smaller (arrests)'
+	@echo 'make robustness  the same for the adversarial loss (MNIST-5k)'
 	@echo 'make clean   remove the environment, caches and builds (not the logs of runs)'
 	@echo
 	@echo 'The first use makes .venv and installs what constraints.txt names. PYTHON=... picks the Python.'
@@ -60,6 +62,12 @@ solvers: $(VENV)/.dev
 
 unlearning: $(VENV)/.dev
 	@$(PY) benchmarks/unlearning.py --out docs/results/unlearning.md
+
+fairness: $(VENV)/.dev
+	@$(PY) benchmarks/fairness.py --out docs/results/fairness.md
+
+robustness: $(VENV)/.dev
+	@$(PY) benchmarks/robustness.py --out docs/results/robustness.md
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -21,8 +21,8 @@ ABOUT = (
     f"colour, year, age, sex, employment, citizenship and earlier checks. {TRAINING:,} train a multilayer perceptron "
     f"(8-{HIDDEN}-2), {QUERIES:,} are queries, {5226 - TRAINING - QUERIES:,} the test set. The gaps are those between "
     "white and black people in the predicted probability of release; for equal opportunity, among those released. "
-    f"{SHARE:.0%} of the training examples are removed: with 5 %, the gap goes through zero and opens on the other "
-    "side, as predicted, and its size no longer tells. Curvature: GGN with the trainer's damping."
+    f"{SHARE:.0%} of the training examples are removed; removing 5 % was predicted to take the gap past zero, where "
+    "its size no longer tells the direction. Curvature: GGN with the trainer's damping."
 )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, Sampler, SubsetRandomSampler, TensorDataset
 
 import lightning_influence
-from lightning_influence import AuditReport, InfluenceAudit, TracIn
+from lightning_influence import AuditReport, DemographicParityGap, InfluenceAudit, Queries, TracIn
 
 # An odd number: the sampler pads the last batch with an example that was seen before.
 SIZE, QUERIES, EPOCHS, PER_PROCESS = 23, 7, 3, 4
@@ -65,6 +65,9 @@ SCENARIOS = {
     "not finite": Scenario(bad=(2, 9, 15)),
     "resumed": Scenario(audit={"curvature": "identity"}, resume=True),
     "subset": Scenario(audit={"curvature": "identity"}, subset=True),
+    "queries": Scenario(
+        audit={"queries": Queries(count=3, top=4, measurement=DemographicParityGap([0, 1, 1, 0, 1, 0, 0]))}
+    ),
 }
 
 
@@ -227,6 +230,14 @@ def test_two_processes_give_the_table_of_one(name: str, two_processes: Path, tmp
         np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-7, equal_nan=True, err_msg=column)
     assert there.nonfinite.tolist() == list(scenario.bad)
     assert there.candidates.tolist() == here.candidates.tolist()
+    assert (there.pairs is None) == (here.pairs is None) == ("queries" not in scenario.audit)
+    if there.pairs is not None and here.pairs is not None:
+        assert "influence_on_demographic_parity_gap" in there.columns
+        for column, values in here.pairs.items():
+            if values.dtype.kind == "f":
+                np.testing.assert_allclose(there.pairs[column], values, rtol=1e-6, err_msg=column)
+            else:
+                assert there.pairs[column].tolist() == values.tolist(), column
     if scenario.shuffle:
         assert here.columns["forgetting"].sum() > 0, "nothing was forgotten: the scenario proves too little"
 
