@@ -325,7 +325,7 @@ def machine() -> str:
         model = names[0] if names else model
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GB"
     versions = []
-    for package in ("lightning-influence", "torch", "kronfluence", "captum", "dattri", "bergson"):
+    for package in ("lightning-influence", "torch", "kronfluence", "captum"):
         try:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
@@ -343,9 +343,8 @@ METHOD = (
     "relative to the query's largest score)."
 )
 SKIPPED = """\
-* **dattri 0.3.0**: its EK-FAC gives wrong scores (`docs/results/lds.md`: 0.43 against 0.61 of the linear datamodeling
-  score), so its time says nothing; its conjugate gradients solve for the GGN, another work than any above. Both are in
-  `make lds`.
+* **dattri 0.3.0**: its EK-FAC gives wrong scores (see `docs/results/lds.md`), so its time says nothing; its conjugate
+  gradients solve for the GGN, another work than any above. Both are in `make lds`.
 * **bergson 2.5.1**: attributes language models of `transformers` with data sets of `datasets`; none of the networks
   above is one.
 * **captum 0.9.0** on the transformer and the ResNet: per-example gradients by its hooks are for linear layers and
