@@ -170,6 +170,32 @@ def test_resumed_after_a_crash(every: int, straight: Any, tmp_path: Path) -> Non
         check_same(audit.report, straight(tracin=settings))
 
 
+@pytest.mark.parametrize("mode", ["epoch", "step"])
+def test_kept_checkpoints_come_along(mode: Any, straight: Any, tmp_path: Path) -> None:
+    """The resumed run's directory holds those of the whole run, and its scores in flight are the whole run's."""
+    settings = TracIn(mode=mode)
+    run(tmp_path / "first", epochs=2, audits=[InfluenceAudit(tracin=settings)])
+    audit = InfluenceAudit(tracin=settings)
+    run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=tmp_path / "first" / "kept" / "step=10.ckpt")
+    check_same(audit.report, straight(tracin=settings))
+    assert audit.report is not None
+    assert [kept.step for kept in audit.report.checkpoints()] == [5, 10, 15, 20]
+    for kept, other in zip(audit.report.checkpoints(), straight(tracin=settings).checkpoints(), strict=True):
+        assert kept.step_sizes == other.step_sizes
+        assert all(torch.equal(value, other.parameters[name]) for name, value in kept.parameters.items())
+
+
+def test_in_flight_resumed_after_a_crash(straight: Any, tmp_path: Path) -> None:
+    """Batches after the checkpoint were recorded before the crash; they count once."""
+    settings = TracIn(mode="step", every_n_steps=2)
+    torch.manual_seed(3)
+    with pytest.raises(RuntimeError, match="lightning struck"):
+        run(tmp_path / "first", epochs=4, audits=[InfluenceAudit(tracin=settings)], model=Diary(fails_in_epoch=2))
+    audit = InfluenceAudit(tracin=settings)
+    run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=tmp_path / "first" / "kept" / "step=10.ckpt")
+    check_same(audit.report, straight(tracin=settings))
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_from_a_checkpoint_saved_after_validation(stop: int, straight: Any, tmp_path: Path) -> None:
     """Checkpoints of the best validation loss are written before the epoch's end has come to the audit."""
