@@ -324,13 +324,13 @@ class Tokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.norm, self.cell = nn.Embedding(7, 4), nn.LayerNorm(4), nn.GRUCell(4, 4)
+        self.table, self.norm, self.cell = nn.Embedding(7, 4), nn.LayerNorm(4), nn.GRU(4, 4, batch_first=True)
         self.head = nn.Linear(4, 7)
         self.head.weight = self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        hidden = self.norm(self.table(ids)).mean(1)
-        output: Tensor = self.head(self.cell(hidden, hidden))[:, :CLASSES]
+        _, last = self.cell(self.norm(self.table(ids)))
+        output: Tensor = self.head(last[0])[:, :CLASSES]
         return output
 
 
