@@ -208,6 +208,11 @@ def table(name: str, found: Mapping[int, Outcome]) -> Iterator[str]:
             f"than every random draw in {below}; removal to raise did in {sum(value > 0 for value in higher)}, by more "
             f"than every random draw in {above}."
         )
+    shares = {way: sum(o.changes[way][0] for o in every) / sum(o.predicted[way] for o in every) for way in WAYS}
+    yield (
+        f"* size: on the queries, removal to lower did {shares['lower']:.2f} of what was predicted, removal to raise "
+        f"{shares['raise']:.2f}."
+    )
     yield ""
 
 

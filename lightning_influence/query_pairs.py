@@ -43,7 +43,8 @@ class Queries:
         which: ``"worst"``: of all validation examples the ``count`` worst, by the measurement if it is one of single
             examples, else by loss. Or a loader: its first ``count`` examples, whatever order it shuffles them to.
         count: Number of queries that are shown with their proponents and opponents.
-        top: Number of proponents and of opponents of each.
+        top: Number of proponents and of opponents of each, at most: proponents have positive scores, opponents
+            negative ones.
         measurement: ``"loss"``, ``"margin"``, one of ``lightning_influence.measurements``, or a function
             ``(module, batch) -> number`` of the whole set. One other than the loss is also measured on the whole set
             (all validation examples, or all of the loader), and every training example gets its influence on it, in the
@@ -259,7 +260,8 @@ def _rows(
         for kind, (examples, scores) in found.items():
             pairs = zip(examples[row].tolist(), scores[row].tolist(), strict=True)
             for rank, (index, score) in enumerate(pairs, start=1):
-                if index < 0:  # fewer examples than were asked for have a score
+                # Of few examples, the strongest proponents may be none; or fewer than asked for have a score at all.
+                if index < 0 or not (score > 0 if kind == "proponent" else score < 0):
                     continue
                 values = {"number": places[row] + 1, "query_set": number, "query": query, **told}
                 values |= {"kind": kind, "rank": rank, "index": index, "score": score}

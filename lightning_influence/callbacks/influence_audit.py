@@ -461,8 +461,10 @@ class InfluenceAudit(Callback):
         self._make_unlearner = unlearner_maker(trainer, gradients, planned, columns, history.weight_decay)
         if self.queries is not None:
             reporter.queries = QueryReport(self.queries)
+            start = time.perf_counter()
             with bridge.silenced_loggers(trainer):
                 columns |= reporter.queries.find(trainer, gradients, indices, result.curvature, queries, columns)
+            result.seconds["queries"] = time.perf_counter() - start
         if trainer.is_global_zero:
             self.report = reporter.finish(trainer, gradients, plan, inspection, result, columns, recording)
             rank_zero_info(f"\n{self.report}")

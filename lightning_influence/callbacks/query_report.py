@@ -77,7 +77,8 @@ class QueryReport:
                 the query set.
         """
         sets = self._queries(trainer, module, task, coverage, validation)
-        if not self.asked.of_set or not sets:
+        # A dry run sees a few examples only, which need not have all that the measurement asks for.
+        if not self.asked.of_set or not sets or bridge.is_dry_run(trainer):
             return
         try:
             self.asked.measured.measure(sets)

@@ -1,0 +1,119 @@
+"""Sheets of queries: pictures at their places, captions, and a table that is only text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_influence.tensorboard.pictures import Picture, candidate_grid, sheet
+from lightning_influence.tensorboard.query_sheets import example_caption, queries_markdown, query_caption, write_queries
+
+PAPER = 255
+
+
+def pairs(proponents: int = 7, opponents: int = 6, queries: int = 2) -> dict[str, np.ndarray[Any, Any]]:
+    rows: dict[str, list[Any]] = {}
+    for number in range(1, queries + 1):
+        for kind, count, sign in (("proponent", proponents, 1), ("opponent", opponents, -1)):
+            for rank in range(1, count + 1):
+                row = {
+                    "number": number, "query_set": number - 1, "query": 10 * number, "query_label": 0,
+                    "query_predicted": 1, "query_loss": 3.25, "measured": 3.25, "kind": kind, "rank": rank,
+                    "index": 100 * number + rank + (50 if sign < 0 else 0), "score": sign * 20.0 / rank,
+                    "label": rank % 2, "predicted": 1, "loss": 0.5,
+                }  # fmt: skip
+                for name, value in row.items():
+                    rows.setdefault(name, []).append(value)
+    return {name: np.array(values, dtype=object if name == "kind" else None) for name, values in rows.items()}
+
+
+class Log:
+    """Notes what is written."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, Tensor] = {}
+        self.texts: dict[str, str] = {}
+
+    def add_image(self, tag: str, image: Tensor, step: int) -> None:
+        self.images[tag] = image
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        self.texts[tag] = text
+
+
+def test_pictures_are_at_their_places() -> None:
+    black = torch.zeros(1, 4, 4)
+    black[0, 0, 0] = 1  # else constant, which is shown as grey
+    alone = sheet([Picture(black, "", 0, 0)])
+    found = sheet([Picture(black, "", 0, 0), Picture(black, "", 1, 2)], ["one", "two", "three"])
+    assert found.shape[2] > 2.5 * alone.shape[2]
+    dark = (found.sum(0) == 0).nonzero()
+    middle = torch.tensor(found.shape[1:]) / 2
+    assert bool(((dark < middle).all(1) | (dark > middle).all(1)).sum() > 0.95 * len(dark))
+    # The cell below the first one is empty paper.
+    below = found[:, int(middle[0]) + 20 :, : found.shape[2] // 3 - 10]
+    assert bool((below == PAPER).all())
+    titles = found[:, :30]
+    assert all(bool((part != PAPER).any()) for part in titles.chunk(3, 2))
+
+
+def test_images_of_two_sizes_share_a_sheet() -> None:
+    small, large = torch.rand(1, 8, 8), torch.rand(3, 300, 150)
+    found = sheet([Picture(small, "#1", 0, 0), Picture(large, "#2", 0, 1)])
+    assert found.dtype == torch.uint8
+    grid = candidate_grid(torch.rand(2, 1, 8, 8), ["#1", "#2"])
+    assert found.shape[0] == grid.shape[0] == 3
+
+
+def test_captions() -> None:
+    table = pairs()
+    names = ["cat", "dog"]
+    assert query_caption(table, 0, "fgsm_loss", names) == "#10  given cat → predicted dog  fgsm loss 3.25"
+    assert example_caption(table, 0, names) == "#101  given dog  +20"
+    assert example_caption(table, 8, names) == "#152  given cat → predicted dog  -10"
+    unknown = table | {"label": np.full(len(table["label"]), -1), "predicted": np.full(len(table["label"]), -1)}
+    assert example_caption(unknown, 0, None) == "#101  +20"
+
+
+def test_a_sheet_for_every_query_with_five_of_each() -> None:
+    log = Log()
+    asked: list[tuple[int | None, list[int]]] = []
+
+    def images(of: int | None, indices: list[int]) -> Tensor:
+        asked.append((of, indices))
+        return torch.rand(len(indices), 1, 6, 6)
+
+    write_queries(log, pairs(), images=images, step=3)  # type: ignore[arg-type]
+    assert list(log.images) == ["influence/queries/1", "influence/queries/2"]
+    assert asked[:2] == [(0, [10]), (None, [101, 102, 103, 104, 105, 151, 152, 153, 154, 155])]
+    assert asked[2] == (1, [20])
+    assert list(log.texts) == ["influence/queries"]
+
+
+@pytest.mark.parametrize(("proponents", "opponents"), [(0, 2), (2, 0), (1, 1)])
+def test_queries_with_few_pairs(proponents: int, opponents: int) -> None:
+    log = Log()
+    table = pairs(proponents, opponents, queries=1)
+    write_queries(log, table, images=lambda of, indices: torch.rand(len(indices), 1, 6, 6), step=0)  # type: ignore[arg-type]
+    assert list(log.images) == ["influence/queries/1"]
+    last = log.texts["influence/queries"].strip().splitlines()[-1]
+    assert ("| – |" in last) == (opponents == 0 or proponents == 0)
+
+
+def test_no_images() -> None:
+    log = Log()
+    write_queries(log, pairs(), images=lambda of, indices: None, step=0)  # type: ignore[arg-type]
+    assert not log.images
+    assert log.texts
+
+
+def test_class_names_are_only_text() -> None:
+    name = "<script>|`*[x](y)"
+    written = queries_markdown(pairs(), label_names=[name, "b"])
+    assert not any(character in written.split("\n", 4)[4] for character in "<>`*[]")
+    for line in written.splitlines():
+        assert line.count("|") in (0, 7), "a name must not end a cell"
