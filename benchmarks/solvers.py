@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lds import digits, load
+from lds_methods import digits
 from torch import Tensor
 
 from lightning_influence.curvature import BlockCoordinates, BlockCurvature, FactorExamples, GGNProduct, fit
@@ -35,7 +35,7 @@ def main() -> None:
     torch.manual_seed(0)
     setting = digits()
     setting.train_full()
-    load(setting.net, setting.parameters, 0)
+    setting.become(0)
     gradients, everything = setting.gradients(setting.data), range(setting.examples)
     coordinates = BlockCoordinates(gradients.coverage.blocks)
     product = GGNProduct(gradients, everything, parameters=coordinates.parameters)
