@@ -253,7 +253,7 @@ class TestUnlearner:
         data, _, flipped = digits
         before = {name: value.clone() for name, value in model.state_dict().items()}
         stream = torch.get_rng_state()
-        unlearner = audit.unlearner("ggn")
+        unlearner = audit.unlearner()
         update = unlearner.newton_removal(flipped[:3], leverage=True)
         assert torch.equal(torch.get_rng_state(), stream)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -269,7 +269,7 @@ class TestUnlearner:
 
     def test_it_has_the_plan_and_the_weight_decay_of_the_run(self, run: Any) -> None:
         audit, model, _ = run
-        own, other = audit.unlearner(), audit.unlearner("ggn")
+        own, other = audit.unlearner("ekfac"), audit.unlearner()
         assert own.curvature.name == "ekfac"
         assert other.curvature.name == "ggn"
         steps = 12 * 20
@@ -282,7 +282,7 @@ class TestUnlearner:
     def test_repair_after_a_run(self, run: Any, digits: Any) -> None:
         audit, model, _ = run
         data, true, flipped = digits
-        update = audit.unlearner("ggn").label_repair(flipped[:3], true[flipped[:3]])
+        update = audit.unlearner().label_repair(flipped[:3], true[flipped[:3]])
         batch = next(iter(DataLoader(Subset(data, flipped[:3]), batch_size=3)))
         with torch.no_grad():
             before, after = (

@@ -469,14 +469,15 @@ class InfluenceAudit(Callback):
             self.report = reporter.finish(trainer, gradients, plan, inspection, result, columns, recording)
             rank_zero_info(f"\n{self.report}")
 
-    def unlearner(self, curvature: CurvatureName | None = None) -> Unlearner:
+    def unlearner(self, curvature: CurvatureName = "ggn") -> Unlearner:
         """Return what removes training examples from the model, or repairs their labels, by one Newton step.
 
         The curvature is fitted at the weights that the model has now, so load the weights that are meant first. With
         several processes, call it on all of them.
 
         Args:
-            curvature: Another one than the audit's.
+            curvature: The GGN, with the audit's damping and solver, comes closest to retraining; Kronecker factors with
+                their relative damping, good for ranking, step far too wide (``benchmarks/unlearning.py``).
 
         Raises:
             RuntimeError: Before an audit is complete.
@@ -488,9 +489,8 @@ class InfluenceAudit(Callback):
         """
         if self._make_unlearner is None:
             raise RuntimeError("there is no complete audit to unlearn from; let `trainer.fit` end first.")
-        if curvature is not None:
-            check_choice("curvature", curvature, get_args(CurvatureName))
-        return self._make_unlearner(curvature or self.curvature)
+        check_choice("curvature", curvature, get_args(CurvatureName))
+        return self._make_unlearner(curvature)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo everything and keep what was recorded so far."""
