@@ -7,24 +7,30 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 
 VENV := .venv
+BENCH := .venv-bench
 PY := $(VENV)/bin/python
 # Installed packages that satisfy the constraints are kept: torch is never replaced by a newer one.
 INSTALL := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input install \
 	--no-warn-conflicts --constraint constraints.txt
+BENCH_INSTALL = $(subst $(PY),$(BENCH)/bin/python,$(INSTALL))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test lint bench detection lds fairness robustness clean
+.PHONY: help demo clean-and-retrain test lint bench cost detection lds solvers unlearning fairness robustness clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
+	@echo 'make clean-and-retrain   act on the audit and train again, against an oracle that knows the flips'
 	@echo 'make test    run the test suite'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
-	@echo 'make bench   measure what an audit costs, in passes of plain training'
+	@echo 'make bench   side by side with kronfluence and captum: time, memory, agreement (half an hour)'
+	@echo 'make cost    measure what an audit costs, in passes of plain training'
 	@echo 'make detection   how well flipped labels are found, over three seeds'
 	@echo 'make lds     how well scores predict retraining, beside kronfluence and dattri (half an hour)'
+	@echo 'make solvers how many steps preconditioners save'
+	@echo 'make unlearning   removal and label repair by one Newton step, against retraining'
 	@echo 'make fairness    whether removing what a fairness gap names makes it smaller (arrests)'
 	@echo 'make robustness  the same for the adversarial loss (MNIST-5k)'
 	@echo 'make clean   remove the environment, caches and builds (not the logs of runs)'
@@ -34,6 +40,9 @@ help:
 demo: $(VENV)/.demo
 	@$(PY) examples/01_mislabelled_digits.py
 
+clean-and-retrain: $(VENV)/.demo
+	@$(PY) examples/03_clean_and_retrain.py
+
 test: $(VENV)/.dev
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
@@ -42,7 +51,10 @@ lint: $(VENV)/.dev
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-bench: $(VENV)/.dev
+bench: $(BENCH)/.bench
+	@$(BENCH)/bin/python benchmarks/side_by_side.py --out docs/benchmarks.md
+
+cost: $(VENV)/.dev
 	@$(PY) benchmarks/audit_cost.py
 
 detection: $(VENV)/.dev
@@ -51,6 +63,12 @@ detection: $(VENV)/.dev
 lds: $(VENV)/.peers
 	@$(PY) benchmarks/lds.py --out docs/results/lds.md
 
+solvers: $(VENV)/.dev
+	@$(PY) benchmarks/solvers.py --out docs/results/solvers.md
+
+unlearning: $(VENV)/.dev
+	@$(PY) benchmarks/unlearning.py --out docs/results/unlearning.md
+
 fairness: $(VENV)/.dev
 	@$(PY) benchmarks/fairness.py --out docs/results/fairness.md
 
@@ -58,7 +76,7 @@ robustness: $(VENV)/.dev
 	@$(PY) benchmarks/robustness.py --out docs/results/robustness.md
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The files below mark what is done. Each is touched last, so a failed step is repeated.
@@ -95,4 +113,12 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.peers: $(VENV)/.dev
 	@$(INSTALL) pyyaml scipy tqdm
 	@$(INSTALL) --no-deps dattri==0.3.0
+	@touch $@
+
+# The peers of `make bench`, without test tools. What kronfluence imports is named, for the reason above.
+$(BENCH)/.bench: pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory VENV=$(BENCH) $(BENCH)/.created
+	@echo 'installing lightning-influence and its peers into $(BENCH) (once, some minutes) ...'
+	@$(BENCH_INSTALL) --editable '.[examples]' captum==0.9.0 accelerate einconv einops opt-einsum
+	@$(BENCH_INSTALL) --no-deps kronfluence==1.0.1
 	@touch $@

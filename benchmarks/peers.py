@@ -1,7 +1,6 @@
 """Scores of other packages, for the benchmarks; each is asked for as its documentation says.
 
-Every function takes a trained network, training data and queries, and returns ``[queries, N]``, positive for
-proponents.
+Pairwise scores are ``[queries, N]``, positive for proponents.
 """
 
 from __future__ import annotations
@@ -22,46 +21,119 @@ from torch.utils.data import DataLoader, TensorDataset
 Data = tuple[Tensor, Tensor]
 
 
+class Kronfluence:
+    """Factors and scores of kronfluence, on a copy of a network (it renames parameters); files in a folder of its own.
+
+    Args:
+        net: The trained network.
+        batch_size: Examples in a batch of every pass.
+    """
+
+    def __init__(self, net: nn.Module, batch_size: int = 256) -> None:
+        from kronfluence.analyzer import Analyzer, prepare_model
+        from kronfluence.task import Task
+
+        class SummedCrossEntropy(Task):  # type: ignore[misc]
+            def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
+                logits = model(batch[0])
+                labels = batch[1]
+                if sample:
+                    labels = torch.multinomial(logits.detach().softmax(-1), 1).flatten()
+                return F.cross_entropy(logits, labels, reduction="sum")
+
+            def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+                return self.compute_train_loss(batch, model)
+
+        logging.getLogger().setLevel(logging.ERROR)
+        self._folder = tempfile.TemporaryDirectory()
+        self._batch_size = batch_size
+        task = SummedCrossEntropy()
+        model = prepare_model(copy.deepcopy(net), task)
+        self._analyzer = Analyzer("peer", model, task, cpu=True, disable_tqdm=True, output_dir=self._folder.name)
+
+    def fit(self, data: Data, *, strategy: str = "ekfac", empirical: bool = False) -> None:
+        """Fit factors, with sampled labels or, for the empirical Fisher, the true ones."""
+        from kronfluence.arguments import FactorArguments
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._analyzer.fit_all_factors(
+                "factors",
+                TensorDataset(*data),
+                per_device_batch_size=self._batch_size,
+                factor_args=FactorArguments(strategy=strategy, use_empirical_fisher=empirical),
+                overwrite_output_dir=True,
+            )
+
+    def self_scores(self, data: Data, *, damping: float | None) -> Tensor:
+        """Return ``[N]``; ``damping=None`` is its heuristic, 0.1 of the mean eigenvalue of each layer."""
+        from kronfluence.arguments import ScoreArguments
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._analyzer.compute_self_scores(
+                "self",
+                "factors",
+                TensorDataset(*data),
+                per_device_train_batch_size=self._batch_size,
+                score_args=ScoreArguments(damping_factor=damping),
+                overwrite_output_dir=True,
+            )
+        scores: Tensor = self._analyzer.load_self_scores("self")["all_modules"]
+        return scores
+
+    def pairwise_scores(self, queries: Data, data: Data, *, damping: float | None) -> Tensor:
+        """Return ``[queries, N]``."""
+        from kronfluence.arguments import ScoreArguments
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._analyzer.compute_pairwise_scores(
+                "pairwise",
+                "factors",
+                TensorDataset(*queries),
+                TensorDataset(*data),
+                per_device_query_batch_size=len(queries[1]),
+                per_device_train_batch_size=self._batch_size,
+                score_args=ScoreArguments(damping_factor=damping),
+                overwrite_output_dir=True,
+            )
+        scores: Tensor = self._analyzer.load_pairwise_scores("pairwise")["all_modules"]
+        return scores
+
+
 def kronfluence_scores(
     net: nn.Module, data: Data, queries: Data, *, damping: float | None, strategy: str = "ekfac"
 ) -> Tensor:
     """Return scores of kronfluence; ``damping=None`` is its heuristic, 0.1 of the mean eigenvalue."""
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
-    from kronfluence.task import Task
+    peer = Kronfluence(net)
+    peer.fit(data, strategy=strategy)
+    return peer.pairwise_scores(queries, data, damping=damping)
 
-    class SummedCrossEntropy(Task):  # type: ignore[misc]
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            logits = model(batch[0])
-            labels = batch[1]
-            if sample:
-                labels = torch.multinomial(logits.detach().softmax(-1), 1).flatten()
-            return F.cross_entropy(logits, labels, reduction="sum")
 
-        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return self.compute_train_loss(batch, model)
+def captum_tracin(net: nn.Module, data: Data, *, batch_size: int = 64, by_hooks: bool = True) -> Any:
+    """Return captum's TracInCP of one checkpoint, the network as it is, with a learning rate of 1.
 
-    task = SummedCrossEntropy()
-    logging.getLogger().setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    Args:
+        net: The trained network.
+        data: Training examples.
+        batch_size: Examples in a batch.
+        by_hooks: Whether to form the gradients of a batch from what its hooks caught
+            (``sample_wise_grads_per_batch=True``, for linear layers and convolutions), or one example after the other.
+    """
+    from captum.influence import TracInCP
+
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = prepare_model(copy.deepcopy(net), task)
-        analyzer = Analyzer("peer", model, task, cpu=True, disable_tqdm=True, output_dir=folder)
-        train, query = TensorDataset(*data), TensorDataset(*queries)
-        analyzer.fit_all_factors(
-            "factors", train, per_device_batch_size=256, factor_args=FactorArguments(strategy=strategy)
+        return TracInCP(
+            model=net,
+            train_dataset=TensorDataset(*data),
+            checkpoints=["as it is"],
+            checkpoints_load_func=lambda model, path: 1.0,
+            loss_fn=nn.CrossEntropyLoss(reduction="sum" if by_hooks else "none"),
+            batch_size=batch_size,
+            sample_wise_grads_per_batch=by_hooks,
         )
-        analyzer.compute_pairwise_scores(
-            "scores",
-            "factors",
-            query,
-            train,
-            per_device_query_batch_size=len(query),
-            per_device_train_batch_size=256,
-            score_args=ScoreArguments(damping_factor=damping),
-        )
-        scores: Tensor = analyzer.load_pairwise_scores("scores")["all_modules"]
-    return scores
 
 
 def dattri_scores(net: nn.Module, data: Data, queries: Data, method: str, **options: Any) -> Tensor:

@@ -48,17 +48,22 @@ def train(
     seeds: Sequence[int],
     recipe: Recipe,
     at_epoch: Callable[[int, dict[str, Tensor]], None] | None = None,
+    *,
+    weights: Tensor | None = None,
+    order_seeds: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """Train one copy of ``net`` for every row of ``subsets``.
 
     Args:
         net: Linear and convolutional layers, GELU, ReLU, Flatten. Its weights do not matter.
         inputs: ``[N, ...]``.
-        labels: ``[N]``.
+        labels: ``[N]``, or for each model its own ``[m, N]``.
         subsets: Indices of each model's training examples, ``[m, size]``.
         seeds: Of every model's start and order of batches.
         recipe: How to train.
         at_epoch: Called after each epoch with its number and the parameters.
+        weights: ``[m, N]``; 0 leaves an example out of a model's batches, whose order then stays that of all examples.
+        order_seeds: Of the order of batches alone.
 
     Returns:
         Parameter name to ``[m, *shape]``.
@@ -71,7 +76,11 @@ def train(
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )
-    size = subsets.shape[1]
+    if order_seeds is not None:
+        generators = [torch.Generator().manual_seed(seed) for seed in order_seeds]
+    models, size = subsets.shape
+    labels = labels.expand(models, -1)
+    weights = None if weights is None else weights.to(inputs.dtype)
     for epoch in range(recipe.epochs):
         orders = torch.stack([torch.randperm(size, generator=generator) for generator in generators])
         shuffled = subsets.gather(1, orders)
@@ -79,9 +88,15 @@ def train(
             chosen = shuffled[:, start : start + recipe.batch_size]  # mb
             logits = forward(net, parameters, inputs[chosen])
             # A sum over models of means over their batches: no model's gradient knows of the others.
-            loss = F.cross_entropy(logits.flatten(0, 1), labels[chosen].flatten(), reduction="sum")
+            targets = labels.gather(1, chosen).flatten()
+            if weights is None:
+                loss = F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum") / recipe.batch_size
+            else:
+                each = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none").view(models, -1)
+                kept = weights.gather(1, chosen)  # mb
+                loss = ((each * kept).sum(1) / kept.sum(1).clamp(min=1)).sum()
             optimizer.zero_grad()
-            (loss / recipe.batch_size).backward()
+            loss.backward()
             optimizer.step()
         if at_epoch is not None:
             at_epoch(epoch, {name: value.detach().clone() for name, value in parameters.items()})

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lightning_influence.metrics import LinearDatamodelingScore, MislabelDetection
     from lightning_influence.query_pairs import Queries
     from lightning_influence.task import Task, TrainingStepTask
+    from lightning_influence.tracin import TracIn
+    from lightning_influence.tracin_pairs import tracin_scores
 
     __version__: str
 
@@ -30,7 +32,9 @@ _MODULES = {
     "MislabelDetection": "lightning_influence.metrics",
     "Queries": "lightning_influence.query_pairs",
     "Task": "lightning_influence.task",
+    "TracIn": "lightning_influence.tracin",
     "TrainingStepTask": "lightning_influence.task",
+    "tracin_scores": "lightning_influence.tracin_pairs",
 }
 
 # Written out, not derived from the table: type checkers and editors read it.
@@ -45,8 +49,10 @@ __all__ = [
     "MislabelDetection",
     "Queries",
     "Task",
+    "TracIn",
     "TrainingStepTask",
     "__version__",
+    "tracin_scores",
 ]
 
 

@@ -10,16 +10,20 @@ columns stay in the table; influence earns its place there by saying which predi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
+from lightning_influence import acting, ensemble
+from lightning_influence.checkpoints import Checkpoint
 from lightning_influence.columns import LOW_IS_SUSPICIOUS
-from lightning_influence.store import AuditStore
+from lightning_influence.relabel import Relabelled
+from lightning_influence.store import AuditStore, StoreError
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -68,6 +72,35 @@ class AuditReport:
         store = AuditStore.open(directory)
         return cls(store.read_scores(), store.manifest, store.directory, store.read_pairs())
 
+    @classmethod
+    def ensemble(cls, reports: Sequence[AuditReport]) -> AuditReport:
+        """Merge audits of several runs (seeds) on the same data, and rank anew.
+
+        Scores are averaged as they are, labels voted on; see ``ensemble.merged_columns``.
+
+        Args:
+            reports: Complete audits, two at least.
+
+        Returns:
+            A report in memory; ``manifest["ensemble"]`` names the directories of its members.
+
+        Raises:
+            EnsembleError: If the audits are about other data, or one of them is not complete.
+
+        Example:
+            >>> report = AuditReport.ensemble([AuditReport.load(directory) for directory in directories])
+        """
+        sources = [str(each.directory or f"audit {number}") for number, each in enumerate(reports)]
+        columns, left_out = ensemble.merged_columns([each.columns for each in reports])
+        manifest = ensemble.merged_manifest([each.manifest for each in reports], sources, left_out)
+        ranked = rank(columns)
+        manifest |= {
+            "examples": len(ranked["index"]),
+            "nonfinite": ranked["index"][~ranked["finite"]],
+            "ranked_by": list(ingredients(columns)),
+        }
+        return cls(ranked, manifest)
+
     def __len__(self) -> int:
         """Return the number of training examples."""
         return len(self.columns["index"])
@@ -94,6 +127,55 @@ class AuditReport:
     def nonfinite(self) -> NDArray[np.int64]:
         """Dataset indices of the examples with a non-finite loss or gradient."""
         return np.asarray(self.columns["index"][~self.columns["finite"].astype(bool)], dtype=np.int64)
+
+    def checkpoints(self) -> Sequence[Checkpoint]:
+        """Return the checkpoints that were kept during training, in order; each is read when it is asked for.
+
+        Raises:
+            StoreError: If the audit is not on disk, or a file of it is damaged.
+        """
+        if self.directory is None:
+            raise StoreError("the audit is not on disk (a dry run?), and neither are checkpoints of its run.")
+        return AuditStore.open(self.directory).checkpoints()
+
+    # ------------------------------------------------------------ acting on it
+
+    def clean_indices(self, drop: float | int | None = None) -> list[int]:
+        """Return which examples to keep for another training, ``Subset(dataset, report.clean_indices())``.
+
+        Args:
+            drop: What to leave out: the candidates (None), a share of the audited examples (``0.05``) or a number of
+                them (``200``), the most suspicious. Examples with a non-finite loss or gradient are left out anyway.
+
+        Returns:
+            Sorted dataset indices; examples that were not audited are not among them.
+
+        Raises:
+            ValueError: If ``drop`` is out of range.
+        """
+        return acting.clean_indices(self.columns, drop)
+
+    def relabelled(
+        self, dataset: Dataset[Any], indices: Sequence[int] | None = None, *, min_margin: float = 0.0
+    ) -> Relabelled:
+        """Return the data set with the suggested labels on the candidates; the data set itself is left as it is.
+
+        Args:
+            dataset: The training data set that was audited: examples that are tuples, lists or mappings, nested or
+                not. Where in them the label lies is found by comparison with the given labels.
+            indices: The examples to relabel, for example those that a person has confirmed; by default the candidates.
+            min_margin: Leave labels alone unless the mean probability of the suggested class over the run is ahead of
+                that of the given one by at least this, from 0 to 1.
+
+        Raises:
+            LabelError: If the audit suggests no labels (regression), this is not the data set that was audited, or
+                the place of the labels can't be told.
+            ValueError: If an index is not in the audit or named twice, or ``min_margin`` is out of range.
+        """
+        size = self.manifest.get("dataset_size")
+        return acting.relabelled(
+            self.columns, dataset, self.candidates.tolist(), indices=indices, min_margin=min_margin, size=size
+        )
 
     def __str__(self) -> str:
         """Return the summary table."""

@@ -6,9 +6,9 @@ without which the weights of a checkpoint would be evaluated with the statistics
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class Checkpoint:
         steps: Number of those steps.
         preconditioner: Parameter name to what an adaptive optimizer multiplies its gradient with, elementwise
             (``1 / (√v̂ + ε)`` for Adam); empty for plain gradient steps.
+        optimizer: Name of the optimizer, or of several, with commas; empty if unknown.
     """
 
     step: int
@@ -39,6 +40,7 @@ class Checkpoint:
     step_sizes: Mapping[str, float] = field(default_factory=dict)
     steps: int = 0
     preconditioner: Mapping[str, Tensor] = field(default_factory=dict)
+    optimizer: str = ""
 
     @classmethod
     def of(
@@ -49,6 +51,7 @@ class Checkpoint:
         step_sizes: Mapping[str, float] | None = None,
         steps: int = 0,
         preconditioner: Mapping[str, Tensor] | None = None,
+        optimizer: str = "",
     ) -> Checkpoint:
         """Return a checkpoint of the module as it is, on the host.
 
@@ -58,6 +61,7 @@ class Checkpoint:
             step_sizes: See the attributes.
             steps: See the attributes.
             preconditioner: See the attributes.
+            optimizer: See the attributes.
         """
         kept = dict(module.state_dict(keep_vars=True))
         return cls(
@@ -67,7 +71,14 @@ class Checkpoint:
             dict(step_sizes or {}),
             steps,
             {name: _copied(value) for name, value in (preconditioner or {}).items()},
+            optimizer,
         )
+
+    def standing_for(self, earlier: Checkpoint) -> Checkpoint:
+        """Return the checkpoint that stands for the steps of an earlier one, too, which is dropped."""
+        names = {**earlier.step_sizes, **self.step_sizes}
+        sizes = {name: earlier.step_sizes.get(name, 0.0) + self.step_sizes.get(name, 0.0) for name in names}
+        return replace(self, step_sizes=sizes, steps=earlier.steps + self.steps)
 
     @property
     def bytes(self) -> int:
@@ -112,6 +123,47 @@ class Checkpoint:
             yield
         finally:
             _write(places, before)
+
+
+def check_together(checkpoints: Sequence[Checkpoint], module: nn.Module) -> None:
+    """Raise ``CheckpointError`` unless the checkpoints are those of one run of this model.
+
+    Args:
+        checkpoints: The checkpoints.
+        module: The model.
+    """
+    if not checkpoints:
+        raise CheckpointError(
+            "there is no checkpoint; train with `InfluenceAudit(tracin=TracIn(keep_checkpoints=10))` to keep some."
+        )
+    steps: list[int] = []
+    by_optimizer: dict[str, int] = {}
+    for checkpoint in checkpoints:  # once: each may be read from a disk
+        checkpoint.check(module)
+        by_optimizer[checkpoint.optimizer] = checkpoint.step
+        steps.append(checkpoint.step)
+    if len(by_optimizer) > 1:
+        listed = ", ".join(f"step {step} with {name or 'an unknown one'}" for name, step in by_optimizer.items())
+        raise CheckpointError(
+            f"the checkpoints were taken with different optimizers ({listed}): they are of different runs. Pass those "
+            "of one run."
+        )
+    if len(set(steps)) < len(steps):
+        raise CheckpointError(f"the checkpoints of the steps {steps} repeat a step; pass every checkpoint once.")
+
+
+def one_too_many(steps: Sequence[int]) -> int:
+    """Return the place of the checkpoint to drop, so that those that are left are spread evenly over the training.
+
+    It is the one whose neighbours are closest to each other; the start of training counts as a neighbour, and the last
+    checkpoint stays.
+
+    Args:
+        steps: Of the checkpoints, two at least, in order.
+    """
+    before = [0, *steps]
+    gaps = [steps[place + 1] - before[place] for place in range(len(steps) - 1)]
+    return gaps.index(min(gaps))
 
 
 def _write(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

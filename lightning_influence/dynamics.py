@@ -8,13 +8,16 @@ Toneva et al. 2019, 1812.05159), and the margin of the mean predicted probabilit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_influence import distributed
+from lightning_influence.losses import CrossEntropy, LossCall
 
+# Logits up to this many scalars wait for those of other batches: each call costs more than its arithmetic.
+_SMALL = 2**16
 # Mean probabilities are kept up to this many scalars (400 MB); beyond, their columns are left out.
 _PROBABILITY_BUDGET = 10**8
 _FLUSH_EVERY = 64
@@ -33,7 +36,18 @@ class TrainingDynamics:
         # What all processes knew when they last told each other; the rest of the sums is this process's own.
         self._common: dict[str, Tensor] = {}
         # Batches wait here on their device: copying each one at once would make a GPU wait in every step.
-        self._waiting: list[tuple[Sequence[int], dict[str, Tensor]]] = []
+        self._waiting: list[tuple[Sequence[int], dict[str, Tensor] | CrossEntropy]] = []
+
+    def record_call(self, indices: Sequence[int], call: LossCall) -> None:
+        """File one training batch by its loss call, see ``record``.
+
+        Small logits of plain class decisions are copied, and what they say is computed for many batches at once.
+        """
+        n = len(indices)
+        if type(call) is CrossEntropy and call.single_rows(n) and call.input.numel() <= _SMALL:
+            self._wait(indices, call.copied())
+        else:
+            self.record(indices, call.statistics(n))
 
     def record(self, indices: Sequence[int], statistics: Mapping[str, Tensor]) -> None:
         """File one training batch.
@@ -48,18 +62,38 @@ class TrainingDynamics:
         n = statistics["loss"].shape[0]
         if len(indices) != n:
             raise ValueError(f"{n} examples in the batch, but {len(indices)} dataset indices were recorded for it.")
+        self._wait(indices, self._within_budget(statistics))
+
+    def _within_budget(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         statistics = dict(statistics)
         if "probabilities" in statistics and self.size * statistics["probabilities"].shape[1] > _PROBABILITY_BUDGET:
             del statistics["probabilities"]
-        self._waiting.append((list(indices), statistics))
+        return statistics
+
+    def _wait(self, indices: Sequence[int], entry: dict[str, Tensor] | CrossEntropy) -> None:
+        self._waiting.append((list(indices), entry))
         if len(self._waiting) >= _FLUSH_EVERY:
             self.flush()
 
     def flush(self) -> None:
         """Add the waiting batches to the sums."""
         waiting, self._waiting = self._waiting, []
-        for indices, statistics in waiting:
-            self._add(indices, {name: value.cpu() for name, value in statistics.items()})
+        while waiting:
+            batches, entry = [waiting[0][0]], waiting[0][1]
+            if isinstance(entry, CrossEntropy):
+                calls = [entry]
+                for indices, other in waiting[1:]:
+                    if not isinstance(other, CrossEntropy) or not entry.alike(other):
+                        break
+                    batches.append(indices)
+                    calls.append(other)
+                entry = self._within_budget(entry.joined(calls).statistics(sum(map(len, batches))))
+            statistics, start = {name: value.cpu() for name, value in entry.items()}, 0
+            for indices in _rounds(batches):
+                rows = slice(start, start + len(indices))
+                self._add(indices, {name: value[rows] for name, value in statistics.items()})
+                start = rows.stop
+            waiting = waiting[len(batches) :]
 
     def _add(self, indices: Sequence[int], statistics: dict[str, Tensor]) -> None:
         first: dict[int, int] = {}
@@ -182,3 +216,16 @@ class TrainingDynamics:
 
     def _sum(self, name: str, rows: Tensor, values: Tensor) -> None:
         self._column(name, 0.0)[rows] += values
+
+
+def _rounds(batches: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Lay batches end to end, as long as no example comes again: whether it was right before has to be known then."""
+    indices: list[int] = []
+    seen: set[int] = set()
+    for batch in batches:
+        if not seen.isdisjoint(batch):
+            yield indices
+            indices, seen = [], set()
+        indices.extend(batch)
+        seen.update(batch)
+    yield indices

@@ -34,6 +34,7 @@ from lightning_influence.curvature import (
 from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
 from lightning_influence.passes import ExampleGradients, Labels
 from lightning_influence.scoring import ExampleScores, mean_gradient, score_examples
+from lightning_influence.tracin import StepSize
 from lightning_influence.verify import Inspection
 
 # Passes forward and backward that one product of one vector takes, and steps that a solver usually does.
@@ -150,7 +151,7 @@ def influence_scores(
     plan: InfluencePlan,
     *,
     queries: Sequence[tuple[ExampleGradients, Sequence[int]]] = (),
-    step_sizes: Mapping[str, tuple[float, float]] | None = None,
+    step_sizes: Mapping[str, StepSize] | None = None,
     features: bool = True,
 ) -> InfluenceScores:
     """Fit the curvature and score every training example.
@@ -160,7 +161,7 @@ def influence_scores(
         indices: The training examples.
         plan: What to compute.
         queries: Validation data whose mean loss the ``harm`` column is about, with the indices to take.
-        step_sizes: For a last TracIn checkpoint in the same pass, see ``tracin.layer_step_sizes``.
+        step_sizes: For a last TracIn checkpoint in the same pass, see ``tracin.block_step_sizes``.
         features: Whether to keep the inputs of the last layer.
 
     Returns:

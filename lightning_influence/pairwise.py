@@ -25,7 +25,13 @@ from torch import Tensor
 from lightning_influence import distributed, memory, per_sample, score_matrix
 from lightning_influence.curvature.fitted import Curvature
 from lightning_influence.passes import BatchGradients, ExampleGradients
-from lightning_influence.queries import PreparedQueries, prepared_queries, query_chunks
+from lightning_influence.queries import (
+    PreparedQueries,
+    check_layers,
+    check_pairs,
+    prepared_queries,
+    query_chunks,
+)
 
 Normalisation = Literal["none", "relative", "cosine"]
 
@@ -152,7 +158,7 @@ def pairwise_scores(
         )
     if by_layer and path is not None:
         raise ValueError("by_layer=True keeps the parts in memory; leave out `path`, and take fewer queries at a time.")
-    examples = _distinct(indices)
+    examples = distinct(indices)
     asked = torch.tensor(list(query_indices), dtype=torch.long)
     layers = list(gradients.coverage.blocks) if by_layer else []
     if path is not None:
@@ -205,7 +211,7 @@ def top_scores(
     _check(gradients, indices, curvature, queries, query_indices, normalise)
     if count < 1:
         raise ValueError(f"count is {count}; expected at least one proponent and opponent to find.")
-    examples = _distinct(indices).tolist()
+    examples = distinct(indices).tolist()
     found: dict[float, list[tuple[Tensor, Tensor]]] = {1.0: [], -1.0: []}
     chunks, notes = query_chunks(gradients, query_indices, query_bytes)
     for prepared in prepared_queries(curvature, queries.like(gradients), chunks):
@@ -232,28 +238,13 @@ def _check(
     normalise: Normalisation,
 ) -> None:
     """Raise ``ValueError`` for arguments that do not go together."""
-    if not len(query_indices):
-        raise ValueError("there is no query to score; pass at least one index.")
-    if not len(indices):
-        raise ValueError("there is no training example to score; pass at least one index.")
+    check_pairs(gradients, indices, queries, query_indices)
     if normalise not in get_args(Normalisation):
         raise ValueError(f"normalise={normalise!r}; expected one of {', '.join(map(repr, get_args(Normalisation)))}.")
-    if queries.module is not gradients.module:
-        raise ValueError("the queries run through another model than the training data; build both on the same module.")
-    own, theirs = (
-        {name: block.shape for name, block in passes.coverage.blocks.items()} for passes in (gradients, queries)
-    )
-    for other, covered in (("the queries", theirs.keys()), ("the curvature", curvature.dampings.keys())):
-        if covered != own.keys():
-            raise ValueError(
-                f"{other} and the training data differ in the layers {sorted(covered ^ own.keys())}; build the passes "
-                "with the same coverage, and fit the curvature with them."
-            )
-    if own != theirs:
-        raise ValueError("the queries' layers have other shapes than the training data's; use the same coverage.")
+    check_layers(gradients, "the curvature", curvature.dampings.keys())
 
 
-def _distinct(indices: Sequence[int]) -> Tensor:
+def distinct(indices: Sequence[int]) -> Tensor:
     """Return the indices sorted, each once: scores then fill the matrix from left to right."""
     return torch.tensor(sorted({int(index) for index in indices}), dtype=torch.long)
 
@@ -287,22 +278,44 @@ def _pieces(
     start = 0
     for prepared in prepared_queries(curvature, queries.like(gradients), chunks):
         rows = slice(start, start + len(prepared.self_influence))
-        with closing(_columns(gradients, examples.tolist(), curvature, prepared, normalise, layers)) as batches:
-            nothing = prepared.self_influence.new_empty((0, 1 + len(layers), rows.stop - rows.start))
-            while distributed.any_process((batch := next(batches, None)) is not None):
-                indices, scores = batch or ([], nothing)
-                own = torch.tensor(indices, dtype=torch.long, device=scores.device)
-                # As the batches come: the matrix is never gathered as a whole.
-                merged, gathered = distributed.gather_by_index(own, {"scores": scores})
-                places = torch.searchsorted(examples, merged.cpu())
-                yield rows, places, gathered["scores"].permute(1, 2, 0).cpu()
+        with closing(gathered_columns(gradients, examples, prepared, curvature, normalise, layers)) as pieces:
+            for places, scores in pieces:
+                yield rows, places, scores
         start = rows.stop
+
+
+def gathered_columns(
+    gradients: ExampleGradients,
+    examples: Tensor,
+    prepared: PreparedQueries,
+    curvature: Curvature | None = None,
+    normalise: Normalisation = "none",
+    layers: Sequence[str] = (),
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Yield columns of the matrix in one pass: their places ``[n]``, their scores ``[m, q, n]``; on every process.
+
+    Args:
+        gradients: Passes over the training data.
+        examples: Dataset indices ``[n]``, sorted.
+        prepared: The queries.
+        curvature: For the norms to divide by; not needed without.
+        normalise: See ``pairwise_scores``.
+        layers: Whose parts of the scores to give, after the whole.
+    """
+    with closing(_columns(gradients, examples.tolist(), curvature, prepared, normalise, layers)) as batches:
+        nothing = prepared.self_influence.new_empty((0, 1 + len(layers), len(prepared.self_influence)))
+        while distributed.any_process((batch := next(batches, None)) is not None):
+            indices, scores = batch or ([], nothing)
+            own = torch.tensor(indices, dtype=torch.long, device=scores.device)
+            # As the batches come: the matrix is never gathered as a whole.
+            merged, gathered = distributed.gather_by_index(own, {"scores": scores})
+            yield torch.searchsorted(examples, merged.cpu()), gathered["scores"].permute(1, 2, 0).cpu()
 
 
 def _columns(
     gradients: ExampleGradients,
     indices: Sequence[int],
-    curvature: Curvature,
+    curvature: Curvature | None,
     prepared: PreparedQueries,
     normalise: Normalisation,
     layers: Sequence[str],
@@ -312,7 +325,7 @@ def _columns(
     unusable = prepared.self_influence.isnan()
     with closing(gradients.run(indices, title="pairwise scores")) as batches:
         for batch in batches:
-            scores, own = _scored(batch, curvature, prepared, normalise != "none", layers)
+            scores, own = _scored(batch, None if normalise == "none" else curvature, prepared, layers)
             if own is not None:
                 scores = scores / _length(own.to(scores.device))[:, None, None]
             if of_query is not None:
@@ -323,13 +336,13 @@ def _columns(
 
 
 def _scored(
-    batch: BatchGradients, curvature: Curvature, prepared: PreparedQueries, with_own: bool, layers: Sequence[str]
+    batch: BatchGradients, curvature: Curvature | None, prepared: PreparedQueries, layers: Sequence[str]
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``⟨g_z, v_q⟩`` and its parts, ``[n, m, q]``, and ``g_zᵀ (C + λ)⁻¹ g_z``, ``[n]``."""
     places = {layer: 1 + place for place, layer in enumerate(layers)}
     of_queries = prepared.self_influence
     scores = of_queries.new_zeros((batch.loss.n, 1 + len(layers), len(of_queries)))
-    scorer = curvature.scorer(batch.loss.n) if with_own else None
+    scorer = None if curvature is None else curvature.scorer(batch.loss.n)
     for io in batch.layers():
         part = per_sample.products(io.x, io.gs[0], prepared.vectors[io.name])
         scores[:, 0] += part

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, cast
 
@@ -140,6 +140,19 @@ class ExampleGradients:
         """Return the same passes over other examples."""
         other = copy.copy(self)
         other.source = source
+        return other
+
+    def within(self, context: Callable[[], AbstractContextManager[Any]]) -> ExampleGradients:
+        """Return the same passes with every forward pass in a further context, entered anew for each."""
+        outer = self._forward_context
+
+        @contextmanager
+        def both() -> Iterator[None]:
+            with outer(), context():
+                yield
+
+        other = copy.copy(self)
+        other._forward_context = both
         return other
 
     def measuring(self, quantity: Quantity | None) -> ExampleGradients:

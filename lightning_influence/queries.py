@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -33,6 +33,31 @@ class PreparedQueries:
 
     vectors: Mapping[str, Tensor]
     self_influence: Tensor
+
+
+def check_pairs(
+    gradients: ExampleGradients, indices: Sequence[int], queries: ExampleGradients, query_indices: Sequence[int]
+) -> None:
+    """Raise ``ValueError`` for training data and queries that do not go together."""
+    if not len(query_indices):
+        raise ValueError("there is no query to score; pass at least one index.")
+    if not len(indices):
+        raise ValueError("there is no training example to score; pass at least one index.")
+    if queries.module is not gradients.module:
+        raise ValueError("the queries run through another model than the training data; build both on the same module.")
+    check_layers(gradients, "the queries", queries.coverage.blocks.keys())
+    own, theirs = ({name: block.shape for name, block in p.coverage.blocks.items()} for p in (gradients, queries))
+    if own != theirs:
+        raise ValueError("the queries' layers have other shapes than the training data's; use the same coverage.")
+
+
+def check_layers(gradients: ExampleGradients, other: str, covered: Set[str]) -> None:
+    """Raise ``ValueError`` if something else covers other layers than the training data's passes."""
+    if different := covered ^ gradients.coverage.blocks.keys():
+        raise ValueError(
+            f"{other} and the training data differ in the layers {sorted(different)}; build the passes with the same "
+            "coverage, and fit the curvature with them."
+        )
 
 
 def query_chunks(gradients: ExampleGradients, indices: Sequence[int], size: int) -> tuple[list[list[int]], list[str]]:
@@ -73,14 +98,29 @@ def prepared_queries(
         QueryError: With the first chunk, if the task can't be run on some query of any chunk.
         SolverError: If an iterative solver did not reach its tolerance.
     """
+    for gradients, finite in query_gradients(queries, chunks):
+        vectors = curvature.solve(gradients)
+        products = [(gradients.pop(name) * vectors[name]).sum((1, 2, 3), dtype=torch.float64) for name in vectors]
+        yield PreparedQueries(vectors, torch.stack(products).sum(0).masked_fill(~finite, torch.nan))
+
+
+def query_gradients(
+    queries: ExampleGradients, chunks: Sequence[list[int]]
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Yield the gradients of one chunk of queries after the other, by block, ``[q, k, o, i]``, and which are finite.
+
+    Args:
+        queries: Passes over the queries' data.
+        chunks: The queries, as many as are taken at a time.
+
+    Raises:
+        QueryError: With the first chunk, if the task can't be run on some query of any chunk.
+    """
     for chunk in chunks[1:]:
         # Else a query that does not fit is found after a pass over the training data for every chunk before it.
         _visit(queries, chunk, lambda place, batch: None)
     for chunk in chunks:
-        gradients, finite = _gradients(queries, chunk)
-        vectors = curvature.solve(gradients)
-        products = [(gradients.pop(name) * vectors[name]).sum((1, 2, 3), dtype=torch.float64) for name in vectors]
-        yield PreparedQueries(vectors, torch.stack(products).sum(0).masked_fill(~finite, torch.nan))
+        yield _gradients(queries, chunk)
 
 
 def _gradients(queries: ExampleGradients, indices: list[int]) -> tuple[dict[str, Tensor], Tensor]:

@@ -6,12 +6,15 @@ set is the one place in its examples that always holds it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+import copy
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from lightning_influence.isolation import generators_in, isolated_generators, isolated_rng
 
 Path = tuple[Any, ...]
 """Keys and positions that lead to a value in nested mappings, tuples and lists."""
@@ -40,8 +43,8 @@ def find_label(dataset: Any, labels: Mapping[int, int]) -> Path:
             "all known labels are the same: that does not tell where labels lie; pass some of other classes."
         )
     paths: set[Path] | None = None
-    for index, label in _spread(labels):
-        found = {path for path, value in _leaves(dataset[index], ()) if _number(value) == label}
+    for index, leaves in fetched(dataset, [index for index, _ in _spread(labels)]):
+        found = {path for path, value in leaves.items() if as_label(value) == labels[index]}
         paths = found if paths is None else paths & found
     if not paths:
         raise LabelError(
@@ -56,6 +59,13 @@ def find_label(dataset: Any, labels: Mapping[int, int]) -> Path:
             )
         paths = usual
     return next(iter(paths))
+
+
+def fetched(dataset: Any, indices: Iterable[int]) -> Iterator[tuple[int, dict[Path, Any]]]:
+    """Yield examples, taken apart into path -> value; no random stream, the user's or the data set's, moves on."""
+    with isolated_rng(), isolated_generators(generators_in(dataset)):
+        for index in indices:
+            yield index, dict(_leaves(dataset[index], ()))
 
 
 class Relabelled(Dataset[Any]):
@@ -75,7 +85,7 @@ class Relabelled(Dataset[Any]):
         outside = [index for index in labels if not 0 <= index < size]
         if outside:
             raise LabelError(f"there are no examples {outside[:10]}; the data set has {size}.")
-        odd = {index: label for index, label in labels.items() if _number(label) is None}
+        odd = {index: label for index, label in labels.items() if not _is_integer(label)}
         if odd:
             raise LabelError(f"new labels must be integers, got {dict(list(odd.items())[:5])}.")
         self.dataset = dataset
@@ -114,16 +124,22 @@ def _leaves(value: Any, path: Path) -> list[tuple[Path, Any]]:
     return [(path, value)]
 
 
-def _number(value: Any) -> int | None:
-    """Return a single integer as one, None for anything else."""
-    if isinstance(value, bool):
+def as_label(value: Any) -> int | None:
+    """Return a single whole number as an integer (targets of binary losses are floats), None for any other value."""
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or hasattr(value, "dtype")):
         return None
-    if isinstance(value, Tensor):
-        one = value.numel() == 1 and not value.is_floating_point() and value.dtype != torch.bool
-        return int(value) if one else None
-    if isinstance(value, int) or (hasattr(value, "dtype") and getattr(value, "shape", None) == ()):
-        return int(value) if int(value) == value else None
-    return None
+    try:
+        number = value.item() if hasattr(value, "dtype") else value
+    except (RuntimeError, ValueError):  # more than one value
+        return None
+    whole = isinstance(number, (int, float)) and not isinstance(number, bool) and number % 1 == 0
+    return int(number) if whole else None
+
+
+def _is_integer(value: Any) -> bool:
+    """Tell whether a value is an integer, of whatever library; a float is none, even if it is whole."""
+    plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    return isinstance(plain, int) and not isinstance(plain, bool)
 
 
 def _replaced(example: Any, path: Path, label: int) -> Any:
@@ -132,8 +148,12 @@ def _replaced(example: Any, path: Path, label: int) -> Any:
             return torch.full_like(example, label)
         return type(example)(label)
     key, rest = path[0], path[1:]
+    if isinstance(example, MutableMapping):
+        changed = copy.copy(example)
+        changed[key] = _replaced(example[key], rest, label)
+        return changed
     if isinstance(example, Mapping):
-        return type(example)({**example, key: _replaced(example[key], rest, label)})  # type: ignore[call-arg]
+        return {**example, key: _replaced(example[key], rest, label)}
     items: Sequence[Any] = [
         _replaced(item, rest, label) if place == key else item for place, item in enumerate(example)
     ]

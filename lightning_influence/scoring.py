@@ -41,7 +41,7 @@ def score_examples(
     *,
     curvature: Curvature | None = None,
     query: Mapping[str, Tensor] | None = None,
-    step_sizes: Mapping[str, tuple[float, float]] | None = None,
+    step_sizes: Mapping[str, tracin.StepSize] | None = None,
     features: bool = False,
     parts: bool = False,
     title: str = "scores",
@@ -54,7 +54,7 @@ def score_examples(
         curvature: For ``self_influence``, ``gᵀ (C + λ)⁻¹ g``.
         query: Preconditioned query gradient ``(C + λ)⁻¹ g_q`` by layer, ``[k, o, i]``, for ``harm`` =
             ``-g_qᵀ (C + λ)⁻¹ g_z``: positive where training on the example raises the query's loss.
-        step_sizes: By layer, of weight and bias, for ``tracin``, ``η ‖g‖²``.
+        step_sizes: By layer, for ``tracin``, ``η gᵀ P g``, see ``tracin.block_step_sizes``.
         features: Whether to keep the inputs of the last layer.
         parts: Whether to give self-influence by layer, too, in columns ``self_influence/<layer>`` (not for GGN and
             Hessian, where it is no sum over layers).

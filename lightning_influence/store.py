@@ -9,6 +9,7 @@ Layout of `<log_dir>/influence/`:
 | `pairs.parquet` | one row per pair of a query and one of its strongest training examples, if there are queries |
 | `candidates.csv` | the suspicious rows, worst first, for people and spreadsheets |
 | `factors/<block>.safetensors` | the curvature factors of one parameter block |
+| `checkpoints/step-<step>.safetensors` | weights and step sizes at one time of training |
 
 A file is written under a temporary name beside its place, flushed to the disk and renamed, so a reader meets
 the old file or the new one. One process writes an audit at a time (rank 0); any number may read.
@@ -28,7 +29,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, overload
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -40,6 +41,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lightning_influence.checkpoints import Checkpoint, one_too_many
 from lightning_influence.columns import COLUMN_DESCRIPTIONS, PAIR_DESCRIPTIONS
 
 SCHEMA_VERSION = 1
@@ -49,6 +51,9 @@ Column: TypeAlias = "Tensor | NDArray[Any] | Sequence[Any]"
 
 _PAIRS = "pairs.parquet"
 _MANIFEST, _SCORES, _CANDIDATES, _FACTORS = "manifest.json", "scores.parquet", "candidates.csv", "factors"
+_CHECKPOINTS = "checkpoints"
+# Parts of a checkpoint, which prefix the names of its tensors.
+_PARTS = ("parameters", "buffers", "preconditioner")
 _SUFFIX = ".safetensors"
 _CANDIDATE_ORDER = ("rank", "index", "label", "predicted", "suggested", "suspicion", *COLUMN_DESCRIPTIONS)
 _LABEL_COLUMNS = ("label", "predicted", "suggested")
@@ -288,17 +293,97 @@ class AuditStore:
             stored = self.factor_names()
             raise StoreError(f"No factors of block {block_name!r} in {path.parent}; stored are {stored}.")
         with self._reading(path):
-            # In one go: `safe_open` opens the file again for the data, which by then may be another one.
-            data = path.read_bytes()
-            tensors = safetensors.torch.load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            return tensors, header.get("__metadata__", {})
+            return _loaded(path)
 
     def factor_names(self) -> list[str]:
         """The names of the stored blocks, sorted."""
         files = (self.directory / _FACTORS).glob(f"*{_SUFFIX}")
         names = {_decode(file.name): file.name for file in files}
         return sorted(name for name, file_name in names.items() if _encode(name) == file_name)
+
+    def write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Writes one checkpoint of the training.
+
+        Raises:
+            ValueError: As for `write_factors`.
+            StoreError: The file cannot be written.
+        """
+        tensors = {f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(checkpoint, part).items()}
+        about = {
+            "step": str(checkpoint.step),
+            "steps": str(checkpoint.steps),
+            "step_sizes": json.dumps(dict(checkpoint.step_sizes)),
+            "optimizer": checkpoint.optimizer,
+        }
+        data = safetensors.torch.save(_separate(tensors), metadata=about)
+        with _replacing(self._checkpoint_path(checkpoint.step)) as handle:
+            handle.write(data)
+
+    def read_checkpoint(self, step: int) -> Checkpoint:
+        """Reads one checkpoint, tensors on the CPU.
+
+        Raises:
+            StoreError: There is none of this step (the message lists those that are) or its file is damaged.
+        """
+        path = self._checkpoint_path(step)
+        if not path.is_file():
+            raise StoreError(f"No checkpoint of step {step} in {path.parent}; stored are {self.checkpoint_steps()}.")
+        with self._reading(path):
+            tensors, about = _loaded(path)
+            if missing := {"step_sizes", "steps", "optimizer"} - about.keys():
+                raise ValueError(f"it holds no checkpoint, its metadata lack {sorted(missing)}")
+            sizes, steps = json.loads(about["step_sizes"]), int(about["steps"])
+            parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
+            for key, tensor in tensors.items():
+                part, _, name = key.partition("/")
+                parts[part][name] = tensor
+            return Checkpoint(
+                step, parts["parameters"], parts["buffers"], sizes, steps, parts["preconditioner"], about["optimizer"]
+            )
+
+    def checkpoint_steps(self) -> list[int]:
+        """The steps of the stored checkpoints, in order."""
+        names = [file.stem for file in (self.directory / _CHECKPOINTS).glob(f"step-*{_SUFFIX}")]
+        return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdecimal())
+
+    def keep_checkpoint(self, checkpoint: Checkpoint, count: int, size: int) -> bool:
+        """Writes a checkpoint, and drops others until the budget is kept; see `one_too_many`.
+
+        The step sizes of a dropped one are added to those of the next.
+
+        Args:
+            checkpoint: The latest of the run.
+            count: Largest number of checkpoints.
+            size: Largest number of bytes of all their files.
+
+        Returns:
+            Whether it was kept: not if it alone is over the budget.
+
+        Raises:
+            StoreError: A file cannot be written.
+        """
+        if not count or checkpoint.bytes > size:
+            return False
+        self.write_checkpoint(checkpoint)
+        steps = self.checkpoint_steps()
+        while len(steps) > 1 and (len(steps) > count or self._checkpoint_bytes(steps) > size):
+            place = one_too_many(steps)
+            dropped, following = (self.read_checkpoint(step) for step in steps[place : place + 2])
+            # In this order: a writer killed in between leaves steps that are counted twice, see `checkpoints`.
+            self.write_checkpoint(following.standing_for(dropped))
+            with suppress(OSError):
+                self._checkpoint_path(steps.pop(place)).unlink()
+        return True
+
+    def checkpoints(self) -> Sequence[Checkpoint]:
+        """The stored checkpoints, in order; each is read when it is asked for."""
+        return _StoredCheckpoints(self)
+
+    def _checkpoint_bytes(self, steps: Sequence[int]) -> int:
+        return sum(self._checkpoint_path(step).stat().st_size for step in steps)
+
+    def _checkpoint_path(self, step: int) -> Path:
+        return self.directory / _CHECKPOINTS / f"step-{step:08d}{_SUFFIX}"
 
     def _factor_path(self, block_name: str) -> Path:
         return self.directory / _FACTORS / _encode(block_name)
@@ -335,6 +420,44 @@ class AuditStore:
             raise StoreError(f"{path} cannot be read: {error}. Run the audit again.") from error
 
 
+class _StoredCheckpoints(Sequence[Checkpoint]):
+    """Checkpoints that stay on the disk until they are asked for.
+
+    Of a dropped checkpoint whose steps the next one has taken over, a killed writer may have left the file.
+    """
+
+    def __init__(self, store: AuditStore) -> None:
+        self._store = store
+        steps: list[int] = []
+        taken_over = math.inf
+        for step in reversed(store.checkpoint_steps()):
+            if step <= taken_over:
+                steps.insert(0, step)
+                taken_over = step - store.read_checkpoint(step).steps
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @overload
+    def __getitem__(self, place: int) -> Checkpoint: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Checkpoint]: ...
+    def __getitem__(self, place: int | slice) -> Checkpoint | Sequence[Checkpoint]:
+        if isinstance(place, slice):
+            return [self._store.read_checkpoint(step) for step in self._steps[place]]
+        return self._store.read_checkpoint(self._steps[place])
+
+
+def _loaded(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    # In one go: `safe_open` opens the file again for the data, which by then may be another one.
+    data = path.read_bytes()
+    tensors = safetensors.torch.load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__", {})
+
+
 def _local(directory: str | os.PathLike[str]) -> Path:
     text = os.fspath(directory)
     if "://" in text:
@@ -362,7 +485,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `path` that takes its place once the body has succeeded."""
     temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
-        if path.parent.name == _FACTORS:
+        if path.parent.name in (_FACTORS, _CHECKPOINTS):
             path.parent.mkdir(exist_ok=True)  # copying tools drop empty folders
         for leftover in path.parent.glob(f".tmp-????????-{path.name}"):
             leftover.unlink(missing_ok=True)

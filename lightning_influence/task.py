@@ -117,9 +117,11 @@ class LossTap(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the call unchanged and take note of it."""
+        if not known_loss(func):  # nearly all of them, in every training step
+            return func(*args, **(kwargs or {}))
         kwargs = all_arguments(func, kwargs or {})
         output = func(*args, **kwargs)
-        if self._listening and known_loss(func):
+        if self._listening:
             call = read_call(func, args, kwargs, output)
             if call is not None and call.output.requires_grad and call.in_graph:
                 self.calls.append(call)

@@ -3,7 +3,8 @@
 The mean loss over ``n`` examples has its minimum at ``θ``. Without the examples ``R`` it moves to about
 ``θ + 1/n (C + λ)⁻¹ Σ_R g_z`` (Koh & Liang 2017, 1703.04730); with other labels to
 ``θ - 1/n (C + λ)⁻¹ Σ_R (∇ℓ(z̃) - ∇ℓ(z))``. Both are as good as the curvature and the distance to a minimum allow; an
-update says how large it is, and is tried on a copy first.
+update says how large it is, and is tried on a copy first. After a run,
+``InfluenceAudit.unlearner`` has all that it takes.
 
 Index legend: ``m`` removed examples, ``d`` draws of labels, ``k, o, i`` a block's groups, outputs, inputs.
 """
@@ -12,23 +13,29 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_influence import memory
-from lightning_influence.curvature import BlockCoordinates, Curvature, IndefiniteError
+from lightning_influence.curvature import BlockCoordinates, Curvature, IndefiniteError, fit
 from lightning_influence.curvature.full import joined_gradients
+from lightning_influence.influence import InfluencePlan
 from lightning_influence.passes import ExampleGradients
-from lightning_influence.relabel import Relabelled, find_label
+from lightning_influence.relabel import LabelError, Relabelled, find_label
 from lightning_influence.scoring import mean_gradient
 from lightning_influence.source import ExampleSource
 
 _Module = TypeVar("_Module", bound=nn.Module)
+WeightDecay = float | Mapping[str, float]
+Indices = Sequence[int] | Tensor | NDArray[Any]
 
 # The step assumes that the loss is quadratic between the two minima; beyond this share of the weights it hardly is.
 _LARGE = 0.1
@@ -104,13 +111,136 @@ def _length(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(sum(float(tensor.detach().double().square().sum()) for tensor in tensors))
 
 
+class Unlearner:
+    """Removal and repair for one trained model: what ``newton_removal`` and ``label_repair`` take, put together once.
+
+    Args:
+        gradients: Passes over the training data, at the trained weights.
+        curvature: Fitted on them; any of the ladder.
+        examples: Dataset indices of the examples that the model was trained on.
+        labels: Dataset index to given label, see ``label_repair``; without them labels can't be repaired.
+        weight_decay: Coefficient of the L2 term in the loss, see ``newton_removal``.
+    """
+
+    def __init__(
+        self,
+        gradients: ExampleGradients,
+        curvature: Curvature,
+        examples: Iterable[int],
+        *,
+        labels: Mapping[int, int] | None = None,
+        weight_decay: WeightDecay = 0.0,
+    ) -> None:
+        self.gradients = gradients
+        self.curvature = curvature
+        self.examples = frozenset(examples)
+        self.labels = dict(labels or {})
+        self.weight_decay = weight_decay
+        # The gradients are taken when asked for; those of other weights would not go with the curvature.
+        self._weights = {name: p.detach().clone() for name, p in _covered(gradients).items()}
+
+    @classmethod
+    def fitted(
+        cls,
+        gradients: ExampleGradients,
+        plan: InfluencePlan,
+        examples: Sequence[int],
+        *,
+        labels: Mapping[int, int] | None = None,
+        weight_decay: WeightDecay = 0.0,
+    ) -> Unlearner:
+        """Fit the curvature of a plan at the weights that the model has now.
+
+        Raises:
+            ValueError: If no example has finite gradients, or the memory does not suffice.
+            IndefiniteError: If the curvature with its damping is not positive definite.
+        """
+        gradients.calibrate(examples)
+        curvature = fit(
+            gradients,
+            plan.curvature,
+            examples,
+            examples=plan.examples,
+            labels=plan.labels,
+            damping=plan.damping.absolute,
+            solver=plan.solver,
+        )
+        return cls(gradients, curvature, examples, labels=labels, weight_decay=weight_decay)
+
+    def newton_removal(self, indices: Indices, *, leverage: bool = False) -> ParameterUpdate:
+        """Return the change of the parameters that leaving out some examples makes; see the function of that name.
+
+        Args:
+            indices: Dataset indices of the examples.
+            leverage: Whether to take them out of the curvature, too: what a group needs.
+
+        Raises:
+            ValueError: If the model was not trained on an example, or its weights have changed since; and as the
+                function.
+            IndefiniteError, SolverError, TaskError: As the function.
+        """
+        self._check(indices)
+        return newton_removal(
+            self.gradients,
+            self.curvature,
+            indices,
+            len(self.examples),
+            weight_decay=self.weight_decay,
+            leverage=leverage,
+        )
+
+    def label_repair(self, indices: Indices, labels: Indices) -> ParameterUpdate:
+        """Return the change of the parameters that training with other labels makes; see the function of that name.
+
+        Args:
+            indices: Dataset indices of the examples.
+            labels: A new label for each of them.
+
+        Raises:
+            LabelError: If a label is not among those of the training data; and as the function.
+            ValueError: If there are not as many labels as indices; and as ``newton_removal``.
+            SolverError: As the function.
+        """
+        self._check(indices)
+        if len(indices) != len(labels):
+            raise ValueError(f"there are {len(indices)} indices and {len(labels)} labels; expected a label for each.")
+        values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
+        new = dict(zip(_checked(indices, len(self.gradients.source)), values, strict=True))
+        classes = set(self.labels.values())
+        unknown = {index: label for index, label in new.items() if label not in classes}
+        if unknown:
+            raise LabelError(
+                f"new labels {dict(list(unknown.items())[:5])} are none that the training data have; expected classes "
+                f"among {sorted(classes)[:20]}."
+                if classes
+                else "the given labels are not known, so there is nothing that tells where the data hold them."
+            )
+        return label_repair(self.gradients, self.curvature, new, len(self.examples), self.labels)
+
+    def _check(self, indices: Indices) -> None:
+        strangers = sorted(set(_checked(indices, len(self.gradients.source))) - self.examples)
+        if strangers:
+            raise ValueError(f"the model was not trained on the examples {strangers[:10]}: there is nothing to undo.")
+        now = _covered(self.gradients)
+        if any(p.device != self._weights[name].device for name, p in now.items()):
+            raise ValueError(
+                f"the model has moved to {self.gradients.device} since the curvature was fitted; move it back, or make "
+                "another Unlearner."
+            )
+        if not all(torch.equal(p, self._weights[name]) for name, p in now.items()):
+            raise ValueError(
+                "the weights have changed since the curvature was fitted (an update applied, a checkpoint loaded, more "
+                "training); make another Unlearner, and change all examples of a group at once."
+            )
+
+
 def newton_removal(
     gradients: ExampleGradients,
     curvature: Curvature,
-    removed: Sequence[int],
+    removed: Indices,
     examples: int,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: WeightDecay = 0.0,
     leverage: bool = False,
 ) -> ParameterUpdate:
     """Return the change of the parameters that leaving out some training examples makes, to first order.
@@ -120,8 +250,8 @@ def newton_removal(
         curvature: Fitted on them; any of the ladder.
         removed: Dataset indices.
         examples: Number of training examples ``n`` that the loss was the mean of, the removed ones included.
-        weight_decay: Coefficient of an L2 term ``½ wd ‖θ‖²`` in the loss, which does not shrink with the data; the
-            damping of the curvature should be it.
+        weight_decay: Coefficient of an L2 term ``½ wd ‖θ‖²`` in the loss, which does not shrink with the data; one for
+            all parameters, or by name. The damping of the curvature should hold it.
         leverage: Whether to take the removed examples out of the curvature, too: without it a group moves less than it
             should, the more the larger its share. One solve for each removed example and class.
 
@@ -139,9 +269,8 @@ def newton_removal(
     if len(chosen) >= examples:
         raise ValueError(f"{len(chosen)} of {examples} examples are to be removed; expected some to be left.")
     total = _summed(gradients, chosen)
-    if weight_decay:
-        for name, values in _values(gradients).items():
-            total[name] += weight_decay * len(chosen) * values
+    for name, decayed in _decayed(gradients, weight_decay).items():
+        total[name] += len(chosen) * decayed
     step = {name: value / examples for name, value in curvature.solve(total).items()}
     if leverage:
         step = _corrected(gradients, curvature, chosen, examples, step)
@@ -184,8 +313,16 @@ def label_repair(
     return _update(gradients, curvature.solve(change), f"repair of {len(chosen)} labels")
 
 
-def _checked(indices: Sequence[int], size: int) -> list[int]:
-    chosen = [int(index) for index in indices]
+def _covered(gradients: ExampleGradients) -> dict[str, nn.Parameter]:
+    return {name: p for block in gradients.coverage.blocks.values() for name, p in block.parameters.items()}
+
+
+def _checked(indices: Indices, size: int) -> list[int]:
+    values = indices.tolist() if isinstance(indices, (Tensor, np.ndarray)) else list(indices)
+    odd = [value for value in values if isinstance(value, bool) or not hasattr(value, "__index__")]
+    if odd:
+        raise ValueError(f"indices must be integers, got {odd[:5]}; a mask becomes indices by `mask.nonzero()`.")
+    chosen = [operator.index(value) for value in values]
     if not chosen:
         raise ValueError("there is no example to remove or repair; pass at least one index.")
     outside = [index for index in chosen if not 0 <= index < size]
@@ -203,13 +340,19 @@ def _summed(gradients: ExampleGradients, indices: list[int]) -> dict[str, Tensor
             bad += [index for index, finite in zip(batch.indices, batch.finite.tolist(), strict=True) if not finite]
     if bad:
         raise ValueError(f"the examples {bad[:10]} have non-finite losses or gradients; leave them out.")
-    return {name: mean * len(indices) for name, mean in mean_gradient(gradients, indices).items()}
+    return {name: mean * len(indices) for name, mean in mean_gradient(gradients, indices, title="").items()}
 
 
-def _values(gradients: ExampleGradients) -> dict[str, Tensor]:
-    """Return the parameters themselves, by block."""
+def _decayed(gradients: ExampleGradients, weight_decay: WeightDecay) -> dict[str, Tensor]:
+    """Return the gradient of the L2 term, by block; nothing if there is none."""
+    if not isinstance(weight_decay, Mapping):
+        weight_decay = dict.fromkeys(_covered(gradients), weight_decay)
+    if not any(weight_decay.values()):
+        return {}
     return {
-        name: block.from_parameters({own: p.detach() for own, p in block.parameters.items()})
+        name: block.from_parameters(
+            {own: weight_decay.get(own, 0.0) * p.detach() for own, p in block.parameters.items()}
+        )
         for name, block in gradients.coverage.blocks.items()
     }
 

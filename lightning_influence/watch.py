@@ -31,7 +31,7 @@ class FunctionWatch(TorchFunctionMode, ABC):
         if func == F.multi_head_attention_forward:
             # Its linear maps are the layers. This copy does not ask the mode again, so the mode can see what it calls.
             with self:
-                return _attention(*args, **kwargs)
+                return visible_attention(*args, **kwargs)
         before: tuple[Any, ...] | None = None
         if func in IN_PLACE and any(id(tensor) in self.followed for tensor in tensors_in((args, kwargs))):
             before = (args[0].detach().clone(), *args[1:])
@@ -64,8 +64,8 @@ class FunctionWatch(TorchFunctionMode, ABC):
         """
 
 
-# The function, with a `has_torch_function` of its own that says no.
-_attention = types.FunctionType(
+# The function, with a `has_torch_function` of its own that says no: the calls that it makes can be watched.
+visible_attention = types.FunctionType(
     F.multi_head_attention_forward.__code__,
     {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda arguments: False},
     "multi_head_attention_forward",

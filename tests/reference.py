@@ -457,6 +457,68 @@ def tracin_self(
     return total
 
 
+def source_dense(queries: Tensor, segments: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Return SOURCE scores `g_qᵀ Σ_l (Π_{m>l} S_m) r_l: [Q, N]` (Bae et al. 2024, 2405.12186), without the `1/N`.
+
+    By matrix exponentials: `S = exp(-D C)`, and `r = ∫_0^1 exp(-s D C) D ds ḡ`, the upper right block of
+    `exp([[-D C, D], [0, 0]])`, which needs no inverse of `C`.
+
+    Args:
+        queries: Their gradients at the end of training, `[Q, P]`.
+        segments: In the order of training: curvature with weight decay `C: [P, P]`, step sizes `D: [P]`, summed over
+            the segment's steps, and the examples' gradients, averaged over its checkpoints, `[N, P]`.
+    """
+    scores = torch.zeros(len(queries), len(segments[0][2]), dtype=torch.float64)
+    for place, (curvature, sizes, gradients) in enumerate(segments):
+        size = len(sizes)
+        generator = torch.zeros(2 * size, 2 * size, dtype=torch.float64)
+        generator[:size, :size] = -torch.diag(sizes) @ curvature
+        generator[:size, size:] = torch.diag(sizes)
+        moved = torch.linalg.matrix_exp(generator)[:size, size:] @ gradients.T
+        for later, later_sizes, _ in segments[place + 1 :]:
+            moved = torch.linalg.matrix_exp(-torch.diag(later_sizes) @ later) @ moved
+        scores += queries @ moved
+    return scores
+
+
+def diff_in_dense(queries: Tensor, gradients: Tensor, hessians: Tensor, batch: Sequence[int], sizes: Tensor) -> Tensor:
+    """Return `g_qᵀ D (H_B D g_z + H_z D g_B): [Q, N]`, the term of one checkpoint of Diff-In (2508.14648).
+
+    Args:
+        queries: Their gradients, `[Q, P]`.
+        gradients: The examples' gradients, `[N, P]`.
+        hessians: The examples' Hessians, `[N, P, P]`.
+        batch: Examples of the batch `B`.
+        sizes: Step size of every parameter, `[P]`.
+    """
+    mean_hessian, mean_gradient = hessians[list(batch)].mean(0), gradients[list(batch)].mean(0)
+    scores = torch.zeros(len(queries), len(gradients), dtype=torch.float64)
+    for q, query in enumerate(queries):
+        for n in range(len(gradients)):
+            change = mean_hessian @ (sizes * gradients[n]) + hessians[n] @ (sizes * mean_gradient)
+            scores[q, n] = (sizes * query) @ change
+    return scores
+
+
+def z0_dense(queries: Tensor, examples: Tensor, weights: Sequence[Tensor], sizes: Sequence[Tensor]) -> Tensor:
+    """Return `Σ_t ĝ_t(q)ᵀ D_t ĝ_t(z): [Q, N]` with `ĝ = D⁻¹ Δ δ / (Δᵀ D⁻¹ Δ)` (Z0-Inf, 2510.11832, with step sizes).
+
+    Args:
+        queries: Their losses at `T + 1` checkpoints, `[T + 1, Q]`.
+        examples: Those of the examples, `[T + 1, N]`.
+        weights: The parameters at the checkpoints, `[P]` each.
+        sizes: Step sizes between them, `T` of `[P]`.
+    """
+    scores = torch.zeros(queries.shape[1], examples.shape[1], dtype=torch.float64)
+    for t, size in enumerate(sizes):
+        move = weights[t + 1] - weights[t]
+        direction = move / size / (move @ (move / size))
+        of_queries = torch.outer(queries[t + 1] - queries[t], direction)
+        of_examples = torch.outer(examples[t + 1] - examples[t], direction)
+        scores += of_queries @ torch.diag(size) @ of_examples.T
+    return scores
+
+
 def flatten_gradients(gradients: Mapping[str, Tensor], params: Sequence[str] | None = None) -> Tensor:
     """Return `per_example_gradients` as `[N, P]`, in the parameter order of `ggn_dense`."""
     names = list(gradients) if params is None else list(params)

@@ -38,7 +38,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
 
-from lightning_influence import AuditReport, InfluenceAudit
+from lightning_influence import AuditReport, InfluenceAudit, TracIn
 from lightning_influence.callbacks.bridge import check_strategy
 from lightning_influence.coverage import cover
 from lightning_influence.passes import ExampleGradients
@@ -270,7 +270,7 @@ def test_tracin_is_the_sum_over_epoch_ends(optimizer: Any, accumulate: int, tmp_
 def test_tracin_every_n_epochs(every: int, epochs: int, ends: list[int], tmp_path: Path) -> None:
     """Steps between checkpoints count towards the next one; the last weights are always a checkpoint."""
     model = Traveller(scheduled)
-    audit = InfluenceAudit(curvature="identity", every_n_epochs=every)
+    audit = InfluenceAudit(curvature="identity", tracin=TracIn(every_n_epochs=every))
     report, _ = fit(model, audit, tmp_path, loader(DOUBLE), max_epochs=epochs)
     close(report.columns["tracin"], model.tracin(DOUBLE, ends))
     assert report.manifest["tracin_steps"] == [5 * (end + 1) for end in ends]
@@ -306,7 +306,7 @@ def test_the_last_weights_count_once_however_training_ends(
 
 
 def test_without_tracin_there_is_no_such_column(tmp_path: Path) -> None:
-    audit = InfluenceAudit(every_n_epochs=None)
+    audit = InfluenceAudit(tracin=None)
     report, _ = fit(Classifier(), audit, tmp_path, loader(vectors()))
     assert "tracin" not in report.columns
     assert report.manifest["tracin_steps"] == []
@@ -379,9 +379,7 @@ def test_final_scores_equal_the_dense_reference(
     make_model, make_data = NETWORKS[network]
     train, validation = make_data(16, 1), make_data(7, 2)
     model = make_model().double()
-    audit = InfluenceAudit(
-        curvature=curvature, fisher=fisher, damping=damping, factor_examples=None, every_n_epochs=None
-    )
+    audit = InfluenceAudit(curvature=curvature, fisher=fisher, damping=damping, factor_examples=None, tracin=None)
     report, _ = fit(model, audit, tmp_path, loader(train, shuffle=True), loader(validation, batch_size=3))
 
     scores, harm = torch.zeros(16, dtype=torch.float64), torch.zeros(16, dtype=torch.float64)
@@ -534,7 +532,11 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
     assert manifest["nonfinite"] == []
     assert manifest["arguments"] == {
         "curvature": "ekfac", "fisher": "auto", "damping": "auto", "solver": "auto", "factor_examples": 9,
-        "every_n_epochs": 1, "layers": None, "uncovered": "report", "task": None, "verify": True,
+        "tracin": {
+            "mode": "epoch", "every_n_epochs": 1, "every_n_steps": 1, "layers": None, "overhead": None,
+            "keep_checkpoints": 10, "keep_bytes": 2**30,
+        },
+        "layers": None, "uncovered": "report", "task": None, "verify": True,
     }  # fmt: skip
     assert set(manifest["versions"]) == {"python", "lightning-influence", "lightning", "torch"}
     assert manifest["coverage"]["share"] == 1.0
@@ -1126,7 +1128,7 @@ def test_a_batch_that_collation_drops_does_not_shift_the_others(tmp_path: Path) 
 
     seen: dict[int, float] = {}
     data = TensorDataset(*vectors().tensors[:2], torch.arange(22))
-    audit = InfluenceAudit(verify=False, every_n_epochs=None)
+    audit = InfluenceAudit(verify=False, tracin=None)
     trainer = make_trainer(tmp_path, callbacks=[audit], max_epochs=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

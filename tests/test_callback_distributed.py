@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, Sampler, SubsetRandomSampler, TensorDataset
 
 import lightning_influence
-from lightning_influence import AuditReport, DemographicParityGap, InfluenceAudit, Queries
+from lightning_influence import AuditReport, DemographicParityGap, InfluenceAudit, Queries, TracIn
 
 # An odd number: the sampler pads the last batch with an example that was seen before.
 SIZE, QUERIES, EPOCHS, PER_PROCESS = 23, 7, 3, 4
@@ -57,7 +57,9 @@ class Scenario:
 SCENARIOS = {
     "ekfac": Scenario(),
     "kfac": Scenario(audit={"curvature": "kfac", "fisher": "empirical", "factor_examples": 11, "damping": 0.01}),
-    "every second epoch": Scenario(audit={"curvature": "identity", "every_n_epochs": 2}),
+    "every second epoch": Scenario(audit={"curvature": "identity", "tracin": TracIn(every_n_epochs=2)}),
+    "in flight": Scenario(audit={"curvature": "identity", "tracin": "step"}, shuffle=True),
+    "in flight, resumed": Scenario(audit={"curvature": "identity", "tracin": "step"}, resume=True),
     "limited": Scenario(audit={"curvature": "diagonal"}, trainer={"limit_train_batches": 2}),
     "shuffled": Scenario(audit={"curvature": "identity"}, shuffle=True, epochs=8),
     "not finite": Scenario(bad=(2, 9, 15)),

@@ -19,7 +19,7 @@ from models import Numbered, Validated, leftovers, loader, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from lightning_influence import AuditReport, InfluenceAudit
+from lightning_influence import AuditReport, InfluenceAudit, TracIn
 from lightning_influence.callbacks import influence_audit
 
 DOUBLE = vectors(dtype=torch.float64)
@@ -134,11 +134,12 @@ def test_resumed_after_the_last_epoch_of_a_shorter_run(
     stop: int, every: int | None, straight: Any, tmp_path: Path
 ) -> None:
     """The first run takes its last weights in the final pass, after the checkpoint was written."""
-    run(tmp_path / "first", epochs=stop, audits=[InfluenceAudit(every_n_epochs=every)])
-    audit = InfluenceAudit(every_n_epochs=every)
+    settings = None if every is None else TracIn(every_n_epochs=every)
+    run(tmp_path / "first", epochs=stop, audits=[InfluenceAudit(tracin=settings)])
+    audit = InfluenceAudit(tracin=settings)
     checkpoint = tmp_path / "first" / "kept" / f"step={5 * stop}.ckpt"
     run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=checkpoint)
-    check_same(audit.report, straight(every_n_epochs=every))
+    check_same(audit.report, straight(tracin=settings))
     assert audit.report is not None
     assert audit.report.columns["times_seen"].tolist() == [4] * 22
 
@@ -146,25 +147,53 @@ def test_resumed_after_the_last_epoch_of_a_shorter_run(
 @pytest.mark.parametrize("every", [1, 2])
 def test_resumed_from_a_checkpoint_saved_after_training(every: int, straight: Any, tmp_path: Path) -> None:
     """Here the final pass of the first run is in the state: its weights must not count twice."""
-    trainer, _ = run(tmp_path / "first", epochs=2, audits=[InfluenceAudit(every_n_epochs=every)])
+    settings = TracIn(every_n_epochs=every)
+    trainer, _ = run(tmp_path / "first", epochs=2, audits=[InfluenceAudit(tracin=settings)])
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
-    audit = InfluenceAudit(every_n_epochs=every)
+    audit = InfluenceAudit(tracin=settings)
     run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=tmp_path / "saved.ckpt")
-    check_same(audit.report, straight(every_n_epochs=every))
+    check_same(audit.report, straight(tracin=settings))
 
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_resumed_after_a_crash(every: int, straight: Any, tmp_path: Path) -> None:
     """From the last epoch's end before the crash; what was recorded after it is forgotten."""
+    settings = TracIn(every_n_epochs=every)
     torch.manual_seed(3)
-    first = InfluenceAudit(every_n_epochs=every)
+    first = InfluenceAudit(tracin=settings)
     with pytest.raises(RuntimeError, match="lightning struck"):
         run(tmp_path / "first", epochs=4, audits=[first], model=Diary(fails_in_epoch=2))
     checkpoint = tmp_path / "first" / "kept" / "step=10.ckpt"
     for number in range(2):  # a checkpoint can be resumed from more than once
-        audit = InfluenceAudit(every_n_epochs=every)
+        audit = InfluenceAudit(tracin=settings)
         run(tmp_path / f"again{number}", epochs=4, audits=[audit], ckpt_path=checkpoint)
-        check_same(audit.report, straight(every_n_epochs=every))
+        check_same(audit.report, straight(tracin=settings))
+
+
+@pytest.mark.parametrize("mode", ["epoch", "step"])
+def test_kept_checkpoints_come_along(mode: Any, straight: Any, tmp_path: Path) -> None:
+    """The resumed run's directory holds those of the whole run, and its scores in flight are the whole run's."""
+    settings = TracIn(mode=mode)
+    run(tmp_path / "first", epochs=2, audits=[InfluenceAudit(tracin=settings)])
+    audit = InfluenceAudit(tracin=settings)
+    run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=tmp_path / "first" / "kept" / "step=10.ckpt")
+    check_same(audit.report, straight(tracin=settings))
+    assert audit.report is not None
+    assert [kept.step for kept in audit.report.checkpoints()] == [5, 10, 15, 20]
+    for kept, other in zip(audit.report.checkpoints(), straight(tracin=settings).checkpoints(), strict=True):
+        assert kept.step_sizes == other.step_sizes
+        assert all(torch.equal(value, other.parameters[name]) for name, value in kept.parameters.items())
+
+
+def test_in_flight_resumed_after_a_crash(straight: Any, tmp_path: Path) -> None:
+    """Batches after the checkpoint were recorded before the crash; they count once."""
+    settings = TracIn(mode="step", every_n_steps=2)
+    torch.manual_seed(3)
+    with pytest.raises(RuntimeError, match="lightning struck"):
+        run(tmp_path / "first", epochs=4, audits=[InfluenceAudit(tracin=settings)], model=Diary(fails_in_epoch=2))
+    audit = InfluenceAudit(tracin=settings)
+    run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=tmp_path / "first" / "kept" / "step=10.ckpt")
+    check_same(audit.report, straight(tracin=settings))
 
 
 @pytest.mark.parametrize("stop", [1, 2])
@@ -277,7 +306,7 @@ def test_a_resumed_run_may_write_elsewhere(straight: Any, tmp_path: Path) -> Non
     [
         {"curvature": "identity"},
         {"damping": 0.5},
-        {"every_n_epochs": 2},
+        {"tracin": TracIn(every_n_epochs=2)},
         {"factor_examples": 7},
         {"fisher": "empirical"},
         {"task": lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])},

@@ -35,7 +35,7 @@ from models import (
 from torch import Tensor
 from torch.utils.data import BatchSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from lightning_influence import InfluenceAudit
+from lightning_influence import InfluenceAudit, TracIn
 
 
 @dataclass
@@ -73,8 +73,17 @@ SETTINGS = {
     "workers": Setting(loader=WORKERS),
     "persistent workers": Setting(loader={**WORKERS, "persistent_workers": True}, trainer={"max_epochs": 3}),
     "accumulation and clipping": Setting(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
-    "every second epoch": Setting(trainer={"max_epochs": 3}, audit={"every_n_epochs": 2}),
-    "no TracIn": Setting(audit={"every_n_epochs": None, "verify": False}),
+    "every second epoch": Setting(trainer={"max_epochs": 3}, audit={"tracin": TracIn(every_n_epochs=2)}),
+    "in flight": Setting(trainer={"max_epochs": 3}, audit={"tracin": "step"}),
+    "in flight, adam": Setting(model={"optimizer": "adam"}, audit={"tracin": "step"}),
+    "in flight, lbfgs": Setting(model={"optimizer": "lbfgs"}, audit={"tracin": "step"}),
+    "in flight, accumulated and clipped": Setting(
+        trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}, audit={"tracin": "step"}
+    ),
+    "in flight, bfloat16": Setting(trainer={"precision": "bf16-mixed"}, audit={"tracin": "step"}),
+    "in flight, some batches": Setting(audit={"tracin": TracIn(mode="step", every_n_steps=2)}),
+    "in flight, a budget": Setting(audit={"tracin": TracIn(mode="step", overhead=0.1)}),
+    "no TracIn": Setting(audit={"tracin": None, "verify": False}),
     "diagonal": Setting(audit={"curvature": "diagonal", "fisher": "empirical"}),
     "64-true": Setting(trainer={"precision": "64-true"}),
     "bf16-mixed": Setting(trainer={"precision": "bf16-mixed"}),
@@ -286,7 +295,7 @@ def test_old_loaders_are_let_go(tmp_path: Path) -> None:
         tmp_path,
         max_epochs=4,
         reload_dataloaders_every_n_epochs=1,
-        callbacks=[InfluenceAudit(every_n_epochs=None, curvature="identity")],
+        callbacks=[InfluenceAudit(tracin=None, curvature="identity")],
     )
     trainer.fit(Counts(), datamodule=Data(setting))
     # The old one may still be there while the new one starts.

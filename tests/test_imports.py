@@ -46,20 +46,31 @@ ORDER = (
     "passes",
     "per_sample",
     "verify",
+    "optimizers",
     "curvature",
     "tracin",
     "dynamics",
+    "in_flight",
+    "pacing",
     "neighbours",
     "scoring",
     "measurements",
     "queries",
     "score_matrix",
     "pairwise",
+    "pair_sums",
+    "unrolling",
+    "zeroth_order",
+    "diff_in",
+    "dropout_masks",
     "query_pairs",
+    "tracin_pairs",
     "influence",
     "relabel",
     "unlearning",
     "store",
+    "ensemble",
+    "acting",
     "audit",
     "metrics",
     "tensorboard",
@@ -67,7 +78,8 @@ ORDER = (
     "cli",
 )
 MAY_IMPORT_LIGHTNING = {"callbacks", "cli"}
-MAY_WATCH_FUNCTIONS = {"watch", "task"}
+# Watching, but for dropout masks, which stand in for the call: a sub-network is no matter of looking on.
+MAY_WATCH_FUNCTIONS = {"watch", "task", "dropout_masks"}
 MAY_COMMUNICATE = {"distributed"}
 STANDS_ALONE = {"metrics"}
 

@@ -21,7 +21,10 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lightning_influence import per_sample
 from lightning_influence.curvature import products
-from lightning_influence.curvature.products import CurvatureProduct, FlatParameters, GGNProduct, HessianProduct
+from lightning_influence.curvature.flat import FlatParameters
+from lightning_influence.curvature.ggn import GGNProduct
+from lightning_influence.curvature.hessian import HessianProduct
+from lightning_influence.curvature.products import CurvatureProduct
 from lightning_influence.curvature.solvers import (
     IndefiniteError,
     Solution,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
+from collections import defaultdict, namedtuple
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,10 +74,11 @@ class Ridge:
         self.net = self.solved(list(range(30)))
         self.gradients = passes(self.net, squares, self.x, self.y)
 
-    def solved(self, rows: list[int]) -> nn.Linear:
+    def solved(self, rows: list[int], y: Tensor | None = None) -> nn.Linear:
+        y = self.y if y is None else y
         ones = torch.cat([self.x[rows], torch.ones(len(rows), 1).double()], 1)
         matrix = 2 * ones.T @ ones / len(rows) + DECAY * torch.eye(6).double()
-        theta = torch.linalg.solve(matrix, 2 * ones.T @ self.y[rows] / len(rows))
+        theta = torch.linalg.solve(matrix, 2 * ones.T @ y[rows] / len(rows))
         net = nn.Linear(5, 1).double()
         with torch.no_grad():
             net.weight.copy_(theta[None, :5])
@@ -112,6 +115,39 @@ class TestRidge:
         update = newton_removal(ridge.gradients, curvature, [0, 7, 29], 30, weight_decay=DECAY, leverage=True)
         expected = flat(ridge.solved([i for i in range(n) if i not in (0, 7, 29)]))
         torch.testing.assert_close(flat(update.applied_to_copy(ridge.net)), expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("repaired", [[3], [0, 7, 29], list(range(12))], ids=len)
+    def test_repair_is_retraining(self, repaired: list[int]) -> None:
+        """Other targets leave the curvature of a squared error alone, so the step is exact for any number of them."""
+        ridge = Ridge()
+        ridge.y = ridge.y.round()
+        wrong = ridge.y.clone()
+        wrong[repaired] += 3
+        ridge.net, expected = ridge.solved(list(range(30)), wrong), flat(ridge.solved(list(range(30)), ridge.y))
+        gradients = passes(ridge.net, squares, ridge.x, wrong)
+        known = dict(enumerate(wrong.long().tolist()))
+        labels = {n: int(ridge.y[n]) for n in repaired}
+        way = (expected - flat(ridge.net)).norm()
+        missed = {}
+        for name, damping in (("ggn", DECAY), ("identity", 0.0)):
+            update = label_repair(gradients, curvature_of(gradients, name, damping), labels, 30, known)
+            missed[name] = float((flat(update.applied_to_copy(ridge.net)) - expected).norm() / way)
+        assert missed["ggn"] < 1e-8
+        assert missed["identity"] > 0.1
+
+    def test_weight_decay_by_name(self) -> None:
+        ridge = Ridge()
+        curvature = curvature_of(ridge.gradients, "ggn", DECAY)
+
+        def step(weight_decay: Any) -> ParameterUpdate:
+            return newton_removal(ridge.gradients, curvature, [3], 30, weight_decay=weight_decay)
+
+        every = step({"weight": DECAY, "bias": DECAY})
+        torch.testing.assert_close(every.changes["weight"], step(DECAY).changes["weight"])
+        torch.testing.assert_close(every.changes["bias"], step(DECAY).changes["bias"])
+        only = step({"weight": DECAY})
+        assert not torch.allclose(only.changes["bias"], every.changes["bias"], rtol=1e-4)
+        assert torch.equal(step({"bias": 0.0}).changes["weight"], step(0.0).changes["weight"])
 
     def test_what_is_left_has_to_determine_the_weights(self) -> None:
         ridge = Ridge()
@@ -189,6 +225,11 @@ def test_repair_of_labels_in_logistic_regression(logistic: Logistic) -> None:
     with update.applied(net):
         found = logistic.losses(net) - logistic.losses(logistic.net) + true
     assert correlation(found, true) >= 0.99
+    identity = label_repair(
+        gradients, curvature_of(gradients, "identity", 0.0), {n: int(logistic.y[n]) for n in wrong}, 300, known
+    )
+    with identity.applied(net):
+        assert correlation(logistic.losses(net) - logistic.losses(logistic.net) + true, true) < 0.9
 
 
 class TestUpdate:
@@ -243,10 +284,12 @@ class TestUpdate:
         ([30], r"\[30\] are out of range; expected distinct indices from 0 to 29"),
         ([-1], r"\[-1\] are out of range"),
         ([2, 2], "some are named twice"),
+        ([2.0], r"indices must be integers, got \[2.0\]"),
+        (torch.arange(30) < 2, r"a mask becomes indices by `mask.nonzero\(\)`"),
         (list(range(30)), "30 of 30 examples are to be removed; expected some to be left"),
     ],
 )
-def test_wrong_indices(removed: list[int], message: str) -> None:
+def test_wrong_indices(removed: Any, message: str) -> None:
     ridge = Ridge()
     with pytest.raises(ValueError, match=message):
         newton_removal(ridge.gradients, curvature_of(ridge.gradients, "ggn", DECAY), removed, 30)
@@ -283,6 +326,9 @@ CASES = {
     "nested": (lambda n, y: (n, {"meta": {"target": y}, "x": [1.0, 2.0]}), (1, "meta", "target")),
     "named": (lambda n, y: Pair(torch.zeros(2) + n, y), (1,)),
     "list": (lambda n, y: [y, torch.zeros(2) + n], (0,)),
+    "float": (lambda n, y: (torch.zeros(3) + n, torch.tensor(float(y))), (1,)),
+    "default": (lambda n, y: defaultdict(list, x=torch.zeros(2) + n, label=np.int64(y)), ("label",)),
+    "read-only": (lambda n, y: MappingProxyType({"x": n + 0.5, "label": y}), ("label",)),
 }
 LABELS = [0, 1, 2, 1, 0]
 
@@ -297,7 +343,8 @@ def test_labels_are_found_and_replaced(name: str) -> None:
     assert len(changed) == 5
     new = {**known, 1: 7, 3: 9}
     assert find_label(changed, new) == path
-    assert type(changed[1]) is type(data[1])
+    if name != "read-only":
+        assert type(changed[1]) is type(data[1])
     assert repr(changed[0]) == repr(data[0])
     assert repr(changed[-2]) == repr(changed[3])
     # The original is as it was.
@@ -328,6 +375,8 @@ def test_usual_names_win() -> None:
         ({5: 1}, r"there are no examples \[5\]; the data set has 5"),
         ({0: 1.5}, "must be integers"),
         ({0: "a"}, "integers"),
+        ({0: np.float64(1)}, "integers"),
+        ({0: True}, "integers"),
     ],
 )
 def test_wrong_new_labels(labels: Any, message: str) -> None:

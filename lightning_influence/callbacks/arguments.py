@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+
+from lightning_influence.tracin import Mode, TracIn
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -26,6 +28,17 @@ def check_count(name: str, value: object, otherwise: str) -> None:
     """Raise ``ValueError`` unless ``value`` is an integer >= 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}; expected an integer >= 1, or {otherwise}.")
+
+
+def checked_tracin(value: object) -> TracIn | None:
+    """Return the settings that a word stands for; raise ``ValueError`` for anything else."""
+    if value is None or isinstance(value, TracIn):
+        return value
+    if value not in get_args(Mode):
+        raise ValueError(
+            f'tracin={value!r}; expected "epoch" (a pass at epoch ends), "step" (in flight), None, or TracIn(...).'
+        )
+    return TracIn(mode=value)  # type: ignore[arg-type]
 
 
 def checked_indices(indices: Sequence[int] | Tensor | None) -> Tensor | None:

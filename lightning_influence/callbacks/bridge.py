@@ -43,7 +43,8 @@ def surroundings(trainer: Trainer, module: LightningModule) -> Surroundings:
     def to_device(batch: Any) -> Any:
         batch = plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        # Once training has ended, the strategy moves the model off its device.
+        return trainer.strategy.batch_to_device(batch, device=module.device, dataloader_idx=0)
 
     own_precision = not isinstance(plugin, MixedPrecision)
     return {"to_device": to_device, "forward_context": plugin.forward_context if own_precision else nullcontext}
@@ -55,6 +56,11 @@ def example_gradients(
     """Build the engine's passes with the trainer's surroundings and its progress bars."""
     progress = _progress_bar if trainer.progress_bar_callback is not None and trainer.is_global_zero else None
     return ExampleGradients(module, task, source, coverage, progress=progress, **surroundings(trainer, module))
+
+
+def after_training(trainer: Trainer, gradients: ExampleGradients) -> ExampleGradients:
+    """Return the same passes for use once training has ended: what they would log goes nowhere."""
+    return gradients.within(lambda: silenced_loggers(trainer))
 
 
 def audited_indices(trainer: Trainer, seen: list[int], size: int) -> list[int]:
@@ -93,6 +99,18 @@ def check_strategy(trainer: Trainer) -> None:
 def is_dry_run(trainer: Trainer) -> bool:
     """Tell whether this is a ``fast_dev_run``."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def has_loss_scaler(trainer: Trainer) -> bool:
+    """Tell whether losses are scaled before their backward pass (``16-mixed``)."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler is not None and bool(scaler.is_enabled())
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """Return what mixed precision multiplies losses with before their backward pass."""
+    plugin: Any = trainer.precision_plugin
+    return float(plugin.scaler.get_scale()) if has_loss_scaler(trainer) else 1.0
 
 
 def real_loggers(trainer: Trainer) -> list[Logger]:

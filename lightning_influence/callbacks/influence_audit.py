@@ -17,17 +17,21 @@ from torch.utils.data import DataLoader
 from lightning_influence import distributed
 from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.afterwards import MakeUnlearner, unlearner_maker
 from lightning_influence.callbacks.arguments import (
     check_choice,
     check_count,
     check_layers,
     check_number,
     checked_indices,
+    checked_tracin,
 )
 from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
+from lightning_influence.callbacks.flight import FlightRecorder
 from lightning_influence.callbacks.query_report import QueryReport, checked_queries, described
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.reporting import Reporter
+from lightning_influence.checkpoints import Checkpoint
 from lightning_influence.coverage import Coverage, Layers, Uncovered, cover, listed_layers
 from lightning_influence.curvature import (
     CurvatureName,
@@ -40,6 +44,7 @@ from lightning_influence.curvature import (
 from lightning_influence.discover import trace_model
 from lightning_influence.influence import InfluencePlan, influence_scores
 from lightning_influence.layers import LayerError
+from lightning_influence.optimizers import preconditioners
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.query_pairs import Queries
 from lightning_influence.scoring import score_examples
@@ -47,7 +52,8 @@ from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.store import AuditStore, StoreError
 from lightning_influence.task import LossTap, Task, TaskError, TrainingStepTask
 from lightning_influence.trace import Trace
-from lightning_influence.tracin import block_step_sizes
+from lightning_influence.tracin import Mode, StepSize, TracIn, block_step_sizes
+from lightning_influence.unlearning import Unlearner
 from lightning_influence.verify import Inspection, VerificationError, inspect, roomy_batch_size
 
 # Less than this share of the parameters is worth a warning.
@@ -62,9 +68,9 @@ class InfluenceAudit(Callback):
     Training is left bitwise unchanged. The user's own ``training_step`` defines the loss; everything else is read off
     the run. At the end of training the audit lies in ``<log_dir>/influence``, in TensorBoard, and in ``report``.
 
-    During training, loss, margin and EL2N of every example are noted from the training pass itself, and at epoch ends
-    a fixed-order pass adds ``η‖g‖²`` per example (TracIn). At the end, curvature is fitted and one more pass scores
-    every example. Extra passes run in eval mode, in the precision of the weights.
+    During training, loss, margin and EL2N of every example are noted from the training pass itself, and TracIn adds up
+    ``η‖g‖²`` per example, in a fixed-order pass at epoch ends or from the training pass, too. At the end, curvature is
+    fitted and one more pass scores every example. Extra passes run in eval mode, in the precision of the weights.
 
     Args:
         curvature: Approximation behind ``self_influence`` and ``harm``, from the cheapest: ``"identity"`` (plain
@@ -82,7 +88,9 @@ class InfluenceAudit(Callback):
             for the Hessian).
         factor_examples: Number of random examples that the curvature is fitted on; ``"auto"`` gives every factor
             enough rows and does not grow with the data; None takes all.
-        every_n_epochs: Epochs between TracIn checkpoints; None for none.
+        tracin: ``"epoch"``: TracIn by a pass over the training data at ends of epochs. ``"step"``: in flight, at every
+            step, from the training pass itself (automatic optimization only). ``TracIn(...)`` has further settings,
+            such as a budget of time; None for no TracIn.
         layers: What to audit: names of modules (with everything in them), of layers or parameters, glob patterns, or
             types such as ``torch.nn.Linear``; None for everything that is trained.
         uncovered: What to do about trainable parameters whose per-example gradients have no closed form (recurrent
@@ -121,7 +129,7 @@ class InfluenceAudit(Callback):
         damping: Damping = "auto",
         solver: Solver = "auto",
         factor_examples: int | Literal["auto"] | None = "auto",
-        every_n_epochs: int | None = 1,
+        tracin: Mode | TracIn | None = "epoch",
         layers: Layers = None,
         uncovered: Uncovered = "report",
         task: Task | None = None,
@@ -143,8 +151,6 @@ class InfluenceAudit(Callback):
         check_choice("solver", solver, ("auto", "dense", *get_args(IterativeSolver)))
         if factor_examples != "auto" and factor_examples is not None:
             check_count("factor_examples", factor_examples, '"auto", None for all examples')
-        if every_n_epochs is not None:
-            check_count("every_n_epochs", every_n_epochs, "None for no TracIn checkpoints")
         if task is not None and not callable(task):
             raise ValueError(f"task={task!r} is not callable; expected a function (module, batch) -> loss.")
         self.curvature = curvature
@@ -152,7 +158,7 @@ class InfluenceAudit(Callback):
         self.damping = damping
         self.solver = solver
         self.factor_examples = factor_examples
-        self.every_n_epochs = every_n_epochs
+        self.tracin = checked_tracin(tracin)
         self.layers = layers
         self.uncovered = uncovered
         self.task = task
@@ -161,24 +167,29 @@ class InfluenceAudit(Callback):
         self.dirpath = dirpath
         self.verify = verify
         self.report: AuditReport | None = None
+        self._key: str | None = None
         self._recorder = BatchIndexRecorder()
         self._recording: Recording | None = None
         self._reporter: Reporter | None = None
+        self._make_unlearner: MakeUnlearner | None = None
         self._source: ExampleSource | None = None
         self._inspection: Inspection | None = None
         self._trace: Trace | None = None
         # The scale of losses that depend on their batch: labels and weights stay, so one look per run is enough.
         self._references: dict[int, float] | None = None
         self._tap: LossTap | None = None
+        self._flight: FlightRecorder | None = None
         self._batch_indices: list[int] | None = None
         self._restored_state: dict[str, Any] | None = None
 
     @property
     def state_key(self) -> str:
         """Key of the callback's state in checkpoints: two audits of one run have two states."""
-        # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
-        arguments = {name: value for name, value in self._arguments().items() if name != "verify"}
-        return self._generate_state_key(**arguments)
+        if self._key is None:  # asked for at every hook
+            # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
+            arguments = {name: value for name, value in self._arguments().items() if name != "verify"}
+            self._key = self._generate_state_key(**arguments)
+        return self._key
 
     # ------------------------------------------------------------------ start
 
@@ -187,12 +198,17 @@ class InfluenceAudit(Callback):
         if stage != "fit":
             return
         # Of an earlier fit: an error before training starts must not be filed under that one's audit.
-        self.report = self._recording = self._reporter = self._inspection = None
+        self.report = self._recording = self._reporter = self._inspection = self._flight = self._make_unlearner = None
         if self.task is None and not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"InfluenceAudit can't re-run the `training_step` of {type(pl_module).__name__}: with manual "
                 "optimization it steps the optimizers. Pass `InfluenceAudit(task=...)`, a function "
                 "(module, batch) -> loss."
+            )
+        if self.tracin is not None and self.tracin.mode == "step" and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"TracIn in flight can't tell which steps of {type(pl_module).__name__} a backward pass is for: it "
+                'optimizes manually. Pass `tracin="epoch"`.'
             )
         bridge.check_strategy(trainer)
         callbacks: list[Callback] = getattr(trainer, "callbacks", [])
@@ -221,7 +237,7 @@ class InfluenceAudit(Callback):
                 raise DataError(
                     f"known_noise holds the index {int(self.known_noise.max())}; the data have {size} examples."
                 )
-            self._recording = Recording(size, pl_module)
+            self._recording = Recording(size, pl_module, self.tracin)
             self._references = None
             if self._restored_state is not None:
                 self._recording.load_state_dict(self._restored_state)
@@ -240,6 +256,10 @@ class InfluenceAudit(Callback):
                     QueryReport(self.queries).check(trainer, pl_module, self._task, gradients.coverage, validation)
             self._source.pass_batch_size = max(self._source.batch_size, roomy_batch_size(self._inspection))
             self._reporter = self._open_reporter(trainer)
+            if self.tracin is not None:
+                self._reporter.take_over_checkpoints(self.tracin, self._recording, trainer.global_step)
+            if self.tracin is not None and self.tracin.mode == "step":
+                self._flight = self._make_flight(pl_module, self._recording, self.tracin)
             if self._recording.postponed == trainer.global_step and self._recording.step_sizes.steps:
                 self._add_checkpoint(trainer, pl_module, self._recording, self._reporter)
         except (DataError, LayerError, TaskError, VerificationError, StoreError, ValueError) as error:
@@ -278,7 +298,8 @@ class InfluenceAudit(Callback):
         self._stop_tap()
         self._batch_indices = self._recorder.next()
         if self._batch_indices is not None and self._recording is not None:
-            self._tap = LossTap()
+            flight, indices = self._flight, self._batch_indices
+            self._tap = LossTap() if flight is None else flight.tap(trainer, pl_module, indices)
             self._tap.__enter__()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -287,13 +308,22 @@ class InfluenceAudit(Callback):
         if tap is not None and indices is not None and self._recording is not None:
             forms = {} if self._trace is None else self._trace.forms
             self._recording.record_batch(indices, loss, tap.calls, forms)
+            if self._flight is not None:
+                self._flight.before_backward(trainer, indices)
             self._batch_indices = None  # a second backward pass of the same step is not a second visit
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take what the backward pass said about each example's gradient."""
+        if self._flight is not None:
+            self._flight.after_backward()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop listening if there was no backward pass."""
         self._stop_tap()
+        if self._flight is not None:
+            self._flight.batch_ended()
         if batch is None:
             # A batch that collation dropped: it was drawn, but its start was not announced.
             self._recorder.next()
@@ -302,6 +332,8 @@ class InfluenceAudit(Callback):
         """Note the learning rates that are really used."""
         if self._recording is not None:
             self._recording.record_step(optimizer)
+            if self._flight is not None:
+                self._flight.before_step(trainer, optimizer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a TracIn checkpoint; the last one is part of the final pass."""
@@ -324,12 +356,17 @@ class InfluenceAudit(Callback):
         self, trainer: Trainer, pl_module: LightningModule, recording: Recording, reporter: Reporter
     ) -> None:
         recording.synchronise()
-        due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if due and recording.step_sizes.steps:
+        tracin = self.tracin
+        due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
+        if due and recording.step_sizes.steps and self._flight is not None:
+            self._take_step_sizes(trainer, pl_module)
+        elif due and recording.step_sizes.steps:
             # The final pass comes next; a run that is resumed from here for more epochs has to catch up.
             recording.postponed = trainer.global_step if _is_last_epoch(trainer) else -1
             if recording.postponed < 0:
                 self._add_checkpoint(trainer, pl_module, recording, reporter)
+        if recording.visits is not None:
+            reporter.log_visits(trainer, recording.visits.gathered().values())
         reporter.log_dynamics(trainer, recording.dynamics.gathered().columns())
 
     def _add_checkpoint(
@@ -344,7 +381,7 @@ class InfluenceAudit(Callback):
             scores = score_examples(
                 gradients,
                 indices,
-                step_sizes=self._take_step_sizes(gradients.coverage, pl_module),
+                step_sizes=self._take_step_sizes(trainer, pl_module, gradients.coverage),
                 features=True,
                 title=f"TracIn, step {trainer.global_step}",
             )
@@ -387,30 +424,41 @@ class InfluenceAudit(Callback):
             rank_zero_warn("no influence audit: no training batch was seen.")
             return
         gradients = self._gradients(trainer, pl_module)
-        plan = InfluencePlan.make(
-            gradients.coverage,
-            inspection,
-            len(indices),
-            curvature=self.curvature,
-            fisher=self.fisher,
-            damping=self.damping,
-            examples=self.factor_examples,
-            history=recording.step_sizes.history(),
-            solver=self.solver,
-        )
+        history = recording.step_sizes.history()
+
+        def planned(curvature: CurvatureName) -> InfluencePlan:
+            return InfluencePlan.make(
+                gradients.coverage,
+                inspection,
+                len(indices),
+                curvature=curvature,
+                fisher=self.fisher,
+                damping=self.damping,
+                examples=self.factor_examples,
+                history=history,
+                solver=self.solver,
+            )
+
+        plan = planned(self.curvature)
         queries = bridge.validation_queries(trainer, pl_module, self._task, gradients.coverage)
         rank_zero_info(reporter.announce(plan, gradients, inspection, len(indices), sum(len(q) for _, q in queries)))
-        pending = recording.step_sizes.steps > 0 and self.every_n_epochs is not None
+        step_sizes = None
+        if recording.step_sizes.steps and self.tracin is not None:
+            step_sizes = self._take_step_sizes(trainer, pl_module, gradients.coverage)
+        if self._flight is not None:
+            step_sizes = None
+            recording.notes += self._flight.notes()
         with bridge.silenced_loggers(trainer):
             result = influence_scores(
                 gradients,
                 indices,
                 plan,
                 queries=queries,
-                step_sizes=self._take_step_sizes(gradients.coverage, pl_module) if pending else None,
+                step_sizes=step_sizes,
             )
         recording.add_pass(trainer.global_step, result.scores)
         columns = recording.columns(indices, result.scores)
+        self._make_unlearner = unlearner_maker(trainer, gradients, planned, columns, history.weight_decay)
         if self.queries is not None:
             reporter.queries = QueryReport(self.queries)
             start = time.perf_counter()
@@ -420,6 +468,29 @@ class InfluenceAudit(Callback):
         if trainer.is_global_zero:
             self.report = reporter.finish(trainer, gradients, plan, inspection, result, columns, recording)
             rank_zero_info(f"\n{self.report}")
+
+    def unlearner(self, curvature: CurvatureName | None = None) -> Unlearner:
+        """Return what removes training examples from the model, or repairs their labels, by one Newton step.
+
+        The curvature is fitted at the weights that the model has now, so load the weights that are meant first. With
+        several processes, call it on all of them.
+
+        Args:
+            curvature: Another one than the audit's.
+
+        Raises:
+            RuntimeError: Before an audit is complete.
+            ValueError, IndefiniteError: As ``Unlearner.fitted``.
+
+        Example:
+            >>> update = audit.unlearner().newton_removal(audit.report.candidates[:10], leverage=True)
+            >>> cleaner = update.applied_to_copy(model)
+        """
+        if self._make_unlearner is None:
+            raise RuntimeError("there is no complete audit to unlearn from; let `trainer.fit` end first.")
+        if curvature is not None:
+            check_choice("curvature", curvature, get_args(CurvatureName))
+        return self._make_unlearner(curvature or self.curvature)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo everything and keep what was recorded so far."""
@@ -461,9 +532,38 @@ class InfluenceAudit(Callback):
         assert self._recording is not None
         return bridge.audited_indices(trainer, self._recording.seen_indices(), self._recording.size)
 
-    def _take_step_sizes(self, coverage: Coverage, module: LightningModule) -> dict[str, tuple[float, float]]:
+    def _make_flight(self, module: LightningModule, recording: Recording, tracin: TracIn) -> FlightRecorder:
+        assert self._source is not None
+        layers = self.layers if tracin.layers is None else tracin.layers
+
+        def covered() -> Coverage:
+            return cover(module, layers, trace=self._trace)
+
+        covered()  # a layer that does not exist is an error now
+        forms = {} if self._trace is None else self._trace.forms
+        sums = bool(forms) and all(form.sums for form in forms.values())
+        return FlightRecorder(recording, covered, self._source.batch_size if sums else None)
+
+    def _take_step_sizes(
+        self, trainer: Trainer, module: LightningModule, coverage: Coverage | None = None
+    ) -> dict[str, StepSize]:
+        """Return the step sizes since the last checkpoint, by layer, and keep a checkpoint that stands for them."""
         assert self._recording is not None
-        return block_step_sizes(coverage.blocks, self._recording.step_sizes.take(), module)
+        assert self._reporter is not None
+        assert self.tracin is not None
+        taken = self._recording.step_sizes
+        steps, sums = taken.steps, taken.take()
+        scales = preconditioners(trainer.optimizers, module)
+        checkpoint = Checkpoint.of(
+            module,
+            trainer.global_step,
+            step_sizes=sums,
+            steps=steps,
+            preconditioner=scales,
+            optimizer=", ".join(sorted(taken.optimizers)),
+        )
+        self._reporter.keep_checkpoint(checkpoint, self.tracin, self._recording)
+        return {} if coverage is None else block_step_sizes(coverage.blocks, sums, module, scales)
 
     def _stop_tap(self) -> LossTap | None:
         tap, self._tap = self._tap, None
@@ -488,7 +588,7 @@ class InfluenceAudit(Callback):
             "damping": self.damping,
             "solver": self.solver,
             "factor_examples": self.factor_examples,
-            "every_n_epochs": self.every_n_epochs,
+            "tracin": None if self.tracin is None else self.tracin.described(),
             "layers": None if self.layers is None else [getattr(e, "__name__", e) for e in listed_layers(self.layers)],
             "uncovered": self.uncovered,
             "queries": described(self.queries),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lightning_influence import distributed, neighbours
 from lightning_influence.dynamics import TrainingDynamics
 from lightning_influence.losses import LossCall
+from lightning_influence.pacing import Pace
 from lightning_influence.scoring import ExampleScores
 from lightning_influence.task import primary_call
 from lightning_influence.terms import TermForm
-from lightning_influence.tracin import StepSizes, TracInScores
+from lightning_influence.tracin import StepSizes, TracIn, TracInScores, VisitSums
 
 
 class Recording:
@@ -26,10 +27,19 @@ class Recording:
     Args:
         size: Number of examples of the data set.
         module: The model, for the names of its parameters.
+        tracin: How TracIn is computed; None for not at all.
     """
 
-    def __init__(self, size: int, module: nn.Module) -> None:
+    def __init__(self, size: int, module: nn.Module, tracin: TracIn | None = None) -> None:
         self.size = size
+        in_flight = tracin is not None and tracin.mode == "step"
+        self.visits = VisitSums(size) if in_flight else None
+        self.pace = Pace() if tracin is None else Pace(tracin.every_n_steps, tracin.overhead)
+        # Audit directory that holds the checkpoints so far; before resuming, that of the run before.
+        self.checkpoint_directory = ""
+        self.notes: list[str] = []
+        self._wants_tracin = tracin is not None
+        self._next_step = 0  # steps before this one are in the sums in flight
         self.dynamics = TrainingDynamics(size)
         self.step_sizes = StepSizes(module)
         self.tracin = TracInScores(size)
@@ -41,7 +51,7 @@ class Recording:
         self._disagreement = torch.zeros(size, dtype=torch.float64)
         self._disagreement_count = torch.zeros(size, dtype=torch.float64)
         self._passes: list[int] = []
-        self._failed = False
+        self.failed = False
 
     def record_batch(
         self,
@@ -51,7 +61,7 @@ class Recording:
         forms: Mapping[int, TermForm] | None = None,
     ) -> None:
         """File one training batch under its indices, by the first known call that its loss is made of."""
-        if self._failed:
+        if self.failed:
             return
         try:
             self._seen[torch.tensor(indices)] = True
@@ -60,20 +70,35 @@ class Recording:
                 self.untapped_batches += 1
                 return
             with torch.no_grad():
-                self.dynamics.record(indices, call.statistics(len(indices)))
+                self.dynamics.record_call(indices, call)
         except Exception as error:  # a statistic must never end a training run
-            self._fail("training dynamics", error)
+            self.fail("training dynamics are incomplete", error)
 
     def record_step(self, optimizer: Any) -> None:
         """Note the learning rates of one optimizer step."""
+        known = set(self.step_sizes.unknown)
         try:
             self.step_sizes.record(optimizer)
         except Exception as error:
-            self._fail("learning rates", error)
+            self.fail("learning rates are incomplete", error)
+        if self._wants_tracin and (new := self.step_sizes.unknown - known):
+            warnings.warn(f"InfluenceAudit: {_plain_steps(new)}", stacklevel=2)
 
-    def _fail(self, what: str, error: Exception) -> None:
-        self._failed = True
-        reason = f"{what} are incomplete, recording them failed: {type(error).__name__}: {error}"
+    def first_time(self, step: int) -> bool:
+        """Tell whether the sums in flight lack an optimizer step, which is in them from now on."""
+        new = step >= self._next_step
+        self._next_step = max(self._next_step, step + 1)
+        return new
+
+    def record_visit(self, indices: Sequence[int], scores: Tensor | None) -> None:
+        """File what a batch and its step say in flight; None if the batch was not measured."""
+        if self.visits is not None:
+            self.visits.add(indices, scores)
+
+    def fail(self, what: str, error: Exception) -> None:
+        """Record nothing more of the training: what is known is incomplete, and says so."""
+        self.failed = True
+        reason = f"{what}, recording them failed: {type(error).__name__}: {error}"
         if reason not in self.failures:
             self.failures.append(reason)
             warnings.warn(f"InfluenceAudit: {reason}", stacklevel=3)
@@ -95,9 +120,16 @@ class Recording:
             self._disagreement[rows] += shares[known]
             self._disagreement_count[rows] += 1
 
+    def tracin_notes(self) -> list[str]:
+        """Return what a reader of TracIn scores should know."""
+        unknown = self.step_sizes.unknown if self._wants_tracin else set()
+        return self.notes + ([_plain_steps(unknown)] if unknown else [])
+
     def synchronise(self) -> None:
         """Let every process know what all have seen, so that any of them can write a checkpoint."""
         self.dynamics.synchronise()
+        if self.visits is not None:
+            self.visits.synchronise()
         if distributed.world_size() > 1:
             (count,) = distributed.sum_across_processes([self._seen.int()])
             self._seen = count > 0
@@ -112,15 +144,22 @@ class Recording:
 
     def columns(self, indices: Sequence[int], scores: ExampleScores | None = None) -> dict[str, NDArray[Any]]:
         """Return all columns for the given examples, the final scores included."""
-        return self._columns(self.dynamics.gathered(), indices, scores)
+        visits = None if self.visits is None else self.visits.gathered()
+        return self._columns(self.dynamics.gathered(), visits, indices, scores)
 
     def local_columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns of the examples that this process has seen, without talking to others."""
         self.dynamics.flush()
-        return self._columns(self.dynamics, [int(index) for index in self._seen.nonzero().squeeze(1)], None)
+        return self._columns(
+            self.dynamics, self.visits, [int(index) for index in self._seen.nonzero().squeeze(1)], None
+        )
 
     def _columns(
-        self, dynamics: TrainingDynamics, indices: Sequence[int], scores: ExampleScores | None
+        self,
+        dynamics: TrainingDynamics,
+        visits: VisitSums | None,
+        indices: Sequence[int],
+        scores: ExampleScores | None,
     ) -> dict[str, NDArray[Any]]:
         rows = torch.as_tensor(list(indices), dtype=torch.long)
         columns: dict[str, Tensor] = {"index": rows}
@@ -129,6 +168,9 @@ class Recording:
         if self.tracin.checkpoints:
             columns["tracin"] = self.tracin.values[rows]
             finite &= torch.isfinite(columns["tracin"])
+        if visits is not None:
+            columns["tracin"] = visits.values()[rows]
+            finite &= torch.isfinite(columns["tracin"]) | visits.unmeasured[rows]
         if bool((self._disagreement_count > 0).any()):
             columns["neighbour_disagreement"] = (self._disagreement / self._disagreement_count)[rows]
         if "nonfinite" in dynamics.sums:
@@ -152,6 +194,10 @@ class Recording:
             "tracin": self.tracin.values.clone(),
             "tracin_steps": list(self.tracin.checkpoints),
             "passes": list(self._passes),
+            "visits": {} if self.visits is None else self.visits.state_dict(),
+            "pace": self.pace.state_dict(),
+            "next_step": self._next_step,
+            "checkpoint_directory": self.checkpoint_directory,
             **self.step_sizes.state_dict(),
             "postponed": self.postponed,
             "disagreement": self._disagreement.clone(),
@@ -174,7 +220,19 @@ class Recording:
         self.tracin.values = state["tracin"].clone()
         self.tracin.checkpoints = list(state["tracin_steps"])
         self._passes = list(state["passes"])
+        if self.visits is not None and state.get("visits"):
+            self.visits.load_state_dict(state["visits"])
+            self.pace.load_state_dict(state["pace"])
+        self._next_step = state.get("next_step", 0)
+        self.checkpoint_directory = state.get("checkpoint_directory", "")
         self.step_sizes.load_state_dict(state)
         self.postponed = state["postponed"]
         self._disagreement = state["disagreement"].clone()
         self._disagreement_count = state["disagreement_count"].clone()
+
+
+def _plain_steps(names: Collection[str]) -> str:
+    return (
+        f"it is not known how {', '.join(sorted(names))} turns gradients into steps: TracIn takes them for plain "
+        "gradient steps with its learning rate"
+    )

@@ -21,14 +21,16 @@ from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.recording import Recording
+from lightning_influence.checkpoints import Checkpoint
 from lightning_influence.columns import LOW_IS_SUSPICIOUS, SCORE_COLUMNS
 from lightning_influence.curvature import Curvature, fitted_bytes
 from lightning_influence.influence import InfluencePlan, InfluenceScores
 from lightning_influence.metrics import mislabel_detection
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import ExampleScores
-from lightning_influence.store import AuditStore
+from lightning_influence.store import AuditStore, StoreError
 from lightning_influence.tensorboard import summary
+from lightning_influence.tracin import TracIn
 from lightning_influence.verify import Inspection
 
 Columns = dict[str, NDArray[Any]]
@@ -98,6 +100,39 @@ class Reporter:
             increments = scores.columns["tracin"].cpu()
             summary.write_histogram(writer, "influence/tracin_epoch", increments, trainer.global_step)
 
+    def log_visits(self, trainer: Trainer, scores: Tensor) -> None:
+        """Write the histogram of the running TracIn scores in flight."""
+        finite = scores[torch.isfinite(scores)]
+        for writer in bridge.tensorboard_writers(trainer):
+            if len(finite):
+                summary.write_histogram(writer, "influence/tracin_epoch", finite, trainer.global_step)
+
+    def keep_checkpoint(self, checkpoint: Checkpoint, tracin: TracIn, recording: Recording) -> None:
+        """Keep a checkpoint within the budget, and note it if that can't be."""
+        if self.store is None or not tracin.keep_checkpoints:
+            return
+        recording.checkpoint_directory = str(self.store.directory)
+        note = (
+            f"no checkpoints were kept for scores of pairs: one takes {_size(checkpoint.bytes)}, more than "
+            f"keep_bytes={tracin.keep_bytes:,}"
+        )
+        kept = self.store.keep_checkpoint(checkpoint, tracin.keep_checkpoints, tracin.keep_bytes)
+        if not kept and note not in recording.notes:
+            recording.notes.append(note)
+
+    def take_over_checkpoints(self, tracin: TracIn, recording: Recording, step: int) -> None:
+        """Copy the checkpoints that a resumed run has kept in the directory it had before."""
+        before = recording.checkpoint_directory
+        if self.store is None or not before or before == str(self.store.directory):
+            return
+        try:
+            kept = [c for c in AuditStore.open(before).checkpoints() if c.step <= step]
+            for checkpoint in kept:
+                self.store.keep_checkpoint(checkpoint, tracin.keep_checkpoints, tracin.keep_bytes)
+        except StoreError as error:
+            recording.notes.append(f"checkpoints of the run before it was resumed are missing: {error}")
+        recording.checkpoint_directory = str(self.store.directory)
+
     def log_dynamics(self, trainer: Trainer, columns: dict[str, Tensor]) -> None:
         """Write means of the training dynamics."""
         means = {
@@ -124,6 +159,7 @@ class Reporter:
         manifest = self._manifest | {
             "status": "complete",
             "examples": len(ranked["index"]),
+            "dataset_size": len(gradients.source),
             "nonfinite": ranked["index"][~ranked["finite"]],
             "fingerprint": _fingerprint(gradients, ranked),
             "ranked_by": list(audit.ingredients(columns)),
@@ -281,7 +317,7 @@ def _notes(inspection: Inspection, recording: Recording) -> list[str]:
         )
     if recording.failed_passes:
         notes.append(f"the passes at the ends of the epochs {recording.failed_passes} failed: tracin lacks their steps")
-    notes += recording.failures
+    notes += recording.failures + recording.tracin_notes()
     if recording.failed_passes:
         notes.append(f"the passes at the end of epochs {recording.failed_passes} failed: tracin lacks their part")
     if inspection.random:

@@ -16,6 +16,7 @@ from lightning_influence.curvature.fit import (
     random_subset,
 )
 from lightning_influence.curvature.fitted import BlockCurvature, Curvature, Scorer
+from lightning_influence.curvature.flat import FlatParameters
 from lightning_influence.curvature.full import (
     BlockCoordinates,
     DenseCurvature,
@@ -23,10 +24,12 @@ from lightning_influence.curvature.full import (
     IterativeSolver,
     Solver,
 )
+from lightning_influence.curvature.ggn import GGNProduct
+from lightning_influence.curvature.hessian import HessianProduct
 from lightning_influence.curvature.identity import IdentityBlock
 from lightning_influence.curvature.kfac import KFACBlock, KroneckerBlock
 from lightning_influence.curvature.ladder import BLOCKS, LADDER, CurvatureName, check_memory, fitted_bytes
-from lightning_influence.curvature.products import CurvatureProduct, FlatParameters, GGNProduct, HessianProduct
+from lightning_influence.curvature.products import CurvatureProduct
 from lightning_influence.curvature.solvers import IndefiniteError, Solution, SolverError
 
 __all__ = [

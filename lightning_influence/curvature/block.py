@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -127,6 +127,10 @@ class CurvatureBlock(ABC):
     @abstractmethod
     def solve(self, v: Tensor, damping: float) -> Tensor:
         """Return ``(C + damping)⁻¹ v`` for ``v: [..., k, o, i]``."""
+
+    @abstractmethod
+    def apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        """Return ``f(C) v`` for ``v: [..., k, o, i]``; ``function`` maps eigenvalues of any shape, elementwise."""
 
     @abstractmethod
     def diagonal(self) -> Tensor:

@@ -19,7 +19,9 @@ from torch import Tensor
 from lightning_influence.curvature.fit import FactorExamples, fit
 from lightning_influence.curvature.fitted import BlockCurvature
 from lightning_influence.curvature.full import BlockCoordinates
-from lightning_influence.curvature.products import CurvatureProduct, GGNProduct, HessianProduct
+from lightning_influence.curvature.ggn import GGNProduct
+from lightning_influence.curvature.hessian import HessianProduct
+from lightning_influence.curvature.products import CurvatureProduct
 from lightning_influence.memory import available_bytes, fits, readable
 from lightning_influence.passes import ExampleGradients, Labels
 

@@ -91,7 +91,7 @@ def choose_damping(
                 "training (1 / sum of step sizes). A number for `damping=` sets it.",
             ),
         )
-    moved, decay = _means(blocks, history.step_sizes), _means(blocks, history.weight_decay)
+    moved, decay = block_means(blocks, history.step_sizes), block_means(blocks, history.weight_decay)
     everywhere = sum(moved.values()) / len(moved)
     absolute = {name: 1 / (size or everywhere) + decay[name] for name, size in moved.items()}
     return DampingChoice(absolute=absolute, rule="trainer")
@@ -105,7 +105,7 @@ def _no_trainer_damping(history: OptimizerHistory | None) -> str:
     return ""
 
 
-def _means(blocks: Mapping[str, ParameterBlock], values: Mapping[str, float]) -> dict[str, float]:
+def block_means(blocks: Mapping[str, ParameterBlock], values: Mapping[str, float]) -> dict[str, float]:
     """Return the mean over each block's scalars of what is known by parameter."""
     return {name: _weighted(_pairs(block, values)) for name, block in blocks.items()}
 

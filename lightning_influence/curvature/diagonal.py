@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -27,6 +27,10 @@ class DiagonalBlock(CurvatureBlock):
     def solve(self, v: Tensor, damping: float) -> Tensor:
         """Divide elementwise by ``diagonal + damping``."""
         return v * self._inverse(damping)
+
+    def apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        """Multiply elementwise by the function of the diagonal."""
+        return v * function(self.diagonal())
 
     def diagonal(self) -> Tensor:
         """Return the mean squared gradients, ``[k, o, i]``."""

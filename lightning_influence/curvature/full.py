@@ -18,8 +18,9 @@ from torch import Tensor
 from lightning_influence import per_sample
 from lightning_influence.capture import LayerIO
 from lightning_influence.curvature.fitted import BlockCurvature, Curvature, Scorer
+from lightning_influence.curvature.flat import FlatParameters
 from lightning_influence.curvature.nystrom import nystrom_preconditioner
-from lightning_influence.curvature.products import CurvatureProduct, FlatParameters
+from lightning_influence.curvature.products import CurvatureProduct
 from lightning_influence.curvature.solvers import (
     IndefiniteError,
     Matvec,

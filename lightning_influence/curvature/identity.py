@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -32,6 +32,10 @@ class IdentityBlock(CurvatureBlock):
         """Return ``v / (1 + damping)``."""
         self._check_damping(damping, torch.ones(1))
         return v / (1 + damping)
+
+    def apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        """Return ``f(1) v``."""
+        return v * function(v.new_ones(()))
 
     def diagonal(self) -> Tensor:
         """Return ones, ``[k, o, i]``."""

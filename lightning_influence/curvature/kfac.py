@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -54,6 +54,10 @@ class KroneckerBlock(CurvatureBlock):
     def solve(self, v: Tensor, damping: float) -> Tensor:
         """Rotate, divide by ``lam + damping``, rotate back."""
         return self._scaled(v, self._inverse(damping))
+
+    def apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        """Rotate, scale by the function of the eigenvalues, rotate back."""
+        return self._scaled(v, function(self.eigenvalues))
 
     def diagonal(self) -> Tensor:
         """Return the diagonal in the parameter basis, ``[k, o, i]``."""

@@ -10,9 +10,11 @@ from lightning_influence.curvature.block import CurvatureBlock
 from lightning_influence.curvature.block_ggn import BlockGGN
 from lightning_influence.curvature.diagonal import DiagonalBlock
 from lightning_influence.curvature.ekfac import EKFACBlock
+from lightning_influence.curvature.ggn import GGNProduct
+from lightning_influence.curvature.hessian import HessianProduct
 from lightning_influence.curvature.identity import IdentityBlock
 from lightning_influence.curvature.kfac import KFACBlock
-from lightning_influence.curvature.products import CurvatureProduct, GGNProduct, HessianProduct
+from lightning_influence.curvature.products import CurvatureProduct
 from lightning_influence.layers import ParameterBlock
 from lightning_influence.memory import available_bytes, readable
 

@@ -1,4 +1,4 @@
-"""Products with the curvature of all parameters, without ever forming it: the GGN and the Hessian of any model.
+"""Products with the curvature of all parameters, without ever forming it: what GGN and Hessian have in common.
 
 Both act on one flat vector of all (chosen) parameters. Nothing is approximated, no blocks and no Kronecker factors, and
 no layer has to be understood. The price is a pass over the data for every product, and a model that can be
@@ -11,33 +11,21 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_influence import distributed
+from lightning_influence.curvature.flat import FlatParameters
 from lightning_influence.curvature.solvers import Matvec
 from lightning_influence.isolation import untouched
-from lightning_influence.losses import (
-    AbsoluteError,
-    CrossEntropy,
-    Divergence,
-    ElementwiseLoss,
-    HuberError,
-    NormalLikelihood,
-    SmoothAbsoluteError,
-    SquaredError,
-)
 from lightning_influence.passes import ExampleGradients
-from lightning_influence.precision import working
-from lightning_influence.terms import BatchLoss, LossTerm, TaskError
+from lightning_influence.terms import BatchLoss, TaskError
 
 # Batches are kept in memory if all of them together take no more than this.
 _HOLD = 2**28
@@ -54,101 +42,6 @@ _WAY_OUT = (
     "`parameters` that come after it."
 )
 _NO_SECOND_DERIVATIVE = ("derivative for", "once_differentiable", "double backward", "differentiate twice")
-
-
-@dataclass(frozen=True, eq=False)
-class FlatParameters:
-    """Parameters as one vector, in the order of ``named_parameters()``; a tied parameter is in it once.
-
-    Attributes:
-        parameters: Name to parameter.
-    """
-
-    parameters: Mapping[str, nn.Parameter]
-
-    @classmethod
-    def of(cls, module: nn.Module, names: Iterable[str] | None = None) -> FlatParameters:
-        """Choose parameters of a module.
-
-        Args:
-            module: The module.
-            names: Names as in ``named_parameters()``, in any order; by default all that are trainable.
-
-        Raises:
-            ValueError: If a name is unknown, nothing is chosen, or a parameter is not of real numbers.
-        """
-        every = dict(module.named_parameters())
-        if names is None:
-            chosen = {name: parameter for name, parameter in every.items() if parameter.requires_grad}
-        else:
-            wanted = set(names)
-            if wanted - every.keys():
-                raise ValueError(
-                    f"{type(module).__name__} has no parameters {sorted(wanted - every.keys())}; expected names of "
-                    f"`named_parameters()`: {', '.join(list(every)[:20])}."
-                )
-            chosen = {name: parameter for name, parameter in every.items() if name in wanted}
-        if not chosen:
-            raise ValueError(
-                f"{type(module).__name__} has no trainable parameter to take the curvature of; set `requires_grad`, or "
-                "name the `parameters`."
-            )
-        odd = {name: value.dtype for name, value in chosen.items() if not value.is_floating_point()}
-        if odd:
-            raise ValueError(f"curvature is defined for real parameters only, not for {odd}; leave them out.")
-        return cls(chosen)
-
-    @property
-    def size(self) -> int:
-        """Number of scalars ``p``."""
-        return sum(parameter.numel() for parameter in self.parameters.values())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the flat vector: float64 if a parameter is, else float32."""
-        every = {parameter.dtype for parameter in self.parameters.values()}
-        return torch.float64 if torch.float64 in every else torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the flat vector."""
-        return next(iter(self.parameters.values())).device
-
-    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Put tensors ``[..., *parameter.shape]`` in line: ``[..., p]``.
-
-        Raises:
-            ValueError: If the names are not those of the parameters, or a shape does not end like its parameter's.
-        """
-        if tensors.keys() != self.parameters.keys():
-            raise ValueError(
-                f"missing {sorted(self.parameters.keys() - tensors.keys())}, not among the parameters "
-                f"{sorted(tensors.keys() - self.parameters.keys())}; expected one tensor for each parameter."
-            )
-        rows = []
-        for name, parameter in self.parameters.items():
-            value = tensors[name]
-            before = value.ndim - parameter.ndim
-            if before < 0 or value.shape[before:] != parameter.shape:
-                raise ValueError(
-                    f"{name} has the shape {tuple(value.shape)}; expected [..., *{tuple(parameter.shape)}]."
-                )
-            rows.append(value.reshape(*value.shape[:before], parameter.numel()).to(self.device, self.dtype))
-        return torch.cat(rows, -1)
-
-    def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Cut ``[..., p]`` up into views ``[..., *parameter.shape]``, by name.
-
-        Raises:
-            ValueError: If the last dimension is not ``p``.
-        """
-        if vectors.ndim == 0 or vectors.shape[-1] != self.size:
-            raise ValueError(f"vectors have the shape {tuple(vectors.shape)}; expected [..., {self.size}].")
-        parts = vectors.split([parameter.numel() for parameter in self.parameters.values()], -1)
-        return {
-            name: part.unflatten(-1, parameter.shape) if parameter.ndim else part.squeeze(-1)
-            for (name, parameter), part in zip(self.parameters.items(), parts, strict=True)
-        }
 
 
 class CurvatureProduct(ABC):
@@ -436,7 +329,7 @@ class CurvatureProduct(ABC):
             self._chunk = max(1, min(_MOST_VECTORS, _ROOM // max(2 * sum(saved.values()), 1)))
         self._check(loss)
         tensors = list(self.flat.parameters.values())
-        outputs, weights = _objective(loss)
+        outputs, weights = objective(loss)
         gradient = self._line(torch.autograd.grad(outputs, tensors, weights, allow_unused=True, materialize_grads=True))
         finite = torch.isfinite(gradient).all()
         if loss.values is not None:
@@ -474,85 +367,7 @@ class CurvatureProduct(ABC):
         return tuple(torch.stack(column) for column in columns)
 
 
-class HessianProduct(CurvatureProduct):
-    """The Hessian of the mean loss, by differentiating the gradient once more (Pearlmutter 1994).
-
-    Any loss will do, also one with penalties on the weights. It is indefinite unless the model is convex:
-    ``solvers.require_positive_definite`` tells whether a damping makes up for that.
-    """
-
-    semidefinite: ClassVar[bool] = False
-
-    def _check(self, loss: BatchLoss) -> None:
-        return None
-
-    def _outputs(self, loss: BatchLoss) -> tuple[list[Tensor], list[Tensor]]:
-        return _objective(loss)
-
-    def _linearise(self, loss: BatchLoss) -> Callable[[Tensor], Tensor]:
-        tensors = list(self.flat.parameters.values())
-        outputs, weights = _objective(loss)
-        gradient = self._line(
-            torch.autograd.grad(outputs, tensors, weights, create_graph=True, allow_unused=True, materialize_grads=True)
-        )
-        if not gradient.requires_grad:  # the loss is linear in the parameters
-            return torch.zeros_like
-        return lambda v: self._line(self._pull_back([gradient], tensors, [v]), 1)
-
-
-class GGNProduct(CurvatureProduct):
-    """The generalised Gauss-Newton matrix ``1/N Σ Jᵀ H J`` (Schraudolph 2002): positive semidefinite.
-
-    ``J`` is the Jacobian of the inputs of the loss calls (logits, predictions) with respect to the parameters, ``H``
-    the Hessian of the example's own loss in them; for log-probabilities that of the logits they came from. Several
-    calls add up. For softmax cross-entropy and squared errors it is the Fisher of the model.
-
-    Raises:
-        TaskError: If the loss is not made of known calls alone, or a target depends on the parameters.
-        ValueError: If a call enters the loss with a negative weight.
-    """
-
-    semidefinite: ClassVar[bool] = True
-
-    def _check(self, loss: BatchLoss) -> None:
-        if not loss.tapped:
-            part = "has a part besides them (a penalty, an unknown loss)" if loss.terms else "has none of them"
-            raise TaskError(
-                "the GGN needs a loss made of known calls (F.cross_entropy, F.mse_loss and the like); this one "
-                f"{part}. Leave penalties to the optimizer's weight decay and the damping, pass a `task=` with the "
-                "plain loss, or use the Hessian."
-            )
-
-    def _outputs(self, loss: BatchLoss) -> tuple[list[Tensor], list[Tensor]]:
-        outputs = [tensor for term in loss.terms for bend in _bends(term, loss.n) for tensor, _ in bend.tensors]
-        return outputs, [torch.randn_like(output) for output in outputs]
-
-    def _linearise(self, loss: BatchLoss) -> Callable[[Tensor], Tensor]:
-        tensors = list(self.flat.parameters.values())
-        bends = [bend for term in loss.terms for bend in _bends(term, loss.n)]
-        outputs = [tensor for bend in bends for tensor, _ in bend.tensors]
-        # Jᵀu is linear in u, so its derivative with respect to u is J, wherever u is.
-        dummies = [torch.zeros_like(output, requires_grad=True) for output in outputs]
-        pulled = self._line(
-            torch.autograd.grad(outputs, tensors, dummies, create_graph=True, allow_unused=True, materialize_grads=True)
-        )
-        if not pulled.requires_grad:  # no output depends on the chosen parameters
-            return torch.zeros_like
-
-        def multiply(v: Tensor) -> Tensor:
-            pushed = iter(self._pull_back([pulled], dummies, [v]))
-            bent: list[Tensor] = []
-            for bend in bends:
-                own = [(next(pushed), sign) for _, sign in bend.tensors]
-                change = torch.stack([working(value) * sign for value, sign in own]).sum(0)
-                product = bend.multiply(change, self._pull_back)
-                bent += [(product * sign).to(value.dtype) for value, sign in own]
-            return self._line(self._pull_back(outputs, tensors, bent), 1)
-
-        return multiply
-
-
-def _objective(loss: BatchLoss) -> tuple[list[Tensor], list[Tensor]]:
+def objective(loss: BatchLoss) -> tuple[list[Tensor], list[Tensor]]:
     """Return tensors and weights whose inner product is the sum over the batch of every example's own loss.
 
     The batch loss itself where the scale is right as it is: the derivative of a term's coefficient then counts too.
@@ -560,80 +375,6 @@ def _objective(loss: BatchLoss) -> tuple[list[Tensor], list[Tensor]]:
     if all(term.correction(loss.n) == 1 for term in loss.terms):
         return [loss.loss], [torch.full_like(loss.loss, float(loss.n))]
     return loss.true_outputs()
-
-
-_PullBack = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
-# Losses of ``input - target``, either of which may be the prediction.
-_RESIDUALS = (AbsoluteError, HuberError, SmoothAbsoluteError, SquaredError)
-
-
-@dataclass(frozen=True, eq=False)
-class _Bend:
-    """The curvature of a loss term in a signed sum of tensors of one shape.
-
-    Attributes:
-        tensors: The tensors, in the graph of the model, and their signs.
-        multiply: Turns changes of the sum ``[q, *shape]`` into changes of the slope, for all examples of the batch.
-    """
-
-    tensors: list[tuple[Tensor, float]]
-    multiply: Callable[[Tensor, _PullBack], Tensor]
-
-
-def _bends(term: LossTerm, n: int) -> list[_Bend]:
-    """Return the curvature of a term as its loss defines it: the Hessian in the logits, or the Fisher information.
-
-    Raises:
-        TaskError: If a target that has to be fixed depends on the parameters.
-        ValueError: If a weight is negative.
-    """
-    call, scale = term.call, term.scale(n).detach()
-    if bool((scale < 0).any()):
-        raise ValueError(
-            f"a loss term enters the batch loss with a negative weight ({float(scale.min()):.3g}); the GGN needs "
-            "weights >= 0. Use the Hessian, or a `task=` whose loss leaves that term out."
-        )
-    if call.target.requires_grad and not isinstance(call, _RESIDUALS):
-        raise TaskError(
-            "the target of a loss call depends on the parameters: the GGN is defined for fixed targets only. Detach "
-            "it, or use the Hessian."
-        )
-    if not isinstance(call, ElementwiseLoss):
-        return [_Bend([(call.input, 1.0)], _softmax_bend(term, scale))]
-    bends = []
-    either = [(call.input, 1.0), *([(call.target, -1.0)] if isinstance(call, _RESIDUALS) else [])]
-    in_graph = [(tensor, sign) for tensor, sign in either if tensor.requires_grad]
-    if in_graph:
-        bends.append(_Bend(in_graph, _diagonal_bend(call._root(scale * call.curvature()).square())))
-    if isinstance(call, NormalLikelihood) and call.variance is not None and call.variance.requires_grad:
-        passed = working(call.variance.detach())
-        column = passed if passed.ndim == call.input.ndim else passed.unsqueeze(-1)
-        information = scale / (2 * column.clamp(min=call.eps).expand_as(call.input).square())
-        shared = information.expand_as(call.input).sum_to_size(column.shape).view(passed.shape)
-        bends.append(_Bend([(call.variance, 1.0)], _diagonal_bend(shared)))
-    return bends
-
-
-def _diagonal_bend(factor: Tensor) -> Callable[[Tensor, _PullBack], Tensor]:
-    return lambda change, _: change * factor
-
-
-def _softmax_bend(term: LossTerm, scale: Tensor) -> Callable[[Tensor, _PullBack], Tensor]:
-    """Return the product with the Hessian in the logits, by differentiating the loss twice in them."""
-    call = term.call
-    at = working(call.input.detach()).requires_grad_(True)
-    if isinstance(call, CrossEntropy):
-        # In log-probabilities the loss is linear. But they are logits, too, of the same distribution.
-        target = working(call.target) if call.target.is_floating_point() else call.target
-        weights = None if call.class_weights is None else working(call.class_weights)
-        logits = replace(call, input=at, target=target, class_weights=weights, log_probabilities=False)
-        values = logits.elements() * scale
-    elif isinstance(call, Divergence):
-        values = F.cross_entropy(at, working(call.target) * scale, reduction="none")
-    else:
-        raise TaskError(f"the GGN of {type(call).__name__} is not known; use the Hessian.")
-    (slope,) = torch.autograd.grad(values.sum(), at, create_graph=True)
-    return lambda change, pull_back: pull_back([slope], [at], [change.to(at.dtype)])[0]
 
 
 @contextmanager

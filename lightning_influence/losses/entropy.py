@@ -7,13 +7,14 @@ segmentation map.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_influence.layout import BatchLayout
 from lightning_influence.losses.call import LossCall, decisions, root_of, single
 from lightning_influence.precision import working
 
@@ -114,6 +115,28 @@ class CrossEntropy(LossCall):
             # Times and not `where`: the gradients of ignored examples are to be seen as missing, not as 0.
             odds = odds * torch.ones_like(odds).masked_fill(~self._kept, math.nan)
         return shares.gather(odds, math.nan).flatten()
+
+    def single_rows(self, n: int) -> bool:
+        """Tell whether the rows are those of ``n`` examples, one each and in their order, with one label each."""
+        plain = self.input.ndim == 2 and len(self.input) == n and self.target.ndim == 1 and not self._soft
+        return plain and self.picking() is None
+
+    def copied(self) -> CrossEntropy:
+        """Return the call with copies of logits and labels, outside of the graph: what follows may overwrite them."""
+        return replace(self, output=self.output.detach(), input=self.input.detach().clone(), target=self.target.clone())
+
+    def alike(self, other: CrossEntropy) -> bool:
+        """Tell whether the rows of another call can be joined with this one's."""
+        same = self.input.shape[1:] == other.input.shape[1:] and self.input.dtype == other.input.dtype
+        same = same and self.ignore_index == other.ignore_index and self.class_weights is other.class_weights
+        return same and (self.label_smoothing, self.log_probabilities, self.input.device) == (
+            other.label_smoothing, other.log_probabilities, other.input.device
+        )  # fmt: skip
+
+    def joined(self, calls: Sequence[CrossEntropy]) -> CrossEntropy:
+        """Return one call with the rows of several that are alike."""
+        logits, labels = (torch.cat([getattr(call, name) for call in calls]) for name in ("input", "target"))
+        return replace(self, input=logits, target=labels, layout=BatchLayout())
 
     def statistics(self, n: int) -> dict[str, Tensor]:
         """Return loss, margin (target logit minus the largest other), EL2N, wrong and the class decision."""

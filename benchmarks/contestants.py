@@ -1,0 +1,363 @@
+"""Who does which work, one process each: ``side_by_side.py`` starts them, and tells them when to run.
+
+Every process loads the same trained weights and the same digits, in float32, with the same number of threads. It then
+answers requests, one line each: ``exact`` (scores that do not depend on sampled labels, saved for comparison; the
+warm-up) and ``run`` (the work, timed). Replies are lines of JSON, with the seconds, and the memory that the process has
+taken at most beyond what it held when everything was loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_influence.curvature import FactorExamples, fit
+from lightning_influence.curvature.fitted import Curvature
+from lightning_influence.discover import discover
+from lightning_influence.influence import InfluencePlan, influence_scores
+from lightning_influence.pairwise import pairwise_scores
+from lightning_influence.passes import ExampleGradients, Labels
+from lightning_influence.scoring import score_examples
+from lightning_influence.source import ExampleSource
+from lightning_influence.verify import inspect, roomy_batch_size
+
+TRAINING_BATCH = 32
+# What the peers are given: of the size of a training batch or two, since they hold gradients of all its examples.
+KRONFLUENCE_BATCH = {"mlp": 64, "mlp1024": 64, "cnn": 64, "transformer": 32, "resnet18": 32}
+CAPTUM_BATCH = {"mlp": 64, "cnn": 64}
+# Layers that kronfluence knows.
+COMMON = (nn.Linear, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one process has to do.
+
+    Attributes:
+        work: A row of the table.
+        contestant: Who does it.
+        network: Name of the network.
+        examples: Number of training examples.
+        compared: The first so many of them give the scores that are compared.
+        folder: Where the trained weights are.
+        queries: Number of queries, taken from the end of the 5,000 digits.
+        threads: Threads of torch.
+    """
+
+    work: str
+    contestant: str
+    network: str
+    examples: int
+    compared: int
+    folder: str
+    queries: int = 100
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant ready to start.
+
+    Attributes:
+        run: The work; may return the seconds of its stages, or the ``seconds`` that count instead of all.
+        exact: Scores for comparison; None if there is nothing to compare.
+    """
+
+    run: Callable[[], Any]
+    exact: Callable[[], Tensor] | None = None
+
+
+class Setting:
+    """A trained network and its data.
+
+    Args:
+        spec: Which.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.net = networks.NETWORKS[spec.network]()
+        self.net.load_state_dict(load_file(weights(spec.folder, spec.network)))
+        self.net.eval()
+        self.data = networks.data(spec.network, spec.examples)
+        self.compared = first(self.data, spec.compared)
+
+    def queries(self) -> TensorDataset:
+        """Return the last digits of the 5,000; the networks were trained on the first ones."""
+        held = networks.data(self.spec.network, 5000)
+        return TensorDataset(*(tensor[-self.spec.queries :].clone() for tensor in held.tensors))
+
+    def gradients(self, data: TensorDataset, *, common: bool = False) -> ExampleGradients:
+        """Return our passes over some data, ready to run, with the batch size that the callback takes.
+
+        Args:
+            data: The examples.
+            common: Leave out the layers that kronfluence does not know (norms, position embeddings).
+        """
+        source = ExampleSource(data, batch_size=TRAINING_BATCH)
+        known = [kind for kind in COMMON if any(isinstance(module, kind) for module in self.net.modules())]
+        coverage = discover(self.net, networks.task, source, layers=known if common else None)
+        gradients = ExampleGradients(self.net, networks.task, source, coverage)
+        source.pass_batch_size = roomy_batch_size(inspect(gradients, range(TRAINING_BATCH)))
+        return gradients
+
+
+def first(data: TensorDataset, count: int) -> TensorDataset:
+    """Return the first examples."""
+    return TensorDataset(*(tensor[:count] for tensor in data.tensors))
+
+
+def weights(folder: str, network: str) -> Path:
+    """Return the file of a network's trained weights."""
+    return Path(folder) / f"{network}.safetensors"
+
+
+def prepare(folder: str, network: str, examples: int) -> None:
+    """Train a network for a while: gradients and curvature of an untrained one are of another kind."""
+    torch.manual_seed(0)
+    net = networks.NETWORKS[network]()
+    networks.train(net, networks.data(network, examples), epochs=2)
+    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, weights(folder, network))
+
+
+# ------------------------------------------------------------------ factors and self-influence
+
+
+def kronfluence_self(setting: Setting) -> Entry:
+    from peers import Kronfluence
+
+    peer = Kronfluence(setting.net, KRONFLUENCE_BATCH[setting.spec.network])
+
+    def score(data: TensorDataset, empirical: bool) -> Tensor:
+        peer.fit(data.tensors, empirical=empirical)
+        return peer.self_scores(data.tensors, damping=None)
+
+    return Entry(lambda: score(setting.data, False), lambda: score(setting.compared, True))
+
+
+def our_self(setting: Setting) -> Entry:
+    """The same work: labels sampled once for each pass, every example in every pass, the same layers."""
+    timed, compared = (setting.gradients(data, common=True) for data in (setting.data, setting.compared))
+    return Entry(
+        lambda: self_influence(timed, fitted(timed, "sampled")),
+        lambda: self_influence(compared, fitted(compared, "true")),
+    )
+
+
+def our_default_self(setting: Setting) -> Entry:
+    """Self-influence as the callback gets it: all layers, exact Fisher for the eigenvalues, factors from a subset."""
+    gradients = setting.gradients(setting.data)
+    inspection = inspect(gradients, range(TRAINING_BATCH))
+
+    def run() -> None:
+        plan = InfluencePlan.make(gradients.coverage, inspection, len(setting.data))
+        curvature = fit(gradients, plan.curvature, range(len(setting.data)), examples=plan.examples, labels=plan.labels)
+        self_influence(gradients, curvature)
+
+    return Entry(run)
+
+
+def fitted(gradients: ExampleGradients, labels: Labels) -> Curvature:
+    """Return EK-FAC from every example, in both passes."""
+    count = len(gradients.source)
+    return fit(gradients, "ekfac", range(count), examples=FactorExamples(count, count), labels=(labels, labels))
+
+
+def self_influence(gradients: ExampleGradients, curvature: Curvature) -> Tensor:
+    """Score every example."""
+    return score_examples(gradients, range(len(gradients.source)), curvature=curvature).columns["self_influence"]
+
+
+# ------------------------------------------------------------------ TracIn self-influence of a checkpoint
+
+
+def captum_tracin(setting: Setting) -> Entry:
+    import peers
+
+    size = CAPTUM_BATCH[setting.spec.network]
+    timed, compared = (
+        peers.captum_tracin(setting.net, data.tensors, batch_size=size) for data in (setting.data, setting.compared)
+    )
+    return Entry(timed.self_influence, compared.self_influence)
+
+
+def our_tracin(setting: Setting) -> Entry:
+    timed, compared = (setting.gradients(data) for data in (setting.data, setting.compared))
+    sizes = dict.fromkeys(timed.coverage.blocks, (1.0, 1.0))
+
+    def score(gradients: ExampleGradients) -> Tensor:
+        count = len(gradients.source)
+        return score_examples(gradients, range(count), step_sizes=sizes).columns["tracin"]
+
+    return Entry(lambda: score(timed), lambda: score(compared))
+
+
+# ------------------------------------------------------------------ queries x examples, with fitted factors
+
+
+def kronfluence_pairs(setting: Setting) -> Entry:
+    from peers import Kronfluence
+
+    peer, queries = Kronfluence(setting.net, KRONFLUENCE_BATCH[setting.spec.network]), setting.queries()
+    peer.fit(setting.compared.tensors, empirical=True)
+    return Entry(
+        lambda: peer.pairwise_scores(queries.tensors, setting.data.tensors, damping=None),
+        lambda: peer.pairwise_scores(queries.tensors, setting.compared.tensors, damping=None),
+    )
+
+
+def our_pairs(setting: Setting) -> Entry:
+    queries = setting.gradients(setting.queries(), common=True)
+    timed, compared = (setting.gradients(data, common=True) for data in (setting.data, setting.compared))
+    curvature = fitted(compared, "true")
+
+    def score(gradients: ExampleGradients) -> Tensor:
+        count = len(gradients.source)
+        return pairwise_scores(gradients, range(count), curvature, queries, range(setting.spec.queries)).scores
+
+    return Entry(lambda: score(timed), lambda: score(compared))
+
+
+# ------------------------------------------------------------------ the whole audit, and training
+
+
+def audit(setting: Setting) -> Entry:
+    """All that the callback computes with its defaults: tracing, verification, factors, scores, features, sweep."""
+
+    def run() -> Mapping[str, float]:
+        start = time.perf_counter()
+        source = ExampleSource(setting.data, batch_size=TRAINING_BATCH)
+        gradients = ExampleGradients(setting.net, networks.task, source, discover(setting.net, networks.task, source))
+        inspection = inspect(gradients, range(TRAINING_BATCH))
+        source.pass_batch_size = roomy_batch_size(inspection)
+        looked = time.perf_counter() - start
+        plan = InfluencePlan.make(gradients.coverage, inspection, len(setting.data))
+        return {"look": looked, **influence_scores(gradients, range(len(setting.data)), plan, features=True).seconds}
+
+    return Entry(run)
+
+
+def plain_pass(setting: Setting) -> Entry:
+    """One forward and backward over the data, in training's batches."""
+
+    def run() -> None:
+        setting.net.train()
+        for batch in DataLoader(setting.data, batch_size=TRAINING_BATCH, shuffle=True):
+            setting.net.zero_grad()
+            networks.task(setting.net, batch).backward()
+
+    return Entry(run)
+
+
+def training(setting: Setting) -> Entry:
+    """One epoch, optimizer steps included."""
+    return Entry(lambda: networks.train(setting.net, setting.data))
+
+
+def step_time(tracin: Any) -> Callable[[Setting], Entry]:
+    """Return a contestant that trains under a Lightning Trainer; its seconds are those of a median step."""
+
+    def build(setting: Setting) -> Entry:
+        from in_flight import stretch
+
+        make, steps = networks.NETWORKS[setting.spec.network], setting.spec.examples // TRAINING_BATCH
+
+        def run() -> Mapping[str, float]:
+            return {"seconds": stretch(make, setting.data, "sgd", tracin, steps, time.perf_counter)}
+
+        return Entry(run)
+
+    return build
+
+
+CONTESTANTS: dict[tuple[str, str], Callable[[Setting], Entry]] = {
+    ("self", "kronfluence"): kronfluence_self,
+    ("self", "ours"): our_self,
+    ("self", "ours, defaults"): our_default_self,
+    ("tracin", "captum"): captum_tracin,
+    ("tracin", "ours"): our_tracin,
+    ("pairs", "kronfluence"): kronfluence_pairs,
+    ("pairs", "ours"): our_pairs,
+    ("audit", "plain pass"): plain_pass,
+    ("audit", "ours"): audit,
+    ("training", "training"): training,
+    ("step", "plain"): step_time("off"),
+    ("step", "dynamics"): step_time(None),
+    ("step", "TracIn"): step_time("step"),
+}
+
+
+# ------------------------------------------------------------------ the process
+
+
+class Memory:
+    """What this process has taken at most beyond what it held at the start, in bytes (Linux)."""
+
+    def __init__(self) -> None:
+        try:
+            # Sets the high-water mark to what is held now: importing torch takes more for a moment.
+            Path("/proc/self/clear_refs").write_text("5")
+            self._start = self._status("VmRSS")
+        except OSError:
+            self._start = 0
+
+    def peak(self) -> int | None:
+        """Return the bytes; None where the system does not tell."""
+        return self._status("VmHWM") - self._start if self._start else None
+
+    @staticmethod
+    def _status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def answer(request: list[str], entry: Entry, memory: Memory) -> dict[str, Any]:
+    """Do what is asked for."""
+    start = time.perf_counter()
+    if request[0] == "run":
+        stages = entry.run()
+        reply = {"seconds": time.perf_counter() - start}
+        if isinstance(stages, Mapping):
+            reply |= {"stages": dict(stages)} if "seconds" not in stages else stages
+    else:
+        scores = None if entry.exact is None else entry.exact()
+        if scores is not None:
+            np.save(request[1], scores.detach().double().numpy())
+        reply = {"seconds": time.perf_counter() - start, "compared": scores is not None}
+    return {**reply, "peak": memory.peak()}
+
+
+def main() -> None:
+    """Load, then answer requests until there are no more."""
+    spec = Spec(**json.loads(sys.argv[1]))
+    # Peers print; the replies have the real stdout to themselves.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    torch.set_num_threads(spec.threads)
+    if spec.work == "prepare":
+        prepare(spec.folder, spec.network, spec.examples)
+        print(json.dumps({"ready": asdict(spec)}), file=replies, flush=True)
+        return
+    torch.manual_seed(0)
+    entry = CONTESTANTS[spec.work, spec.contestant](Setting(spec))
+    memory = Memory()
+    print(json.dumps({"ready": asdict(spec)}), file=replies, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(line.rstrip("\n").split("\t"), entry, memory)), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

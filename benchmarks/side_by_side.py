@@ -1,0 +1,427 @@
+"""Side by side with the peers: time, memory and agreement, contestants taking turns in one run.
+
+make bench                                   everything, and docs/benchmarks.md
+python benchmarks/side_by_side.py --quick    small sizes, to see that it works; the numbers mean little
+python benchmarks/side_by_side.py --only self,tracin
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from rounds import ContestantError, Result, compete, contestant_process, disagreement, megabytes, ratio, seconds, short
+
+THREADS = 2
+NAMES = {
+    "mlp": "MLP 784-256-256-10",
+    "mlp1024": "MLP 784-1024-1024-10",
+    "cnn": "CNN, 32-64-128 channels on 28 × 28",
+    "transformer": "transformer, 4 layers, d = 128, S = 64",
+    "resnet18": "ResNet-18 of width 32 on 32 × 32",
+}
+WORKS = {
+    "self": "EK-FAC factors and self-influence",
+    "tracin": "TracIn self-influence, one checkpoint",
+    "pairs": "EK-FAC scores, 100 queries × N, factors given",
+}
+GROWING = ("mlp", "cnn")
+
+
+@dataclass(frozen=True)
+class Match:
+    """Contestants that take turns with one work.
+
+    Attributes:
+        work: See ``contestants.CONTESTANTS``.
+        network: Name of the network.
+        examples: Number of training examples.
+        contestants: Who takes part.
+        compared: Scores of the first so many examples are compared.
+        rounds: Rounds at most.
+        budget: Seconds for all rounds.
+    """
+
+    work: str
+    network: str
+    examples: int
+    contestants: tuple[str, ...]
+    compared: int = 0
+    rounds: int = 5
+    budget: float = 60.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be reached: so many times as fast as a peer, with so small a difference of the scores."""
+
+    work: str
+    network: str
+    peer: str
+    ours: str
+    factor: float
+    difference: float | None = None
+
+
+SPEED = [
+    *(
+        Target("self", network, "kronfluence", ours, factor, None if ours != "ours" else 1e-3)
+        for network, factor in (("mlp", 100), ("mlp1024", 500), ("cnn", 5), ("transformer", 4), ("resnet18", 12))
+        for ours in ("ours", "ours, defaults")
+    ),
+    Target("tracin", "mlp", "captum", "ours", 50, 1e-4),
+    Target("tracin", "cnn", "captum", "ours", 6, 1e-4),
+    Target("pairs", "mlp", "kronfluence", "ours", 10, 1e-3),
+    Target("pairs", "cnn", "kronfluence", "ours", 2, 1e-3),
+]
+PASSES = 4.0
+DYNAMICS, IN_FLIGHT = 0.03, {"mlp": 0.10, "cnn": 0.35, "transformer": 0.10}
+
+Results = dict[Match, dict[str, Result]]
+
+
+def matches(quick: bool) -> list[Match]:
+    """Return all that is measured; ``quick`` is a hundredth of it."""
+    three, two = ("kronfluence", "ours", "ours, defaults"), ("kronfluence", "ours")
+    scale = 16 if quick else 1
+    limits = {"rounds": 1} if quick else {}
+    sizes = {"mlp": (1000, 200), "mlp1024": (1000, 64), "cnn": (1000, 200), "transformer": (200, 64)}
+    sizes["resnet18"] = (200, 32)
+    # No fewer examples than a training batch has.
+    found = [
+        Match("self", network, max(32, examples // scale), three, max(32, compared // scale), **limits)
+        for network, (examples, compared) in sizes.items()
+    ]
+    for network in GROWING:
+        found.append(Match("tracin", network, 1000 // scale, ("captum", "ours"), max(32, 200 // scale), **limits))
+        found.append(Match("pairs", network, 5000 // scale, two, max(32, 500 // scale), **limits))
+    for network in NAMES:
+        found.append(Match("audit", network, 5000 // scale, ("plain pass", "ours"), **limits))
+        found.append(Match("training", network, 256 // scale * 2, ("training",), rounds=1))
+    for network, steps in (("mlp", 400), ("cnn", 100), ("transformer", 50)):
+        found.append(Match("step", network, 32 * max(16, steps // scale), ("plain", "dynamics", "TracIn"), **limits))
+    for network in GROWING:
+        for examples in (1000, 20000, 50000):
+            found.append(Match("audit", network, examples // scale, ("ours",), rounds=1))
+    found.append(Match("self", "cnn", 5000 // scale, ("kronfluence",), rounds=1))
+    return found
+
+
+def play(match: Match, folder: Path) -> dict[str, Result]:
+    """Start the contestants of a match and let them take turns; one that can't start has failed."""
+    results: dict[str, Result] = {}
+    with ExitStack() as stack:
+        ready = {}
+        for name in match.contestants:
+            spec = {
+                "work": match.work,
+                "contestant": name,
+                "network": match.network,
+                "examples": match.examples,
+                "compared": match.compared or 32,
+                "folder": str(folder),
+                "threads": THREADS,
+            }
+            try:
+                ready[name] = contestant_process(spec, folder / f"{name}.log")
+                stack.callback(ready[name].close)
+            except ContestantError as error:
+                results[name] = Result(failure=str(error))
+        results |= compete(ready, folder, rounds=match.rounds, budget=match.budget)
+    return {name: results[name] for name in match.contestants}
+
+
+def prepare(network: str, folder: Path, quick: bool) -> None:
+    """Train a network for a while and keep its weights."""
+    spec = {
+        "work": "prepare",
+        "contestant": "",
+        "network": network,
+        "examples": 64 if quick or network == "resnet18" else 1024,
+        "compared": 0,
+        "folder": str(folder),
+        "threads": THREADS,
+    }
+    contestant_process(spec, folder / "prepare.log").close()
+
+
+# ------------------------------------------------------------------ tables
+
+
+def pick(results: Results, work: str, network: str, contestants: Sequence[str]) -> tuple[Match, dict[str, Result]]:
+    """Return the first match with these contestants; raise ``KeyError`` if it was not played."""
+    for match, found in results.items():
+        if (match.work, match.network) == (work, network) and set(contestants) <= found.keys():
+            return match, found
+    raise KeyError(f"no match of {', '.join(contestants)} on {work}, {network}")
+
+
+def mark(met: bool) -> str:
+    """Say whether a target was met."""
+    return "met" if met else "**missed**"
+
+
+def speed_table(results: Results, targets: Sequence[Target]) -> Iterator[str]:
+    """Yield a line for every target whose match was played."""
+    yield (
+        "| work | network | N | peer | its median | ours | our median | times faster (rounds) | target | "
+        "largest difference of scores |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for target in targets:
+        try:
+            match, found = pick(results, target.work, target.network, (target.peer, target.ours))
+        except KeyError:
+            continue
+        peer, ours = found[target.peer], found[target.ours]
+        row = [WORKS[target.work], NAMES[target.network], f"{match.examples:,}", target.peer]
+        faster = ratio(peer, ours)
+        if faster is None:
+            failed = target.peer if peer.failure else target.ours
+            row += [f"{failed} failed: {peer.failure or ours.failure}", target.ours, "", "", "", ""]
+        else:
+            count = len(ours.seconds)
+            row += [seconds(peer.median), target.ours, seconds(ours.median), f"{faster} ({count})"]
+            row += [f"≥ {target.factor:,.0f}: {mark(faster.median >= target.factor)}", agreement(target, peer, ours)]
+        yield f"| {' | '.join(row)} |"
+
+
+def agreement(target: Target, peer: Result, ours: Result) -> str:
+    """Write the largest relative difference of the scores."""
+    if target.difference is None or peer.scores is None or ours.scores is None:
+        return "–"
+    value = disagreement(ours.scores, peer.scores)
+    return f"{value:.0e} (≤ {target.difference:.0e}: {mark(value <= target.difference)})"
+
+
+def audit_table(results: Results) -> Iterator[str]:
+    """Yield a line for every network whose audit and training pass took turns."""
+    yield "| network | N | plain pass | whole audit, defaults | audit / pass (rounds) | of which | target |"
+    yield "|---|---|---|---|---|---|---|"
+    for match, found in results.items():
+        if match.work != "audit" or "plain pass" not in found:
+            continue
+        one, ours = found["plain pass"], found["ours"]
+        passes = ratio(ours, one)
+        if passes is None:
+            yield f"| {NAMES[match.network]} | {match.examples:,} | failed: {one.failure or ours.failure} | | | | |"
+            continue
+        stages = {name: ours.stages[-1][name] / one.median for name in ours.stages[-1]}
+        parts = ", ".join(f"{name} {short(value)}" for name, value in stages.items() if value >= 0.05)
+        yield (
+            f"| {NAMES[match.network]} | {match.examples:,} | {seconds(one.median)} | {seconds(ours.median)} | "
+            f"{passes} ({len(ours.seconds)}) | {parts} | ≤ {PASSES:.0f}: {mark(passes.median <= PASSES)} |"
+        )
+
+
+def step_table(results: Results) -> Iterator[str]:
+    """Yield a line for every network whose training steps were timed."""
+    yield "| network | plain step | with the dynamics | target | with TracIn at every step | target | at every 4th |"
+    yield "|---|---|---|---|---|---|---|"
+    for match, found in results.items():
+        if match.work != "step":
+            continue
+        plain, dynamics, tracin = (found[name] for name in match.contestants)
+        with_dynamics, with_tracin = ratio(dynamics, plain), ratio(tracin, plain)
+        if with_dynamics is None or with_tracin is None:
+            failure = plain.failure or dynamics.failure or tracin.failure
+            yield f"| {NAMES[match.network]} | failed: {failure} | | | | | |"
+            continue
+        a, b = with_dynamics.median - 1, with_tracin.median - 1
+        limit = IN_FLIGHT[match.network]
+        yield (
+            f"| {NAMES[match.network]} | {1000 * plain.median:.2f} ms | {a:+.1%} | ≤ {DYNAMICS:.0%}: "
+            f"{mark(a <= DYNAMICS)} | {b:+.1%} | ≤ {limit:.0%}: {mark(b <= limit)} | {a + (b - a) / 4:+.1%} |"
+        )
+
+
+def memory_table(results: Results) -> Iterator[str]:
+    """Yield a line for every network that was trained."""
+    yield "| network | training, with its optimizer | whole audit | below training | kronfluence, factors and scores |"
+    yield "|---|---|---|---|---|"
+    for match, found in results.items():
+        if match.work != "training":
+            continue
+        peaks = [found["training"].peak]
+        for work, names, name in (
+            ("audit", ("plain pass", "ours"), "ours"),
+            ("self", ("kronfluence", "ours"), "kronfluence"),
+        ):
+            try:
+                peaks.append(pick(results, work, match.network, names)[1][name].peak)
+            except KeyError:
+                peaks.append(None)
+        own, audit = peaks[:2]
+        verdict = "–" if own is None or audit is None else "yes" if audit < own else "**no**"
+        cells = [NAMES[match.network], *(map(megabytes, peaks[:2])), verdict, megabytes(peaks[2])]
+        yield f"| {' | '.join(cells)} |"
+
+
+def growth(results: Results) -> dict[str, list[tuple[int, float, float]]]:
+    """Return series by name: number of examples, milliseconds per example, megabytes."""
+    series: dict[str, list[tuple[int, float, float]]] = {}
+    for match, found in results.items():
+        for work, contestant in (("audit", "ours"), ("self", "kronfluence")):
+            if match.work != work or contestant not in found or match.network not in GROWING:
+                continue
+            result = found[contestant]
+            if result.seconds and result.peak is not None:
+                name = f"{'whole audit' if work == 'audit' else contestant}, {match.network.upper()}"
+                point = (match.examples, 1000 * result.median / match.examples, result.peak / 2**20)
+                series.setdefault(name, []).append(point)
+    return {name: sorted(points) for name, points in series.items()}
+
+
+def growth_table(series: dict[str, list[tuple[int, float, float]]]) -> Iterator[str]:
+    """Yield the numbers of the plot."""
+    yield "| | N | per example | extra memory |"
+    yield "|---|---|---|---|"
+    for name, points in series.items():
+        for examples, milliseconds, megabytes_ in points:
+            yield f"| {name} | {examples:,} | {milliseconds:.3f} ms | {megabytes_:,.0f} MB |"
+
+
+def plot(series: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
+    """Draw time per example and memory against the number of examples."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, points in series.items():
+        style = "--s" if name.startswith("kronfluence") else "-o"
+        counts, times, sizes = zip(*points, strict=True)
+        left.plot(counts, times, style, label=name)
+        right.plot(counts, sizes, style, label=name)
+    for axes, title in ((left, "milliseconds per example"), (right, "extra peak memory, MB")):
+        axes.set(title=title, xlabel="training examples", xscale="log", yscale="log")
+        axes.grid(alpha=0.3)
+    left.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+# ------------------------------------------------------------------ the page
+
+
+def machine() -> str:
+    """Name the machine and what is installed."""
+    info, memory = Path("/proc/cpuinfo"), ""
+    model = platform.processor() or platform.machine()
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GB"
+    versions = []
+    for package in ("lightning-influence", "torch", "kronfluence", "captum"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{package} not installed")
+    return f"{os.cpu_count()} cores ({model}){memory}, Python {platform.python_version()}; {', '.join(versions)}"
+
+
+METHOD = (
+    "Every contestant runs in a process of its own, with the same trained weights, the same digits, float32 and "
+    f"{THREADS} threads; they warm up and then take turns (A B A B …), so that a ratio compares neighbours in time; "
+    "medians over the rounds are given with the smallest and the largest. *ours* does the peer's work: labels sampled "
+    "once in each pass, every example in every pass, only the layers that the peer knows; *ours, defaults* is what the "
+    "callback computes (all layers, exact Fisher for the eigenvalues, factors from a subset). Scores are compared "
+    "where they are determined: empirical Fisher, damping 0.1 of the mean eigenvalue, on the first examples (for pairs "
+    "relative to the query's largest score)."
+)
+SKIPPED = """\
+* **dattri 0.3.0**: its EK-FAC gives wrong scores (see `docs/results/lds.md`), so its time says nothing; its conjugate
+  gradients solve for the GGN, another work than any above. Both are in `make lds`.
+* **bergson 2.5.1**: attributes language models of `transformers` with data sets of `datasets`; none of the networks
+  above is one.
+* **captum 0.9.0** on the transformer and the ResNet: per-example gradients by its hooks are for linear layers and
+  convolutions alone, not for norms.
+* **kronfluence 1.0.1** leaves out norms and position embeddings; *ours* leaves them out as well where the two compare.
+"""
+
+
+def page(results: Results, started: float, picture: str | None) -> str:
+    """Return the markdown."""
+    series = growth(results)
+    parts = [
+        "# Benchmarks\n",
+        f"Written by `make bench` on {time.strftime('%Y-%m-%d')}, in {(time.time() - started) / 60:.0f} minutes: "
+        f"{machine()}.\n",
+        METHOD + "\n",
+        "## Side by side\n",
+        *speed_table(results, SPEED),
+        "\n## The whole audit, in passes\n",
+        "A pass is one forward and backward over the same data in batches of 32. The audit traces, verifies, fits "
+        "factors (eigendecompositions included), scores every example and sweeps the damping.\n",
+        *audit_table(results),
+        "\n## While training\n",
+        "Median time of a step under a Lightning Trainer, relative to the same without the callback; every 4th step is "
+        "a quarter of what TracIn adds to the dynamics.\n",
+        *step_table(results),
+        "\n## Memory\n",
+        "Peak of resident memory beyond what the process held when weights and data were loaded.\n",
+        *memory_table(results),
+        "\n## Growth with the data\n",
+        *([f"![time per example and memory against the number of examples]({picture})\n"] if picture else []),
+        *growth_table(series),
+        "\n## What is not there, and why\n",
+        SKIPPED,
+    ]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Run everything and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, one round")
+    parser.add_argument("--only", default="", help="works, separated by commas: self,tracin,pairs,audit,training,step")
+    parser.add_argument("--networks", default=",".join(NAMES), help="networks, separated by commas")
+    parser.add_argument("--out", type=Path, help="markdown file to write; the plot goes beside it")
+    arguments = parser.parse_args()
+    started = time.time()
+    works, networks = arguments.only.split(","), arguments.networks.split(",")
+    chosen = [
+        match
+        for match in matches(arguments.quick)
+        if match.network in networks and (match.work in works or not arguments.only)
+    ]
+    results: Results = {}
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        for network in dict.fromkeys(match.network for match in chosen):
+            prepare(network, folder, arguments.quick)
+        for match in chosen:
+            results[match] = play(match, folder)
+            times = ", ".join(
+                f"{name} {result.failure or seconds(result.median)}" for name, result in results[match].items()
+            )
+            print(
+                f"[{time.time() - started:5.0f} s] {match.work}, {match.network}, N={match.examples}: {times}",
+                flush=True,
+            )
+    picture = None
+    if arguments.out and (series := growth(results)):
+        picture = arguments.out.with_suffix(".png").name
+        plot(series, arguments.out.with_suffix(".png"))
+    text = page(results, started, picture)
+    print(text)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What preconditioners save: steps of conjugate gradients with the GGN of a small network, for several dampings.
+
+The network and the queries are those of the digits in ``lds.py``. The GGN is formed once, so that a step is a matrix
+product and the exact block-diagonal GGN can be tried as a preconditioner, too: no approximation of it, EK-FAC included,
+can be expected to do better than it does itself. Run ``make solvers``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lds_methods import digits
+from torch import Tensor
+
+from lightning_influence.curvature import BlockCoordinates, BlockCurvature, FactorExamples, GGNProduct, fit
+from lightning_influence.curvature.nystrom import nystrom_preconditioner
+from lightning_influence.curvature.solvers import cg
+from lightning_influence.queries import prepared_queries
+
+Product = Callable[[Tensor], Tensor]
+QUERIES = 20
+TOLERANCE = 1e-4
+FACTORS = (10.0, 1.0, 0.1)
+
+
+def main() -> None:
+    """Count steps and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="markdown file to write")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    setting = digits()
+    setting.train_full()
+    setting.become(0)
+    gradients, everything = setting.gradients(setting.data), range(setting.examples)
+    coordinates = BlockCoordinates(gradients.coverage.blocks)
+    product = GGNProduct(gradients, everything, parameters=coordinates.parameters)
+    places = coordinates.places_in(product.flat)
+    matrix = product.to_dense(limit=coordinates.size).double()[places][:, places]
+    identity = fit(gradients, "identity", everything, examples=FactorExamples(1, 1), labels=("true", "true"))
+    prepared = next(iter(prepared_queries(identity, setting.gradients(setting.queries), [list(range(QUERIES))])))
+    systems = coordinates.join(prepared.vectors).double()
+    ekfac = fit(
+        gradients,
+        "ekfac",
+        everything,
+        examples=FactorExamples(setting.examples, setting.examples),
+        labels=("exact", "exact"),
+    )
+    assert isinstance(ekfac, BlockCurvature)
+    by_block = torch.zeros_like(matrix)
+    for part in coordinates.slices().values():
+        by_block[part, part] = matrix[part, part]
+
+    lines = ["| damping λ | none | EK-FAC | exact block GGN | Nyström, rank 100 |", "|---|---|---|---|---|"]
+    for factor in FACTORS:
+        damping = factor * setting.trainer_damping
+        inverse = torch.linalg.inv(by_block + damping * torch.eye(len(matrix), dtype=torch.float64))
+        sketch = nystrom_preconditioner(lambda v: v @ matrix, systems, 100, damping)
+        preconditioners: list[Product | None] = [
+            None,
+            lambda v, damping=damping: _in_blocks(ekfac, coordinates, v, damping),
+            lambda v, inverse=inverse: v @ inverse,
+            sketch,
+        ]
+        cells = []
+        for preconditioner in preconditioners:
+            solution = cg(
+                lambda v: v @ matrix,
+                systems,
+                damping,
+                preconditioner=preconditioner,
+                tolerance=TOLERANCE,
+                max_steps=2000,
+            )
+            cells.append(f"{solution.steps.double().mean():.0f}" + ("" if solution.converged.all() else " (no)"))
+        lines.append(f"| {damping:.1e} ({factor:g} x trainer) | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    text = (
+        "# Steps of conjugate gradients, by preconditioner\n\n"
+        f"Written by `benchmarks/solvers.py`, torch {importlib.metadata.version('torch')}. {setting.title}, "
+        f"{coordinates.size:,} parameters, GGN of {setting.examples:,} examples, mean over {QUERIES} queries, relative "
+        f"residual {TOLERANCE:g}.\n\n" + "\n".join(lines) + "\n\n"
+        "The large eigenvalues of this GGN belong to directions that run across layers. A block-diagonal "
+        "preconditioner, be it the exact blocks, does not see them, so EK-FAC saves nothing here; on a model of one "
+        "layer it takes less than half the steps (`tests/test_products.py`). The sketch, which is the default, does.\n"
+    )
+    print(text)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text)
+
+
+def _in_blocks(curvature: BlockCurvature, coordinates: BlockCoordinates, v: Tensor, damping: float) -> Tensor:
+    parts = coordinates.split(v.float())
+    solved = {name: curvature.blocks[name].solve(part, damping) for name, part in parts.items()}
+    return coordinates.join(solved).double()
+
+
+if __name__ == "__main__":
+    main()

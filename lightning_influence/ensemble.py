@@ -1,0 +1,126 @@
+"""Several audits of the same data as one: columns of scores merged over runs.
+
+Seeds are noise that averaging takes out: three models raised the LDS of every method but grad-cos on digits
+(``docs/results/lds.md``). Scores have units (a loss, a change of a loss, a number of epochs), so that they are averaged
+as they are; what is ranked by is made comparable afterwards, by the z-scores of the ranking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Columns = Mapping[str, NDArray[Any]]
+
+# Must agree; made anew by the ranking; voted on; added up. All others are averaged.
+_SAME = ("index", "label")
+_RANKED = ("suspicion", "rank", "candidate")
+_VOTED = ("predicted", "suggested")
+_COUNTED = ("times_seen",)
+
+
+class EnsembleError(ValueError):
+    """Audits that can't be merged; the message says which and why."""
+
+
+def merged_columns(members: Sequence[Columns]) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """Merge the columns of audits of the same data.
+
+    Scores are means over the runs that know them. An example is finite if it is in all runs. ``times_seen`` adds up.
+    ``predicted`` is a vote; so is ``suggested``, where a run's vote weighs as much as it is sure, ``|prob_margin|``:
+    with two classes that is the label with the larger mean probability. The mean of ``prob_margin`` is at most the
+    margin of the mean probabilities, as runs that contradict a label need not agree on another one.
+
+    Args:
+        members: Columns by name, ``[n]``, sorted by ``index``.
+
+    Returns:
+        The columns that all members have, without those of the ranking, and the names of the others.
+
+    Raises:
+        EnsembleError: If there are fewer than two members, or they are about other examples or labels.
+    """
+    if len(members) < 2:
+        raise EnsembleError(f"{len(members)} audits to merge; expected two at least.")
+    common = set.intersection(*(set(member) for member in members))
+    left_out = sorted(set.union(*(set(member) for member in members)) - common)
+    for name in _SAME:
+        if name in left_out:
+            raise EnsembleError(f"some audits have the column {name!r} and others have not; audit them alike.")
+        for number, member in enumerate(members):
+            if name in common and not np.array_equal(member[name], members[0][name]):
+                raise EnsembleError(
+                    f"audit {number} has another column {name!r} than audit 0: it is about other examples or labels. "
+                    "Merge audits of the same training data."
+                )
+    result: dict[str, NDArray[Any]] = {}
+    for name in members[0]:
+        if name in common and name not in _RANKED:
+            result[name] = _merged(name, members)
+    return result, left_out
+
+
+def merged_manifest(
+    manifests: Sequence[Mapping[str, Any]], sources: Sequence[str], left_out: Sequence[str]
+) -> dict[str, Any]:
+    """Return the manifest of an ensemble, without what the ranking says.
+
+    Args:
+        manifests: Of the audits.
+        sources: What each is: its directory.
+        left_out: Columns that not all of them have.
+
+    Raises:
+        EnsembleError: If an audit is not complete, or they are about other data.
+    """
+    for manifest, source in zip(manifests, sources, strict=True):
+        if (status := manifest.get("status", "complete")) != "complete":
+            raise EnsembleError(f"{source} is {status!r}; expected complete audits. Leave it out, or finish the run.")
+    prints = [manifest.get("fingerprint", {}) for manifest in manifests]
+    data = {source: found["data"] for source, found in zip(sources, prints, strict=True) if "data" in found}
+    if len(set(data.values())) > 1:
+        told = "; ".join(f"{source}: {value}" for source, value in data.items())
+        raise EnsembleError(f"the audits are about different training data ({told}); merge audits of the same data.")
+    models = sorted({found["model"] for found in prints if "model" in found})
+    notes = [f"an ensemble of {len(sources)} audits: scores are means over them, labels a vote."]
+    if left_out:
+        notes.append(f"columns that not all audits have were left out: {', '.join(left_out)}.")
+    notes += dict.fromkeys(note for manifest in manifests for note in manifest.get("notes", ()))
+    fingerprint = {"model": ", ".join(models), "data": next(iter(data.values()), "")}
+    return {"status": "complete", "ensemble": list(sources), "fingerprint": fingerprint, "notes": notes}
+
+
+def _merged(name: str, members: Sequence[Columns]) -> NDArray[Any]:
+    stacked = np.stack([member[name] for member in members])
+    if name in _SAME:
+        return np.asarray(stacked[0])
+    if name == "finite":
+        return np.asarray(stacked.astype(bool).all(0))
+    if name in _COUNTED:
+        return np.asarray(stacked.sum(0))
+    if name in _VOTED:
+        sure = name == "suggested" and all("prob_margin" in member for member in members)
+        weights = np.abs([member["prob_margin"] for member in members]) if sure else np.ones(stacked.shape)
+        return _vote(stacked.astype(np.int64), np.nan_to_num(weights))
+    values = stacked.astype(np.float64)
+    known = ~np.isnan(values)
+    total = np.where(known, values, 0.0).sum(0)
+    return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
+
+
+def _vote(labels: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the class with the largest sum of weights ``[n]`` of labels ``[m, n]``, the smallest of equal ones.
+
+    -1 is no vote, and the result where there is none.
+    """
+    best = np.full(labels.shape[1], -1, dtype=np.int64)
+    most = np.full(labels.shape[1], -np.inf)
+    for label in np.unique(labels[labels >= 0]):
+        chosen = labels == label
+        total = np.where(chosen, weights, 0.0).sum(0)
+        better = chosen.any(0) & (total > most)
+        best[better], most[better] = label, total[better]
+    return best

@@ -1,0 +1,374 @@
+"""TracIn in flight: ``η ‖g‖²`` of every example at the step that trains on it, from the training pass itself.
+
+While ``training_step`` runs, the tap that listens for the loss also sees the calls with covered parameters; their
+outputs' places in the graph get a hook that reads the gradient as training's own backward pass comes by. Nothing is
+changed: no output is replaced, no gradient is returned, no pass is added. As training uses them, gradients are those of
+the batch loss; times the number of examples they are those of the examples' own losses, whose mean the batch loss is
+(weighted as this batch has weighted them). Gradient clipping comes later and does not count. Where a batch norm takes
+the statistics of the batch, an example's part in the gradient of the batch stands for its gradient.
+
+A parameter is seen where it is passed to a function that is understood, as it is; what is computed from parameters
+first (transposed or reparametrised weights, position embeddings that are looked up) is not, nor is what only the
+backward pass computes (reentrant activation checkpointing) or a compiled graph. ``Flight.missing`` names what was not
+seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_influence import optimizers, per_sample
+from lightning_influence.calls import DirectCall, EmbeddingCall, Layouts, LinearCall, MatrixCall, RepeatedCall
+from lightning_influence.coverage import Coverage
+from lightning_influence.layers import LayerError, MatrixBlock, ParameterBlock
+from lightning_influence.precision import working
+from lightning_influence.reading import IN_PLACE, NotUnderstoodError, Site, read_call
+from lightning_influence.rows import Rows
+from lightning_influence.task import LossTap
+from lightning_influence.trace import TracedUse
+from lightning_influence.uses import Output, Source, Use, check_batch, joined, modified, rows_of
+from lightning_influence.watch import visible_attention
+
+_Function = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class Visit:
+    """What one training pass said about the examples of its batch.
+
+    Attributes:
+        indices: Dataset indices, ``n`` of them.
+        scale: What the gradients of the backward pass are multiplied with, to be those of the examples' own losses.
+        squares: Parameter group, see ``Flight``, to ``Σ gᵀ P g`` over its parameters, ``[n]``, not yet scaled.
+        complete: False if an optimizer had no state yet to tell ``P`` from.
+    """
+
+    indices: Sequence[int]
+    scale: float
+    squares: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    complete: bool = True
+
+    def score(self, rates: Mapping[tuple[int, int], float]) -> Tensor:
+        """Return ``Σ η gᵀ P g`` of every example, ``[n]`` float64.
+
+        Args:
+            rates: Parameter group to learning rate, see ``optimizers.rates``.
+        """
+        parts = [squares.double() * (rates[group] * self.scale**2) for group, squares in self.squares.items()]
+        return torch.stack(parts).sum(0) if parts else torch.zeros(len(self.indices), dtype=torch.float64)
+
+
+class Flight:
+    """Reads per-example gradient norms off training's own forward and backward passes.
+
+    Args:
+        coverage: The blocks to measure, traced.
+        optimizers: Those of the run; a parameter group goes by the number of its optimizer and its own in it.
+
+    Attributes:
+        unseen: Block name to why it is not measured; more may turn out during training, see ``missing``.
+    """
+
+    def __init__(self, coverage: Coverage, optimizers: Sequence[Any]) -> None:
+        self.coverage = coverage
+        self.optimizers = list(optimizers)
+        self.unseen: dict[str, str] = {}
+        self._layouts: dict[tuple[int, _Function], Layouts] = {}
+        self._owners: dict[int, tuple[str, Tensor, ParameterBlock]] = {}
+        for name, block in coverage.blocks.items():
+            if reason := self._plan(block):
+                self.unseen[name] = reason
+        self._functions = {function for _, function in self._layouts}
+        self._reached: set[str] = set()
+        self._groups: dict[int, tuple[tuple[int, int], Any]] = {}
+        self._scales: dict[str, Tensor] = {}
+        self._uses: dict[str, list[Use]] = {}
+        self._open: dict[str, int] = {}
+        self._n = 0
+        self._visit: Visit | None = None
+        self._error: Exception | None = None
+
+    def _plan(self, block: ParameterBlock) -> str | None:
+        """Note where the block's parameters will be met; return why they can't be, if so."""
+        if block.name in self.coverage.one_by_one:
+            return "its gradients have no closed form"
+        planned: dict[tuple[int, _Function], Layouts] = {}
+        for name, parameter in block.parameters.items():
+            uses = [use for use in self.coverage.trace.uses(parameter) if use.kind != "penalty"]
+            if not uses:
+                return f"{name} was not seen in the trace of the model"
+            for use in uses:
+                if not _is_direct(use, parameter):
+                    return f"{name} is not used as it is, or by a function that is run once more for every example"
+                if planned.setdefault((id(parameter), use.function), use.layouts) != use.layouts:
+                    return f"{name} is used on tensors that hold the examples in different places"
+        self._layouts |= planned
+        self._owners |= {id(parameter): (name, parameter, block) for name, parameter in block.parameters.items()}
+        return None
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Block name to why nothing is known of it, after the first batches."""
+        silent = self.coverage.blocks.keys() - self.unseen.keys() - self._reached
+        return self.unseen | dict.fromkeys(sorted(silent), "no gradient came by in the training pass")
+
+    @property
+    def share(self) -> float:
+        """Share of the trainable parameters that was measured."""
+        covered = [b for name, b in self.coverage.blocks.items() if name in self._reached]
+        count = sum(p.numel() for block in covered for p in block.parameters.values())
+        return count / max(1, self.coverage.total_parameters)
+
+    # ------------------------------------------------------------ forward pass
+
+    def tap(self, n: int) -> LossTap:
+        """Return a loss tap that watches the calls of one forward pass, too.
+
+        Args:
+            n: Number of examples in the batch.
+        """
+        self.clear()
+        self._n = n
+        return _FlightTap(self)
+
+    def clear(self) -> None:
+        """Forget the last batch; hooks that are still in its graph do nothing any more."""
+        self._uses, self._open, self._visit, self._error = {}, {}, None, None
+
+    def see(self, func: _Function, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Look at a finished call of one of the functions."""
+        passed = [value for value in (*args, *kwargs.values()) if id(value) in self._owners]
+        if not passed or not torch.is_grad_enabled() or not output.requires_grad or self._error is not None:
+            return
+        layouts = self._layouts.get((id(passed[0]), func))
+        if layouts is None:  # a penalty
+            return
+        try:
+            call = read_call(Site(func, args, kwargs, passed, output))
+            assert call is not None
+            self._watch(call, layouts, output)
+        except NotUnderstoodError as error:
+            for parameter in passed:
+                self.unseen[self._owners[id(parameter)][2].name] = f"it is used {error}"
+        except Exception as error:  # reported by `finish`: training goes on
+            self._error = error
+
+    def _watch(self, call: Any, layouts: Layouts, output: Tensor) -> None:
+        roles: dict[str, dict[str, Source]] = {}
+        for role, tensor in call.parameters.items():
+            name, parameter, block = self._owners[id(tensor)]
+            roles.setdefault(block.name, {})[role] = Source(parameter, ((name, parameter),))
+        place = Output.of(output)
+        versions = tuple(tensor._version for tensor in call.inputs)
+        for block_name, of_block in roles.items():
+            self._uses.setdefault(block_name, []).append(Use(call, layouts, place, versions, of_block))
+            self._open[block_name] = self._open.get(block_name, 0) + 1
+        blocks = tuple(roles)
+        number, uses = place.edge.output_nr, self._uses
+
+        def read(gradients: tuple[Tensor | None, ...]) -> None:
+            # Only in the backward pass of training: `training_step` may have run others before.
+            if self._visit is not None and uses is self._uses and gradients[number] is not None:
+                self._arrived(blocks, place, gradients[number])
+
+        place.edge.node.register_prehook(read)  # type: ignore[arg-type]
+
+    # ----------------------------------------------------------- backward pass
+
+    def start(self, indices: Sequence[int], scale: float) -> None:
+        """Get ready for the backward pass of the batch.
+
+        Args:
+            indices: Dataset indices of its examples.
+            scale: ``n`` over what the loss was multiplied with since ``training_step`` returned it (an accumulation's
+                ``1/k``, a gradient scaler's factor).
+        """
+        self._groups = {
+            id(parameter): ((number, place), (optimizer, group))
+            for number, optimizer in enumerate(map(optimizers.inner, self.optimizers))
+            for place, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        self._visit = Visit(list(indices), scale)
+
+    def _arrived(self, blocks: Sequence[str], place: Output, gradient: Tensor | None) -> None:
+        if self._error is not None:
+            return
+        try:
+            with torch.no_grad():
+                place.add(gradient)
+                for name in blocks:
+                    self._open[name] -= 1
+                    if not self._open[name]:
+                        self._measure(name)
+        except Exception as error:  # an exception would end the backward pass, and training with it
+            self._error = error
+
+    def _measure(self, name: str) -> None:
+        """Add the squares of one block, all of whose uses have their gradients."""
+        visit, block = self._visit, self.coverage.blocks[name]
+        uses = [use for use in self._uses.pop(name) if use.output.reached]
+        if visit is None or not uses or name in self.unseen:
+            return
+        self._reached.add(name)
+        for parameter, squares in self._squares(block, uses):
+            found = self._groups.get(id(parameter))
+            if found is None:  # of no optimizer: it does not move
+                continue
+            group = found[0]
+            visit.squares[group] = visit.squares[group].add_(squares) if group in visit.squares else squares
+
+    def _squares(self, block: ParameterBlock, uses: Sequence[Use]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield parameters and ``gᵀ P g`` of every example, ``[n]``."""
+        n = self._n
+        for use in uses:
+            check_batch(block.name, use, n)
+            if use.changed:
+                raise LayerError(modified(block.name))
+        plain = all(self._scale(name, parameter) is None for name, parameter in block.parameters.items())
+        if len(uses) == 1 and plain and (lengths := _row_lengths(uses[0], n)) is not None:
+            # Two norms tell all of a layer without positions; calls count where a whole step takes a millisecond.
+            of_x, of_g = lengths
+            for role, source in uses[0].roles.items():
+                # Every one a tensor of its own, as sums are taken in place.
+                yield source.tensor, of_g.clone() if role == "bias" else of_x * of_g
+            return
+        if len(uses) == 1:
+            for role, source in uses[0].roles.items():
+                if isinstance(block, MatrixBlock) and source.tensor is block.weight:
+                    yield source.tensor, self._matrix_squares(block, uses[0])
+                else:
+                    scale = self._scale(source.parameters[0][0], source.tensor)
+                    yield source.tensor, _direct_squares(uses[0], role, n, scale)
+            return
+        xs, gs = joined(rows_of(block, uses, n))
+        weights = self._weights(block)
+        columns = block.bias_columns
+        split = [slice(None)] if columns is None else [slice(None, columns.start), columns]
+        for parameter, part in zip(block.parameters.values(), split, strict=False):
+            yield parameter, _squares(xs[0][..., part], gs[0], None if weights is None else weights[..., part])
+
+    def _matrix_squares(self, block: MatrixBlock, use: Use) -> Tensor:
+        """Return ``gᵀ P g`` of the weight of a matrix, from its only use."""
+        call, layouts = use.call, use.layouts
+        gradient = working(next(g for g in use.output.gradients if g is not None))
+        scale = self._scale(block.weight_name, block.weight)
+        if "weight" not in call.matrix_roles:
+            return _direct_squares(use, "weight", self._n, scale)
+        x: Tensor
+        g: Rows
+        if isinstance(call, EmbeddingCall):
+            x, g = call.rows(gradient, self._n, layouts)
+        else:
+            assert isinstance(call, MatrixCall)
+            x, g = call.activations(self._n, layouts), call.output_gradients(gradient, self._n, layouts)
+        if scale is None:
+            return _squares(x, g, None)
+        laid_out = block.from_parameters(
+            {name: scale if p is block.weight else p for name, p in block.parameters.items()}
+        )
+        return _squares(x, g, laid_out[..., : laid_out.shape[-1] - block.has_bias])
+
+    def _scale(self, name: str, parameter: Tensor) -> Tensor | None:
+        """Return ``P`` of a parameter, shaped like it, or None for a plain step."""
+        found = self._groups.get(id(parameter))
+        if found is None or not optimizers.is_preconditioned(found[1][0]):
+            return None
+        if name not in self._scales:
+            scale = optimizers.preconditioner(*found[1], parameter)
+            if scale is None:
+                assert self._visit is not None
+                self._visit.complete = False
+                return None
+            self._scales[name] = scale
+        return self._scales[name]
+
+    def _weights(self, block: ParameterBlock) -> Tensor | None:
+        """Return ``P`` of a block, ``[k, o, i]``, or None for plain steps."""
+        scales = {name: self._scale(name, parameter) for name, parameter in block.parameters.items()}
+        if all(scale is None for scale in scales.values()):
+            return None
+        ones = {name: torch.ones_like(p) for name, p in block.parameters.items() if scales[name] is None}
+        return block.from_parameters({name: ones.get(name, scale) for name, scale in scales.items()})  # type: ignore[misc]
+
+    def finish(self) -> Visit | None:
+        """Return what the backward pass has told, None if there was none.
+
+        Raises:
+            Exception: Whatever went wrong within the pass.
+        """
+        visit, error = self._visit, self._error
+        if visit is not None and error is None:
+            with torch.no_grad():
+                for name in list(self._uses):  # some output of the block was not used
+                    self._measure(name)
+            error = self._error
+        self.clear()
+        if error is not None:
+            raise error
+        return visit
+
+    def stepped(self) -> None:
+        """Forget what the optimizers' state said: a step has changed it."""
+        self._scales = {}
+
+
+class _FlightTap(LossTap):
+    """A loss tap that tells a flight of the calls with covered parameters."""
+
+    def __init__(self, flight: Flight) -> None:
+        super().__init__()
+        self._flight = flight
+        self._functions = flight._functions
+
+    def __torch_function__(
+        self, func: _Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the call unchanged and take note of it."""
+        if func is F.multi_head_attention_forward:
+            with self:  # its linear maps are the layers
+                return visible_attention(*args, **(kwargs or {}))
+        output = super().__torch_function__(func, types, args, kwargs)
+        if func in self._functions and self._listening:
+            self._flight.see(func, args, kwargs or {}, output)
+        return output
+
+
+def _is_direct(use: TracedUse, parameter: Tensor) -> bool:
+    """Tell whether a call takes the parameter itself, and keeps what it needs."""
+    if use.kind != "batched" or use.call is None or issubclass(use.call, RepeatedCall) or use.function in IN_PLACE:
+        return False
+    roles = [role for role, owners in use.roles.items() if id(parameter) in owners]
+    views = [use.views.get(role) for role in roles]
+    rows = len(parameter) if parameter.ndim else 1
+    return all(v is not None and not v.transposed and (v.start, v.rows) == (0, rows) for v in views)
+
+
+def _row_lengths(use: Use, n: int) -> tuple[Tensor, Tensor] | None:
+    """Return the squared lengths of inputs and output gradients of a linear map with a row per example, ``[n]``."""
+    call, (gradient,) = use.call, use.output.gradients
+    if type(call) is not LinearCall or call.input.ndim != 2 or gradient is None or len(call.input) != n:
+        return None
+    of_x, of_g = (torch.linalg.vector_norm(working(rows), dim=1).square_() for rows in (call.input, gradient))
+    return of_x, of_g
+
+
+def _direct_squares(use: Use, role: str, n: int, scale: Tensor | None) -> Tensor:
+    """Return ``gᵀ P g`` of a parameter that scales or shifts, ``[n]``."""
+    assert isinstance(use.call, (MatrixCall, DirectCall))
+    gradient = working(next(g for g in use.output.gradients if g is not None))
+    own = use.call.direct(role, gradient, n, use.layouts).reshape(n, -1)
+    return own.square().sum(1) if scale is None else own.square() @ scale.reshape(-1).to(own)
+
+
+def _squares(x: Tensor, g: Rows, weights: Tensor | None) -> Tensor:
+    """Return ``Σ_oi P (Σ_s g xᵀ)²`` of every example, ``[n]``."""
+    if weights is not None:
+        return per_sample.weighted_squares(x, g, weights.detach().to(x))
+    return per_sample.squared_norms(x, g)

@@ -1,0 +1,149 @@
+"""What torch's optimizers do with a gradient: how far it moves the weights, and how it is scaled elementwise.
+
+A constant gradient ``g`` moves the weights by ``rate · P g`` per step, once momentum has built up. For gradient descent
+``P`` is the identity and the rate is ``η (1 - dampening) / (1 - momentum)``; for Adam (Kingma & Ba 2015, 1412.6980)
+``P = 1 / (√v̂ + ε)`` and the rate is ``η``: its mean of gradients is normalised. Weight decay moves the weights, too,
+but not according to any example.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Optimizers whose `weight_decay` is added to the gradient.
+_L2_OPTIMIZERS = (
+    torch.optim.SGD,
+    torch.optim.ASGD,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.RMSprop,
+)
+
+
+def inner(optimizer: Any) -> Any:
+    """Return the torch optimizer within a wrapper (Lightning's, an accelerator's)."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def name_of(optimizer: Any) -> str:
+    """Return the name that an optimizer goes by in messages and checkpoints."""
+    return type(inner(optimizer)).__name__
+
+
+def is_understood(optimizer: Any) -> bool:
+    """Tell whether it is known how the optimizer turns a gradient into a step: if not, plain steps are assumed.
+
+    A subclass with a ``step`` of its own may do anything.
+    """
+    return _kind(inner(optimizer)) is not None
+
+
+def rates(optimizer: Any) -> list[tuple[float, list[Tensor]]]:
+    """Return, for every parameter group, how far a constant gradient (times ``P``) moves its parameters per step."""
+    result = []
+    for group in inner(optimizer).param_groups:
+        momentum, dampening = (float(group.get(name) or 0.0) for name in ("momentum", "dampening"))
+        rate = float(group["lr"]) * (1 - dampening * (momentum > 0)) / (1 - momentum)
+        result.append((rate, group["params"]))
+    return result
+
+
+def l2_coefficient(optimizer: Any, group: Mapping[str, Any]) -> float:
+    """Return the coefficient of the L2 term that an optimizer adds to the loss; decoupled decay adds none."""
+    if not isinstance(optimizer, _L2_OPTIMIZERS) or isinstance(optimizer, torch.optim.AdamW):
+        return 0.0
+    return 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay") or 0.0)
+
+
+def is_preconditioned(optimizer: Any) -> bool:
+    """Tell whether the optimizer scales gradients elementwise, in a way that is understood."""
+    return _kind(inner(optimizer)) in _PRECONDITIONERS
+
+
+def preconditioners(optimizers: Iterable[Any], module: nn.Module) -> dict[str, Tensor]:
+    """Return what the optimizers multiply gradients with, elementwise, according to their state.
+
+    Args:
+        optimizers: The optimizers of the run.
+        module: The model, for the names of its parameters.
+
+    Returns:
+        Parameter name to ``P``, shaped like the parameter; without the parameters of optimizers that take plain steps
+        (or are not understood), and without those that have not been stepped yet.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    found: dict[str, Tensor] = {}
+    for optimizer in optimizers:
+        for group in inner(optimizer).param_groups:
+            for parameter in group["params"]:
+                scale = preconditioner(optimizer, group, parameter)
+                if scale is not None and id(parameter) in names:
+                    found[names[id(parameter)]] = scale
+    return found
+
+
+def preconditioner(optimizer: Any, group: Mapping[str, Any], parameter: Tensor) -> Tensor | None:
+    """Return what one parameter's gradient is multiplied with, None if that is nothing or not known yet.
+
+    Args:
+        optimizer: The optimizer.
+        group: Its parameter group.
+        parameter: The parameter.
+    """
+    optimizer = inner(optimizer)
+    scale, state = _PRECONDITIONERS.get(_kind(optimizer) or ""), optimizer.state.get(parameter)
+    return scale(state, group) if scale is not None and state else None
+
+
+def _adam(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
+    correction = 1 - float(group["betas"][1]) ** float(state["step"])
+    return _inverse(second, correction, float(group["eps"]))
+
+
+def _rmsprop(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    second = state["square_avg"]
+    if group.get("centered"):
+        second = second - state["grad_avg"].square()
+    return _inverse(second, 1.0, float(group["eps"]))
+
+
+def _adagrad(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    # The decay of its learning rate is not in the group's `lr`.
+    decayed = 1 + (float(state["step"]) - 1) * float(group.get("lr_decay") or 0.0)
+    return _inverse(state["sum"], 1.0, float(group["eps"])).div_(decayed)
+
+
+def _inverse(second: Tensor, correction: float, eps: float) -> Tensor:
+    """Return ``1 / (√(second / correction) + ε)``."""
+    return second.detach().sqrt().mul_(correction**-0.5).add_(eps).reciprocal_()
+
+
+_Scale = Callable[[Mapping[str, Any], Mapping[str, Any]], Tensor]
+_PRECONDITIONERS: dict[str, _Scale] = {"Adam": _adam, "RMSprop": _rmsprop, "Adagrad": _adagrad}
+_PLAIN = ("SGD",)
+
+
+def _kind(optimizer: Any) -> str | None:
+    """Return the name of the torch optimizer whose ``step`` this one takes, if it is one of those understood."""
+    return _kind_of_type(type(optimizer))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _kind_of_type(cls: Any) -> str | None:
+    # Profiling hooks wrap `step` on every class that is made an optimizer of.
+    step = inspect.unwrap(cls.step)
+    for name in (*_PLAIN, *_PRECONDITIONERS):
+        if step is inspect.unwrap(getattr(torch.optim, name).step):
+            return name
+    return "Adam" if step is inspect.unwrap(torch.optim.AdamW.step) else None
