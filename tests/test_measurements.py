@@ -128,7 +128,7 @@ def test_loss_and_margin_are_means_over_the_set(kind: str, batch_size: int) -> N
     margins = own - (1 - own.exp()).log()
     for name, values in (("loss", -own), ("margin", margins)):
         passes = problem.passes(batch_size)
-        assert measurement_value(passes, chosen, cast("Any", name)) == pytest.approx(float(values.mean()), rel=1e-9)
+        assert measurement_value(passes, chosen, cast("Any", name)) == pytest.approx(values.mean().item(), rel=1e-9)
         close(measurement_gradient(passes, chosen, cast("Any", name)), problem.gradient(values.mean()))
         # In eval mode: the network is left in train mode, where dropout would make every call another one.
         assert problem.net.training
