@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lds import Setting, digits, task
+from lds_methods import Setting, digits, task
 from retraining import Data, forward, load, losses, train
 from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn

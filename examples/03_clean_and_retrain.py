@@ -25,6 +25,9 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_influence import InfluenceAudit
 
+# Long enough to learn most wrong labels by heart, which is when they cost accuracy.
+EPOCHS, BATCH_SIZE, LEARNING_RATE = 20, 64, 0.02
+
 
 class Annealed(Digits):
     """The CNN with a learning rate that falls to nothing: else where training happens to stop is a percent of noise."""
@@ -38,7 +41,7 @@ class Annealed(Digits):
 def trained(data: Dataset[Any], epochs: int, seed: int, *callbacks: L.Callback) -> Digits:
     """Train from scratch; every training of a seed starts with the same weights."""
     L.seed_everything(seed, verbose=False)
-    model = Annealed()
+    model = Annealed(LEARNING_RATE)
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -48,7 +51,7 @@ def trained(data: Dataset[Any], epochs: int, seed: int, *callbacks: L.Callback) 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, DataLoader(data, batch_size=32, shuffle=True))
+    trainer.fit(model, DataLoader(data, batch_size=BATCH_SIZE, shuffle=True))
     return model
 
 
@@ -100,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="the first one")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--noise", type=float, default=0.1, help="share of training labels to flip")
     parser.add_argument("--logs", type=Path, default=Path("demo_logs/clean_and_retrain"))
     arguments = parser.parse_args()
