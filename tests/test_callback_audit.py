@@ -536,7 +536,7 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
             "mode": "epoch", "every_n_epochs": 1, "every_n_steps": 1, "layers": None, "overhead": None,
             "keep_checkpoints": 10, "keep_bytes": 2**30,
         },
-        "layers": None, "uncovered": "report", "task": None, "verify": True,
+        "layers": None, "uncovered": "report", "queries": None, "task": None, "verify": True,
     }  # fmt: skip
     assert set(manifest["versions"]) == {"python", "lightning-influence", "lightning", "torch"}
     assert manifest["coverage"]["share"] == 1.0
