@@ -1,10 +1,10 @@
 """What an audit costs, in plain training passes over the same data.
 
 One pass is one forward and backward over all training examples in batches of 32, without an optimizer step. The audit
-is all that happens after training, with the callback's defaults: factors (eigendecompositions included), scores of every
-example, the damping sweep, and what neighbours say about labels. Passes and audits alternate in one process; medians
-are printed, and their ratio, of wall time and of CPU time (which other work on the machine hardly touches). Run
-``make bench``.
+is all that happens after training, with the callback's defaults: factors (eigendecompositions included), scores of
+every example, the damping sweep, and what neighbours say about labels. Passes and audits alternate in one process;
+medians are printed, and their ratio, of wall time and of CPU time (which other work on the machine hardly touches).
+Run ``make bench``.
 """
 
 from __future__ import annotations

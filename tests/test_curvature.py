@@ -28,6 +28,7 @@ from lightning_influence.curvature import (
     choose_labels,
     factor_examples,
     fit,
+    kfac,
     random_subset,
 )
 from lightning_influence.discover import discover
@@ -559,10 +560,36 @@ class TestWhereTheApproximationIsExact:
             torch.testing.assert_close(block.eigenvalues, expected, **EXACT)
 
 
+class TestEigenvectors:
+    def test_rows_of_zeros_are_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Pixels that are always black: 3 of 8 here, so that 5 rows are decomposed."""
+        rows = torch.randn(2, 30, 8).double()
+        rows[..., [1, 4, 7]] = 0
+        moments = rows.transpose(1, 2) @ rows
+        sizes: list[int] = []
+        whole = kfac.eigendecomposition
+
+        def noted(matrices: Tensor) -> tuple[Tensor, Tensor]:
+            sizes.append(matrices.shape[-1])
+            return whole(matrices)
+
+        monkeypatch.setattr(kfac, "eigendecomposition", noted)
+        vectors = kfac.eigenvectors(moments)
+        assert sizes == [5]
+        torch.testing.assert_close(vectors.transpose(1, 2) @ vectors, torch.eye(8).double().expand(2, 8, 8), **EXACT)
+        inside = vectors.transpose(1, 2) @ moments @ vectors
+        values = inside.diagonal(dim1=1, dim2=2)
+        torch.testing.assert_close(inside, torch.diag_embed(values), rtol=0, atol=1e-10)
+        torch.testing.assert_close(values, whole(moments)[0], rtol=0, atol=1e-10)
+
+    def test_nothing_but_zeros(self) -> None:
+        assert torch.equal(kfac.eigenvectors(torch.zeros(1, 3, 3)), torch.eye(3).unsqueeze(0))
+
+
 class TestSampledLabels:
     @pytest.mark.parametrize("kind", ["cross_entropy", "bce", "mse"])
     def test_mean_over_draws_is_the_exact_expectation(self, kind: str) -> None:
-        """Unbiased, and the error falls with the square root of the draws: 16 times as many, 4 times less."""
+        """Unbiased, and the error falls with the square root of the draws: 320 times as many, 18 times less."""
         problem = Problem("tokens")
         kinds: dict[str, tuple[Any, Tensor]] = {
             "cross_entropy": (F.cross_entropy, problem.targets),
@@ -581,8 +608,8 @@ class TestSampledLabels:
                 )
                 for count in (1, 20, 320)
             ]
-            assert errors[2] < 0.08 < errors[0], layer
-            assert errors[2] < errors[1] / 2, layer
+            assert errors[2] < 0.04 < errors[0], layer
+            assert errors[2] < errors[0] / 6, layer
 
     def squares(self, gradients: ExampleGradients, labels: Any, draw: int) -> dict[str, Tensor]:
         with closing(gradients.run(range(N), labels, draw=draw)) as batches:
@@ -598,9 +625,10 @@ class TestSampledLabels:
         predicted = problem.net(problem.inputs).softmax(1).detach()
         probabilities = predicted * squared_lengths(predicted)
         probabilities = probabilities / probabilities.sum(1, keepdim=True)
-        assert probabilities.std() > 0.1
-        # 39 means of 400: none should be off by four standard deviations.
-        assert ((draws - probabilities).abs() < 4 * (probabilities * (1 - probabilities) / 400).sqrt()).all()
+        # 39 means of 400: none should be off by four standard deviations; labels of the model itself would be.
+        limits = 4 * (probabilities * (1 - probabilities) / 400).sqrt()
+        assert ((draws - probabilities).abs() < limits).all()
+        assert ((draws - predicted).abs() > limits).any()
 
     def test_seed_and_draw(self) -> None:
         problem = Problem("mlp")

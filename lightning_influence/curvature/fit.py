@@ -62,8 +62,8 @@ def factor_examples(coverage: Coverage, positions: Mapping[str, int], draws: int
 
     A covariance of dimension ``m`` gets at least ``2 m`` rows, an example giving ``s`` of them (sides that keep the
     identity as their basis do not count). Beyond that both passes see 1,024 examples, or 512 where weights are shared
-    over positions, which make an example worth more; exact labels make them worth more, too. LDS (``benchmarks/lds.py``)
-    with all examples, 1,024 and 512: .570, .567 and .560 (digits, MLP), .171, .167 and .169 (MNIST, CNN).
+    over positions, which make an example worth more; exact labels make them worth more, too. LDS with all examples,
+    1,024 and 512: .570, .567 and .560 (digits, MLP), .171, .167 and .169 (MNIST, CNN).
 
     Args:
         coverage: The layers.

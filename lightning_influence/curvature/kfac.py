@@ -13,10 +13,6 @@ from lightning_influence.curvature.block import CurvatureBlock, Measure
 from lightning_influence.rows import Joined, OneHot, Rows, added, second_moment
 
 
-# Rows up to which a decomposition in float64 takes some milliseconds.
-_CHEAP_DECOMPOSITION = 256
-
-
 class KroneckerBlock(CurvatureBlock):
     """``C = (Q_B ⊗ Q_A) diag(lam) (Q_B ⊗ Q_A)ᵀ``: everything that lives in a Kronecker eigenbasis.
 
@@ -142,7 +138,7 @@ class KroneckerBlock(CurvatureBlock):
         }
         bases = []
         for name, moment, dense in (("activation", activation, self.dense[1]), ("gradient", gradient, self.dense[0])):
-            bases.append(eigenvectors(_no_finer_than_summed(moment, dtype)) if dense else None)
+            bases.append(eigenvectors(moment) if dense else None)
             if bases[-1] is not None:
                 self._result[f"{name}_basis"] = bases[-1].to(dtype)
         if self.passes > 1:  # they are measured
@@ -180,17 +176,7 @@ def _diagonal_in(moment: Tensor, basis: Tensor | None) -> Tensor:
     """Return the diagonal ``[k, m]`` of a moment in a basis, never negative."""
     if basis is None:
         return moment if moment.ndim == 2 else moment.diagonal(dim1=-2, dim2=-1)
-    basis = basis.to(moment.dtype)
     return ((moment @ basis) * basis).sum(-2).clamp(min=0)
-
-
-def _no_finer_than_summed(moment: Tensor, summed: torch.dtype) -> Tensor:
-    """Return a moment ``[k, m, m]`` in the precision that it is decomposed in: float64 while that takes no time.
-
-    Beyond, in that of the sums. Rounding has moved those by as much as a decomposition in their precision does, which
-    takes a third of the time; both err by the last digits of the largest eigenvalue, far below any damping.
-    """
-    return moment if moment.shape[-1] <= _CHEAP_DECOMPOSITION else moment.to(summed)
 
 
 def eigendecomposition(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,7 @@ class CrossEntropy(LossCall):
         return uneven or super().scale_varies(n)
 
     def sampled_gradient(self, scale: Tensor, noise: Tensor) -> Tensor:
-        """Return ``± sqrt(scale * mass * p_c / q_c) * (p - onehot(c))`` for a class ``c`` drawn with probability ``q_c``.
+        """Return ``± sqrt(scale * mass * p_c / q_c) * (p - onehot(c))``, class ``c`` drawn with probability ``q_c``.
 
         Classes are drawn in proportion to their part of the trace of ``diag(p) - p pᵀ``, ``p_c ‖p - onehot(c)‖²``, and
         weighted back. For a model that is sure of itself, labels drawn from ``p`` (Kunstner et al. 2019, 1905.12558)
