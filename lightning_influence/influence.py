@@ -90,7 +90,7 @@ class InfluencePlan:
             history: What the optimizers did, for the rule.
             solver: For GGN and Hessian.
         """
-        labels = choose_labels(fisher, inspection.exact_draws, inspection.tapped)
+        labels = choose_labels(fisher, inspection.tapped)
         draws = (inspection.exact_draws or 1) if labels[1] == "exact" else 1
         if examples == "auto":
             sizes = factor_examples(coverage, inspection.positions, draws, size)

@@ -7,6 +7,7 @@ number of workers or processes: labels are sampled from streams that belong to t
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -453,17 +454,31 @@ class _ExampleNoise:
     """Uniform numbers that belong to the example: the same in every batch, on every device and process."""
 
     def __init__(self, seed: int, draw: int, indices: Sequence[int]) -> None:
-        self.seed, self.draw, self.indices = seed, draw, indices
+        self.seed, self.draw = seed, draw
+        self.indices = np.array(indices, dtype=np.int64).astype(np.uint64)
         self._calls = 0
 
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
-        rows = []
-        for index in self.indices:
-            # A counter-based generator gives random access to the stream of (draw, example, call).
-            stream = np.random.Philox(key=[self.seed, self.draw], counter=[0, 0, index, self._calls])
-            rows.append(np.random.Generator(stream).random(shape))
+        # SplitMix64 (Steele et al. 2014): the stream of (seed, draw, call, example) begins at a hash of the four.
+        state = np.zeros(1, dtype=np.uint64)
+        for part in (self.seed, self.draw, self._calls):
+            state = _mixed(state ^ np.uint64(part % 2**64))
+        starts = _mixed(state ^ self.indices)
+        steps = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * _GOLDEN
+        numbers = (_mixed(starts[:, None] + steps) >> np.uint64(11)) * 2.0**-53
         self._calls += 1
-        return torch.from_numpy(np.stack(rows)).clamp_(1e-16, 1 - 1e-16)
+        return torch.from_numpy(numbers.reshape(len(starts), *shape)).clamp_(1e-16, 1 - 1e-16)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mixed(values: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Return the outputs of SplitMix64 for a state, bits well mixed."""
+    values = values + _GOLDEN
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 class _silent(nullcontext[Callable[[int], None]]):

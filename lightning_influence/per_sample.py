@@ -165,9 +165,24 @@ def products(x: Tensor, g: Rows, vectors: Tensor) -> Tensor:
             picked = vectors[:, 0][:, g.indices[start : start + step]]  # qnsi
             parts.append(torch.einsum("nsi,qnsi->nq", x[0, start : start + step], picked))
         return torch.cat(parts)
+    if x.shape[2] == 1:
+        # As many multiplications as with formed gradients, which are larger than what stands here in their place.
+        step = max(1, _CHUNK_ELEMENTS // (len(vectors) * x.shape[0] * min(x.shape[3], g.shape[3])))
+        return torch.cat([_bilinear(x[:, a : a + step, 0], g[:, a : a + step, 0], vectors) for a in _starts(x, step)])
     # One matrix product with all vectors per chunk: forming the gradients costs a q-th of it.
     flat = vectors.flatten(1).T
     return torch.cat([chunk.transpose(0, 1).flatten(1) @ flat for chunk in gradients(x, g)])
+
+
+def _starts(x: Tensor, step: int) -> range:
+    return range(0, x.shape[1], step)
+
+
+def _bilinear(x: Tensor, g: Tensor, vectors: Tensor) -> Tensor:
+    """Return ``Σ_k g_knᵀ v_qk x_kn``, ``[n, q]``, from ``[k, n, i]``, ``[k, n, o]`` and ``[q, k, o, i]``."""
+    narrow, wide, turned = (g, x, vectors.transpose(-1, -2)) if g.shape[2] <= x.shape[2] else (x, g, vectors)
+    # kni, qkio -> qkno
+    return ((wide @ turned) * narrow).sum((1, 3)).T
 
 
 def rotated_squares(

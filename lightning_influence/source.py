@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, cast
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from lightning_influence.isolation import generators_in, isolated_generators, seed_everything, seed_generator
 
@@ -104,6 +104,11 @@ class ExampleSource:
         if len(plan) > 1 and len(plan[-1]) == 1 and size > 2:
             # A lone last example would meet steps that `squeeze()` the batch away; the one before keeps it company.
             plan[-1].insert(0, plan[-2].pop())
+        if self._stored and not self.num_workers and not self.pin_memory:
+            tensors = cast("TensorDataset", self.dataset).tensors
+            for chosen in plan:
+                yield chosen, [tensor[chosen] for tensor in tensors]
+            return
         workers = min(self.num_workers, len(plan) // 2)
         loader: DataLoader[Any] = DataLoader(
             self._reproducible(),
@@ -123,6 +128,11 @@ class ExampleSource:
         if self._generators is None:
             self._generators = [] if _is_deterministic(self.dataset) else generators_in(self.dataset)
         return self._generators
+
+    @property
+    def _stored(self) -> bool:
+        """Whether batches are rows of tensors: one look-up each, instead of one for every example and a stack."""
+        return type(self.dataset) is TensorDataset and self.collate_fn in (None, default_collate)
 
     def _reproducible(self) -> Dataset[Any]:
         if self._seeded is None:

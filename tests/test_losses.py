@@ -506,15 +506,34 @@ def test_sampled_gradients_have_the_hessian_as_their_second_moment(name: str, re
             assert bool(((samples.mean(0) - expected).abs() <= 6 * error + rare).all())
 
 
-def test_sampled_labels_follow_the_predicted_probabilities() -> None:
-    """Evenly spread noise must give each class in its share: 0.5, 0.3, 0.2 of 1,000."""
+def test_labels_are_drawn_by_their_part_of_the_curvature() -> None:
+    """Evenly spread noise gives each class its part of the trace .62 = .5 * .38 + .3 * .78 + .2 * .98, of 2,000.
+
+    Drawn from the model itself the lengths would be sqrt(.38), sqrt(.78) and sqrt(.98), and for a model that is sure
+    nearly always nearly zero.
+    """
     shares = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    logits = shares.log().expand(1000, 3)
-    call = read_call(F.cross_entropy, (logits, torch.zeros(1000, dtype=torch.long)), {}, torch.zeros(()))
+    logits = shares.log().expand(2000, 3)
+    call = read_call(F.cross_entropy, (logits, torch.zeros(2000, dtype=torch.long)), {}, torch.zeros(()))
     assert call is not None
-    noise = ((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000).unsqueeze(1)
-    labels = call.sampled_gradient(torch.ones((), dtype=torch.float64), noise).argmin(1)
-    assert torch.bincount(labels).tolist() == [500, 300, 200]
+    noise = ((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000).unsqueeze(1)
+    gradients = call.sampled_gradient(torch.ones((), dtype=torch.float64), noise)
+    labels = gradients.abs().argmax(1)
+    parts = torch.tensor([0.19, 0.234, 0.196], dtype=torch.float64) / 0.62
+    assert ((torch.bincount(labels) - 2000 * parts).abs() <= 2).all()
+    torch.testing.assert_close(gradients.square().sum(1), torch.full((2000,), 0.62, dtype=torch.float64), **EXACT)
+    hessian = shares.diag() - shares.outer(shares)
+    torch.testing.assert_close(gradients.T @ gradients / 2000, hessian, rtol=0, atol=1e-3)
+    torch.testing.assert_close(gradients.mean(0), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-3)
+
+
+def test_a_model_without_doubt_has_no_curvature() -> None:
+    logits = torch.tensor([[800.0, 0.0, -800.0]], dtype=torch.float64)
+    call = read_call(F.cross_entropy, (logits, torch.zeros(1, dtype=torch.long)), {}, torch.zeros(()))
+    assert call is not None
+    for noise in (1e-16, 0.3, 1 - 1e-16):
+        gradient = call.sampled_gradient(torch.ones(()), torch.full((1, 1), noise, dtype=torch.float64))
+        assert gradient.tolist() == [[0.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

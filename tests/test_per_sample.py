@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 from lightning_influence import per_sample
 from lightning_influence.coverage import cover
 from lightning_influence.curvature import BLOCKS, CurvatureBlock, FactorExamples, fit
+from lightning_influence.pairwise import pairwise_scores
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.rows import Joined, OneHot, Rows, compact, join, rotate, second_moment
 from lightning_influence.scoring import score_examples
@@ -128,6 +129,12 @@ class TestAgainstFormedGradients:
             matrix = torch.randn(k, o, i).double()
             expected = torch.einsum("knoi,koi->n", dense(x, g), matrix)
             close(per_sample.inner_products(x, g, matrix), expected, case)
+
+    def test_products(self) -> None:
+        for x, (g,), (k, _, _, i, o), case in cases():
+            vectors = torch.randn(7, k, o, i).double()
+            expected = torch.einsum("knoi,qkoi->nq", dense(x, g), vectors)
+            close(per_sample.products(x, g, vectors), expected, case)
 
     @pytest.mark.parametrize("form", ["auto", "rotate_first", "form_first"])
     @pytest.mark.parametrize("draws", [1, 3])
@@ -382,6 +389,8 @@ class TestCost:
             block.scores(x, gs[0], 0.1, torch.ones(k, self.O, self.I))
             per_sample.squared_norms(x, gs[0])
             per_sample.inner_products(x, gs[0], torch.ones(k, self.O, self.I))
+            per_sample.products(x, gs[0], torch.ones(3, k, self.O, self.I))
+            block.self_influences(x, gs[0], [0.1, 1.0])
             per_sample.summed_gradient(x, gs[0])
 
     @pytest.mark.parametrize("name", STRUCTURED)
@@ -412,6 +421,7 @@ class TestCost:
             curvature = fit(gradients, name, range(400), examples=FactorExamples(400, 400), labels=("sampled", "exact"))
             query = {layer: torch.ones(block.shape) for layer, block in curvature.blocks.items()}
             scores = score_examples(gradients, range(400), curvature=curvature, query=query, features=True)
+            pairwise_scores(gradients, range(400), curvature, gradients, range(3))
         assert scores.columns["self_influence"].min() > 0
 
     @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ class InfluenceAudit(Callback):
             gradient products), ``"diagonal"``, ``"kfac"``, ``"ekfac"``, ``"block_ggn"`` (dense for each layer),
             ``"ggn"`` and ``"hessian"`` (all covered parameters at once, by products with them).
         fisher: Labels that the curvature is fitted with: ``"sampled"`` from the model's predictions, their
-            ``"exact"`` expectation, or the given ones (``"empirical"``). ``"auto"``: sampled covariances, exact
-            eigenvalues for up to 20 classes; empirical if the loss is not a known one.
+            ``"exact"`` expectation, or the given ones (``"empirical"``). ``"auto"`` samples; empirical if the loss is
+            not a known one.
         damping: Absolute λ > 0 added to the curvature; ``"relative"``: 0.1 times the mean eigenvalue of each layer
             (nothing for the identity); ``"trainer"``: ``1 / Σ η / (1 - momentum)`` over the steps of the run, plus
             L2 weight decay. ``"auto"`` is ``"trainer"`` for ``"block_ggn"``, ``"ggn"`` and ``"hessian"``.

@@ -145,6 +145,8 @@ class KroneckerBlock(CurvatureBlock):
             bases.append(eigenvectors(moment) if dense else None)
             if bases[-1] is not None:
                 self._result[f"{name}_basis"] = bases[-1].to(dtype)
+        if self.passes > 1:  # they are measured
+            return
         eigenvalues = [
             _diagonal_in(y, bases[1]).unsqueeze(-1) * _diagonal_in(x, bases[0]).unsqueeze(-2)
             for x, y in zip(a, b, strict=True)
@@ -207,5 +209,20 @@ def eigendecomposition(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eigenvectors(matrices: Tensor) -> Tensor:
-    """Return orthonormal eigenvectors of symmetric ``[k, m, m]`` in columns, see ``eigendecomposition``."""
-    return eigendecomposition(matrices)[1]
+    """Return orthonormal eigenvectors of symmetric ``[k, m, m]`` in columns, see ``eigendecomposition``.
+
+    Rows and columns of zeros (pixels that are always black, dead units) are eigenvectors already, with eigenvalue 0:
+    only the rest is decomposed. They come first, where the smallest eigenvalues are.
+    """
+    live = (matrices != 0).any(-1).any(0)
+    count = int(live.sum())
+    size = len(live)
+    if count == size:
+        return eigendecomposition(matrices)[1]
+    vectors = torch.zeros_like(matrices)
+    (dead,), (rest,) = (~live).nonzero(as_tuple=True), live.nonzero(as_tuple=True)
+    vectors[:, dead, torch.arange(size - count, device=dead.device)] = 1
+    if count:
+        inner = matrices[:, rest][:, :, rest]
+        vectors[:, rest, size - count :] = eigendecomposition(inner)[1]
+    return vectors
