@@ -177,7 +177,7 @@ class Flight:
             if self._visit is not None and uses is self._uses and gradients[number] is not None:
                 self._arrived(blocks, place, gradients[number])
 
-        place.edge.node.register_prehook(read)  # type: ignore[arg-type]
+        place.edge.node.register_prehook(read)
 
     # ----------------------------------------------------------- backward pass
 
@@ -281,7 +281,8 @@ class Flight:
         if found is None or not optimizers.is_preconditioned(found[1][0]):
             return None
         if name not in self._scales:
-            scale = optimizers.preconditioner(*found[1], parameter)
+            optimizer, group = found[1]
+            scale = optimizers.preconditioner(optimizer, group, parameter)
             if scale is None:
                 assert self._visit is not None
                 self._visit.complete = False
