@@ -23,49 +23,46 @@ import itertools
 import json
 import math
 import os
-import re
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, overload
-from urllib.parse import quote, unquote
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
 from lightning_influence.checkpoints import Checkpoint, one_too_many
 from lightning_influence.columns import COLUMN_DESCRIPTIONS, PAIR_DESCRIPTIONS
+from lightning_influence.files import (
+    CHECKPOINTS,
+    FACTORS,
+    SUFFIX,
+    StoreError,
+    block_file_name,
+    block_name_of,
+    claim,
+    load_tensors,
+    local_path,
+    replacing,
+    separate,
+)
+from lightning_influence.values import Column, cell, checked, jsonable
 
 SCHEMA_VERSION = 1
 STATUSES = ("recording", "interrupted", "complete")
 
-Column: TypeAlias = "Tensor | NDArray[Any] | Sequence[Any]"
-
 _PAIRS = "pairs.parquet"
-_MANIFEST, _SCORES, _CANDIDATES, _FACTORS = "manifest.json", "scores.parquet", "candidates.csv", "factors"
-_CHECKPOINTS = "checkpoints"
+_MANIFEST, _SCORES, _CANDIDATES = "manifest.json", "scores.parquet", "candidates.csv"
 # Parts of a checkpoint, which prefix the names of its tensors.
 _PARTS = ("parameters", "buffers", "preconditioner")
-_SUFFIX = ".safetensors"
 _CANDIDATE_ORDER = ("rank", "index", "label", "predicted", "suggested", "suspicion", *COLUMN_DESCRIPTIONS)
 _LABEL_COLUMNS = ("label", "predicted", "suggested")
-# Spreadsheets run cells that start with these as formulas (OWASP "CSV injection"); the wide forms count in
-# Japanese and Chinese locales.
-_FORMULA_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
-# Windows keeps these names for devices, whatever extension follows.
-_DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
-
-
-class StoreError(RuntimeError):
-    """An audit directory that cannot be made, written or read; the message names the path and the way out."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +85,11 @@ class AuditStore:
         Raises:
             StoreError: The place cannot be written (found out by writing the first manifest).
         """
-        wanted = path = _local(directory)
+        wanted = path = local_path(directory)
         try:
             os.makedirs(wanted.parent, exist_ok=True)
             for version in itertools.count(1):
-                if _claim(path):
+                if claim(path):
                     break
                 path = Path(f"{wanted}-v{version}")
             store = cls(path)
@@ -100,7 +97,7 @@ class AuditStore:
                 store.write_manifest({"status": "recording"})
             except StoreError:
                 with suppress(OSError):
-                    (path / _FACTORS).rmdir()
+                    (path / FACTORS).rmdir()
                 raise
         except (OSError, StoreError) as error:
             raise StoreError(
@@ -116,7 +113,7 @@ class AuditStore:
         Raises:
             StoreError: No directory, no manifest, a damaged one, or one of a newer schema version.
         """
-        path = _local(directory)
+        path = local_path(directory)
         if not path.is_dir():
             found = "is a file" if path.exists() else "does not exist"
             raise StoreError(f"{path} {found}; expected an audit directory holding {_MANIFEST}.")
@@ -172,9 +169,9 @@ class AuditStore:
         status = manifest.get("status") or self.status
         if status not in STATUSES:
             raise ValueError(f"status is {status!r}; expected one of {STATUSES}.")
-        data = _jsonable({**manifest, "schema_version": SCHEMA_VERSION, "status": status}, "manifest")
+        data = jsonable({**manifest, "schema_version": SCHEMA_VERSION, "status": status}, "manifest")
         text = json.dumps(data, indent=2, allow_nan=False) + "\n"
-        with _replacing(self.directory / _MANIFEST) as handle:
+        with replacing(self.directory / _MANIFEST) as handle:
             handle.write(text.encode("ascii"))
 
     def write_scores(self, columns: Mapping[str, Column]) -> None:
@@ -238,7 +235,7 @@ class AuditStore:
             TypeError: As for `write_scores`.
             StoreError: The file cannot be written.
         """
-        arrays = _checked(columns)
+        arrays = checked(columns)
         if missing := {"rank", "candidate"} - arrays.keys():
             raise ValueError(f"candidates need the columns rank and candidate; missing: {sorted(missing)}.")
         rows = np.flatnonzero(arrays.pop("candidate"))
@@ -247,16 +244,16 @@ class AuditStore:
         table: dict[str, Iterable[str]] = {}
         for name in dict.fromkeys((*(known for known in _CANDIDATE_ORDER if known in arrays), *arrays)):
             values = arrays[name][rows].tolist()
-            table[name] = map(_cell, values)
+            table[name] = map(cell, values)
             if label_names is not None and name in _LABEL_COLUMNS and arrays[name].dtype.kind in "iu":
                 if unnamed := set(values) - names.keys() - {-1}:
                     raise ValueError(f"column {name!r}: `label_names` lacks the labels {sorted(unnamed)}.")
-                table[f"{name}_name"] = [_cell(names[label]) if label != -1 else "" for label in values]
+                table[f"{name}_name"] = [cell(names[label]) if label != -1 else "" for label in values]
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\r\n")
-        writer.writerow(map(_cell, table))
+        writer.writerow(map(cell, table))
         writer.writerows(zip(*table.values(), strict=True))
-        with _replacing(self.directory / _CANDIDATES) as handle:
+        with replacing(self.directory / _CANDIDATES) as handle:
             handle.write(text.getvalue().encode("utf-8", errors="backslashreplace"))
 
     def write_factors(
@@ -278,8 +275,8 @@ class AuditStore:
             raise ValueError(f"block {block_name!r}: safetensors reserves the tensor name '__metadata__'.")
         # Not `save_file`: that goes through a temporary file of its own, which a killed writer would leave
         # behind, and makes it readable for the owner only.
-        data = safetensors.torch.save(_separate(tensors), metadata=dict(metadata or {}))
-        with _replacing(self._factor_path(block_name)) as handle:
+        data = safetensors.torch.save(separate(tensors), metadata=dict(metadata or {}))
+        with replacing(self._factor_path(block_name)) as handle:
             handle.write(data)
 
     def read_factors(self, block_name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -293,13 +290,13 @@ class AuditStore:
             stored = self.factor_names()
             raise StoreError(f"No factors of block {block_name!r} in {path.parent}; stored are {stored}.")
         with self._reading(path):
-            return _loaded(path)
+            return load_tensors(path)
 
     def factor_names(self) -> list[str]:
         """The names of the stored blocks, sorted."""
-        files = (self.directory / _FACTORS).glob(f"*{_SUFFIX}")
-        names = {_decode(file.name): file.name for file in files}
-        return sorted(name for name, file_name in names.items() if _encode(name) == file_name)
+        files = (self.directory / FACTORS).glob(f"*{SUFFIX}")
+        names = {block_name_of(file.name): file.name for file in files}
+        return sorted(name for name, file_name in names.items() if block_file_name(name) == file_name)
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Writes one checkpoint of the training.
@@ -315,8 +312,8 @@ class AuditStore:
             "step_sizes": json.dumps(dict(checkpoint.step_sizes)),
             "optimizer": checkpoint.optimizer,
         }
-        data = safetensors.torch.save(_separate(tensors), metadata=about)
-        with _replacing(self._checkpoint_path(checkpoint.step)) as handle:
+        data = safetensors.torch.save(separate(tensors), metadata=about)
+        with replacing(self._checkpoint_path(checkpoint.step)) as handle:
             handle.write(data)
 
     def read_checkpoint(self, step: int) -> Checkpoint:
@@ -329,7 +326,7 @@ class AuditStore:
         if not path.is_file():
             raise StoreError(f"No checkpoint of step {step} in {path.parent}; stored are {self.checkpoint_steps()}.")
         with self._reading(path):
-            tensors, about = _loaded(path)
+            tensors, about = load_tensors(path)
             if missing := {"step_sizes", "steps", "optimizer"} - about.keys():
                 raise ValueError(f"it holds no checkpoint, its metadata lack {sorted(missing)}")
             sizes, steps = json.loads(about["step_sizes"]), int(about["steps"])
@@ -343,7 +340,7 @@ class AuditStore:
 
     def checkpoint_steps(self) -> list[int]:
         """The steps of the stored checkpoints, in order."""
-        names = [file.stem for file in (self.directory / _CHECKPOINTS).glob(f"step-*{_SUFFIX}")]
+        names = [file.stem for file in (self.directory / CHECKPOINTS).glob(f"step-*{SUFFIX}")]
         return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdecimal())
 
     def keep_checkpoint(self, checkpoint: Checkpoint, count: int, size: int) -> bool:
@@ -383,22 +380,22 @@ class AuditStore:
         return sum(self._checkpoint_path(step).stat().st_size for step in steps)
 
     def _checkpoint_path(self, step: int) -> Path:
-        return self.directory / _CHECKPOINTS / f"step-{step:08d}{_SUFFIX}"
+        return self.directory / CHECKPOINTS / f"step-{step:08d}{SUFFIX}"
 
     def _factor_path(self, block_name: str) -> Path:
-        return self.directory / _FACTORS / _encode(block_name)
+        return self.directory / FACTORS / block_file_name(block_name)
 
     def _write_table(
         self, file_name: str, columns: Mapping[str, Column], meanings: Mapping[str, str] = COLUMN_DESCRIPTIONS
     ) -> None:
-        arrays = _checked(columns)
+        arrays = checked(columns)
         fields, data = [], []
         for name, array in arrays.items():
             data.append(pa.array(array, type=pa.string() if array.dtype == object else None))
             about = meanings.get(name)
             fields.append(pa.field(name, data[-1].type, metadata={"description": about} if about else None))
         schema = pa.schema(fields, metadata={"lightning_influence.schema_version": str(SCHEMA_VERSION)})
-        with _replacing(self.directory / file_name) as handle:
+        with replacing(self.directory / file_name) as handle:
             pq.write_table(pa.Table.from_arrays(data, schema=schema), handle)
 
     def _read_table(self, file_name: str) -> dict[str, NDArray[Any]]:
@@ -447,160 +444,3 @@ class _StoredCheckpoints(Sequence[Checkpoint]):
         if isinstance(place, slice):
             return [self._store.read_checkpoint(step) for step in self._steps[place]]
         return self._store.read_checkpoint(self._steps[place])
-
-
-def _loaded(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file."""
-    # In one go: `safe_open` opens the file again for the data, which by then may be another one.
-    data = path.read_bytes()
-    tensors = safetensors.torch.load(data)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, header.get("__metadata__", {})
-
-
-def _local(directory: str | os.PathLike[str]) -> Path:
-    text = os.fspath(directory)
-    if "://" in text:
-        raise StoreError(f"{text} is a remote address; pass `dirpath=` with a folder on a local disk.")
-    return Path(os.path.abspath(os.path.expanduser(text)))
-
-
-def _claim(path: Path) -> bool:
-    """Takes `path` if it is new or an empty folder; `False` if somebody has it already."""
-    try:
-        os.mkdir(path)
-    except FileExistsError:
-        if not path.is_dir() or any(path.iterdir()):
-            return False
-    try:
-        # Several processes may have seen the folder empty; the one that makes this owns it.
-        os.mkdir(path / _FACTORS)
-    except FileExistsError:
-        return False
-    return True
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path` that takes its place once the body has succeeded."""
-    temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
-    try:
-        if path.parent.name in (_FACTORS, _CHECKPOINTS):
-            path.parent.mkdir(exist_ok=True)  # copying tools drop empty folders
-        for leftover in path.parent.glob(f".tmp-????????-{path.name}"):
-            leftover.unlink(missing_ok=True)
-        with open(temporary, "xb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        # The rename itself must survive a power cut; where folders cannot be synced the file is still whole.
-        with suppress(OSError):
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        raise StoreError(
-            f"Cannot write {path}: {error}. What stood there before is unchanged. Free some space or pass "
-            "`dirpath=` with a folder this process may write; only one process may write an audit at a time."
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _encode(block_name: str) -> str:
-    """File name of a block; capitals are escaped too, since some file systems ignore case."""
-    text = quote(block_name, safe="", errors="surrogatepass")
-    text = re.sub("%..|[A-Z]", lambda part: part[0] if part[0][0] == "%" else f"%{ord(part[0]):X}", text)
-    if text.startswith(".") or text.split(".")[0] in _DEVICE_NAMES:
-        text = f"%{ord(text[0]):X}{text[1:]}"
-    # No escaped name is a lone "%"; the root module's name is "".
-    return (text or "%") + _SUFFIX
-
-
-def _decode(file_name: str) -> str:
-    text = file_name.removesuffix(_SUFFIX)
-    return "" if text == "%" else unquote(text, errors="surrogatepass")
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no storage, which safetensors demands; copies only what has to be."""
-    result: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.dtype == torch.complex128:
-            kind = f"{tensor.layout}, {tensor.dtype}"
-            raise ValueError(f"tensor {name!r} is {kind}; safetensors holds dense tensors up to complex64.")
-        # safetensors saves the bytes as they lie and would lose a pending conjugation or minus sign
-        flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        if flat.untyped_storage().data_ptr() in seen:
-            flat = flat.clone()
-        seen.add(flat.untyped_storage().data_ptr())
-        result[name] = flat
-    return result
-
-
-def _checked(columns: Mapping[str, Column]) -> dict[str, NDArray[Any]]:
-    """Columns as arrays `[N]`, text as dtype object."""
-    if not columns:
-        raise ValueError("no columns to write; expected at least one.")
-    arrays = {name: _as_array(name, values) for name, values in columns.items()}
-    if len({len(array) for array in arrays.values()}) > 1:
-        lengths = ", ".join(f"{name} has {len(array)}" for name, array in arrays.items())
-        raise ValueError(f"columns differ in length; expected one entry per training example: {lengths}.")
-    return arrays
-
-
-def _as_array(name: str, values: Column) -> NDArray[Any]:
-    if isinstance(values, Tensor):
-        tensor = values.detach().cpu()
-        array: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    elif isinstance(values, np.ndarray):
-        array = values.astype(object) if values.dtype.kind == "U" else values
-    else:
-        # numpy would turn the numbers beside a string into strings
-        array = np.array(values, dtype=object if any(isinstance(value, str) for value in values) else None)
-    if array.ndim != 1:
-        raise ValueError(f"column {name!r} has shape {list(array.shape)}; expected [N].")
-    text = array.dtype == object and all(isinstance(value, str) for value in array)
-    if array.dtype.kind not in "biuf" and not text:
-        raise TypeError(f"column {name!r} has dtype {array.dtype}; expected numbers, booleans or strings.")
-    return array
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, str):
-        return f"'{value}" if value.startswith(_FORMULA_STARTS) else value
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.6g}"
-    return str(value)
-
-
-def _jsonable(value: Any, where: str) -> Any:
-    """`value` in terms of JSON; `where` is its path, for the error."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        return _jsonable(value.tolist(), where)
-    if isinstance(value, os.PathLike | torch.dtype | torch.device):
-        return str(value)
-    if isinstance(value, Mapping):
-        if wrong := [key for key in value if not isinstance(key, str | int)]:
-            raise TypeError(f"{where} has the key {wrong[0]!r}; expected strings or integers.")
-        result = {str(key): _jsonable(item, f"{where}[{key!r}]") for key, item in value.items()}
-        if len(result) != len(value):
-            raise ValueError(f"{where} has keys that become the same string: {list(value)}.")
-        return result
-    if isinstance(value, list | tuple):
-        return [_jsonable(item, f"{where}[{number}]") for number, item in enumerate(value)]
-    raise TypeError(
-        f"{where} is a {type(value).__name__}, which JSON cannot hold; expected numbers, strings, lists, "
-        "mappings, tensors or arrays."
-    )

@@ -68,6 +68,8 @@ ORDER = (
     "influence",
     "relabel",
     "unlearning",
+    "files",
+    "values",
     "store",
     "ensemble",
     "acting",
