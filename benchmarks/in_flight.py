@@ -97,7 +97,8 @@ class Alternating(InfluenceAudit):
         super().on_train_start(trainer, pl_module)
         recording = self._recording
         assert recording is not None
-        self.in_flight = self._flight
+        assert self._run is not None
+        self.in_flight = self._run.flight
         flush = recording.dynamics.flush
 
         def timed() -> None:
@@ -116,11 +117,11 @@ class Alternating(InfluenceAudit):
             self.steps[WAYS[(self.batches - 1) % 3]].append(now - self.before)
         self.batches += 1
         self.before = self.clock()
-        self._flight = self.in_flight if way == "in flight" else None
+        assert self._run is not None
+        self._run.flight = self.in_flight if way == "in flight" else None
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if way == "nothing":
-            self._stop_tap()
-            self._batch_indices = None
+            self._run.stop_listening()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Record it if this batch is recorded."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit
-from lightning_influence.callbacks import influence_audit
+from lightning_influence.callbacks import run as audit_run
 from lightning_influence.store import AuditStore
 
 FAILED = "the influence audit failed; training is not affected"
@@ -490,7 +490,7 @@ def test_an_exception_in_the_final_audit(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of everything")
 
-    monkeypatch.setattr(influence_audit, "influence_scores", fail)
+    monkeypatch.setattr(audit_run, "influence_scores", fail)
     model, audit = seeded(Classifier), InfluenceAudit()
     with pytest.warns(UserWarning, match=f"(?s){FAILED}.*kept in .*influence.*out of everything"):
         trainer = trained(tmp_path, model, [audit])

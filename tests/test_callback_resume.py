@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
-from lightning_influence.callbacks import influence_audit
+from lightning_influence.callbacks import run as audit_run
 
 DOUBLE = vectors(dtype=torch.float64)
 
@@ -343,7 +343,7 @@ def test_what_was_recorded_survives_a_failed_audit(
         raise RuntimeError("out of everything")
 
     with monkeypatch.context() as patch:
-        patch.setattr(influence_audit, "influence_scores", fail)
+        patch.setattr(audit_run, "influence_scores", fail)
         with pytest.warns(UserWarning, match="the influence audit failed"):
             run(tmp_path / "first", epochs=3, audits=[InfluenceAudit()])
     audit = InfluenceAudit()

@@ -101,6 +101,13 @@ def is_dry_run(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
+def is_last_epoch(trainer: Trainer) -> bool:
+    """Tell whether training ends with this epoch, as far as can be known at its end."""
+    if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
+        return True
+    return 0 <= trainer.max_steps <= trainer.global_step
+
+
 def has_loss_scaler(trainer: Trainer) -> bool:
     """Tell whether losses are scaled before their backward pass (``16-mixed``)."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)

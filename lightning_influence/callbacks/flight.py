@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -11,9 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_influence import optimizers
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.recording import Recording
-from lightning_influence.coverage import Coverage
+from lightning_influence.coverage import Layers, cover
 from lightning_influence.in_flight import Flight, Visit
 from lightning_influence.task import LossTap
+from lightning_influence.trace import Trace
 
 
 class FlightRecorder:
@@ -21,14 +22,25 @@ class FlightRecorder:
 
     Args:
         recording: Where to file it.
-        cover: Returns the layers to measure, as they are at the time.
-        batch_size: Of the loader, if the loss is a sum over examples; None if it is a mean.
+        module: The model.
+        layers: Layers to measure, as the argument of ``TracIn``.
+        trace: How the model uses its parameters.
+        batch_size: Of the loader.
+
+    Raises:
+        LayerError: If there are no such layers.
     """
 
-    def __init__(self, recording: Recording, cover: Callable[[], Coverage], batch_size: int | None = None) -> None:
+    def __init__(
+        self, recording: Recording, module: LightningModule, layers: Layers, trace: Trace, batch_size: int
+    ) -> None:
+        cover(module, layers, trace=trace)  # only to find out now; which of them are trained may change
         self._recording = recording
-        self._cover = cover
-        self._batch_size = batch_size
+        self._layers = layers
+        self._trace = trace
+        sums = bool(trace.forms) and all(form.sums for form in trace.forms.values())
+        # A sum over examples weighs them alike in every batch, a mean by the size of theirs.
+        self._batch_size = batch_size if sums else None
         self._flight: Flight | None = None
         self._trainable: list[int] = []
         # Visits of the batches since the last step: it is theirs.
@@ -44,7 +56,8 @@ class FlightRecorder:
             return LossTap()
         trainable = [id(p) for p in module.parameters() if p.requires_grad]
         if self._flight is None or trainable != self._trainable:  # callbacks thaw layers during training
-            self._flight, self._trainable = Flight(self._cover(), trainer.optimizers), trainable
+            coverage = cover(module, self._layers, trace=self._trace)
+            self._flight, self._trainable = Flight(coverage, trainer.optimizers), trainable
         return self._flight.tap(len(indices))
 
     def before_backward(self, trainer: Trainer, indices: Sequence[int]) -> None:
@@ -96,9 +109,10 @@ class FlightRecorder:
 
     def notes(self) -> list[str]:
         """Return what a reader of the scores should know."""
-        found = [self._recording.pace.note()]
+        pace = self._recording.pace.note()
+        found = [pace] if pace else []
         if self._flight is None:
-            return [note for note in found if note]
+            return found
         missing, share = self._flight.missing, self._flight.share
         if missing:
             listed = [f"{name} ({reason})" for name, reason in missing.items()]
@@ -109,4 +123,4 @@ class FlightRecorder:
             )
         elif share < 1:
             found.append(f"TracIn in flight covers {share:.1%} of the trainable parameters, as `layers` ask for")
-        return [note for note in found if note]
+        return found

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence import distributed
 from lightning_influence.audit import AuditReport
-from lightning_influence.callbacks import bridge
-from lightning_influence.callbacks.afterwards import MakeUnlearner, unlearner_maker
+from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.arguments import (
     check_choice,
     check_count,
@@ -31,8 +29,9 @@ from lightning_influence.callbacks.flight import FlightRecorder
 from lightning_influence.callbacks.query_report import QueryReport, checked_queries, described
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.reporting import Reporter
-from lightning_influence.checkpoints import Checkpoint
-from lightning_influence.coverage import Coverage, Layers, Uncovered, cover, listed_layers
+from lightning_influence.callbacks.run import AuditRun
+from lightning_influence.callbacks.training_passes import TrainingPasses
+from lightning_influence.coverage import Layers, Uncovered, listed_layers
 from lightning_influence.curvature import (
     CurvatureName,
     Damping,
@@ -42,24 +41,13 @@ from lightning_influence.curvature import (
     check_curvature,
 )
 from lightning_influence.discover import trace_model
-from lightning_influence.influence import InfluencePlan, influence_scores
-from lightning_influence.layers import LayerError
-from lightning_influence.optimizers import preconditioners
-from lightning_influence.passes import ExampleGradients
+from lightning_influence.influence import InfluencePlan
 from lightning_influence.query_pairs import Queries
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import DataError, ExampleSource
-from lightning_influence.store import AuditStore, StoreError
-from lightning_influence.task import LossTap, Task, TaskError, TrainingStepTask
-from lightning_influence.trace import Trace
-from lightning_influence.tracin import Mode, StepSize, TracIn, block_step_sizes
+from lightning_influence.source import ExampleSource
+from lightning_influence.task import Task, TrainingStepTask
+from lightning_influence.tracin import Mode, TracIn
 from lightning_influence.unlearning import Unlearner
-from lightning_influence.verify import Inspection, VerificationError, inspect, roomy_batch_size
-
-# Less than this share of the parameters is worth a warning.
-_COMPLETE = 0.99
-
-_AVERAGING_CALLBACKS = {"StochasticWeightAveraging", "WeightAveraging"}
+from lightning_influence.verify import inspect, roomy_batch_size
 
 
 class InfluenceAudit(Callback):
@@ -169,18 +157,11 @@ class InfluenceAudit(Callback):
         self.report: AuditReport | None = None
         self._key: str | None = None
         self._recorder = BatchIndexRecorder()
-        self._recording: Recording | None = None
-        self._reporter: Reporter | None = None
-        self._make_unlearner: MakeUnlearner | None = None
-        self._source: ExampleSource | None = None
-        self._inspection: Inspection | None = None
-        self._trace: Trace | None = None
-        # The scale of losses that depend on their batch: labels and weights stay, so one look per run is enough.
-        self._references: dict[int, float] | None = None
-        self._tap: LossTap | None = None
-        self._flight: FlightRecorder | None = None
-        self._batch_indices: list[int] | None = None
+        # What checkpoints keep: from a checkpoint until the size of the data is known, then of the run.
         self._restored_state: dict[str, Any] | None = None
+        self._recording: Recording | None = None
+        # From the start of training until the next `fit`.
+        self._run: AuditRun | None = None
 
     @property
     def state_key(self) -> str:
@@ -198,276 +179,127 @@ class InfluenceAudit(Callback):
         if stage != "fit":
             return
         # Of an earlier fit: an error before training starts must not be filed under that one's audit.
-        self.report = self._recording = self._reporter = self._inspection = self._flight = self._make_unlearner = None
-        if self.task is None and not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"InfluenceAudit can't re-run the `training_step` of {type(pl_module).__name__}: with manual "
-                "optimization it steps the optimizers. Pass `InfluenceAudit(task=...)`, a function "
-                "(module, batch) -> loss."
-            )
-        if self.tracin is not None and self.tracin.mode == "step" and not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"TracIn in flight can't tell which steps of {type(pl_module).__name__} a backward pass is for: it "
-                'optimizes manually. Pass `tracin="epoch"`.'
-            )
+        self.report = self._recording = self._run = None
+        preparing.check_optimization(pl_module, self.task, self.tracin)
         bridge.check_strategy(trainer)
-        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
-        after = callbacks[callbacks.index(self) + 1 :]
-        later = {kind.__name__ for callback in after for kind in type(callback).__mro__}
-        if averaging := _AVERAGING_CALLBACKS & later:
-            rank_zero_warn(
-                f"{averaging.pop()} comes after InfluenceAudit and replaces the weights once the audit is done: the "
-                "audit describes the weights before. List InfluenceAudit after it."
-            )
+        preparing.warn_of_averaging(trainer, self)
         self._recorder.attach(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at one batch before the first step, so that nothing fails after hours of training."""
-        loader: Any = trainer.train_dataloader
-        if getattr(loader, "in_order", True) is False:
-            raise MisconfigurationException(
-                "the training DataLoader has `in_order=False`: its batches arrive in another order than their indices "
-                "were drawn in, so scores would be filed under the wrong examples. Set `in_order=True`."
-            )
+        preparing.check_order(trainer.train_dataloader)
         self._recorder.check()
-        try:
-            self._source = ExampleSource.from_loader(loader)
-            size = len(self._source)
-            if self.known_noise is not None and int(self.known_noise.max()) >= size:
-                raise DataError(
-                    f"known_noise holds the index {int(self.known_noise.max())}; the data have {size} examples."
-                )
-            self._recording = Recording(size, pl_module, self.tracin)
-            self._references = None
+        with preparing.errors_as_misconfiguration():
+            source = ExampleSource.from_loader(trainer.train_dataloader)
+            preparing.check_known_noise(self.known_noise, source)
+            self._recording = Recording(len(source), pl_module, self.tracin)
             if self._restored_state is not None:
                 self._recording.load_state_dict(self._restored_state)
                 self._restored_state = None
-            first = self._indices(trainer) or list(range(size))
-            with bridge.silenced_loggers(trainer):
-                self._trace = trace_model(
-                    pl_module, self._task, self._source, indices=first, **bridge.surroundings(trainer, pl_module)
-                )
-                gradients = self._gradients(trainer, pl_module)
-                self._warn_of_gaps(gradients.coverage)
-                check_curvature(gradients, self.curvature, first)
-                self._inspection = inspect(gradients, first, verify=self.verify)
-                if self.queries is not None:
-                    validation = bridge.validation_queries(trainer, pl_module, self._task, gradients.coverage)
-                    QueryReport(self.queries).check(trainer, pl_module, self._task, gradients.coverage, validation)
-            self._source.pass_batch_size = max(self._source.batch_size, roomy_batch_size(self._inspection))
-            self._reporter = self._open_reporter(trainer)
-            if self.tracin is not None:
-                self._reporter.take_over_checkpoints(self.tracin, self._recording, trainer.global_step)
-            if self.tracin is not None and self.tracin.mode == "step":
-                self._flight = self._make_flight(pl_module, self._recording, self.tracin)
-            if self._recording.postponed == trainer.global_step and self._recording.step_sizes.steps:
-                self._add_checkpoint(trainer, pl_module, self._recording, self._reporter)
-        except (DataError, LayerError, TaskError, VerificationError, StoreError, ValueError) as error:
-            raise MisconfigurationException(f"InfluenceAudit: {error}") from error
+            self._run = self._start(trainer, pl_module, source, self._recording)
+            self._run.resume(trainer, pl_module)
 
-    def _warn_of_gaps(self, coverage: Coverage) -> None:
-        if self.layers is not None or coverage.share >= _COMPLETE:
-            return
-        reasons = [f"{name} ({reason})" for name, reason in coverage.uncovered.items()]
-        more = f" and {len(reasons) - 4} more" if len(reasons) > 4 else ""
-        rank_zero_warn(
-            f"InfluenceAudit covers {coverage.share:.1%} of the trainable parameters. Not covered: "
-            f'{"; ".join(reasons[:4])}{more}. They are left out of every score; `uncovered="exact"` computes '
-            "their gradients one example at a time, `layers=` makes a choice on purpose."
+    def _start(
+        self, trainer: Trainer, module: LightningModule, source: ExampleSource, recording: Recording
+    ) -> AuditRun:
+        task = self.task or TrainingStepTask()
+        queries = None if self.queries is None else QueryReport(self.queries)
+        first = bridge.audited_indices(trainer, recording.seen_indices(), len(source)) or list(range(len(source)))
+        with bridge.silenced_loggers(trainer):
+            trace = trace_model(module, task, source, indices=first, **bridge.surroundings(trainer, module))
+            passes = TrainingPasses(source, task, trace, self.layers, self.uncovered)
+            gradients = passes.gradients(trainer, module)
+            if self.layers is None:
+                preparing.warn_of_gaps(gradients.coverage)
+            check_curvature(gradients, self.curvature, first)
+            inspection = inspect(gradients, first, verify=self.verify)
+            if queries is not None:
+                validation = bridge.validation_queries(trainer, module, task, gradients.coverage)
+                queries.check(trainer, module, task, gradients.coverage, validation)
+        source.pass_batch_size = max(source.batch_size, roomy_batch_size(inspection))
+        flight = None
+        if self.tracin is not None and self.tracin.mode == "step":
+            layers = self.layers if self.tracin.layers is None else self.tracin.layers
+            flight = FlightRecorder(recording, module, layers, trace, source.batch_size)
+        # Last: what can't be audited leaves no directory behind.
+        store = preparing.open_store(trainer, self.dirpath)
+        known_noise = None if self.known_noise is None else self.known_noise.numpy()
+        return AuditRun(
+            recording,
+            passes,
+            inspection,
+            Reporter(store, self._arguments(), known_noise, queries),
+            self.curvature,
+            partial(
+                InfluencePlan.make,
+                fisher=self.fisher,
+                damping=self.damping,
+                examples=self.factor_examples,
+                solver=self.solver,
+            ),
+            tracin=self.tracin,
+            flight=flight,
+            queries=queries,
         )
-
-    def _open_reporter(self, trainer: Trainer) -> Reporter:
-        directory = self.dirpath or os.path.join(trainer.log_dir or trainer.default_root_dir, "influence")
-        store: AuditStore | None = None
-        failure: StoreError | None = None
-        if trainer.is_global_zero and not bridge.is_dry_run(trainer):
-            try:
-                store = AuditStore.create(directory)
-            except StoreError as error:
-                failure = error
-        if distributed.any_process(failure is not None):
-            raise failure or StoreError(f"rank 0 can't write the audit directory {directory}; its error says why.")
-        if not trainer.loggers and store is not None:
-            rank_zero_warn(f"no logger: the influence audit goes to disk only, to {store.directory}")
-        return Reporter(store, self._arguments(), None if self.known_noise is None else self.known_noise.numpy())
 
     # ------------------------------------------------------- during training
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which examples come, and listen for their loss."""
-        self._stop_tap()
-        self._batch_indices = self._recorder.next()
-        if self._batch_indices is not None and self._recording is not None:
-            flight, indices = self._flight, self._batch_indices
-            self._tap = LossTap() if flight is None else flight.tap(trainer, pl_module, indices)
-            self._tap.__enter__()
+        indices = self._recorder.next()
+        if self._run is not None:
+            self._run.batch_started(trainer, pl_module, indices)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """File what the training pass itself said about each example."""
-        tap, indices = self._stop_tap(), self._batch_indices
-        if tap is not None and indices is not None and self._recording is not None:
-            forms = {} if self._trace is None else self._trace.forms
-            self._recording.record_batch(indices, loss, tap.calls, forms)
-            if self._flight is not None:
-                self._flight.before_backward(trainer, indices)
-            self._batch_indices = None  # a second backward pass of the same step is not a second visit
+        if self._run is not None:
+            self._run.before_backward(trainer, loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take what the backward pass said about each example's gradient."""
-        if self._flight is not None:
-            self._flight.after_backward()
+        if self._run is not None:
+            self._run.after_backward()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop listening if there was no backward pass."""
-        self._stop_tap()
-        if self._flight is not None:
-            self._flight.batch_ended()
+        if self._run is not None:
+            self._run.batch_ended()
         if batch is None:
             # A batch that collation dropped: it was drawn, but its start was not announced.
             self._recorder.next()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Note the learning rates that are really used."""
-        if self._recording is not None:
-            self._recording.record_step(optimizer)
-            if self._flight is not None:
-                self._flight.before_step(trainer, optimizer)
+        if self._run is not None:
+            self._run.before_step(trainer, optimizer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a TracIn checkpoint; the last one is part of the final pass."""
-        self._stop_tap()  # a batch that `on_train_batch_start` skipped has no end
-        recording, reporter = self._recording, self._reporter
-        if recording is None or reporter is None or bridge.is_dry_run(trainer):
-            return
-        try:
-            self._end_of_epoch(trainer, pl_module, recording, reporter)
-        except Exception:
-            if distributed.world_size() > 1:
-                raise  # the others would wait for this process at the next collective
-            recording.failed_passes.append(trainer.current_epoch)
-            rank_zero_warn(
-                f"the influence audit's pass at the end of epoch {trainer.current_epoch} failed; training goes on.\n"
-                f"{traceback.format_exc()}"
-            )
-
-    def _end_of_epoch(
-        self, trainer: Trainer, pl_module: LightningModule, recording: Recording, reporter: Reporter
-    ) -> None:
-        recording.synchronise()
-        tracin = self.tracin
-        due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
-        if due and recording.step_sizes.steps and self._flight is not None:
-            self._take_step_sizes(trainer, pl_module)
-        elif due and recording.step_sizes.steps:
-            # The final pass comes next; a run that is resumed from here for more epochs has to catch up.
-            recording.postponed = trainer.global_step if _is_last_epoch(trainer) else -1
-            if recording.postponed < 0:
-                self._add_checkpoint(trainer, pl_module, recording, reporter)
-        if recording.visits is not None:
-            reporter.log_visits(trainer, recording.visits.gathered().values())
-        reporter.log_dynamics(trainer, recording.dynamics.gathered().columns())
-
-    def _add_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, recording: Recording, reporter: Reporter
-    ) -> None:
-        indices = self._indices(trainer)
-        start = time.perf_counter()
-        with bridge.silenced_loggers(trainer):
-            gradients = self._gradients(trainer, pl_module)
-            gradients.calibrate(indices)
-            self._references = gradients.references
-            scores = score_examples(
-                gradients,
-                indices,
-                step_sizes=self._take_step_sizes(trainer, pl_module, gradients.coverage),
-                features=True,
-                title=f"TracIn, step {trainer.global_step}",
-            )
-        recording.add_pass(trainer.global_step, scores)
-        reporter.seconds_per_example = (time.perf_counter() - start) / len(indices)
-        reporter.write_partial(recording.columns(indices), "recording")
-        reporter.log_checkpoint(trainer, scores)
+        if self._run is not None:
+            self._run.epoch_ended(trainer, pl_module)
 
     # -------------------------------------------------------------------- end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the curvature, score every example, write the report."""
-        if self._recording is None or self._reporter is None or self._inspection is None:
+        if self._run is None:
             return
         try:
-            self._audit(trainer, pl_module, self._recording, self._reporter, self._inspection)
+            self.report = self._run.finish(trainer, pl_module)
+            if self.report is not None:
+                rank_zero_info(f"\n{self.report}")
         except Exception as error:
             # In one process the training that has just ended is worth more than the audit; with several, the others
             # would wait for this one at the next collective.
             if distributed.world_size() > 1:
                 raise
-            self._keep_what_there_is(trainer, repr(error))
+            self._run.interrupt(trainer, repr(error))
             rank_zero_warn(
                 f"the influence audit failed; training is not affected, and what was recorded until then is kept in "
-                f"{self._reporter.directory}.\n{traceback.format_exc()}"
+                f"{self._run.reporter.directory}.\n{traceback.format_exc()}"
             )
-
-    def _audit(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        recording: Recording,
-        reporter: Reporter,
-        inspection: Inspection,
-    ) -> None:
-        indices = self._indices(trainer)
-        if bridge.is_dry_run(trainer) and self._source is not None:
-            indices = (indices or list(range(len(self._source))))[: self._source.batch_size]
-        if not indices:
-            rank_zero_warn("no influence audit: no training batch was seen.")
-            return
-        gradients = self._gradients(trainer, pl_module)
-        history = recording.step_sizes.history()
-
-        def planned(curvature: CurvatureName) -> InfluencePlan:
-            return InfluencePlan.make(
-                gradients.coverage,
-                inspection,
-                len(indices),
-                curvature=curvature,
-                fisher=self.fisher,
-                damping=self.damping,
-                examples=self.factor_examples,
-                history=history,
-                solver=self.solver,
-            )
-
-        plan = planned(self.curvature)
-        queries = bridge.validation_queries(trainer, pl_module, self._task, gradients.coverage)
-        rank_zero_info(reporter.announce(plan, gradients, inspection, len(indices), sum(len(q) for _, q in queries)))
-        step_sizes = None
-        if recording.step_sizes.steps and self.tracin is not None:
-            step_sizes = self._take_step_sizes(trainer, pl_module, gradients.coverage)
-        if self._flight is not None:
-            step_sizes = None
-            recording.notes += self._flight.notes()
-        with bridge.silenced_loggers(trainer):
-            result = influence_scores(
-                gradients,
-                indices,
-                plan,
-                queries=queries,
-                step_sizes=step_sizes,
-            )
-        recording.add_pass(trainer.global_step, result.scores)
-        columns = recording.columns(indices, result.scores)
-        self._make_unlearner = unlearner_maker(trainer, gradients, planned, columns, history.weight_decay)
-        if self.queries is not None:
-            reporter.queries = QueryReport(self.queries)
-            start = time.perf_counter()
-            with bridge.silenced_loggers(trainer):
-                columns |= reporter.queries.find(trainer, gradients, indices, result.curvature, queries, columns)
-            result.seconds["queries"] = time.perf_counter() - start
-        if trainer.is_global_zero:
-            self.report = reporter.finish(trainer, gradients, plan, inspection, result, columns, recording)
-            rank_zero_info(f"\n{self.report}")
 
     def unlearner(self, curvature: CurvatureName = "ggn") -> Unlearner:
         """Return what removes training examples from the model, or repairs their labels, by one Newton step.
@@ -487,22 +319,24 @@ class InfluenceAudit(Callback):
             >>> update = audit.unlearner().newton_removal(audit.report.candidates[:10], leverage=True)
             >>> cleaner = update.applied_to_copy(model)
         """
-        if self._make_unlearner is None:
+        if self._run is None or self._run.make_unlearner is None:
             raise RuntimeError("there is no complete audit to unlearn from; let `trainer.fit` end first.")
         check_choice("curvature", curvature, get_args(CurvatureName))
-        return self._make_unlearner(curvature)
+        return self._run.make_unlearner(curvature)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo everything and keep what was recorded so far."""
-        self._stop_tap()
         self._recorder.detach()
-        if self.report is None:
-            self._keep_what_there_is(trainer, repr(exception))
+        if self._run is not None:
+            self._run.stop_listening()
+            if self.report is None:
+                self._run.interrupt(trainer, repr(exception))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo everything."""
-        self._stop_tap()
         self._recorder.detach()
+        if self._run is not None:
+            self._run.stop_listening()
 
     # ------------------------------------------------------------------ state
 
@@ -513,73 +347,6 @@ class InfluenceAudit(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the size of the data set is known."""
         self._restored_state = state_dict or None
-
-    # ---------------------------------------------------------------- helpers
-
-    @property
-    def _task(self) -> Task:
-        return self.task or TrainingStepTask()
-
-    def _gradients(self, trainer: Trainer, pl_module: LightningModule) -> ExampleGradients:
-        assert self._source is not None
-        # Anew each time: callbacks that thaw a backbone change what there is to cover.
-        coverage = cover(pl_module, self.layers, trace=self._trace, uncovered=self.uncovered)
-        gradients = bridge.example_gradients(trainer, pl_module, self._task, self._source, coverage)
-        gradients.references = self._references
-        return gradients
-
-    def _indices(self, trainer: Trainer) -> list[int]:
-        assert self._recording is not None
-        return bridge.audited_indices(trainer, self._recording.seen_indices(), self._recording.size)
-
-    def _make_flight(self, module: LightningModule, recording: Recording, tracin: TracIn) -> FlightRecorder:
-        assert self._source is not None
-        layers = self.layers if tracin.layers is None else tracin.layers
-
-        def covered() -> Coverage:
-            return cover(module, layers, trace=self._trace)
-
-        covered()  # a layer that does not exist is an error now
-        forms = {} if self._trace is None else self._trace.forms
-        sums = bool(forms) and all(form.sums for form in forms.values())
-        return FlightRecorder(recording, covered, self._source.batch_size if sums else None)
-
-    def _take_step_sizes(
-        self, trainer: Trainer, module: LightningModule, coverage: Coverage | None = None
-    ) -> dict[str, StepSize]:
-        """Return the step sizes since the last checkpoint, by layer, and keep a checkpoint that stands for them."""
-        assert self._recording is not None
-        assert self._reporter is not None
-        assert self.tracin is not None
-        taken = self._recording.step_sizes
-        steps, sums = taken.steps, taken.take()
-        scales = preconditioners(trainer.optimizers, module)
-        checkpoint = Checkpoint.of(
-            module,
-            trainer.global_step,
-            step_sizes=sums,
-            steps=steps,
-            preconditioner=scales,
-            optimizer=", ".join(sorted(taken.optimizers)),
-        )
-        self._reporter.keep_checkpoint(checkpoint, self.tracin, self._recording)
-        return {} if coverage is None else block_step_sizes(coverage.blocks, sums, module, scales)
-
-    def _stop_tap(self) -> LossTap | None:
-        tap, self._tap = self._tap, None
-        if tap is not None:
-            tap.stop()
-        return tap
-
-    def _keep_what_there_is(self, trainer: Trainer, error: str) -> None:
-        recording, reporter = self._recording, self._reporter
-        if recording is None or reporter is None or not trainer.is_global_zero:
-            return
-        try:
-            # Local numbers only: other processes may be gone, and a collective would wait for them for ever.
-            reporter.write_partial(recording.local_columns(), "interrupted", error=error)
-        except Exception as failure:  # the first error is the one to see
-            rank_zero_warn(f"the interrupted influence audit could not be written: {failure}")
 
     def _arguments(self) -> dict[str, Any]:
         return {
@@ -595,10 +362,3 @@ class InfluenceAudit(Callback):
             "task": None if self.task is None else getattr(self.task, "__name__", type(self.task).__name__),
             "verify": self.verify,
         }
-
-
-def _is_last_epoch(trainer: Trainer) -> bool:
-    """Tell whether the final pass comes next; if not after all, its steps count towards the next checkpoint."""
-    if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
-        return True
-    return 0 <= trainer.max_steps <= trainer.global_step

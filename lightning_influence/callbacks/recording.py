@@ -32,26 +32,26 @@ class Recording:
 
     def __init__(self, size: int, module: nn.Module, tracin: TracIn | None = None) -> None:
         self.size = size
+        self.dynamics = TrainingDynamics(size)
+        self.step_sizes = StepSizes(module)
+        self.tracin = TracInScores(size)
+        self.postponed = -1  # step of a TracIn checkpoint that was left to the final pass
         in_flight = tracin is not None and tracin.mode == "step"
         self.visits = VisitSums(size) if in_flight else None
         self.pace = Pace() if tracin is None else Pace(tracin.every_n_steps, tracin.overhead)
         # Audit directory that holds the checkpoints so far; before resuming, that of the run before.
         self.checkpoint_directory = ""
+        self.untapped_batches = 0
+        self.failed = False
+        self.failures: list[str] = []
+        self.failed_passes: list[int] = []  # epochs
         self.notes: list[str] = []
         self._wants_tracin = tracin is not None
         self._next_step = 0  # steps before this one are in the sums in flight
-        self.dynamics = TrainingDynamics(size)
-        self.step_sizes = StepSizes(module)
-        self.tracin = TracInScores(size)
-        self.untapped_batches = 0
-        self.postponed = -1  # step of a TracIn checkpoint that was left to the final pass
-        self.failed_passes: list[int] = []
-        self.failures: list[str] = []
+        self._passes: list[int] = []  # steps
         self._seen = torch.zeros(size, dtype=torch.bool)
         self._disagreement = torch.zeros(size, dtype=torch.float64)
         self._disagreement_count = torch.zeros(size, dtype=torch.float64)
-        self._passes: list[int] = []
-        self.failed = False
 
     def record_batch(
         self,
@@ -120,27 +120,33 @@ class Recording:
             self._disagreement[rows] += shares[known]
             self._disagreement_count[rows] += 1
 
-    def tracin_notes(self) -> list[str]:
-        """Return what a reader of TracIn scores should know."""
-        unknown = self.step_sizes.unknown if self._wants_tracin else set()
-        return self.notes + ([_plain_steps(unknown)] if unknown else [])
+    def remarks(self) -> list[str]:
+        """Return what a reader of the columns should know."""
+        remarks = []
+        if self.untapped_batches:
+            remarks.append(
+                f"{self.untapped_batches} training batches had no known loss call: no training dynamics there"
+            )
+        if self.failed_passes:
+            remarks.append(
+                f"the passes at the ends of the epochs {self.failed_passes} failed: tracin lacks their steps"
+            )
+        remarks += self.failures + self.notes
+        if self._wants_tracin and self.step_sizes.unknown:
+            remarks.append(_plain_steps(self.step_sizes.unknown))
+        return remarks
 
     def synchronise(self) -> None:
         """Let every process know what all have seen, so that any of them can write a checkpoint."""
         self.dynamics.synchronise()
         if self.visits is not None:
             self.visits.synchronise()
-        if distributed.world_size() > 1:
-            (count,) = distributed.sum_across_processes([self._seen.int()])
-            self._seen = count > 0
+        self._seen = self._gathered_seen()
 
     def seen_indices(self) -> list[int]:
         """Return the sorted indices of the examples trained on so far, over all processes."""
-        seen = self._seen
-        if distributed.world_size() > 1:
-            (count,) = distributed.sum_across_processes([seen.int()])
-            seen = count > 0
-        return [int(index) for index in seen.nonzero().squeeze(1)]
+        indices: list[int] = self._gathered_seen().nonzero().squeeze(1).tolist()
+        return indices
 
     def columns(self, indices: Sequence[int], scores: ExampleScores | None = None) -> dict[str, NDArray[Any]]:
         """Return all columns for the given examples, the final scores included."""
@@ -150,9 +156,13 @@ class Recording:
     def local_columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns of the examples that this process has seen, without talking to others."""
         self.dynamics.flush()
-        return self._columns(
-            self.dynamics, self.visits, [int(index) for index in self._seen.nonzero().squeeze(1)], None
-        )
+        return self._columns(self.dynamics, self.visits, self._seen.nonzero().squeeze(1).tolist(), None)
+
+    def _gathered_seen(self) -> Tensor:
+        if distributed.world_size() == 1:
+            return self._seen
+        (count,) = distributed.sum_across_processes([self._seen.int()])
+        return count > 0
 
     def _columns(
         self,

@@ -27,7 +27,6 @@ from lightning_influence.curvature import Curvature, fitted_bytes
 from lightning_influence.influence import InfluencePlan, InfluenceScores
 from lightning_influence.metrics import mislabel_detection
 from lightning_influence.passes import ExampleGradients
-from lightning_influence.scoring import ExampleScores
 from lightning_influence.store import AuditStore, StoreError
 from lightning_influence.tensorboard import summary
 from lightning_influence.tracin import TracIn
@@ -43,13 +42,23 @@ class Reporter:
         store: The audit directory, None to write nothing.
         arguments: The callback's arguments, for the manifest.
         known_noise: Dataset indices of labels known to be wrong.
+        queries: What the audit is asked about.
+
+    Attributes:
+        seconds_per_example: Of a pass over the training data, once one was timed.
     """
 
-    def __init__(self, store: AuditStore | None, arguments: dict[str, Any], known_noise: NDArray[Any] | None) -> None:
+    def __init__(
+        self,
+        store: AuditStore | None,
+        arguments: dict[str, Any],
+        known_noise: NDArray[Any] | None = None,
+        queries: QueryReport | None = None,
+    ) -> None:
         self.store = store
         self.known_noise = known_noise
+        self.queries = queries
         self.seconds_per_example: float | None = None
-        self.queries: QueryReport | None = None
         self._manifest: dict[str, Any] = {
             "status": "recording",
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -94,18 +103,10 @@ class Reporter:
         self.store.write_scores(columns)
         self.store.write_manifest(self._manifest | {"status": status, "error": error})
 
-    def log_checkpoint(self, trainer: Trainer, scores: ExampleScores) -> None:
-        """Write the histogram of one TracIn checkpoint."""
+    def log_tracin(self, trainer: Trainer, scores: Tensor) -> None:
+        """Write the histogram of TracIn at the end of an epoch: of this checkpoint, or in flight of all so far."""
         for writer in bridge.tensorboard_writers(trainer):
-            increments = scores.columns["tracin"].cpu()
-            summary.write_histogram(writer, "influence/tracin_epoch", increments, trainer.global_step)
-
-    def log_visits(self, trainer: Trainer, scores: Tensor) -> None:
-        """Write the histogram of the running TracIn scores in flight."""
-        finite = scores[torch.isfinite(scores)]
-        for writer in bridge.tensorboard_writers(trainer):
-            if len(finite):
-                summary.write_histogram(writer, "influence/tracin_epoch", finite, trainer.global_step)
+            summary.write_histogram(writer, "influence/tracin_epoch", scores.cpu(), trainer.global_step)
 
     def keep_checkpoint(self, checkpoint: Checkpoint, tracin: TracIn, recording: Recording) -> None:
         """Keep a checkpoint within the budget, and note it if that can't be."""
@@ -311,15 +312,7 @@ def _notes(inspection: Inspection, recording: Recording) -> list[str]:
             "no known loss call (F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.mse_loss) "
             "accounts for the whole loss: empirical Fisher, and no predictions, margins or suggested labels from it"
         )
-    if recording.untapped_batches:
-        notes.append(
-            f"{recording.untapped_batches} training batches had no known loss call: no training dynamics there"
-        )
-    if recording.failed_passes:
-        notes.append(f"the passes at the ends of the epochs {recording.failed_passes} failed: tracin lacks their steps")
-    notes += recording.failures + recording.tracin_notes()
-    if recording.failed_passes:
-        notes.append(f"the passes at the end of epochs {recording.failed_passes} failed: tracin lacks their part")
+    notes += recording.remarks()
     if inspection.random:
         notes.append(
             "`training_step` draws random numbers in eval mode: scores hold for one draw, and depend on batches"

@@ -1,0 +1,115 @@
+"""Before the first step: what can't be audited is refused, what needs a word gets it, the directory is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_influence import distributed
+from lightning_influence.callbacks import bridge
+from lightning_influence.coverage import Coverage
+from lightning_influence.layers import LayerError
+from lightning_influence.source import DataError, ExampleSource
+from lightning_influence.store import AuditStore, StoreError
+from lightning_influence.task import Task, TaskError
+from lightning_influence.tracin import TracIn
+from lightning_influence.verify import VerificationError
+
+# Less than this share of the parameters is worth a warning.
+_COMPLETE = 0.99
+
+_AVERAGING_CALLBACKS = {"StochasticWeightAveraging", "WeightAveraging"}
+
+
+@contextmanager
+def errors_as_misconfiguration() -> Iterator[None]:
+    """Raise the engine's errors as Lightning's ``MisconfigurationException``."""
+    try:
+        yield
+    except (DataError, LayerError, TaskError, VerificationError, StoreError, ValueError) as error:
+        raise MisconfigurationException(f"InfluenceAudit: {error}") from error
+
+
+def check_optimization(module: LightningModule, task: Task | None, tracin: TracIn | None) -> None:
+    """Raise ``MisconfigurationException`` for what manual optimization rules out."""
+    if module.automatic_optimization:
+        return
+    if task is None:
+        raise MisconfigurationException(
+            f"InfluenceAudit can't re-run the `training_step` of {type(module).__name__}: with manual "
+            "optimization it steps the optimizers. Pass `InfluenceAudit(task=...)`, a function "
+            "(module, batch) -> loss."
+        )
+    if tracin is not None and tracin.mode == "step":
+        raise MisconfigurationException(
+            f"TracIn in flight can't tell which steps of {type(module).__name__} a backward pass is for: it "
+            'optimizes manually. Pass `tracin="epoch"`.'
+        )
+
+
+def warn_of_averaging(trainer: Trainer, audit: Callback) -> None:
+    """Warn of callbacks that replace the weights once the audit is done."""
+    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+    after = callbacks[callbacks.index(audit) + 1 :]
+    later = {kind.__name__ for callback in after for kind in type(callback).__mro__}
+    if averaging := _AVERAGING_CALLBACKS & later:
+        rank_zero_warn(
+            f"{averaging.pop()} comes after InfluenceAudit and replaces the weights once the audit is done: the "
+            "audit describes the weights before. List InfluenceAudit after it."
+        )
+
+
+def check_order(loader: Any) -> None:
+    """Raise ``MisconfigurationException`` for batches that arrive in another order than they were drawn in."""
+    if getattr(loader, "in_order", True) is False:
+        raise MisconfigurationException(
+            "the training DataLoader has `in_order=False`: its batches arrive in another order than their indices "
+            "were drawn in, so scores would be filed under the wrong examples. Set `in_order=True`."
+        )
+
+
+def check_known_noise(known_noise: Tensor | None, source: ExampleSource) -> None:
+    """Raise ``DataError`` for indices beyond the data."""
+    if known_noise is not None and int(known_noise.max()) >= len(source):
+        raise DataError(f"known_noise holds the index {int(known_noise.max())}; the data have {len(source)} examples.")
+
+
+def warn_of_gaps(coverage: Coverage) -> None:
+    """Warn of parameters that every score lacks, unless they are few."""
+    if coverage.share >= _COMPLETE:
+        return
+    reasons = [f"{name} ({reason})" for name, reason in coverage.uncovered.items()]
+    more = f" and {len(reasons) - 4} more" if len(reasons) > 4 else ""
+    rank_zero_warn(
+        f"InfluenceAudit covers {coverage.share:.1%} of the trainable parameters. Not covered: "
+        f'{"; ".join(reasons[:4])}{more}. They are left out of every score; `uncovered="exact"` computes '
+        "their gradients one example at a time, `layers=` makes a choice on purpose."
+    )
+
+
+def open_store(trainer: Trainer, dirpath: str | os.PathLike[str] | None) -> AuditStore | None:
+    """Make the audit directory; None in a dry run and on other ranks than zero.
+
+    Raises:
+        StoreError: On every rank, if it can't be made.
+    """
+    directory = dirpath or os.path.join(trainer.log_dir or trainer.default_root_dir, "influence")
+    store: AuditStore | None = None
+    failure: StoreError | None = None
+    if trainer.is_global_zero and not bridge.is_dry_run(trainer):
+        try:
+            store = AuditStore.create(directory)
+        except StoreError as error:
+            failure = error
+    if distributed.any_process(failure is not None):
+        raise failure or StoreError(f"rank 0 can't write the audit directory {directory}; its error says why.")
+    if not trainer.loggers and store is not None:
+        rank_zero_warn(f"no logger: the influence audit goes to disk only, to {store.directory}")
+    return store

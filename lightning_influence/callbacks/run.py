@@ -1,0 +1,249 @@
+"""One training run under audit: what happens at its batches, its steps, the ends of its epochs and its end."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_influence import distributed
+from lightning_influence.audit import AuditReport
+from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.afterwards import MakeUnlearner, unlearner_maker
+from lightning_influence.callbacks.flight import FlightRecorder
+from lightning_influence.callbacks.query_report import QueryReport
+from lightning_influence.callbacks.recording import Recording
+from lightning_influence.callbacks.reporting import Reporter
+from lightning_influence.callbacks.training_passes import TrainingPasses
+from lightning_influence.checkpoints import Checkpoint
+from lightning_influence.coverage import Coverage
+from lightning_influence.curvature import CurvatureName
+from lightning_influence.influence import InfluencePlan, influence_scores
+from lightning_influence.optimizers import preconditioners
+from lightning_influence.scoring import score_examples
+from lightning_influence.task import LossTap
+from lightning_influence.tracin import StepSize, TracIn, block_step_sizes
+from lightning_influence.verify import Inspection
+
+
+@dataclass(eq=False)
+class AuditRun:
+    """What an audit does between the first and the last step of one ``fit``.
+
+    The trainer is handed in each time: callbacks are copied, and a copy must not take the trainer along.
+
+    Attributes:
+        recording: What training has said about each example so far.
+        passes: Extra passes over the training data.
+        inspection: What one batch showed before the first step.
+        reporter: Where the audit goes.
+        curvature: Approximation behind the scores.
+        make_plan: ``InfluencePlan.make`` with the callback's other arguments.
+        tracin: How TracIn is computed; None for not at all.
+        flight: TracIn in flight, if that is how.
+        queries: What the audit is asked about.
+        make_unlearner: What the finished audit can still do, once it is.
+    """
+
+    recording: Recording
+    passes: TrainingPasses
+    inspection: Inspection
+    reporter: Reporter
+    curvature: CurvatureName
+    make_plan: Callable[..., InfluencePlan]
+    tracin: TracIn | None = None
+    flight: FlightRecorder | None = None
+    queries: QueryReport | None = None
+    make_unlearner: MakeUnlearner | None = None
+    # From the start of a batch to its first backward pass; a second one of the same step is not a second visit.
+    _listening: tuple[LossTap, list[int]] | None = field(default=None, init=False)
+
+    def resume(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take over what a run that is resumed has left: its checkpoints, and the last pass that it postponed."""
+        if self.tracin is None:
+            return
+        self.reporter.take_over_checkpoints(self.tracin, self.recording, trainer.global_step)
+        if self.recording.postponed == trainer.global_step and self.recording.step_sizes.steps:
+            self._score_checkpoint(trainer, module, self.tracin)
+
+    # ---------------------------------------------------------------- a batch
+
+    def batch_started(self, trainer: Trainer, module: LightningModule, indices: list[int] | None) -> None:
+        """Listen for the losses of these examples; None if it is not known which they are."""
+        self.stop_listening()
+        if indices is not None:
+            tap = LossTap() if self.flight is None else self.flight.tap(trainer, module, indices)
+            tap.__enter__()
+            self._listening = tap, indices
+
+    def stop_listening(self) -> tuple[LossTap, list[int]] | None:
+        """Leave training alone again; return what was heard, and of which examples."""
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            listening[0].stop()
+        return listening
+
+    def before_backward(self, trainer: Trainer, loss: Tensor) -> None:
+        """File what the training pass itself said about each example."""
+        if (heard := self.stop_listening()) is not None:
+            tap, indices = heard
+            self.recording.record_batch(indices, loss, tap.calls, self.passes.trace.forms)
+            if self.flight is not None:
+                self.flight.before_backward(trainer, indices)
+
+    def after_backward(self) -> None:
+        """Take what the backward pass said about each example's gradient."""
+        if self.flight is not None:
+            self.flight.after_backward()
+
+    def batch_ended(self) -> None:
+        """Stop listening if there was no backward pass."""
+        self.stop_listening()
+        if self.flight is not None:
+            self.flight.batch_ended()
+
+    def before_step(self, trainer: Trainer, optimizer: object) -> None:
+        """Note the learning rates that are really used."""
+        self.recording.record_step(optimizer)
+        if self.flight is not None:
+            self.flight.before_step(trainer, optimizer)
+
+    # --------------------------------------------------------------- an epoch
+
+    def epoch_ended(self, trainer: Trainer, module: LightningModule) -> None:
+        """Add a TracIn checkpoint, unless an error or the final pass comes in between."""
+        self.stop_listening()  # a batch that `on_train_batch_start` skipped has no end
+        if bridge.is_dry_run(trainer):
+            return
+        try:
+            self._end_epoch(trainer, module)
+        except Exception:
+            if distributed.world_size() > 1:
+                raise  # the others would wait for this process at the next collective
+            self.recording.failed_passes.append(trainer.current_epoch)
+            rank_zero_warn(
+                f"the influence audit's pass at the end of epoch {trainer.current_epoch} failed; training goes on.\n"
+                f"{traceback.format_exc()}"
+            )
+
+    def _end_epoch(self, trainer: Trainer, module: LightningModule) -> None:
+        recording, tracin = self.recording, self.tracin
+        recording.synchronise()
+        due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
+        if tracin is not None and due and recording.step_sizes.steps:
+            if self.flight is not None:
+                self._keep_checkpoint(trainer, module, tracin)
+            elif bridge.is_last_epoch(trainer):
+                # The final pass comes next; a run that is resumed from here for more epochs has to catch up.
+                recording.postponed = trainer.global_step
+            else:
+                recording.postponed = -1
+                self._score_checkpoint(trainer, module, tracin)
+        if recording.visits is not None:
+            visits = recording.visits.gathered().values()
+            self.reporter.log_tracin(trainer, visits[visits.isfinite()])  # NaN: not measured so far
+        self.reporter.log_dynamics(trainer, recording.dynamics.gathered().columns())
+
+    def _score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
+        indices = self._indices(trainer)
+        start = time.perf_counter()
+        with bridge.silenced_loggers(trainer):
+            gradients = self.passes.gradients(trainer, module)
+            gradients.calibrate(indices)
+            self.passes.references = gradients.references
+            scores = score_examples(
+                gradients,
+                indices,
+                step_sizes=_step_sizes(self._keep_checkpoint(trainer, module, tracin), gradients.coverage, module),
+                features=True,
+                title=f"TracIn, step {trainer.global_step}",
+            )
+        self.recording.add_pass(trainer.global_step, scores)
+        self.reporter.seconds_per_example = (time.perf_counter() - start) / len(indices)
+        self.reporter.write_partial(self.recording.columns(indices), "recording")
+        self.reporter.log_tracin(trainer, scores.columns["tracin"])
+
+    def _keep_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> Checkpoint:
+        """Take a checkpoint that stands for the steps since the last one, and keep it."""
+        taken = self.recording.step_sizes
+        steps, sums = taken.steps, taken.take()
+        checkpoint = Checkpoint.of(
+            module,
+            trainer.global_step,
+            step_sizes=sums,
+            steps=steps,
+            preconditioner=preconditioners(trainer.optimizers, module),
+            optimizer=", ".join(sorted(taken.optimizers)),
+        )
+        self.reporter.keep_checkpoint(checkpoint, tracin, self.recording)
+        return checkpoint
+
+    # ---------------------------------------------------------------- the end
+
+    def finish(self, trainer: Trainer, module: LightningModule) -> AuditReport | None:
+        """Fit the curvature, score every example, write the report; None on other ranks than zero."""
+        indices = self._indices(trainer)
+        if bridge.is_dry_run(trainer):
+            indices = (indices or list(range(self.recording.size)))[: self.passes.source.batch_size]
+        if not indices:
+            rank_zero_warn("no influence audit: no training batch was seen.")
+            return None
+        recording, reporter, inspection = self.recording, self.reporter, self.inspection
+        gradients = self.passes.gradients(trainer, module)
+        history = recording.step_sizes.history()
+
+        def planned(curvature: CurvatureName) -> InfluencePlan:
+            return self.make_plan(gradients.coverage, inspection, len(indices), curvature=curvature, history=history)
+
+        plan = planned(self.curvature)
+        validation = bridge.validation_queries(trainer, module, self.passes.task, gradients.coverage)
+        asked = sum(len(examples) for _, examples in validation)
+        rank_zero_info(reporter.announce(plan, gradients, inspection, len(indices), asked))
+        step_sizes = self._last_step_sizes(trainer, module, gradients.coverage)
+        if self.flight is not None:
+            recording.notes += self.flight.notes()
+        with bridge.silenced_loggers(trainer):
+            result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=step_sizes)
+        recording.add_pass(trainer.global_step, result.scores)
+        columns = recording.columns(indices, result.scores)
+        self.make_unlearner = unlearner_maker(trainer, gradients, planned, columns, history.weight_decay)
+        if self.queries is not None:
+            start = time.perf_counter()
+            with bridge.silenced_loggers(trainer):
+                columns |= self.queries.find(trainer, gradients, indices, result.curvature, validation, columns)
+            result.seconds["queries"] = time.perf_counter() - start
+        if not trainer.is_global_zero:
+            return None
+        return reporter.finish(trainer, gradients, plan, inspection, result, columns, recording)
+
+    def _last_step_sizes(
+        self, trainer: Trainer, module: LightningModule, coverage: Coverage
+    ) -> dict[str, StepSize] | None:
+        """Keep the last checkpoint; return its step sizes if the final pass is to add to TracIn."""
+        if self.tracin is None or not self.recording.step_sizes.steps:
+            return None
+        checkpoint = self._keep_checkpoint(trainer, module, self.tracin)
+        return _step_sizes(checkpoint, coverage, module) if self.flight is None else None
+
+    def interrupt(self, trainer: Trainer, error: str) -> None:
+        """Keep what was recorded so far."""
+        if not trainer.is_global_zero:
+            return
+        try:
+            # Local numbers only: other processes may be gone, and a collective would wait for them for ever.
+            self.reporter.write_partial(self.recording.local_columns(), "interrupted", error=error)
+        except Exception as failure:  # the first error is the one to see
+            rank_zero_warn(f"the interrupted influence audit could not be written: {failure}")
+
+    def _indices(self, trainer: Trainer) -> list[int]:
+        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.recording.size)
+
+
+def _step_sizes(checkpoint: Checkpoint, coverage: Coverage, module: LightningModule) -> dict[str, StepSize]:
+    """Return the step sizes that a checkpoint stands for, by layer."""
+    return block_step_sizes(coverage.blocks, checkpoint.step_sizes, module, checkpoint.preconditioner)
