@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -61,6 +61,12 @@ class Coverage:
 def listed_layers(layers: Layer | Iterable[Layer]) -> list[Layer]:
     """Return one name or type, or several, as a list."""
     return [layers] if isinstance(layers, (str, type)) else list(layers)
+
+
+def listed_reasons(uncovered: Mapping[str, str], most: int) -> str:
+    """Return the first parameters that are not covered, each with its reason, and the number of others."""
+    reasons = [f"{name} ({reason})" for name, reason in uncovered.items()]
+    return "; ".join(reasons[:most]) + (f" and {len(reasons) - most} more" if len(reasons) > most else "")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -18,10 +18,22 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, allowed))}.")
 
 
-def check_number(name: str, value: object, expected: str) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number > 0."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name}={value!r}; expected {expected}.")
+def check_damping(damping: Any) -> None:
+    """Raise ``ValueError`` unless the damping is a finite number > 0 or a rule."""
+    if isinstance(damping, str) and damping in ("auto", "relative", "trainer"):
+        return
+    is_number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
+    if not is_number or not math.isfinite(damping) or damping <= 0:
+        raise ValueError(
+            f'damping={damping!r}; expected a number > 0, "relative" (0.1 times the mean eigenvalue), "trainer" '
+            '(1 / sum of step sizes) or "auto".'
+        )
+
+
+def check_task(task: object) -> None:
+    """Raise ``ValueError`` unless the task, if any, can be called."""
+    if task is not None and not callable(task):
+        raise ValueError(f"task={task!r} is not callable; expected a function (module, batch) -> loss.")
 
 
 def check_count(name: str, value: object, otherwise: str) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_influence import optimizers
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.recording import Recording
-from lightning_influence.coverage import Layers, cover
+from lightning_influence.coverage import Layers, cover, listed_reasons
 from lightning_influence.in_flight import Flight, Visit
 from lightning_influence.task import LossTap
 from lightning_influence.trace import Trace
@@ -115,11 +115,9 @@ class FlightRecorder:
             return found
         missing, share = self._flight.missing, self._flight.share
         if missing:
-            listed = [f"{name} ({reason})" for name, reason in missing.items()]
-            more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
             found.append(
                 f"TracIn in flight covers {share:.1%} of the trainable parameters; it lacks "
-                f"{'; '.join(listed[:6])}{more}"
+                f"{listed_reasons(missing, 6)}"
             )
         elif share < 1:
             found.append(f"TracIn in flight covers {share:.1%} of the trainable parameters, as `layers` ask for")

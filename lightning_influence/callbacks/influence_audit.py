@@ -19,8 +19,9 @@ from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.arguments import (
     check_choice,
     check_count,
+    check_damping,
     check_layers,
-    check_number,
+    check_task,
     checked_indices,
     checked_tracin,
 )
@@ -32,14 +33,7 @@ from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.coverage import Layers, Uncovered, listed_layers
-from lightning_influence.curvature import (
-    CurvatureName,
-    Damping,
-    Fisher,
-    IterativeSolver,
-    Solver,
-    check_curvature,
-)
+from lightning_influence.curvature import CurvatureName, Damping, Fisher, IterativeSolver, Solver, check_curvature
 from lightning_influence.discover import trace_model
 from lightning_influence.influence import InfluencePlan
 from lightning_influence.query_pairs import Queries
@@ -130,17 +124,11 @@ class InfluenceAudit(Callback):
         check_choice("fisher", fisher, get_args(Fisher))
         check_choice("uncovered", uncovered, get_args(Uncovered))
         check_layers(layers)
-        if damping not in ("auto", "relative", "trainer"):
-            check_number(
-                "damping",
-                damping,
-                'a number > 0, "relative" (0.1 times the mean eigenvalue), "trainer" (1 / sum of step sizes) or "auto"',
-            )
+        check_damping(damping)
         check_choice("solver", solver, ("auto", "dense", *get_args(IterativeSolver)))
         if factor_examples != "auto" and factor_examples is not None:
             check_count("factor_examples", factor_examples, '"auto", None for all examples')
-        if task is not None and not callable(task):
-            raise ValueError(f"task={task!r} is not callable; expected a function (module, batch) -> loss.")
+        check_task(task)
         self.curvature = curvature
         self.fisher = fisher
         self.damping = damping

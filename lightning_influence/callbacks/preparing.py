@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_influence import distributed
 from lightning_influence.callbacks import bridge
-from lightning_influence.coverage import Coverage
+from lightning_influence.coverage import Coverage, listed_reasons
 from lightning_influence.layers import LayerError
 from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.store import AuditStore, StoreError
@@ -85,11 +85,9 @@ def warn_of_gaps(coverage: Coverage) -> None:
     """Warn of parameters that every score lacks, unless they are few."""
     if coverage.share >= _COMPLETE:
         return
-    reasons = [f"{name} ({reason})" for name, reason in coverage.uncovered.items()]
-    more = f" and {len(reasons) - 4} more" if len(reasons) > 4 else ""
     rank_zero_warn(
         f"InfluenceAudit covers {coverage.share:.1%} of the trainable parameters. Not covered: "
-        f'{"; ".join(reasons[:4])}{more}. They are left out of every score; `uncovered="exact"` computes '
+        f'{listed_reasons(coverage.uncovered, 4)}. They are left out of every score; `uncovered="exact"` computes '
         "their gradients one example at a time, `layers=` makes a choice on purpose."
     )
 
