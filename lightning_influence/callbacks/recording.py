@@ -42,7 +42,6 @@ class Recording:
         # Audit directory that holds the checkpoints so far; before resuming, that of the run before.
         self.checkpoint_directory = ""
         self.untapped_batches = 0
-        self.failed = False
         self.failures: list[str] = []
         self.failed_passes: list[int] = []  # epochs
         self.notes: list[str] = []
@@ -52,6 +51,11 @@ class Recording:
         self._seen = torch.zeros(size, dtype=torch.bool)
         self._disagreement = torch.zeros(size, dtype=torch.float64)
         self._disagreement_count = torch.zeros(size, dtype=torch.float64)
+
+    @property
+    def failed(self) -> bool:
+        """Whether recording has failed, and was given up."""
+        return bool(self.failures)
 
     def record_batch(
         self,
@@ -97,7 +101,6 @@ class Recording:
 
     def fail(self, what: str, error: Exception) -> None:
         """Record nothing more of the training: what is known is incomplete, and says so."""
-        self.failed = True
         reason = f"{what}, recording them failed: {type(error).__name__}: {error}"
         if reason not in self.failures:
             self.failures.append(reason)

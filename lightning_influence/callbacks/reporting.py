@@ -157,34 +157,9 @@ class Reporter:
     ) -> AuditReport:
         """Rank, write everything, and return the report."""
         ranked = audit.rank(columns)
-        manifest = self._manifest | {
-            "status": "complete",
-            "examples": len(ranked["index"]),
-            "dataset_size": len(gradients.source),
-            "nonfinite": ranked["index"][~ranked["finite"]],
-            "fingerprint": _fingerprint(gradients, ranked),
-            "ranked_by": list(audit.ingredients(columns)),
-            "coverage": {
-                "share": gradients.coverage.share,
-                "summary": gradients.coverage.describe(),
-                "covered": {name: list(block.parameters) for name, block in gradients.coverage.blocks.items()},
-                "uncovered": gradients.coverage.uncovered,
-            },
-            "curvature": {"name": plan.curvature, "damping_rule": plan.damping.rule}
-            | ({} if result.curvature is None else _described(result.curvature)),
-            "verification_error": inspection.largest_error,
-            "tracin_steps": recording.tracin.checkpoints,
-            "seconds": result.seconds,
-            "notes": result.notes + _notes(inspection, recording),
-        }
-        if result.sweep is not None:
-            manifest["damping_sweep"] = {
-                "factors": result.sweep.factors,
-                "stability": result.sweep.stability,
-                "overlap": result.sweep.overlap,
-                "examples": len(result.sweep.indices),
-            }
-            manifest["layer_shares"] = result.sweep.layer_shares
+        manifest = self._manifest | {"status": "complete"} | _about(gradients, plan, inspection, result, ranked)
+        manifest["tracin_steps"] = recording.tracin.checkpoints
+        manifest["notes"] = result.notes + _notes(inspection, recording)
         pairs = None if self.queries is None else self.queries.pairs
         if self.queries is not None:
             manifest["notes"] += self.queries.notes
@@ -260,6 +235,39 @@ class Reporter:
             return None
         mask = np.isin(indices, self.known_noise)
         return mask if mask.any() and not mask.all() else None
+
+
+def _about(
+    gradients: ExampleGradients, plan: InfluencePlan, inspection: Inspection, result: InfluenceScores, columns: Columns
+) -> dict[str, Any]:
+    """Return what the manifest says about data, model and scores."""
+    coverage, curvature, sweep = gradients.coverage, result.curvature, result.sweep
+    about: dict[str, Any] = {
+        "examples": len(columns["index"]),
+        "dataset_size": len(gradients.source),
+        "nonfinite": columns["index"][~columns["finite"]],
+        "fingerprint": _fingerprint(gradients, columns),
+        "ranked_by": list(audit.ingredients(columns)),
+        "coverage": {
+            "share": coverage.share,
+            "summary": coverage.describe(),
+            "covered": {name: list(block.parameters) for name, block in coverage.blocks.items()},
+            "uncovered": coverage.uncovered,
+        },
+        "curvature": {"name": plan.curvature, "damping_rule": plan.damping.rule}
+        | ({} if curvature is None else _described(curvature)),
+        "verification_error": inspection.largest_error,
+        "seconds": result.seconds,
+    }
+    if sweep is not None:
+        about["damping_sweep"] = {
+            "factors": sweep.factors,
+            "stability": sweep.stability,
+            "overlap": sweep.overlap,
+            "examples": len(sweep.indices),
+        }
+        about["layer_shares"] = sweep.layer_shares
+    return about
 
 
 def _detection(columns: Columns, mislabelled: NDArray[Any]) -> dict[str, dict[str, float]]:
