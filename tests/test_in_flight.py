@@ -313,6 +313,15 @@ def test_a_part_of_the_layers(tmp_path: Path) -> None:
     assert "covers 42.4% of the trainable parameters, as `layers` ask for" in note
 
 
+def test_layers_that_there_are_not(tmp_path: Path) -> None:
+    """An error before the first step leaves no directory that would look like an audit."""
+    with pytest.raises(
+        MisconfigurationException, match=r"`layers=` names \['net\.7'\], which match no supported layer"
+    ):
+        fly(tmp_path, Pilot(mlp(), sgd), vectors(), TracIn(mode="step", layers=["net.7"]))
+    assert list(tmp_path.rglob("influence*")) == []
+
+
 @pytest.mark.parametrize("index", [0, 7])
 def test_one_step_on_an_example_lowers_its_loss_by_its_score(index: int, tmp_path: Path) -> None:
     """To first order: what is left over falls with the square of the rate."""

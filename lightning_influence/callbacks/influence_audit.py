@@ -51,8 +51,9 @@ class InfluenceAudit(Callback):
     the run. At the end of training the audit lies in ``<log_dir>/influence``, in TensorBoard, and in ``report``.
 
     During training, loss, margin and EL2N of every example are noted from the training pass itself, and TracIn adds up
-    ``η‖g‖²`` per example, in a fixed-order pass at epoch ends or from the training pass, too. At the end, curvature is
-    fitted and one more pass scores every example. Extra passes run in eval mode, in the precision of the weights.
+    ``η gᵀPg`` per example (P: what Adam and its kin multiply gradients with), in a fixed-order pass at epoch ends or
+    from the training pass, too. At the end, curvature is fitted and one more pass scores every example. Extra passes
+    run in eval mode, in the precision of the weights.
 
     Args:
         curvature: Approximation behind ``self_influence`` and ``harm``, from the cheapest: ``"identity"`` (plain
@@ -62,8 +63,9 @@ class InfluenceAudit(Callback):
             ``"exact"`` expectation, or the given ones (``"empirical"``). ``"auto"`` samples; empirical if the loss is
             not a known one.
         damping: Absolute λ > 0 added to the curvature; ``"relative"``: 0.1 times the mean eigenvalue of each layer
-            (nothing for the identity); ``"trainer"``: ``1 / Σ η / (1 - momentum)`` over the steps of the run, plus
-            L2 weight decay. ``"auto"`` is ``"trainer"`` for ``"block_ggn"``, ``"ggn"`` and ``"hessian"``.
+            (nothing for the identity); ``"trainer"``: ``1 / (Σ η / (1 - momentum))`` over the steps of the run, plus
+            L2 weight decay, but relative for Adam and its kin. ``"auto"`` is ``"trainer"`` for ``"block_ggn"``,
+            ``"ggn"`` and ``"hessian"``, else relative.
         solver: For ``"ggn"`` and ``"hessian"``: ``"dense"`` forms the matrix; ``"cg"`` (conjugate gradients),
             ``"nystrom"`` and ``"pcg"`` (the same, preconditioned with a sketch of the matrix, or with EK-FAC) and
             ``"lissa"`` use products only. ``"auto"`` is dense for up to 4,096 parameters, else ``"nystrom"`` (``"cg"``
@@ -94,8 +96,9 @@ class InfluenceAudit(Callback):
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: During ``fit``, before the first step: for data that can't be indexed (an
-            ``IterableDataset``), loaders with ``in_order=False``, manual optimization without a ``task``, models
-            without a supported layer, losses that are not the mean of per-example losses, unwritable directories.
+            ``IterableDataset``), loaders with ``in_order=False``, strategies that split the model, manual optimization
+            without a ``task``, models without a supported layer, losses that are not made of per-example losses,
+            unwritable directories.
 
     Example:
         >>> trainer = Trainer(max_epochs=10, callbacks=[InfluenceAudit()])
