@@ -601,7 +601,6 @@ def _failing(module: Any, batch: Any) -> Tensor:
     return _counting(module, batch)
 
 
-@pytest.mark.parametrize("ending", ["all", "closed early", "consumer raises", "task raises"])
 def test_stored_tensors_are_looked_up_as_a_loader_would() -> None:
     """Batches of a plain tensor data set are rows of its tensors, without a look at each example."""
     data = _data()
@@ -628,6 +627,7 @@ def test_noise_belongs_to_the_example() -> None:
     assert between.abs().max() < 5 / 4000**0.5
 
 
+@pytest.mark.parametrize("ending", ["all", "closed early", "consumer raises", "task raises"])
 @pytest.mark.parametrize("pass_", ["true", "sampled", "exact", "losses", "calibrate"])
 def test_the_model_is_as_before_however_a_pass_ends(ending: str, pass_: Any) -> None:
     net = _Normed()
