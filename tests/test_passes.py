@@ -22,7 +22,7 @@ from lightning_influence import passes
 from lightning_influence.coverage import Coverage, cover
 from lightning_influence.discover import discover
 from lightning_influence.layers import LayerError
-from lightning_influence.passes import ExampleGradients
+from lightning_influence.passes import ExampleGradients, _ExampleNoise
 from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.task import TaskError
 from lightning_influence.verify import Inspection, VerificationError, inspect
@@ -599,6 +599,32 @@ def _failing(module: Any, batch: Any) -> Tensor:
     if len(module.losses) == 1:
         raise ZeroDivisionError("in the task")
     return _counting(module, batch)
+
+
+def test_stored_tensors_are_looked_up_as_a_loader_would() -> None:
+    """Batches of a plain tensor data set are rows of its tensors, without a look at each example."""
+    data = _data()
+    found = list(ExampleSource(data, batch_size=3).batches([4, 1, 3, 0, 2]))
+    expected = DataLoader(data, batch_sampler=[[4, 1, 3], [0, 2]])
+    assert [indices for indices, _ in found] == [[4, 1, 3], [0, 2]]
+    for (_, batch), other in zip(found, expected, strict=True):
+        assert type(batch) is type(other)
+        assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
+
+
+def test_noise_belongs_to_the_example() -> None:
+    """Uniform, the same in any batch, another for each seed, draw, call and example."""
+    whole = _ExampleNoise(0, 1, range(4000))
+    first, second = whole((5,)), whole((5,))
+    assert torch.equal(_ExampleNoise(0, 1, [7, 3])((5,)), first[[7, 3]])
+    others = [_ExampleNoise(seed, draw, range(4000))((5,)) for seed, draw in ((1, 1), (0, 2), (1, 0))]
+    for other in (second, *others):
+        assert not torch.equal(first, other)
+        assert abs(float(torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1])) < 4 / 20_000**0.5
+    counts = torch.histc(first.float(), 10, 0, 1)
+    assert (counts - 2000).abs().max() < 5 * 1800**0.5
+    between = torch.corrcoef(first.T) - torch.eye(5).double()
+    assert between.abs().max() < 5 / 4000**0.5
 
 
 @pytest.mark.parametrize("ending", ["all", "closed early", "consumer raises", "task raises"])
