@@ -21,10 +21,12 @@ from lightning_influence.curvature.solvers import Solution
 from lightning_influence.diff_in import diff_in_scores
 from lightning_influence.discover import discover
 from lightning_influence.dropout_masks import ip_ensemble
+from lightning_influence.influence import InfluencePlan
 from lightning_influence.pairwise import pairwise_scores
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import ExampleSource
 from lightning_influence.unrolling import source_scores
+from lightning_influence.verify import inspect
 from lightning_influence.zeroth_order import z0_scores
 
 MODELS = 3
@@ -148,8 +150,8 @@ class Row:
     remark: Callable[[], str] = lambda: ""
 
 
-def influence(curvature: Any, *, labels: Any = ("exact", "exact"), normalise: Any = "none", **options: Any) -> Row:
-    """Return a row of ours."""
+def influence(curvature: Any, *, plan: bool = False, normalise: Any = "none", **options: Any) -> Row:
+    """Return a row of ours: factors from all examples and all labels, or as the callback plans them."""
     solves: list[Solution] = []
     damping = options.pop("damping", lambda setting: None)
     name = options.pop("name")
@@ -157,14 +159,12 @@ def influence(curvature: Any, *, labels: Any = ("exact", "exact"), normalise: An
     def scores(setting: Setting) -> Tensor:
         gradients = setting.gradients(setting.data)
         everything = range(setting.examples)
+        examples, labels = FactorExamples(setting.examples, setting.examples), ("exact", "exact")
+        if plan:
+            planned = InfluencePlan.make(gradients.coverage, inspect(gradients, everything), setting.examples)
+            examples, labels = planned.examples, planned.labels
         fitted: Curvature = fit(
-            gradients,
-            curvature,
-            everything,
-            examples=FactorExamples(setting.examples, setting.examples),
-            labels=labels,
-            damping=damping(setting),
-            **options,
+            gradients, curvature, everything, examples=examples, labels=labels, damping=damping(setting), **options
         )
         queries = setting.gradients(setting.queries)
         found = pairwise_scores(
@@ -198,7 +198,7 @@ OURS = [
     influence("diagonal", name="diagonal"),
     influence("kfac", name="K-FAC, exact Fisher"),
     influence("ekfac", name="EK-FAC, exact Fisher"),
-    influence("ekfac", name="**EK-FAC, defaults**", labels=("sampled", "exact")),
+    influence("ekfac", name="**EK-FAC, defaults**", plan=True),
     influence("block_ggn", name="block GGN, trainer damping", damping=trainer),
     influence("ggn", name="**GGN, trainer damping, PCG with a Nyström sketch**", damping=trainer, solver="nystrom"),
     influence("ggn", name="the same by plain CG", damping=trainer, solver="cg"),

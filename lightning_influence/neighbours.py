@@ -36,13 +36,16 @@ def disagreement(features: Tensor, labels: Tensor, *, neighbours: int = 20, seed
     own = labels[rows]
     generator = torch.Generator().manual_seed(seed)
     references = torch.randperm(len(rows), generator=generator)[:_MAX_REFERENCES].sort().values.to(rows.device)
+    among = unit[references]
     k = min(neighbours, len(references) - 1)
     shares = []
     step = max(1, _CHUNK_ELEMENTS // len(references))
     for start in range(0, len(rows), step):
         chunk = torch.arange(start, min(start + step, len(rows)), device=rows.device)
-        cosines = unit[chunk] @ unit[references].T
-        cosines.masked_fill_(chunk.unsqueeze(1) == references, -torch.inf)
+        cosines = unit[chunk] @ among.T
+        place = torch.searchsorted(references, chunk).clamp_(max=len(references) - 1)
+        itself = references[place] == chunk
+        cosines[itself.nonzero().squeeze(1), place[itself]] = -torch.inf
         nearest = references[cosines.topk(k, 1).indices]
         shares.append((own[nearest] != own[chunk].unsqueeze(1)).float().mean(1))
     result[rows] = torch.cat(shares)

@@ -218,7 +218,7 @@ def digits() -> tuple[Listed, Tensor, list[int]]:
 
 def audited(directory: Path, data: Any, **arguments: Any) -> tuple[InfluenceAudit, Reader, pl.Trainer]:
     pl.seed_everything(0)
-    audit, model = InfluenceAudit(every_n_epochs=None, **arguments), Reader()
+    audit, model = InfluenceAudit(tracin=None, **arguments), Reader()
     logger = TensorBoardLogger(directory)
     trainer = make_trainer(directory, callbacks=[audit], max_epochs=12, logger=logger)
     trainer.fit(model, DataLoader(data, batch_size=20, shuffle=True))
@@ -326,14 +326,14 @@ class TestUnlearner:
             run[0].unlearner("identity").label_repair(indices, labels)
 
     def test_examples_that_were_not_trained_on(self, tmp_path: Path) -> None:
-        audit = InfluenceAudit(curvature="identity", every_n_epochs=None)
+        audit = InfluenceAudit(curvature="identity", tracin=None)
         chosen = SubsetRandomSampler(range(5, 20))
         make_trainer(tmp_path, callbacks=[audit]).fit(Classifier(), DataLoader(vectors(), batch_size=5, sampler=chosen))
         with pytest.raises(ValueError, match=r"the model was not trained on the examples \[3, 21\]"):
             audit.unlearner().newton_removal([21, 7, 3])
 
     def test_losses_without_classes(self, tmp_path: Path) -> None:
-        audit = InfluenceAudit(curvature="identity", every_n_epochs=None)
+        audit = InfluenceAudit(curvature="identity", tracin=None)
         data = vectors().tensors
         squares = Classifier(loss=lambda outputs, batch: F.mse_loss(outputs[:, 0], batch[1]), classes=1)
         regression = TensorDataset(data[0], data[0][:, 0])
