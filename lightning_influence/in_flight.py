@@ -15,16 +15,16 @@ seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_influence import optimizers, per_sample
-from lightning_influence.calls import DirectCall, EmbeddingCall, Layouts, LinearCall, MatrixCall, RepeatedCall
+from lightning_influence.calls import Call, DirectCall, EmbeddingCall, Layouts, LinearCall, MatrixCall, RepeatedCall
 from lightning_influence.coverage import Coverage
 from lightning_influence.layers import LayerError, MatrixBlock, ParameterBlock
 from lightning_influence.precision import working
@@ -35,7 +35,15 @@ from lightning_influence.trace import TracedUse
 from lightning_influence.uses import Output, Source, Use, check_batch, joined, modified, rows_of
 from lightning_influence.watch import visible_attention
 
+Group: TypeAlias = tuple[int, int]
+"""A parameter group: number of its optimizer, and its own in it."""
+
 _Function = Callable[..., Any]
+
+# What a call of these does with its parameters, its arguments but the first tell.
+_TOLD_BY_ARGUMENTS = frozenset(
+    {F.linear, F.conv1d, F.conv2d, F.conv3d, F.layer_norm, F.rms_norm, F.group_norm, F.embedding}
+)
 
 
 @dataclass(eq=False)
@@ -45,23 +53,70 @@ class Visit:
     Attributes:
         indices: Dataset indices, ``n`` of them.
         scale: What the gradients of the backward pass are multiplied with, to be those of the examples' own losses.
-        squares: Parameter group, see ``Flight``, to ``Σ gᵀ P g`` over its parameters, ``[n]``, not yet scaled.
+        squares: Parameter group to ``Σ gᵀ P g`` over its parameters, ``[n]``, not yet scaled.
         complete: False if an optimizer had no state yet to tell ``P`` from.
     """
 
     indices: Sequence[int]
     scale: float
-    squares: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    squares: dict[Group, Tensor] = field(default_factory=dict)
     complete: bool = True
+    _lengths: dict[tuple[Group | None, Group | None], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
-    def score(self, rates: Mapping[tuple[int, int], float]) -> Tensor:
+    def add(self, group: Group, squares: Tensor) -> None:
+        """Add squares ``[n]``, which are not used any more."""
+        self.squares[group] = self.squares[group].add_(squares) if group in self.squares else squares
+
+    def add_lengths(self, of_weight: Group | None, of_bias: Group | None, x: Tensor, g: Tensor) -> None:
+        """Add a plain step of a linear map with a row per example, by the lengths of its rows.
+
+        Args:
+            of_weight: Group of its weight, None if it does not move.
+            of_bias: Group of its bias, likewise.
+            x: Lengths of the inputs, ``[n]``.
+            g: Lengths of the output gradients, ``[n]``.
+        """
+        self._lengths.setdefault((of_weight, of_bias), []).append((x, g))
+
+    def settle(self) -> None:
+        """Add up what waits: for all layers at once, as calls count where a whole step takes a millisecond."""
+        for (of_weight, of_bias), pairs in self._lengths.items():
+            x, g = (torch.stack(lengths).square_() for lengths in zip(*pairs, strict=True))
+            if of_weight is not None and of_weight == of_bias:
+                self.add(of_weight, x.add_(1).mul_(g).sum(0))
+                continue
+            if of_weight is not None:
+                self.add(of_weight, x.mul_(g).sum(0))
+            if of_bias is not None:
+                self.add(of_bias, g.sum(0))
+        self._lengths = {}
+
+    def score(self, rates: Mapping[Group, float]) -> Tensor:
         """Return ``Σ η gᵀ P g`` of every example, ``[n]`` float64.
 
         Args:
             rates: Parameter group to learning rate, see ``optimizers.rates``.
         """
-        parts = [squares.double() * (rates[group] * self.scale**2) for group, squares in self.squares.items()]
-        return torch.stack(parts).sum(0) if parts else torch.zeros(len(self.indices), dtype=torch.float64)
+        total: Tensor | None = None
+        for group, squares in self.squares.items():
+            part = squares.double() * (rates[group] * self.scale**2)
+            total = part if total is None else total.add_(part)
+        return torch.zeros(len(self.indices), dtype=torch.float64) if total is None else total
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What a call does with its parameters.
+
+    Attributes:
+        call: The call.
+        layouts: Where the examples are.
+        blocks: Block name to role to parameter.
+    """
+
+    call: Call
+    layouts: Layouts
+    blocks: dict[str, dict[str, Source]]
 
 
 class Flight:
@@ -69,7 +124,7 @@ class Flight:
 
     Args:
         coverage: The blocks to measure, traced.
-        optimizers: Those of the run; a parameter group goes by the number of its optimizer and its own in it.
+        optimizers: Those of the run.
 
     Attributes:
         unseen: Block name to why it is not measured; more may turn out during training, see ``missing``.
@@ -86,7 +141,9 @@ class Flight:
                 self.unseen[name] = reason
         self._functions = {function for _, function in self._layouts}
         self._reached: set[str] = set()
-        self._groups: dict[int, tuple[tuple[int, int], Any]] = {}
+        self._readings: dict[Hashable, _Reading] = {}
+        self._groups: dict[int, tuple[Group, Any]] = {}
+        self._grouped: list[tuple[Any, int]] = []  # the parameter groups that this was made from, and their sizes
         self._scales: dict[str, Tensor] = {}
         self._uses: dict[str, list[Use]] = {}
         self._open: dict[str, int] = {}
@@ -150,32 +207,40 @@ class Flight:
         if layouts is None:  # a penalty
             return
         try:
-            call = read_call(Site(func, args, kwargs, passed, output))
-            assert call is not None
-            self._watch(call, layouts, output)
+            self._watch(self._read(Site(func, args, kwargs, passed, output), layouts), output)
         except NotUnderstoodError as error:
             for parameter in passed:
                 self.unseen[self._owners[id(parameter)][2].name] = f"it is used {error}"
         except Exception as error:  # reported by `finish`: training goes on
             self._error = error
 
-    def _watch(self, call: Any, layouts: Layouts, output: Tensor) -> None:
-        roles: dict[str, dict[str, Source]] = {}
+    def _read(self, site: Site, layouts: Layouts) -> _Reading:
+        key = _key(site)
+        if key is not None and (known := self._readings.get(key)) is not None:
+            return replace(known, call=replace(known.call, input=site.args[0].detach()))
+        call = read_call(site)
+        assert call is not None
+        blocks: dict[str, dict[str, Source]] = {}
         for role, tensor in call.parameters.items():
             name, parameter, block = self._owners[id(tensor)]
-            roles.setdefault(block.name, {})[role] = Source(parameter, ((name, parameter),))
-        place = Output.of(output)
+            blocks.setdefault(block.name, {})[role] = Source(parameter, ((name, parameter),))
+        reading = _Reading(call, layouts, blocks)
+        if key is not None:  # without the batch, which would else be held
+            self._readings[key] = replace(reading, call=replace(call, input=call.input.new_empty(0)))
+        return reading
+
+    def _watch(self, reading: _Reading, output: Tensor) -> None:
+        call, place = reading.call, Output.of(output)
         versions = tuple(tensor._version for tensor in call.inputs)
-        for block_name, of_block in roles.items():
-            self._uses.setdefault(block_name, []).append(Use(call, layouts, place, versions, of_block))
-            self._open[block_name] = self._open.get(block_name, 0) + 1
-        blocks = tuple(roles)
+        for name, roles in reading.blocks.items():
+            self._uses.setdefault(name, []).append(Use(call, reading.layouts, place, versions, roles))
+            self._open[name] = self._open.get(name, 0) + 1
         number, uses = place.edge.output_nr, self._uses
 
         def read(gradients: tuple[Tensor | None, ...]) -> None:
             # Only in the backward pass of training: `training_step` may have run others before.
             if self._visit is not None and uses is self._uses and gradients[number] is not None:
-                self._arrived(blocks, place, gradients[number])
+                self._arrived(reading.blocks, place, gradients[number])
 
         place.edge.node.register_prehook(read)
 
@@ -189,15 +254,19 @@ class Flight:
             scale: ``n`` over what the loss was multiplied with since ``training_step`` returned it (an accumulation's
                 ``1/k``, a gradient scaler's factor).
         """
-        self._groups = {
-            id(parameter): ((number, place), (optimizer, group))
-            for number, optimizer in enumerate(map(optimizers.inner, self.optimizers))
-            for place, group in enumerate(optimizer.param_groups)
-            for parameter in group["params"]
-        }
+        grouped = [(g, len(g["params"])) for o in self.optimizers for g in optimizers.inner(o).param_groups]
+        same = len(grouped) == len(self._grouped)
+        if not same or any(a is not b or m != n for (a, m), (b, n) in zip(grouped, self._grouped, strict=True)):
+            self._grouped = grouped
+            self._groups = {
+                id(parameter): ((number, place), (optimizer, group))
+                for number, optimizer in enumerate(map(optimizers.inner, self.optimizers))
+                for place, group in enumerate(optimizer.param_groups)
+                for parameter in group["params"]
+            }
         self._visit = Visit(list(indices), scale)
 
-    def _arrived(self, blocks: Sequence[str], place: Output, gradient: Tensor | None) -> None:
+    def _arrived(self, blocks: Iterable[str], place: Output, gradient: Tensor | None) -> None:
         if self._error is not None:
             return
         try:
@@ -217,28 +286,48 @@ class Flight:
         if visit is None or not uses or name in self.unseen:
             return
         self._reached.add(name)
-        for parameter, squares in self._squares(block, uses):
-            found = self._groups.get(id(parameter))
-            if found is None:  # of no optimizer: it does not move
-                continue
-            group = found[0]
-            visit.squares[group] = visit.squares[group].add_(squares) if group in visit.squares else squares
+        for use in uses:
+            check_batch(name, use, self._n)
+            if use.changed:
+                raise LayerError(modified(name))
+        rows = _single_rows(uses[0], self._n) if len(uses) == 1 else None
+        found = self._squares(block, uses) if rows is None else self._squares_of_rows(visit, uses[0], *rows)
+        for parameter, squares in found:
+            if (group := self._group(parameter)) is not None:
+                visit.add(group, squares)
+
+    def _group(self, parameter: Tensor) -> Group | None:
+        """Return the group of a parameter, None if it does not move."""
+        found = self._groups.get(id(parameter))
+        return None if found is None else found[0]
+
+    def _squares_of_rows(self, visit: Visit, use: Use, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield parameters and ``gᵀ P g`` of a linear map with a row per example, or leave the lengths for later."""
+        scales = {role: self._scale(*source.parameters[0]) for role, source in use.roles.items()}
+        if all(scale is None for scale in scales.values()):
+            of_weight, of_bias = (use.roles.get(role) for role in ("weight", "bias"))
+            visit.add_lengths(
+                None if of_weight is None else self._group(of_weight.tensor),
+                None if of_bias is None else self._group(of_bias.tensor),
+                torch.linalg.vector_norm(x, dim=1),
+                torch.linalg.vector_norm(g, dim=1),
+            )
+            return
+        assert isinstance(use.call, LinearCall)
+        squares = g.square()
+        for role, source in use.roles.items():
+            scale = scales[role]
+            weighted = squares.sum(1, keepdim=True)
+            if scale is not None:
+                scale = scale.to(squares)
+                weighted = squares @ (scale.t() if role == "weight" and use.call.transposed else scale)
+            if role == "weight":  # no, oi, ni -> n
+                weighted = weighted * x.square()
+            yield source.tensor, weighted.sum(1) if weighted.ndim == 2 else weighted
 
     def _squares(self, block: ParameterBlock, uses: Sequence[Use]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield parameters and ``gᵀ P g`` of every example, ``[n]``."""
         n = self._n
-        for use in uses:
-            check_batch(block.name, use, n)
-            if use.changed:
-                raise LayerError(modified(block.name))
-        plain = all(self._scale(name, parameter) is None for name, parameter in block.parameters.items())
-        if len(uses) == 1 and plain and (lengths := _row_lengths(uses[0], n)) is not None:
-            # Two norms tell all of a layer without positions; calls count where a whole step takes a millisecond.
-            of_x, of_g = lengths
-            for role, source in uses[0].roles.items():
-                # Every one a tensor of its own, as sums are taken in place.
-                yield source.tensor, of_g.clone() if role == "bias" else of_x * of_g
-            return
         if len(uses) == 1:
             for role, source in uses[0].roles.items():
                 if isinstance(block, MatrixBlock) and source.tensor is block.weight:
@@ -309,6 +398,8 @@ class Flight:
             with torch.no_grad():
                 for name in list(self._uses):  # some output of the block was not used
                     self._measure(name)
+                if self._error is None:
+                    visit.settle()
             error = self._error
         self.clear()
         if error is not None:
@@ -332,13 +423,15 @@ class _FlightTap(LossTap):
         self, func: _Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the call unchanged and take note of it."""
+        if func in self._functions:
+            output = func(*args, **(kwargs or {}))
+            if self._listening:
+                self._flight.see(func, args, kwargs or {}, output)
+            return output
         if func is F.multi_head_attention_forward:
             with self:  # its linear maps are the layers
                 return visible_attention(*args, **(kwargs or {}))
-        output = super().__torch_function__(func, types, args, kwargs)
-        if func in self._functions and self._listening:
-            self._flight.see(func, args, kwargs or {}, output)
-        return output
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _is_direct(use: TracedUse, parameter: Tensor) -> bool:
@@ -351,13 +444,23 @@ def _is_direct(use: TracedUse, parameter: Tensor) -> bool:
     return all(v is not None and not v.transposed and (v.start, v.rows) == (0, rows) for v in views)
 
 
-def _row_lengths(use: Use, n: int) -> tuple[Tensor, Tensor] | None:
-    """Return the squared lengths of inputs and output gradients of a linear map with a row per example, ``[n]``."""
+def _key(site: Site) -> Hashable | None:
+    """Return what tells all about a call but its input, None if there may be more to it."""
+    rest = site.args[1:]
+    if site.kwargs or site.function not in _TOLD_BY_ARGUMENTS or any(isinstance(value, list) for value in rest):
+        return None
+    tensors = [value for value in rest if isinstance(value, Tensor)]
+    if len(tensors) != len(site.parameters) or site.is_parameter(site.args[0]):
+        return None
+    return (site.function, site.output.dtype, *(id(v) if isinstance(v, Tensor) else v for v in rest))
+
+
+def _single_rows(use: Use, n: int) -> tuple[Tensor, Tensor] | None:
+    """Return inputs ``[n, i]`` and output gradients ``[n, o]`` of a linear map with a row per example."""
     call, (gradient,) = use.call, use.output.gradients
     if type(call) is not LinearCall or call.input.ndim != 2 or gradient is None or len(call.input) != n:
         return None
-    of_x, of_g = (torch.linalg.vector_norm(working(rows), dim=1).square_() for rows in (call.input, gradient))
-    return of_x, of_g
+    return working(call.input), working(gradient)
 
 
 def _direct_squares(use: Use, role: str, n: int, scale: Tensor | None) -> Tensor:

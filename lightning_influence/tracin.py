@@ -119,14 +119,15 @@ class StepSizes:
             self.unknown.add(name)
         if not isinstance(optimizer, torch.optim.SGD):
             self._adaptive.add(name)
+        sums, totals, decays = self.sums, self._totals, self._weight_decay
         for (rate, parameters), group in zip(optimizers.rates(optimizer), optimizer.param_groups, strict=True):
             decay = optimizers.l2_coefficient(optimizer, group)
             for parameter in parameters:
                 known = self._names.get(id(parameter))
                 if known is not None and parameter.requires_grad:
-                    self.sums[known] = self.sums.get(known, 0.0) + rate
-                    self._totals[known] = self._totals.get(known, 0.0) + rate
-                    self._weight_decay[known] = decay
+                    sums[known] = sums.get(known, 0.0) + rate
+                    totals[known] = totals.get(known, 0.0) + rate
+                    decays[known] = decay
 
     def history(self) -> OptimizerHistory:
         """Return what the optimizers have done since the start of training."""

@@ -378,7 +378,7 @@ def test_a_failure_ends_the_recording_and_not_the_training(tmp_path: Path, monke
     def fail(*_: Any) -> Tensor:
         raise ArithmeticError("out of numbers")
 
-    monkeypatch.setattr(in_flight, "_row_lengths", fail)
+    monkeypatch.setattr(in_flight, "_single_rows", fail)
     with pytest.warns(UserWarning, match="TracIn in flight is incomplete.*out of numbers"):
         report = fly(tmp_path, Pilot(mlp(), sgd), vectors())
     assert report.status == "complete"

@@ -68,7 +68,7 @@ class Recording:
         if self.failed:
             return
         try:
-            self._seen[torch.tensor(indices)] = True
+            self._seen.numpy()[indices] = True  # a third of the time of a tensor of indices
             call = primary_call(loss, calls, len(indices), forms)
             if call is None:
                 self.untapped_batches += 1
