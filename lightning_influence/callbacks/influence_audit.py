@@ -302,6 +302,11 @@ class InfluenceAudit(Callback):
             self._tap = LossTap() if flight is None else flight.tap(trainer, pl_module, indices)
             self._tap.__enter__()
 
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Stop listening: the loss is there, and zeroing asks torch twice about every parameter."""
+        if self._tap is not None:
+            self._tap.stop()
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """File what the training pass itself said about each example."""
         tap, indices = self._stop_tap(), self._batch_indices
