@@ -1,8 +1,6 @@
 """What recording adds to the time of a training step: training dynamics, and TracIn in flight.
 
-Three networks train under a Lightning Trainer in batches of 32: an MLP 784-256-256-10, the CNN of
-``examples/01_mislabelled_digits.py`` without its dropout, and a transformer of four layers (width 128, 64 positions).
-Batches without recording, with the training dynamics alone, and with TracIn in flight, too, follow each other in one
+Networks of ``networks.py`` train under a Lightning Trainer in batches of 32. Batches without recording, with the training dynamics alone, and with TracIn in flight, too, follow each other in one
 training run, so that all three meet the machine in the same state. Medians of the time from one batch to the next are
 compared; to those with recording their share of what is computed for many batches at once is added. The clock is
 CPU time with one thread by default, which other work on the machine disturbs less; ``--wall`` takes the time of day and
@@ -17,51 +15,21 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import networks
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import InfluenceAudit
+from lightning_influence import InfluenceAudit, TracIn
+from lightning_influence.pacing import Pace
 
 _WARM_UP = 12
 WAYS = ("nothing", "dynamics", "in flight")
-
-
-class Transformer(nn.Module):
-    """A classifier of sequences."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True, norm_first=True)
-        self.words = nn.Embedding(100, 128)
-        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-        self.head = nn.Linear(128, 10)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return logits ``[n, 10]`` for ``[n, 64]``."""
-        result: Tensor = self.head(self.layers(self.words(ids)).mean(1))
-        return result
-
-
-def mlp() -> nn.Module:
-    """784-256-256-10."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
-    )
-
-
-def cnn() -> nn.Module:
-    """Two convolutions and two linear layers."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(32 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10),
-    )  # fmt: skip
+BUDGET = 0.1
 
 
 class Module(pl.LightningModule):
@@ -73,7 +41,7 @@ class Module(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss."""
-        return F.cross_entropy(self.net(batch[0]), batch[1])
+        return networks.task(self.net, batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return SGD with momentum, or Adam."""
@@ -83,14 +51,32 @@ class Module(pl.LightningModule):
 
 
 class Alternating(InfluenceAudit):
-    """Records in turn nothing, the training dynamics, and TracIn in flight, too; only what it adds to a step."""
+    """Records batches in turn in different ways; only what it adds to a step.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        super().__init__(tracin="step", curvature="identity", verify=False)
-        self.clock = clock
-        self.steps: dict[str, list[float]] = {way: [] for way in WAYS}
+    Args:
+        clock: Returns seconds.
+        tracin: How TracIn is computed in flight.
+        ways: Of ``WAYS``, to take in turn.
+    """
+
+    def __init__(self, clock: Callable[[], float], tracin: TracIn, ways: Sequence[str] = WAYS) -> None:
+        super().__init__(tracin=tracin, curvature="identity", verify=False)
+        self.clock, self.ways = clock, ways
+        # Batches in flight by whether they were measured: not all are, with a budget.
+        self.steps: dict[tuple[str, bool], list[float]] = {(way, due): [] for way in ways for due in (True, False)}
         self.batches = 0
         self.flushed = 0.0
+
+    @property
+    def pace(self) -> Pace:
+        """Which batches are measured in flight."""
+        assert self._recording is not None
+        return self._recording.pace
+
+    @property
+    def way(self) -> str:
+        """How the running batch is recorded."""
+        return self.ways[(self.batches - 1) % len(self.ways)]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set up, and time what is computed for many batches at once."""
@@ -112,20 +98,21 @@ class Alternating(InfluenceAudit):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note the time, and set up what this batch is recorded with."""
-        now, way = self.clock(), WAYS[self.batches % 3]
-        if self.batches > _WARM_UP and batch_idx:
-            self.steps[WAYS[(self.batches - 1) % 3]].append(now - self.before)
+        now = self.clock()
+        if self.batches > _WARM_UP and batch_idx and not self.pace.timing:
+            due = self.in_flight is None or self.way != "in flight" or self.in_flight._due
+            self.steps[self.way, due].append(now - self.before)
         self.batches += 1
         self.before = self.clock()
         assert self._run is not None
-        self._run.flight = self.in_flight if way == "in flight" else None
+        self._run.flight = self.in_flight if self.way == "in flight" else None
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if way == "nothing":
+        if self.way == "nothing":
             self._run.stop_listening()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Record it if this batch is recorded."""
-        if WAYS[(self.batches - 1) % 3] != "nothing":
+        if self.way != "nothing":
             super().on_before_optimizer_step(trainer, pl_module, optimizer)
         elif self.in_flight is not None and self.in_flight._flight is not None:
             self.in_flight._flight.stepped()
@@ -138,56 +125,93 @@ class Alternating(InfluenceAudit):
         assert self._recording is not None
         self._recording.dynamics.flush()
 
-    def result(self) -> tuple[float, float, float]:
-        """Return the seconds of a plain step, and what the other two add, as shares of it."""
-        plain, dynamics, flight = (statistics.median(self.steps[way]) for way in WAYS)
-        share = self.flushed / (2 * self.batches / 3)
-        return plain, (dynamics + share) / plain - 1, (flight + share) / plain - 1
+    def seconds(self) -> dict[str, float]:
+        """Return the time of a step by the way it is recorded."""
+        recorded = self.batches * (1 - 1 / len(self.ways))
+        found = {}
+        for way in self.ways:
+            measured, others = (self.steps[way, due] for due in (True, False))
+            found[way] = statistics.median(measured)
+            if others:  # of `every` batches one is measured
+                every = self.pace.every
+                found[way] = (found[way] + (every - 1) * statistics.median(others)) / every
+            found[way] += 0.0 if way == "nothing" else self.flushed / recorded
+        return found
 
 
-def measure(make: Callable[[], nn.Module], data: TensorDataset, optimizer: str, steps: int, clock: Any) -> Any:
-    """Train for a while and return what ``Alternating.result`` says."""
+def _train(audit: Alternating, make: Callable[[], nn.Module], data: TensorDataset, optimizer: str, steps: int) -> None:
     torch.manual_seed(0)
-    audit = Alternating(clock)
     with tempfile.TemporaryDirectory() as directory:
         trainer = pl.Trainer(
             max_steps=steps, callbacks=[audit], logger=False, accelerator="cpu", default_root_dir=directory,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(Module(make(), optimizer), DataLoader(data, 32, shuffle=True))
-    return audit.result()
+
+
+def measure(
+    make: Callable[[], nn.Module], data: TensorDataset, optimizer: str, steps: int, clock: Callable[[], float]
+) -> tuple[float, float, float]:
+    """Train for a while, a third of the steps in each of the three ways.
+
+    Returns:
+        The seconds of a plain step, and what the dynamics, and TracIn in flight on top, add, as shares of it.
+    """
+    audit = Alternating(clock, TracIn(mode="step"))
+    _train(audit, make, data, optimizer, steps)
+    plain, dynamics, flight = audit.seconds().values()
+    return plain, dynamics / plain - 1, flight / plain - 1
+
+
+def measure_paced(
+    make: Callable[[], nn.Module],
+    data: TensorDataset,
+    optimizer: str,
+    steps: int,
+    clock: Callable[[], float],
+    overhead: float,
+) -> tuple[float, float, int]:
+    """Train for a while with a budget, every other step plain.
+
+    Returns:
+        The seconds of a plain step, what recording adds to it, as a share, and of how many steps one was measured.
+
+    Raises:
+        RuntimeError: If there were too few steps to choose the pace.
+    """
+    audit = Alternating(clock, TracIn(mode="step", overhead=overhead), ("nothing", "in flight"))
+    _train(audit, make, data, optimizer, steps)
+    if audit.pace.timing or not audit.steps["in flight", True]:
+        raise RuntimeError(f"{steps} steps are too few to choose a pace and time it; expected some 150.")
+    plain, flight = audit.seconds().values()
+    return plain, flight / plain - 1, audit.pace.every
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600, help="of the MLP; the others take a half and a fourth")
+    parser.add_argument("--steps", type=int, default=600, help="of the MLP; the others take half of them")
     parser.add_argument("--wall", action="store_true", help="time of day and all threads instead of CPU time")
-    parser.add_argument("--only", default="", help="name of a network")
+    parser.add_argument("--only", default="", help="names of networks, separated by commas")
+    parser.add_argument("--optimizers", default="sgd,adam")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     clock = time.perf_counter if arguments.wall else time.process_time
     if not arguments.wall:
         torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(10, (2000,), generator=generator)
-    images = TensorDataset(torch.randn(2000, 1, 28, 28, generator=generator), labels)
-    sentences = TensorDataset(torch.randint(100, (2000, 64), generator=generator), labels)
-    networks: list[tuple[str, Callable[[], nn.Module], TensorDataset, int]] = [
-        ("MLP", mlp, images, arguments.steps),
-        ("CNN", cnn, images, arguments.steps // 2),
-        ("transformer", Transformer, sentences, arguments.steps // 4),
-    ]
     kind = "wall" if arguments.wall else "CPU"
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {kind} time")
-    print(f"{'network':<13}{'optimizer':<11}{'step':>10}{'dynamics':>11}{'+ in flight':>13}{'in flight alone':>17}")
-    for name, make, data, steps in networks:
-        for optimizer in ("sgd", "adam"):
-            if arguments.only in ("", name):
-                plain, dynamics, both = measure(make, data, optimizer, steps, clock)
-                cells = f"{dynamics:>11.1%}{both:>13.1%}{both - dynamics:>17.1%}"
-                print(f"{name:<13}{optimizer:<11}{1e3 * plain:>7.2f} ms{cells}", flush=True)
+    columns = f"{'dynamics':>11}{'+ in flight':>13}{'in flight alone':>17}{f'budget {BUDGET:.0%}':>13}"
+    print(f"{'network':<13}{'optimizer':<11}{'step':>10}{columns}")
+    for name in arguments.only.split(",") if arguments.only else ("mlp", "cnn", "transformer"):
+        make, data = networks.NETWORKS[name], networks.data(name, 2000)
+        steps = arguments.steps if name == "mlp" else arguments.steps // 2
+        for optimizer in arguments.optimizers.split(","):
+            plain, dynamics, both = measure(make, data, optimizer, steps, clock)
+            _, share, every = measure_paced(make, data, optimizer, steps, clock, BUDGET)
+            cells = f"{dynamics:>11.1%}{both:>13.1%}{both - dynamics:>17.1%}{share:>13.1%} (1 of {every})"
+            print(f"{name:<13}{optimizer:<11}{1e3 * plain:>7.2f} ms{cells}", flush=True)
 
 
 if __name__ == "__main__":

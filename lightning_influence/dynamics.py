@@ -96,18 +96,17 @@ class TrainingDynamics:
             waiting = waiting[len(batches) :]
 
     def _add(self, indices: Sequence[int], statistics: dict[str, Tensor]) -> None:
-        first: dict[int, int] = {}
-        for position, index in enumerate(indices):
-            first.setdefault(index, position)
-        rows = torch.tensor(list(first))
-        positions = torch.tensor(list(first.values()))
-        taken = {name: value[positions] for name, value in statistics.items()}
+        rows, taken = torch.tensor(indices), statistics
+        if len(set(indices)) < len(indices):
+            first: dict[int, int] = {}
+            for position, index in enumerate(indices):
+                first.setdefault(index, position)
+            rows, taken = _rows(rows, taken, torch.tensor(list(first.values())))
         if "label" in taken:  # an ignored label leaves nothing to record, and nothing wrong with the example
-            labelled = taken["label"] >= 0
-            rows, taken = rows[labelled], {name: value[labelled] for name, value in taken.items()}
+            rows, taken = _kept(rows, taken, taken["label"] >= 0)
         finite = torch.isfinite(taken["loss"])
         self._sum("nonfinite", rows, (~finite).double())
-        rows, taken = rows[finite], {name: value[finite] for name, value in taken.items()}
+        rows, taken = _kept(rows, taken, finite)
         self._sum("times_seen", rows, torch.ones(len(rows), dtype=torch.float64))
         for name in ("loss", "margin", "el2n", "wrong"):
             if name in taken:
@@ -216,6 +215,15 @@ class TrainingDynamics:
 
     def _sum(self, name: str, rows: Tensor, values: Tensor) -> None:
         self._column(name, 0.0)[rows] += values
+
+
+def _rows(rows: Tensor, taken: dict[str, Tensor], which: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return rows[which], {name: value[which] for name, value in taken.items()}
+
+
+def _kept(rows: Tensor, taken: dict[str, Tensor], keep: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Leave rows out, if there are any to be left out: else nothing has to be copied."""
+    return (rows, taken) if bool(keep.all()) else _rows(rows, taken, keep)
 
 
 def _rounds(batches: Sequence[Sequence[int]]) -> Iterator[list[int]]:

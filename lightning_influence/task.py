@@ -99,6 +99,8 @@ class LossTap(TorchFunctionMode):
 
         For taps that are entered and left in different hooks: others may have entered modes of their own since.
         """
+        if not self._listening:
+            return
         self._listening = False
         above: list[TorchFunctionMode] = []
         while torch._C._len_torch_function_stack():

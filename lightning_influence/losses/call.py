@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar, TypeVar
 
 import torch
@@ -113,7 +114,8 @@ class LossCall(ABC):
 
     def placed(self: _Call, layout: BatchLayout | None, *, follow: bool = True) -> _Call:
         """Return the same call with its examples elsewhere."""
-        return replace(self, layout=layout, follow=follow)
+        same = self.layout == layout and self.follow == follow
+        return self if same else replace(self, layout=layout, follow=follow)
 
     @property
     def element_shape(self) -> torch.Size:
@@ -140,6 +142,10 @@ class LossCall(ABC):
 
     def picking(self) -> Picking | None:
         """Return where the rows were picked from, if the batch picked them by index or mask."""
+        return self._picking
+
+    @cached_property
+    def _picking(self) -> Picking | None:
         return find_picking(self.input)
 
     def _located(self, n: int) -> Shares | None:
