@@ -59,9 +59,9 @@ class InfluenceAudit(Callback):
         curvature: Approximation behind ``self_influence`` and ``harm``, from the cheapest: ``"identity"`` (plain
             gradient products), ``"diagonal"``, ``"kfac"``, ``"ekfac"``, ``"block_ggn"`` (dense for each layer),
             ``"ggn"`` and ``"hessian"`` (all covered parameters at once, by products with them).
-        fisher: Labels that the curvature is fitted with: ``"sampled"`` from the model's predictions, their
-            ``"exact"`` expectation, or the given ones (``"empirical"``). ``"auto"`` samples; empirical if the loss is
-            not a known one.
+        fisher: Labels that the curvature is fitted with: ``"sampled"`` from the model's predictions (by their part of
+            the curvature), their ``"exact"`` expectation, or the given ones (``"empirical"``). ``"auto"`` samples;
+            empirical if the loss is not a known one.
         damping: Absolute λ > 0 added to the curvature; ``"relative"``: 0.1 times the mean eigenvalue of each layer
             (nothing for the identity); ``"trainer"``: ``1 / (Σ η / (1 - momentum))`` over the steps of the run, plus
             L2 weight decay, but relative for Adam and its kin. ``"auto"`` is ``"trainer"`` for ``"block_ggn"``,
@@ -78,8 +78,8 @@ class InfluenceAudit(Callback):
         layers: What to audit: names of modules (with everything in them), of layers or parameters, glob patterns, or
             types such as ``torch.nn.Linear``; None for everything that is trained.
         uncovered: What to do about trainable parameters whose per-example gradients have no closed form (recurrent
-            layers, custom autograd functions, reparametrised weights): ``"report"`` them with their share and leave
-            them out, or ``"exact"``: one backward pass per example.
+            layers, custom autograd functions, very large reparametrised weights): ``"report"`` them with their share
+            and leave them out, or ``"exact"``: one backward pass per example.
         task: A function ``(module, batch) -> loss`` in place of ``training_step``. Needed for manual optimization.
         queries: Examples to ask about: the training examples that help and harm each of them most are found, kept in
             ``pairs.parquet`` and shown in TensorBoard. ``"worst"`` takes the eight validation examples with the highest
