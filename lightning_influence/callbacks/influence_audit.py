@@ -242,9 +242,9 @@ class InfluenceAudit(Callback):
             self._run.batch_started(trainer, pl_module, indices)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Stop listening: the loss is there, and zeroing asks torch twice about every parameter."""
-        if self._tap is not None:
-            self._tap.stop()
+        """Stop listening: the loss is there."""
+        if self._run is not None:
+            self._run.before_zero_grad()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """File what the training pass itself said about each example."""

@@ -88,6 +88,11 @@ class AuditRun:
             listening[0].stop()
         return listening
 
+    def before_zero_grad(self) -> None:
+        """Hear no more, and keep what was heard: zeroing asks torch twice about every parameter."""
+        if self._listening is not None:
+            self._listening[0].stop()
+
     def before_backward(self, trainer: Trainer, loss: Tensor) -> None:
         """File what the training pass itself said about each example."""
         if (heard := self.stop_listening()) is not None:
