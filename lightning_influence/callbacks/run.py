@@ -121,7 +121,7 @@ class AuditRun:
     # --------------------------------------------------------------- an epoch
 
     def epoch_ended(self, trainer: Trainer, module: LightningModule) -> None:
-        """Add a TracIn checkpoint, unless an error or the final pass comes in between."""
+        """Add a TracIn checkpoint, if one is due; training goes on if that fails."""
         self.stop_listening()  # a batch that `on_train_batch_start` skipped has no end
         if bridge.is_dry_run(trainer):
             return
