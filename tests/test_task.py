@@ -307,8 +307,12 @@ def test_labels_are_sampled_independently_for_each_term() -> None:
     assert shapes == [(1,), (1, C)]
     assert all(tensor is z for tensor in inputs)
     p = z.detach().softmax(1)
-    sampled = (p.cumsum(1) < 0.25).sum(1)
-    torch.testing.assert_close(gradients[0], p - _onehot(sampled), **EXACT)
+    # The first half of the noise is for the negative sign; 0.25 is the middle of that.
+    lengths = 1 - 2 * p + p.square().sum(1, keepdim=True)
+    parts = p * lengths
+    sampled = (parts.cumsum(1) < 0.5 * parts.sum(1, keepdim=True)).sum(1)
+    weights = (parts.sum(1, keepdim=True) / lengths.gather(1, sampled.unsqueeze(1))).sqrt()
+    torch.testing.assert_close(gradients[0], -weights * (p - _onehot(sampled)), **EXACT)
     # The normal quantile of 0.5 is 0.
     torch.testing.assert_close(gradients[1], torch.zeros(N, C, dtype=torch.float64), rtol=0, atol=1e-12)
 
