@@ -42,7 +42,8 @@ class FlightRecorder:
         self._due = self._measuring = self._recording.pace.due() and not self._recording.failed
         if not self._due:
             return LossTap()
-        trainable = [id(p) for p in module.parameters() if p.requires_grad]
+        groups = [group for optimizer in trainer.optimizers for group in optimizers.inner(optimizer).param_groups]
+        trainable = [id(p) for group in groups for p in group["params"] if p.requires_grad]
         if self._flight is None or trainable != self._trainable:  # callbacks thaw layers during training
             self._flight, self._trainable = Flight(self._cover(), trainer.optimizers), trainable
         return self._flight.tap(len(indices))
