@@ -15,7 +15,8 @@ seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -106,17 +107,40 @@ class Visit:
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """What a call does with its parameters.
+    """What a call does with its parameters, to be known again in the next batch.
 
     Attributes:
-        call: The call.
+        call: The call, without its input.
         layouts: Where the examples are.
         blocks: Block name to role to parameter.
+        rest: Its arguments but the first.
+        parameters: Number of parameters among them.
+        dtype: Of its output.
     """
 
     call: Call
     layouts: Layouts
     blocks: dict[str, dict[str, Source]]
+    rest: tuple[Any, ...]
+    parameters: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, site: Site, call: Call, layouts: Layouts, owners: Mapping[int, tuple[str, Tensor, ParameterBlock]]
+    ) -> _Reading:
+        """Note what was read."""
+        blocks: dict[str, dict[str, Source]] = {}
+        for role, tensor in call.parameters.items():
+            name, parameter, block = owners[id(tensor)]
+            blocks.setdefault(block.name, {})[role] = Source(parameter, ((name, parameter),))
+        without = replace(call, input=call.input.new_empty(0))  # the batch would else be held
+        return cls(without, layouts, blocks, tuple(site.args[1:]), len(site.parameters), site.output.dtype)
+
+    def is_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], passed: Sequence[Tensor], output: Tensor) -> bool:
+        """Tell whether a call of the same function has the very same arguments but for the first."""
+        same = not kwargs and len(args) == len(self.rest) + 1 and len(passed) == self.parameters
+        return same and output.dtype is self.dtype and all(map(operator.is_, args[1:], self.rest))
 
 
 class Flight:
@@ -141,7 +165,8 @@ class Flight:
                 self.unseen[name] = reason
         self._functions = {function for _, function in self._layouts}
         self._reached: set[str] = set()
-        self._readings: dict[Hashable, _Reading] = {}
+        self._readings: dict[tuple[int, _Function], _Reading] = {}
+        # Parameter to its group, and the optimizer with the group's settings if it scales gradients.
         self._groups: dict[int, tuple[Group, Any]] = {}
         self._grouped: list[tuple[Any, int]] = []  # the parameter groups that this was made from, and their sizes
         self._scales: dict[str, Tensor] = {}
@@ -203,35 +228,30 @@ class Flight:
         passed = [value for value in (*args, *kwargs.values()) if id(value) in self._owners]
         if not passed or not torch.is_grad_enabled() or not output.requires_grad or self._error is not None:
             return
-        layouts = self._layouts.get((id(passed[0]), func))
+        place = (id(passed[0]), func)
+        layouts = self._layouts.get(place)
         if layouts is None:  # a penalty
             return
         try:
-            self._watch(self._read(Site(func, args, kwargs, passed, output), layouts), output)
+            known = self._readings.get(place)
+            if known is not None and known.is_of(args, kwargs, passed, output):
+                self._watch(known, replace(known.call, input=args[0].detach()), output)
+            else:
+                site = Site(func, args, kwargs, passed, output)
+                call = read_call(site)
+                assert call is not None
+                reading = _Reading.of(site, call, layouts, self._owners)
+                if _told_by_arguments(site):
+                    self._readings[place] = reading
+                self._watch(reading, call, output)
         except NotUnderstoodError as error:
             for parameter in passed:
                 self.unseen[self._owners[id(parameter)][2].name] = f"it is used {error}"
         except Exception as error:  # reported by `finish`: training goes on
             self._error = error
 
-    def _read(self, site: Site, layouts: Layouts) -> _Reading:
-        key = _key(site)
-        if key is not None and (known := self._readings.get(key)) is not None:
-            return replace(known, call=replace(known.call, input=site.args[0].detach()))
-        call = read_call(site)
-        assert call is not None
-        blocks: dict[str, dict[str, Source]] = {}
-        for role, tensor in call.parameters.items():
-            name, parameter, block = self._owners[id(tensor)]
-            blocks.setdefault(block.name, {})[role] = Source(parameter, ((name, parameter),))
-        reading = _Reading(call, layouts, blocks)
-        if key is not None:  # without the batch, which would else be held
-            self._readings[key] = replace(reading, call=replace(call, input=call.input.new_empty(0)))
-        return reading
-
-    def _watch(self, reading: _Reading, output: Tensor) -> None:
-        call, place = reading.call, Output.of(output)
-        versions = tuple(tensor._version for tensor in call.inputs)
+    def _watch(self, reading: _Reading, call: Call, output: Tensor) -> None:
+        place, versions = Output.of(output), tuple([tensor._version for tensor in call.inputs])
         for name, roles in reading.blocks.items():
             self._uses.setdefault(name, []).append(Use(call, reading.layouts, place, versions, roles))
             self._open[name] = self._open.get(name, 0) + 1
@@ -259,7 +279,7 @@ class Flight:
         if not same or any(a is not b or m != n for (a, m), (b, n) in zip(grouped, self._grouped, strict=True)):
             self._grouped = grouped
             self._groups = {
-                id(parameter): ((number, place), (optimizer, group))
+                id(parameter): ((number, place), (optimizer, group) if optimizers.is_preconditioned(optimizer) else None)
                 for number, optimizer in enumerate(map(optimizers.inner, self.optimizers))
                 for place, group in enumerate(optimizer.param_groups)
                 for parameter in group["params"]
@@ -367,7 +387,7 @@ class Flight:
     def _scale(self, name: str, parameter: Tensor) -> Tensor | None:
         """Return ``P`` of a parameter, shaped like it, or None for a plain step."""
         found = self._groups.get(id(parameter))
-        if found is None or not optimizers.is_preconditioned(found[1][0]):
+        if found is None or found[1] is None:
             return None
         if name not in self._scales:
             optimizer, group = found[1]
@@ -444,15 +464,15 @@ def _is_direct(use: TracedUse, parameter: Tensor) -> bool:
     return all(v is not None and not v.transposed and (v.start, v.rows) == (0, rows) for v in views)
 
 
-def _key(site: Site) -> Hashable | None:
-    """Return what tells all about a call but its input, None if there may be more to it."""
+def _told_by_arguments(site: Site) -> bool:
+    """Tell whether a call with the same arguments but the first does the same with its parameters."""
     rest = site.args[1:]
     if site.kwargs or site.function not in _TOLD_BY_ARGUMENTS or any(isinstance(value, list) for value in rest):
-        return None
-    tensors = [value for value in rest if isinstance(value, Tensor)]
-    if len(tensors) != len(site.parameters) or site.is_parameter(site.args[0]):
-        return None
-    return (site.function, site.output.dtype, *(id(v) if isinstance(v, Tensor) else v for v in rest))
+        return False
+    # No buffers, and nothing that was made for this batch and would be held.
+    return sum(isinstance(value, Tensor) for value in rest) == len(site.parameters) and not site.is_parameter(
+        site.args[0]
+    )
 
 
 def _single_rows(use: Use, n: int) -> tuple[Tensor, Tensor] | None:

@@ -54,7 +54,8 @@ class FlightRecorder:
         self._due = self._measuring = self._recording.pace.due() and not self._recording.failed
         if not self._due:
             return LossTap()
-        trainable = [id(p) for p in module.parameters() if p.requires_grad]
+        groups = [group for optimizer in trainer.optimizers for group in optimizers.inner(optimizer).param_groups]
+        trainable = [id(p) for group in groups for p in group["params"] if p.requires_grad]
         if self._flight is None or trainable != self._trainable:  # callbacks thaw layers during training
             coverage = cover(module, self._layers, trace=self._trace)
             self._flight, self._trainable = Flight(coverage, trainer.optimizers), trainable
