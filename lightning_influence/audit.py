@@ -190,8 +190,8 @@ def rank(columns: Columns) -> dict[str, NDArray[Any]]:
 
     Returns:
         A new mapping with ``suspicion``, ``rank`` (1 = most suspicious), ``candidate`` and ``finite`` added.
-        Candidates are the examples whose suggested label (the class with the largest mean probability over the run)
-        differs from the given one; without class decisions, the most suspicious 5 %. Examples that are not finite rank
+        Candidates are the examples whose suggested label (of run and neighbours together, see ``columns``) differs from
+        the given one; without class decisions, the most suspicious 5 %. Examples that are not finite rank
         last.
 
     Raises:

@@ -6,7 +6,8 @@ COLUMN_DESCRIPTIONS: dict[str, str] = {
     "index": "position of the example in the training data set",
     "label": "given label as a class number; -1 = unknown",
     "predicted": "class the trained model predicts; -1 = unknown",
-    "suggested": "class the audit proposes instead of the given label; -1 = unknown",
+    "suggested": "class with the largest mean predicted probability over the run plus mean share of the neighbours; "
+    "-1 = unknown",
     "rank": "position by suspicion, 1 = most suspicious",
     "candidate": "whether the example is proposed for review",
     "finite": "whether every loss and gradient seen for the example was finite",

@@ -172,14 +172,20 @@ class TrainingDynamics:
             result["forgetting"] = torch.where(seen > 0, self.sums["forgetting"], torch.nan)
         if "label" in self.sums:
             result["label"] = self.sums["label"].long()
-        if "probabilities" in self.sums:
-            margin, suggested = self._mean_probability_margin(count)
+        if (probabilities := self.mean_probabilities()) is not None:
+            margin, suggested = self._mean_probability_margin(probabilities, count)
             result |= {"prob_margin": margin, "suggested": suggested}
         return result
 
-    def _mean_probability_margin(self, count: Tensor) -> tuple[Tensor, Tensor]:
+    def mean_probabilities(self) -> Tensor | None:
+        """Return the mean predicted probabilities over the visits, ``[size, c]``; NaN without one, None if not kept."""
+        if "probabilities" not in self.sums:
+            return None
+        seen = self.sums["times_seen"]
+        return self.sums["probabilities"].double() / torch.where(seen > 0, seen, torch.nan).unsqueeze(1)
+
+    def _mean_probability_margin(self, probabilities: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """Margin of the given label in the mean probabilities, and the class with the largest of them."""
-        probabilities = self.sums["probabilities"].double() / count.unsqueeze(1)
         label = self.sums["label"].long()
         own = label.clamp(min=0).unsqueeze(1)
         others = probabilities.scatter(1, own, -torch.inf).amax(1)

@@ -279,7 +279,10 @@ class Flight:
         if not same or any(a is not b or m != n for (a, m), (b, n) in zip(grouped, self._grouped, strict=True)):
             self._grouped = grouped
             self._groups = {
-                id(parameter): ((number, place), (optimizer, group) if optimizers.is_preconditioned(optimizer) else None)
+                id(parameter): (
+                    (number, place),
+                    (optimizer, group) if optimizers.is_preconditioned(optimizer) else None,
+                )
                 for number, optimizer in enumerate(map(optimizers.inner, self.optimizers))
                 for place, group in enumerate(optimizer.param_groups)
                 for parameter in group["params"]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Neighbours are looked for among at most so many examples: the cost then grows with N, not with N².
 _MAX_REFERENCES = 10_000
 _CHUNK_ELEMENTS = 2**24
+# Votes are kept up to this many scalars (400 MB).
+_VOTE_BUDGET = 10**8
 
 
-def disagreement(features: Tensor, labels: Tensor, *, neighbours: int = 20, seed: int = 0) -> Tensor:
-    """Return the share of each example's nearest neighbours that carry another label.
+def nearest_labels(features: Tensor, labels: Tensor, *, neighbours: int = 20, seed: int = 0) -> Tensor:
+    """Return the labels of each example's nearest neighbours.
 
     Distances are cosines between centred features; an example is not its own neighbour. Beyond 10,000 examples,
     neighbours are looked for in a random 10,000 of them.
@@ -23,13 +29,12 @@ def disagreement(features: Tensor, labels: Tensor, *, neighbours: int = 20, seed
         seed: Seed of the random reference set.
 
     Returns:
-        ``[n]`` between 0 and 1; NaN for unknown labels and non-finite features.
+        ``[n, k]``, nearest first, with ``k`` at most ``neighbours``; -1 for unknown labels and non-finite features.
     """
     usable = (labels >= 0) & torch.isfinite(features).all(1)
-    result = torch.full((features.shape[0],), torch.nan, dtype=torch.float32, device=features.device)
     rows = usable.nonzero().squeeze(1)
     if len(rows) < 2:
-        return result
+        return labels.new_full((len(labels), 0), -1)
     centred = features[rows].float()
     centred = centred - centred.mean(0)
     unit = centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
@@ -38,7 +43,7 @@ def disagreement(features: Tensor, labels: Tensor, *, neighbours: int = 20, seed
     references = torch.randperm(len(rows), generator=generator)[:_MAX_REFERENCES].sort().values.to(rows.device)
     among = unit[references]
     k = min(neighbours, len(references) - 1)
-    shares = []
+    result = labels.new_full((len(labels), k), -1)
     step = max(1, _CHUNK_ELEMENTS // len(references))
     for start in range(0, len(rows), step):
         chunk = torch.arange(start, min(start + step, len(rows)), device=rows.device)
@@ -46,7 +51,90 @@ def disagreement(features: Tensor, labels: Tensor, *, neighbours: int = 20, seed
         place = torch.searchsorted(references, chunk).clamp_(max=len(references) - 1)
         itself = references[place] == chunk
         cosines[itself.nonzero().squeeze(1), place[itself]] = -torch.inf
-        nearest = references[cosines.topk(k, 1).indices]
-        shares.append((own[nearest] != own[chunk].unsqueeze(1)).float().mean(1))
-    result[rows] = torch.cat(shares)
+        result[rows[chunk]] = own[references[cosines.topk(k, 1).indices]]
     return result
+
+
+def disagreement(features: Tensor, labels: Tensor, *, neighbours: int = 20, seed: int = 0) -> Tensor:
+    """Return the share of each example's nearest neighbours that carry another label.
+
+    Args:
+        features: See ``nearest_labels``.
+        labels: See ``nearest_labels``.
+        neighbours: See ``nearest_labels``.
+        seed: See ``nearest_labels``.
+
+    Returns:
+        ``[n]`` between 0 and 1; NaN for unknown labels and non-finite features.
+    """
+    return _shares(nearest_labels(features, labels, neighbours=neighbours, seed=seed), labels)
+
+
+class NeighbourRecord:
+    """What the neighbours of every example have said over a run, at every pass that looked for them.
+
+    Args:
+        size: Number of examples of the data set.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._disagreement = torch.zeros(size, dtype=torch.float64)
+        self._passes = torch.zeros(size, dtype=torch.float64)
+        self._votes = torch.zeros(size, 0)
+
+    def add(self, indices: Tensor, features: Tensor, labels: Tensor) -> None:
+        """Add one pass.
+
+        Args:
+            indices: Dataset indices ``[n]``.
+            features: ``[n, d]``.
+            labels: ``[n]`` integers.
+        """
+        nearest = nearest_labels(features, labels)
+        shares = _shares(nearest, labels).double().cpu()
+        known = shares.isfinite()
+        rows = indices.cpu()[known]
+        self._disagreement[rows] += shares[known]
+        self._passes[rows] += 1
+        if not len(rows):
+            return
+        nearest = nearest.cpu()[known]
+        classes = max(self._votes.shape[1], 1 + int(nearest.max()))
+        if self.size * classes <= _VOTE_BUDGET:
+            added = torch.zeros(len(rows), classes)
+            added.scatter_add_(1, nearest, torch.full(nearest.shape, 1 / nearest.shape[1]))
+            self._votes = F.pad(self._votes, (0, classes - self._votes.shape[1]))
+            self._votes[rows] += added
+
+    @property
+    def disagreement(self) -> Tensor | None:
+        """Mean share of neighbours with another label, ``[size]``, NaN where unknown; None before the first pass."""
+        return self._disagreement / self._passes if bool(self._passes.any()) else None
+
+    def votes(self, classes: int) -> Tensor:
+        """Return the mean share of neighbours of each class, ``[size, classes]``; zeros where unknown."""
+        kept = self._votes[:, :classes].double() / self._passes.clamp(min=1).unsqueeze(1)
+        return F.pad(kept, (0, classes - kept.shape[1]))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return tensors only, for a Lightning checkpoint."""
+        return {
+            "disagreement": self._disagreement.clone(),
+            "disagreement_count": self._passes.clone(),
+            "votes": self._votes.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; one of an earlier version has no votes."""
+        self._disagreement = state["disagreement"].clone()
+        self._passes = state["disagreement_count"].clone()
+        self._votes = state.get("votes", torch.zeros(self.size, 0)).clone()
+
+
+def _shares(nearest: Tensor, labels: Tensor) -> Tensor:
+    """Return the share of neighbours with another label, ``[n]``; NaN where they are unknown."""
+    if not nearest.shape[1]:
+        return torch.full((len(labels),), torch.nan, device=labels.device)
+    shares = (nearest != labels.unsqueeze(1)).float().mean(1)
+    return shares.masked_fill(nearest[:, 0] < 0, torch.nan)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence import neighbours
 from lightning_influence.metrics import mislabel_detection
-from lightning_influence.neighbours import disagreement
+from lightning_influence.neighbours import NeighbourRecord, disagreement, nearest_labels
 
 
 def _clusters(n: int = 120, classes: int = 4, dimension: int = 6, spread: float = 0.3) -> tuple[Tensor, Tensor]:
@@ -165,3 +165,46 @@ def test_any_precision_of_features(dtype: torch.dtype) -> None:
     features, labels = _clusters(spread=2.0)
     rounded = features.to(dtype)
     _assert_shares(disagreement(rounded, labels), _by_hand(rounded, labels, 20), most_ties=5)
+
+
+def test_the_record_of_several_passes() -> None:
+    """Votes and disagreement are means over the passes that an example took part in; classes may come later."""
+    features, labels = _clusters()
+    early = labels.where(labels < 3, 0)  # the last class is not seen in the first pass
+    unknown = labels.clone()
+    unknown[5] = -1
+    indices = torch.arange(len(labels)) + 3
+    record = NeighbourRecord(len(labels) + 3)
+    assert record.disagreement is None
+    for given in (early, unknown):
+        record.add(indices, features, given)
+
+    counted = []
+    for given in (early, unknown):
+        nearest = nearest_labels(features, given)
+        assert nearest.shape == (len(labels), 20)
+        votes = torch.stack([(nearest == c).double().mean(1) for c in range(5)], 1)
+        counted.append(torch.where(given.unsqueeze(1) >= 0, votes, torch.nan))
+    expected = torch.stack(counted).nanmean(0)
+    found = record.votes(5)
+    torch.testing.assert_close(found[3:], expected, rtol=0, atol=1e-6)
+    assert not found[:3].any()
+    assert found[3:, 4].sum() == 0, "a class that nobody has"
+    shares = torch.stack([disagreement(features, given).double() for given in (early, unknown)]).nanmean(0)
+    assert record.disagreement is not None
+    torch.testing.assert_close(record.disagreement[3:], shares, rtol=0, atol=1e-6)
+    assert record.disagreement[:3].isnan().all()
+
+    other = NeighbourRecord(len(labels) + 3)
+    other.load_state_dict(record.state_dict())
+    assert torch.equal(other.votes(5), found)
+
+
+def test_votes_of_many_classes_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "_VOTE_BUDGET", 100)
+    features, labels = _clusters()
+    record = NeighbourRecord(len(labels))
+    record.add(torch.arange(len(labels)), features, labels)
+    assert not record.votes(4).any()
+    assert record.disagreement is not None
+    assert bool(record.disagreement.isfinite().all())

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_influence import distributed, neighbours
+from lightning_influence import distributed
 from lightning_influence.dynamics import TrainingDynamics
 from lightning_influence.losses import LossCall
+from lightning_influence.neighbours import NeighbourRecord
 from lightning_influence.pacing import Pace
 from lightning_influence.scoring import ExampleScores
 from lightning_influence.task import primary_call
@@ -49,8 +50,7 @@ class Recording:
         self._next_step = 0  # steps before this one are in the sums in flight
         self._passes: list[int] = []  # steps
         self._seen = torch.zeros(size, dtype=torch.bool)
-        self._disagreement = torch.zeros(size, dtype=torch.float64)
-        self._disagreement_count = torch.zeros(size, dtype=torch.float64)
+        self.neighbours = NeighbourRecord(size)
 
     @property
     def failed(self) -> bool:
@@ -117,11 +117,7 @@ class Recording:
         if "tracin" in scores.columns:
             self.tracin.add(step, scores.indices.tolist(), scores.columns["tracin"])
         if scores.features is not None and "label" in scores.columns:
-            shares = neighbours.disagreement(scores.features, scores.columns["label"]).double().cpu()
-            known = torch.isfinite(shares)
-            rows = scores.indices.cpu()[known]
-            self._disagreement[rows] += shares[known]
-            self._disagreement_count[rows] += 1
+            self.neighbours.add(scores.indices, scores.features, scores.columns["label"])
 
     def remarks(self) -> list[str]:
         """Return what a reader of the columns should know."""
@@ -184,8 +180,13 @@ class Recording:
         if visits is not None:
             columns["tracin"] = visits.values()[rows]
             finite &= torch.isfinite(columns["tracin"]) | visits.unmeasured[rows]
-        if bool((self._disagreement_count > 0).any()):
-            columns["neighbour_disagreement"] = (self._disagreement / self._disagreement_count)[rows]
+        if (disagreement := self.neighbours.disagreement) is not None:
+            columns["neighbour_disagreement"] = disagreement[rows]
+        if (probabilities := dynamics.mean_probabilities()) is not None:
+            # Where a network soon knows wrong labels by heart, its mean prediction stands up for them; its features
+            # are slower to forget what the examples look like.
+            belief = probabilities[rows] + self.neighbours.votes(probabilities.shape[1])[rows]
+            columns["suggested"] = torch.where(columns["suggested"] < 0, -1, belief.nan_to_num().argmax(1))
         if "nonfinite" in dynamics.sums:
             finite &= dynamics.sums["nonfinite"][rows] == 0
         if scores is not None:
@@ -213,8 +214,7 @@ class Recording:
             "checkpoint_directory": self.checkpoint_directory,
             **self.step_sizes.state_dict(),
             "postponed": self.postponed,
-            "disagreement": self._disagreement.clone(),
-            "disagreement_count": self._disagreement_count.clone(),
+            **self.neighbours.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -240,8 +240,7 @@ class Recording:
         self.checkpoint_directory = state.get("checkpoint_directory", "")
         self.step_sizes.load_state_dict(state)
         self.postponed = state["postponed"]
-        self._disagreement = state["disagreement"].clone()
-        self._disagreement_count = state["disagreement_count"].clone()
+        self.neighbours.load_state_dict(state)
 
 
 def _plain_steps(names: Collection[str]) -> str:
