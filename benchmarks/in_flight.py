@@ -1,10 +1,11 @@
 """What recording adds to the time of a training step: training dynamics, and TracIn in flight.
 
-Networks of ``networks.py`` train under a Lightning Trainer in batches of 32. Batches without recording, with the training dynamics alone, and with TracIn in flight, too, follow each other in one
-training run, so that all three meet the machine in the same state. Medians of the time from one batch to the next are
-compared; to those with recording their share of what is computed for many batches at once is added. The clock is
-CPU time with one thread by default, which other work on the machine disturbs less; ``--wall`` takes the time of day and
-all threads. Run ``python benchmarks/in_flight.py``.
+Networks of ``networks.py`` train under a Lightning Trainer in batches of 32. Batches without recording, with the
+training dynamics alone, and with TracIn in flight, too, follow each other in one training run, so that all three meet
+the machine in the same state. Medians of the time from one batch to the next are compared; to those with recording
+their share of what is computed for many batches at once is added. The clock is CPU time with one thread by default,
+which other work on the machine disturbs less; ``--wall`` takes the time of day and all threads. Run ``python
+benchmarks/in_flight.py``.
 """
 
 from __future__ import annotations

@@ -378,7 +378,7 @@ def page(results: Results, started: float, picture: str | None) -> str:
         *audit_table(results),
         "\n## While training\n",
         "Median time of a step under a Lightning Trainer, without recording and with, in turn in one run. With a "
-        "budget, `TracIn(mode=\"step\", overhead=0.1)` times itself and measures as many steps as fit.\n",
+        'budget, `TracIn(mode="step", overhead=0.1)` times itself and measures as many steps as fit.\n',
         *step_table(results),
         "\n## Memory\n",
         "Peak of resident memory beyond what the process held when weights and data were loaded.\n",
