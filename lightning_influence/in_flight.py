@@ -351,6 +351,9 @@ class Flight:
     def _squares(self, block: ParameterBlock, uses: Sequence[Use]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield parameters and ``gᵀ P g`` of every example, ``[n]``."""
         n = self._n
+        if len(uses) == 1 and isinstance(block, MatrixBlock) and self._is_plain_affine(uses[0]):
+            yield from zip(*self._affine(uses[0]), strict=True)
+            return
         if len(uses) == 1:
             for role, source in uses[0].roles.items():
                 if isinstance(block, MatrixBlock) and source.tensor is block.weight:
@@ -365,6 +368,20 @@ class Flight:
         split = [slice(None)] if columns is None else [slice(None, columns.start), columns]
         for parameter, part in zip(block.parameters.values(), split, strict=False):
             yield parameter, _squares(xs[0][..., part], gs[0], None if weights is None else weights[..., part])
+
+    def _is_plain_affine(self, use: Use) -> bool:
+        """Tell whether a weight and a bias take plain steps."""
+        sources = use.roles.values()
+        whole = use.roles.keys() == {"weight", "bias"} and isinstance(use.call, MatrixCall)
+        return whole and all(self._scale(*source.parameters[0]) is None for source in sources)
+
+    def _affine(self, use: Use) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+        """Return weight and bias, and ``‖g‖²`` of each for every example."""
+        assert isinstance(use.call, MatrixCall)
+        gradient = working(next(g for g in use.output.gradients if g is not None))
+        x = use.call.activations(self._n, use.layouts)
+        g = use.call.output_gradients(gradient, self._n, use.layouts)
+        return [use.roles[role].tensor for role in ("weight", "bias")], per_sample.squared_norms_with_bias(x, g)
 
     def _matrix_squares(self, block: MatrixBlock, use: Use) -> Tensor:
         """Return ``gᵀ P g`` of the weight of a matrix, from its only use."""

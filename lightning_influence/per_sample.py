@@ -56,6 +56,23 @@ def squared_norms(x: Tensor, g: Rows, *, form: NormForm = "auto") -> Tensor:
     return torch.cat([chunk.square().sum((0, 2, 3)) for chunk in gradients(x, g)])
 
 
+def squared_norms_with_bias(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared norms of every example's gradients of a weight and of its bias.
+
+    Args:
+        x: Activations ``[k, n, s, i]``, without a bias column.
+        g: Output gradients ``[k, n, s, o]``.
+
+    Returns:
+        ``Σ_k ‖G_kn‖²`` and ``Σ_k ‖Σ_s g_kns‖²``, each ``[n]``.
+    """
+    s, i, o = x.shape[2], x.shape[3], g.shape[3]
+    if s > 1 and s * (i + o) < i * o:  # the Gram matrix of the output gradients tells both
+        products = g @ g.transpose(-1, -2)
+        return ((x @ x.transpose(-1, -2)).mul_(products)).sum((0, 2, 3)), products.sum((0, 2, 3))
+    return squared_norms(x, g), g.sum(2).square().sum((0, 2))
+
+
 def gradients(x: Tensor, g: Rows) -> Iterator[Tensor]:
     """Yield the per-example gradients a few examples at a time, each ``[k, m, o, i]``, in order."""
     k, n, _, i = x.shape

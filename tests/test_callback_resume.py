@@ -196,6 +196,35 @@ def test_in_flight_resumed_after_a_crash(straight: Any, tmp_path: Path) -> None:
     check_same(audit.report, straight(tracin=settings))
 
 
+def test_in_flight_resumed_within_an_epoch(tmp_path: Path) -> None:
+    """Every batch that was really trained on counts once, at its own weights and rate; the loader starts anew."""
+
+    class Flown(Diary):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            weights = {name: value.clone() for name, value in self.net.state_dict().items()}
+            self.visits = [*getattr(self, "visits", []), (batch[2].tolist(), weights)]
+
+    settings, one, two = TracIn(mode="step"), Flown(), Flown()
+    saves = {"every_n_train_steps": 7}
+    run(tmp_path / "first", epochs=2, audits=[InfluenceAudit(tracin=settings)], saves=saves, model=one)
+    audit = InfluenceAudit(tracin=settings)
+    checkpoint = tmp_path / "first" / "kept" / "step=7.ckpt"
+    run(tmp_path / "second", epochs=3, audits=[audit], ckpt_path=checkpoint, model=two)
+    assert audit.report is not None
+
+    expected, network = np.zeros(22), Diary().net
+    visits, rates = one.visits[:7] + two.visits, one.steps[:7] + two.steps
+    for (indices, weights), rate in zip(visits, rates, strict=True):
+        network.load_state_dict(weights)
+        x, y = (tensor[indices] for tensor in DOUBLE.tensors)
+        gradients = ref.per_example_gradients(network, F.cross_entropy, x, y)
+        expected[indices] += rate / 0.5 * sum(g.square().flatten(1).sum(1).numpy() for g in gradients.values())
+    seen = [sum(index in indices for indices, _ in visits) for index in range(22)]
+    assert len(set(seen)) > 1  # as without a stop they would not be
+    assert audit.report.columns["times_seen"].tolist() == seen
+    np.testing.assert_allclose(audit.report.columns["tracin"], expected, rtol=1e-10)
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resumed_from_a_checkpoint_saved_after_validation(stop: int, straight: Any, tmp_path: Path) -> None:
     """Checkpoints of the best validation loss are written before the epoch's end has come to the audit."""

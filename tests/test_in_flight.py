@@ -14,8 +14,11 @@ import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import CLASSES, leftovers, loader, make_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
@@ -291,6 +294,39 @@ def test_a_scaled_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     pilot, data = Scaled(mlp(), lambda net: torch.optim.SGD(net.parameters(), lr=1e-5)), vectors()
     close(fly(tmp_path, pilot, data), pilot.replayed(data))
+
+
+def test_a_step_that_a_gradient_scaler_skips_does_not_count(tmp_path: Path) -> None:
+    """In float16 the first batch overflows at this scale: its scores would be infinite."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
+    torch.manual_seed(1)
+    net, data = mlp(), vectors()
+    pilot = Pilot(net, sgd)
+    pilot.float()
+    single = TensorDataset(data.tensors[0].float(), data.tensors[1])
+    report = fly(
+        tmp_path, pilot, single, max_epochs=3, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]
+    )  # fmt: skip
+    assert scaler.get_scale() == 2.0**10
+    skipped, following = pilot.seen[:2]
+    weights = zip(skipped.net.parameters(), following.net.parameters(), strict=True)
+    assert all(torch.equal(before, after) for before, after in weights)
+    pilot.seen = pilot.seen[1:]
+    expected = pilot.replayed(data)
+    expected[skipped.indices] *= 3 / 2  # its examples are taken at their other visits
+    close(report, expected, 0.05)
+
+
+def test_the_histogram_of_an_epoch_in_tensorboard(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    logger = TensorBoardLogger(tmp_path)
+    report = fly(tmp_path, Pilot(mlp(), sgd), vectors(), logger=logger)
+    events = EventAccumulator(logger.log_dir, size_guidance={"histograms": 0}).Reload()
+    first, last = events.Histograms("influence/tracin_epoch/log10")
+    assert (first.step, last.step) == (3, 6)
+    assert first.histogram_value.num == last.histogram_value.num == N
+    assert last.histogram_value.sum == pytest.approx(np.log10(report.columns["tracin"]).sum(), rel=1e-5)
+    assert first.histogram_value.sum < last.histogram_value.sum
 
 
 def test_a_sum_over_examples_weighs_them_alike_in_every_batch(tmp_path: Path) -> None:
