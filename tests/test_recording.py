@@ -39,9 +39,8 @@ def test_neighbours_outvote_a_label_that_is_known_by_heart() -> None:
 
 def test_a_sure_run_outvotes_its_neighbours() -> None:
     record, given = recording(own=1.0)
-    # All its neighbours say 0, with a weight of one, as much as the run's own certainty: a tie goes to the first class;
-    # one dissenting neighbour decides.
-    record.neighbours._votes[0] = torch.tensor([0.95, 0.05, 0.0])
+    # All its neighbours say 0, which weighs as much as the run's own certainty: one dissenting neighbour decides.
+    record.neighbours._votes[0] = torch.tensor([0.95, 0.05])
     assert record.columns(range(SIZE))["suggested"].tolist() == given.tolist()
 
 
