@@ -347,7 +347,7 @@ METHOD = (
     f"{THREADS} threads; they warm up and then take turns (A B A B …), so that a ratio compares neighbours in time; "
     "medians over the rounds are given with the smallest and the largest. *ours* does the peer's work: labels sampled "
     "once in each pass, every example in every pass, only the layers that the peer knows; *ours, defaults* is what the "
-    "callback computes (all layers, exact Fisher for the eigenvalues, factors from a subset). Scores are compared "
+    "callback computes (all layers, factors from a subset). Scores are compared "
     "where they are determined: empirical Fisher, damping 0.1 of the mean eigenvalue, on the first examples (for pairs "
     "relative to the query's largest score)."
 )

@@ -64,7 +64,10 @@ def score_examples(
         Columns ``loss``, ``predicted``, ``label`` (if the loss was tapped), ``grad_norm_squared``, ``finite``, and
         those asked for.
     """
-    collected: dict[str, list[Tensor]] = {}
+    # Room for all from the start: a few numbers of each batch, kept between the large tensors that come and go with it,
+    # would break the heap into pieces that never return to the system (2.9 GB for 50,000 examples of a CNN).
+    size = len(distributed.share(indices))
+    merged: dict[str, Tensor] = {}
     kept: list[int] = []
     blocks = gradients.coverage.blocks
     with closing(gradients.run(indices, title=title)) as batches:
@@ -99,9 +102,10 @@ def score_examples(
             if features and (last := batch.capture.features(n)) is not None:
                 row["features"] = _projected(last)
             for name, values in row.items():
-                collected.setdefault(name, []).append(values)
+                if name not in merged:
+                    merged[name] = _unknown(values, size)
+                merged[name][len(kept) : len(kept) + n] = values
             kept.extend(batch.indices)
-    merged = {name: torch.cat(parts) for name, parts in collected.items()}
     order, columns = distributed.gather_by_index(torch.tensor(kept, dtype=torch.long, device=gradients.device), merged)
     kept_features = columns.pop("features", None)
     return ExampleScores(order, columns, kept_features)
@@ -137,6 +141,12 @@ def _from_loss(values: Tensor | None, primary: LossCall | None, n: int) -> dict[
         statistics = primary.statistics(n)
         row |= {name: statistics[name] for name in ("predicted", "label") if name in statistics}
     return row
+
+
+def _unknown(values: Tensor, size: int) -> Tensor:
+    """Return a column like a batch's, with nothing known of any example: NaN, False or -1."""
+    fill = torch.nan if values.is_floating_point() else False if values.dtype == torch.bool else -1
+    return values.new_full((size, *values.shape[1:]), fill)
 
 
 def _projected(features: Tensor) -> Tensor:
