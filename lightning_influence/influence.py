@@ -100,6 +100,23 @@ class InfluencePlan:
         choice = choose_damping(damping, LADDER[curvature].damping, coverage.blocks, history)
         return cls(curvature, labels, sizes, choice, solver)
 
+    def fit(self, gradients: ExampleGradients, indices: Sequence[int]) -> Curvature:
+        """Fit the curvature on the training examples, see ``curvature.fit``.
+
+        Args:
+            gradients: Passes over the training data.
+            indices: The training examples.
+        """
+        return fit(
+            gradients,
+            self.curvature,
+            indices,
+            examples=self.examples,
+            labels=self.labels,
+            damping=self.damping.absolute,
+            solver=self.solver,
+        )
+
     def gradient_passes(self, coverage: Coverage, size: int, queries: int, draws: int) -> float:
         """Return the work in numbers of per-example gradients (one forward and backward pass each)."""
         rung = LADDER[self.curvature]
@@ -178,15 +195,7 @@ def influence_scores(
     curvature = None
     with _timed(seconds, "factors"):
         try:
-            curvature = fit(
-                gradients,
-                plan.curvature,
-                indices,
-                examples=plan.examples,
-                labels=plan.labels,
-                damping=plan.damping.absolute,
-                solver=plan.solver,
-            )
+            curvature = plan.fit(gradients, indices)
             notes += curvature.notes
         # What does not need this curvature is still worth having.
         except (IndefiniteError, torch.linalg.LinAlgError) as error:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_influence import memory
-from lightning_influence.curvature import BlockCoordinates, Curvature, IndefiniteError, fit
+from lightning_influence.curvature import BlockCoordinates, Curvature, IndefiniteError
 from lightning_influence.curvature.full import joined_gradients
 from lightning_influence.influence import InfluencePlan
 from lightning_influence.passes import ExampleGradients
@@ -156,16 +156,7 @@ class Unlearner:
             IndefiniteError: If the curvature with its damping is not positive definite.
         """
         gradients.calibrate(examples)
-        curvature = fit(
-            gradients,
-            plan.curvature,
-            examples,
-            examples=plan.examples,
-            labels=plan.labels,
-            damping=plan.damping.absolute,
-            solver=plan.solver,
-        )
-        return cls(gradients, curvature, examples, labels=labels, weight_decay=weight_decay)
+        return cls(gradients, plan.fit(gradients, examples), examples, labels=labels, weight_decay=weight_decay)
 
     def newton_removal(self, indices: Indices, *, leverage: bool = False) -> ParameterUpdate:
         """Return the change of the parameters that leaving out some examples makes; see the function of that name.

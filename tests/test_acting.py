@@ -212,7 +212,7 @@ def digits() -> tuple[Listed, Tensor, list[int]]:
     examples = [
         {"x": image, "meta": {"label": int(label), "id": f"scan {n}"}}
         for n, (image, label) in enumerate(zip(x, given, strict=True))
-    ]  # noqa: E501
+    ]
     return Listed(examples), true, sorted(flipped.tolist())
 
 
