@@ -10,7 +10,6 @@ positions, ``i`` inputs, ``o`` outputs, ``c`` channels.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_influence.layout import BatchLayout
+from lightning_influence.patches import Activations, Patches
 from lightning_influence.precision import working
 from lightning_influence.rows import OneHot
 
@@ -97,15 +97,22 @@ class MatrixCall(Call):
 
     @abstractmethod
     def activations(self, n: int, layouts: Layouts) -> Tensor:
-        """Return ``[k, n, s, i]`` without a bias column, with room for it where that saves a copy."""
+        """Return ``[k, n, s, i]``."""
 
     @abstractmethod
     def output_gradients(self, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
         """Return ``[k, n, s, o]``."""
 
-    def with_ones(self, n: int, layouts: Layouts) -> Tensor:
-        """Return ``[k, n, s, i + 1]``, the last column ones."""
-        return F.pad(self.activations(n, layouts), (0, 1), value=1.0)
+    def captured(self, n: int, layouts: Layouts, *, ones: bool = False) -> Activations:
+        """Return the activations, laid out only where that costs nothing.
+
+        Args:
+            n: Number of examples.
+            layouts: Where they are.
+            ones: Whether to add a last column of ones.
+        """
+        x = self.activations(n, layouts)
+        return F.pad(x, (0, 1), value=1.0) if ones else x
 
     def direct(self, role: str, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
         """Return the bias's gradient: the output gradients summed over positions."""
@@ -158,11 +165,24 @@ class ConvolutionCall(MatrixCall):
 
     def activations(self, n: int, layouts: Layouts) -> Tensor:
         """``[n·m, c, ...] -> [groups, n, s, i]``: one row per output position."""
-        return self._patches(n, layouts, ones=False)
+        return self.captured(n, layouts).laid_out()
 
-    def with_ones(self, n: int, layouts: Layouts) -> Tensor:
-        """``[n·m, c, ...] -> [groups, n, s, i + 1]``: one row per output position and a 1."""
-        return self._patches(n, layouts, ones=True)
+    def captured(self, n: int, layouts: Layouts, *, ones: bool = False) -> Patches:
+        """``[n·m, c, ...] -> [groups, n, s, i (+ 1)]``: one row per output position, not laid out yet."""
+        images = layouts.input.by_example(working(self.input), n).flatten(0, 1)
+        stride = (1,) * len(self.stride) if self.transposed else self.stride
+        before, after = (max(side, 0) for side in self.padding[0])
+        return Patches(
+            self._padded(images),
+            n,
+            self.kernel,
+            stride,
+            self.dilation,
+            self.groups,
+            flipped=self.transposed,
+            ones=ones,
+            margin=(before, after),
+        )
 
     def output_gradients(self, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
         """``[n·m, c, ...] -> [groups, n, s, o]``."""
@@ -171,41 +191,6 @@ class ConvolutionCall(MatrixCall):
         if rows.shape[1] == 1:
             return grouped[:, 0].permute(1, 0, 3, 2)
         return grouped.permute(2, 0, 1, 4, 3).flatten(2, 3)
-
-    def _patches(self, n: int, layouts: Layouts, *, ones: bool) -> Tensor:
-        images = layouts.input.by_example(working(self.input), n)
-        per_example = images.shape[1]
-        images = self._padded(images.flatten(0, 1))
-        k, channels, kernel, d = self.groups, images.shape[1] // self.groups, self.kernel, len(self.stride)
-        stride = (1,) * d if self.transposed else self.stride
-        out = tuple(
-            (size - self.dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
-            for axis, size in enumerate(images.shape[2:])
-        )
-        inputs = channels * math.prod(kernel)
-        rows = images.new_empty((len(images), k, inputs + ones, math.prod(out)))
-        # All patches as one strided view, copied straight beside the bias: F.unfold and a concatenation take 3 to
-        # 20 times as long. Channels are the slow index, so a group's inputs are contiguous.
-        of_n, of_c, *of_pixels = images.stride()
-        patches = images.as_strided(
-            (len(images), k, channels, *kernel, *out),
-            (
-                of_n,
-                of_c * channels,
-                of_c,
-                *(step * self.dilation[axis] for axis, step in enumerate(of_pixels)),
-                *(step * stride[axis] for axis, step in enumerate(of_pixels)),
-            ),
-            images.storage_offset(),
-        )
-        if self.transposed:
-            patches = patches.flip(tuple(range(3, 3 + d)))
-        rows[:, :, :inputs].view(patches.shape).copy_(patches)
-        if ones:
-            rows[:, :, -1] = 1
-        if per_example == 1:
-            return rows.permute(1, 0, 3, 2)
-        return rows.view(n, per_example, *rows.shape[1:]).permute(2, 0, 1, 4, 3).flatten(2, 3)
 
     def _padded(self, images: Tensor) -> Tensor:
         if self.transposed and any(step > 1 for step in self.stride):

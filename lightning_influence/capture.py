@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from lightning_influence.calls import Call, EmbeddingCall, Layouts, MatrixCall, NormCall, RepeatedCall, tensors_in
 from lightning_influence.coverage import Coverage
 from lightning_influence.layers import LayerError, NewPathError, ParameterBlock
+from lightning_influence.patches import Activations, laid_out
 from lightning_influence.precision import working_dtype
 from lightning_influence.reading import NotUnderstoodError, Site, read_call
 from lightning_influence.rows import Rows
@@ -43,15 +45,20 @@ class LayerIO:
 
     Attributes:
         name: Block name.
-        xs: Activations ``[k, n, s, i]``, float32 or float64: one for all draws of labels, or one per draw where they
-            depend on the labels (embeddings, see ``rows``).
+        activations: ``[k, n, s, i]``, float32 or float64: one for all draws of labels, or one per draw where they
+            depend on the labels (embeddings, see ``rows``). Those of convolutions are not laid out yet.
         gs: Output gradients ``[k, n, s, o]``, one per draw of labels (one for true labels), or one that all draws
             share. Each is the derivative of *that example's own* loss, not of the batch mean.
     """
 
     name: str
-    xs: Sequence[Tensor]
+    activations: Sequence[Activations]
     gs: Sequence[Rows]
+
+    @cached_property
+    def xs(self) -> Sequence[Tensor]:
+        """The activations, laid out."""
+        return laid_out(self.activations)
 
     @property
     def x(self) -> Tensor:

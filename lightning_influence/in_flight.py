@@ -28,6 +28,7 @@ from lightning_influence import optimizers, per_sample
 from lightning_influence.calls import Call, DirectCall, EmbeddingCall, Layouts, LinearCall, MatrixCall, RepeatedCall
 from lightning_influence.coverage import Coverage
 from lightning_influence.layers import LayerError, MatrixBlock, ParameterBlock
+from lightning_influence.patches import laid_out
 from lightning_influence.precision import working
 from lightning_influence.reading import IN_PLACE, NotUnderstoodError, Site, read_call
 from lightning_influence.rows import Rows
@@ -362,12 +363,13 @@ class Flight:
                     scale = self._scale(source.parameters[0][0], source.tensor)
                     yield source.tensor, _direct_squares(uses[0], role, n, scale)
             return
-        xs, gs = joined(rows_of(block, uses, n))
+        activations, gs = joined(rows_of(block, uses, n))
+        x = laid_out(activations)[0]
         weights = self._weights(block)
         columns = block.bias_columns
         split = [slice(None)] if columns is None else [slice(None, columns.start), columns]
         for parameter, part in zip(block.parameters.values(), split, strict=False):
-            yield parameter, _squares(xs[0][..., part], gs[0], None if weights is None else weights[..., part])
+            yield parameter, _squares(x[..., part], gs[0], None if weights is None else weights[..., part])
 
     def _is_plain_affine(self, use: Use) -> bool:
         """Tell whether a weight and a bias take plain steps."""

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_influence.calls import Layouts, MatrixCall
+from lightning_influence.patches import Activations, laid_out
 from lightning_influence.rows import OneHot, Rows
 
 # A side with more rows keeps the identity as its eigenbasis: the decomposition is cubic, a minute for this one.
@@ -191,7 +192,7 @@ class MatrixBlock(ParameterBlock):
 
     def linear_rows(
         self, call: MatrixCall, gradients: Sequence[Tensor | None], n: int, layouts: Layouts, start: int, bias: bool
-    ) -> tuple[list[Tensor], list[Rows]]:
+    ) -> tuple[list[Activations], list[Rows]]:
         """Return the rows of a linear map or a convolution.
 
         Args:
@@ -202,11 +203,13 @@ class MatrixBlock(ParameterBlock):
             start: First output of the block that the call computes.
             bias: Whether the call adds the block's bias.
         """
-        x = call.with_ones(n, layouts) if bias else self.widened(call.activations(n, layouts))
+        x = call.captured(n, layouts, ones=bias)
+        if self.has_bias and not bias:
+            (x,) = map(self.widened, laid_out([x]))
         rows: list[Rows] = []
         for gradient in gradients:
             if gradient is None:
-                rows.append(x.new_zeros((*x.shape[:3], self.shape[1])))
+                rows.append(torch.zeros((*x.shape[:3], self.shape[1]), dtype=x.dtype, device=x.device))
                 continue
             g = call.output_gradients(gradient, n, layouts)
             rest = self.shape[1] - start - g.shape[-1]

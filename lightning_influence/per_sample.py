@@ -19,8 +19,10 @@ from torch import Tensor
 
 from lightning_influence.rows import Joined, OneHot, Rows, added, compact, rotate
 
-# Scalars of formed gradients held at a time: 16 MiB in float32, about what stays in cache between two uses.
+# Scalars of formed gradients held at a time: 16 MiB in float32.
 _CHUNK_ELEMENTS = 2**22
+# The same where they are used up at once, in a buffer that is filled again: it stays in a processor's cache.
+_CACHED_ELEMENTS = 2**20
 
 NormForm = Literal["auto", "gram", "form"]
 RotationForm = Literal["auto", "rotate_first", "form_first"]
@@ -53,7 +55,7 @@ def squared_norms(x: Tensor, g: Rows, *, form: NormForm = "auto") -> Tensor:
     if form == "gram" or (form == "auto" and s * (i + o) < i * o):
         # knst, knst -> n
         return ((x @ x.transpose(-1, -2)) * (g @ g.transpose(-1, -2))).sum((0, 2, 3))
-    return torch.cat([chunk.square().sum((0, 2, 3)) for chunk in gradients(x, g)])
+    return torch.cat([chunk.square_().sum((0, 2, 3)) for chunk in _formed(x, g)])
 
 
 def squared_norms_with_bias(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,6 +96,25 @@ def gradients(x: Tensor, g: Rows) -> Iterator[Tensor]:
     for start in range(0, n, step):
         # kmso, kmsi -> kmoi
         yield g[:, start : start + step].transpose(-1, -2) @ x[:, start : start + step]
+
+
+def _formed(x: Tensor, g: Rows) -> Iterator[Tensor]:
+    """Yield per-example gradients a few at a time, inputs first, ``[k, m, i, o]``: each valid until the next one.
+
+    Inputs first, as the bias makes their number odd, and rows of an even length in memory are written faster.
+    """
+    if not isinstance(g, Tensor):
+        yield from (chunk.transpose(-1, -2) for chunk in gradients(x, g))
+        return
+    k, n, _, i = x.shape
+    o = g.shape[3]
+    elements = _CACHED_ELEMENTS if x.device.type == "cpu" else _CHUNK_ELEMENTS
+    step = min(n, max(1, elements // (k * i * o)))
+    buffer = torch.empty((k, step, i, o), dtype=torch.result_type(x, g), device=x.device)
+    for start in range(0, n, step):
+        some_x, some_g = x[:, start : start + step], g[:, start : start + step]
+        # kmsi, kmso -> kmio
+        yield torch.matmul(some_x.transpose(-1, -2), some_g, out=buffer[:, : some_x.shape[1]])
 
 
 def formed(x: Tensor, g: Rows) -> Tensor:
@@ -187,8 +208,8 @@ def products(x: Tensor, g: Rows, vectors: Tensor) -> Tensor:
         step = max(1, _CHUNK_ELEMENTS // (len(vectors) * x.shape[0] * min(x.shape[3], g.shape[3])))
         return torch.cat([_bilinear(x[:, a : a + step, 0], g[:, a : a + step, 0], vectors) for a in _starts(x, step)])
     # One matrix product with all vectors per chunk: forming the gradients costs a q-th of it.
-    flat = vectors.flatten(1).T
-    return torch.cat([chunk.transpose(0, 1).flatten(1) @ flat for chunk in gradients(x, g)])
+    flat = vectors.transpose(-1, -2).flatten(1).T
+    return torch.cat([chunk.transpose(0, 1).flatten(1) @ flat for chunk in _formed(x, g)])
 
 
 def _starts(x: Tensor, step: int) -> range:
@@ -235,7 +256,8 @@ def rotated_squares(
         squares = added(rotate(_dense(g), basis_g)[:, :, 0].square() for g in gs)
         # kno, kni -> koi
         return squares.transpose(-1, -2) @ rotate(x, basis_x)[:, :, 0].square()
-    return added(chunk.square().sum(1) for chunk in _rotated(x, gs, basis_x, basis_g, form))
+    squares = added(chunk.square_().sum(1) for chunk in _rotated(x, gs, basis_x, basis_g, form))
+    return squares.transpose(-1, -2).contiguous()
 
 
 def weighted_rotated_squares(
@@ -270,9 +292,9 @@ def weighted_rotated_squares(
         # kno, koi, kni -> n
         squares = rotate(_dense(g), basis_g)[:, :, 0].square()
         return ((squares @ weights) * rotate(x, basis_x)[:, :, 0].square()).sum((0, 2))
-    scales = weights.unsqueeze(1)
+    column = _column(weights)
     chunks = _rotated(x, [g], basis_x, basis_g, form)
-    return torch.cat([chunk.square_().mul_(scales).sum((0, 2, 3)) for chunk in chunks])
+    return torch.cat([(chunk.square_().flatten(2) @ column).sum((0, 2)) for chunk in chunks])
 
 
 def _many_weighted_squares(
@@ -284,7 +306,7 @@ def _many_weighted_squares(
     if x.shape[2] == 1:
         of_g, of_x = rotate(_dense(g), basis_g)[:, :, 0].square(), rotate(x, basis_x)[:, :, 0].square()
         return torch.stack([((of_g @ each) * of_x).sum((0, 2)) for each in weights], 1)
-    columns = weights.flatten(2).permute(1, 2, 0)  # dkp -> kpd
+    columns = weights.transpose(-1, -2).flatten(2).permute(1, 2, 0)  # dkp -> kpd
     chunks = _rotated(x, [g], basis_x, basis_g, form)
     return torch.cat([(chunk.square_().flatten(2) @ columns).sum(0) for chunk in chunks])
 
@@ -316,38 +338,44 @@ def rotated_scores(
     turned = None
     if vector is not None:
         turned = vector if basis_x is None else vector @ basis_x
-        turned = (turned if basis_g is None else basis_g.transpose(-1, -2) @ turned).unsqueeze(1)
+        turned = _column(turned if basis_g is None else basis_g.transpose(-1, -2) @ turned)
+    column = _column(weights)
     norms, weighted, inners = [], [], []
     for chunk in _rotated(x, [g], basis_x, basis_g, "auto"):
+        flat = chunk.flatten(2)
         if turned is not None:
-            inners.append((chunk * turned).sum((0, 2, 3)))
-        squares = chunk.square_()
-        norms.append(squares.sum((0, 2, 3)))
-        weighted.append(squares.mul_(weights.unsqueeze(1)).sum((0, 2, 3)))
+            inners.append((flat @ turned).sum((0, 2)))
+        flat.square_()
+        norms.append(flat.sum((0, 2)))
+        weighted.append((flat @ column).sum((0, 2)))
     return torch.cat(norms), torch.cat(weighted), torch.cat(inners) if inners else None
+
+
+def _column(matrix: Tensor) -> Tensor:
+    """Return ``[k, o, i]`` as a column ``[k, i·o, 1]``, to multiply what ``_rotated`` yields."""
+    return matrix.transpose(-1, -2).flatten(1).unsqueeze(-1)
 
 
 def _rotated(
     x: Tensor, gs: Sequence[Rows], basis_x: Tensor | None, basis_g: Tensor | None, form: RotationForm
 ) -> Iterator[Tensor]:
-    """Yield rotated gradients ``[k, m, o, i]`` for every draw, a few examples at a time.
+    """Yield rotated gradients for every draw, a few examples at a time, ``[k, m, i, o]``: each valid until the next.
 
-    Per example, ``d`` draws cost ``s·i² + d·s·o² + d·s·o·i`` multiplications when rows are rotated first, and
-    ``d·s·o·i + d·o·i·(o + i)`` when gradients are formed first; an identity basis costs nothing either way.
+    Either side is turned before the gradients are formed or after that, whichever is cheaper: per example, ``d`` draws
+    cost ``s·i²`` or ``d·o·i²`` multiplications on the side of the inputs, and ``d·s·o²`` or ``d·i·o²`` on the other.
     """
     s, i, o, d = x.shape[2], x.shape[3], gs[0].shape[3], len(gs)
-    of_x, of_g = (0 if basis is None else basis.shape[-1] for basis in (basis_x, basis_g))
-    if form == "auto":
-        form = "rotate_first" if s * (i * of_x + d * o * of_g) <= d * o * i * (of_g + of_x) else "form_first"
-    if form == "rotate_first":
-        x = rotate(x, basis_x)
-        for g in gs:
-            yield from gradients(x, g if basis_g is None else rotate(_dense(g), basis_g))
-        return
+    x_first, g_first = (s <= d * o, s <= i) if form == "auto" else (form == "rotate_first",) * 2
+    if x_first:
+        x, basis_x = rotate(x, basis_x), None
     for g in gs:
-        for formed in gradients(x, g):
-            chunk = formed if basis_x is None else formed @ basis_x.unsqueeze(1)
-            yield chunk if basis_g is None else basis_g.transpose(-1, -2).unsqueeze(1) @ chunk
+        rows, after = g, basis_g
+        if g_first and basis_g is not None:
+            rows, after = rotate(_dense(g), basis_g), None
+        for chunk in _formed(x, rows):
+            if after is not None:
+                chunk = chunk @ after.unsqueeze(1)
+            yield chunk if basis_x is None else basis_x.transpose(-1, -2).unsqueeze(1) @ chunk
 
 
 def _dense(g: Rows) -> Tensor:

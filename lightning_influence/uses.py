@@ -15,11 +15,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_influence.calls import Call, DirectCall, EmbeddingCall, Layouts, MatrixCall
 from lightning_influence.layers import LayerError, MatrixBlock, ParameterBlock
+from lightning_influence.patches import Activations, Patches, laid_out
 from lightning_influence.precision import working, working_dtype
 from lightning_influence.rows import Joined, OneHot, Rows, join
 from lightning_influence.trace import view_of
 
-RowsByDraw = tuple[list[Tensor], list[Rows]]
+RowsByDraw = tuple[list[Activations], list[Rows]]
 """Activations and output gradients, each one for all draws of labels or one per draw."""
 
 
@@ -155,7 +156,8 @@ def joined(uses: Sequence[RowsByDraw]) -> RowsByDraw:
         return uses[0]
     ordered = sorted(uses, key=lambda use: isinstance(use[1][0], Tensor))
     draws_x, draws_g = max(len(xs) for xs, _ in uses), max(len(gs) for _, gs in uses)
-    xs = [torch.cat([_draw(x, draw) for x, _ in ordered], 2) for draw in range(draws_x)]
+    all_xs = [laid_out(xs) for xs, _ in ordered]
+    xs: list[Activations] = [torch.cat([_draw(x, draw) for x in all_xs], 2) for draw in range(draws_x)]
     gs = [join([_draw(g, draw) for _, g in ordered]) for draw in range(draws_g)]
     return xs, gs
 
@@ -186,7 +188,7 @@ def _direct_gradients(use: Use, draw: Tensor | None, n: int) -> dict[str, Tensor
 def _position_rows(block: MatrixBlock, indices: Tensor, draws: Sequence[Tensor], n: int) -> RowsByDraw:
     """Lay out gradients ``[n, *indices, i]`` of rows that were looked up without the batch."""
     flat = indices.reshape(1, -1).expand(n, -1)
-    xs = [block.widened(draw.reshape(1, n, flat.shape[1], -1)) for draw in draws]
+    xs: list[Activations] = [block.widened(draw.reshape(1, n, flat.shape[1], -1)) for draw in draws]
     return xs, [OneHot(flat, block.shape[1])]
 
 
@@ -225,6 +227,8 @@ def kept(rows: Any, keep: Tensor) -> Any:
         return rows.keep(keep)
     if isinstance(rows, Joined):
         return Joined(rows.onehot.keep(keep), kept(rows.dense, keep))
+    if isinstance(rows, Patches):
+        rows = rows.laid_out()
     return torch.where(keep.view(1, -1, 1, 1), rows, 0)
 
 

@@ -33,6 +33,7 @@ ORDER = (
     "terms",
     "task",
     "source",
+    "patches",
     "rows",
     "calls",
     "reading",

@@ -432,33 +432,43 @@ class TestCost:
         self, monkeypatch: pytest.MonkeyPatch, s: int, i: int, o: int, formed: bool
     ) -> None:
         """Gram costs `s²(i + o)`, forming `s·i·o`: at 30 inputs and 20 outputs they meet at 12 positions."""
-        calls = self.count_calls(monkeypatch, "gradients")
+        calls = self.count_calls(monkeypatch, "_formed")
         per_sample.squared_norms(torch.randn(1, 3, s, i), torch.randn(1, 3, s, o))
         assert bool(calls) == formed == (s**2 * (i + o) >= s * i * o)
 
     @pytest.mark.parametrize(
-        ("s", "i", "o", "draws", "rotated_first"),
+        ("s", "i", "o", "draws", "sides"),
         [
-            (2, 30, 20, 1, True),
-            (23, 30, 20, 1, True),
-            (24, 30, 20, 1, False),
-            (24, 30, 20, 9, True),
-            (400, 9, 4, 1, False),
+            (2, 30, 20, 1, "xg"),
+            (20, 30, 20, 1, "xg"),
+            (21, 30, 20, 1, "g"),
+            (21, 30, 20, 9, "xggggggggg"),
+            (31, 30, 40, 1, "x"),
+            (400, 9, 4, 1, ""),
         ],
     )
     def test_rotations_take_the_cheaper_form(
-        self, monkeypatch: pytest.MonkeyPatch, s: int, i: int, o: int, draws: int, rotated_first: bool
+        self, monkeypatch: pytest.MonkeyPatch, s: int, i: int, o: int, draws: int, sides: str
     ) -> None:
-        """Rows cost `s(i² + d·o²)`, formed gradients `d·o·i(o + i)`; nine labels make nine gradients of one input."""
+        """Inputs cost `s·i²` or `d·o·i²`, outputs `d·s·o²` or `d·i·o²`: nine labels make nine gradients."""
         x, gs = io((1, 3, s, i, o), LAYOUTS["rows"], draws)
         a, b = basis(1, i), basis(1, o)
-        calls = self.count_calls(monkeypatch, "rotate")
+        rotated = []
+        rotate = per_sample.rotate
+
+        def noted(rows: Tensor, basis: Tensor | None) -> Tensor:
+            rotated.append("x" if rows is x else "g")
+            return rotate(rows, basis)
+
+        monkeypatch.setattr(per_sample, "rotate", noted)
         per_sample.rotated_squares(x, gs, a, b)
-        assert bool(calls) == rotated_first == (s * (i**2 + draws * o**2) < draws * o * i * (o + i))
+        assert "".join(rotated) == sides
+        assert ("x" in sides, "g" in sides) == (s * i**2 <= draws * o * i**2, s * o**2 <= i * o**2)
 
     def test_formed_gradients_are_held_a_few_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """1,000 examples of 12,000 scalars: 48 MB at once, and every example more would add to it."""
         monkeypatch.setattr(per_sample, "_CHUNK_ELEMENTS", 50_000)
+        monkeypatch.setattr(per_sample, "_CACHED_ELEMENTS", 50_000)
         x, g = torch.randn(1, 1000, 20, 120), torch.randn(1, 1000, 20, 100)
         a, b = basis(1, 120).float(), basis(1, 100).float()
         with largest_below(x.numel() + 1):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence import distributed, per_sample
+from lightning_influence.patches import Activations, Patches
 from lightning_influence.rows import Rows
 
 Measure = Literal["covariances", "eigenvalues"]
@@ -51,17 +52,17 @@ class CurvatureBlock(ABC):
         # The last damping and the inverse for it: a pass asks for the same one with every batch.
         self._cached: tuple[float, Tensor] | None = None
 
-    def update(self, x: Tensor | Sequence[Tensor], gs: Sequence[Rows], examples: int) -> None:
+    def update(self, x: Activations | Sequence[Activations], gs: Sequence[Rows], examples: int) -> None:
         """Add one batch to the running pass.
 
         Args:
             x: Activations ``[k, n, s, i]``, or one per draw where they depend on the labels (embeddings, see
-                ``rows``); rows of left-out examples are zero.
+                ``rows``); rows of left-out examples are zero. Patches are laid out only if the pass needs them.
             gs: Output gradients ``[k, n, s, o]`` whose outer products, summed over the draws, average to the
                 curvature of one example's loss. Rows of left-out examples are zero.
             examples: Number of examples that count (``n`` minus those left out).
         """
-        xs = [x] if isinstance(x, Tensor) else x
+        xs = [x] if isinstance(x, (Tensor, Patches)) else x
         for name, value in self._contributions(xs, gs, examples).items():
             self._accumulate(name, value)
 
@@ -113,7 +114,7 @@ class CurvatureBlock(ABC):
         return kept, 24 * k * squares
 
     @abstractmethod
-    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         """Return this batch's part of the running pass's sums; one of ``xs``, ``gs`` or both have one per draw."""
 
     @abstractmethod

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_influence import per_sample
 from lightning_influence.curvature.block import CurvatureBlock, Measure
 from lightning_influence.curvature.kfac import eigendecomposition
+from lightning_influence.patches import Activations, laid_out
 from lightning_influence.rows import Rows
 
 # Scalars of per-example gradients that are rotated at a time.
@@ -106,9 +107,9 @@ class BlockGGN(CurvatureBlock):
         rotated = (rows @ self.basis) * scales.unsqueeze(1)
         return (rotated @ self.basis.transpose(-1, -2)).transpose(0, 1).reshape(v.shape)
 
-    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         draws = max(len(xs), len(gs))
-        total = None
+        xs, total = laid_out(xs), None
         for draw in range(draws):
             x, g = xs[draw if len(xs) > 1 else 0], gs[draw if len(gs) > 1 else 0]
             for chunk in per_sample.gradients(x, g):

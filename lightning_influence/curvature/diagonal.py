@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_influence import per_sample
 from lightning_influence.curvature.block import CurvatureBlock, Measure
+from lightning_influence.patches import Activations, laid_out
 from lightning_influence.rows import Rows
 
 
@@ -52,8 +53,8 @@ class DiagonalBlock(CurvatureBlock):
             self._cached = damping, 1 / (diagonal + damping)
         return self._cached[1]
 
-    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
-        return {"squares": per_sample.summed_squares(xs, gs)}
+    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+        return {"squares": per_sample.summed_squares(laid_out(xs), gs)}
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
         self._result = {"diagonal": sums["squares"] / sums["examples"].to(sums["squares"].dtype)}

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_influence import per_sample
 from lightning_influence.curvature.block import Measure
 from lightning_influence.curvature.kfac import KroneckerBlock
+from lightning_influence.patches import Activations, laid_out
 from lightning_influence.rows import Rows
 
 
@@ -24,10 +25,10 @@ class EKFACBlock(KroneckerBlock):
     title: ClassVar[str] = "EK-FAC"
     measures: ClassVar[tuple[Measure, ...]] = ("covariances", "eigenvalues")
 
-    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         if not self._finished_passes:
             return super()._contributions(xs, gs, examples)
-        return {"squares": per_sample.rotated_squares(xs, gs, *self.basis)}
+        return {"squares": per_sample.rotated_squares(laid_out(xs), gs, *self.basis)}
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
         if not self._finished_passes:

@@ -348,7 +348,7 @@ def _update(blocks: Mapping[str, CurvatureBlock], batches: Iterator[BatchGradien
         counted = batch.counted
         total += counted
         for io in batch.layers():
-            blocks[io.name].update(io.xs, io.gs, counted)
+            blocks[io.name].update(io.activations, io.gs, counted)
     return total
 
 

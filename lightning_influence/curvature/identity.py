@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_influence import per_sample
 from lightning_influence.curvature.block import CurvatureBlock, Measure
+from lightning_influence.patches import Activations
 from lightning_influence.rows import Rows
 
 
@@ -51,7 +52,7 @@ class IdentityBlock(CurvatureBlock):
         norms = self.self_influence(x, g, 0.0)
         return torch.stack([norms / (1 + damping) for damping in dampings], 1)
 
-    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         return {}
 
     def _finish(self, sums: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_influence import per_sample
 from lightning_influence.curvature.block import CurvatureBlock, Measure
+from lightning_influence.patches import Activations, Patches, laid_out
 from lightning_influence.rows import Joined, OneHot, Rows, added, second_moment
 
 
@@ -111,7 +112,7 @@ class KroneckerBlock(CurvatureBlock):
             v = v @ basis_x.transpose(-1, -2)
         return v if basis_g is None else basis_g @ v
 
-    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
         for use, use_xs, use_gs in _by_use(xs, gs):
             rows = float(examples * use_xs[0].shape[2])
@@ -123,7 +124,7 @@ class KroneckerBlock(CurvatureBlock):
         return sums
 
     @staticmethod
-    def _moment(draws: Sequence[Rows], dense: bool) -> Tensor:
+    def _moment(draws: Sequence[Rows | Patches], dense: bool) -> Tensor:
         return added(second_moment(rows, diagonal=not dense) for rows in draws)
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
@@ -158,13 +159,15 @@ class KFACBlock(KroneckerBlock):
     """``C = B ⊗ A``: eigenvalues are products of those of the factors."""
 
 
-def _by_use(xs: Sequence[Tensor], gs: Sequence[Rows]) -> Iterator[tuple[str, Sequence[Tensor], Sequence[Rows]]]:
+def _by_use(
+    xs: Sequence[Activations], gs: Sequence[Rows]
+) -> Iterator[tuple[str, Sequence[Activations], Sequence[Rows]]]:
     """Yield the rows of each kind of use: name, activations and output gradients by draw."""
     joined = [g for g in gs if isinstance(g, Joined)]
     if not joined:
         yield ("embedding" if isinstance(gs[0], OneHot) else "linear"), xs, gs
         return
-    splits = [joined[0].split(x) for x in xs]
+    splits = [joined[0].split(x) for x in laid_out(xs)]
     yield "embedding", [first for first, _ in splits], [joined[0].onehot]
     # Looked-up vectors have gradients that depend on the labels; the activations of a linear map do not.
     yield "linear", [splits[0][1]], [g.dense for g in joined]
