@@ -112,7 +112,11 @@ class MatrixCall(Call):
             ones: Whether to add a last column of ones.
         """
         x = self.activations(n, layouts)
-        return F.pad(x, (0, 1), value=1.0) if ones else x
+        if not ones:
+            return x
+        widened = x.new_empty((*x.shape[:-1], x.shape[-1] + 1))  # F.pad would write everything twice
+        widened[..., :-1], widened[..., -1] = x, 1
+        return widened
 
     def direct(self, role: str, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
         """Return the bias's gradient: the output gradients summed over positions."""

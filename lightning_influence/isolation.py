@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,9 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
 
 def _eager() -> AbstractContextManager[Any]:
+    # Nothing is compiled before the compiler is imported, which takes seconds.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
 

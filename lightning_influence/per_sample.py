@@ -98,23 +98,28 @@ def gradients(x: Tensor, g: Rows) -> Iterator[Tensor]:
         yield g[:, start : start + step].transpose(-1, -2) @ x[:, start : start + step]
 
 
-def _formed(x: Tensor, g: Rows) -> Iterator[Tensor]:
-    """Yield per-example gradients a few at a time, inputs first, ``[k, m, i, o]``: each valid until the next one.
+def _formed(x: Tensor, g: Rows, *, inputs_first: bool = True) -> Iterator[Tensor]:
+    """Yield per-example gradients a few at a time, ``[k, m, i, o]``: each valid until the next one.
 
-    Inputs first, as the bias makes their number odd, and rows of an even length in memory are written faster.
+    Inputs first, as the bias makes their number odd, and rows of an even length in memory are written faster; or
+    ``[k, m, o, i]``, which other matrices are laid out like.
     """
     if not isinstance(g, Tensor):
-        yield from (chunk.transpose(-1, -2) for chunk in gradients(x, g))
+        yield from (chunk.transpose(-1, -2) if inputs_first else chunk for chunk in gradients(x, g))
         return
-    k, n, _, i = x.shape
-    o = g.shape[3]
-    elements = _CACHED_ELEMENTS if x.device.type == "cpu" else _CHUNK_ELEMENTS
-    step = min(n, max(1, elements // (k * i * o)))
-    buffer = torch.empty((k, step, i, o), dtype=torch.result_type(x, g), device=x.device)
+    k, n = x.shape[:2]
+    # kmsi, kmso -> kmio
+    left, right = (x, g) if inputs_first else (g, x)
+    rows, columns = left.shape[3], right.shape[3]
+    step = min(n, max(1, _elements(x) // (k * rows * columns)))
+    buffer = torch.empty((k, step, rows, columns), dtype=torch.result_type(x, g), device=x.device)
     for start in range(0, n, step):
-        some_x, some_g = x[:, start : start + step], g[:, start : start + step]
-        # kmsi, kmso -> kmio
-        yield torch.matmul(some_x.transpose(-1, -2), some_g, out=buffer[:, : some_x.shape[1]])
+        some, others = left[:, start : start + step], right[:, start : start + step]
+        yield torch.matmul(some.transpose(-1, -2), others, out=buffer[:, : some.shape[1]])
+
+
+def _elements(x: Tensor) -> int:
+    return _CACHED_ELEMENTS if x.device.type == "cpu" else _CHUNK_ELEMENTS
 
 
 def formed(x: Tensor, g: Rows) -> Tensor:
@@ -204,23 +209,28 @@ def products(x: Tensor, g: Rows, vectors: Tensor) -> Tensor:
             parts.append(torch.einsum("nsi,qnsi->nq", x[0, start : start + step], picked))
         return torch.cat(parts)
     if x.shape[2] == 1:
-        # As many multiplications as with formed gradients, which are larger than what stands here in their place.
-        step = max(1, _CHUNK_ELEMENTS // (len(vectors) * x.shape[0] * min(x.shape[3], g.shape[3])))
-        return torch.cat([_bilinear(x[:, a : a + step, 0], g[:, a : a + step, 0], vectors) for a in _starts(x, step)])
+        return _bilinear(x[:, :, 0], g[:, :, 0], vectors)
     # One matrix product with all vectors per chunk: forming the gradients costs a q-th of it.
-    flat = vectors.transpose(-1, -2).flatten(1).T
-    return torch.cat([chunk.transpose(0, 1).flatten(1) @ flat for chunk in _formed(x, g)])
-
-
-def _starts(x: Tensor, step: int) -> range:
-    return range(0, x.shape[1], step)
+    flat = vectors.flatten(1).T
+    return torch.cat([chunk.transpose(0, 1).flatten(1) @ flat for chunk in _formed(x, g, inputs_first=False)])
 
 
 def _bilinear(x: Tensor, g: Tensor, vectors: Tensor) -> Tensor:
-    """Return ``Σ_k g_knᵀ v_qk x_kn``, ``[n, q]``, from ``[k, n, i]``, ``[k, n, o]`` and ``[q, k, o, i]``."""
-    narrow, wide, turned = (g, x, vectors.transpose(-1, -2)) if g.shape[2] <= x.shape[2] else (x, g, vectors)
-    # kni, qkio -> qkno
-    return ((wide @ turned) * narrow).sum((1, 3)).T
+    """Return ``Σ_k g_knᵀ v_qk x_kn``, ``[n, q]``, from ``[k, n, i]``, ``[k, n, o]`` and ``[q, k, o, i]``.
+
+    As many multiplications as with formed gradients, which are larger than what stands here in their place. A few
+    vectors at a time, so that all examples meet them while they are in the cache.
+    """
+    (k, n, i), o = x.shape, g.shape[2]
+    step = max(1, _elements(x) // (k * n * o))
+    parts = []
+    for start in range(0, len(vectors), step):
+        some = vectors[start : start + step]
+        # kni, kri -> knr: r counts vectors and outputs
+        turned = x @ some.transpose(0, 1).reshape(k, -1, i).transpose(-1, -2)
+        # knqo, knoj -> knq
+        parts.append((turned.view(k, n, -1, o) @ g.unsqueeze(-1)).squeeze(-1).sum(0))
+    return torch.cat(parts, 1) if parts else x.new_zeros((n, 0))
 
 
 def rotated_squares(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import subprocess
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
@@ -206,6 +208,20 @@ def test_a_compiled_model_runs_eagerly_inside() -> None:
         assert seen == []
     compiled(torch.ones(1, 2))
     assert seen == ["compiled"]
+
+
+def test_the_compiler_is_not_imported_for_it() -> None:
+    """It takes seconds, and a model that was compiled has it imported."""
+    code = """if True:
+        import sys
+        from torch import nn
+        from lightning_influence.isolation import untouched
+        with untouched(nn.Linear(2, 2)):
+            pass
+        print("torch._dynamo" in sys.modules)
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 # ----------------------------------------------------------------------------------------------------- buffers
