@@ -31,10 +31,9 @@ from lightning_influence.layers import LayerError, MatrixBlock, ParameterBlock
 from lightning_influence.precision import working
 from lightning_influence.reading import IN_PLACE, NotUnderstoodError, Site, read_call
 from lightning_influence.rows import Rows
-from lightning_influence.task import LossTap
 from lightning_influence.trace import TracedUse
 from lightning_influence.uses import Output, Source, Use, check_batch, joined, modified, rows_of
-from lightning_influence.watch import visible_attention
+from lightning_influence.watch import TrainingTap, visible_attention
 
 Group: TypeAlias = tuple[int, int]
 """A parameter group: number of its optimizer, and its own in it."""
@@ -175,6 +174,7 @@ class Flight:
         self._n = 0
         self._visit: Visit | None = None
         self._error: Exception | None = None
+        self._tap = _FlightTap(self)
 
     def _plan(self, block: ParameterBlock) -> str | None:
         """Note where the block's parameters will be met; return why they can't be, if so."""
@@ -209,7 +209,7 @@ class Flight:
 
     # ------------------------------------------------------------ forward pass
 
-    def tap(self, n: int) -> LossTap:
+    def tap(self, n: int) -> TrainingTap:
         """Return a loss tap that watches the calls of one forward pass, too.
 
         Args:
@@ -217,7 +217,7 @@ class Flight:
         """
         self.clear()
         self._n = n
-        return _FlightTap(self)
+        return self._tap
 
     def clear(self) -> None:
         """Forget the last batch; hooks that are still in its graph do nothing any more."""
@@ -451,7 +451,7 @@ class Flight:
         self._scales = {}
 
 
-class _FlightTap(LossTap):
+class _FlightTap(TrainingTap):
     """A loss tap that tells a flight of the calls with covered parameters."""
 
     def __init__(self, flight: Flight) -> None:

@@ -99,38 +99,57 @@ class StepSizes:
 
     def __init__(self, module: nn.Module) -> None:
         self._names = {id(p): name for name, p in module.named_parameters()}
-        self.sums: dict[str, float] = {}
         self.steps = 0
+        self._sums: dict[str, float] = {}
         self._totals: dict[str, float] = {}
         self._weight_decay: dict[str, float] = {}
         self._adaptive: set[str] = set()
         self._all_steps = 0
         self.optimizers: set[str] = set()
         self.unknown: set[str] = set()
+        self._met: set[type] = set()  # optimizers that are in these sets
+        # Rates and L2 coefficients wait for being shared out to each of the parameters that they are for.
+        self._waiting: dict[tuple[str, ...], tuple[float, float]] = {}
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """Parameter name to the sum of its learning rates since the last checkpoint."""
+        self._share_out()
+        return self._sums
 
     def record(self, optimizer: Any) -> None:
         """Add the current learning rates of one optimizer, just before it steps."""
         self.steps += 1
         self._all_steps += 1
         optimizer = optimizers.inner(optimizer)
+        if type(optimizer) not in self._met:
+            self._meet(optimizer)
+        names, waiting = self._names, self._waiting
+        for group in optimizer.param_groups:
+            known = tuple([names[id(p)] for p in group["params"] if p.requires_grad and id(p) in names])
+            before, _ = waiting.get(known, (0.0, 0.0))
+            waiting[known] = before + optimizers.rate(group), optimizers.l2_coefficient(optimizer, group)
+
+    def _meet(self, optimizer: Any) -> None:
+        self._met.add(type(optimizer))
         name = type(optimizer).__name__
         self.optimizers.add(name)
         if not optimizers.is_understood(optimizer):
             self.unknown.add(name)
         if not isinstance(optimizer, torch.optim.SGD):
             self._adaptive.add(name)
-        sums, totals, decays = self.sums, self._totals, self._weight_decay
-        for (rate, parameters), group in zip(optimizers.rates(optimizer), optimizer.param_groups, strict=True):
-            decay = optimizers.l2_coefficient(optimizer, group)
-            for parameter in parameters:
-                known = self._names.get(id(parameter))
-                if known is not None and parameter.requires_grad:
-                    sums[known] = sums.get(known, 0.0) + rate
-                    totals[known] = totals.get(known, 0.0) + rate
-                    decays[known] = decay
+
+    def _share_out(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for names, (rate, decay) in waiting.items():
+            for name in names:
+                self._sums[name] = self._sums.get(name, 0.0) + rate
+                self._totals[name] = self._totals.get(name, 0.0) + rate
+                self._weight_decay[name] = decay
 
     def history(self) -> OptimizerHistory:
         """Return what the optimizers have done since the start of training."""
+        self._share_out()
         return OptimizerHistory(
             dict(self._totals), dict(self._weight_decay), tuple(sorted(self._adaptive)), self._all_steps
         )
@@ -150,18 +169,19 @@ class StepSizes:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; one of an earlier version does not know the totals."""
-        self.sums = dict(state["step_sizes"])
+        self._sums, self._waiting = dict(state["step_sizes"]), {}
         self.steps = state["steps"]
         self._totals = dict(state.get("total_step_sizes", {}))
         self._weight_decay = dict(state.get("weight_decay", {}))
         self._adaptive = set(state.get("adaptive", ()))
         self._all_steps = state.get("all_steps", 0)
+        self._met = set()
         self.optimizers = set(state.get("optimizers", ()))
         self.unknown = set(state.get("unknown_optimizers", ()))
 
     def take(self) -> dict[str, float]:
         """Return the sums since the last call and start again."""
-        taken, self.sums, self.steps = self.sums, {}, 0
+        taken, self._sums, self.steps = self.sums, {}, 0
         return taken
 
 

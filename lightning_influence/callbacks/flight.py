@@ -13,8 +13,8 @@ from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.coverage import Layers, cover, listed_reasons
 from lightning_influence.in_flight import Flight, Visit
-from lightning_influence.task import LossTap
 from lightning_influence.trace import Trace
+from lightning_influence.watch import TrainingTap
 
 
 class FlightRecorder:
@@ -48,12 +48,12 @@ class FlightRecorder:
         self._due = self._measuring = False  # the running batch; until the end of its first backward pass
         self._started: float | None = None
 
-    def tap(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> LossTap:
-        """Return a loss tap for the next batch, which watches its layers if the batch is measured."""
+    def tap(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> TrainingTap | None:
+        """Return a loss tap that watches the layers in the next batch; None if the batch is not measured."""
         self._started = time.perf_counter()
         self._due = self._measuring = self._recording.pace.due() and not self._recording.failed
         if not self._due:
-            return LossTap()
+            return None
         groups = [group for optimizer in trainer.optimizers for group in optimizers.inner(optimizer).param_groups]
         trainable = [id(p) for group in groups for p in group["params"] if p.requires_grad]
         if self._flight is None or trainable != self._trainable:  # callbacks thaw layers during training

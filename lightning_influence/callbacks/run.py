@@ -24,11 +24,12 @@ from lightning_influence.checkpoints import Checkpoint
 from lightning_influence.coverage import Coverage
 from lightning_influence.curvature import CurvatureName
 from lightning_influence.influence import InfluencePlan, influence_scores
+from lightning_influence.losses import LossCall
 from lightning_influence.optimizers import preconditioners
 from lightning_influence.scoring import score_examples
-from lightning_influence.task import LossTap
 from lightning_influence.tracin import StepSize, TracIn, block_step_sizes
 from lightning_influence.verify import Inspection
+from lightning_influence.watch import TrainingTap
 
 
 @dataclass(eq=False)
@@ -60,8 +61,9 @@ class AuditRun:
     flight: FlightRecorder | None = None
     queries: QueryReport | None = None
     make_unlearner: MakeUnlearner | None = None
+    _tap: TrainingTap = field(default_factory=TrainingTap, init=False)
     # From the start of a batch to its first backward pass; a second one of the same step is not a second visit.
-    _listening: tuple[LossTap, list[int]] | None = field(default=None, init=False)
+    _listening: tuple[TrainingTap | None, list[int]] | None = field(default=None, init=False)
 
     def resume(self, trainer: Trainer, module: LightningModule) -> None:
         """Take over what a run that is resumed has left: its checkpoints, and the last pass that it postponed."""
@@ -77,27 +79,37 @@ class AuditRun:
         """Listen for the losses of these examples; None if it is not known which they are."""
         self.stop_listening()
         if indices is not None:
-            tap = LossTap() if self.flight is None else self.flight.tap(trainer, module, indices)
-            tap.__enter__()
+            tap = None if self.flight is None else self.flight.tap(trainer, module, indices)
+            if tap is None and self.recording.listens(trainer.current_epoch):
+                tap = self._tap
+            if tap is not None:
+                tap.start()
             self._listening = tap, indices
 
-    def stop_listening(self) -> tuple[LossTap, list[int]] | None:
-        """Leave training alone again; return what was heard, and of which examples."""
+    def stop_listening(self) -> tuple[list[LossCall] | None, list[int]] | None:
+        """Leave training alone again; return what was heard (None if nobody listened), and of which examples."""
         listening, self._listening = self._listening, None
-        if listening is not None:
-            listening[0].stop()
-        return listening
+        if listening is None:
+            return None
+        tap, indices = listening
+        if tap is None:
+            return None, indices
+        tap.stop()
+        return tap.taken(), indices
 
     def before_zero_grad(self) -> None:
         """Hear no more, and keep what was heard: zeroing asks torch twice about every parameter."""
-        if self._listening is not None:
+        if self._listening is not None and self._listening[0] is not None:
             self._listening[0].stop()
 
     def before_backward(self, trainer: Trainer, loss: Tensor) -> None:
         """File what the training pass itself said about each example."""
         if (heard := self.stop_listening()) is not None:
-            tap, indices = heard
-            self.recording.record_batch(indices, loss, tap.calls, self.passes.trace.forms)
+            calls, indices = heard
+            if calls is None:
+                self.recording.record_graph(indices, loss, self.passes.trace.forms)
+            else:
+                self.recording.record_batch(indices, loss, calls, self.passes.trace.forms)
             if self.flight is not None:
                 self.flight.before_backward(trainer, indices)
 
