@@ -348,7 +348,8 @@ class History:
         """Tell whether a tensor has this history."""
         node: Any = tensor.grad_fn
         for kind, count, place in self.kinds:
-            if type(node) is not kind:
+            same = type(node) is kind
+            if not same:
                 return False
             inputs = node.next_functions
             if len(inputs) != count:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -258,6 +260,50 @@ class TracInScores:
         return True
 
 
+@dataclass(frozen=True, eq=False)
+class Increments:
+    """What a batch adds in flight: ``Σ η s + Σ g² (η x² + η' )`` per example, not yet added up.
+
+    Attributes:
+        n: Number of examples.
+        squares: Squared norms ``s: [n]``, each with its ``η``.
+        lengths: Of linear maps with a row per example: lengths of inputs and output gradients, ``[n]`` each, and ``η``
+            of weight and bias.
+    """
+
+    n: int
+    squares: Sequence[tuple[Tensor, float]]
+    lengths: Sequence[tuple[Tensor, Tensor, float, float]]
+
+    @staticmethod
+    def joined(batches: Sequence[Increments]) -> Tensor:
+        """Add up each of several batches, and lay them end to end, float64; one by one it takes as long as a step."""
+        starts = [0, *accumulate(batch.n for batch in batches)]
+        total = torch.zeros(starts[-1], dtype=torch.float64)
+
+        def add(values: Tensor, places: Sequence[tuple[int, int]]) -> None:
+            rows = torch.cat([torch.arange(start, start + n) for start, n in places])
+            total.index_add_(0, rows, values)
+
+        def spread(values: Sequence[float], places: Sequence[tuple[int, int]]) -> Tensor:
+            counts = torch.tensor([n for _, n in places])
+            return torch.tensor(values, dtype=torch.float64).repeat_interleave(counts)
+
+        def laid_out(parts: Sequence[Tensor]) -> Tensor:
+            return torch.cat(tuple(parts)).cpu().double()
+
+        if squares := [(start, b.n, *entry) for start, b in zip(starts, batches, strict=False) for entry in b.squares]:
+            places = [(start, n) for start, n, *_ in squares]
+            s, rates = zip(*[entry[2:] for entry in squares], strict=True)
+            add(laid_out(s) * spread(rates, places), places)
+        if lengths := [(start, b.n, *entry) for start, b in zip(starts, batches, strict=False) for entry in b.lengths]:
+            places = [(start, n) for start, n, *_ in lengths]
+            x, g, weights, biases = zip(*[entry[2:] for entry in lengths], strict=True)
+            inner = laid_out(x).square_() * spread(weights, places) + spread(biases, places)
+            add(laid_out(g).square_() * inner, places)
+        return total
+
+
 class VisitSums:
     """Running TracIn in flight of every example: a sum over the times it was trained on.
 
@@ -276,14 +322,14 @@ class VisitSums:
         # What all processes knew when they last told each other; the rest of the sums is this process's own.
         self._common = {name: value.clone() for name, value in self.sums.items()}
         # Increments wait on their device: copying each one at once would make a GPU wait in every step.
-        self._waiting: list[tuple[Sequence[int], Tensor | None]] = []
+        self._waiting: list[tuple[Sequence[int], Increments | None]] = []
 
-    def add(self, indices: Sequence[int], increments: Tensor | None) -> None:
+    def add(self, indices: Sequence[int], increments: Increments | None) -> None:
         """Add one batch.
 
         Args:
             indices: Dataset indices; one that is there twice was trained on twice.
-            increments: ``η ‖g‖²``, ``[n]``; None if the batch was not measured.
+            increments: ``η ‖g‖²``; None if the batch was not measured.
         """
         self._waiting.append((indices, increments))
         if len(self._waiting) >= _FLUSH_EVERY:
@@ -297,11 +343,11 @@ class VisitSums:
             ("tracin_visits", [rows for rows, _ in waiting]),
             ("tracin_measured", [r for r, _ in measured]),
         ):
-            rows = torch.tensor([index for batch in batches for index in batch], dtype=torch.long)
+            rows = torch.from_numpy(np.fromiter(chain.from_iterable(batches), np.int64))
             self.sums[name].index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
         if measured:
             # The rows of the measured batches: those of the last round of the loop.
-            self.sums["tracin"].index_add_(0, rows, torch.cat([values.double() for _, values in measured]).cpu())
+            self.sums["tracin"].index_add_(0, rows, Increments.joined([values for _, values in measured]))
 
     def gathered(self) -> VisitSums:
         """Return the sums of all processes together: each has seen its own part of the batches."""

@@ -20,7 +20,7 @@ from lightning_influence.pacing import Pace
 from lightning_influence.scoring import ExampleScores
 from lightning_influence.task import calls_in, primary_call
 from lightning_influence.terms import TermForm
-from lightning_influence.tracin import StepSizes, TracIn, TracInScores, VisitSums
+from lightning_influence.tracin import Increments, StepSizes, TracIn, TracInScores, VisitSums
 
 # Batches whose examples wait for being noted as seen.
 _FILE_EVERY = 64
@@ -144,7 +144,7 @@ class Recording:
         self._next_step = max(self._next_step, step + 1)
         return new
 
-    def record_visit(self, indices: Sequence[int], scores: Tensor | None) -> None:
+    def record_visit(self, indices: Sequence[int], scores: Increments | None) -> None:
         """File what a batch and its step say in flight; None if the batch was not measured."""
         if self.visits is not None:
             self.visits.add(indices, scores)
@@ -318,10 +318,9 @@ class Recording:
 def _plain_call(
     loss: Tensor, calls: Sequence[LossCall], n: int, forms: Mapping[int, TermForm] | None
 ) -> CrossEntropy | None:
-    """Return what ``primary_call`` does for the plainest of losses: one cross-entropy with a row per example."""
-    if len(calls) != 1 or type(calls[0]) is not CrossEntropy or not calls_in(loss, calls):
-        return None
-    return calls[0] if _is_plain(calls[0], n, forms) else None
+    """Return what ``primary_call`` does if that is a cross-entropy with a row per example."""
+    call = next(iter(calls_in(loss, calls)), None)
+    return call if type(call) is CrossEntropy and _is_plain(call, n, forms) else None
 
 
 def _is_plain(call: CrossEntropy, n: int, forms: Mapping[int, TermForm] | None) -> bool:

@@ -6,6 +6,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -30,6 +32,23 @@ from lightning_influence.scoring import score_examples
 from lightning_influence.tracin import StepSize, TracIn, block_step_sizes
 from lightning_influence.verify import Inspection
 from lightning_influence.watch import TrainingTap
+
+_Hook = TypeVar("_Hook", bound=Callable[..., None])
+
+
+def _timed(hook: _Hook) -> _Hook:
+    """Let a budget of time know how long training stood still; without one nothing is timed."""
+
+    @wraps(hook)
+    def timed(self: AuditRun, *args: Any) -> None:
+        if self.flight is None or not self.recording.pace.timing:
+            hook(self, *args)
+            return
+        start = time.perf_counter()
+        hook(self, *args)
+        self.flight.spent += time.perf_counter() - start
+
+    return cast(_Hook, timed)
 
 
 @dataclass(eq=False)
@@ -75,6 +94,7 @@ class AuditRun:
 
     # ---------------------------------------------------------------- a batch
 
+    @_timed
     def batch_started(self, trainer: Trainer, module: LightningModule, indices: list[int] | None) -> None:
         """Listen for the losses of these examples; None if it is not known which they are."""
         self.stop_listening()
@@ -97,11 +117,13 @@ class AuditRun:
         tap.stop()
         return tap.taken(), indices
 
+    @_timed
     def before_zero_grad(self) -> None:
         """Hear no more, and keep what was heard: zeroing asks torch twice about every parameter."""
         if self._listening is not None and self._listening[0] is not None:
             self._listening[0].stop()
 
+    @_timed
     def before_backward(self, trainer: Trainer, loss: Tensor) -> None:
         """File what the training pass itself said about each example."""
         if (heard := self.stop_listening()) is not None:
@@ -113,6 +135,7 @@ class AuditRun:
             if self.flight is not None:
                 self.flight.before_backward(trainer, indices)
 
+    @_timed
     def after_backward(self) -> None:
         """Take what the backward pass said about each example's gradient."""
         if self.flight is not None:
@@ -124,6 +147,7 @@ class AuditRun:
         if self.flight is not None:
             self.flight.batch_ended()
 
+    @_timed
     def before_step(self, trainer: Trainer, optimizer: object) -> None:
         """Note the learning rates that are really used."""
         self.recording.record_step(optimizer)
