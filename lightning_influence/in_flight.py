@@ -185,6 +185,9 @@ class Flight:
         self._rows: dict[int, _Reading] = {}  # those of linear maps, by their weights
         # Parameter to its group, and the optimizer with the group's settings if it scales gradients.
         self._groups: dict[int, tuple[Group, Any]] = {}
+        self._row_groups: dict[
+            tuple[str, ...], tuple[Group | None, Group | None]
+        ] = {}  # of weight and bias, for plain steps
         self._grouped: list[tuple[Any, int]] = []  # the parameter groups that this was made from, and their sizes
         self._scales: dict[str, Tensor] = {}
         self._uses: dict[str, list[Use | _Row]] = {}
@@ -329,6 +332,7 @@ class Flight:
         same = len(grouped) == len(self._grouped)
         if not same or any(a is not b or m != n for (a, m), (b, n) in zip(grouped, self._grouped, strict=True)):
             self._grouped = grouped
+            self._row_groups = {}
             self._groups = {
                 id(parameter): (
                     (number, place),
@@ -373,7 +377,7 @@ class Flight:
                 raise LayerError(modified(name))
         rows = _single_rows(uses[0], self._n) if len(uses) == 1 else None
         if rows is not None:
-            self._add_rows(visit, uses[0].call, uses[0].roles, *rows)
+            self._add_rows(visit, name, uses[0].call, uses[0].roles, *rows)
             return
         self._add(visit, self._squares(block, uses))
 
@@ -383,7 +387,12 @@ class Flight:
         self._reached.add(name)
         if row.x._version != row.version:
             raise LayerError(modified(name))
-        self._add_rows(visit, row.reading.call, row.reading.blocks[name], working(row.x), working(row.gradient))
+        x, g = working(row.x), working(row.gradient)
+        groups = self._row_groups.get((name, *row.reading.blocks[name]))
+        if groups is None:
+            self._add_rows(visit, name, row.reading.call, row.reading.blocks[name], x, g)
+        else:
+            visit.add_lengths(*groups, torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(g, dim=1))
 
     def _add(self, visit: Visit, found: Iterable[tuple[Tensor, Tensor]]) -> None:
         for parameter, squares in found:
@@ -395,17 +404,14 @@ class Flight:
         found = self._groups.get(id(parameter))
         return None if found is None else found[0]
 
-    def _add_rows(self, visit: Visit, call: Call, roles: Mapping[str, Source], x: Tensor, g: Tensor) -> None:
+    def _add_rows(self, visit: Visit, name: str, call: Call, roles: Mapping[str, Source], x: Tensor, g: Tensor) -> None:
         """Add ``gᵀ P g`` of a linear map with a row per example, for plain steps by the lengths of the rows."""
         places = {role: self._groups.get(id(source.tensor)) for role, source in roles.items()}
         if all(place is None or place[1] is None for place in places.values()):
             of_weight, of_bias = places.get("weight"), places.get("bias")
-            visit.add_lengths(
-                None if of_weight is None else of_weight[0],
-                None if of_bias is None else of_bias[0],
-                torch.linalg.vector_norm(x, dim=1),
-                torch.linalg.vector_norm(g, dim=1),
-            )
+            groups = None if of_weight is None else of_weight[0], None if of_bias is None else of_bias[0]
+            self._row_groups[name, *roles] = groups
+            visit.add_lengths(*groups, torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(g, dim=1))
             return
         assert isinstance(call, LinearCall)
         self._add(visit, self._scaled_rows(call, roles, x, g))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain, groupby
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -278,30 +278,27 @@ class Increments:
     @staticmethod
     def joined(batches: Sequence[Increments]) -> Tensor:
         """Add up each of several batches, and lay them end to end, float64; one by one it takes as long as a step."""
-        starts = [0, *accumulate(batch.n for batch in batches)]
-        total = torch.zeros(starts[-1], dtype=torch.float64)
+        parts = []
+        for n, run in groupby(batches, lambda batch: batch.n):
+            alike = list(run)
+            total = torch.zeros(len(alike), n, dtype=torch.float64)
+            if squares := [(k, *entry) for k, batch in enumerate(alike) for entry in batch.squares]:
+                of, s, rates = zip(*squares, strict=True)
+                total.index_add_(0, torch.tensor(of), _stacked(s) * _column(rates))
+            if lengths := [(k, *entry) for k, batch in enumerate(alike) for entry in batch.lengths]:
+                of, x, g, weights, biases = zip(*lengths, strict=True)
+                inner = _stacked(x).square_().mul_(_column(weights)).add_(_column(biases))
+                total.index_add_(0, torch.tensor(of), inner.mul_(_stacked(g).square_()))
+            parts.append(total.flatten())
+        return torch.cat(parts)
 
-        def add(values: Tensor, places: Sequence[tuple[int, int]]) -> None:
-            rows = torch.cat([torch.arange(start, start + n) for start, n in places])
-            total.index_add_(0, rows, values)
 
-        def spread(values: Sequence[float], places: Sequence[tuple[int, int]]) -> Tensor:
-            counts = torch.tensor([n for _, n in places])
-            return torch.tensor(values, dtype=torch.float64).repeat_interleave(counts)
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(rows)).cpu().double()
 
-        def laid_out(parts: Sequence[Tensor]) -> Tensor:
-            return torch.cat(tuple(parts)).cpu().double()
 
-        if squares := [(start, b.n, *entry) for start, b in zip(starts, batches, strict=False) for entry in b.squares]:
-            places = [(start, n) for start, n, *_ in squares]
-            s, rates = zip(*[entry[2:] for entry in squares], strict=True)
-            add(laid_out(s) * spread(rates, places), places)
-        if lengths := [(start, b.n, *entry) for start, b in zip(starts, batches, strict=False) for entry in b.lengths]:
-            places = [(start, n) for start, n, *_ in lengths]
-            x, g, weights, biases = zip(*[entry[2:] for entry in lengths], strict=True)
-            inner = laid_out(x).square_() * spread(weights, places) + spread(biases, places)
-            add(laid_out(g).square_() * inner, places)
-        return total
+def _column(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).unsqueeze(1)
 
 
 class VisitSums:

@@ -76,16 +76,22 @@ class TrainingTap(LossTap):
     def __init__(self) -> None:
         super().__init__()
         self._listening = False
+        self._noted: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []  # calls that are not read yet
         self._last: tuple[list[str], list[Any], CrossEntropy] | None = None  # names and values of arguments
 
     def start(self) -> None:
         """Listen to a batch."""
-        self.calls = []
+        self.forget()
         self._listening = True
         self.__enter__()
 
+    def forget(self) -> None:
+        """Let go of what was heard: it holds the graph of the batch."""
+        self.calls, self._noted = [], []
+
     def taken(self) -> list[LossCall]:
         """Return the calls and forget them: they hold the graph of the batch."""
+        self._read_noted()
         calls, self.calls = self.calls, []
         return calls
 
@@ -96,11 +102,16 @@ class TrainingTap(LossTap):
         if not known_loss(func):  # nearly all of them, in every training step
             return func(*args, **kwargs) if kwargs else func(*args)
         if func is not F.cross_entropy:
+            self._read_noted()
             return super().__torch_function__(func, types, args, kwargs)
         output = func(*args, **(kwargs or {}))
-        if self._listening and output.requires_grad and (call := self._read(args, kwargs or {}, output)) is not None:
-            self.calls.append(call)
+        if self._listening and output.requires_grad:
+            self._noted.append((args, kwargs or {}, output))
         return output
+
+    def _read_noted(self) -> None:
+        noted, self._noted = self._noted, []
+        self.calls += [call for entry in noted if (call := self._read(*entry)) is not None]
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> LossCall | None:
         """Read a cross-entropy, whose settings are nearly always those of the batch before."""

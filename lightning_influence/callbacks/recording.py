@@ -84,20 +84,38 @@ class Recording:
             self._agreed = min(self._agreed, _AGREEING - _AGREEING_AGAIN)
         return self._agreed < _AGREEING or not self._told_by_graph
 
-    def record_graph(self, indices: Sequence[int], loss: Tensor, forms: Mapping[int, TermForm] | None = None) -> None:
-        """File one training batch whose calls were not watched under its indices."""
+    def record_graph(
+        self,
+        indices: Sequence[int],
+        loss: Tensor,
+        forms: Mapping[int, TermForm] | None = None,
+        *,
+        last: bool = True,
+    ) -> bool:
+        """File one training batch under its indices by its graph; tell whether that is done.
+
+        Args:
+            indices: Of its examples.
+            loss: Before the backward pass.
+            forms: See ``primary_call``.
+            last: Whether there is nothing else to file it by.
+        """
         if self.failed:
-            return
+            return True
         try:
-            self._note(indices)
             call = call_in_graph(loss)
-            if call is not None and self._is_plain(call, len(indices), forms):
+            told = call is not None and self._is_plain(call, len(indices), forms)
+            if not (told or last):
+                return False
+            self._note(indices)
+            if told and call is not None:
                 self.dynamics.record_rows(indices, call)
             else:
                 self.untapped_batches += 1
                 self._told_by_graph = False
         except Exception as error:  # a statistic must never end a training run
             self.fail("training dynamics are incomplete", error)
+        return True
 
     def record_batch(
         self,

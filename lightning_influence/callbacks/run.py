@@ -26,7 +26,6 @@ from lightning_influence.checkpoints import Checkpoint
 from lightning_influence.coverage import Coverage
 from lightning_influence.curvature import CurvatureName
 from lightning_influence.influence import InfluencePlan, influence_scores
-from lightning_influence.losses import LossCall
 from lightning_influence.optimizers import preconditioners
 from lightning_influence.scoring import score_examples
 from lightning_influence.tracin import StepSize, TracIn, block_step_sizes
@@ -106,16 +105,15 @@ class AuditRun:
                 tap.start()
             self._listening = tap, indices
 
-    def stop_listening(self) -> tuple[list[LossCall] | None, list[int]] | None:
-        """Leave training alone again; return what was heard (None if nobody listened), and of which examples."""
+    def stop_listening(self) -> None:
+        """Leave training alone again, and forget what was heard."""
         listening, self._listening = self._listening, None
         if listening is None:
-            return None
-        tap, indices = listening
-        if tap is None:
-            return None, indices
-        tap.stop()
-        return tap.taken(), indices
+            return
+        tap, _ = listening
+        if tap is not None:
+            tap.stop()
+            tap.forget()
 
     @_timed
     def before_zero_grad(self) -> None:
@@ -126,12 +124,16 @@ class AuditRun:
     @_timed
     def before_backward(self, trainer: Trainer, loss: Tensor) -> None:
         """File what the training pass itself said about each example."""
-        if (heard := self.stop_listening()) is not None:
-            calls, indices = heard
-            if calls is None:
-                self.recording.record_graph(indices, loss, self.passes.trace.forms)
-            else:
-                self.recording.record_batch(indices, loss, calls, self.passes.trace.forms)
+        listening, recording, forms = self._listening, self.recording, self.passes.trace.forms
+        if listening is not None:
+            tap, indices = listening
+            if tap is not None:
+                tap.stop()
+            # In flight a tap is there for other reasons, too: what it heard of the loss is read if it has to be.
+            relied = not recording.listens(trainer.current_epoch)
+            if not (relied and recording.record_graph(indices, loss, forms, last=tap is None)) and tap is not None:
+                recording.record_batch(indices, loss, tap.taken(), forms)
+            self.stop_listening()
             if self.flight is not None:
                 self.flight.before_backward(trainer, indices)
 
