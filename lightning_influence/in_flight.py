@@ -410,7 +410,7 @@ class Flight:
         if all(place is None or place[1] is None for place in places.values()):
             of_weight, of_bias = places.get("weight"), places.get("bias")
             groups = None if of_weight is None else of_weight[0], None if of_bias is None else of_bias[0]
-            self._row_groups[name, *roles] = groups
+            self._row_groups[(name, *roles)] = groups
             visit.add_lengths(*groups, torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(g, dim=1))
             return
         assert isinstance(call, LinearCall)

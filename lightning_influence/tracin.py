@@ -262,7 +262,7 @@ class TracInScores:
 
 @dataclass(frozen=True, eq=False)
 class Increments:
-    """What a batch adds in flight: ``Σ η s + Σ g² (η x² + η' )`` per example, not yet added up.
+    """What a batch adds in flight: ``Σ η s + Σ g² (η x² + η')`` per example, not yet added up.
 
     Attributes:
         n: Number of examples.
