@@ -49,8 +49,9 @@ class TracIn:
             that of the measured ones; it is NaN if none was measured.
         layers: Mode ``"step"`` only: layers to measure, as the callback's ``layers``, a part of those; the scores are
             then about these layers. None for all.
-        overhead: Mode ``"step"`` only: largest share of the training time to add, such as 0.1. The first batches are
-            timed with and without, and ``every_n_steps`` is raised as far as needed; the audit's notes say to what.
+        overhead: Mode ``"step"`` only: largest share of the training time to add, such as 0.1, the training dynamics
+            included. The first batches are timed with and without, and ``every_n_steps`` is raised as far as needed;
+            the audit's notes say to what.
         keep_checkpoints: Number of checkpoints to keep in the audit directory, for scores of pairs; 0 for none.
             With more, those that are left stay spread evenly over the training, and the step sizes of a dropped one
             count towards the next.
