@@ -9,11 +9,17 @@ Toneva et al. 2019, 1812.05159), and the margin of the mean predicted probabilit
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_influence import distributed
+from lightning_influence.layout import BatchLayout
 from lightning_influence.losses import CrossEntropy, LossCall
 
 # Logits up to this many scalars wait for those of other batches: each call costs more than its arithmetic.
@@ -21,6 +27,11 @@ _SMALL = 2**16
 # Mean probabilities are kept up to this many scalars (400 MB); beyond, their columns are left out.
 _PROBABILITY_BUDGET = 10**8
 _FLUSH_EVERY = 64
+# What a trainer does to a loss: it is divided, or scaled.
+_FACTORS = ("DivBackward0", "MulBackward0")
+_PICKING = ("IndexBackward0", "IndexSelectBackward0", "MaskedSelectBackward0", "PackPaddedSequenceBackward0")
+# Operations with several inputs, and the one of them that has the rows.
+_ROWS_IN = {"AddmmBackward0": 1}
 
 
 class TrainingDynamics:
@@ -35,8 +46,12 @@ class TrainingDynamics:
         self.sums: dict[str, Tensor] = {}
         # What all processes knew when they last told each other; the rest of the sums is this process's own.
         self._common: dict[str, Tensor] = {}
-        # Batches wait here on their device: copying each one at once would make a GPU wait in every step.
-        self._waiting: list[tuple[Sequence[int], dict[str, Tensor] | CrossEntropy]] = []
+        # Batches wait on their device, either here or there: copying each one at once would make a GPU wait in every
+        # step, and each call costs more than its arithmetic.
+        self._waiting: list[tuple[Sequence[int], dict[str, Tensor]]] = []
+        self._rows: list[tuple[Sequence[int], Tensor, Tensor]] = []  # logits and labels
+        self._like: CrossEntropy | None = None  # the call that the rows are alike
+        self._first: NDArray[np.int64] | None = None  # scratch space of `_rounds`
 
     def record_call(self, indices: Sequence[int], call: LossCall) -> None:
         """File one training batch by its loss call, see ``record``.
@@ -44,10 +59,23 @@ class TrainingDynamics:
         Small logits of plain class decisions are copied, and what they say is computed for many batches at once.
         """
         n = len(indices)
-        if type(call) is CrossEntropy and call.single_rows(n) and call.input.numel() <= _SMALL:
-            self._wait(indices, call.copied())
+        if type(call) is CrossEntropy and call.single_rows(n):
+            self.record_rows(indices, call)
         else:
             self.record(indices, call.statistics(n))
+
+    def record_rows(self, indices: Sequence[int], call: CrossEntropy) -> None:
+        """File one training batch by a loss call with a row per example, see ``CrossEntropy.single_rows``."""
+        if call.input.numel() > _SMALL:
+            self.record(indices, replace(call, layout=BatchLayout()).statistics(len(indices)))
+            return
+        if self._waiting or self._like is None or not self._like.alike(call):
+            self.flush()
+            self._like = call.copied()
+        # What follows in the step may overwrite them.
+        self._rows.append((list(indices), call.input.detach().clone(), call.target.clone()))
+        if len(self._rows) >= _FLUSH_EVERY:
+            self.flush()
 
     def record(self, indices: Sequence[int], statistics: Mapping[str, Tensor]) -> None:
         """File one training batch.
@@ -62,7 +90,11 @@ class TrainingDynamics:
         n = statistics["loss"].shape[0]
         if len(indices) != n:
             raise ValueError(f"{n} examples in the batch, but {len(indices)} dataset indices were recorded for it.")
-        self._wait(indices, self._within_budget(statistics))
+        if self._rows:
+            self.flush()
+        self._waiting.append((list(indices), self._within_budget(statistics)))
+        if len(self._waiting) >= _FLUSH_EVERY:
+            self.flush()
 
     def _within_budget(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         statistics = dict(statistics)
@@ -70,38 +102,59 @@ class TrainingDynamics:
             del statistics["probabilities"]
         return statistics
 
-    def _wait(self, indices: Sequence[int], entry: dict[str, Tensor] | CrossEntropy) -> None:
-        self._waiting.append((list(indices), entry))
-        if len(self._waiting) >= _FLUSH_EVERY:
-            self.flush()
-
     def flush(self) -> None:
         """Add the waiting batches to the sums."""
         waiting, self._waiting = self._waiting, []
-        while waiting:
-            batches, entry = [waiting[0][0]], waiting[0][1]
-            if isinstance(entry, CrossEntropy):
-                calls = [entry]
-                for indices, other in waiting[1:]:
-                    if not isinstance(other, CrossEntropy) or not entry.alike(other):
-                        break
-                    batches.append(indices)
-                    calls.append(other)
-                entry = self._within_budget(entry.joined(calls).statistics(sum(map(len, batches))))
-            statistics, start = {name: value.cpu() for name, value in entry.items()}, 0
-            for indices in _rounds(batches):
-                rows = slice(start, start + len(indices))
-                self._add(indices, {name: value[rows] for name, value in statistics.items()})
-                start = rows.stop
-            waiting = waiting[len(batches) :]
+        rows, self._rows = self._rows, []
+        for indices, statistics in waiting:
+            self._file([indices], statistics)
+        if rows and self._like is not None:
+            batches, logits, labels = zip(*rows, strict=True)
+            call = replace(self._like, input=torch.cat(logits), target=torch.cat(labels), layout=BatchLayout())
+            self._file(batches, self._within_budget(call.statistics(sum(map(len, batches)))))
 
-    def _add(self, indices: Sequence[int], statistics: dict[str, Tensor]) -> None:
-        rows, taken = torch.tensor(indices), statistics
-        if len(set(indices)) < len(indices):
-            first: dict[int, int] = {}
-            for position, index in enumerate(indices):
-                first.setdefault(index, position)
-            rows, taken = _rows(rows, taken, torch.tensor(list(first.values())))
+    def _file(self, batches: Sequence[Sequence[int]], statistics: Mapping[str, Tensor]) -> None:
+        """Add batches that lie end to end, in turn where one has examples of another."""
+        indices = np.fromiter(chain.from_iterable(batches), np.int64)
+        indices[indices < 0] += self.size
+        found = {name: value.cpu() for name, value in statistics.items()}
+        for rows, taken in self._rounds(indices, list(map(len, batches))):
+            self._add(torch.from_numpy(indices[taken]), {name: value[rows] for name, value in found.items()})
+
+    def _rounds(self, indices: NDArray[np.int64], sizes: Sequence[int]) -> Iterator[tuple[slice | Tensor, Any]]:
+        """Lay batches end to end, as long as no example comes again: whether it was right before has to be known then.
+
+        Args:
+            indices: Of the examples of all batches.
+            sizes: Of the batches.
+
+        Yields:
+            What to take, as an index of tensors and of arrays; of examples that a batch repeats, the first.
+        """
+        if self._first is None:
+            self._first = np.empty(self.size, np.int64)
+        places, ends = np.arange(len(indices)), np.cumsum(sizes)
+        start, stop = 0, len(indices)
+        while start < stop:
+            left = indices[start:]
+            self._first[left[::-1]] = places[start:][::-1]  # backwards: the first one stays
+            first = self._first[left]
+            again = np.flatnonzero(first != places[start:])
+            end, repeats = stop, again[:0]
+            if len(again):
+                batch, own = (np.searchsorted(ends, where, "right") for where in (first[again], again + start))
+                others = np.flatnonzero(batch != own)
+                if len(others):
+                    end = int(ends[own[others[0]] - 1])
+                repeats = again[again + start < end]
+            if len(repeats):
+                kept = np.delete(places[start:end], repeats)
+                yield torch.from_numpy(kept), kept
+            else:
+                yield slice(start, end), slice(start, end)
+            start = end
+
+    def _add(self, rows: Tensor, taken: dict[str, Tensor]) -> None:
         if "label" in taken:  # an ignored label leaves nothing to record, and nothing wrong with the example
             rows, taken = _kept(rows, taken, taken["label"] >= 0)
         finite = torch.isfinite(taken["loss"])
@@ -115,14 +168,14 @@ class TrainingDynamics:
         if "wrong" in taken:
             wrong = taken["wrong"].double()
             before = self._column("last_wrong", 1.0)
-            self._sum("forgetting", rows, ((before[rows] < 0.5) & (wrong >= 0.5)).double())
-            before[rows] = wrong
+            self._sum("forgetting", rows, ((before.index_select(0, rows) < 0.5) & (wrong >= 0.5)).double())
+            before.index_copy_(0, rows, wrong)
         if "label" in taken:
-            self._column("label", -1.0)[rows] = taken["label"].double()
+            self._column("label", -1.0).index_copy_(0, rows, taken["label"].double())
         if "probabilities" in taken:
             if "probabilities" not in self.sums:
                 self.sums["probabilities"] = torch.zeros(self.size, taken["probabilities"].shape[1])
-            self.sums["probabilities"][rows] += taken["probabilities"].float()
+            self.sums["probabilities"].index_add_(0, rows, taken["probabilities"].float())
 
     def gathered(self) -> TrainingDynamics:
         """Return the dynamics of all processes together: each has seen its own part of the batches."""
@@ -212,7 +265,7 @@ class TrainingDynamics:
             )
         self.sums = {name: value.clone() for name, value in state.items()}
         self._common = {name: value.clone() for name, value in state.items()}
-        self._waiting = []
+        self._waiting, self._rows = [], []
 
     def _column(self, name: str, fill: float) -> Tensor:
         if name not in self.sums:
@@ -220,7 +273,7 @@ class TrainingDynamics:
         return self.sums[name]
 
     def _sum(self, name: str, rows: Tensor, values: Tensor) -> None:
-        self._column(name, 0.0)[rows] += values
+        self._column(name, 0.0).index_add_(0, rows, values)  # a fifth of the time of indexing
 
 
 def _rows(rows: Tensor, taken: dict[str, Tensor], which: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -232,14 +285,74 @@ def _kept(rows: Tensor, taken: dict[str, Tensor], keep: Tensor) -> tuple[Tensor,
     return (rows, taken) if bool(keep.all()) else _rows(rows, taken, keep)
 
 
-def _rounds(batches: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Lay batches end to end, as long as no example comes again: whether it was right before has to be known then."""
-    indices: list[int] = []
-    seen: set[int] = set()
-    for batch in batches:
-        if not seen.isdisjoint(batch):
-            yield indices
-            indices, seen = [], set()
-        indices.extend(batch)
-        seen.update(batch)
-    yield indices
+def call_in_graph(loss: Tensor) -> CrossEntropy | None:
+    """Return the softmax cross-entropy (or ``nll_loss``) that a loss is a multiple of, as its graph tells it.
+
+    For training steps that nothing watches. Its ``input`` are the log-probabilities that the backward pass needs.
+
+    Args:
+        loss: The batch loss, before its backward pass.
+
+    Returns:
+        None if the loss is anything else, has no hard labels, or its graph does not keep the tensors themselves
+        (activation checkpointing, offloading): to ask for them would compute them.
+    """
+    node: Any = loss.grad_fn
+    while node is not None and node.name() in _FACTORS:
+        factors = [following for following, _ in node.next_functions if following is not None]
+        node = factors[0] if len(factors) == 1 else None
+    if node is None or node.name() != "NllLossBackward0":
+        return None
+    try:
+        packed = node._raw_saved_self.unpack_hook is not None or node._raw_saved_target.unpack_hook is not None
+    except AttributeError:  # older versions of torch do not tell
+        return None
+    if packed:
+        return None
+    log_probabilities, target = node._saved_self, node._saved_target
+    if log_probabilities.dtype not in (torch.float32, torch.float64):
+        return None  # logits of lower precision are not what was rounded
+    ignored = node._saved_ignore_index
+    ignored -= 2**64 if ignored >= 2**63 else 0  # nodes tell negative numbers wrapped around
+    return CrossEntropy(loss, log_probabilities, target, "mean", ignore_index=ignored, log_probabilities=True)
+
+
+@dataclass(frozen=True)
+class History:
+    """How a tensor came from the data along one single way, on which no rows were picked.
+
+    As long as the kinds of its operations stay the same, so does the way, and the search for picked rows
+    (``LossCall.picking``) finds none.
+
+    Attributes:
+        kinds: Of the operations, the last one first, each with its number of inputs and the one that has the rows.
+    """
+
+    kinds: tuple[tuple[type, int, int], ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> History | None:
+        """Follow a tensor back to the data, None if there is more than one way or rows were picked."""
+        kinds: list[tuple[type, int, int]] = []
+        node: Any = tensor.grad_fn
+        while node is not None:
+            name, inputs = node.name(), node.next_functions
+            place = _ROWS_IN.get(name, 0)
+            if name in _PICKING or (len(inputs) > 1 and name not in _ROWS_IN):
+                return None
+            kinds.append((type(node), len(inputs), place))
+            node = inputs[place][0] if inputs else None
+        return cls(tuple(kinds))
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor has this history."""
+        node: Any = tensor.grad_fn
+        for kind, count, place in self.kinds:
+            same = type(node) is kind
+            if not same:
+                return False
+            inputs = node.next_functions
+            if len(inputs) != count:
+                return False
+            node = inputs[place][0] if inputs else None
+        return node is None

@@ -18,11 +18,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from lightning_influence import optimizers, per_sample
 from lightning_influence.calls import Call, DirectCall, EmbeddingCall, Layouts, LinearCall, MatrixCall, RepeatedCall
@@ -32,10 +34,10 @@ from lightning_influence.patches import laid_out
 from lightning_influence.precision import working
 from lightning_influence.reading import IN_PLACE, NotUnderstoodError, Site, read_call
 from lightning_influence.rows import Rows
-from lightning_influence.task import LossTap
 from lightning_influence.trace import TracedUse
+from lightning_influence.tracin import Increments
 from lightning_influence.uses import Output, Source, Use, check_batch, joined, modified, rows_of
-from lightning_influence.watch import visible_attention
+from lightning_influence.watch import TrainingTap, visible_attention
 
 Group: TypeAlias = tuple[int, int]
 """A parameter group: number of its optimizer, and its own in it."""
@@ -63,7 +65,7 @@ class Visit:
     scale: float
     squares: dict[Group, Tensor] = field(default_factory=dict)
     complete: bool = True
-    _lengths: dict[tuple[Group | None, Group | None], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    _lengths: list[tuple[Group | None, Group | None, Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, group: Group, squares: Tensor) -> None:
         """Add squares ``[n]``, which are not used any more."""
@@ -78,32 +80,23 @@ class Visit:
             x: Lengths of the inputs, ``[n]``.
             g: Lengths of the output gradients, ``[n]``.
         """
-        self._lengths.setdefault((of_weight, of_bias), []).append((x, g))
+        self._lengths.append((of_weight, of_bias, x, g))
 
-    def settle(self) -> None:
-        """Add up what waits: for all layers at once, as calls count where a whole step takes a millisecond."""
-        for (of_weight, of_bias), pairs in self._lengths.items():
-            x, g = (torch.stack(lengths).square_() for lengths in zip(*pairs, strict=True))
-            if of_weight is not None and of_weight == of_bias:
-                self.add(of_weight, x.add_(1).mul_(g).sum(0))
-                continue
-            if of_weight is not None:
-                self.add(of_weight, x.mul_(g).sum(0))
-            if of_bias is not None:
-                self.add(of_bias, g.sum(0))
-        self._lengths = {}
-
-    def score(self, rates: Mapping[Group, float]) -> Tensor:
-        """Return ``Σ η gᵀ P g`` of every example, ``[n]`` float64.
+    def increments(self, rates: Mapping[Group, float]) -> Increments:
+        """Return ``Σ η gᵀ P g`` of every example, to be added up later.
 
         Args:
             rates: Parameter group to learning rate, see ``optimizers.rates``.
         """
-        total: Tensor | None = None
-        for group, squares in self.squares.items():
-            part = squares.double() * (rates[group] * self.scale**2)
-            total = part if total is None else total.add_(part)
-        return torch.zeros(len(self.indices), dtype=torch.float64) if total is None else total
+        of = {group: rate * self.scale**2 for group, rate in rates.items()}
+        return Increments(
+            len(self.indices),
+            [(squares, of[group]) for group, squares in self.squares.items()],
+            [
+                (x, g, 0.0 if weight is None else of[weight], 0.0 if bias is None else of[bias])
+                for weight, bias, x, g in self._lengths
+            ],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +137,29 @@ class _Reading:
         return same and output.dtype is self.dtype and all(map(operator.is_, args[1:], self.rest))
 
 
+class _Row:
+    """The use of a linear map with a row per example whose arguments were met before: all that a step has to note.
+
+    Attributes:
+        reading: What the call does with its parameters.
+        x: Its input, ``[n, i]``.
+        output: Its output, for its place in the graph.
+        version: Of its input.
+        gradient: Of its output, once it is there.
+    """
+
+    __slots__ = ("gradient", "output", "reading", "version", "x")
+
+    def __init__(self, reading: _Reading, x: Tensor, output: Output) -> None:
+        self.reading, self.x, self.output, self.version = reading, x, output, x._version
+        self.gradient: Tensor | None = None
+
+    def use(self, roles: dict[str, Source]) -> Use:
+        """Return the same, told in full."""
+        self.output.add(self.gradient)
+        return Use(replace(self.reading.call, input=self.x), self.reading.layouts, self.output, (self.version,), roles)
+
+
 class Flight:
     """Reads per-example gradient norms off training's own forward and backward passes.
 
@@ -167,15 +183,20 @@ class Flight:
         self._functions = {function for _, function in self._layouts}
         self._reached: set[str] = set()
         self._readings: dict[tuple[int, _Function], _Reading] = {}
+        self._rows: dict[int, _Reading] = {}  # those of linear maps, by their weights
         # Parameter to its group, and the optimizer with the group's settings if it scales gradients.
         self._groups: dict[int, tuple[Group, Any]] = {}
+        self._row_groups: dict[
+            tuple[str, ...], tuple[Group | None, Group | None]
+        ] = {}  # of weight and bias, for plain steps
         self._grouped: list[tuple[Any, int]] = []  # the parameter groups that this was made from, and their sizes
         self._scales: dict[str, Tensor] = {}
-        self._uses: dict[str, list[Use]] = {}
+        self._uses: dict[str, list[Use | _Row]] = {}
         self._open: dict[str, int] = {}
         self._n = 0
         self._visit: Visit | None = None
         self._error: Exception | None = None
+        self._tap = _FlightTap(self)
 
     def _plan(self, block: ParameterBlock) -> str | None:
         """Note where the block's parameters will be met; return why they can't be, if so."""
@@ -210,7 +231,7 @@ class Flight:
 
     # ------------------------------------------------------------ forward pass
 
-    def tap(self, n: int) -> LossTap:
+    def tap(self, n: int) -> TrainingTap:
         """Return a loss tap that watches the calls of one forward pass, too.
 
         Args:
@@ -218,7 +239,7 @@ class Flight:
         """
         self.clear()
         self._n = n
-        return _FlightTap(self)
+        return self._tap
 
     def clear(self) -> None:
         """Forget the last batch; hooks that are still in its graph do nothing any more."""
@@ -226,6 +247,8 @@ class Flight:
 
     def see(self, func: _Function, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Look at a finished call of one of the functions."""
+        if func is F.linear and not kwargs and self._see_row(args, output):
+            return
         passed = [value for value in (*args, *kwargs.values()) if id(value) in self._owners]
         if not passed or not torch.is_grad_enabled() or not output.requires_grad or self._error is not None:
             return
@@ -244,11 +267,42 @@ class Flight:
                 reading = _Reading.of(site, call, layouts, self._owners)
                 if _told_by_arguments(site):
                     self._readings[place] = reading
+                    if _is_of_rows(reading):
+                        self._rows[id(passed[0])] = reading
                 self._watch(reading, call, output)
         except NotUnderstoodError as error:
             for parameter in passed:
                 self.unseen[self._owners[id(parameter)][2].name] = f"it is used {error}"
         except Exception as error:  # reported by `finish`: training goes on
+            self._error = error
+
+    def _see_row(self, args: tuple[Any, ...], output: Tensor) -> bool:
+        """Look at a call of a linear map that was met before; tell whether it is one with a row per example."""
+        reading, x = self._rows.get(id(args[1])) if len(args) > 1 else None, args[0]
+        if reading is None or x.ndim != 2 or len(x) != self._n or not output.requires_grad or output._base is not None:
+            return False
+        same = len(args) == len(reading.rest) + 1 and all(map(operator.is_, args[1:], reading.rest))
+        if not same or output.dtype is not reading.dtype or id(x) in self._owners or self._error is not None:
+            return False
+        node: Any = output.grad_fn
+        row = _Row(reading, x.detach(), Output(GradientEdge(node, output.output_nr)))
+        (name,) = reading.blocks
+        self._uses.setdefault(name, []).append(row)
+        self._open[name] = self._open.get(name, 0) + 1
+        node.register_prehook(partial(self._read_row, row, self._uses))
+        return True
+
+    def _read_row(self, row: _Row, uses: dict[str, list[Use | _Row]], gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[row.output.edge.output_nr]
+        if self._visit is None or uses is not self._uses or gradient is None or self._error is not None:
+            return
+        try:
+            row.gradient = gradient.detach()
+            (name,) = row.reading.blocks
+            self._open[name] -= 1
+            if not self._open[name]:
+                self._measure(name)
+        except Exception as error:  # an exception would end the backward pass, and training with it
             self._error = error
 
     def _watch(self, reading: _Reading, call: Call, output: Tensor) -> None:
@@ -279,6 +333,7 @@ class Flight:
         same = len(grouped) == len(self._grouped)
         if not same or any(a is not b or m != n for (a, m), (b, n) in zip(grouped, self._grouped, strict=True)):
             self._grouped = grouped
+            self._row_groups = {}
             self._groups = {
                 id(parameter): (
                     (number, place),
@@ -306,8 +361,15 @@ class Flight:
     def _measure(self, name: str) -> None:
         """Add the squares of one block, all of whose uses have their gradients."""
         visit, block = self._visit, self.coverage.blocks[name]
-        uses = [use for use in self._uses.pop(name) if use.output.reached]
-        if visit is None or not uses or name in self.unseen:
+        found = self._uses.pop(name)
+        if visit is None or name in self.unseen:
+            return
+        if len(found) == 1 and isinstance(found[0], _Row):
+            self._measure_row(visit, name, found[0])
+            return
+        told = [use.use(use.reading.blocks[name]) if isinstance(use, _Row) else use for use in found]
+        uses = [use for use in told if use.output.reached]
+        if not uses:
             return
         self._reached.add(name)
         for use in uses:
@@ -315,7 +377,25 @@ class Flight:
             if use.changed:
                 raise LayerError(modified(name))
         rows = _single_rows(uses[0], self._n) if len(uses) == 1 else None
-        found = self._squares(block, uses) if rows is None else self._squares_of_rows(visit, uses[0], *rows)
+        if rows is not None:
+            self._add_rows(visit, name, uses[0].call, uses[0].roles, *rows)
+            return
+        self._add(visit, self._squares(block, uses))
+
+    def _measure_row(self, visit: Visit, name: str, row: _Row) -> None:
+        if row.gradient is None:
+            return
+        self._reached.add(name)
+        if row.x._version != row.version:
+            raise LayerError(modified(name))
+        x, g = working(row.x), working(row.gradient)
+        groups = self._row_groups.get((name, *row.reading.blocks[name]))
+        if groups is None:
+            self._add_rows(visit, name, row.reading.call, row.reading.blocks[name], x, g)
+        else:
+            visit.add_lengths(*groups, torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(g, dim=1))
+
+    def _add(self, visit: Visit, found: Iterable[tuple[Tensor, Tensor]]) -> None:
         for parameter, squares in found:
             if (group := self._group(parameter)) is not None:
                 visit.add(group, squares)
@@ -325,26 +405,28 @@ class Flight:
         found = self._groups.get(id(parameter))
         return None if found is None else found[0]
 
-    def _squares_of_rows(self, visit: Visit, use: Use, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield parameters and ``gᵀ P g`` of a linear map with a row per example, or leave the lengths for later."""
-        scales = {role: self._scale(*source.parameters[0]) for role, source in use.roles.items()}
-        if all(scale is None for scale in scales.values()):
-            of_weight, of_bias = (use.roles.get(role) for role in ("weight", "bias"))
-            visit.add_lengths(
-                None if of_weight is None else self._group(of_weight.tensor),
-                None if of_bias is None else self._group(of_bias.tensor),
-                torch.linalg.vector_norm(x, dim=1),
-                torch.linalg.vector_norm(g, dim=1),
-            )
+    def _add_rows(self, visit: Visit, name: str, call: Call, roles: Mapping[str, Source], x: Tensor, g: Tensor) -> None:
+        """Add ``gᵀ P g`` of a linear map with a row per example, for plain steps by the lengths of the rows."""
+        places = {role: self._groups.get(id(source.tensor)) for role, source in roles.items()}
+        if all(place is None or place[1] is None for place in places.values()):
+            of_weight, of_bias = places.get("weight"), places.get("bias")
+            groups = None if of_weight is None else of_weight[0], None if of_bias is None else of_bias[0]
+            self._row_groups[(name, *roles)] = groups
+            visit.add_lengths(*groups, torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(g, dim=1))
             return
-        assert isinstance(use.call, LinearCall)
+        assert isinstance(call, LinearCall)
+        self._add(visit, self._scaled_rows(call, roles, x, g))
+
+    def _scaled_rows(
+        self, call: LinearCall, roles: Mapping[str, Source], x: Tensor, g: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         squares = g.square()
-        for role, source in use.roles.items():
-            scale = scales[role]
+        for role, source in roles.items():
+            scale = self._scale(*source.parameters[0])
             weighted = squares.sum(1, keepdim=True)
             if scale is not None:
                 scale = scale.to(squares)
-                weighted = squares @ (scale.t() if role == "weight" and use.call.transposed else scale)
+                weighted = squares @ (scale.t() if role == "weight" and call.transposed else scale)
             if role == "weight":  # no, oi, ni -> n
                 weighted = weighted * x.square()
             yield source.tensor, weighted.sum(1) if weighted.ndim == 2 else weighted
@@ -436,12 +518,10 @@ class Flight:
             Exception: Whatever went wrong within the pass.
         """
         visit, error = self._visit, self._error
-        if visit is not None and error is None:
+        if visit is not None and error is None and self._uses:
             with torch.no_grad():
                 for name in list(self._uses):  # some output of the block was not used
                     self._measure(name)
-                if self._error is None:
-                    visit.settle()
             error = self._error
         self.clear()
         if error is not None:
@@ -453,7 +533,7 @@ class Flight:
         self._scales = {}
 
 
-class _FlightTap(LossTap):
+class _FlightTap(TrainingTap):
     """A loss tap that tells a flight of the calls with covered parameters."""
 
     def __init__(self, flight: Flight) -> None:
@@ -494,6 +574,14 @@ def _told_by_arguments(site: Site) -> bool:
     # No buffers, and nothing that was made for this batch and would be held.
     return sum(isinstance(value, Tensor) for value in rest) == len(site.parameters) and not site.is_parameter(
         site.args[0]
+    )
+
+
+def _is_of_rows(reading: _Reading) -> bool:
+    """Tell whether a call that was read is a linear map that may have a row per example."""
+    plain = type(reading.call) is LinearCall and not reading.call.transposed and len(reading.blocks) == 1
+    return (
+        plain and "weight" in reading.call.parameters and reading.layouts.input.dim == reading.layouts.output.dim == 0
     )
 
 

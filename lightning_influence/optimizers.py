@@ -50,12 +50,13 @@ def is_understood(optimizer: Any) -> bool:
 
 def rates(optimizer: Any) -> list[tuple[float, list[Tensor]]]:
     """Return, for every parameter group, how far a constant gradient (times ``P``) moves its parameters per step."""
-    result = []
-    for group in inner(optimizer).param_groups:
-        momentum, dampening = (float(group.get(name) or 0.0) for name in ("momentum", "dampening"))
-        rate = float(group["lr"]) * (1 - dampening * (momentum > 0)) / (1 - momentum)
-        result.append((rate, group["params"]))
-    return result
+    return [(rate(group), group["params"]) for group in inner(optimizer).param_groups]
+
+
+def rate(group: Mapping[str, Any]) -> float:
+    """Return how far a constant gradient (times ``P``) moves the parameters of a group per step."""
+    momentum, dampening = float(group.get("momentum") or 0.0), float(group.get("dampening") or 0.0)
+    return float(group["lr"]) * (1 - dampening * (momentum > 0)) / (1 - momentum)
 
 
 def l2_coefficient(optimizer: Any, group: Mapping[str, Any]) -> float:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,8 +49,9 @@ class TracIn:
             that of the measured ones; it is NaN if none was measured.
         layers: Mode ``"step"`` only: layers to measure, as the callback's ``layers``, a part of those; the scores are
             then about these layers. None for all.
-        overhead: Mode ``"step"`` only: largest share of the training time to add, such as 0.1. The first batches are
-            timed with and without, and ``every_n_steps`` is raised as far as needed; the audit's notes say to what.
+        overhead: Mode ``"step"`` only: largest share of the training time to add, such as 0.1, the training dynamics
+            included. The first batches are timed with and without, and ``every_n_steps`` is raised as far as needed;
+            the audit's notes say to what.
         keep_checkpoints: Number of checkpoints to keep in the audit directory, for scores of pairs; 0 for none.
             With more, those that are left stay spread evenly over the training, and the step sizes of a dropped one
             count towards the next.
@@ -99,38 +102,57 @@ class StepSizes:
 
     def __init__(self, module: nn.Module) -> None:
         self._names = {id(p): name for name, p in module.named_parameters()}
-        self.sums: dict[str, float] = {}
         self.steps = 0
+        self._sums: dict[str, float] = {}
         self._totals: dict[str, float] = {}
         self._weight_decay: dict[str, float] = {}
         self._adaptive: set[str] = set()
         self._all_steps = 0
         self.optimizers: set[str] = set()
         self.unknown: set[str] = set()
+        self._met: set[type] = set()  # optimizers that are in these sets
+        # Rates and L2 coefficients wait for being shared out to each of the parameters that they are for.
+        self._waiting: dict[tuple[str, ...], tuple[float, float]] = {}
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """Parameter name to the sum of its learning rates since the last checkpoint."""
+        self._share_out()
+        return self._sums
 
     def record(self, optimizer: Any) -> None:
         """Add the current learning rates of one optimizer, just before it steps."""
         self.steps += 1
         self._all_steps += 1
         optimizer = optimizers.inner(optimizer)
+        if type(optimizer) not in self._met:
+            self._meet(optimizer)
+        names, waiting = self._names, self._waiting
+        for group in optimizer.param_groups:
+            known = tuple([names[id(p)] for p in group["params"] if p.requires_grad and id(p) in names])
+            before, _ = waiting.get(known, (0.0, 0.0))
+            waiting[known] = before + optimizers.rate(group), optimizers.l2_coefficient(optimizer, group)
+
+    def _meet(self, optimizer: Any) -> None:
+        self._met.add(type(optimizer))
         name = type(optimizer).__name__
         self.optimizers.add(name)
         if not optimizers.is_understood(optimizer):
             self.unknown.add(name)
         if not isinstance(optimizer, torch.optim.SGD):
             self._adaptive.add(name)
-        sums, totals, decays = self.sums, self._totals, self._weight_decay
-        for (rate, parameters), group in zip(optimizers.rates(optimizer), optimizer.param_groups, strict=True):
-            decay = optimizers.l2_coefficient(optimizer, group)
-            for parameter in parameters:
-                known = self._names.get(id(parameter))
-                if known is not None and parameter.requires_grad:
-                    sums[known] = sums.get(known, 0.0) + rate
-                    totals[known] = totals.get(known, 0.0) + rate
-                    decays[known] = decay
+
+    def _share_out(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for names, (rate, decay) in waiting.items():
+            for name in names:
+                self._sums[name] = self._sums.get(name, 0.0) + rate
+                self._totals[name] = self._totals.get(name, 0.0) + rate
+                self._weight_decay[name] = decay
 
     def history(self) -> OptimizerHistory:
         """Return what the optimizers have done since the start of training."""
+        self._share_out()
         return OptimizerHistory(
             dict(self._totals), dict(self._weight_decay), tuple(sorted(self._adaptive)), self._all_steps
         )
@@ -150,18 +172,19 @@ class StepSizes:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; one of an earlier version does not know the totals."""
-        self.sums = dict(state["step_sizes"])
+        self._sums, self._waiting = dict(state["step_sizes"]), {}
         self.steps = state["steps"]
         self._totals = dict(state.get("total_step_sizes", {}))
         self._weight_decay = dict(state.get("weight_decay", {}))
         self._adaptive = set(state.get("adaptive", ()))
         self._all_steps = state.get("all_steps", 0)
+        self._met = set()
         self.optimizers = set(state.get("optimizers", ()))
         self.unknown = set(state.get("unknown_optimizers", ()))
 
     def take(self) -> dict[str, float]:
         """Return the sums since the last call and start again."""
-        taken, self.sums, self.steps = self.sums, {}, 0
+        taken, self._sums, self.steps = self.sums, {}, 0
         return taken
 
 
@@ -238,6 +261,47 @@ class TracInScores:
         return True
 
 
+@dataclass(frozen=True, eq=False)
+class Increments:
+    """What a batch adds in flight: ``Σ η s + Σ g² (η x² + η')`` per example, not yet added up.
+
+    Attributes:
+        n: Number of examples.
+        squares: Squared norms ``s: [n]``, each with its ``η``.
+        lengths: Of linear maps with a row per example: lengths of inputs and output gradients, ``[n]`` each, and ``η``
+            of weight and bias.
+    """
+
+    n: int
+    squares: Sequence[tuple[Tensor, float]]
+    lengths: Sequence[tuple[Tensor, Tensor, float, float]]
+
+    @staticmethod
+    def joined(batches: Sequence[Increments]) -> Tensor:
+        """Add up each of several batches, and lay them end to end, float64; one by one it takes as long as a step."""
+        parts = []
+        for n, run in groupby(batches, lambda batch: batch.n):
+            alike = list(run)
+            total = torch.zeros(len(alike), n, dtype=torch.float64)
+            if squares := [(k, *entry) for k, batch in enumerate(alike) for entry in batch.squares]:
+                of, s, rates = zip(*squares, strict=True)
+                total.index_add_(0, torch.tensor(of), _stacked(s) * _column(rates))
+            if lengths := [(k, *entry) for k, batch in enumerate(alike) for entry in batch.lengths]:
+                of, x, g, weights, biases = zip(*lengths, strict=True)
+                inner = _stacked(x).square_().mul_(_column(weights)).add_(_column(biases))
+                total.index_add_(0, torch.tensor(of), inner.mul_(_stacked(g).square_()))
+            parts.append(total.flatten())
+        return torch.cat(parts)
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(rows)).cpu().double()
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).unsqueeze(1)
+
+
 class VisitSums:
     """Running TracIn in flight of every example: a sum over the times it was trained on.
 
@@ -256,14 +320,14 @@ class VisitSums:
         # What all processes knew when they last told each other; the rest of the sums is this process's own.
         self._common = {name: value.clone() for name, value in self.sums.items()}
         # Increments wait on their device: copying each one at once would make a GPU wait in every step.
-        self._waiting: list[tuple[Sequence[int], Tensor | None]] = []
+        self._waiting: list[tuple[Sequence[int], Increments | None]] = []
 
-    def add(self, indices: Sequence[int], increments: Tensor | None) -> None:
+    def add(self, indices: Sequence[int], increments: Increments | None) -> None:
         """Add one batch.
 
         Args:
             indices: Dataset indices; one that is there twice was trained on twice.
-            increments: ``η ‖g‖²``, ``[n]``; None if the batch was not measured.
+            increments: ``η ‖g‖²``; None if the batch was not measured.
         """
         self._waiting.append((indices, increments))
         if len(self._waiting) >= _FLUSH_EVERY:
@@ -277,11 +341,11 @@ class VisitSums:
             ("tracin_visits", [rows for rows, _ in waiting]),
             ("tracin_measured", [r for r, _ in measured]),
         ):
-            rows = torch.tensor([index for batch in batches for index in batch], dtype=torch.long)
+            rows = torch.from_numpy(np.fromiter(chain.from_iterable(batches), np.int64))
             self.sums[name].index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
         if measured:
             # The rows of the measured batches: those of the last round of the loop.
-            self.sums["tracin"].index_add_(0, rows, torch.cat([values.double() for _, values in measured]).cpu())
+            self.sums["tracin"].index_add_(0, rows, Increments.joined([values for _, values in measured]))
 
     def gathered(self) -> VisitSums:
         """Return the sums of all processes together: each has seen its own part of the batches."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,8 +14,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.calls import tensors_in
-from lightning_influence.losses import all_arguments
+from lightning_influence.losses import CrossEntropy, LossCall, all_arguments, known_loss, read_call
 from lightning_influence.reading import IN_PLACE
+from lightning_influence.task import LossTap
 
 
 class FunctionWatch(TorchFunctionMode, ABC):
@@ -62,6 +65,73 @@ class FunctionWatch(TorchFunctionMode, ABC):
             output: What it returned.
             before: The positional arguments with a copy of what the call has overwritten, if it has.
         """
+
+
+class TrainingTap(LossTap):
+    """A loss tap for one training batch after another, which reads a call as the last one if only its tensors differ.
+
+    Stopped at first, see ``start``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._listening = False
+        self._noted: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []  # calls that are not read yet
+        self._last: tuple[list[str], list[Any], CrossEntropy] | None = None  # names and values of arguments
+
+    def start(self) -> None:
+        """Listen to a batch."""
+        self.forget()
+        self._listening = True
+        self.__enter__()
+
+    def forget(self) -> None:
+        """Let go of what was heard: it holds the graph of the batch."""
+        self.calls, self._noted = [], []
+
+    def taken(self) -> list[LossCall]:
+        """Return the calls and forget them: they hold the graph of the batch."""
+        self._read_noted()
+        calls, self.calls = self.calls, []
+        return calls
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the call unchanged and take note of it."""
+        if not known_loss(func):  # nearly all of them, in every training step
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if func is not F.cross_entropy:
+            self._read_noted()
+            return super().__torch_function__(func, types, args, kwargs)
+        output = func(*args, **(kwargs or {}))
+        if self._listening and output.requires_grad:
+            self._noted.append((args, kwargs or {}, output))
+        return output
+
+    def _read_noted(self) -> None:
+        noted, self._noted = self._noted, []
+        self.calls += [call for entry in noted if (call := self._read(*entry)) is not None]
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> LossCall | None:
+        """Read a cross-entropy, whose settings are nearly always those of the batch before."""
+        last, values = self._last, list(kwargs.values())
+        if last is not None and len(args) == 2 and last[0] == list(kwargs) and all(map(operator.is_, values, last[1])):
+            like = last[2]
+            call: LossCall | None = CrossEntropy(
+                output,
+                *args,
+                like.reduction,
+                class_weights=like.class_weights,
+                ignore_index=like.ignore_index,
+                label_smoothing=like.label_smoothing,
+            )
+        else:
+            call = read_call(F.cross_entropy, args, kwargs, output)
+            if isinstance(call, CrossEntropy) and len(args) == 2:
+                empty = output.new_empty(0)  # the batch would else be held
+                self._last = list(kwargs), values, replace(call, output=empty, input=empty, target=empty)
+        return call if call is not None and call.in_graph else None
 
 
 # The function, with a `has_torch_function` of its own that says no: the calls that it makes can be watched.

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lightning_influence import dynamics
 from lightning_influence.dynamics import TrainingDynamics
@@ -318,3 +319,67 @@ def test_a_state_of_other_data_is_refused() -> None:
     with pytest.raises(ValueError, match=rf"of {SIZE} examples, the data set has {SIZE + 5}.*start a new run"):
         other.load_state_dict(state)
     assert other.columns() == {}
+
+
+# -------------------------------------------------------------------------------------- what the graph tells of a loss
+
+
+class _Picked(torch.nn.Module):
+    """Logits of which some are picked, as many as there are examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.linear(torch.tanh(x))
+        return logits if rows is None else logits[rows]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_graph_tells_what_the_call_does(dtype: torch.dtype, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(6, CLASSES, generator=generator, dtype=dtype)).requires_grad_()
+    target = torch.tensor([0, 3, -1, 2, 1, 1])
+    settings = {
+        "ignore_index": -1,
+        "weight": torch.rand(CLASSES, generator=generator, dtype=dtype) if weighted else None,
+    }
+    loss = F.cross_entropy(logits, target, **settings)  # type: ignore[arg-type]
+    heard = read_call(F.cross_entropy, (logits, target), settings, loss)
+    told = dynamics.call_in_graph(1024.0 * (loss / 4))
+    assert heard is not None
+    assert told is not None
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for name, values in heard.statistics(6).items():
+        torch.testing.assert_close(
+            told.statistics(6)[name], values, rtol=tolerance, atol=tolerance, equal_nan=True, msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, y: F.cross_entropy(x, y) + x.square().mean(),
+        lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1),
+        lambda x, y: F.cross_entropy(x.bfloat16(), y),
+        lambda x, y: F.mse_loss(x[:, 0], y.float()),
+        lambda x, y: checkpoint(F.cross_entropy, x, y, use_reentrant=False),
+    ],
+)
+def test_a_graph_that_tells_less(loss: Any) -> None:
+    """A penalty, other losses, rounded logits; and a checkpoint, which would run the loss once more to tell."""
+    x, y = torch.randn(6, CLASSES, requires_grad=True), torch.zeros(6, dtype=torch.long)
+    assert dynamics.call_in_graph(loss(x, y)) is None
+
+
+def test_the_history_of_logits() -> None:
+    net, x = _Picked(), torch.randn(5, 3)
+    history = dynamics.History.of(net(x))
+    assert history is not None
+    assert history.is_of(net(x[:2]))
+    assert not history.is_of(net(x, torch.tensor([0, 0, 1, 1, 2])))
+    assert not history.is_of(net(x.requires_grad_() * 2))
+    assert dynamics.History.of(net(x.detach(), torch.tensor([0, 1]))) is None
+    assert dynamics.History.of(net(x.detach()) + net(x.detach())) is None

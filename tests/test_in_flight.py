@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
 from lightning_influence.pacing import Pace
-from lightning_influence.tracin import VisitSums
+from lightning_influence.tracin import Increments, VisitSums
 
 N = 11
 
@@ -463,21 +463,52 @@ def test_a_budget_sets_the_pace(slow: float, budget: float, every: int) -> None:
     while pace.timing:
         pace.took(pace_due := pace.due(), slow if pace_due else 1.0)
     assert pace.every == every
+    assert pace.dynamics == 0
     assert f"for a budget of {budget:.1%}" in (pace.note() or "")
     assert sum(pace.due() for _ in range(60)) == pytest.approx(60 / every, abs=1)
 
 
+@pytest.mark.parametrize(
+    ("dynamics", "slow", "every"),
+    [
+        (0.0, 0.5, 5),
+        (0.04, 0.5, 9),  # six parts of a hundred are left
+        (0.04, 0.06, 1),
+        (0.095, 0.05, 5),  # next to nothing is left: a tenth of the budget is taken
+        (0.2, 0.05, 5),
+    ],
+)
+def test_a_budget_counts_the_dynamics(dynamics: float, slow: float, every: int) -> None:
+    """Every batch takes them, and one of 30 what waited for it: a median would not see that."""
+    pace, budget = Pace(1, 0.1), 0.1
+    number = 0
+    while pace.timing:
+        due, number = pace.due(), number + 1
+        once = dynamics / 2 * 30 if number % 60 == 0 or number % 60 == 31 else 0.0
+        pace.took(due, 1.0 + dynamics / 2 + once + slow * due, dynamics / 2 + once)
+    assert pace.dynamics == pytest.approx(dynamics)
+    assert pace.added == pytest.approx(slow)
+    assert pace.every == every
+    assert dynamics + slow / every <= budget or dynamics > 0.9 * budget
+    again = Pace(1, budget)
+    again.load_state_dict(pace.state_dict())
+    assert again.note() == pace.note()
+    assert ("hardly any room" in (pace.note() or "")) == (dynamics > 0.09)
+
+
 def test_sums_of_visits() -> None:
     sums = VisitSums(4)
-    sums.add([0, 1, 1], torch.tensor([1.0, 2.0, 3.0]))
+    lengths = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([1.0, 0.5, 1.0])
+    sums.add([0, 1, 1], Increments(3, [(torch.tensor([0.0, 1.0, 2.0]), 0.5)], [(*lengths, 0.5, 0.5)]))
     sums.add([0, 2], None)
-    assert sums.values().tolist()[:2] == [2.0, 5.0]
+    # 1/2 (1 + 1); 1/2 + 1/4 1/2 (4 + 1), and 1 + 1/2 (1 + 1)
+    assert sums.values().tolist()[:2] == [2.0, 3.125]
     assert sums.values().isnan().tolist() == [False, False, True, False]
     assert sums.unmeasured.tolist() == [False, False, True, False]
     again = VisitSums(4)
     again.load_state_dict(sums.state_dict())
-    again.add([2], torch.tensor([4.0]))
-    assert again.values().tolist() == [2.0, 5.0, 8.0, 0.0]
+    again.add([2], Increments(1, [(torch.tensor([4.0]), 1.0)], []))
+    assert again.values().tolist() == [2.0, 3.125, 8.0, 0.0]
 
 
 @pytest.mark.parametrize(

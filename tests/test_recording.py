@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from models import loader, make_trainer
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lightning_influence import AuditReport, InfluenceAudit
+from lightning_influence.callbacks import recording as recording_module
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.scoring import ExampleScores
 
@@ -53,3 +65,67 @@ def test_without_a_pass_the_run_speaks_alone() -> None:
     columns = record.columns([0, 1])
     assert columns["suggested"].tolist() == [0, 2]
     assert "neighbour_disagreement" not in columns
+
+
+# ------------------------------------------------------------------------------------------- batches nobody listens to
+
+
+class Switching(pl.LightningModule):
+    """Cross-entropy, and another loss for some of the batches."""
+
+    def __init__(self, other: Callable[[int], bool] = lambda batch: False) -> None:
+        super().__init__()
+        self.net, self.other, self.batch = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, CLASSES)), other, -1
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        logits, labels = self.net(batch[0]), batch[1]
+        if self.trainer.training and torch.is_grad_enabled():
+            self.batch = self.trainer.global_step
+        if self.other(self.batch):
+            return F.mse_loss(logits, F.one_hot(labels, CLASSES).float())
+        return F.cross_entropy(logits, labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _train(path: Path, module: Switching) -> tuple[AuditReport, list[bool]]:
+    torch.manual_seed(0)
+    module.net.apply(lambda layer: layer.reset_parameters() if isinstance(layer, nn.Linear) else None)
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(torch.randn(60, 4, generator=generator), torch.arange(60) % CLASSES)
+    audit = InfluenceAudit(tracin=None, curvature="identity")
+    heard: list[bool] = []
+
+    class Watch(pl.Callback):
+        def on_before_zero_grad(self, *_: Any) -> None:
+            assert audit._run is not None
+            assert audit._run._listening is not None
+            heard.append(audit._run._listening[0] is not None)
+
+    make_trainer(path, callbacks=[audit, Watch()], max_epochs=3).fit(module, loader(data, 3))
+    assert audit.report is not None
+    return audit.report, heard
+
+
+def test_the_graph_is_relied_upon_once_it_has_agreed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, heard = _train(tmp_path / "a", Switching())
+    assert heard == [True] * 16 + [False] * 4 + ([True] * 2 + [False] * 18) * 2
+    monkeypatch.setattr(recording_module, "_AGREEING", 10**6)
+    all_heard, listened = _train(tmp_path / "b", Switching())
+    assert all(listened)
+    for name, values in all_heard.columns.items():
+        np.testing.assert_allclose(report.columns[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_loss_that_changes_at_the_start_of_an_epoch_is_heard(tmp_path: Path) -> None:
+    report, heard = _train(tmp_path, Switching(lambda step: 20 <= step < 40))
+    assert heard == [True] * 16 + [False] * 4 + [True] * 36 + [False] * 4
+    assert report.columns["times_seen"].tolist() == [3] * 60
+
+
+def test_a_loss_that_changes_in_the_middle_of_an_epoch_costs_one_batch(tmp_path: Path) -> None:
+    report, heard = _train(tmp_path, Switching(lambda step: step >= 30))
+    assert heard == [True] * 16 + [False] * 4 + [True] * 2 + [False] * 9 + [True] * 29
+    assert sorted(report.columns["times_seen"].tolist()) == [2] * 3 + [3] * 57
+    assert any("1 training batches had no known loss call" in note for note in report.manifest["notes"])

@@ -13,8 +13,9 @@ from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.coverage import Layers, cover, listed_reasons
 from lightning_influence.in_flight import Flight, Visit
-from lightning_influence.task import LossTap
 from lightning_influence.trace import Trace
+from lightning_influence.tracin import Increments
+from lightning_influence.watch import TrainingTap
 
 
 class FlightRecorder:
@@ -26,6 +27,9 @@ class FlightRecorder:
         layers: Layers to measure, as the argument of ``TracIn``.
         trace: How the model uses its parameters.
         batch_size: Of the loader.
+
+    Attributes:
+        spent: Seconds that all recording has taken in the running batch, in between what training does.
 
     Raises:
         LayerError: If there are no such layers.
@@ -47,13 +51,14 @@ class FlightRecorder:
         self._pending: list[tuple[Sequence[int], Visit | None]] = []
         self._due = self._measuring = False  # the running batch; until the end of its first backward pass
         self._started: float | None = None
+        self.spent = 0.0
 
-    def tap(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> LossTap:
-        """Return a loss tap for the next batch, which watches its layers if the batch is measured."""
+    def tap(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> TrainingTap | None:
+        """Return a loss tap that watches the layers in the next batch; None if the batch is not measured."""
         self._started = time.perf_counter()
         self._due = self._measuring = self._recording.pace.due() and not self._recording.failed
         if not self._due:
-            return LossTap()
+            return None
         groups = [group for optimizer in trainer.optimizers for group in optimizers.inner(optimizer).param_groups]
         trainable = [id(p) for group in groups for p in group["params"] if p.requires_grad]
         if self._flight is None or trainable != self._trainable:  # callbacks thaw layers during training
@@ -95,16 +100,17 @@ class FlightRecorder:
             if optimizers.inner(stepping) is optimizers.inner(optimizer)
         }
         for indices, visit in pending:
-            scores = None if visit is None else visit.score(rates)
-            if scores is not None and bridge.has_loss_scaler(trainer) and not bool(torch.isfinite(scores).all()):
-                scores = None  # a gradient scaler that reached too high: this step is not taken
-            self._recording.record_visit(indices, scores)
+            found = None if visit is None else visit.increments(rates)
+            scaled = found is not None and bridge.has_loss_scaler(trainer)
+            if scaled and found is not None and not bool(torch.isfinite(Increments.joined([found])).all()):
+                found = None  # a gradient scaler that reached too high: this step is not taken
+            self._recording.record_visit(indices, found)
 
     def batch_ended(self) -> None:
         """Note how long the batch took."""
         if self._started is not None:
-            self._recording.pace.took(self._due, time.perf_counter() - self._started)
-        self._started, self._measuring = None, False
+            self._recording.pace.took(self._due, time.perf_counter() - self._started, self.spent)
+        self._started, self._measuring, self.spent = None, False, 0.0
         if self._flight is not None:
             self._flight.clear()
 

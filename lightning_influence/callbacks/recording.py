@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_influence import distributed
-from lightning_influence.dynamics import TrainingDynamics
-from lightning_influence.losses import LossCall
+from lightning_influence import distributed, optimizers
+from lightning_influence.dynamics import History, TrainingDynamics, call_in_graph
+from lightning_influence.losses import CrossEntropy, LossCall
 from lightning_influence.neighbours import NeighbourRecord
 from lightning_influence.pacing import Pace
 from lightning_influence.scoring import ExampleScores
-from lightning_influence.task import primary_call
+from lightning_influence.task import calls_in, primary_call
 from lightning_influence.terms import TermForm
-from lightning_influence.tracin import StepSizes, TracIn, TracInScores, VisitSums
+from lightning_influence.tracin import Increments, StepSizes, TracIn, TracInScores, VisitSums
+
+# Batches whose examples wait for being noted as seen.
+_FILE_EVERY = 64
+# Batches in a row after which the graph is relied upon, and those of each later epoch that have to agree, too.
+_AGREEING = 16
+_AGREEING_AGAIN = 2
 
 
 class Recording:
@@ -50,12 +57,65 @@ class Recording:
         self._next_step = 0  # steps before this one are in the sums in flight
         self._passes: list[int] = []  # steps
         self._seen = torch.zeros(size, dtype=torch.bool)
+        self._unfiled: list[Sequence[int]] = []  # batches that are not in there yet
         self.neighbours = NeighbourRecord(size)
+        self._agreed = 0  # batches in a row whose graph told what was heard
+        self._told_by_graph = True  # until it once did not
+        self._epoch = -1
+        self._history: History | None = None
 
     @property
     def failed(self) -> bool:
         """Whether recording has failed, and was given up."""
         return bool(self.failures)
+
+    def listens(self, epoch: int) -> bool:
+        """Tell whether the loss calls of the next batch have to be watched.
+
+        That takes longer than all the rest. Once the graph has told of some batches in a row what their calls did, and
+        of the first ones of an epoch again, it is relied upon; if it then fails to, that batch is lost to the dynamics
+        and it is not relied upon any more.
+
+        Args:
+            epoch: Of the batch.
+        """
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._agreed = min(self._agreed, _AGREEING - _AGREEING_AGAIN)
+        return self._agreed < _AGREEING or not self._told_by_graph
+
+    def record_graph(
+        self,
+        indices: Sequence[int],
+        loss: Tensor,
+        forms: Mapping[int, TermForm] | None = None,
+        *,
+        last: bool = True,
+    ) -> bool:
+        """File one training batch under its indices by its graph; tell whether that is done.
+
+        Args:
+            indices: Of its examples.
+            loss: Before the backward pass.
+            forms: See ``primary_call``.
+            last: Whether there is nothing else to file it by.
+        """
+        if self.failed:
+            return True
+        try:
+            call = call_in_graph(loss)
+            told = call is not None and self._is_plain(call, len(indices), forms)
+            if not (told or last):
+                return False
+            self._note(indices)
+            if told and call is not None:
+                self.dynamics.record_rows(indices, call)
+            else:
+                self.untapped_batches += 1
+                self._told_by_graph = False
+        except Exception as error:  # a statistic must never end a training run
+            self.fail("training dynamics are incomplete", error)
+        return True
 
     def record_batch(
         self,
@@ -68,7 +128,15 @@ class Recording:
         if self.failed:
             return
         try:
-            self._seen.numpy()[indices] = True  # a third of the time of a tensor of indices
+            self._note(indices)
+            if (plain := _plain_call(loss, calls, len(indices), forms)) is not None:
+                told = call_in_graph(loss) if self._told_by_graph else None
+                agreed = told is not None and _agree(plain, told)
+                self._agreed = self._agreed + 1 if agreed else 0
+                # What is told alike is computed together.
+                self.dynamics.record_rows(indices, told if agreed and told is not None else plain)
+                return
+            self._agreed = 0
             call = primary_call(loss, calls, len(indices), forms)
             if call is None:
                 self.untapped_batches += 1
@@ -80,13 +148,13 @@ class Recording:
 
     def record_step(self, optimizer: Any) -> None:
         """Note the learning rates of one optimizer step."""
-        known = set(self.step_sizes.unknown)
+        known = len(self.step_sizes.unknown)
         try:
             self.step_sizes.record(optimizer)
         except Exception as error:
             self.fail("learning rates are incomplete", error)
-        if self._wants_tracin and (new := self.step_sizes.unknown - known):
-            warnings.warn(f"InfluenceAudit: {_plain_steps(new)}", stacklevel=2)
+        if self._wants_tracin and len(self.step_sizes.unknown) > known:
+            warnings.warn(f"InfluenceAudit: {_plain_steps({optimizers.name_of(optimizer)})}", stacklevel=2)
 
     def first_time(self, step: int) -> bool:
         """Tell whether the sums in flight lack an optimizer step, which is in them from now on."""
@@ -94,7 +162,7 @@ class Recording:
         self._next_step = max(self._next_step, step + 1)
         return new
 
-    def record_visit(self, indices: Sequence[int], scores: Tensor | None) -> None:
+    def record_visit(self, indices: Sequence[int], scores: Increments | None) -> None:
         """File what a batch and its step say in flight; None if the batch was not measured."""
         if self.visits is not None:
             self.visits.add(indices, scores)
@@ -142,6 +210,25 @@ class Recording:
             self.visits.synchronise()
         self._seen = self._gathered_seen()
 
+    def _is_plain(self, call: CrossEntropy, n: int, forms: Mapping[int, TermForm] | None) -> bool:
+        """As the function, but for logits whose history is that of a batch before."""
+        one_each = call.input.shape[:-1] == call.target.shape == (n,)
+        if self._history is not None and one_each and self._history.is_of(call.input):
+            return True
+        plain = _is_plain(call, n, forms)
+        self._history = History.of(call.input) if plain else None
+        return plain
+
+    def _note(self, indices: Sequence[int]) -> None:
+        self._unfiled.append(indices)
+        if len(self._unfiled) >= _FILE_EVERY:
+            self._file()
+
+    def _file(self) -> None:
+        """Note the examples of the last batches as seen."""
+        unfiled, self._unfiled = self._unfiled, []
+        self._seen.numpy()[list(chain.from_iterable(unfiled))] = True  # a third of the time of a tensor of indices
+
     def seen_indices(self) -> list[int]:
         """Return the sorted indices of the examples trained on so far, over all processes."""
         indices: list[int] = self._gathered_seen().nonzero().squeeze(1).tolist()
@@ -155,9 +242,11 @@ class Recording:
     def local_columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns of the examples that this process has seen, without talking to others."""
         self.dynamics.flush()
+        self._file()
         return self._columns(self.dynamics, self.visits, self._seen.nonzero().squeeze(1).tolist(), None)
 
     def _gathered_seen(self) -> Tensor:
+        self._file()
         if distributed.world_size() == 1:
             return self._seen
         (count,) = distributed.sum_across_processes([self._seen.int()])
@@ -201,6 +290,7 @@ class Recording:
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives only: Lightning can't resume from anything else."""
+        self._file()
         return {
             "size": self.size,
             "dynamics": self.dynamics.state_dict(),
@@ -229,7 +319,7 @@ class Recording:
                 "Resume with the same training data, or start a new run."
             )
         self.dynamics.load_state_dict(state["dynamics"])
-        self._seen = state["seen"].clone()
+        self._seen, self._unfiled = state["seen"].clone(), []
         self.tracin.values = state["tracin"].clone()
         self.tracin.checkpoints = list(state["tracin_steps"])
         self._passes = list(state["passes"])
@@ -241,6 +331,25 @@ class Recording:
         self.step_sizes.load_state_dict(state)
         self.postponed = state["postponed"]
         self.neighbours.load_state_dict(state)
+
+
+def _plain_call(
+    loss: Tensor, calls: Sequence[LossCall], n: int, forms: Mapping[int, TermForm] | None
+) -> CrossEntropy | None:
+    """Return what ``primary_call`` does if that is a cross-entropy with a row per example."""
+    call = next(iter(calls_in(loss, calls)), None)
+    return call if type(call) is CrossEntropy and _is_plain(call, n, forms) else None
+
+
+def _is_plain(call: CrossEntropy, n: int, forms: Mapping[int, TermForm] | None) -> bool:
+    form = (forms or {}).get(0)
+    return n > 0 and (form is None or (form.layout is not None and form.layout.dim == 0)) and call.single_rows(n)
+
+
+def _agree(heard: CrossEntropy, told: CrossEntropy) -> bool:
+    """Tell whether the graph tells of the very call that was heard."""
+    same = told.target.data_ptr() == heard.target.data_ptr()
+    return same and told.input.shape == heard.input.shape and told.ignore_index == heard.ignore_index
 
 
 def _plain_steps(names: Collection[str]) -> str:

@@ -6,6 +6,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -26,9 +28,26 @@ from lightning_influence.curvature import CurvatureName
 from lightning_influence.influence import InfluencePlan, influence_scores
 from lightning_influence.optimizers import preconditioners
 from lightning_influence.scoring import score_examples
-from lightning_influence.task import LossTap
 from lightning_influence.tracin import StepSize, TracIn, block_step_sizes
 from lightning_influence.verify import Inspection
+from lightning_influence.watch import TrainingTap
+
+_Hook = TypeVar("_Hook", bound=Callable[..., None])
+
+
+def _timed(hook: _Hook) -> _Hook:
+    """Let a budget of time know how long training stood still; without one nothing is timed."""
+
+    @wraps(hook)
+    def timed(self: AuditRun, *args: Any) -> None:
+        if self.flight is None or not self.recording.pace.timing:
+            hook(self, *args)
+            return
+        start = time.perf_counter()
+        hook(self, *args)
+        self.flight.spent += time.perf_counter() - start
+
+    return cast(_Hook, timed)
 
 
 @dataclass(eq=False)
@@ -60,8 +79,9 @@ class AuditRun:
     flight: FlightRecorder | None = None
     queries: QueryReport | None = None
     make_unlearner: MakeUnlearner | None = None
+    _tap: TrainingTap = field(default_factory=TrainingTap, init=False)
     # From the start of a batch to its first backward pass; a second one of the same step is not a second visit.
-    _listening: tuple[LossTap, list[int]] | None = field(default=None, init=False)
+    _listening: tuple[TrainingTap | None, list[int]] | None = field(default=None, init=False)
 
     def resume(self, trainer: Trainer, module: LightningModule) -> None:
         """Take over what a run that is resumed has left: its checkpoints, and the last pass that it postponed."""
@@ -73,34 +93,51 @@ class AuditRun:
 
     # ---------------------------------------------------------------- a batch
 
+    @_timed
     def batch_started(self, trainer: Trainer, module: LightningModule, indices: list[int] | None) -> None:
         """Listen for the losses of these examples; None if it is not known which they are."""
         self.stop_listening()
         if indices is not None:
-            tap = LossTap() if self.flight is None else self.flight.tap(trainer, module, indices)
-            tap.__enter__()
+            tap = None if self.flight is None else self.flight.tap(trainer, module, indices)
+            if tap is None and self.recording.listens(trainer.current_epoch):
+                tap = self._tap
+            if tap is not None:
+                tap.start()
             self._listening = tap, indices
 
-    def stop_listening(self) -> tuple[LossTap, list[int]] | None:
-        """Leave training alone again; return what was heard, and of which examples."""
+    def stop_listening(self) -> None:
+        """Leave training alone again, and forget what was heard."""
         listening, self._listening = self._listening, None
-        if listening is not None:
-            listening[0].stop()
-        return listening
+        if listening is None:
+            return
+        tap, _ = listening
+        if tap is not None:
+            tap.stop()
+            tap.forget()
 
+    @_timed
     def before_zero_grad(self) -> None:
         """Hear no more, and keep what was heard: zeroing asks torch twice about every parameter."""
-        if self._listening is not None:
+        if self._listening is not None and self._listening[0] is not None:
             self._listening[0].stop()
 
+    @_timed
     def before_backward(self, trainer: Trainer, loss: Tensor) -> None:
         """File what the training pass itself said about each example."""
-        if (heard := self.stop_listening()) is not None:
-            tap, indices = heard
-            self.recording.record_batch(indices, loss, tap.calls, self.passes.trace.forms)
+        listening, recording, forms = self._listening, self.recording, self.passes.trace.forms
+        if listening is not None:
+            tap, indices = listening
+            if tap is not None:
+                tap.stop()
+            # In flight a tap is there for other reasons, too: what it heard of the loss is read if it has to be.
+            relied = not recording.listens(trainer.current_epoch)
+            if not (relied and recording.record_graph(indices, loss, forms, last=tap is None)) and tap is not None:
+                recording.record_batch(indices, loss, tap.taken(), forms)
+            self.stop_listening()
             if self.flight is not None:
                 self.flight.before_backward(trainer, indices)
 
+    @_timed
     def after_backward(self) -> None:
         """Take what the backward pass said about each example's gradient."""
         if self.flight is not None:
@@ -112,6 +149,7 @@ class AuditRun:
         if self.flight is not None:
             self.flight.batch_ended()
 
+    @_timed
     def before_step(self, trainer: Trainer, optimizer: object) -> None:
         """Note the learning rates that are really used."""
         self.recording.record_step(optimizer)
