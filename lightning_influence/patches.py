@@ -92,7 +92,7 @@ class Patches:
         rows[:, : self.inputs].view(patches.shape).copy_(patches)
         if self.ones:
             rows[:, -1] = 1
-        return rows.view(k, rows.shape[1], self.n, -1).permute(0, 2, 3, 1)
+        return rows.view(k, rows.shape[1], self.n, self.shape[2]).permute(0, 2, 3, 1)
 
     def second_moment(self) -> Tensor | None:
         """Return ``Σ_ns x xᵀ``, ``[k, i, i]``, from the images; None where that is no cheaper than from the patches."""

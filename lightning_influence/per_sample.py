@@ -98,8 +98,8 @@ def gradients(x: Tensor, g: Rows) -> Iterator[Tensor]:
         yield g[:, start : start + step].transpose(-1, -2) @ x[:, start : start + step]
 
 
-def _formed(x: Tensor, g: Rows, *, inputs_first: bool = True) -> Iterator[Tensor]:
-    """Yield per-example gradients a few at a time, ``[k, m, i, o]``: each valid until the next one.
+def _formed(x: Tensor, g: Rows, *, inputs_first: bool = True, elements: int | None = None) -> Iterator[Tensor]:
+    """Yield per-example gradients, so many elements at a time, ``[k, m, i, o]``: each valid until the next one.
 
     Inputs first, as the bias makes their number odd, and rows of an even length in memory are written faster; or
     ``[k, m, o, i]``, which other matrices are laid out like.
@@ -111,7 +111,7 @@ def _formed(x: Tensor, g: Rows, *, inputs_first: bool = True) -> Iterator[Tensor
     # kmsi, kmso -> kmio
     left, right = (x, g) if inputs_first else (g, x)
     rows, columns = left.shape[3], right.shape[3]
-    step = min(n, max(1, _elements(x) // (k * rows * columns)))
+    step = min(n, max(1, (elements or _elements(x)) // (k * rows * columns)))
     buffer = torch.empty((k, step, rows, columns), dtype=torch.result_type(x, g), device=x.device)
     for start in range(0, n, step):
         some, others = left[:, start : start + step], right[:, start : start + step]
@@ -210,9 +210,11 @@ def products(x: Tensor, g: Rows, vectors: Tensor) -> Tensor:
         return torch.cat(parts)
     if x.shape[2] == 1:
         return _bilinear(x[:, :, 0], g[:, :, 0], vectors)
-    # One matrix product with all vectors per chunk: forming the gradients costs a q-th of it.
+    # One matrix product with all vectors per chunk: forming the gradients costs a q-th of it. All vectors go through
+    # the cache for every chunk, so these are large.
     flat = vectors.flatten(1).T
-    return torch.cat([chunk.transpose(0, 1).flatten(1) @ flat for chunk in _formed(x, g, inputs_first=False)])
+    chunks = _formed(x, g, inputs_first=False, elements=_CHUNK_ELEMENTS)
+    return torch.cat([chunk.transpose(0, 1).flatten(1) @ flat for chunk in chunks])
 
 
 def _bilinear(x: Tensor, g: Tensor, vectors: Tensor) -> Tensor:
