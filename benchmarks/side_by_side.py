@@ -303,9 +303,10 @@ def plot(series: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    numbers = ticker.FuncFormatter(lambda value, _: f"{value:,.10g}")
     for name, points in series.items():
         style = "--s" if name.startswith("kronfluence") else "-o"
         counts, times, sizes = zip(*points, strict=True)
@@ -313,7 +314,13 @@ def plot(series: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
         right.plot(counts, sizes, style, label=name)
     for axes, title in ((left, "milliseconds per example"), (right, "extra peak memory, MB")):
         axes.set(title=title, xlabel="training examples", xscale="log", yscale="log")
-        axes.grid(alpha=0.3)
+        axes.grid(alpha=0.3, which="both")
+        axes.set_xticks([1_000, 5_000, 20_000, 50_000], minor=False)
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(numbers)
+            axis.set_minor_formatter(ticker.NullFormatter())
+        axes.minorticks_off()
     left.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -7,14 +7,13 @@ segmentation map.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.layout import BatchLayout
 from lightning_influence.losses.call import LossCall, decisions, root_of, single
 from lightning_influence.precision import working
 
@@ -147,11 +146,6 @@ class CrossEntropy(LossCall):
         return same and (self.label_smoothing, self.log_probabilities, self.input.device) == (
             other.label_smoothing, other.log_probabilities, other.input.device
         )  # fmt: skip
-
-    def joined(self, calls: Sequence[CrossEntropy]) -> CrossEntropy:
-        """Return one call with the rows of several that are alike."""
-        logits, labels = (torch.cat([getattr(call, name) for call in calls]) for name in ("input", "target"))
-        return replace(self, input=logits, target=labels, layout=BatchLayout())
 
     def statistics(self, n: int) -> dict[str, Tensor]:
         """Return loss, margin (target logit minus the largest other), EL2N, wrong and the class decision."""
