@@ -40,6 +40,7 @@ TRAINING_BATCH = 32
 # 64 and 256 (CNN), of 16, 32 and 100 (transformer); the wide MLP and the ResNet as those that are like them.
 KRONFLUENCE_BATCH = {"mlp": 16, "mlp1024": 16, "cnn": 64, "transformer": 32, "resnet18": 32}
 CAPTUM_BATCH = {"mlp": 16, "cnn": 64}
+KRONFLUENCE_PAIRS_BATCH = 64
 # Layers that kronfluence knows.
 COMMON = (nn.Linear, nn.Conv2d)
 
@@ -213,7 +214,7 @@ def our_tracin(setting: Setting) -> Entry:
 def kronfluence_pairs(setting: Setting) -> Entry:
     from peers import Kronfluence
 
-    peer, queries = Kronfluence(setting.net, KRONFLUENCE_BATCH[setting.spec.network]), setting.queries()
+    peer, queries = Kronfluence(setting.net, KRONFLUENCE_PAIRS_BATCH), setting.queries()
     peer.fit(setting.compared.tensors, empirical=True)
     return Entry(
         lambda: peer.pairwise_scores(queries.tensors, setting.data.tensors, damping=None),

@@ -92,6 +92,11 @@ def gather_by_index(indices: Tensor, values: Mapping[str, Tensor]) -> tuple[Tens
     columns = [indices, *(values[name] for name in names)]
     _agree("gather_by_index", [(name, values[name].dtype, tuple(values[name].shape[1:])) for name in names])
 
+    if world_size() == 1:
+        if bool((indices[1:] > indices[:-1]).all()):  # features of a large data set are not copied for nothing
+            return indices, dict(values)
+        return _sorted(names, columns)
+
     counts = [int(count) for count in _all_gather(torch.tensor(len(indices)))]
     device = _device_for(indices.device)
     own = torch.cat([_as_bytes(column).to(device) for column in columns], dim=1)
@@ -102,14 +107,18 @@ def gather_by_index(indices: Tensor, values: Mapping[str, Tensor]) -> tuple[Tens
         _line(part).view(column.dtype).reshape(len(rows), *column.shape[1:]).to(column.device)
         for part, column in zip(rows.split([_row_bytes(c) for c in columns], dim=1), columns, strict=True)
     ]
+    return _sorted(names, gathered)
 
+
+def _sorted(names: Sequence[str], columns: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sort rows by the first column and keep the first of every index there."""
     # A stable sort leaves equal indices in the order of the ranks.
-    ordered, order = torch.sort(gathered[0], stable=True)
+    ordered, order = torch.sort(columns[0], stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
     kept = order[first]
     return ordered[first], {
-        name: column[kept.to(column.device)] for name, column in zip(names, gathered[1:], strict=True)
+        name: column[kept.to(column.device)] for name, column in zip(names, columns[1:], strict=True)
     }
 
 
