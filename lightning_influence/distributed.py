@@ -80,7 +80,7 @@ def gather_by_index(indices: Tensor, values: Mapping[str, Tensor]) -> tuple[Tens
 
     Returns:
         The sorted distinct indices `[m]` and `{name: [m, ...]}`, the same on every process, each tensor on
-        the device it came from.
+        the device it came from. One process gets its own tensors back where they are sorted and distinct already.
 
     Raises:
         ValueError: If shapes or dtypes are not as above. Raised on every process, whosever the fault is.

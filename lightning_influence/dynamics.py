@@ -348,11 +348,8 @@ class History:
         """Tell whether a tensor has this history."""
         node: Any = tensor.grad_fn
         for kind, count, place in self.kinds:
-            same = type(node) is kind
-            if not same:
-                return False
-            inputs = node.next_functions
-            if len(inputs) != count:
+            inputs = getattr(node, "next_functions", ())  # None at the end of a shorter way
+            if type(node) is not kind or len(inputs) != count:
                 return False
             node = inputs[place][0] if inputs else None
         return node is None

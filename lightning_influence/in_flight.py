@@ -186,9 +186,8 @@ class Flight:
         self._rows: dict[int, _Reading] = {}  # those of linear maps, by their weights
         # Parameter to its group, and the optimizer with the group's settings if it scales gradients.
         self._groups: dict[int, tuple[Group, Any]] = {}
-        self._row_groups: dict[
-            tuple[str, ...], tuple[Group | None, Group | None]
-        ] = {}  # of weight and bias, for plain steps
+        # Block and roles to the groups of weight and bias, for linear maps that take plain steps.
+        self._row_groups: dict[tuple[str, ...], tuple[Group | None, Group | None]] = {}
         self._grouped: list[tuple[Any, int]] = []  # the parameter groups that this was made from, and their sizes
         self._scales: dict[str, Tensor] = {}
         self._uses: dict[str, list[Use | _Row]] = {}

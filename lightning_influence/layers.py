@@ -205,7 +205,7 @@ class MatrixBlock(ParameterBlock):
         """
         x = call.captured(n, layouts, ones=bias)
         if self.has_bias and not bias:
-            (x,) = map(self.widened, laid_out([x]))
+            x = self.widened(laid_out([x])[0])
         rows: list[Rows] = []
         for gradient in gradients:
             if gradient is None:

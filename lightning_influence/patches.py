@@ -148,19 +148,16 @@ class Patches:
         """
         step, out = self.dilation[0], self.outputs[0]
         count = self.kernel[0] - apart
-        # What all first rows pass over is added up once; in small images there may be nothing of that kind.
-        start, stop = step * (count - 1), out
+        # What all first rows pass over is added up once; with a large dilation there is nothing of that kind.
+        start = step * (count - 1)
+        stop = max(start, out)
         common = rows.new_zeros((rows.shape[1], rows.shape[2], rows.shape[2]))
-        if start < stop:
-            self._add(common, rows, start, stop, step * apart)
+        self._add(common, rows, start, stop, step * apart)
         found = []
         for entry in range(count):
             seen, total = self._seen(entry), common.clone()
-            if start < stop:
-                self._add(total, rows, seen.start, start, step * apart)
-                self._add(total, rows, stop, seen.stop, step * apart)
-            else:
-                self._add(total, rows, seen.start, seen.stop, step * apart)
+            self._add(total, rows, seen.start, min(start, seen.stop), step * apart)
+            self._add(total, rows, max(stop, seen.start), seen.stop, step * apart)
             found.append(total)
         return found
 

@@ -342,12 +342,9 @@ def test_the_graph_tells_what_the_call_does(dtype: torch.dtype, weighted: bool) 
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(6, CLASSES, generator=generator, dtype=dtype)).requires_grad_()
     target = torch.tensor([0, 3, -1, 2, 1, 1])
-    settings = {
-        "ignore_index": -1,
-        "weight": torch.rand(CLASSES, generator=generator, dtype=dtype) if weighted else None,
-    }
-    loss = F.cross_entropy(logits, target, **settings)  # type: ignore[arg-type]
-    heard = read_call(F.cross_entropy, (logits, target), settings, loss)
+    weight = torch.rand(CLASSES, generator=generator, dtype=dtype) if weighted else None
+    loss = F.cross_entropy(logits, target, weight, ignore_index=-1)
+    heard = read_call(F.cross_entropy, (logits, target, weight), {"ignore_index": -1}, loss)
     told = dynamics.call_in_graph(1024.0 * (loss / 4))
     assert heard is not None
     assert told is not None

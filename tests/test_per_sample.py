@@ -360,6 +360,16 @@ def largest_below(limit: int) -> Iterator[_Sizes]:
 STRUCTURED = [name for name in BLOCKS if name != "block_ggn"]
 
 
+@pytest.mark.parametrize("s", [1, 4, 40])
+def test_squared_norms_with_bias(s: int) -> None:
+    """One position, the Gram matrices, and formed gradients: each the norms of what is summed over positions."""
+    x = torch.randn(2, 5, s, 9, dtype=torch.float64)
+    g = torch.randn(2, 5, s, 8, dtype=torch.float64)
+    of_weight, of_bias = per_sample.squared_norms_with_bias(x, g)
+    torch.testing.assert_close(of_weight, torch.einsum("knso,knsi->nkoi", g, x).square().sum((1, 2, 3)))
+    torch.testing.assert_close(of_bias, g.sum(2).square().sum((0, 2)))
+
+
 class TestCost:
     N, I, O = 64, 40, 30  # noqa: E741  (the letters of the index legend)
 

@@ -101,9 +101,9 @@ class FlightRecorder:
         }
         for indices, visit in pending:
             found = None if visit is None else visit.increments(rates)
-            scaled = found is not None and bridge.has_loss_scaler(trainer)
-            if scaled and found is not None and not bool(torch.isfinite(Increments.joined([found])).all()):
-                found = None  # a gradient scaler that reached too high: this step is not taken
+            if found is not None and bridge.has_loss_scaler(trainer):
+                # A gradient scaler that reached too high: this step is not taken.
+                found = found if bool(torch.isfinite(Increments.joined([found])).all()) else None
             self._recording.record_visit(indices, found)
 
     def batch_ended(self) -> None:

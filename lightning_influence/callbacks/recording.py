@@ -104,7 +104,7 @@ class Recording:
             return True
         try:
             call = call_in_graph(loss)
-            told = call is not None and self._is_plain(call, len(indices), forms)
+            told = call is not None and self._is_still_plain(call, len(indices), forms)
             if not (told or last):
                 return False
             self._note(indices)
@@ -210,8 +210,8 @@ class Recording:
             self.visits.synchronise()
         self._seen = self._gathered_seen()
 
-    def _is_plain(self, call: CrossEntropy, n: int, forms: Mapping[int, TermForm] | None) -> bool:
-        """As the function, but for logits whose history is that of a batch before."""
+    def _is_still_plain(self, call: CrossEntropy, n: int, forms: Mapping[int, TermForm] | None) -> bool:
+        """As ``_is_plain``, without a search where the logits have the history of a batch before."""
         one_each = call.input.shape[:-1] == call.target.shape == (n,)
         if self._history is not None and one_each and self._history.is_of(call.input):
             return True
@@ -342,6 +342,7 @@ def _plain_call(
 
 
 def _is_plain(call: CrossEntropy, n: int, forms: Mapping[int, TermForm] | None) -> bool:
+    """Tell whether a cross-entropy has one row for each of ``n`` examples, in their order."""
     form = (forms or {}).get(0)
     return n > 0 and (form is None or (form.layout is not None and form.layout.dim == 0)) and call.single_rows(n)
 
