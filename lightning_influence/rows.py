@@ -86,6 +86,16 @@ def join(rows: Sequence[Tensor | OneHot]) -> Rows:
     return Joined(first, dense[0] if len(dense) == 1 else torch.cat(dense, 2)) if dense else first
 
 
+def held_bytes(rows: Rows | Patches) -> int:
+    """Return the memory that rows take as they are; one-hot ones have their indices alone."""
+    if isinstance(rows, Joined):
+        return held_bytes(rows.onehot) + held_bytes(rows.dense)
+    if isinstance(rows, Patches):
+        rows = rows.images
+    tensor = rows.indices if isinstance(rows, OneHot) else rows
+    return tensor.numel() * tensor.element_size()
+
+
 def added(parts: Iterable[Tensor]) -> Tensor:
     """Return the sum of tensors as large as parameters, holding two of them at a time; at least one is needed."""
     total: Tensor | None = None

@@ -22,7 +22,7 @@ class ExampleSource:
 
     Args:
         dataset: Map-style dataset.
-        batch_size: Number of examples in a training batch. Passes start with it too; ``pass_batch_size`` may be raised.
+        batch_size: Number of examples in a training batch. Passes start with it too; ``pass_batch_size`` may be set.
         collate_fn: Turns a list of examples into a batch, as for ``DataLoader``.
         num_workers: Worker processes of each pass.
         worker_init_fn: As for ``DataLoader``.

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_influence import per_sample
 from lightning_influence.isolation import isolated_rng
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.rows import held_bytes
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3}
 _COARSE = 5e-2
@@ -21,8 +22,10 @@ _NEGLIGIBLE = 1e-4
 
 # Captured tensors of a batch may take so many bytes: beyond, they fall out of the caches, every batch asks the system
 # for fresh memory, and larger batches no longer pay.
-_ROOM = 2**24
+_ROOM = 2**23
 _LARGEST_BATCH = 512
+# Training batches up to this size are looked at as a whole.
+_SMALL_BATCH = 16
 
 
 class VerificationError(RuntimeError):
@@ -37,10 +40,10 @@ class Inspection:
         positions: Layer name to the number of positions ``s``, in order of the forward pass.
         tapped: Whether known loss calls account for the whole loss.
         exact_draws: Backward passes of the exact Fisher (classes or outputs), None without a closed form.
-        batch_bytes: Memory that the captured tensors of a batch take, the largest layer's patches included.
+        batch_bytes: Memory that the captured tensors of these examples take, the largest layer laid out included.
         largest_error: Largest relative difference to autograd over the layers; None if not verified.
-        seconds: Wall time of the batch's forward and backward pass (the first batch is slower than later ones).
-        examples: Number of examples in the batch.
+        seconds: Wall time of their forward and backward pass (the first batch is slower than later ones).
+        examples: Number of examples looked at.
         random: Whether the step draws random numbers of its own in eval mode.
     """
 
@@ -69,13 +72,18 @@ class _Look:
 
 
 def roomy_batch_size(inspection: Inspection) -> int:
-    """Return the batch size for passes: at least that of training, larger where a few megabytes allow it.
+    """Return the batch size for passes: at least what was looked at, larger where a few megabytes allow it.
 
-    Small batches cost more time in Python than in arithmetic; without optimizer state and weight gradients there is
-    room for more than a training batch.
+    Small batches cost more time in Python than in arithmetic. Large examples get half of the training batch: a pass
+    holds output gradients beside activations, and where training has just found room for its batch, so must a pass.
     """
     per_example = max(inspection.batch_bytes // inspection.examples, 1)
     return max(inspection.examples, min(_LARGEST_BATCH, _ROOM // per_example))
+
+
+def looked_at(training_batch: int) -> int:
+    """Return how many examples of a training batch a look takes: half of it, but all of a small one."""
+    return max(min(training_batch, _SMALL_BATCH), training_batch // 2)
 
 
 def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool = True) -> Inspection:
@@ -87,7 +95,7 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
 
     Args:
         gradients: The passes.
-        indices: Dataset indices of one batch.
+        indices: Dataset indices; the first of them are looked at, half a training batch (see ``looked_at``).
         verify: Whether to check; without, the batch is only measured.
 
     Returns:
@@ -97,7 +105,7 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
         VerificationError: If a check fails.
         LayerError: If a layer is used in a way that is not understood.
     """
-    indices = list(indices)[: gradients.source.batch_size]
+    indices = list(indices)[: looked_at(gradients.source.batch_size)]
     if not indices:
         raise VerificationError("there is no training example to look at: the data set or the sampler is empty.")
     look = _look(gradients, indices)
@@ -146,8 +154,9 @@ def _look(
         loss, precise = item.loss, item.capture.precise
         for io in item.layers():
             positions[io.name] = io.x.shape[2]
-            size = io.x.numel() * io.x.element_size()
-            largest, total = max(largest, size), total + size
+            # As they lie in the capture, and the largest once more as it is worked on.
+            total += held_bytes(io.activations[0]) + held_bytes(io.gs[0])
+            largest = max(largest, held_bytes(io.x))
             sums[io.name] = per_sample.summed_gradient(io.x, io.gs[0])
             norms[io.name] = per_sample.squared_norms(io.x, io.gs[0]).double()
         dtype = next((block.dtype for block in sums.values()), torch.float32)

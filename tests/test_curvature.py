@@ -349,12 +349,10 @@ class TestAgainstTheReference:
             of_x, of_g = block.basis
             # One-hot rows keep the identity, and only the diagonal.
             assert (of_g is None) == (problem.kind(layer) in ("table", "tied"))
-            torch.testing.assert_close(block.tensors["activation_covariance"], A, **EXACT)
-            found = block.tensors["gradient_covariance"]
-            torch.testing.assert_close(found, B.diagonal(dim1=1, dim2=2) if of_g is None else B, **EXACT)
             for factor, basis in ((A, of_x), (B, of_g)):
                 if basis is None:
                     continue
+                assert factor.shape[-1] < 4 or far_from_a_multiple_of_the_identity(factor)
                 assert basis.shape == factor.shape
                 eye = torch.eye(basis.shape[-1]).double().expand_as(basis)
                 torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=1e-12)
@@ -836,8 +834,8 @@ class TestContract:
         block = KFACBlock((1, 30, 40))
         block.update(x, [g], 3)
         block.end_pass(3)
-        for factor in ("activation_covariance", "gradient_covariance"):
-            assert torch.linalg.eigvalsh(block.tensors[factor].double()).min() < 0
+        for rows in (x[0, :, 0], g[0, :, 0]):
+            assert torch.linalg.eigvalsh((rows.mT @ rows / 3).double()).min() < 0
         assert block.eigenvalues.min() == 0
 
     def test_eigendecomposition_that_does_not_converge(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,7 @@ class InfluenceAudit(Callback):
             if queries is not None:
                 validation = bridge.validation_queries(trainer, module, task, gradients.coverage)
                 queries.check(trainer, module, task, gradients.coverage, validation)
-        source.pass_batch_size = max(source.batch_size, roomy_batch_size(inspection))
+        source.pass_batch_size = roomy_batch_size(inspection)
         flight = None
         if self.tracin is not None and self.tracin.mode == "step":
             layers = self.layers if self.tracin.layers is None else self.tracin.layers

@@ -108,10 +108,10 @@ class CurvatureBlock(ABC):
     def fitted_bytes(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> tuple[int, int]:
         """Return the memory that a block takes in float32, and what its fit takes besides, for a while."""
         k, o, i = shape
-        squares = sum(size**2 for size in cls.decomposed(shape, dense))
-        # Moments, bases and eigenvalues; of the largest, three float64 copies while it is decomposed.
-        kept = 4 * k * (2 * squares + o * i) if cls.measures else 0
-        return kept, 24 * k * squares
+        sizes = cls.decomposed(shape, dense)
+        # Bases, in the place of moments, and eigenvalues; in float64 one matrix, its eigenvectors, LAPACK's two more.
+        kept = 4 * k * (sum(size**2 for size in sizes) + o * i) if cls.measures else 0
+        return kept, max((16 * (k + 1) * size**2 for size in sizes), default=0)
 
     @abstractmethod
     def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:

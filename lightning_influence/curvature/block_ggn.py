@@ -120,6 +120,6 @@ class BlockGGN(CurvatureBlock):
         return {} if total is None else {"moment": total}
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
-        moment = sums["moment"]
-        eigenvalues, basis = eigendecomposition(moment.double() / sums["examples"])
-        self._result = {"eigenvalues": eigenvalues.clamp(min=0).to(moment.dtype), "basis": basis.to(moment.dtype)}
+        dtype = sums["moment"].dtype
+        eigenvalues, basis = eigendecomposition(sums.pop("moment").double().div_(sums["examples"]))
+        self._result = {"eigenvalues": eigenvalues.clamp(min=0).to(dtype), "basis": basis.to(dtype)}

@@ -130,29 +130,31 @@ class KroneckerBlock(CurvatureBlock):
     def _finish(self, sums: dict[str, Tensor]) -> None:
         uses = sorted(name.removeprefix("rows.") for name in sums if name.startswith("rows."))
         dtype = sums[f"activation.{uses[-1]}"].dtype
-        a = [sums[f"activation.{use}"].double() / sums["examples"] for use in uses]
-        # 0 if the layer was never reached
-        b = [sums[f"gradient.{use}"].double() / sums[f"rows.{use}"].clamp(min=1) for use in uses]
-        activation, gradient = a[0], b[0]
-        if len(uses) > 1:
-            activation = torch.stack([_trace(y) * x for x, y in zip(a, b, strict=True)]).sum(0)
-            gradient = torch.stack([_trace(x) * y for x, y in zip(a, b, strict=True)]).sum(0)
-        self._result = {
-            "activation_covariance": activation.to(dtype),
-            "gradient_covariance": gradient.to(dtype),
+        counts = {
+            "activation": [sums["examples"]] * len(uses),
+            # 0 if the layer was never reached
+            "gradient": [sums[f"rows.{use}"].clamp(min=1) for use in uses],
         }
-        bases = []
-        for name, moment, dense in (("activation", activation, self.dense[1]), ("gradient", gradient, self.dense[0])):
-            bases.append(eigenvectors(moment) if dense else None)
-            if bases[-1] is not None:
-                self._result[f"{name}_basis"] = bases[-1].to(dtype)
-        if self.passes > 1:  # they are measured
-            return
-        eigenvalues = [
-            _diagonal_in(y, bases[1]).unsqueeze(-1) * _diagonal_in(x, bases[0]).unsqueeze(-2)
-            for x, y in zip(a, b, strict=True)
-        ]
-        self._result["eigenvalues"] = torch.stack(eigenvalues).sum(0).to(dtype)
+        traces = {
+            side: [_trace(sums[f"{side}.{use}"]) / count for use, count in zip(uses, of_side, strict=True)]
+            for side, of_side in counts.items()
+        }
+        diagonals: dict[str, list[Tensor]] = {}
+        # A basis takes the place of its moment before the next is decomposed: memory for one of the two.
+        for side, other, dense in (("activation", "gradient", self.dense[1]), ("gradient", "activation", self.dense[0])):
+            counted = zip(uses, counts[side], strict=True)
+            moments = [sums.pop(f"{side}.{use}").double().div_(count) for use, count in counted]
+            basis = None
+            if dense:
+                # Each use in proportion to the size of its other factor.
+                weighed = [t * moment for t, moment in zip(traces[other], moments, strict=True)]
+                basis = eigenvectors(added(weighed) if len(uses) > 1 else moments[0])
+                self._result[f"{side}_basis"] = basis.to(dtype)
+            if self.passes == 1:
+                diagonals[side] = [_diagonal_in(moment, basis) for moment in moments]
+        if diagonals:  # otherwise they are measured
+            pairs = zip(diagonals["gradient"], diagonals["activation"], strict=True)
+            self._result["eigenvalues"] = torch.stack([y.unsqueeze(-1) * x.unsqueeze(-2) for y, x in pairs]).sum(0).to(dtype)
 
 
 class KFACBlock(KroneckerBlock):
@@ -175,8 +177,8 @@ def _by_use(
 
 def _trace(moment: Tensor) -> Tensor:
     """Return the traces of ``[k, m, m]``, or of diagonals ``[k, m]``, shaped to scale another moment."""
-    total = moment.sum() if moment.ndim == 2 else moment.diagonal(dim1=-2, dim2=-1).sum()
-    return total
+    diagonal = moment if moment.ndim == 2 else moment.diagonal(dim1=-2, dim2=-1)
+    return diagonal.double().sum()
 
 
 def _diagonal_in(moment: Tensor, basis: Tensor | None) -> Tensor:
@@ -189,21 +191,22 @@ def _diagonal_in(moment: Tensor, basis: Tensor | None) -> Tensor:
 def eigendecomposition(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues ``[k, m]`` and orthonormal eigenvectors in columns of symmetric ``[k, m, m]``.
 
+    Only the lower triangle is read: rounding that leaves a moment not quite symmetric does not matter.
+
     Raises:
         LinAlgError: If LAPACK does not converge even on the slightly shifted matrix.
     """
-    symmetric = (matrices + matrices.transpose(-1, -2)) / 2
     try:
-        values, vectors = torch.linalg.eigh(symmetric)
+        values, vectors = torch.linalg.eigh(matrices)
     except torch.linalg.LinAlgError:
         # A tiny multiple of the identity separates clustered eigenvalues and leaves the eigenvectors alone.
-        size = symmetric.shape[-1]
-        shift = 1e-8 * symmetric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        shifted = symmetric + shift * torch.eye(size, dtype=symmetric.dtype, device=symmetric.device)
+        size = matrices.shape[-1]
+        shift = 1e-8 * matrices.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        shifted = matrices + shift * torch.eye(size, dtype=matrices.dtype, device=matrices.device)
         try:
             values, vectors = torch.linalg.eigh(shifted)
         except torch.linalg.LinAlgError as error:
-            largest, finite = float(symmetric.abs().max()), bool(torch.isfinite(symmetric).all())
+            largest, finite = float(matrices.abs().max()), bool(torch.isfinite(matrices).all())
             raise torch.linalg.LinAlgError(
                 f"no convergence for {size} rows, {'all finite' if finite else 'some of them non-finite'}, the largest "
                 f"entry {largest:.3g}, nor with 1e-8 of the mean eigenvalue added."
