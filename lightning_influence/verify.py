@@ -22,7 +22,7 @@ _NEGLIGIBLE = 1e-4
 
 # Captured tensors of a batch may take so many bytes: beyond, they fall out of the caches, every batch asks the system
 # for fresh memory, and larger batches no longer pay.
-_ROOM = 2**23
+_ROOM = 2**24
 _LARGEST_BATCH = 512
 # Training batches up to this size are looked at as a whole.
 _SMALL_BATCH = 16
