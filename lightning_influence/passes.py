@@ -199,7 +199,11 @@ class ExampleGradients:
         """
         own = list(indices) if everywhere else distributed.share(indices)
         # Many draws hold many output gradients at a time: those passes keep to the size that training has room for.
-        size = self.source.pass_batch_size if labels != "exact" else min(self.source.pass_batch_size, self.source.batch_size)
+        size = (
+            self.source.pass_batch_size
+            if labels != "exact"
+            else min(self.source.pass_batch_size, self.source.batch_size)
+        )
         size = len(own) if whole else size
         if not own_scale and references is None:
             references = self.references or {}

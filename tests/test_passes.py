@@ -7,6 +7,7 @@ import random
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from lightning_influence.layers import LayerError
 from lightning_influence.passes import ExampleGradients, _ExampleNoise
 from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.task import TaskError
-from lightning_influence.verify import Inspection, VerificationError, inspect
+from lightning_influence.verify import Inspection, VerificationError, inspect, looked_at, roomy_batch_size
 
 N, C = 21, 4
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
@@ -975,9 +976,28 @@ def test_what_the_look_at_a_batch_tells() -> None:
     seen = inspect(gradients, range(N))
     # Whatever is asked for, one batch is looked at: 25 and 9 positions, then one. A norm has the gradient itself.
     assert seen.positions == {"0": 25, "1": 1, "3": 9, "6": 1}
-    patches = [2 * 4 * 25 * (9 + 1), 4 * 2 * 4, 4 * 9 * (4 * 9 + 1), 4 * 28]
-    assert seen.batch_bytes == 8 * (sum(patches) + max(patches))
+    # Padded images and output gradients as they lie, and the largest layer's patches once more.
+    held = [4 * 2 * 49 + 4 * 4 * 25, 4 * 2 * 4 + 4, 4 * 4 * 49 + 4 * 3 * 9, 4 * 28 + 4 * C]
+    assert seen.batch_bytes == 8 * (sum(held) + 2 * 4 * 25 * (9 + 1))
     assert inspect(gradients, range(N), verify=False).largest_error is None
+
+
+@pytest.mark.parametrize(
+    ("training_batch", "taken"), [(1, 1), (2, 2), (16, 16), (20, 16), (32, 16), (64, 32), (65, 32)]
+)
+def test_half_a_training_batch_is_looked_at(training_batch: int, taken: int) -> None:
+    assert looked_at(training_batch) == taken
+    gradients = _gradients(data=_data(70), batch_size=training_batch)
+    assert inspect(gradients, range(70), verify=False).examples == taken
+
+
+def test_passes_take_as_many_examples_as_have_room() -> None:
+    """Small ones by the hundreds; of large ones what was looked at, which is half of what training holds."""
+    small = Inspection({}, True, None, 16 * 5_000, None, 0.1, 16)
+    assert roomy_batch_size(small) == 512
+    assert roomy_batch_size(replace(small, batch_bytes=16 * 2**19)) == 32
+    assert roomy_batch_size(replace(small, batch_bytes=16 * 2**22)) == 16
+    assert roomy_batch_size(replace(small, batch_bytes=64 * 2**22, examples=64)) == 64
 
 
 @pytest.mark.parametrize("size", [3, 100])

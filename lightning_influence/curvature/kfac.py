@@ -141,7 +141,10 @@ class KroneckerBlock(CurvatureBlock):
         }
         diagonals: dict[str, list[Tensor]] = {}
         # A basis takes the place of its moment before the next is decomposed: memory for one of the two.
-        for side, other, dense in (("activation", "gradient", self.dense[1]), ("gradient", "activation", self.dense[0])):
+        for side, other, dense in (
+            ("activation", "gradient", self.dense[1]),
+            ("gradient", "activation", self.dense[0]),
+        ):
             counted = zip(uses, counts[side], strict=True)
             moments = [sums.pop(f"{side}.{use}").double().div_(count) for use, count in counted]
             basis = None
@@ -154,7 +157,9 @@ class KroneckerBlock(CurvatureBlock):
                 diagonals[side] = [_diagonal_in(moment, basis) for moment in moments]
         if diagonals:  # otherwise they are measured
             pairs = zip(diagonals["gradient"], diagonals["activation"], strict=True)
-            self._result["eigenvalues"] = torch.stack([y.unsqueeze(-1) * x.unsqueeze(-2) for y, x in pairs]).sum(0).to(dtype)
+            self._result["eigenvalues"] = (
+                torch.stack([y.unsqueeze(-1) * x.unsqueeze(-2) for y, x in pairs]).sum(0).to(dtype)
+            )
 
 
 class KFACBlock(KroneckerBlock):
