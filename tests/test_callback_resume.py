@@ -306,6 +306,34 @@ def test_a_data_set_of_another_size(size: int, tmp_path: Path) -> None:
         )
 
 
+def test_after_a_refused_resumption_the_callback_starts_afresh(tmp_path: Path) -> None:
+    run(tmp_path / "first", epochs=1, audits=[InfluenceAudit()])
+    path = tmp_path / "first" / "kept" / "step=5.ckpt"
+    others = loader(Numbered(vectors(20, dtype=torch.float64))), data()[1]
+    audit = InfluenceAudit()
+    with pytest.raises(MisconfigurationException, match="the data set has 20"):
+        run(tmp_path / "second", epochs=2, audits=[audit], ckpt_path=path, loaders=others)
+    run(tmp_path / "third", epochs=2, audits=[audit], loaders=others)
+    assert audit.report is not None
+    assert audit.report.columns["times_seen"].tolist() == [2] * 20
+
+
+def test_what_a_run_lacks_it_still_lacks_when_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of everything")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(audit_run, "score_examples", fail)
+        with pytest.warns(UserWarning, match="pass at the end of epoch 0 failed"):
+            run(tmp_path / "first", epochs=2, audits=[InfluenceAudit()])
+    audit = InfluenceAudit()
+    run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=tmp_path / "first" / "kept" / "step=10.ckpt")
+    assert audit.report is not None
+    (note,) = (note for note in audit.report.manifest["notes"] if "the passes at the ends of the epochs" in note)
+    assert "epochs [0] failed: tracin lacks their steps" in note
+    assert audit.report.manifest["tracin_steps"] == [10, 15, 20]
+
+
 def test_an_audit_that_joins_later_and_one_that_leaves(tmp_path: Path) -> None:
     run(tmp_path / "without", epochs=2, audits=[])
     audit = InfluenceAudit()

@@ -129,3 +129,17 @@ def test_a_loss_that_changes_in_the_middle_of_an_epoch_costs_one_batch(tmp_path:
     assert heard == [True] * 16 + [False] * 4 + [True] * 2 + [False] * 9 + [True] * 29
     assert sorted(report.columns["times_seen"].tolist()) == [2] * 3 + [3] * 57
     assert any("1 training batches had no known loss call" in note for note in report.manifest["notes"])
+
+
+def test_what_is_missing_is_part_of_the_state() -> None:
+    """A recording that was given up is not taken up again by a resumed run, and says why."""
+    before, after = Recording(5, nn.Linear(2, 2)), Recording(5, nn.Linear(2, 2))
+    before.untapped_batches, before.failed_passes = 3, [1, 4]
+    before.notes.append("no checkpoints were kept")
+    with pytest.warns(UserWarning, match="training dynamics are incomplete"):
+        before.fail("training dynamics are incomplete", ValueError("odd"))
+    assert not after.failed
+    after.load_state_dict(before.state_dict())
+    assert after.failed
+    assert after.remarks() == before.remarks()
+    assert len(after.remarks()) == 4

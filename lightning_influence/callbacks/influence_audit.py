@@ -88,7 +88,7 @@ class InfluenceAudit(Callback):
         known_noise: Dataset indices of labels that are known to be wrong, to measure the detection.
         dirpath: Directory of the audit, instead of ``<log_dir>/influence``. An existing audit is never overwritten:
             a version suffix is added.
-        verify: Whether to check per-example gradients against autograd on one batch before training starts.
+        verify: Whether to check per-example gradients against autograd on half a training batch before training starts.
 
     Attributes:
         report: The audit, once training has ended.
@@ -170,7 +170,7 @@ class InfluenceAudit(Callback):
         if stage != "fit":
             return
         # Of an earlier fit: an error before training starts must not be filed under that one's audit.
-        self.report = self._recording = self._run = None
+        self.report = self._recording = self._run = self._restored_state = None
         preparing.check_optimization(pl_module, self.task, self.tracin)
         bridge.check_strategy(trainer)
         preparing.warn_of_averaging(trainer, self)
@@ -184,9 +184,9 @@ class InfluenceAudit(Callback):
             source = ExampleSource.from_loader(trainer.train_dataloader)
             preparing.check_known_noise(self.known_noise, source)
             self._recording = Recording(len(source), pl_module, self.tracin)
-            if self._restored_state is not None:
-                self._recording.load_state_dict(self._restored_state)
-                self._restored_state = None
+            restored, self._restored_state = self._restored_state, None
+            if restored is not None:
+                self._recording.load_state_dict(restored)
             self._run = self._start(trainer, pl_module, source, self._recording)
             self._run.resume(trainer, pl_module)
 

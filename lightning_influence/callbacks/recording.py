@@ -302,6 +302,12 @@ class Recording:
             "pace": self.pace.state_dict(),
             "next_step": self._next_step,
             "checkpoint_directory": self.checkpoint_directory,
+            "incomplete": {
+                "untapped_batches": self.untapped_batches,
+                "failures": list(self.failures),
+                "failed_passes": list(self.failed_passes),
+                "notes": list(self.notes),
+            },
             **self.step_sizes.state_dict(),
             "postponed": self.postponed,
             **self.neighbours.state_dict(),
@@ -328,6 +334,12 @@ class Recording:
             self.pace.load_state_dict(state["pace"])
         self._next_step = state.get("next_step", 0)
         self.checkpoint_directory = state.get("checkpoint_directory", "")
+        # What the columns lack, they lack after resuming, too.
+        lacking = state.get("incomplete", {})
+        self.untapped_batches = lacking.get("untapped_batches", 0)
+        self.failures = list(lacking.get("failures", []))
+        self.failed_passes = list(lacking.get("failed_passes", []))
+        self.notes = list(lacking.get("notes", []))
         self.step_sizes.load_state_dict(state)
         self.postponed = state["postponed"]
         self.neighbours.load_state_dict(state)

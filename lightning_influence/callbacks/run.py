@@ -248,10 +248,10 @@ class AuditRun:
         asked = sum(len(examples) for _, examples in validation)
         rank_zero_info(reporter.announce(plan, gradients, inspection, len(indices), asked))
         step_sizes = self._last_step_sizes(trainer, module, gradients.coverage)
-        if self.flight is not None:
-            recording.notes += self.flight.notes()
         with bridge.silenced_loggers(trainer):
             result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=step_sizes)
+        if self.flight is not None:
+            result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
         columns = recording.columns(indices, result.scores)
         self.make_unlearner = unlearner_maker(trainer, gradients, planned, columns, history.weight_decay)
