@@ -16,31 +16,26 @@ seen.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_influence import optimizers, per_sample
-from lightning_influence.calls import Call, DirectCall, EmbeddingCall, Layouts, LinearCall, MatrixCall, RepeatedCall
+from lightning_influence.calls import Call, Layouts, LinearCall, RepeatedCall
 from lightning_influence.coverage import Coverage
-from lightning_influence.layers import LayerError, MatrixBlock, ParameterBlock
-from lightning_influence.patches import laid_out
+from lightning_influence.layers import LayerError, ParameterBlock
 from lightning_influence.precision import working
 from lightning_influence.reading import IN_PLACE, NotUnderstoodError, Site, read_call
-from lightning_influence.rows import Rows
+from lightning_influence.step_norms import Group, StepNorms
 from lightning_influence.trace import TracedUse
 from lightning_influence.tracin import Increments
-from lightning_influence.uses import Output, Source, Use, check_batch, joined, modified, rows_of
+from lightning_influence.uses import Output, Source, Use, check_batch, modified
 from lightning_influence.watch import TrainingTap, visible_attention
-
-Group: TypeAlias = tuple[int, int]
-"""A parameter group: number of its optimizer, and its own in it."""
 
 _Function = Callable[..., Any]
 
@@ -173,7 +168,7 @@ class Flight:
 
     def __init__(self, coverage: Coverage, optimizers: Sequence[Any]) -> None:
         self.coverage = coverage
-        self.optimizers = list(optimizers)
+        self._norms = StepNorms(optimizers)
         self.unseen: dict[str, str] = {}
         self._layouts: dict[tuple[int, _Function], Layouts] = {}
         self._owners: dict[int, tuple[str, Tensor, ParameterBlock]] = {}
@@ -184,12 +179,6 @@ class Flight:
         self._reached: set[str] = set()
         self._readings: dict[tuple[int, _Function], _Reading] = {}
         self._rows: dict[int, _Reading] = {}  # those of linear maps, by their weights
-        # Parameter to its group, and the optimizer with the group's settings if it scales gradients.
-        self._groups: dict[int, tuple[Group, Any]] = {}
-        # Block and roles to the groups of weight and bias, for linear maps that take plain steps.
-        self._row_groups: dict[tuple[str, ...], tuple[Group | None, Group | None]] = {}
-        self._grouped: list[tuple[Any, int]] = []  # the parameter groups that this was made from, and their sizes
-        self._scales: dict[str, Tensor] = {}
         self._uses: dict[str, list[Use | _Row]] = {}
         self._open: dict[str, int] = {}
         self._n = 0
@@ -328,20 +317,7 @@ class Flight:
             scale: ``n`` over what the loss was multiplied with since ``training_step`` returned it (an accumulation's
                 ``1/k``, a gradient scaler's factor).
         """
-        grouped = [(g, len(g["params"])) for o in self.optimizers for g in optimizers.inner(o).param_groups]
-        same = len(grouped) == len(self._grouped)
-        if not same or any(a is not b or m != n for (a, m), (b, n) in zip(grouped, self._grouped, strict=True)):
-            self._grouped = grouped
-            self._row_groups = {}
-            self._groups = {
-                id(parameter): (
-                    (number, place),
-                    (optimizer, group) if optimizers.is_preconditioned(optimizer) else None,
-                )
-                for number, optimizer in enumerate(map(optimizers.inner, self.optimizers))
-                for place, group in enumerate(optimizer.param_groups)
-                for parameter in group["params"]
-            }
+        self._norms.start()
         self._visit = Visit(list(indices), scale)
 
     def _arrived(self, blocks: Iterable[str], place: Output, gradient: Tensor | None) -> None:
@@ -379,7 +355,7 @@ class Flight:
         if rows is not None:
             self._add_rows(visit, name, uses[0].call, uses[0].roles, *rows)
             return
-        self._add(visit, self._squares(block, uses))
+        self._add(visit, self._norms.of_uses(block, uses, self._n))
 
     def _measure_row(self, visit: Visit, name: str, row: _Row) -> None:
         if row.gradient is None:
@@ -387,128 +363,21 @@ class Flight:
         self._reached.add(name)
         if row.x._version != row.version:
             raise LayerError(modified(name))
-        x, g = working(row.x), working(row.gradient)
-        groups = self._row_groups.get((name, *row.reading.blocks[name]))
-        if groups is None:
-            self._add_rows(visit, name, row.reading.call, row.reading.blocks[name], x, g)
-        else:
-            visit.add_lengths(*groups, torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(g, dim=1))
+        self._add_rows(visit, name, row.reading.call, row.reading.blocks[name], working(row.x), working(row.gradient))
 
     def _add(self, visit: Visit, found: Iterable[tuple[Tensor, Tensor]]) -> None:
         for parameter, squares in found:
-            if (group := self._group(parameter)) is not None:
+            if (group := self._norms.group(parameter)) is not None:
                 visit.add(group, squares)
-
-    def _group(self, parameter: Tensor) -> Group | None:
-        """Return the group of a parameter, None if it does not move."""
-        found = self._groups.get(id(parameter))
-        return None if found is None else found[0]
 
     def _add_rows(self, visit: Visit, name: str, call: Call, roles: Mapping[str, Source], x: Tensor, g: Tensor) -> None:
         """Add ``gᵀ P g`` of a linear map with a row per example, for plain steps by the lengths of the rows."""
-        places = {role: self._groups.get(id(source.tensor)) for role, source in roles.items()}
-        if all(place is None or place[1] is None for place in places.values()):
-            of_weight, of_bias = places.get("weight"), places.get("bias")
-            groups = None if of_weight is None else of_weight[0], None if of_bias is None else of_bias[0]
-            self._row_groups[(name, *roles)] = groups
+        groups = self._norms.plain_rows(name, roles)
+        if groups is not None:
             visit.add_lengths(*groups, torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(g, dim=1))
             return
         assert isinstance(call, LinearCall)
-        self._add(visit, self._scaled_rows(call, roles, x, g))
-
-    def _scaled_rows(
-        self, call: LinearCall, roles: Mapping[str, Source], x: Tensor, g: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        squares = g.square()
-        for role, source in roles.items():
-            scale = self._scale(*source.parameters[0])
-            weighted = squares.sum(1, keepdim=True)
-            if scale is not None:
-                scale = scale.to(squares)
-                weighted = squares @ (scale.t() if role == "weight" and call.transposed else scale)
-            if role == "weight":  # no, oi, ni -> n
-                weighted = weighted * x.square()
-            yield source.tensor, weighted.sum(1) if weighted.ndim == 2 else weighted
-
-    def _squares(self, block: ParameterBlock, uses: Sequence[Use]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield parameters and ``gᵀ P g`` of every example, ``[n]``."""
-        n = self._n
-        if len(uses) == 1 and isinstance(block, MatrixBlock) and self._is_plain_affine(uses[0]):
-            yield from zip(*self._affine(uses[0]), strict=True)
-            return
-        if len(uses) == 1:
-            for role, source in uses[0].roles.items():
-                if isinstance(block, MatrixBlock) and source.tensor is block.weight:
-                    yield source.tensor, self._matrix_squares(block, uses[0])
-                else:
-                    scale = self._scale(source.parameters[0][0], source.tensor)
-                    yield source.tensor, _direct_squares(uses[0], role, n, scale)
-            return
-        activations, gs = joined(rows_of(block, uses, n))
-        x = laid_out(activations)[0]
-        weights = self._weights(block)
-        columns = block.bias_columns
-        split = [slice(None)] if columns is None else [slice(None, columns.start), columns]
-        for parameter, part in zip(block.parameters.values(), split, strict=False):
-            yield parameter, _squares(x[..., part], gs[0], None if weights is None else weights[..., part])
-
-    def _is_plain_affine(self, use: Use) -> bool:
-        """Tell whether a weight and a bias take plain steps."""
-        sources = use.roles.values()
-        whole = use.roles.keys() == {"weight", "bias"} and isinstance(use.call, MatrixCall)
-        return whole and all(self._scale(*source.parameters[0]) is None for source in sources)
-
-    def _affine(self, use: Use) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
-        """Return weight and bias, and ``‖g‖²`` of each for every example."""
-        assert isinstance(use.call, MatrixCall)
-        gradient = working(next(g for g in use.output.gradients if g is not None))
-        x = use.call.activations(self._n, use.layouts)
-        g = use.call.output_gradients(gradient, self._n, use.layouts)
-        return [use.roles[role].tensor for role in ("weight", "bias")], per_sample.squared_norms_with_bias(x, g)
-
-    def _matrix_squares(self, block: MatrixBlock, use: Use) -> Tensor:
-        """Return ``gᵀ P g`` of the weight of a matrix, from its only use."""
-        call, layouts = use.call, use.layouts
-        gradient = working(next(g for g in use.output.gradients if g is not None))
-        scale = self._scale(block.weight_name, block.weight)
-        if "weight" not in call.matrix_roles:
-            return _direct_squares(use, "weight", self._n, scale)
-        x: Tensor
-        g: Rows
-        if isinstance(call, EmbeddingCall):
-            x, g = call.rows(gradient, self._n, layouts)
-        else:
-            assert isinstance(call, MatrixCall)
-            x, g = call.activations(self._n, layouts), call.output_gradients(gradient, self._n, layouts)
-        if scale is None:
-            return _squares(x, g, None)
-        laid_out = block.from_parameters(
-            {name: scale if p is block.weight else p for name, p in block.parameters.items()}
-        )
-        return _squares(x, g, laid_out[..., : laid_out.shape[-1] - block.has_bias])
-
-    def _scale(self, name: str, parameter: Tensor) -> Tensor | None:
-        """Return ``P`` of a parameter, shaped like it, or None for a plain step."""
-        found = self._groups.get(id(parameter))
-        if found is None or found[1] is None:
-            return None
-        if name not in self._scales:
-            optimizer, group = found[1]
-            scale = optimizers.preconditioner(optimizer, group, parameter)
-            if scale is None:
-                assert self._visit is not None
-                self._visit.complete = False
-                return None
-            self._scales[name] = scale
-        return self._scales[name]
-
-    def _weights(self, block: ParameterBlock) -> Tensor | None:
-        """Return ``P`` of a block, ``[k, o, i]``, or None for plain steps."""
-        scales = {name: self._scale(name, parameter) for name, parameter in block.parameters.items()}
-        if all(scale is None for scale in scales.values()):
-            return None
-        ones = {name: torch.ones_like(p) for name, p in block.parameters.items() if scales[name] is None}
-        return block.from_parameters({name: ones.get(name, scale) for name, scale in scales.items()})  # type: ignore[misc]
+        self._add(visit, self._norms.of_rows(call, roles, x, g))
 
     def finish(self) -> Visit | None:
         """Return what the backward pass has told, None if there was none.
@@ -522,6 +391,8 @@ class Flight:
                 for name in list(self._uses):  # some output of the block was not used
                     self._measure(name)
             error = self._error
+        if visit is not None:
+            visit.complete = self._norms.complete
         self.clear()
         if error is not None:
             raise error
@@ -529,7 +400,7 @@ class Flight:
 
     def stepped(self) -> None:
         """Forget what the optimizers' state said: a step has changed it."""
-        self._scales = {}
+        self._norms.stepped()
 
 
 class _FlightTap(TrainingTap):
@@ -590,18 +461,3 @@ def _single_rows(use: Use, n: int) -> tuple[Tensor, Tensor] | None:
     if type(call) is not LinearCall or call.input.ndim != 2 or gradient is None or len(call.input) != n:
         return None
     return working(call.input), working(gradient)
-
-
-def _direct_squares(use: Use, role: str, n: int, scale: Tensor | None) -> Tensor:
-    """Return ``gᵀ P g`` of a parameter that scales or shifts, ``[n]``."""
-    assert isinstance(use.call, (MatrixCall, DirectCall))
-    gradient = working(next(g for g in use.output.gradients if g is not None))
-    own = use.call.direct(role, gradient, n, use.layouts).reshape(n, -1)
-    return own.square().sum(1) if scale is None else own.square() @ scale.reshape(-1).to(own)
-
-
-def _squares(x: Tensor, g: Rows, weights: Tensor | None) -> Tensor:
-    """Return ``Σ_oi P (Σ_s g xᵀ)²`` of every example, ``[n]``."""
-    if weights is not None:
-        return per_sample.weighted_squares(x, g, weights.detach().to(x))
-    return per_sample.squared_norms(x, g)

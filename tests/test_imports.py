@@ -51,6 +51,7 @@ ORDER = (
     "curvature",
     "tracin",
     "dynamics",
+    "step_norms",
     "in_flight",
     "pacing",
     "neighbours",
