@@ -38,13 +38,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
 
-from lightning_influence import AuditReport, InfluenceAudit, TracIn
+from lightning_influence import AuditReport, InfluenceAudit, Queries, TracIn
 from lightning_influence.callbacks.bridge import check_strategy
+from lightning_influence.callbacks.query_report import QueryReport
+from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.coverage import cover
+from lightning_influence.influence import InfluencePlan
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import score_examples
 from lightning_influence.source import ExampleSource
 from lightning_influence.store import AuditStore
+from lightning_influence.verify import inspect
 
 DOUBLE = vectors(dtype=torch.float64)
 CHECKED_COLUMNS = ("times_seen", "loss_mean", "loss_variance", "aum", "el2n", "epochs_wrong", "forgetting", "label")
@@ -1030,6 +1034,21 @@ def test_a_collate_function_and_nested_batches(tmp_path: Path) -> None:
     x, y = vectors().tensors
     gradients = ref.per_example_gradients(model.net, F.cross_entropy, 3 * x, y)
     close(report.columns["self_influence"], sum((g**2).flatten(1).sum(1) for g in gradients.values()), 1e-4)
+
+
+def test_the_wait_that_is_announced_counts_the_pass_for_pairs() -> None:
+    """Ten seconds an example: 22 for the scores, 44 for the factors, and 22 once more for the pairs of queries."""
+    net = Classifier().net
+    source = ExampleSource(vectors(), batch_size=5)
+    gradients = ExampleGradients(
+        net, lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]), source, cover(net)
+    )
+    inspection = inspect(gradients, range(22))
+    plan = InfluencePlan.make(gradients.coverage, inspection, 22)
+    for queries, wait in ((None, "about 11 min"), (QueryReport(Queries()), "about 15 min")):
+        reporter = Reporter(None, {}, None, queries)
+        reporter.seconds_per_example = 10.0
+        assert wait in reporter.announce(plan, gradients, inspection, 22, 0)
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
