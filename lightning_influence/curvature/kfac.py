@@ -149,17 +149,16 @@ class KroneckerBlock(CurvatureBlock):
             moments = [sums.pop(f"{side}.{use}").double().div_(count) for use, count in counted]
             basis = None
             if dense:
-                # Each use in proportion to the size of its other factor.
-                weighed = [t * moment for t, moment in zip(traces[other], moments, strict=True)]
-                basis = eigenvectors(added(weighed) if len(uses) > 1 else moments[0])
+                whole = moments[0]
+                if len(uses) > 1:  # each use in proportion to the size of its other factor
+                    whole = added(trace * moment for trace, moment in zip(traces[other], moments, strict=True))
+                basis = eigenvectors(whole)
                 self._result[f"{side}_basis"] = basis.to(dtype)
             if self.passes == 1:
                 diagonals[side] = [_diagonal_in(moment, basis) for moment in moments]
         if diagonals:  # otherwise they are measured
             pairs = zip(diagonals["gradient"], diagonals["activation"], strict=True)
-            self._result["eigenvalues"] = (
-                torch.stack([y.unsqueeze(-1) * x.unsqueeze(-2) for y, x in pairs]).sum(0).to(dtype)
-            )
+            self._result["eigenvalues"] = added(y.unsqueeze(-1) * x.unsqueeze(-2) for y, x in pairs).to(dtype)
 
 
 class KFACBlock(KroneckerBlock):
