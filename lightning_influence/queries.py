@@ -100,7 +100,9 @@ def prepared_queries(
     """
     for gradients, finite in query_gradients(queries, chunks):
         vectors = curvature.solve(gradients)
-        products = [(gradients.pop(name) * vectors[name]).sum((1, 2, 3), dtype=torch.float64) for name in vectors]
+        # Rows first: a sum in float64 takes a copy of what it adds up.
+        rows = [(gradients.pop(name) * vectors[name]).sum(3) for name in vectors]
+        products = [of_layer.sum((1, 2), dtype=torch.float64) for of_layer in rows]
         yield PreparedQueries(vectors, torch.stack(products).sum(0).masked_fill(~finite, torch.nan))
 
 
@@ -132,6 +134,9 @@ def _gradients(queries: ExampleGradients, indices: list[int]) -> tuple[dict[str,
     def take(place: int, batch: BatchGradients) -> None:
         for io in batch.layers():
             formed = per_sample.formed(io.x, io.gs[0])
+            if len(formed) == len(indices):  # all queries at once: no copy
+                reached[io.name] = formed
+                continue
             if io.name not in reached:
                 reached[io.name] = formed.new_zeros(shapes[io.name])
             reached[io.name][place : place + len(formed)] = formed
@@ -139,7 +144,9 @@ def _gradients(queries: ExampleGradients, indices: list[int]) -> tuple[dict[str,
 
     _visit(queries, indices, take)
     like = next(iter(reached.values()), torch.zeros(0, device=queries.device))
-    return {name: reached.get(name, like.new_zeros(shapes[name])) for name in shapes}, torch.cat(finite)
+    # Zeros are made only where they are needed: they are as large as gradients.
+    found = {name: reached[name] if name in reached else like.new_zeros(shape) for name, shape in shapes.items()}
+    return found, torch.cat(finite)
 
 
 def _visit(queries: ExampleGradients, indices: list[int], take: Callable[[int, BatchGradients], None]) -> None:
