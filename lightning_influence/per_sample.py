@@ -393,6 +393,18 @@ def _rotated(
             yield chunk if basis_x is None else basis_x.transpose(-1, -2).unsqueeze(1) @ chunk
 
 
+def rotated(x: Tensor, g: Rows, basis_x: Tensor | None, basis_g: Tensor | None) -> tuple[Tensor, Rows]:
+    """Return the activations and output gradients of the rotated gradients ``basis_gᵀ G_kn basis_x``.
+
+    Args:
+        x: Activations ``[k, n, s, i]``.
+        g: Output gradients ``[k, n, s, o]``.
+        basis_x: Orthonormal columns ``[k, i, i]``; None is the identity.
+        basis_g: Orthonormal columns ``[k, o, o]``; None is the identity, the only one for one-hot rows.
+    """
+    return rotate(x, basis_x), g if basis_g is None else rotate(_dense(g), basis_g)
+
+
 def _dense(g: Rows) -> Tensor:
     """Return rows that a basis can turn, or that are one position each: never one-hot ones."""
     if isinstance(g, Tensor):
