@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_influence import distributed, memory, per_sample, score_matrix
+from lightning_influence import distributed, memory, score_matrix
 from lightning_influence.curvature.fitted import Curvature
 from lightning_influence.passes import BatchGradients, ExampleGradients
 from lightning_influence.queries import (
@@ -214,7 +214,7 @@ def top_scores(
     examples = distinct(indices).tolist()
     found: dict[float, list[tuple[Tensor, Tensor]]] = {1.0: [], -1.0: []}
     chunks, notes = query_chunks(gradients, query_indices, query_bytes)
-    for prepared in prepared_queries(curvature, queries.like(gradients), chunks):
+    for prepared in prepared_queries(curvature, queries.like(gradients), chunks, len(examples)):
         size = len(prepared.self_influence)
         best = {sign: _nothing(size, gradients.device) for sign in found}
         with closing(_columns(gradients, examples, curvature, prepared, normalise, [])) as batches:
@@ -276,7 +276,7 @@ def _pieces(
 ) -> Generator[tuple[slice, Tensor, Tensor], None, None]:
     """Yield parts of the matrix: rows ``q``, places of columns ``[n]``, scores ``[m, q, n]``; on every process."""
     start = 0
-    for prepared in prepared_queries(curvature, queries.like(gradients), chunks):
+    for prepared in prepared_queries(curvature, queries.like(gradients), chunks, len(examples)):
         rows = slice(start, start + len(prepared.self_influence))
         with closing(gathered_columns(gradients, examples, prepared, curvature, normalise, layers)) as pieces:
             for places, scores in pieces:
@@ -344,7 +344,7 @@ def _scored(
     scores = of_queries.new_zeros((batch.loss.n, 1 + len(layers), len(of_queries)))
     scorer = None if curvature is None else curvature.scorer(batch.loss.n)
     for io in batch.layers():
-        part = per_sample.products(io.x, io.gs[0], prepared.vectors[io.name])
+        part = prepared.products(io)
         scores[:, 0] += part
         if layers:
             scores[:, places[io.name]] = part

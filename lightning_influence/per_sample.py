@@ -124,6 +124,9 @@ def _elements(x: Tensor) -> int:
 
 def formed(x: Tensor, g: Rows) -> Tensor:
     """Return all per-example gradients at once, ``[n, k, o, i]``; for queries and small networks."""
+    if isinstance(g, Tensor) and x.shape[2] == 1:
+        # knso, knsi -> knoi: in one go, as putting chunks together takes a copy
+        return (g.transpose(-1, -2) @ x).transpose(0, 1).contiguous()
     return torch.cat([chunk.transpose(0, 1) for chunk in gradients(x, g)])
 
 
@@ -388,6 +391,18 @@ def _rotated(
             if after is not None:
                 chunk = chunk @ after.unsqueeze(1)
             yield chunk if basis_x is None else basis_x.transpose(-1, -2).unsqueeze(1) @ chunk
+
+
+def rotated(x: Tensor, g: Rows, basis_x: Tensor | None, basis_g: Tensor | None) -> tuple[Tensor, Rows]:
+    """Return the activations and output gradients of the rotated gradients ``basis_gᵀ G_kn basis_x``.
+
+    Args:
+        x: Activations ``[k, n, s, i]``.
+        g: Output gradients ``[k, n, s, o]``.
+        basis_x: Orthonormal columns ``[k, i, i]``; None is the identity.
+        basis_g: Orthonormal columns ``[k, o, o]``; None is the identity, the only one for one-hot rows.
+    """
+    return rotate(x, basis_x), g if basis_g is None else rotate(_dense(g), basis_g)
 
 
 def _dense(g: Rows) -> Tensor:

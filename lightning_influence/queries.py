@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_influence import distributed, memory, per_sample
+from lightning_influence.capture import LayerIO
+from lightning_influence.curvature.block import Eigenbasis
 from lightning_influence.curvature.fitted import Curvature
 from lightning_influence.passes import BatchGradients, ExampleGradients
 from lightning_influence.precision import working_dtype
+from lightning_influence.rows import Rows
 
 # Of each query's gradient there are, for a while: itself, the solution, and what solving takes.
 _COPIES = 4
@@ -27,12 +30,18 @@ class PreparedQueries:
     """Preconditioned gradients of some queries.
 
     Attributes:
-        vectors: ``(C + λ)⁻¹ g_q`` by block, ``[q, k, o, i]``.
+        vectors: ``(C + λ)⁻¹ g_q`` by block, ``[q, k, o, i]``, each in the basis that ``bases`` names.
         self_influence: ``g_qᵀ (C + λ)⁻¹ g_q``, ``[q]``; NaN for queries without a finite gradient.
+        bases: Bases of the vectors by block; None, or no entry, is that of the parameters.
     """
 
     vectors: Mapping[str, Tensor]
     self_influence: Tensor
+    bases: Mapping[str, Eigenbasis | None] = field(default_factory=dict)
+
+    def products(self, io: LayerIO) -> Tensor:
+        """Return one block's part of ``⟨g_z, v_q⟩`` for a batch of ``n`` examples, ``[n, q]``."""
+        return per_sample.products(*_rows(io, self.bases.get(io.name)), self.vectors[io.name])
 
 
 def check_pairs(
@@ -85,7 +94,7 @@ def query_chunks(gradients: ExampleGradients, indices: Sequence[int], size: int)
 
 
 def prepared_queries(
-    curvature: Curvature, queries: ExampleGradients, chunks: Sequence[list[int]]
+    curvature: Curvature, queries: ExampleGradients, chunks: Sequence[list[int]], examples: int | None = None
 ) -> Iterator[PreparedQueries]:
     """Yield the preconditioned gradients of one chunk of queries after the other, the same on every process.
 
@@ -93,15 +102,65 @@ def prepared_queries(
         curvature: ``C + λ``.
         queries: Passes over the queries' data.
         chunks: The queries, as many as are taken at a time.
+        examples: Number of training examples that each chunk will be multiplied with: vectors stay in the eigenbasis
+            of the curvature where rotating the examples costs less. None leaves all in the basis of the parameters.
 
     Raises:
         QueryError: With the first chunk, if the task can't be run on some query of any chunk.
         SolverError: If an iterative solver did not reach its tolerance.
     """
-    for gradients, finite in query_gradients(queries, chunks):
-        vectors = curvature.solve(gradients)
-        products = [(gradients.pop(name) * vectors[name]).sum((1, 2, 3), dtype=torch.float64) for name in vectors]
-        yield PreparedQueries(vectors, torch.stack(products).sum(0).masked_fill(~finite, torch.nan))
+    _check_later(queries, chunks)
+    for chunk in chunks:
+        yield _prepared(curvature, queries, chunk, examples)
+
+
+def _prepared(
+    curvature: Curvature, queries: ExampleGradients, chunk: list[int], examples: int | None
+) -> PreparedQueries:
+    """Return the preconditioned gradients of one chunk of queries."""
+    bases: dict[str, Eigenbasis | None] = {}
+
+    def formed(io: LayerIO) -> Tensor:
+        if io.name not in bases:
+            bases[io.name] = None if examples is None else _cheaper_basis(curvature, io, len(chunk), examples)
+        return per_sample.formed(*_rows(io, bases[io.name]))
+
+    gradients, finite = _gradients(queries, chunk, formed)
+    solved = curvature.solve({name: v for name, v in gradients.items() if bases.get(name) is None})
+    vectors: dict[str, Tensor] = {}
+    products: list[Tensor] = []
+    for name in list(gradients):
+        gradient, basis = gradients.pop(name), bases.get(name)
+        vectors[name] = solved[name] if basis is None else gradient * basis.inverse
+        # The same number in every orthonormal basis. Rows first: a sum in float64 takes a copy of what it adds up.
+        products.append((gradient * vectors[name]).sum(3).sum((1, 2), dtype=torch.float64))
+    return PreparedQueries(vectors, torch.stack(products).sum(0).masked_fill(~finite, torch.nan), bases)
+
+
+def _rows(io: LayerIO, basis: Eigenbasis | None) -> tuple[Tensor, Rows]:
+    """Return a block's activations and output gradients, in a basis."""
+    return (io.x, io.gs[0]) if basis is None else basis.rotated(io.x, io.gs[0])
+
+
+def _cheaper_basis(curvature: Curvature, io: LayerIO, queries: int, examples: int) -> Eigenbasis | None:
+    """Return the eigenbasis of a block if pairs cost less in it than in the basis of the parameters, else None.
+
+    The multiplications beyond those of the scores themselves, with one position per example and a single process:
+
+    * in the eigenbasis, the rows of all queries and training examples are rotated: ``(q + n)(i² + o²)``;
+    * else the queries' gradients are rotated there and back: ``2 q·o·i (i + o)``;
+
+    where a side that has the identity as its basis costs nothing. One-hot rows stay in the basis of the parameters, and
+    so do layers with more positions, whose rows cost that much more to rotate. Both are told from the first batch of
+    queries; should other batches be of another kind, the scores are right all the same.
+    """
+    basis = curvature.eigenbasis(io.name)
+    if basis is None or io.x.shape[2] > 1 or not isinstance(io.gs[0], Tensor):
+        return None
+    _, o, i = basis.inverse.shape
+    sides = [of.shape[-1] for of in (basis.activation_basis, basis.gradient_basis) if of is not None]
+    rotated_rows = (queries + examples) * sum(side**2 for side in sides)
+    return basis if rotated_rows < 2 * queries * o * i * sum(sides) else None
 
 
 def query_gradients(
@@ -116,22 +175,32 @@ def query_gradients(
     Raises:
         QueryError: With the first chunk, if the task can't be run on some query of any chunk.
     """
+    _check_later(queries, chunks)
+    for chunk in chunks:
+        yield _gradients(queries, chunk, lambda io: per_sample.formed(io.x, io.gs[0]))
+
+
+def _check_later(queries: ExampleGradients, chunks: Sequence[list[int]]) -> None:
+    """Raise ``QueryError`` if the task can't be run on some query of any chunk but the first, which comes next."""
     for chunk in chunks[1:]:
         # Else a query that does not fit is found after a pass over the training data for every chunk before it.
         _visit(queries, chunk, lambda place, batch: None)
-    for chunk in chunks:
-        yield _gradients(queries, chunk)
 
 
-def _gradients(queries: ExampleGradients, indices: list[int]) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the queries' gradients by block, ``[q, k, o, i]``, and which are finite, ``[q]``."""
+def _gradients(
+    queries: ExampleGradients, indices: list[int], form: Callable[[LayerIO], Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the queries' gradients by block, ``[q, k, o, i]``, as ``form`` gives them, and which are finite."""
     shapes = {name: (len(indices), *block.shape) for name, block in queries.coverage.blocks.items()}
     reached: dict[str, Tensor] = {}
     finite: list[Tensor] = []
 
     def take(place: int, batch: BatchGradients) -> None:
         for io in batch.layers():
-            formed = per_sample.formed(io.x, io.gs[0])
+            formed = form(io)
+            if len(formed) == len(indices):  # all queries at once: no copy
+                reached[io.name] = formed
+                continue
             if io.name not in reached:
                 reached[io.name] = formed.new_zeros(shapes[io.name])
             reached[io.name][place : place + len(formed)] = formed
@@ -139,7 +208,9 @@ def _gradients(queries: ExampleGradients, indices: list[int]) -> tuple[dict[str,
 
     _visit(queries, indices, take)
     like = next(iter(reached.values()), torch.zeros(0, device=queries.device))
-    return {name: reached.get(name, like.new_zeros(shapes[name])) for name in shapes}, torch.cat(finite)
+    # Zeros are made only where they are needed: they are as large as gradients.
+    found = {name: reached[name] if name in reached else like.new_zeros(shape) for name, shape in shapes.items()}
+    return found, torch.cat(finite)
 
 
 def _visit(queries: ExampleGradients, indices: list[int], take: Callable[[int, BatchGradients], None]) -> None:

@@ -13,13 +13,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_influence.curvature import BlockCurvature, Curvature, CurvatureName, FactorExamples, fit
 from lightning_influence.curvature.sweep import damping_sweep
 from lightning_influence.discover import discover
-from lightning_influence.pairwise import PairwiseScores, pairwise_scores, top_scores
+from lightning_influence.pairwise import PairwiseScores, gathered_columns, pairwise_scores, top_scores
 from lightning_influence.passes import ExampleGradients
-from lightning_influence.queries import QueryError
+from lightning_influence.queries import PreparedQueries, QueryError, prepared_queries
 from lightning_influence.scoring import score_examples
 from lightning_influence.source import ExampleSource
 
@@ -48,6 +49,23 @@ def image_net() -> nn.Module:
     )
 
 
+def vector_net() -> nn.Module:
+    """One position per example in every layer, two groups in the first."""
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 4, groups=2), nn.Flatten(), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, C, bias=False)
+    )
+
+
+def mean_net() -> nn.Module:
+    """Positions of any number, with their mean at the end."""
+    return nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, C), _Mean())
+
+
+class _Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
 def task(module: Any, batch: Any) -> Tensor:
     return F.cross_entropy(module(batch[0]), batch[1])
 
@@ -55,6 +73,7 @@ def task(module: Any, batch: Any) -> Tensor:
 MODELS: dict[str, tuple[Any, Any]] = {
     "images": (image_net, lambda n, g: torch.randn(n, 2, 4, 4, generator=g).double()),
     "text": (Text, lambda n, g: torch.randint(7, (n, 5), generator=g)),
+    "vectors": (vector_net, lambda n, g: torch.randn(n, 2, 4, 4, generator=g).double()),
 }
 
 
@@ -268,6 +287,157 @@ def test_parts_by_layer_add_up(solver: Any) -> None:
         )  # fmt: skip
     with pytest.raises(ValueError, match="by_layer=True keeps the parts in memory"):
         pairwise_scores(problem.train, range(N), fitted, problem.queries, range(Q), by_layer=True, path="x.npy")
+
+
+# ------------------------------------------------------------------------------------------------------- eigenbasis
+
+# So many training examples decide for each basis, whatever the layer.
+FEW, MANY = 1, 10**6
+VECTOR_LAYERS = ["0", "3", "5"]
+
+
+def references(problem: Problem, fitted: Curvature) -> dict[str, tuple[Tensor, Tensor, Tensor, float]]:
+    """Return by layer the dense curvature, the gradients of queries and of training examples, and the damping."""
+    net, result = problem.net, {}
+    of_queries, of_examples = (
+        ref.per_example_gradients(net, F.cross_entropy, *data.tensors) for data in (problem.asked, problem.data)
+    )
+    for layer in fitted.dampings:
+        module = net.get_submodule(layer)
+        left, right = (
+            ref.gradient_matrix(module, own[f"{layer}.weight"], own.get(f"{layer}.bias"))
+            for own in (of_queries, of_examples)
+        )
+        x, g = ref.layer_inputs_and_output_gradients(net, layer, F.cross_entropy, *problem.data.tensors)
+        A, B = ref.second_moments(x, g)
+        dense = ref.kfac_dense(A, B)
+        if fitted.name == "ekfac":
+            bases = ref.eigenbasis(A, B)
+            dense = ref.ekfac_dense(*bases, ref.ekfac_eigenvalues(right, *bases))
+        damping = 0.1 * float(dense.diagonal(dim1=1, dim2=2).mean())
+        assert fitted.dampings[layer] == pytest.approx(damping, rel=1e-9)
+        result[layer] = dense, left, right, damping
+    return result
+
+
+def prepared_for(problem: Problem, fitted: Curvature, examples: int | None) -> PreparedQueries:
+    (prepared,) = prepared_queries(fitted, problem.queries, [list(range(Q))], examples)
+    return prepared
+
+
+def rotated_layers(prepared: PreparedQueries) -> list[str]:
+    return [layer for layer, basis in prepared.bases.items() if basis is not None]
+
+
+def columns(problem: Problem, prepared: PreparedQueries, *how: Any) -> Tensor:
+    """Return the scores, and their parts by layer, of one way to prepare queries, `[m, q, n]`."""
+    pieces = list(gathered_columns(problem.train, torch.arange(N), prepared, *how))
+    assert torch.cat([places for places, _ in pieces]).tolist() == list(range(N))
+    return torch.cat([scores for _, scores in pieces], 2)
+
+
+class TestEigenbasis:
+    """Vectors stay in the eigenbasis, and training examples are rotated, where that costs less."""
+
+    @pytest.mark.parametrize("batch_size", [1, 4, 9])
+    @pytest.mark.parametrize("curvature", ["ekfac", "kfac"])
+    def test_both_bases_give_the_scores_of_dense_algebra(self, curvature: CurvatureName, batch_size: int) -> None:
+        problem = Problem("vectors", batch_size)
+        fitted = problem.fitted(curvature)
+        by_layer = references(problem, fitted)
+        parts = torch.stack([ref.bilinear_forms(C, left, right, d) for C, left, right, d in by_layer.values()])
+        of_queries = sum(ref.quadratic_forms(C, left, d) for C, left, _, d in by_layer.values())
+        of_examples = sum(ref.quadratic_forms(C, right, d) for C, _, right, d in by_layer.values())
+        scores = parts.sum(0)
+        for examples, rotated in ((FEW, VECTOR_LAYERS), (MANY, []), (None, [])):
+            prepared = prepared_for(problem, fitted, examples)
+            assert rotated_layers(prepared) == rotated
+            torch.testing.assert_close(prepared.self_influence, of_queries, **EXACT)
+            found = columns(problem, prepared, fitted, "none", VECTOR_LAYERS)
+            torch.testing.assert_close(found, torch.cat([scores[None], parts]), **EXACT)
+            relative = columns(problem, prepared, fitted, "relative")[0]
+            torch.testing.assert_close(relative, scores / of_examples.sqrt(), **EXACT)
+            cosines = columns(problem, prepared, fitted, "cosine")[0]
+            torch.testing.assert_close(cosines, relative / of_queries.sqrt()[:, None], **EXACT)
+        # The identity would not do, and neither would training examples that are not rotated.
+        plain = sum(ref.bilinear_forms(torch.zeros_like(C), *both, 1.0) for C, *both, _ in by_layer.values())
+        assert torch.corrcoef(torch.stack([plain.flatten(), scores.flatten()]))[0, 1] < 0.99
+        prepared = prepared_for(problem, fitted, FEW)
+        unrotated = columns(problem, PreparedQueries(prepared.vectors, prepared.self_influence))[0]
+        assert torch.corrcoef(torch.stack([unrotated.flatten(), scores.flatten()]))[0, 1] < 0.9
+
+    @pytest.mark.parametrize("normalise", ["none", "relative", "cosine"])
+    @pytest.mark.parametrize(("query_bytes", "rotated"), [(1, ["3"]), (2**30, VECTOR_LAYERS)], ids=["one", "all"])
+    def test_what_calls_decide_for(
+        self, normalise: Any, query_bytes: int, rotated: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With one query at a time, 9 examples are too many for the first and the last layer."""
+        problem = Problem("vectors")
+        fitted = problem.fitted("ekfac")
+        expected = columns(problem, prepared_for(problem, fitted, None), fitted, normalise)[0]
+        chosen: list[list[str]] = []
+
+        def recorded(*arguments: Any) -> Any:
+            for prepared in prepared_queries(*arguments):
+                chosen.append(rotated_layers(prepared))
+                yield prepared
+
+        monkeypatch.setattr("lightning_influence.pairwise.prepared_queries", recorded)
+        arguments = (problem.train, range(N), fitted, problem.queries, range(Q))
+        found = pairwise_scores(*arguments, normalise=normalise, query_bytes=query_bytes).scores
+        torch.testing.assert_close(found, expected, **EXACT)
+        top = top_scores(*arguments, N, normalise=normalise, query_bytes=query_bytes)
+        torch.testing.assert_close(top.proponent_scores, expected.sort(descending=True).values, **EXACT)
+        assert torch.equal(top.proponents, expected.argsort(descending=True))
+        assert chosen == 2 * (Q if query_bytes == 1 else 1) * [rotated]
+
+    def test_the_rule_counts_what_is_computed(self) -> None:
+        """What the bases cost apart from each other is what the rule compares; each is taken where it costs less."""
+        problem = Problem("vectors")
+        fitted = problem.fitted("ekfac")
+        sizes = [(k, o, i) for k, o, i in (block.shape for block in problem.train.coverage.blocks.values())]
+        assert sizes == [(2, 4, 17), (1, 6, 9), (1, 3, 6)]
+
+        def multiplications(examples: int | None) -> int:
+            with FlopCounterMode(display=False) as counter:
+                columns(problem, prepared_for(problem, fitted, examples))
+            return int(counter.get_total_flops()) // 2
+
+        rotated = sum(k * (Q + N) * (i * i + o * o) for k, o, i in sizes)
+        rotated_back = sum(k * 2 * Q * o * i * (i + o) for k, o, i in sizes)
+        assert multiplications(FEW) - multiplications(MANY) == rotated - rotated_back < -rotated_back / 2
+        # (4 + n)(9² + 6²) against 2·4·9·6·(9 + 6) = 6480
+        assert "3" in rotated_layers(prepared_for(problem, fitted, 51))
+        assert "3" not in rotated_layers(prepared_for(problem, fitted, 52))
+
+    @pytest.mark.parametrize("batch_size", [1, 9])
+    def test_queries_with_one_position_and_examples_with_more(self, batch_size: int) -> None:
+        """The queries' positions decide; examples that have others are rotated all the same."""
+        MODELS["means"] = mean_net, lambda n, g: torch.randn(n, 5 if n == N else 1, 7, generator=g).double()
+        try:
+            problem = Problem("means", batch_size)
+        finally:
+            del MODELS["means"]
+        fitted = problem.fitted("ekfac")
+        prepared = prepared_for(problem, fitted, FEW)
+        assert rotated_layers(prepared) == ["0", "2"]
+        expected = sum(ref.bilinear_forms(*reference) for reference in references(problem, fitted).values())
+        torch.testing.assert_close(columns(problem, prepared)[0], expected, **EXACT)
+
+    def test_layers_and_curvatures_that_keep_the_basis_of_the_parameters(self) -> None:
+        """More than one position, one-hot rows, solving that is not elementwise or needs no basis."""
+        for model, kept in (("images", "0"), ("text", "tokens")):
+            problem = Problem(model)
+            fitted = problem.fitted("ekfac")
+            prepared = prepared_for(problem, fitted, FEW)
+            assert kept in prepared.bases.keys() - rotated_layers(prepared)
+            assert len(rotated_layers(prepared)) > 0
+            expected = problem.expected(fitted, problem.asked, problem.data)
+            torch.testing.assert_close(columns(problem, prepared)[0], expected, **EXACT)
+        problem, everything = Problem("images"), FactorExamples(N, N)
+        for name in ("identity", "diagonal", "block_ggn", "ggn"):
+            fitted = fit(problem.train, cast("Any", name), range(N), examples=everything, labels=("true", "exact"))
+            assert rotated_layers(prepared_for(problem, fitted, FEW)) == []
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

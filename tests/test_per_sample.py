@@ -96,6 +96,22 @@ def basis(k: int, m: int) -> Tensor:
 
 @pytest.mark.usefixtures("_chunks")
 class TestAgainstFormedGradients:
+    def test_formed(self) -> None:
+        for x, (g,), _, case in cases():
+            found = per_sample.formed(x, g)
+            close(found, dense(x, g).transpose(0, 1), case)
+            assert found.is_contiguous(), case
+
+    def test_rows_of_rotated_gradients(self) -> None:
+        for x, (g,), (k, _, _, i, o), case in cases():
+            a, b = basis(k, i), basis(k, o)
+            for of_x, of_g in ((a, b), (None, b), (a, None), (None, None)):
+                x_, g_ = per_sample.rotated(x, g, of_x, of_g)
+                assert isinstance(g_, Tensor)
+                eye_x, eye_g = torch.eye(i).double().expand(k, i, i), torch.eye(o).double().expand(k, o, o)
+                expected = rotated(x, g, eye_x if of_x is None else of_x, eye_g if of_g is None else of_g)
+                close(dense(x_, g_), expected, case)
+
     @pytest.mark.parametrize("form", ["auto", "gram", "form"])
     def test_squared_norms(self, form: Any) -> None:
         for x, (g,), _, case in cases():

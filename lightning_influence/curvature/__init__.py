@@ -1,6 +1,6 @@
 """Curvature approximations, from the identity to the exact Hessian, behind one contract."""
 
-from lightning_influence.curvature.block import CurvatureBlock
+from lightning_influence.curvature.block import CurvatureBlock, Eigenbasis
 from lightning_influence.curvature.block_ggn import BlockGGN
 from lightning_influence.curvature.damping import Damping, DampingChoice, OptimizerHistory, choose_damping
 from lightning_influence.curvature.diagonal import DiagonalBlock
@@ -47,6 +47,7 @@ __all__ = [
     "DenseCurvature",
     "DiagonalBlock",
     "EKFACBlock",
+    "Eigenbasis",
     "FactorExamples",
     "Fisher",
     "FlatParameters",

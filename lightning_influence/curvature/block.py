@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -23,6 +24,25 @@ Measure = Literal["covariances", "eigenvalues"]
 
 RELATIVE_DAMPING = 0.1
 """Default damping: this multiple of the block's mean eigenvalue (Grosse et al. 2023, 2308.03296)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenbasis:
+    """Where solving with a block is elementwise: ``(C + λ)⁻¹ v = Q_B (inverse ∘ (Q_Bᵀ v Q_A)) Q_Aᵀ``.
+
+    Attributes:
+        activation_basis: ``Q_A: [k, i, i]``, orthonormal columns; None is the identity.
+        gradient_basis: ``Q_B: [k, o, o]``, orthonormal columns; None is the identity, the only one for one-hot rows.
+        inverse: ``1 / (lam + damping)``, ``[k, o, i]``.
+    """
+
+    activation_basis: Tensor | None
+    gradient_basis: Tensor | None
+    inverse: Tensor
+
+    def rotated(self, x: Tensor, g: Rows) -> tuple[Tensor, Rows]:
+        """Return activations and output gradients in this basis: those of the gradients ``Q_Bᵀ G_n Q_A``."""
+        return per_sample.rotated(x, g, self.activation_basis, self.gradient_basis)
 
 
 class CurvatureBlock(ABC):
@@ -128,6 +148,10 @@ class CurvatureBlock(ABC):
     @abstractmethod
     def solve(self, v: Tensor, damping: float) -> Tensor:
         """Return ``(C + damping)⁻¹ v`` for ``v: [..., k, o, i]``."""
+
+    def eigenbasis(self, damping: float) -> Eigenbasis | None:
+        """Return where ``solve`` is elementwise; None if there is no such basis that rows can be rotated to."""
+        return None
 
     @abstractmethod
     def apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:

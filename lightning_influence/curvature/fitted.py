@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.capture import LayerIO
-from lightning_influence.curvature.block import CurvatureBlock
+from lightning_influence.curvature.block import CurvatureBlock, Eigenbasis
 from lightning_influence.curvature.solvers import Solution
 
 
@@ -78,6 +78,13 @@ class Curvature(ABC):
             SolverError: If an iterative solver did not reach its tolerance; the message gives the way out.
         """
 
+    def eigenbasis(self, name: str) -> Eigenbasis | None:
+        """Return where solving is elementwise for one block, whatever the others are; None if there is no such basis.
+
+        ``solve`` need not be given such blocks.
+        """
+        return None
+
     @abstractmethod
     def scorer(self, n: int) -> Scorer:
         """Return what adds up the scores of one batch of ``n`` examples."""
@@ -113,6 +120,10 @@ class BlockCurvature(Curvature):
     def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``(C + λ)⁻¹ v``, block by block: name -> ``[..., k, o, i]``."""
         return {name: self.blocks[name].solve(v, self.dampings[name]) for name, v in vectors.items()}
+
+    def eigenbasis(self, name: str) -> Eigenbasis | None:
+        """Return where solving is elementwise for one block; None if there is no such basis."""
+        return self.blocks[name].eigenbasis(self.dampings[name])
 
     def scorer(self, n: int) -> Scorer:
         """Return what adds up the scores of one batch of ``n`` examples."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence import per_sample
-from lightning_influence.curvature.block import CurvatureBlock, Measure
+from lightning_influence.curvature.block import CurvatureBlock, Eigenbasis, Measure
 from lightning_influence.patches import Activations, Patches, laid_out
 from lightning_influence.rows import Joined, OneHot, Rows, added, second_moment
 
@@ -55,6 +55,10 @@ class KroneckerBlock(CurvatureBlock):
     def solve(self, v: Tensor, damping: float) -> Tensor:
         """Rotate, divide by ``lam + damping``, rotate back."""
         return self._scaled(v, self._inverse(damping))
+
+    def eigenbasis(self, damping: float) -> Eigenbasis:
+        """Return the bases, and what ``solve`` scales by between rotating and rotating back."""
+        return Eigenbasis(*self.basis, self._inverse(damping))
 
     def apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
         """Rotate, scale by the function of the eigenvalues, rotate back."""
