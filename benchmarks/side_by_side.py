@@ -453,10 +453,10 @@ FLOOR = (
     "The *floor* takes turns with the others and does only what no method leaves out that works with exact scores in "
     "float32, decomposes in float64 and keeps nothing of an example from one pass to the next: bare passes in torch "
     "(forward, and backward as far as the first layer's output, no gradients of weights; three for factors and "
-    "self-influence, else one), one eigendecomposition for each Kronecker factor without its rows of zeros, and for "
-    "pairs one matrix product of gradients and queries for each layer. That of *ours, defaults* counts the fewer "
-    "examples that factors are fitted on. A target that asks for more than the floor would reach is *beyond the "
-    "floor*: missed by any such method on this machine."
+    "self-influence, else one), the eigendecompositions of all Kronecker factors without their rows of zeros, one "
+    "after the other, and for pairs one matrix product of gradients and queries for each layer. That of *ours, "
+    "defaults* counts the fewer examples that factors are fitted on. A target that asks for more than the floor would "
+    "reach is *beyond the floor*: missed by any such method on this machine."
 )
 WEIGHTS = (
     "*Tensors*: the most bytes that torch's allocator had handed out at a time, beyond weights and data; counted "
