@@ -2,8 +2,9 @@
 
 Every process loads the same trained weights and the same digits, in float32, with the same number of threads. It then
 answers requests, one line each: ``exact`` (scores that do not depend on sampled labels, saved for comparison; the
-warm-up) and ``run`` (the work, timed). Replies are lines of JSON, with the seconds, and the memory that the process has
-taken at most beyond what it held when everything was loaded.
+warm-up), ``run`` (the work, timed) and ``tensors`` (the work, every allocation of a tensor noted). Replies are lines of
+JSON, with the seconds or the bytes, and the memory that the process has taken at most beyond what it held when
+everything was loaded.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from typing import Any
 import networks
 import numpy as np
 import torch
+from floors import BarePass, Products, eigendecompositions, live_moments, timed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence.curvature import FactorExamples, fit
@@ -173,6 +176,33 @@ def our_default_self(setting: Setting) -> Entry:
     return Entry(run)
 
 
+def floor_of_self(setting: Setting) -> Entry:
+    """Three bare passes and the eigendecompositions of the layers that kronfluence knows.
+
+    The stages are these two parts, and ``defaults``: the seconds that are left where factors are fitted on the subset
+    that the callback takes.
+    """
+    gradients = setting.gradients(setting.data, common=True)
+    whole, count = setting.gradients(setting.data), len(setting.data)
+    examples = InfluencePlan.make(whole.coverage, inspect(whole, range(TRAINING_BATCH)), count).examples
+    share = (examples.covariances + examples.eigenvalues + count) / (3 * count)
+    matrices = [moment for layer in live_moments(gradients) for moment in layer]
+    bare_pass = BarePass(setting.net, COMMON, gradients.source.pass_batch_size)
+
+    def run() -> Mapping[str, float]:
+        # Covariances, the squares in their basis, scores; one draw of labels each.
+        passes = timed(lambda: [bare_pass(setting.data) for _ in range(3)])
+        decompositions = timed(lambda: eigendecompositions(matrices))
+        defaults = share * passes + decompositions
+        return {"passes": passes, "eigendecompositions": decompositions, "defaults": defaults}
+
+    def warm_up() -> None:
+        bare_pass(setting.compared)
+        eigendecompositions(matrices[-1:])
+
+    return Entry(run, warm_up)
+
+
 def fitted(gradients: ExampleGradients, labels: Labels) -> Curvature:
     """Return EK-FAC from every example, in both passes."""
     count = len(gradients.source)
@@ -208,6 +238,12 @@ def our_tracin(setting: Setting) -> Entry:
     return Entry(lambda: score(timed), lambda: score(compared))
 
 
+def floor_of_tracin(setting: Setting) -> Entry:
+    """One bare pass."""
+    bare_pass = BarePass(setting.net, COMMON, setting.gradients(setting.data).source.pass_batch_size)
+    return Entry(lambda: bare_pass(setting.data), lambda: bare_pass(setting.compared))
+
+
 # ------------------------------------------------------------------ queries x examples, with fitted factors
 
 
@@ -232,6 +268,23 @@ def our_pairs(setting: Setting) -> Entry:
         return pairwise_scores(gradients, range(count), curvature, queries, range(setting.spec.queries)).scores
 
     return Entry(lambda: score(timed), lambda: score(compared))
+
+
+def floor_of_pairs(setting: Setting) -> Entry:
+    """One bare pass, and the products of the gradients of examples and queries, layer by layer."""
+    gradients = setting.gradients(setting.data, common=True)
+    layers = live_moments(gradients)
+    weights = [len(inputs) * inputs.shape[-1] * outputs.shape[-1] for inputs, outputs in layers]
+    products = Products(weights, setting.spec.queries)
+    bare_pass = BarePass(setting.net, COMMON, gradients.source.pass_batch_size)
+
+    def run(data: TensorDataset) -> Mapping[str, float]:
+        return {"passes": timed(lambda: bare_pass(data)), "products": timed(lambda: products(len(data)))}
+
+    def warm_up() -> None:
+        run(setting.compared)
+
+    return Entry(lambda: run(setting.data), warm_up)
 
 
 # ------------------------------------------------------------------ the whole audit, and training
@@ -275,13 +328,16 @@ def training(setting: Setting) -> Entry:
 
 def steps(setting: Setting) -> Entry:
     """Train under a Lightning Trainer; tells the seconds of a step by what is recorded."""
-    from in_flight import measure
+    from in_flight import bare_lengths, measure
 
     make, count = networks.NETWORKS[setting.spec.network], setting.spec.examples // TRAINING_BATCH
 
     def run() -> Mapping[str, float]:
         plain, dynamics, flight = measure(make, setting.data, "sgd", count, time.perf_counter)
-        return {"plain": plain, "dynamics": plain * (1 + dynamics), "in flight": plain * (1 + flight)}
+        stages = {"plain": plain, "dynamics": plain * (1 + dynamics), "in flight": plain * (1 + flight)}
+        # The others' layers have more than a row per example, or are no linear maps.
+        floor = {"floor": bare_lengths(setting.net, time.perf_counter)} if setting.spec.network == "mlp" else {}
+        return stages | floor
 
     return Entry(run)
 
@@ -303,10 +359,13 @@ CONTESTANTS: dict[tuple[str, str], Callable[[Setting], Entry]] = {
     ("self", "kronfluence"): kronfluence_self,
     ("self", "ours"): our_self,
     ("self", "ours, defaults"): our_default_self,
+    ("self", "floor"): floor_of_self,
     ("tracin", "captum"): captum_tracin,
     ("tracin", "ours"): our_tracin,
+    ("tracin", "floor"): floor_of_tracin,
     ("pairs", "kronfluence"): kronfluence_pairs,
     ("pairs", "ours"): our_pairs,
+    ("pairs", "floor"): floor_of_pairs,
     ("audit", "plain pass"): plain_pass,
     ("audit", "ours"): audit,
     ("training", "training"): training,
@@ -339,14 +398,40 @@ class Memory:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
+def tensor_peak(work: Callable[[], Any]) -> tuple[int, str | None]:
+    """Run a work and return the bytes of tensors that it held at most, and the operation that was running then.
+
+    Only what torch's allocator hands out counts, exactly: neither its heap's fragments nor buffers of libraries.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = profiled.profiler.kineto_results.events()
+    held, peak, moment = 0, 0, None
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        if held > peak:
+            peak, moment = held, event.start_ns()
+    if moment is None:
+        return 0, None
+    # The outermost one: the innermost one is whatever allocates.
+    running = [
+        event for event in events if event.name().startswith("aten::") and event.start_ns() <= moment <= event.end_ns()
+    ]
+    return peak, min(running, key=lambda event: event.start_ns()).name() if running else None
+
+
 def answer(request: list[str], entry: Entry, memory: Memory) -> dict[str, Any]:
     """Do what is asked for."""
+    reply: dict[str, Any]
     start = time.perf_counter()
     if request[0] == "run":
         stages = entry.run()
         reply = {"seconds": time.perf_counter() - start}
         if isinstance(stages, Mapping):
             reply |= {"stages": dict(stages)} if "seconds" not in stages else stages
+    elif request[0] == "tensors":
+        tensors, operation = tensor_peak(entry.run)
+        reply = {"tensors": tensors, "operation": operation}
     else:
         scores = None if entry.exact is None else entry.exact()
         if scores is not None:

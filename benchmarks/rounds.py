@@ -24,7 +24,7 @@ class ContestantError(RuntimeError):
 
 
 class Contestant(Protocol):
-    """What answers requests: ``("exact", path)`` and ``("run",)``."""
+    """What answers requests: ``("exact", path)``, ``("run",)`` and ``("tensors",)``."""
 
     def ask(self, *request: str) -> dict[str, Any]: ...
 
@@ -107,6 +107,8 @@ class Result:
         stages: Seconds by stage of every round, where it tells.
         scores: Scores to compare.
         failure: What it failed with; it has no further rounds.
+        tensors: Bytes of tensors held at most beyond those held at the start, where they were counted.
+        operation: What was running at that moment.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -114,6 +116,8 @@ class Result:
     stages: list[dict[str, float]] = field(default_factory=list)
     scores: np.ndarray | None = None
     failure: str | None = None
+    tensors: int | None = None
+    operation: str | None = None
 
     @property
     def median(self) -> float:
@@ -163,6 +167,26 @@ def compete(contestants: Mapping[str, Contestant], folder: Path, *, rounds: int,
                 if "stages" in reply:
                     result.stages.append(reply["stages"])
         spent += time.perf_counter() - start
+    return results
+
+
+def weigh(contestants: Mapping[str, Contestant]) -> dict[str, Result]:
+    """Count the tensors that contestants hold, once each and without a warm-up, whose remains would be freed.
+
+    Args:
+        contestants: By name.
+
+    Returns:
+        What each has held. Noting allocations takes time and memory: neither is told.
+    """
+    results = {name: Result() for name in contestants}
+    for name, result in results.items():
+        try:
+            reply = contestants[name].ask("tensors")
+        except ContestantError as error:
+            result.failure = str(error)
+        else:
+            result.tensors, result.operation = reply["tensors"], reply["operation"]
     return results
 
 
@@ -218,4 +242,7 @@ def seconds(value: float) -> str:
 
 def megabytes(value: int | None) -> str:
     """Write bytes."""
-    return "unknown" if value is None else f"{value / MEGABYTE:,.0f} MB"
+    if value is None:
+        return "unknown"
+    size = value / MEGABYTE
+    return f"{size:,.0f} MB" if size >= 10 else f"{size:.1f} MB"

@@ -19,7 +19,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from rounds import ContestantError, Result, compete, contestant_process, disagreement, megabytes, ratio, seconds, short
+from rounds import (
+    ContestantError,
+    Result,
+    compete,
+    contestant_process,
+    disagreement,
+    megabytes,
+    ratio,
+    seconds,
+    short,
+    weigh,
+)
 
 THREADS = 2
 NAMES = {
@@ -35,6 +46,10 @@ WORKS = {
     "pairs": "EK-FAC scores, 100 queries × N, factors given",
 }
 GROWING = ("mlp", "cnn")
+# A profile of more examples takes more memory than what is measured.
+WEIGHED = {"mlp": 500, "mlp1024": 500, "cnn": 200, "transformer": 128, "resnet18": 64}
+# What is compared in memory: work and contestant, whose resident memory is that of a match in turn with others.
+MEMORY = (("training", "training"), ("audit", "ours"), ("self", "kronfluence"))
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,7 @@ class Match:
         compared: Scores of the first so many examples are compared.
         rounds: Rounds at most.
         budget: Seconds for all rounds.
+        tensors: Whether tensors are counted, in place of all else.
     """
 
     work: str
@@ -58,6 +74,12 @@ class Match:
     compared: int = 0
     rounds: int = 5
     budget: float = 60.0
+    tensors: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The work, or ``"tensors"``: what matches are chosen by."""
+        return "tensors" if self.tensors else self.work
 
 
 @dataclass(frozen=True)
@@ -91,19 +113,21 @@ Results = dict[Match, dict[str, Result]]
 
 def matches(quick: bool) -> list[Match]:
     """Return all that is measured; ``quick`` is a hundredth of it."""
-    three, two = ("kronfluence", "ours", "ours, defaults"), ("kronfluence", "ours")
+    selves, pairs = ("kronfluence", "ours", "ours, defaults", "floor"), ("kronfluence", "ours", "floor")
     scale = 16 if quick else 1
     limits = {"rounds": 1} if quick else {}
     sizes = {"mlp": (1000, 200), "mlp1024": (1000, 64), "cnn": (1000, 200), "transformer": (200, 64)}
     sizes["resnet18"] = (200, 32)
     # No fewer examples than a training batch has.
     found = [
-        Match("self", network, max(32, examples // scale), three, max(32, compared // scale), **limits)
+        Match("self", network, max(32, examples // scale), selves, max(32, compared // scale), **limits)
         for network, (examples, compared) in sizes.items()
     ]
     for network in GROWING:
-        found.append(Match("tracin", network, 1000 // scale, ("captum", "ours"), max(32, 200 // scale), **limits))
-        found.append(Match("pairs", network, 5000 // scale, two, max(32, 500 // scale), **limits))
+        found.append(
+            Match("tracin", network, 1000 // scale, ("captum", "ours", "floor"), max(32, 200 // scale), **limits)
+        )
+        found.append(Match("pairs", network, 5000 // scale, pairs, max(32, 500 // scale), **limits))
     for network in NAMES:
         found.append(Match("audit", network, 5000 // scale, ("plain pass", "ours"), **limits))
         found.append(Match("training", network, 256 // scale * 2, ("training",), rounds=1))
@@ -113,6 +137,9 @@ def matches(quick: bool) -> list[Match]:
         for examples in (1000, 20000, 50000):
             found.append(Match("audit", network, examples // scale, ("ours",), rounds=1))
     found.append(Match("self", "cnn", 5000 // scale, ("kronfluence",), rounds=1))
+    for network, examples in WEIGHED.items():
+        for work, contestant in MEMORY:
+            found.append(Match(work, network, max(32, examples // scale), (contestant,), rounds=1, tensors=True))
     return found
 
 
@@ -136,7 +163,10 @@ def play(match: Match, folder: Path) -> dict[str, Result]:
                 stack.callback(ready[name].close)
             except ContestantError as error:
                 results[name] = Result(failure=str(error))
-        results |= compete(ready, folder, rounds=match.rounds, budget=match.budget)
+        if match.tensors:
+            results |= weigh(ready)
+        else:
+            results |= compete(ready, folder, rounds=match.rounds, budget=match.budget)
     return {name: results[name] for name in match.contestants}
 
 
@@ -160,9 +190,14 @@ def prepare(network: str, folder: Path, quick: bool) -> None:
 def pick(results: Results, work: str, network: str, contestants: Sequence[str]) -> tuple[Match, dict[str, Result]]:
     """Return the first match with these contestants; raise ``KeyError`` if it was not played."""
     for match, found in results.items():
-        if (match.work, match.network) == (work, network) and set(contestants) <= found.keys():
+        if (match.kind, match.network) == (work, network) and set(contestants) <= found.keys():
             return match, found
     raise KeyError(f"no match of {', '.join(contestants)} on {work}, {network}")
+
+
+def of_kind(results: Results, kind: str) -> Iterator[tuple[Match, dict[str, Result]]]:
+    """Yield the matches of a kind: a work that was timed, or ``"tensors"``."""
+    return ((match, found) for match, found in results.items() if match.kind == kind)
 
 
 def mark(met: bool) -> str:
@@ -173,10 +208,10 @@ def mark(met: bool) -> str:
 def speed_table(results: Results, targets: Sequence[Target]) -> Iterator[str]:
     """Yield a line for every target whose match was played."""
     yield (
-        "| work | network | N | peer | its median | ours | our median | times faster (rounds) | target | "
-        "largest difference of scores |"
+        "| work | network | N | peer | its median | ours | our median | times faster (rounds) | target | floor | "
+        "the floor would be | largest difference of scores |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for target in targets:
         try:
             match, found = pick(results, target.work, target.network, (target.peer, target.ours))
@@ -187,12 +222,40 @@ def speed_table(results: Results, targets: Sequence[Target]) -> Iterator[str]:
         faster = ratio(peer, ours)
         if faster is None:
             failed = target.peer if peer.failure else target.ours
-            row += [f"{failed} failed: {peer.failure or ours.failure}", target.ours, "", "", "", ""]
+            row += [f"{failed} failed: {peer.failure or ours.failure}", target.ours, "", "", "", "", "", ""]
         else:
             count = len(ours.seconds)
             row += [seconds(peer.median), target.ours, seconds(ours.median), f"{faster} ({count})"]
-            row += [f"≥ {target.factor:,.0f}: {mark(faster.median >= target.factor)}", agreement(target, peer, ours)]
+            lowest, stages = floor(target, found)
+            reach, met = ratio(peer, lowest), faster.median >= target.factor
+            beyond = ", beyond the floor" if not met and reach is not None and reach.median < target.factor else ""
+            row += [f"≥ {target.factor:,.0f}: {mark(met)}{beyond}"]
+            if reach is None:
+                row += [f"failed: {lowest.failure}" if lowest.failure else "–", "–"]
+            else:
+                row += [f"{seconds(lowest.median)}{stages}", f"{short(reach.median)}×"]
+            row += [agreement(target, peer, ours)]
         yield f"| {' | '.join(row)} |"
+
+
+def floor(target: Target, found: dict[str, Result]) -> tuple[Result, str]:
+    """Return the floor of a target's work, and its parts, written out.
+
+    Args:
+        target: With our defaults, whose factors may be fitted on fewer examples, the floor is that of fewer examples.
+        found: The results of the match.
+    """
+    result = found.get("floor", Result())
+    if not result.stages:
+        return result, ""
+    if target.ours == "ours, defaults":
+        return Result([stages["defaults"] for stages in result.stages], failure=result.failure), ""
+    parts = {
+        name: statistics.median(stages[name] for stages in result.stages)
+        for name in result.stages[0]
+        if name != "defaults"
+    }
+    return result, f" ({', '.join(f'{name} {seconds(value)}' for name, value in parts.items())})"
 
 
 def agreement(target: Target, peer: Result, ours: Result) -> str:
@@ -207,8 +270,8 @@ def audit_table(results: Results) -> Iterator[str]:
     """Yield a line for every network whose audit and training pass took turns."""
     yield "| network | N | plain pass | whole audit, defaults | audit / pass (rounds) | of which | target |"
     yield "|---|---|---|---|---|---|---|"
-    for match, found in results.items():
-        if match.work != "audit" or "plain pass" not in found:
+    for match, found in of_kind(results, "audit"):
+        if "plain pass" not in found:
             continue
         one, ours = found["plain pass"], found["ours"]
         passes = ratio(ours, one)
@@ -230,9 +293,7 @@ def step_table(results: Results) -> Iterator[str]:
         "with a budget of 10% | target |"
     )
     yield "|---|---|---|---|---|---|---|---|"
-    for match, found in results.items():
-        if match.work != "step":
-            continue
+    for match, found in of_kind(results, "step"):
         steps, paced = (found[name] for name in match.contestants)
         if steps.failure or paced.failure:
             yield f"| {NAMES[match.network]} | failed: {steps.failure or paced.failure} | | | | | | |"
@@ -252,26 +313,56 @@ def added(result: Result, stage: str, limit: float, remark: str = "") -> str:
     return f"{share:+.1%}{remark} | ≤ {limit:.0%}: {mark(share <= limit)}"
 
 
+def step_floor(results: Results) -> Iterator[str]:
+    """Yield a sentence on what TracIn takes of a step of the MLP at the very least."""
+    for match, found in of_kind(results, "step"):
+        shares = [stages["floor"] / stages["plain"] for stages in found["every step"].stages if "floor" in stages]
+        if shares:
+            least = statistics.median(stages["floor"] for stages in found["every step"].stages)
+            yield (
+                f"\nThe floor of TracIn at every step of the {NAMES[match.network]}: computed batch by batch in bare "
+                "torch, the lengths of each layer's inputs and output gradients, two multiplications and an addition "
+                f"take {1000 * least:.3f} ms, {statistics.median(shares):.1%} of the plain step."
+            )
+
+
 def memory_table(results: Results) -> Iterator[str]:
-    """Yield a line for every network that was trained."""
-    yield "| network | training, with its optimizer | whole audit | below training | kronfluence, factors and scores |"
-    yield "|---|---|---|---|---|"
-    for match, found in results.items():
-        if match.work != "training":
-            continue
-        peaks = [found["training"].peak]
-        for work, names, name in (
-            ("audit", ("plain pass", "ours"), "ours"),
-            ("self", ("kronfluence", "ours"), "kronfluence"),
-        ):
+    """Yield a line for every network whose memory was measured in either way."""
+    yield (
+        "| network (N of tensors) | training, with its optimizer: tensors | resident | whole audit: tensors | resident "
+        "| below training (tensors) | kronfluence, factors and scores: tensors | resident | the audit's peak is in |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
+    # Residents are those of contestants that took turns: the other matches have other numbers of examples.
+    turns = {"audit": ("plain pass", "ours"), "self": ("kronfluence", "ours")}
+    for network, name in NAMES.items():
+        counted, resident = [], []
+        for work, contestant in MEMORY:
             try:
-                peaks.append(pick(results, work, match.network, names)[1][name].peak)
+                resident.append(pick(results, work, network, turns.get(work, (contestant,)))[1][contestant].peak)
             except KeyError:
-                peaks.append(None)
-        own, audit = peaks[:2]
+                resident.append(None)
+            counted.append(weighed(results, work, network, contestant))
+        if not any(resident) and not any(result.tensors for result in counted):
+            continue
+        own, audit = (result.tensors for result in counted[:2])
         verdict = "–" if own is None or audit is None else "yes" if audit < own else "**no**"
-        cells = [NAMES[match.network], *(map(megabytes, peaks[:2])), verdict, megabytes(peaks[2])]
-        yield f"| {' | '.join(cells)} |"
+        sizes = [
+            f"{'failed: ' + result.failure if result.failure else megabytes(result.tensors)} | {megabytes(peak)}"
+            for result, peak in zip(counted, resident, strict=True)
+        ]
+        operation = f"`{counted[1].operation}`" if counted[1].operation else "–"
+        examples = {match.examples for match in results if match.kind == "tensors" and match.network == network}
+        of = f" ({', '.join(map(str, sorted(examples)))})" if examples else ""
+        yield f"| {name}{of} | {sizes[0]} | {sizes[1]} | {verdict} | {sizes[2]} | {operation} |"
+
+
+def weighed(results: Results, work: str, network: str, contestant: str) -> Result:
+    """Return the result of a contestant whose tensors were counted; an empty one if they were not."""
+    for match, found in of_kind(results, "tensors"):
+        if (match.work, match.network) == (work, network) and contestant in found:
+            return found[contestant]
+    return Result()
 
 
 def growth(results: Results) -> dict[str, list[tuple[int, float, float]]]:
@@ -279,7 +370,7 @@ def growth(results: Results) -> dict[str, list[tuple[int, float, float]]]:
     series: dict[str, list[tuple[int, float, float]]] = {}
     for match, found in results.items():
         for work, contestant in (("audit", "ours"), ("self", "kronfluence")):
-            if match.work != work or contestant not in found or match.network not in GROWING:
+            if match.kind != work or contestant not in found or match.network not in GROWING:
                 continue
             result = found[contestant]
             if result.seconds and result.peak is not None:
@@ -358,6 +449,21 @@ METHOD = (
     "where they are determined: empirical Fisher, damping 0.1 of the mean eigenvalue, on the first examples (for pairs "
     "relative to the query's largest score)."
 )
+FLOOR = (
+    "The *floor* takes turns with the others and does only what no method leaves out that works with exact scores in "
+    "float32, decomposes in float64 and keeps nothing of an example from one pass to the next: bare passes in torch "
+    "(forward, and backward as far as the first layer's output, no gradients of weights; three for factors and "
+    "self-influence, else one), the eigendecompositions of all Kronecker factors without their rows of zeros, one "
+    "after the other, and for pairs one matrix product of gradients and queries for each layer. That of *ours, "
+    "defaults* counts the fewer examples that factors are fitted on. A target that asks for more than the floor would "
+    "reach is *beyond the floor*: missed by any such method on this machine."
+)
+WEIGHTS = (
+    "*Tensors*: the most bytes that torch's allocator had handed out at a time, beyond weights and data; counted "
+    "exactly, in a run of its own with few examples (their number is in brackets). "
+    "*Resident*: the peak of resident memory beyond what the process held when weights and data were loaded; it counts "
+    "fragments of the heap and the buffers of libraries, too, and belongs to the runs that were timed above."
+)
 SKIPPED = """\
 * **dattri 0.3.0**: its EK-FAC gives wrong scores (see `docs/results/lds.md`), so its time says nothing; its conjugate
   gradients solve for the GGN, another work than any above. Both are in `make lds`.
@@ -379,6 +485,7 @@ def page(results: Results, started: float, picture: str | None) -> str:
         METHOD + "\n",
         "## Side by side\n",
         *speed_table(results, SPEED),
+        "\n" + FLOOR,
         "\n## The whole audit, in passes\n",
         "A pass is one forward and backward over the same data in batches of 32. The audit traces, verifies, fits "
         "factors (eigendecompositions included), scores every example and sweeps the damping.\n",
@@ -387,8 +494,9 @@ def page(results: Results, started: float, picture: str | None) -> str:
         "Median time of a step under a Lightning Trainer, without recording and with, in turn in one run. With a "
         'budget, `TracIn(mode="step", overhead=0.1)` times itself and measures as many steps as fit.\n',
         *step_table(results),
+        *step_floor(results),
         "\n## Memory\n",
-        "Peak of resident memory beyond what the process held when weights and data were loaded.\n",
+        WEIGHTS + "\n",
         *memory_table(results),
         "\n## Growth with the data\n",
         *([f"![time per example and memory against the number of examples]({picture})\n"] if picture else []),
@@ -403,7 +511,9 @@ def main() -> None:
     """Run everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, one round")
-    parser.add_argument("--only", default="", help="works, separated by commas: self,tracin,pairs,audit,training,step")
+    parser.add_argument(
+        "--only", default="", help="works, separated by commas: self,tracin,pairs,audit,training,step,tensors"
+    )
     parser.add_argument("--networks", default=",".join(NAMES), help="networks, separated by commas")
     parser.add_argument("--out", type=Path, help="markdown file to write; the plot goes beside it")
     arguments = parser.parse_args()
@@ -412,7 +522,7 @@ def main() -> None:
     chosen = [
         match
         for match in matches(arguments.quick)
-        if match.network in networks and (match.work in works or not arguments.only)
+        if match.network in networks and (match.kind in works or not arguments.only)
     ]
     results: Results = {}
     with tempfile.TemporaryDirectory() as directory:
@@ -421,11 +531,13 @@ def main() -> None:
             prepare(network, folder, arguments.quick)
         for match in chosen:
             results[match] = play(match, folder)
-            times = ", ".join(
-                f"{name} {result.failure or seconds(result.median)}" for name, result in results[match].items()
+            told = ", ".join(
+                f"{name} {result.failure or (megabytes(result.tensors) if match.tensors else seconds(result.median))}"
+                for name, result in results[match].items()
             )
+            work = f"{match.work}, tensors" if match.tensors else match.work
             print(
-                f"[{time.time() - started:5.0f} s] {match.work}, {match.network}, N={match.examples}: {times}",
+                f"[{time.time() - started:5.0f} s] {work}, {match.network}, N={match.examples}: {told}",
                 flush=True,
             )
     picture = None
