@@ -106,6 +106,19 @@ def test_the_page_says_what_was_met_and_what_was_missed(modules: Any, tmp_path: 
             "kronfluence": result(rounds, [20.0, 22.0], scores=scores),
             "ours": result(rounds, [0.1, 0.1], scores=off),
             "ours, defaults": result(rounds, [0.5, 0.5]),
+            "floor": result(
+                rounds,
+                [0.05, 0.4],
+                stages=[
+                    {"passes": 0.04, "eigendecompositions": 0.01, "defaults": 0.03},
+                    {"passes": 0.3, "eigendecompositions": 0.1, "defaults": 0.31},
+                ],
+            ),
+        },
+        table.Match("tracin", "mlp", 1000, ("captum", "ours", "floor")): {
+            "captum": result(rounds, [1.0]),
+            "ours": result(rounds, [0.1]),
+            "floor": result(rounds, [0.025]),
         },
         table.Match("audit", "mlp", 5000, ("plain pass", "ours")): {
             "plain pass": result(rounds, [1.0]),
@@ -113,10 +126,17 @@ def test_the_page_says_what_was_met_and_what_was_missed(modules: Any, tmp_path: 
         },
         table.Match("audit", "mlp", 50000, ("ours",)): {"ours": result(rounds, [20.0])},
         table.Match("step", "mlp", 640, ("every step", "with a budget")): {
-            "every step": result(rounds, [9.0], stages=[{"plain": 0.010, "dynamics": 0.0102, "in flight": 0.0122}]),
+            "every step": result(
+                rounds, [9.0], stages=[{"plain": 0.010, "dynamics": 0.0102, "in flight": 0.0122, "floor": 5e-5}]
+            ),
             "with a budget": result(rounds, [9.0], stages=[{"plain": 0.020, "in flight": 0.0214, "every": 3}]),
         },
         table.Match("training", "mlp", 256, ("training",)): {"training": result(rounds, [1.0], peak=2**21)},
+        table.Match("training", "mlp", 500, ("training",), tensors=True): {"training": rounds.Result(tensors=2**24)},
+        table.Match("audit", "mlp", 500, ("ours",), tensors=True): {
+            "ours": rounds.Result(tensors=2**23, operation="aten::linalg_eigh")
+        },
+        table.Match("self", "mlp", 500, ("kronfluence",), tensors=True): {"kronfluence": rounds.Result(failure="died")},
     }
     text = table.page(results, 0.0, "benchmarks.png")
     lines = text.splitlines()
@@ -126,12 +146,19 @@ def test_the_page_says_what_was_met_and_what_was_missed(modules: Any, tmp_path: 
     assert "**210** (200 to 220) (2)" in same
     assert "≥ 100: met" in same
     assert "5e-03 (≤ 1e-03: **missed**)" in same
-    assert "≥ 100: **missed**" in defaults
+    assert "≥ 100: **missed** |" in defaults
+    # Round by round, 400 and 55, and with fewer examples 667 and 71.
+    assert "| 0.23 s (passes 0.17 s, eigendecompositions 55 ms) | 228× |" in same
+    assert "| 0.17 s | 369× |" in defaults
+    (beyond,) = (line for line in lines if "| captum |" in line)
+    assert "≥ 50: **missed**, beyond the floor | 25 ms | 40.0× |" in beyond
     assert any("**4.50** (4.50 to 4.50) (1)" in line and "≤ 4: **missed**" in line for line in lines)
     (steps,) = (line for line in lines if "+2.0% | ≤ 3%: met | +22.0% | ≤ 10%: **missed**" in line)
     assert "| 10.00 ms |" in steps
     assert steps.endswith("+7.0% (1 of 3 steps) | ≤ 10%: met |")
-    assert any("2 MB | 1 MB | yes | 1 MB" in line for line in lines)
+    assert any("0.050 ms, 0.5% of the plain step" in line for line in lines)
+    (sizes,) = (line for line in lines if "(500)" in line)
+    assert "| 16 MB | 2.0 MB | 8.0 MB | 1.0 MB | yes | failed: died | 1.0 MB | `aten::linalg_eigh` |" in sizes
     assert table.growth(results)["whole audit, MLP"] == [(5000, pytest.approx(0.9), 1.0), (50000, 0.4, 1.0)]
     table.plot(table.growth(results), tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 10_000
