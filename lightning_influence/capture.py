@@ -327,17 +327,24 @@ class Capture:
 
     # -------------------------------------------------------------------- rows
 
-    def layers(self, n: int, keep: Tensor | None = None) -> Iterator[LayerIO]:
+    def layers(self, n: int, keep: Tensor | None = None, *, drain: bool = False) -> Iterator[LayerIO]:
         """Yield the blocks that took part, one at a time, so that only one is laid out in memory.
 
         Args:
             n: Number of examples in the batch.
             keep: ``[n]`` bool; the others' activations and gradients are set to zero (they may be NaN).
+            drain: Forget each block once the next one is asked for. The capture is of no more use then.
         """
+        if drain:
+            self._outputs = []  # they hold every gradient
         for name in [*self.order, *self._computed]:
             io = self.layer(name, n, keep)
             if io is not None:
                 yield io
+            if drain:
+                del io
+                self._order = [(owner, use) for owner, use in self._order if owner != name]
+                self._computed.pop(name, None)
 
     def layer(self, name: str, n: int, keep: Tensor | None = None) -> LayerIO | None:
         """Return one block's activations and output gradients, or None if no gradient reached it."""

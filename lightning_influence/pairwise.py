@@ -343,7 +343,7 @@ def _scored(
     of_queries = prepared.self_influence
     scores = of_queries.new_zeros((batch.loss.n, 1 + len(layers), len(of_queries)))
     scorer = None if curvature is None else curvature.scorer(batch.loss.n)
-    for io in batch.layers():
+    for io in batch.drained():
         part = prepared.products(io)
         scores[:, 0] += part
         if layers:

@@ -87,7 +87,15 @@ class BatchGradients:
 
     def layers(self) -> Iterator[LayerIO]:
         """Yield each layer's activations and output gradients, laid out one at a time."""
-        return self.capture.layers(self.loss.n, None if bool(self.finite.all()) else self.finite)
+        return self.capture.layers(self.loss.n, self._kept)
+
+    def drained(self) -> Iterator[LayerIO]:
+        """Yield the same, once: each layer's memory is free when the next one is asked for."""
+        return self.capture.layers(self.loss.n, self._kept, drain=True)
+
+    @property
+    def _kept(self) -> Tensor | None:
+        return None if bool(self.finite.all()) else self.finite
 
 
 class ExampleGradients:
@@ -199,11 +207,9 @@ class ExampleGradients:
         """
         own = list(indices) if everywhere else distributed.share(indices)
         # Many draws hold many output gradients at a time: those passes keep to the size that training has room for.
-        size = (
-            self.source.pass_batch_size
-            if labels != "exact"
-            else min(self.source.pass_batch_size, self.source.batch_size)
-        )
+        size = self.source.pass_batch_size
+        if labels == "exact":
+            size = min(size, self.source.batch_size)
         size = len(own) if whole else size
         if not own_scale and references is None:
             references = self.references or {}

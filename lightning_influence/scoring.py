@@ -79,7 +79,8 @@ def score_examples(
             for name, wanted in (("harm", query), ("tracin", step_sizes)):
                 if wanted is not None:
                     row[name] = torch.zeros(n, dtype=torch.float64, device=device)
-            for io in batch.layers():
+            last = batch.capture.features(n) if features else None
+            for io in batch.drained():
                 vector = None if query is None else query[io.name]
                 if scorer is not None:
                     norms, inner = scorer.add(io, vector)
@@ -99,7 +100,7 @@ def score_examples(
                 row[name] = values.masked_fill(~batch.finite, torch.nan)
             row["finite"] = batch.finite
             row |= _from_loss(batch.loss.values, batch.loss.primary, n)
-            if features and (last := batch.capture.features(n)) is not None:
+            if last is not None:
                 row["features"] = _projected(last)
             for name, values in row.items():
                 if name not in merged:
@@ -127,7 +128,7 @@ def mean_gradient(gradients: ExampleGradients, indices: Sequence[int], *, title:
     with closing(gradients.run(indices, title=title)) as batches:
         for batch in batches:
             count += batch.counted
-            for io in batch.layers():
+            for io in batch.drained():
                 sums[io.name] += per_sample.summed_gradient(io.x, io.gs[0])
     *reduced, total = distributed.sum_across_processes([*sums.values(), count])
     if not float(total):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -980,6 +981,23 @@ def test_what_the_look_at_a_batch_tells() -> None:
     held = [4 * 2 * 49 + 4 * 4 * 25, 4 * 2 * 4 + 4, 4 * 4 * 49 + 4 * 3 * 9, 4 * 28 + 4 * C]
     assert seen.batch_bytes == 8 * (sum(held) + 2 * 4 * 25 * (9 + 1))
     assert inspect(gradients, range(N), verify=False).largest_error is None
+
+
+def test_drained_layers_are_the_same_and_are_let_go() -> None:
+    gradients = _gradients(net=_convolutional().double(), data=_data(shape=(2, 5, 5)))
+    with closing(gradients.run(range(8))) as batches:
+        expected = [(io.name, io.x.clone(), io.gs[0].clone()) for io in next(batches).layers()]
+    with closing(gradients.run(range(8))) as batches:
+        batch = next(batches)
+        captured = [weakref.ref(use.call.input) for _, use in batch.capture._order]
+        for number, ((name, x, g), io) in enumerate(zip(expected, batch.drained(), strict=True)):
+            assert all(tensor() is None for tensor in captured[: max(0, number - 1)]), "but for the layer before"
+            assert captured[number]() is not None
+            assert io.name == name
+            assert torch.equal(io.x, x)
+            assert torch.equal(io.gs[0], g)
+        del io
+        assert list(batch.layers()) == []
 
 
 @pytest.mark.parametrize(

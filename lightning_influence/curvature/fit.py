@@ -347,7 +347,7 @@ def _update(blocks: Mapping[str, CurvatureBlock], batches: Iterator[BatchGradien
     for batch in batches:
         counted = batch.counted
         total += counted
-        for io in batch.layers():
+        for io in batch.drained():
             blocks[io.name].update(io.activations, io.gs, counted)
     return total
 

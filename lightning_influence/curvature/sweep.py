@@ -81,7 +81,7 @@ def damping_sweep(
     with closing(gradients.run(indices, title=title)) as batches:
         for batch in batches:
             total = torch.zeros((batch.loss.n, len(ordered)), dtype=torch.float64, device=gradients.device)
-            for io in batch.layers():
+            for io in batch.drained():
                 dampings = [factor * curvature.dampings[io.name] for factor in ordered]
                 part = curvature.blocks[io.name].self_influences(io.x, io.gs[0], dampings)
                 total += part
