@@ -1,11 +1,12 @@
 """What recording adds to the time of a training step: training dynamics, and TracIn in flight.
 
-Networks of ``networks.py`` train under a Lightning Trainer in batches of 32. Batches without recording, with the
-training dynamics alone, and with TracIn in flight, too, follow each other in one training run, so that all three meet
-the machine in the same state. Medians of the time from one batch to the next are compared; to those with recording
-their share of what is computed for many batches at once is added. The clock is CPU time with one thread by default,
-which other work on the machine disturbs less; ``--wall`` takes the time of day and all threads. Run ``python
-benchmarks/in_flight.py``.
+Networks of ``networks.py`` train under a Lightning Trainer in batches of 32. A few batches without recording, a few
+with the training dynamics alone, and a few with TracIn in flight, too, follow each other in one training run, so that
+all three meet the machine in the same state. The first of each few are not timed: a batch that holds more memory than
+the next one leaves it a heap that has to grow again. Medians of the time from one batch to the next are compared; to
+those with recording their share of what is computed for many batches at once is added. The clock is CPU time with one
+thread by default, which other work on the machine disturbs less; ``--wall`` takes the time of day and all threads. Run
+``python benchmarks/in_flight.py``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from lightning_influence import InfluenceAudit, TracIn
 from lightning_influence.pacing import Pace
 
 _WARM_UP = 12
+# Batches in a row that are recorded in one way, and those of them that are not timed.
+_IN_A_ROW, _SETTLING = 8, 2
 WAYS = ("nothing", "dynamics", "in flight")
 BUDGET = 0.1
 
@@ -77,7 +80,7 @@ class Alternating(InfluenceAudit):
     @property
     def way(self) -> str:
         """How the running batch is recorded."""
-        return self.ways[(self.batches - 1) % len(self.ways)]
+        return self.ways[(self.batches - 1) // _IN_A_ROW % len(self.ways)]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set up, and time what is computed for many batches at once."""
@@ -100,7 +103,8 @@ class Alternating(InfluenceAudit):
     ) -> None:
         """Note the time, and set up what this batch is recorded with."""
         now = self.clock()
-        if self.batches > _WARM_UP and batch_idx and not self.pace.timing:
+        settled = (self.batches - 1) % _IN_A_ROW >= _SETTLING
+        if self.batches > _WARM_UP and settled and batch_idx and not self.pace.timing:
             due = self.in_flight is None or self.way != "in flight" or self.in_flight._due
             self.steps[self.way, due].append(now - self.before)
         self.batches += 1
@@ -153,7 +157,7 @@ def _train(audit: Alternating, make: Callable[[], nn.Module], data: TensorDatase
 def measure(
     make: Callable[[], nn.Module], data: TensorDataset, optimizer: str, steps: int, clock: Callable[[], float]
 ) -> tuple[float, float, float]:
-    """Train for a while, a third of the steps in each of the three ways.
+    """Train for a while, a third of the steps in each of the three ways, a few at a time.
 
     Returns:
         The seconds of a plain step, and what the dynamics, and TracIn in flight on top, add, as shares of it.
@@ -172,7 +176,7 @@ def measure_paced(
     clock: Callable[[], float],
     overhead: float,
 ) -> tuple[float, float, int]:
-    """Train for a while with a budget, every other step plain.
+    """Train for a while with a budget, half of the steps plain.
 
     Returns:
         The seconds of a plain step, what recording adds to it, as a share, and of how many steps one was measured.
@@ -183,7 +187,7 @@ def measure_paced(
     audit = Alternating(clock, TracIn(mode="step", overhead=overhead), ("nothing", "in flight"))
     _train(audit, make, data, optimizer, steps)
     if audit.pace.timing or not audit.steps["in flight", True]:
-        raise RuntimeError(f"{steps} steps are too few to choose a pace and time it; expected some 150.")
+        raise RuntimeError(f"{steps} steps are too few to choose a pace and time it; expected some 300.")
     plain, flight = audit.seconds().values()
     return plain, flight / plain - 1, audit.pace.every
 

@@ -131,8 +131,9 @@ def matches(quick: bool) -> list[Match]:
     for network in NAMES:
         found.append(Match("audit", network, 5000 // scale, ("plain pass", "ours"), **limits))
         found.append(Match("training", network, 256 // scale * 2, ("training",), rounds=1))
-    for network in IN_FLIGHT:  # no fewer steps than the pace takes to be chosen
-        found.append(Match("step", network, 32 * (160 if quick else 400), ("every step", "with a budget"), **limits))
+    for network in IN_FLIGHT:  # no fewer steps than the pace takes to be chosen, and then to measure some
+        count = 320 if quick else 1200 if network == "mlp" else 480
+        found.append(Match("step", network, 32 * count, ("every step", "with a budget"), **limits))
     for network in GROWING:
         for examples in (1000, 20000, 50000):
             found.append(Match("audit", network, examples // scale, ("ours",), rounds=1))
@@ -491,7 +492,8 @@ def page(results: Results, started: float, picture: str | None) -> str:
         "factors (eigendecompositions included), scores every example and sweeps the damping.\n",
         *audit_table(results),
         "\n## While training\n",
-        "Median time of a step under a Lightning Trainer, without recording and with, in turn in one run. With a "
+        "Median time of a step under a Lightning Trainer, without recording and with, eight steps in a row by turns in "
+        "one run, of which the first two do not count. With a "
         'budget, `TracIn(mode="step", overhead=0.1)` times itself and measures as many steps as fit.\n',
         *step_table(results),
         *step_floor(results),

@@ -298,12 +298,13 @@ class Flight:
         for name, roles in reading.blocks.items():
             self._uses.setdefault(name, []).append(Use(call, reading.layouts, place, versions, roles))
             self._open[name] = self._open.get(name, 0) + 1
-        number, uses = place.edge.output_nr, self._uses
+        number, uses, waiting = place.edge.output_nr, self._uses, [place]
 
         def read(gradients: tuple[Tensor | None, ...]) -> None:
             # Only in the backward pass of training: `training_step` may have run others before.
-            if self._visit is not None and uses is self._uses and gradients[number] is not None:
-                self._arrived(reading.blocks, place, gradients[number])
+            if self._visit is not None and uses is self._uses and gradients[number] is not None and waiting:
+                # The graph holds this hook, which would hold the gradient until all of the pass is over.
+                self._arrived(reading.blocks, waiting.pop(), gradients[number])
 
         place.edge.node.register_prehook(read)
 

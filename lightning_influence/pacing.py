@@ -8,10 +8,12 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-# The first batches of a run warm up; then as many are timed with and without a measurement, in turn: together so many
-# that what is computed once for many batches is among it.
+# The first batches of a run warm up; then as many are timed with and without a measurement: together so many that what
+# is computed once for many batches is among it. A few in a row, the first of which do not count: what a measurement
+# holds more of the memory, the next batch has to ask for again, and would look slower than the measured one.
 _WARM_UP = 16
-_TIMED = 30
+_TIMED = 24
+_IN_A_ROW, _SETTLING = 8, 2
 # Of the budget, if the training dynamics leave less of it.
 _LEAST_ROOM = 0.1
 
@@ -38,8 +40,10 @@ class Pace:
         self.dynamics: float | None = None
         self.added: float | None = None
         self._batches = 0
-        # Seconds of a batch, and those that recording took in between.
-        self._times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        # Seconds of batches, measured or not; of the others without those of the recording, which are kept, too.
+        self._times: dict[bool, list[float]] = {True: [], False: []}
+        self._plain: list[float] = []
+        self._recording: list[float] = []
 
     @property
     def timing(self) -> bool:
@@ -51,7 +55,7 @@ class Pace:
         number = self._batches
         self._batches += 1
         if self.timing:
-            return number % 2 == 0
+            return number // _IN_A_ROW % 2 == 0
         run, place = divmod(number, self.every)
         return self.every == 1 or random.Random(run).randrange(self.every) == place
 
@@ -65,24 +69,28 @@ class Pace:
         """
         if not self.timing or self.budget is None or self._batches <= _WARM_UP:
             return
-        self._times[measured].append((seconds, recording))
+        if not measured:
+            self._recording.append(recording)
+        if (self._batches - 1) % _IN_A_ROW < _SETTLING:
+            return
+        self._times[measured].append(seconds)
+        if not measured:
+            self._plain.append(seconds - recording)
         if min(map(len, self._times.values())) < _TIMED:
             return
-        others = self._times[False]
-        plain = statistics.median(seconds - recording for seconds, recording in others)
+        plain = statistics.median(self._plain)
         # A mean: what is computed for many batches at once takes long, and seldom.
-        self.dynamics = statistics.mean(recording for _, recording in others) / plain
-        longer = statistics.median(seconds for seconds, _ in self._times[True])
-        self.added = max(0.0, (longer - statistics.median(seconds for seconds, _ in others)) / plain)
+        self.dynamics = statistics.mean(self._recording) / plain
+        self.added = max(0.0, (statistics.median(self._times[True]) - statistics.median(self._times[False])) / plain)
         room = max(self.budget - self.dynamics, _LEAST_ROOM * self.budget)
         self.every = max(self.every, math.ceil(self.added / room - 1e-9))
-        self._times = {True: [], False: []}
+        self._times, self._plain, self._recording = {True: [], False: []}, [], []
 
     def note(self) -> str | None:
         """Return what a reader of the scores should know, if anything."""
         if self.added is None:
             if self.timing:
-                return "TracIn in flight: training was too short to time it, so every other batch was measured"
+                return "TracIn in flight: training was too short to time it, so about half of the batches were measured"
             return None if self.every == 1 else f"TracIn in flight: one of {self.every} batches was measured"
         chosen = "every batch was" if self.every == 1 else f"one of {self.every} was"
         dynamics = f"the training dynamics added {self.dynamics or 0:.1%} to the time of a step"

@@ -479,12 +479,12 @@ def test_a_budget_sets_the_pace(slow: float, budget: float, every: int) -> None:
     ],
 )
 def test_a_budget_counts_the_dynamics(dynamics: float, slow: float, every: int) -> None:
-    """Every batch takes them, and one of 30 what waited for it: a median would not see that."""
+    """Every batch takes them, and one of 8 what waited for it: a median would not see that."""
     pace, budget = Pace(1, 0.1), 0.1
     number = 0
     while pace.timing:
         due, number = pace.due(), number + 1
-        once = dynamics / 2 * 30 if number % 60 == 0 or number % 60 == 31 else 0.0
+        once = dynamics / 2 * 8 if number % 16 == 12 else 0.0
         pace.took(due, 1.0 + dynamics / 2 + once + slow * due, dynamics / 2 + once)
     assert pace.dynamics == pytest.approx(dynamics)
     assert pace.added == pytest.approx(slow)
@@ -494,6 +494,17 @@ def test_a_budget_counts_the_dynamics(dynamics: float, slow: float, every: int) 
     again.load_state_dict(pace.state_dict())
     assert again.note() == pace.note()
     assert ("hardly any room" in (pace.note() or "")) == (dynamics > 0.09)
+
+
+def test_what_a_measurement_leaves_to_the_next_batch_is_not_taken_for_its_cost() -> None:
+    """The batch after a measured one pays for the memory that was let go, here three times what measuring takes."""
+    pace, before = Pace(1, 0.1), False
+    while pace.timing:
+        due = pace.due()
+        pace.took(due, 1.0 + 0.25 * due + 0.75 * (before and not due))
+        before = due
+    assert pace.added == pytest.approx(0.25)
+    assert pace.every == 3
 
 
 def test_sums_of_visits() -> None:
