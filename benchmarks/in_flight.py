@@ -27,11 +27,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceAudit, TracIn
-from lightning_influence.pacing import Pace
+from lightning_influence.pacing import IN_A_ROW, SETTLING, Pace
 
 _WARM_UP = 12
-# Batches in a row that are recorded in one way, and those of them that are not timed.
-_IN_A_ROW, _SETTLING = 8, 2
 WAYS = ("nothing", "dynamics", "in flight")
 BUDGET = 0.1
 
@@ -80,7 +78,7 @@ class Alternating(InfluenceAudit):
     @property
     def way(self) -> str:
         """How the running batch is recorded."""
-        return self.ways[(self.batches - 1) // _IN_A_ROW % len(self.ways)]
+        return self.ways[(self.batches - 1) // IN_A_ROW % len(self.ways)]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set up, and time what is computed for many batches at once."""
@@ -103,7 +101,7 @@ class Alternating(InfluenceAudit):
     ) -> None:
         """Note the time, and set up what this batch is recorded with."""
         now = self.clock()
-        settled = (self.batches - 1) % _IN_A_ROW >= _SETTLING
+        settled = (self.batches - 1) % IN_A_ROW >= SETTLING
         if self.batches > _WARM_UP and settled and batch_idx and not self.pace.timing:
             due = self.in_flight is None or self.way != "in flight" or self.in_flight._due
             self.steps[self.way, due].append(now - self.before)

@@ -364,7 +364,9 @@ class Flight:
         self._reached.add(name)
         if row.x._version != row.version:
             raise LayerError(modified(name))
-        self._add_rows(visit, name, row.reading.call, row.reading.blocks[name], working(row.x), working(row.gradient))
+        x, g = working(row.x), working(row.gradient)
+        del row.x, row.gradient  # the graph holds the hook, and that the row, until all of the pass is over
+        self._add_rows(visit, name, row.reading.call, row.reading.blocks[name], x, g)
 
     def _add(self, visit: Visit, found: Iterable[tuple[Tensor, Tensor]]) -> None:
         for parameter, squares in found:

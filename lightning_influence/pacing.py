@@ -13,7 +13,7 @@ from typing import Any
 # holds more of the memory, the next batch has to ask for again, and would look slower than the measured one.
 _WARM_UP = 16
 _TIMED = 24
-_IN_A_ROW, _SETTLING = 8, 2
+IN_A_ROW, SETTLING = 8, 2
 # Of the budget, if the training dynamics leave less of it.
 _LEAST_ROOM = 0.1
 
@@ -40,10 +40,8 @@ class Pace:
         self.dynamics: float | None = None
         self.added: float | None = None
         self._batches = 0
-        # Seconds of batches, measured or not; of the others without those of the recording, which are kept, too.
-        self._times: dict[bool, list[float]] = {True: [], False: []}
-        self._plain: list[float] = []
-        self._recording: list[float] = []
+        # Seconds of a batch, and those that recording took in between.
+        self._times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
 
     @property
     def timing(self) -> bool:
@@ -55,7 +53,7 @@ class Pace:
         number = self._batches
         self._batches += 1
         if self.timing:
-            return number // _IN_A_ROW % 2 == 0
+            return number // IN_A_ROW % 2 == 0
         run, place = divmod(number, self.every)
         return self.every == 1 or random.Random(run).randrange(self.every) == place
 
@@ -67,24 +65,21 @@ class Pace:
             seconds: From its start to its end, the optimizer's step included.
             recording: Those of them in which training stood still while something was recorded.
         """
-        if not self.timing or self.budget is None or self._batches <= _WARM_UP:
+        settling = (self._batches - 1) % IN_A_ROW < SETTLING
+        if not self.timing or self.budget is None or self._batches <= _WARM_UP or settling:
             return
-        if not measured:
-            self._recording.append(recording)
-        if (self._batches - 1) % _IN_A_ROW < _SETTLING:
-            return
-        self._times[measured].append(seconds)
-        if not measured:
-            self._plain.append(seconds - recording)
+        self._times[measured].append((seconds, recording))
         if min(map(len, self._times.values())) < _TIMED:
             return
-        plain = statistics.median(self._plain)
+        others = self._times[False]
+        plain = statistics.median(seconds - recording for seconds, recording in others)
         # A mean: what is computed for many batches at once takes long, and seldom.
-        self.dynamics = statistics.mean(self._recording) / plain
-        self.added = max(0.0, (statistics.median(self._times[True]) - statistics.median(self._times[False])) / plain)
+        self.dynamics = statistics.mean(recording for _, recording in others) / plain
+        longer = statistics.median(seconds for seconds, _ in self._times[True])
+        self.added = max(0.0, (longer - statistics.median(seconds for seconds, _ in others)) / plain)
         room = max(self.budget - self.dynamics, _LEAST_ROOM * self.budget)
         self.every = max(self.every, math.ceil(self.added / room - 1e-9))
-        self._times, self._plain, self._recording = {True: [], False: []}, [], []
+        self._times = {True: [], False: []}
 
     def note(self) -> str | None:
         """Return what a reader of the scores should know, if anything."""

@@ -393,7 +393,7 @@ def _rotated(
             yield chunk if basis_x is None else basis_x.transpose(-1, -2).unsqueeze(1) @ chunk
 
 
-def rotated(x: Tensor, g: Rows, basis_x: Tensor | None, basis_g: Tensor | None) -> tuple[Tensor, Rows]:
+def rotated_rows(x: Tensor, g: Rows, basis_x: Tensor | None, basis_g: Tensor | None) -> tuple[Tensor, Rows]:
     """Return the activations and output gradients of the rotated gradients ``basis_gᵀ G_kn basis_x``.
 
     Args:

@@ -34,7 +34,7 @@ class StepNorms:
     """
 
     def __init__(self, run_optimizers: Sequence[Any]) -> None:
-        self.optimizers = list(run_optimizers)
+        self._optimizers = list(run_optimizers)
         self.complete = True
         # Parameter to its group, and the optimizer with the group's settings if it scales gradients.
         self._groups: dict[int, tuple[Group, Any]] = {}
@@ -46,7 +46,7 @@ class StepNorms:
     def start(self) -> None:
         """Get ready for a batch: callbacks add parameters to groups during training."""
         self.complete = True
-        grouped = [(g, len(g["params"])) for o in self.optimizers for g in optimizers.inner(o).param_groups]
+        grouped = [(g, len(g["params"])) for o in self._optimizers for g in optimizers.inner(o).param_groups]
         same = len(grouped) == len(self._grouped)
         if same and all(a is b and m == n for (a, m), (b, n) in zip(grouped, self._grouped, strict=True)):
             return
@@ -57,7 +57,7 @@ class StepNorms:
                 (number, place),
                 (optimizer, group) if optimizers.is_preconditioned(optimizer) else None,
             )
-            for number, optimizer in enumerate(map(optimizers.inner, self.optimizers))
+            for number, optimizer in enumerate(map(optimizers.inner, self._optimizers))
             for place, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
         }

@@ -101,6 +101,10 @@ def run(
     return trainer, model
 
 
+def fail(*_: Any, **__: Any) -> None:
+    raise RuntimeError("out of everything")
+
+
 def check_same(one: AuditReport | None, other: AuditReport | None, without: tuple[str, ...] = ()) -> None:
     assert one is not None
     assert other is not None
@@ -319,9 +323,6 @@ def test_after_a_refused_resumption_the_callback_starts_afresh(tmp_path: Path) -
 
 
 def test_what_a_run_lacks_it_still_lacks_when_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("out of everything")
-
     with monkeypatch.context() as patch:
         patch.setattr(audit_run, "score_examples", fail)
         with pytest.warns(UserWarning, match="pass at the end of epoch 0 failed"):
@@ -395,10 +396,6 @@ def test_what_was_recorded_survives_a_failed_audit(
     straight: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The final audit fails; training is resumed from its last checkpoint for more epochs."""
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("out of everything")
-
     with monkeypatch.context() as patch:
         patch.setattr(audit_run, "influence_scores", fail)
         with pytest.warns(UserWarning, match="the influence audit failed"):

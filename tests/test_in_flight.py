@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
+from lightning_influence.discover import discover
+from lightning_influence.in_flight import Flight, _Row
 from lightning_influence.pacing import Pace
+from lightning_influence.source import ExampleSource
 from lightning_influence.tracin import Increments, VisitSums
+from lightning_influence.uses import Output
 
 N = 11
 
@@ -479,12 +484,12 @@ def test_a_budget_sets_the_pace(slow: float, budget: float, every: int) -> None:
     ],
 )
 def test_a_budget_counts_the_dynamics(dynamics: float, slow: float, every: int) -> None:
-    """Every batch takes them, and one of 8 what waited for it: a median would not see that."""
+    """Every batch takes them, and one of 6 what waited for it: a median would not see that."""
     pace, budget = Pace(1, 0.1), 0.1
     number = 0
     while pace.timing:
         due, number = pace.due(), number + 1
-        once = dynamics / 2 * 8 if number % 16 == 12 else 0.0
+        once = dynamics / 2 * 6 if number % 16 == 12 else 0.0
         pace.took(due, 1.0 + dynamics / 2 + once + slow * due, dynamics / 2 + once)
     assert pace.dynamics == pytest.approx(dynamics)
     assert pace.added == pytest.approx(slow)
@@ -505,6 +510,35 @@ def test_what_a_measurement_leaves_to_the_next_batch_is_not_taken_for_its_cost()
         before = due
     assert pace.added == pytest.approx(0.25)
     assert pace.every == 3
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 5, 6)], ids=["rows", "positions"])
+def test_the_graph_keeps_no_gradient_for_us(shape: tuple[int, ...]) -> None:
+    """Hooks live as long as the graph, and with them what they hold: of a deep network, every layer's gradient."""
+    net = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
+    x = torch.randn(shape)
+
+    def task(module: nn.Module, batch: Any) -> Tensor:
+        return module(batch[0]).flatten(1).square().mean()
+
+    coverage = discover(net, task, ExampleSource(TensorDataset(x), batch_size=4))
+    flight = Flight(coverage, [torch.optim.SGD(net.parameters(), lr=0.1)])
+    visit = None
+    for _ in range(2):  # the second time the calls are known
+        tap = flight.tap(4)
+        tap.start()
+        loss = task(net, (x,))
+        tap.stop()
+        tap.forget()
+        flight.start(range(4), 4.0)
+        loss.backward()
+        visit = flight.finish()
+        held = [o for o in gc.get_objects() if isinstance(o, Output) and o.gradients]
+        held += [o for o in gc.get_objects() if isinstance(o, _Row) and hasattr(o, "gradient")]
+        assert held == []
+        assert loss.grad_fn is not None, "the graph is still there"
+    assert visit is not None
+    assert flight.missing == {}
 
 
 def test_sums_of_visits() -> None:

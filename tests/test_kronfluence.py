@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence.coverage import cover
-from lightning_influence.curvature import Curvature, EKFACBlock, FactorExamples, fit
+from lightning_influence.curvature import Curvature, CurvatureName, EKFACBlock, FactorExamples, fit
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import score_examples
 from lightning_influence.source import ExampleSource
@@ -82,11 +82,11 @@ def theirs(net: nn.Module, dataset: TensorDataset, folder: Path) -> tuple[dict[s
     return factors, analyzer.load_self_scores("scores")["all_modules"].double()
 
 
-def ours(net: nn.Module, dataset: TensorDataset) -> tuple[Curvature, dict[str, Tensor]]:
+def ours(net: nn.Module, dataset: TensorDataset, name: CurvatureName = "ekfac") -> tuple[Curvature, dict[str, Tensor]]:
     gradients = ExampleGradients(
         net, lambda m, b: F.cross_entropy(m(b[0]), b[1]), ExampleSource(dataset, batch_size=16), cover(net)
     )
-    curvature = fit(gradients, "ekfac", range(N), examples=FactorExamples(N, N), labels=("true", "true"))
+    curvature = fit(gradients, name, range(N), examples=FactorExamples(N, N), labels=("true", "true"))
     return curvature, score_examples(gradients, range(N), curvature=curvature).columns
 
 
@@ -101,6 +101,7 @@ def test_factors_and_self_influence(make: Any, tmp_path: Path) -> None:
     dataset = TensorDataset(inputs, torch.arange(N) % CLASSES)
     factors, expected = theirs(net.eval(), dataset, tmp_path)
     curvature, found = ours(net, dataset)
+    kfac, _ = ours(net, dataset, "kfac")
 
     assert set(curvature.blocks) == set(factors["activation_covariance"])
     for layer, block in curvature.blocks.items():
@@ -112,6 +113,15 @@ def test_factors_and_self_influence(make: Any, tmp_path: Path) -> None:
             off_diagonal = rotated - rotated.diagonal().diag()
             assert off_diagonal.norm() < 1e-4 * covariance.norm(), (layer, kind)
             assert (covariance - covariance.diagonal().diag()).norm() > 0.05 * covariance.norm()
+
+        # The moments' size: K-FAC is their product. Our activations are summed over positions, theirs are a mean.
+        of_x, of_g = (
+            factors[f"{kind}_covariance"][layer] / factors[f"num_{kind}_covariance_processed"][layer]
+            for kind in ("activation", "gradient")
+        )
+        positions = factors["num_activation_covariance_processed"][layer].item() / N
+        product = torch.kron(of_g, positions * of_x)
+        assert (kfac.blocks[layer].to_dense()[0] - product).norm() < 1e-4 * product.norm()
 
         # In their basis, as eigenvectors are only unique up to sign, and up to a rotation where eigenvalues coincide.
         lam = factors["lambda_matrix"][layer] / factors["num_lambda_processed"][layer]

@@ -106,7 +106,7 @@ class TestAgainstFormedGradients:
         for x, (g,), (k, _, _, i, o), case in cases():
             a, b = basis(k, i), basis(k, o)
             for of_x, of_g in ((a, b), (None, b), (a, None), (None, None)):
-                x_, g_ = per_sample.rotated(x, g, of_x, of_g)
+                x_, g_ = per_sample.rotated_rows(x, g, of_x, of_g)
                 assert isinstance(g_, Tensor)
                 eye_x, eye_g = torch.eye(i).double().expand(k, i, i), torch.eye(o).double().expand(k, o, o)
                 expected = rotated(x, g, eye_x if of_x is None else of_x, eye_g if of_g is None else of_g)

@@ -184,9 +184,9 @@ class InfluenceAudit(Callback):
             source = ExampleSource.from_loader(trainer.train_dataloader)
             preparing.check_known_noise(self.known_noise, source)
             self._recording = Recording(len(source), pl_module, self.tracin)
-            restored, self._restored_state = self._restored_state, None
-            if restored is not None:
-                self._recording.load_state_dict(restored)
+            if self._restored_state is not None:
+                self._recording.load_state_dict(self._restored_state)
+                self._restored_state = None
             self._run = self._start(trainer, pl_module, source, self._recording)
             self._run.resume(trainer, pl_module)
 

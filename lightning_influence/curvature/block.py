@@ -42,7 +42,7 @@ class Eigenbasis:
 
     def rotated(self, x: Tensor, g: Rows) -> tuple[Tensor, Rows]:
         """Return activations and output gradients in this basis: those of the gradients ``Q_Bᵀ G_n Q_A``."""
-        return per_sample.rotated(x, g, self.activation_basis, self.gradient_basis)
+        return per_sample.rotated_rows(x, g, self.activation_basis, self.gradient_basis)
 
 
 class CurvatureBlock(ABC):

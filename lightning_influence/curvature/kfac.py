@@ -21,9 +21,9 @@ class KroneckerBlock(CurvatureBlock):
     ``B ⊗ A`` has the size of the Fisher itself for layers that share weights over positions (Grosse & Martens 2016,
     1602.01407; "KFAC-expand" in Eschenhagen et al. 2023, 2311.00636).
 
-    A side without a dense basis keeps the identity and the diagonal of its moment: embeddings, whose one-hot rows have
-    a diagonal moment anyway, and sides too large for an eigendecomposition. A parameter that is both an embedding and
-    a linear layer (tied) has the sum of two Kronecker products, ``Σ_u B_u ⊗ A_u``; its basis is that of the sums
+    A side without a dense basis has the identity, and of its moment the diagonal alone: embeddings, whose one-hot rows
+    have a diagonal moment anyway, and sides too large for an eigendecomposition. A parameter that is both an embedding
+    and a linear layer (tied) has the sum of two Kronecker products, ``Σ_u B_u ⊗ A_u``; its basis is that of the sums
     ``Σ_u tr(B_u) A_u`` and ``Σ_u tr(A_u) B_u``, its eigenvalues the diagonal of the sum in it.
     """
 
