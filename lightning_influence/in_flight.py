@@ -19,6 +19,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,9 +29,11 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_influence.calls import Call, Layouts, LinearCall, RepeatedCall
 from lightning_influence.coverage import Coverage
+from lightning_influence.known_calls import Reading, Row, is_of_rows, told_by_arguments
 from lightning_influence.layers import LayerError, ParameterBlock
 from lightning_influence.precision import working
 from lightning_influence.reading import IN_PLACE, NotUnderstoodError, Site, read_call
+from lightning_influence.row_graph import RowGraph
 from lightning_influence.step_norms import Group, StepNorms
 from lightning_influence.trace import TracedUse
 from lightning_influence.tracin import Increments
@@ -39,10 +42,8 @@ from lightning_influence.watch import TrainingTap, visible_attention
 
 _Function = Callable[..., Any]
 
-# What a call of these does with its parameters, its arguments but the first tell.
-_TOLD_BY_ARGUMENTS = frozenset(
-    {F.linear, F.conv1d, F.conv2d, F.conv3d, F.layer_norm, F.rms_norm, F.group_norm, F.embedding}
-)
+# Batches in a row after which the graph is relied upon.
+_AGREEING = 16
 
 
 @dataclass(eq=False)
@@ -94,67 +95,6 @@ class Visit:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Reading:
-    """What a call does with its parameters, to be known again in the next batch.
-
-    Attributes:
-        call: The call, without its input.
-        layouts: Where the examples are.
-        blocks: Block name to role to parameter.
-        rest: Its arguments but the first.
-        parameters: Number of parameters among them.
-        dtype: Of its output.
-    """
-
-    call: Call
-    layouts: Layouts
-    blocks: dict[str, dict[str, Source]]
-    rest: tuple[Any, ...]
-    parameters: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(
-        cls, site: Site, call: Call, layouts: Layouts, owners: Mapping[int, tuple[str, Tensor, ParameterBlock]]
-    ) -> _Reading:
-        """Note what was read."""
-        blocks: dict[str, dict[str, Source]] = {}
-        for role, tensor in call.parameters.items():
-            name, parameter, block = owners[id(tensor)]
-            blocks.setdefault(block.name, {})[role] = Source(parameter, ((name, parameter),))
-        without = replace(call, input=call.input.new_empty(0))  # the batch would else be held
-        return cls(without, layouts, blocks, tuple(site.args[1:]), len(site.parameters), site.output.dtype)
-
-    def is_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], passed: Sequence[Tensor], output: Tensor) -> bool:
-        """Tell whether a call of the same function has the very same arguments but for the first."""
-        same = not kwargs and len(args) == len(self.rest) + 1 and len(passed) == self.parameters
-        return same and output.dtype is self.dtype and all(map(operator.is_, args[1:], self.rest))
-
-
-class _Row:
-    """The use of a linear map with a row per example whose arguments were met before: all that a step has to note.
-
-    Attributes:
-        reading: What the call does with its parameters.
-        x: Its input, ``[n, i]``.
-        output: Its output, for its place in the graph.
-        version: Of its input.
-        gradient: Of its output, once it is there.
-    """
-
-    __slots__ = ("gradient", "output", "reading", "version", "x")
-
-    def __init__(self, reading: _Reading, x: Tensor, output: Output) -> None:
-        self.reading, self.x, self.output, self.version = reading, x, output, x._version
-        self.gradient: Tensor | None = None
-
-    def use(self, roles: dict[str, Source]) -> Use:
-        """Return the same, told in full."""
-        self.output.add(self.gradient)
-        return Use(replace(self.reading.call, input=self.x), self.reading.layouts, self.output, (self.version,), roles)
-
-
 class Flight:
     """Reads per-example gradient norms off training's own forward and backward passes.
 
@@ -177,10 +117,15 @@ class Flight:
                 self.unseen[name] = reason
         self._functions = {function for _, function in self._layouts}
         self._reached: set[str] = set()
-        self._readings: dict[tuple[int, _Function], _Reading] = {}
-        self._rows: dict[int, _Reading] = {}  # those of linear maps, by their weights
-        self._uses: dict[str, list[Use | _Row]] = {}
+        self._readings: dict[tuple[int, _Function], Reading] = {}
+        self._rows: dict[int, Reading] = {}  # those of linear maps, by their weights
+        self._uses: dict[str, list[Use | Row]] = {}
         self._open: dict[str, int] = {}
+        self._waiting: list[list[Output]] = []  # outputs whose gradients are still to come, each alone
+        self._graph: RowGraph[Reading] | None = None
+        self._agreed = 0  # batches in a row in which it told what was seen
+        self._told_by_graph = True  # until it once did not
+        self._watched = True
         self._n = 0
         self._visit: Visit | None = None
         self._error: Exception | None = None
@@ -219,6 +164,16 @@ class Flight:
 
     # ------------------------------------------------------------ forward pass
 
+    @property
+    def needs_tap(self) -> bool:
+        """Whether the calls of the next batch have to be watched.
+
+        Where all there is to measure are linear maps with a row per example, one after the other, the graph tells as
+        much. Once it has told of some batches in a row what was seen, it is relied upon; if it then fails to, that
+        batch is not measured, and it is not relied upon any more.
+        """
+        return self._agreed < _AGREEING or not self._told_by_graph
+
     def tap(self, n: int) -> TrainingTap:
         """Return a loss tap that watches the calls of one forward pass, too.
 
@@ -226,12 +181,27 @@ class Flight:
             n: Number of examples in the batch.
         """
         self.clear()
-        self._n = n
+        self._n, self._watched = n, True
         return self._tap
 
+    def without_tap(self, n: int) -> None:
+        """Get ready for a forward pass that nothing watches.
+
+        Args:
+            n: Number of examples in the batch.
+        """
+        self.clear()
+        self._n, self._watched = n, False
+
     def clear(self) -> None:
-        """Forget the last batch; hooks that are still in its graph do nothing any more."""
-        self._uses, self._open, self._visit, self._error = {}, {}, None, None
+        """Forget the last batch; hooks that are still in its graph do nothing any more, and hold nothing."""
+        for use in chain.from_iterable(self._uses.values()):
+            if isinstance(use, Row):
+                use.let_go()
+        self._uses.clear()
+        for place in self._waiting:
+            place.clear()
+        self._uses, self._open, self._waiting, self._visit, self._error = {}, {}, [], None, None
 
     def see(self, func: _Function, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Look at a finished call of one of the functions."""
@@ -252,10 +222,10 @@ class Flight:
                 site = Site(func, args, kwargs, passed, output)
                 call = read_call(site)
                 assert call is not None
-                reading = _Reading.of(site, call, layouts, self._owners)
-                if _told_by_arguments(site):
+                reading = Reading.of(site, call, layouts, self._owners)
+                if told_by_arguments(site):
                     self._readings[place] = reading
-                    if _is_of_rows(reading):
+                    if is_of_rows(reading):
                         self._rows[id(passed[0])] = reading
                 self._watch(reading, call, output)
         except NotUnderstoodError as error:
@@ -272,17 +242,21 @@ class Flight:
         same = len(args) == len(reading.rest) + 1 and all(map(operator.is_, args[1:], reading.rest))
         if not same or output.dtype is not reading.dtype or id(x) in self._owners or self._error is not None:
             return False
-        node: Any = output.grad_fn
-        row = _Row(reading, x.detach(), Output(GradientEdge(node, output.output_nr)))
+        self._watch_row(reading, x.detach(), output.grad_fn, output.output_nr)
+        return True
+
+    def _watch_row(self, reading: Reading, x: Tensor, node: Any, number: int = 0) -> None:
+        row = Row(reading, x, Output(GradientEdge(node, number)))
         (name,) = reading.blocks
         self._uses.setdefault(name, []).append(row)
         self._open[name] = self._open.get(name, 0) + 1
         node.register_prehook(partial(self._read_row, row, self._uses))
-        return True
 
-    def _read_row(self, row: _Row, uses: dict[str, list[Use | _Row]], gradients: tuple[Tensor | None, ...]) -> None:
+    def _read_row(self, row: Row, uses: dict[str, list[Use | Row]], gradients: tuple[Tensor | None, ...]) -> None:
+        if self._visit is None or uses is not self._uses or self._error is not None or not row.held:
+            return
         gradient = gradients[row.output.edge.output_nr]
-        if self._visit is None or uses is not self._uses or gradient is None or self._error is not None:
+        if gradient is None:
             return
         try:
             row.gradient = gradient.detach()
@@ -293,12 +267,13 @@ class Flight:
         except Exception as error:  # an exception would end the backward pass, and training with it
             self._error = error
 
-    def _watch(self, reading: _Reading, call: Call, output: Tensor) -> None:
+    def _watch(self, reading: Reading, call: Call, output: Tensor) -> None:
         place, versions = Output.of(output), tuple([tensor._version for tensor in call.inputs])
         for name, roles in reading.blocks.items():
             self._uses.setdefault(name, []).append(Use(call, reading.layouts, place, versions, roles))
             self._open[name] = self._open.get(name, 0) + 1
         number, uses, waiting = place.edge.output_nr, self._uses, [place]
+        self._waiting.append(waiting)
 
         def read(gradients: tuple[Tensor | None, ...]) -> None:
             # Only in the backward pass of training: `training_step` may have run others before.
@@ -310,16 +285,51 @@ class Flight:
 
     # ----------------------------------------------------------- backward pass
 
-    def start(self, indices: Sequence[int], scale: float) -> None:
+    def start(self, indices: Sequence[int], scale: float, loss: Tensor) -> None:
         """Get ready for the backward pass of the batch.
 
         Args:
             indices: Dataset indices of its examples.
             scale: ``n`` over what the loss was multiplied with since ``training_step`` returned it (an accumulation's
                 ``1/k``, a gradient scaler's factor).
+            loss: What the backward pass starts from.
         """
+        if self._watched:
+            self._compare(loss)
+        elif not self._read_graph(loss):
+            self._told_by_graph = False
+            return
         self._norms.start()
         self._visit = Visit(list(indices), scale)
+
+    def _compare(self, loss: Tensor) -> None:
+        """Find out whether the graph tells what was seen."""
+        if not self._told_by_graph:
+            return
+        seen: dict[Any, Row] = {}
+        for uses in self._uses.values():
+            for use in uses:
+                if not isinstance(use, Row):
+                    self._agreed = 0
+                    return
+                seen[use.output.edge.node] = use
+        told = None if self._graph is None else self._graph.follow(loss, self._n)
+        if (
+            told is not None
+            and len(told) == len(seen)
+            and all(node in seen and seen[node].is_of(reading, x) for reading, x, node in told)
+        ):
+            self._agreed += 1
+            return
+        self._agreed = 0
+        self._graph = RowGraph.of(loss, {node: row.reading for node, row in seen.items()})
+
+    def _read_graph(self, loss: Tensor) -> bool:
+        """Watch the linear maps of a batch by its graph; tell whether it is the one that is known."""
+        told = None if self._graph is None else self._graph.follow(loss, self._n)
+        for reading, x, node in told or ():
+            self._watch_row(reading, x, node)
+        return told is not None
 
     def _arrived(self, blocks: Iterable[str], place: Output, gradient: Tensor | None) -> None:
         if self._error is not None:
@@ -340,10 +350,10 @@ class Flight:
         found = self._uses.pop(name)
         if visit is None or name in self.unseen:
             return
-        if len(found) == 1 and isinstance(found[0], _Row):
+        if len(found) == 1 and isinstance(found[0], Row):
             self._measure_row(visit, name, found[0])
             return
-        told = [use.use(use.reading.blocks[name]) if isinstance(use, _Row) else use for use in found]
+        told = [use.use(use.reading.blocks[name]) if isinstance(use, Row) else use for use in found]
         uses = [use for use in told if use.output.reached]
         if not uses:
             return
@@ -358,14 +368,15 @@ class Flight:
             return
         self._add(visit, self._norms.of_uses(block, uses, self._n))
 
-    def _measure_row(self, visit: Visit, name: str, row: _Row) -> None:
+    def _measure_row(self, visit: Visit, name: str, row: Row) -> None:
         if row.gradient is None:
+            row.let_go()
             return
         self._reached.add(name)
         if row.x._version != row.version:
             raise LayerError(modified(name))
         x, g = working(row.x), working(row.gradient)
-        del row.x, row.gradient  # the graph holds the hook, and that the row, until all of the pass is over
+        row.let_go()
         self._add_rows(visit, name, row.reading.call, row.reading.blocks[name], x, g)
 
     def _add(self, visit: Visit, found: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -437,25 +448,6 @@ def _is_direct(use: TracedUse, parameter: Tensor) -> bool:
     views = [use.views.get(role) for role in roles]
     rows = len(parameter) if parameter.ndim else 1
     return all(v is not None and not v.transposed and (v.start, v.rows) == (0, rows) for v in views)
-
-
-def _told_by_arguments(site: Site) -> bool:
-    """Tell whether a call with the same arguments but the first does the same with its parameters."""
-    rest = site.args[1:]
-    if site.kwargs or site.function not in _TOLD_BY_ARGUMENTS or any(isinstance(value, list) for value in rest):
-        return False
-    # No buffers, and nothing that was made for this batch and would be held.
-    return sum(isinstance(value, Tensor) for value in rest) == len(site.parameters) and not site.is_parameter(
-        site.args[0]
-    )
-
-
-def _is_of_rows(reading: _Reading) -> bool:
-    """Tell whether a call that was read is a linear map that may have a row per example."""
-    plain = type(reading.call) is LinearCall and not reading.call.transposed and len(reading.blocks) == 1
-    return (
-        plain and "weight" in reading.call.parameters and reading.layouts.input.dim == reading.layouts.output.dim == 0
-    )
 
 
 def _single_rows(use: Use, n: int) -> tuple[Tensor, Tensor] | None:

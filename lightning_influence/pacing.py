@@ -6,16 +6,34 @@ import math
 import random
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
-# The first batches of a run warm up; then as many are timed with and without a measurement: together so many that what
-# is computed once for many batches is among it. A few in a row, the first of which do not count: what a measurement
-# holds more of the memory, the next batch has to ask for again, and would look slower than the measured one.
+# The first batches of a run warm up; then as many turns are timed with a measurement as without: together so many
+# batches that what is computed once for many is among them. The first of a turn do not count: what a measurement holds
+# more of the memory, the next batch has to ask for again, and would look slower than the measured one.
 _WARM_UP = 16
-_TIMED = 24
+_TURNS = 4
 IN_A_ROW, SETTLING = 8, 2
+_TIMED = IN_A_ROW - SETTLING
 # Of the budget, if the training dynamics leave less of it.
 _LEAST_ROOM = 0.1
+
+
+@dataclass(eq=False)
+class _Turn:
+    """Batches in a row, all of them measured or none.
+
+    Attributes:
+        measured: Whether they were.
+        seconds: Of every batch.
+        recording: Those of them in which training stood still while something was recorded.
+    """
+
+    measured: bool
+    seconds: list[float] = field(default_factory=list)
+    recording: list[float] = field(default_factory=list)
 
 
 class Pace:
@@ -40,8 +58,7 @@ class Pace:
         self.dynamics: float | None = None
         self.added: float | None = None
         self._batches = 0
-        # Seconds of a batch, and those that recording took in between.
-        self._times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        self._turns: list[_Turn] = []
 
     @property
     def timing(self) -> bool:
@@ -68,18 +85,34 @@ class Pace:
         settling = (self._batches - 1) % IN_A_ROW < SETTLING
         if not self.timing or self.budget is None or self._batches <= _WARM_UP or settling:
             return
-        self._times[measured].append((seconds, recording))
-        if min(map(len, self._times.values())) < _TIMED:
+        if not self._turns or self._turns[-1].measured is not measured:
+            self._turns.append(_Turn(measured))
+        self._turns[-1].seconds.append(seconds)
+        self._turns[-1].recording.append(recording)
+        others = [turn for turn in self._turns if not turn.measured]
+        if min(len(others), len(self._turns) - len(others)) < _TURNS or len(self._turns[-1].seconds) < _TIMED:
             return
-        others = self._times[False]
-        plain = statistics.median(seconds - recording for seconds, recording in others)
+        plain = statistics.median(s - r for turn in others for s, r in zip(turn.seconds, turn.recording, strict=True))
         # A mean: what is computed for many batches at once takes long, and seldom.
-        self.dynamics = statistics.mean(recording for _, recording in others) / plain
-        longer = statistics.median(seconds for seconds, _ in self._times[True])
-        self.added = max(0.0, (longer - statistics.median(seconds for seconds, _ in others)) / plain)
+        self.dynamics = statistics.mean(chain.from_iterable(turn.recording for turn in others)) / plain
+        self.added = max(0.0, self._longer() / plain)
         room = max(self.budget - self.dynamics, _LEAST_ROOM * self.budget)
         self.every = max(self.every, math.ceil(self.added / room - 1e-9))
-        self._times = {True: [], False: []}
+        self._turns = []
+
+    def _longer(self) -> float:
+        """Return by how many seconds a measured batch is longer.
+
+        Each turn is compared with its neighbours, as machines are faster at one time than at another, and the upper
+        quartile taken: where they disagree, the budget is to be kept.
+        """
+        medians = [statistics.median(turn.seconds) for turn in self._turns]
+        differences = [
+            medians[place] - statistics.mean(medians[max(0, place - 1) : place] + medians[place + 1 : place + 2])
+            for place, turn in enumerate(self._turns)
+            if turn.measured
+        ]
+        return statistics.quantiles(differences, n=4)[-1]
 
     def note(self) -> str | None:
         """Return what a reader of the scores should know, if anything."""

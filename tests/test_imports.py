@@ -52,6 +52,8 @@ ORDER = (
     "tracin",
     "dynamics",
     "step_norms",
+    "row_graph",
+    "known_calls",
     "in_flight",
     "pacing",
     "neighbours",

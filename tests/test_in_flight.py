@@ -26,11 +26,12 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
 from lightning_influence.discover import discover
-from lightning_influence.in_flight import Flight, _Row
+from lightning_influence.in_flight import Flight
+from lightning_influence.known_calls import Row
 from lightning_influence.pacing import Pace
 from lightning_influence.source import ExampleSource
 from lightning_influence.tracin import Increments, VisitSums
-from lightning_influence.uses import Output
+from lightning_influence.uses import Output, Use
 
 N = 11
 
@@ -512,10 +513,51 @@ def test_what_a_measurement_leaves_to_the_next_batch_is_not_taken_for_its_cost()
     assert pace.every == 3
 
 
+def test_a_budget_is_kept_on_a_machine_that_slows_down() -> None:
+    """Batches get slower by a percent each: medians over all of them would find a measured one too little longer."""
+    pace, number = Pace(1, 0.1), 0
+    while pace.timing:
+        due, number = pace.due(), number + 1
+        pace.took(due, (1.0 + 0.5 * due) * (1 + 0.01 * number))
+    assert pace.added is not None
+    assert 0.5 < pace.added < 0.7
+    assert pace.every in (6, 7)
+
+
+def test_a_budget_is_kept_where_measurements_disagree() -> None:
+    pace, number = Pace(1, 0.1), 0
+    while pace.timing:
+        due, number = pace.due(), number + 1
+        pace.took(due, 1.0 + (0.1, 0.2, 0.5, 0.6)[number // 16 % 4] * due)
+    assert pace.added == pytest.approx(0.6, abs=0.1)
+
+
+class Twice(nn.Sequential):
+    """The same weights twice."""
+
+    def __init__(self) -> None:
+        shared = nn.Linear(6, 6)
+        super().__init__(shared, nn.ReLU(), shared, nn.Linear(6, 3))
+
+
+def once() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
+
+
+def ours() -> list[object]:
+    """What we keep of calls and their gradients, and all tensors."""
+    return [o for o in gc.get_objects() if type(o) in (Output, Row, Use, Tensor)]
+
+
+@pytest.mark.parametrize("make", [once, Twice])
 @pytest.mark.parametrize("shape", [(4, 6), (4, 5, 6)], ids=["rows", "positions"])
-def test_the_graph_keeps_no_gradient_for_us(shape: tuple[int, ...]) -> None:
-    """Hooks live as long as the graph, and with them what they hold: of a deep network, every layer's gradient."""
-    net = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
+def test_the_graph_keeps_nothing_for_us(shape: tuple[int, ...], make: Callable[[], nn.Module]) -> None:
+    """Hooks live as long as the graph, and with them what they hold: of a deep network, every layer's gradient.
+
+    If that holds the graph in turn, only the garbage collector ends both, a layer at a time: of weights that are used
+    twice, hundreds of batches were kept with their activations and gradients.
+    """
+    net = make()
     x = torch.randn(shape)
 
     def task(module: nn.Module, batch: Any) -> Tensor:
@@ -523,22 +565,44 @@ def test_the_graph_keeps_no_gradient_for_us(shape: tuple[int, ...]) -> None:
 
     coverage = discover(net, task, ExampleSource(TensorDataset(x), batch_size=4))
     flight = Flight(coverage, [torch.optim.SGD(net.parameters(), lr=0.1)])
-    visit = None
-    for _ in range(2):  # the second time the calls are known
-        tap = flight.tap(4)
-        tap.start()
-        loss = task(net, (x,))
-        tap.stop()
-        tap.forget()
-        flight.start(range(4), 4.0)
-        loss.backward()
-        visit = flight.finish()
-        held = [o for o in gc.get_objects() if isinstance(o, Output) and o.gradients]
-        held += [o for o in gc.get_objects() if isinstance(o, _Row) and hasattr(o, "gradient")]
+
+    def run(backward: bool = True) -> Tensor:
+        if flight.needs_tap:
+            tap = flight.tap(4)
+            tap.start()
+            loss = task(net, (x,))
+            tap.stop()
+            tap.forget()
+        else:
+            flight.without_tap(4)
+            loss = task(net, (x,))
+        flight.start(range(4), 4.0, loss)
+        if backward:
+            loss.backward()
+            assert flight.finish() is not None
+        return loss
+
+    for _ in range(20):  # the second time the calls are known, in the end all rows are told by the graph
+        run()
+    assert flight.missing == {}
+    assert flight.needs_tap is (len(shape) == 3)
+    net.zero_grad()
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(ours())
+        loss = run()
+        held = [o for o in ours() if (isinstance(o, Output) and o.gradients) or (isinstance(o, Row) and o.held)]
         assert held == []
         assert loss.grad_fn is not None, "the graph is still there"
-    assert visit is not None
-    assert flight.missing == {}
+        for backward in (True, False, True, False):
+            loss = run(backward)
+        del loss, held
+        net.zero_grad()
+        flight.clear()
+        assert len(ours()) == before
+    finally:
+        gc.enable()
 
 
 def test_sums_of_visits() -> None:

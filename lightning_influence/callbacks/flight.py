@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_influence import optimizers
 from lightning_influence.callbacks import bridge
@@ -53,8 +54,17 @@ class FlightRecorder:
         self._started: float | None = None
         self.spent = 0.0
 
-    def tap(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> TrainingTap | None:
-        """Return a loss tap that watches the layers in the next batch; None if the batch is not measured."""
+    def tap(
+        self, trainer: Trainer, module: LightningModule, indices: Sequence[int], *, listens: bool
+    ) -> TrainingTap | None:
+        """Return a loss tap that watches the layers in the next batch; None if that is not necessary.
+
+        Args:
+            trainer: The trainer.
+            module: The model.
+            indices: Of the examples of the batch.
+            listens: Whether there is a tap anyway.
+        """
         self._started = time.perf_counter()
         self._due = self._measuring = self._recording.pace.due() and not self._recording.failed
         if not self._due:
@@ -64,13 +74,20 @@ class FlightRecorder:
         if self._flight is None or trainable != self._trainable:  # callbacks thaw layers during training
             coverage = cover(module, self._layers, trace=self._trace)
             self._flight, self._trainable = Flight(coverage, trainer.optimizers), trainable
-        return self._flight.tap(len(indices))
+        if listens or self._flight.needs_tap:
+            return self._flight.tap(len(indices))
+        self._flight.without_tap(len(indices))
+        return None
 
-    def before_backward(self, trainer: Trainer, indices: Sequence[int]) -> None:
+    def before_backward(self, trainer: Trainer, indices: Sequence[int], loss: Tensor) -> None:
         """Get ready for the backward pass of a batch."""
         if self._measuring and self._flight is not None:
             n = len(indices) if self._batch_size is None else self._batch_size
-            self._flight.start(indices, n * trainer.accumulate_grad_batches / bridge.loss_scale(trainer))
+            scale = n * trainer.accumulate_grad_batches / bridge.loss_scale(trainer)
+            try:
+                self._flight.start(indices, scale, loss)
+            except Exception as error:  # training goes on
+                self._recording.fail("TracIn in flight is incomplete", error)
         self._pending.append((indices, None))
 
     def after_backward(self) -> None:

@@ -98,8 +98,9 @@ class AuditRun:
         """Listen for the losses of these examples; None if it is not known which they are."""
         self.stop_listening()
         if indices is not None:
-            tap = None if self.flight is None else self.flight.tap(trainer, module, indices)
-            if tap is None and self.recording.listens(trainer.current_epoch):
+            listens = self.recording.listens(trainer.current_epoch)
+            tap = None if self.flight is None else self.flight.tap(trainer, module, indices, listens=listens)
+            if tap is None and listens:
                 tap = self._tap
             if tap is not None:
                 tap.start()
@@ -135,7 +136,7 @@ class AuditRun:
                 recording.record_batch(indices, loss, tap.taken(), forms)
             self.stop_listening()
             if self.flight is not None:
-                self.flight.before_backward(trainer, indices)
+                self.flight.before_backward(trainer, indices, loss)
 
     @_timed
     def after_backward(self) -> None:
