@@ -22,7 +22,7 @@ from typing import Any
 import networks
 import numpy as np
 import torch
-from floors import BarePass, Products, eigendecompositions, live_moments, timed
+from floors import BarePass, Products, eigendecompositions, live_layers, multiplications_a_second, timed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -177,30 +177,41 @@ def our_default_self(setting: Setting) -> Entry:
 
 
 def floor_of_self(setting: Setting) -> Entry:
-    """Three bare passes and the eigendecompositions of the layers that kronfluence knows.
+    """Three bare passes, and eigendecompositions and algebra of the layers that kronfluence knows.
 
-    The stages are these two parts, and ``defaults``: the seconds that are left where factors are fitted on the subset
-    that the callback takes.
+    The stages are these parts, and ``defaults``: the seconds that are left where factors are fitted on the subset that
+    the callback takes.
     """
     gradients = setting.gradients(setting.data, common=True)
     whole, count = setting.gradients(setting.data), len(setting.data)
     examples = InfluencePlan.make(whole.coverage, inspect(whole, range(TRAINING_BATCH)), count).examples
-    share = (examples.covariances + examples.eigenvalues + count) / (3 * count)
-    matrices = [moment for layer in live_moments(gradients) for moment in layer]
+    layers = live_layers(gradients)
+    matrices = [moment for layer in layers for moment in layer.moments]
     bare_pass = BarePass(setting.net, COMMON, gradients.source.pass_batch_size)
 
-    def run() -> Mapping[str, float]:
+    def algebra(covariances: int, eigenvalues: int) -> float:
+        rotated = sum(layer.rotated() for layer in layers) * (eigenvalues + count)
+        return sum(layer.covariances() for layer in layers) * covariances + rotated
+
+    def run() -> Mapping[str, Any]:
         # Covariances, the squares in their basis, scores; one draw of labels each.
         passes = timed(lambda: [bare_pass(setting.data) for _ in range(3)])
-        decompositions = timed(lambda: eigendecompositions(matrices))
-        defaults = share * passes + decompositions
-        return {"passes": passes, "eigendecompositions": decompositions, "defaults": defaults}
+        decompositions, speed = timed(lambda: eigendecompositions(matrices)), multiplications_a_second()
+        stages = {"passes": passes, "eigendecompositions": decompositions, "algebra": algebra(count, count) / speed}
+        share = (examples.covariances + examples.eigenvalues + count) / (3 * count)
+        fewer = algebra(examples.covariances, examples.eigenvalues) / speed
+        return summed(stages, defaults=share * passes + decompositions + fewer)
 
     def warm_up() -> None:
         bare_pass(setting.compared)
         eigendecompositions(matrices[-1:])
 
     return Entry(run, warm_up)
+
+
+def summed(stages: Mapping[str, float], **others: float) -> Mapping[str, Any]:
+    """Return the seconds of all stages together, some of which were counted and not run."""
+    return {"seconds": sum(stages.values()), "stages": {**stages, **others}}
 
 
 def fitted(gradients: ExampleGradients, labels: Labels) -> Curvature:
@@ -271,15 +282,16 @@ def our_pairs(setting: Setting) -> Entry:
 
 
 def floor_of_pairs(setting: Setting) -> Entry:
-    """One bare pass, and the products of the gradients of examples and queries, layer by layer."""
+    """One bare pass, the gradients of examples, and their products with those of queries, layer by layer."""
     gradients = setting.gradients(setting.data, common=True)
-    layers = live_moments(gradients)
-    weights = [len(inputs) * inputs.shape[-1] * outputs.shape[-1] for inputs, outputs in layers]
-    products = Products(weights, setting.spec.queries)
+    layers = live_layers(gradients)
+    products = Products([layer.weights for layer in layers], setting.spec.queries)
     bare_pass = BarePass(setting.net, COMMON, gradients.source.pass_batch_size)
+    formed = sum(layer.formed() for layer in layers)
 
-    def run(data: TensorDataset) -> Mapping[str, float]:
-        return {"passes": timed(lambda: bare_pass(data)), "products": timed(lambda: products(len(data)))}
+    def run(data: TensorDataset) -> Mapping[str, Any]:
+        stages = {"passes": timed(lambda: bare_pass(data)), "products": timed(lambda: products(len(data)))}
+        return summed({**stages, "algebra": formed * len(data) / multiplications_a_second()})
 
     def warm_up() -> None:
         run(setting.compared)
@@ -328,16 +340,14 @@ def training(setting: Setting) -> Entry:
 
 def steps(setting: Setting) -> Entry:
     """Train under a Lightning Trainer; tells the seconds of a step by what is recorded."""
-    from in_flight import bare_lengths, measure
+    from in_flight import bare_norms, measure
 
     make, count = networks.NETWORKS[setting.spec.network], setting.spec.examples // TRAINING_BATCH
 
     def run() -> Mapping[str, float]:
         plain, dynamics, flight = measure(make, setting.data, "sgd", count, time.perf_counter)
         stages = {"plain": plain, "dynamics": plain * (1 + dynamics), "in flight": plain * (1 + flight)}
-        # The others' layers have more than a row per example, or are no linear maps.
-        floor = {"floor": bare_lengths(setting.net, time.perf_counter)} if setting.spec.network == "mlp" else {}
-        return stages | floor
+        return {**stages, "floor": bare_norms(setting.net, setting.data, time.perf_counter)}
 
     return Entry(run)
 

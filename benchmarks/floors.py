@@ -1,16 +1,19 @@
 """What the machine needs at the very least for a work: the parts that no method leaves out, in bare torch.
 
 A floor takes turns with the contestants of a match, so that a target beyond it is seen to be out of reach on the
-machine at hand. Only what is prepared, which is not timed, uses the library: which rows and columns of the covariances
-are not zero (black pixels, dead units).
+machine at hand. Of the algebra of examples, the multiplications of its cheapest exact form are counted, and taken to be
+as fast as those of one large product. Only what is prepared, which is not timed, uses the library: shapes, and which
+rows and columns of the covariances are not zero (black pixels, dead units).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 
 import torch
 from networks import task
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.patches import Patches
 
 # Examples whose scores are multiplied at once: enough for a matrix product to be as fast as it gets.
 BLOCK = 256
@@ -50,18 +54,62 @@ class BarePass:
             torch.autograd.grad(loss, self._start)
 
 
-def live_moments(gradients: ExampleGradients) -> list[tuple[Tensor, Tensor]]:
-    """Return each layer's sums of outer products of its inputs and of its output gradients, in float64.
+@dataclass(frozen=True)
+class Layer:
+    """What the algebra of a layer is made of.
+
+    Attributes:
+        inputs: Sum of outer products of its inputs, ``[k, i, i]`` in float64, without rows and columns of zeros.
+        outputs: The same of its output gradients, ``[k, o, o]``.
+        positions: ``s``, that share its weights.
+        kernel: Of a convolution.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    positions: int
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Both sums."""
+        return self.inputs, self.outputs
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return len(self.inputs) * self.inputs.shape[-1] * self.outputs.shape[-1]
+
+    def formed(self) -> float:
+        """Return the multiplications that form an example's gradient: none where it is one outer product."""
+        return self.positions * self.weights if self.positions > 1 else 0.0
+
+    def covariances(self) -> float:
+        """Return the multiplications of an example's outer products, which are symmetric.
+
+        Two places of a kernel have the same products as any other two that lie as far apart.
+        """
+        k, s, i, o = len(self.inputs), self.positions, self.inputs.shape[-1], self.outputs.shape[-1]
+        places = math.prod(self.kernel)
+        apart = math.prod(2 * size - 1 for size in self.kernel)
+        return k * s * ((i / places) ** 2 * (apart + 1) / 2 + o**2 / 2)
+
+    def rotated(self) -> float:
+        """Return the multiplications of an example's gradient in the eigenbasis: rows are turned, or what they form."""
+        k, s, i, o = len(self.inputs), self.positions, self.inputs.shape[-1], self.outputs.shape[-1]
+        return k * (min(s, o) * i**2 + min(s, i) * o**2 + s * i * o)
+
+
+def live_layers(gradients: ExampleGradients) -> list[Layer]:
+    """Return the layers, with what all examples say of them.
 
     Rows and columns of zeros are left out: their eigenvectors are known, and their weights have no gradient.
 
     Args:
         gradients: Passes; every example is visited once, with sampled labels.
-
-    Returns:
-        ``[k, i, i]`` and ``[k, o, o]`` by layer.
     """
     sums: dict[str, list[Tensor]] = {}
+    shapes: dict[str, tuple[int, tuple[int, ...]]] = {}
     with closing(gradients.run(range(len(gradients.source)), "sampled", draw=1)) as batches:
         for batch in batches:
             for io in batch.layers():
@@ -69,7 +117,15 @@ def live_moments(gradients: ExampleGradients) -> list[tuple[Tensor, Tensor]]:
                 added = [(side.transpose(1, 2) @ side).double() for side in rows]
                 known = sums.get(io.name)
                 sums[io.name] = added if known is None else [a + b for a, b in zip(known, added, strict=True)]
-    return [(_live(inputs), _live(outputs)) for inputs, outputs in sums.values()]
+                patches = io.activations[0]
+                shapes[io.name] = io.x.shape[2], patches.kernel if isinstance(patches, Patches) else ()
+    return [Layer(_live(inputs), _live(outputs), *shapes[name]) for name, (inputs, outputs) in sums.items()]
+
+
+def multiplications_a_second(size: int = 1536, repetitions: int = 3) -> float:
+    """Return how fast float32 matrices are multiplied where that is fastest, in one large product."""
+    matrix = torch.randn(size, size)
+    return size**3 / min(timed(lambda: matrix @ matrix) for _ in range(repetitions))
 
 
 def _live(moment: Tensor) -> Tensor:

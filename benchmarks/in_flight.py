@@ -30,6 +30,7 @@ from lightning_influence import InfluenceAudit, TracIn
 from lightning_influence.pacing import IN_A_ROW, SETTLING, Pace
 
 _WARM_UP = 12
+BATCH = 32
 WAYS = ("nothing", "dynamics", "in flight")
 BUDGET = 0.1
 
@@ -149,7 +150,7 @@ def _train(audit: Alternating, make: Callable[[], nn.Module], data: TensorDatase
             max_steps=steps, callbacks=[audit], logger=False, accelerator="cpu", default_root_dir=directory,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
-        trainer.fit(Module(make(), optimizer), DataLoader(data, 32, shuffle=True))
+        trainer.fit(Module(make(), optimizer), DataLoader(data, BATCH, shuffle=True))
 
 
 def measure(
@@ -190,30 +191,49 @@ def measure_paced(
     return plain, flight / plain - 1, audit.pace.every
 
 
-def bare_lengths(net: nn.Module, clock: Callable[[], float], n: int = 32, repetitions: int = 2000) -> float:
-    """Return the seconds of what TracIn takes of a step at the very least, batch by batch, in bare torch.
+def bare_norms(net: nn.Module, data: TensorDataset, clock: Callable[[], float], repetitions: int = 60) -> float:
+    """Return the seconds of what TracIn takes of a step at the very least, in bare torch.
 
-    For each linear map with a row per example the lengths of its inputs and output gradients, their product, its
-    square, and the sum over the layers.
+    For each linear map and convolution the squared norm of every example's gradient of the weight, in its cheapest
+    form, from inputs (patches) and output gradients as if they were laid out already: lengths of the rows where there
+    is one per example, else products of all pairs of them, or the gradient itself. Nothing else: no biases, no norms.
 
     Args:
-        net: Its linear maps are taken, with random rows.
+        net: The network.
+        data: A batch of it gives the shapes; the rows are random.
         clock: Returns seconds.
-        n: Examples in a batch.
         repetitions: The median is of so many.
     """
-    layers = [module for module in net.modules() if isinstance(module, nn.Linear)]
-    rows = [(torch.randn(n, layer.in_features), torch.randn(n, layer.out_features)) for layer in layers]
+    rows: list[tuple[Tensor, Tensor]] = []
+
+    def note(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        weight, n = layer.get_parameter("weight"), len(output)
+        positions = output.numel() // (n * len(weight))
+        rows.append((torch.randn(n, positions, weight[0].numel()), torch.randn(n, positions, len(weight))))
+
+    hooks = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    with torch.no_grad():
+        networks.task(net, data[:BATCH])
+    for hook in hooks:
+        hook.remove()
     found = []
     with torch.no_grad():
         for _ in range(repetitions):
-            total = torch.zeros(n)
+            total = torch.zeros(BATCH)
             start = clock()
             for x, g in rows:
-                product = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(g, dim=1)
-                total += product * product
+                total += _squared_norms(x, g)
             found.append(clock() - start)
     return statistics.median(found)
+
+
+def _squared_norms(x: Tensor, g: Tensor) -> Tensor:
+    (n, s, i), o = x.shape, g.shape[2]
+    if s == 1:
+        return (torch.linalg.vector_norm(x.view(n, i), dim=1) * torch.linalg.vector_norm(g.view(n, o), dim=1)).square()
+    if s * (i + o) < i * o:
+        return (torch.bmm(x, x.transpose(1, 2)) * torch.bmm(g, g.transpose(1, 2))).sum((1, 2))
+    return torch.bmm(g.transpose(1, 2), x).square_().sum((1, 2))
 
 
 def main() -> None:

@@ -290,19 +290,22 @@ def audit_table(results: Results) -> Iterator[str]:
 def step_table(results: Results) -> Iterator[str]:
     """Yield a line for every network whose training steps were timed."""
     yield (
-        "| network | plain step | with the dynamics | target | with TracIn at every step, too | target | "
+        "| network | plain step | with the dynamics | target | with TracIn at every step, too | target | its floor | "
         "with a budget of 10% | target |"
     )
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for match, found in of_kind(results, "step"):
         steps, paced = (found[name] for name in match.contestants)
         if steps.failure or paced.failure:
-            yield f"| {NAMES[match.network]} | failed: {steps.failure or paced.failure} | | | | | | |"
+            yield f"| {NAMES[match.network]} | failed: {steps.failure or paced.failure} | | | | | | | |"
             continue
         plain = statistics.median(stages["plain"] for stages in steps.stages)
+        least = statistics.median(stages["floor"] / stages["plain"] for stages in steps.stages)
+        limit = IN_FLIGHT[match.network]
         cells = [
             added(steps, "dynamics", DYNAMICS),
-            added(steps, "in flight", IN_FLIGHT[match.network]),
+            added(steps, "in flight", limit) + (", beyond the floor" if least > limit else ""),
+            f"{least:.1%}",
             added(paced, "in flight", BUDGET, f" (1 of {round(paced.stages[-1]['every'])} steps)"),
         ]
         yield f"| {NAMES[match.network]} | {1000 * plain:.2f} ms | {' | '.join(cells)} |"
@@ -312,19 +315,6 @@ def added(result: Result, stage: str, limit: float, remark: str = "") -> str:
     """Write what a stage adds to the time of a plain step, and its target: the median over the rounds."""
     share = statistics.median(stages[stage] / stages["plain"] for stages in result.stages) - 1
     return f"{share:+.1%}{remark} | ≤ {limit:.0%}: {mark(share <= limit)}"
-
-
-def step_floor(results: Results) -> Iterator[str]:
-    """Yield a sentence on what TracIn takes of a step of the MLP at the very least."""
-    for match, found in of_kind(results, "step"):
-        shares = [stages["floor"] / stages["plain"] for stages in found["every step"].stages if "floor" in stages]
-        if shares:
-            least = statistics.median(stages["floor"] for stages in found["every step"].stages)
-            yield (
-                f"\nThe floor of TracIn at every step of the {NAMES[match.network]}: computed batch by batch in bare "
-                "torch, the lengths of each layer's inputs and output gradients, two multiplications and an addition "
-                f"take {1000 * least:.3f} ms, {statistics.median(shares):.1%} of the plain step."
-            )
 
 
 def memory_table(results: Results) -> Iterator[str]:
@@ -451,13 +441,15 @@ METHOD = (
     "relative to the query's largest score)."
 )
 FLOOR = (
-    "The *floor* takes turns with the others and does only what no method leaves out that works with exact scores in "
-    "float32, decomposes in float64 and keeps nothing of an example from one pass to the next: bare passes in torch "
-    "(forward, and backward as far as the first layer's output, no gradients of weights; three for factors and "
-    "self-influence, else one), the eigendecompositions of all Kronecker factors without their rows of zeros, one "
-    "after the other, and for pairs one matrix product of gradients and queries for each layer. That of *ours, "
-    "defaults* counts the fewer examples that factors are fitted on. A target that asks for more than the floor would "
-    "reach is *beyond the floor*: missed by any such method on this machine."
+    "The *floor* takes turns with the others and does only what no method leaves out that we know of, if it works with "
+    "exact scores in float32, decomposes in float64 and keeps nothing of an example from one pass to the next: bare "
+    "passes in torch (forward, and backward as far as the first layer's output, no gradients of weights; three for "
+    "factors and self-influence, else one), the eigendecompositions of all Kronecker factors without their rows of "
+    "zeros, one after the other, for pairs one matrix product of gradients and queries for each layer, and the algebra "
+    "of examples (outer products, rotations, gradients of shared weights): the multiplications of its cheapest exact "
+    "form are counted, and taken to be as fast as those of one large matrix product. That of *ours, defaults* counts "
+    "the fewer examples that factors are fitted on. A target that asks for more than the floor would reach is *beyond "
+    "the floor*: missed by any such method on this machine."
 )
 WEIGHTS = (
     "*Tensors*: the most bytes that torch's allocator had handed out at a time, beyond weights and data; counted "
@@ -493,10 +485,11 @@ def page(results: Results, started: float, picture: str | None) -> str:
         *audit_table(results),
         "\n## While training\n",
         "Median time of a step under a Lightning Trainer, without recording and with, eight steps in a row by turns in "
-        "one run, of which the first two do not count. With a "
-        'budget, `TracIn(mode="step", overhead=0.1)` times itself and measures as many steps as fit.\n',
+        'one run, of which the first two do not count. With a budget, `TracIn(mode="step", overhead=0.1)` times '
+        "itself and measures as many steps as fit. The floor of TracIn is, in bare torch and without the dynamics, the "
+        "squared norm of every example's gradient of the weights of linear maps and convolutions alone, from inputs "
+        "(patches) and output gradients that lie ready.\n",
         *step_table(results),
-        *step_floor(results),
         "\n## Memory\n",
         WEIGHTS + "\n",
         *memory_table(results),
