@@ -92,7 +92,7 @@ class Layer:
         k, s, i, o = len(self.inputs), self.positions, self.inputs.shape[-1], self.outputs.shape[-1]
         places = math.prod(self.kernel)
         apart = math.prod(2 * size - 1 for size in self.kernel)
-        return k * s * ((i / places) ** 2 * (apart + 1) / 2 + o**2 / 2)
+        return k * s * ((i / places) ** 2 * apart / 2 + o**2 / 2)
 
     def rotated(self) -> float:
         """Return the multiplications of an example's gradient in the eigenbasis: rows are turned, or what they form."""

@@ -2,7 +2,9 @@
 
 While ``training_step`` runs, the tap that listens for the loss also sees the calls with covered parameters; their
 outputs' places in the graph get a hook that reads the gradient as training's own backward pass comes by. Nothing is
-changed: no output is replaced, no gradient is returned, no pass is added. As training uses them, gradients are those of
+changed: no output is replaced, no gradient is returned, no pass is added. Where all there is to measure are linear maps
+with a row per example, one after the other, the graph of the batch is soon read in place of its calls being watched
+(``row_graph``); a batch whose graph then is another one is not measured. As training uses them, gradients are those of
 the batch loss; times the number of examples they are those of the examples' own losses, whose mean the batch loss is
 (weighted as this batch has weighted them). Gradient clipping comes later and does not count. Where a batch norm takes
 the statistics of the batch, an example's part in the gradient of the batch stands for its gradient.
@@ -38,12 +40,9 @@ from lightning_influence.step_norms import Group, StepNorms
 from lightning_influence.trace import TracedUse
 from lightning_influence.tracin import Increments
 from lightning_influence.uses import Output, Source, Use, check_batch, modified
-from lightning_influence.watch import TrainingTap, visible_attention
+from lightning_influence.watch import Reliance, TrainingTap, visible_attention
 
 _Function = Callable[..., Any]
-
-# Batches in a row after which the graph is relied upon.
-_AGREEING = 16
 
 
 @dataclass(eq=False)
@@ -123,9 +122,8 @@ class Flight:
         self._open: dict[str, int] = {}
         self._waiting: list[list[Output]] = []  # outputs whose gradients are still to come, each alone
         self._graph: RowGraph[Reading] | None = None
-        self._agreed = 0  # batches in a row in which it told what was seen
-        self._told_by_graph = True  # until it once did not
-        self._watched = True
+        self._reliance = Reliance()
+        self._watched = True  # the running batch, by a tap
         self._n = 0
         self._visit: Visit | None = None
         self._error: Exception | None = None
@@ -166,13 +164,8 @@ class Flight:
 
     @property
     def needs_tap(self) -> bool:
-        """Whether the calls of the next batch have to be watched.
-
-        Where all there is to measure are linear maps with a row per example, one after the other, the graph tells as
-        much. Once it has told of some batches in a row what was seen, it is relied upon; if it then fails to, that
-        batch is not measured, and it is not relied upon any more.
-        """
-        return self._agreed < _AGREEING or not self._told_by_graph
+        """Whether the calls of the next batch have to be watched: not if its graph is relied upon."""
+        return self._reliance.needs_watching
 
     def tap(self, n: int) -> TrainingTap:
         """Return a loss tap that watches the calls of one forward pass, too.
@@ -256,14 +249,15 @@ class Flight:
         if self._visit is None or uses is not self._uses or self._error is not None or not row.held:
             return
         gradient = gradients[row.output.edge.output_nr]
-        if gradient is None:
+        if gradient is None or row.gradient is not None:
             return
         try:
-            row.gradient = gradient.detach()
-            (name,) = row.reading.blocks
-            self._open[name] -= 1
-            if not self._open[name]:
-                self._measure(name)
+            with torch.no_grad():  # as for `create_graph`
+                row.gradient = gradient.detach()
+                (name,) = row.reading.blocks
+                self._open[name] -= 1
+                if not self._open[name]:
+                    self._measure(name)
         except Exception as error:  # an exception would end the backward pass, and training with it
             self._error = error
 
@@ -297,38 +291,38 @@ class Flight:
         if self._watched:
             self._compare(loss)
         elif not self._read_graph(loss):
-            self._told_by_graph = False
+            self._reliance.failed()
             return
         self._norms.start()
         self._visit = Visit(list(indices), scale)
 
     def _compare(self, loss: Tensor) -> None:
         """Find out whether the graph tells what was seen."""
-        if not self._told_by_graph:
+        if self._reliance.given_up:
             return
         seen: dict[Any, Row] = {}
         for uses in self._uses.values():
             for use in uses:
                 if not isinstance(use, Row):
-                    self._agreed = 0
+                    self._reliance.compared(False)
                     return
                 seen[use.output.edge.node] = use
-        told = None if self._graph is None else self._graph.follow(loss, self._n)
-        if (
-            told is not None
-            and len(told) == len(seen)
-            and all(node in seen and seen[node].is_of(reading, x) for reading, x, node in told)
-        ):
-            self._agreed += 1
-            return
-        self._agreed = 0
+        if self._graph is not None:
+            told = self._graph.follow(loss, self._n) or []
+            found = {node: seen[node].is_of(reading, x) for reading, x, node in told if node in seen}
+            agrees = len(told) == len(found) == len(seen) > 0 and all(found.values())
+            self._reliance.compared(agrees)
+            if agrees:
+                return
         self._graph = RowGraph.of(loss, {node: row.reading for node, row in seen.items()})
+        if self._graph is None:
+            self._reliance.compared(False)
 
     def _read_graph(self, loss: Tensor) -> bool:
         """Watch the linear maps of a batch by its graph; tell whether it is the one that is known."""
         told = None if self._graph is None else self._graph.follow(loss, self._n)
         for reading, x, node in told or ():
-            self._watch_row(reading, x, node)
+            self._watch_row(reading, x.detach(), node)
         return told is not None
 
     def _arrived(self, blocks: Iterable[str], place: Output, gradient: Tensor | None) -> None:
@@ -346,10 +340,16 @@ class Flight:
 
     def _measure(self, name: str) -> None:
         """Add the squares of one block, all of whose uses have their gradients."""
-        visit, block = self._visit, self.coverage.blocks[name]
         found = self._uses.pop(name)
-        if visit is None or name in self.unseen:
-            return
+        try:
+            if self._visit is not None and name not in self.unseen:
+                self._measure_uses(self._visit, name, found)
+        finally:
+            for use in found:
+                if isinstance(use, Row):
+                    use.let_go()
+
+    def _measure_uses(self, visit: Visit, name: str, found: Sequence[Use | Row]) -> None:
         if len(found) == 1 and isinstance(found[0], Row):
             self._measure_row(visit, name, found[0])
             return
@@ -366,17 +366,15 @@ class Flight:
         if rows is not None:
             self._add_rows(visit, name, uses[0].call, uses[0].roles, *rows)
             return
-        self._add(visit, self._norms.of_uses(block, uses, self._n))
+        self._add(visit, self._norms.of_uses(self.coverage.blocks[name], uses, self._n))
 
     def _measure_row(self, visit: Visit, name: str, row: Row) -> None:
         if row.gradient is None:
-            row.let_go()
             return
         self._reached.add(name)
         if row.x._version != row.version:
             raise LayerError(modified(name))
         x, g = working(row.x), working(row.gradient)
-        row.let_go()
         self._add_rows(visit, name, row.reading.call, row.reading.blocks[name], x, g)
 
     def _add(self, visit: Visit, found: Iterable[tuple[Tensor, Tensor]]) -> None:

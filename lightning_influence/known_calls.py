@@ -101,8 +101,9 @@ class Row:
 
         The output holds the graph in turn, which nothing but the garbage collector would then end.
         """
-        self.held = False
-        del self.x, self.gradient, self.output
+        if self.held:
+            self.held = False
+            del self.x, self.gradient, self.output
 
 
 def told_by_arguments(site: Site) -> bool:

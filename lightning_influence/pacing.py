@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-# The first batches of a run warm up; then as many turns are timed with a measurement as without: together so many
-# batches that what is computed once for many is among them. The first of a turn do not count: what a measurement holds
-# more of the memory, the next batch has to ask for again, and would look slower than the measured one.
-_WARM_UP = 16
+# The first batches of a run warm up, and are watched, which later ones may do without. Then as many turns are timed
+# with a measurement as without: together so many batches that what is computed once for many is among them. The first
+# of a turn do not count: what a measurement holds more of the memory, the next batch has to ask for again, and would
+# look slower than the measured one.
+_WARM_UP = 32
 _TURNS = 4
 IN_A_ROW, SETTLING = 8, 2
 _TIMED = IN_A_ROW - SETTLING

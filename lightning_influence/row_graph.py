@@ -6,6 +6,7 @@ is like is learned from batches whose calls were watched; a later graph that dif
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -85,9 +86,10 @@ class RowGraph(Generic[T]):
         while node is not None:
             inputs, places = node.next_functions, _LINEAR.get(node.name())
             if places is not None:
-                links.append(
-                    _Link(type(node), len(inputs), places.input, places, _parameters(inputs, places), keys.get(node))
-                )
+                parameters = _parameters(node, inputs, places)
+                if parameters is None:
+                    return None
+                links.append(_Link(type(node), len(inputs), places.input, places, parameters, keys.get(node)))
             else:
                 leading = [place for place, (following, _) in enumerate(inputs) if following is not None]
                 if len(leading) > 1:
@@ -114,8 +116,9 @@ class RowGraph(Generic[T]):
             if type(node) is not link.kind or len(inputs) != link.inputs:
                 return None
             if link.linear is not None:
-                parameters = _parameters(inputs, link.linear)
-                if parameters[0] is not link.parameters[0] or parameters[1] is not link.parameters[1]:
+                parameters = _parameters(node, inputs, link.linear)
+                same = parameters is not None and all(map(operator.is_, parameters, link.parameters))
+                if not same:
                     return None
                 if link.key is not None:
                     x = _kept(node, link.linear.saved)
@@ -130,12 +133,25 @@ class RowGraph(Generic[T]):
         return found if node is None else None
 
 
-def _parameters(inputs: Any, places: _Places) -> tuple[Tensor | None, Tensor | None]:
-    """Return weight and bias of a linear map, None for what is no parameter as it is."""
-    transposed = inputs[places.weight][0]
-    turned = None if transposed is None or transposed.name() != "TBackward0" else transposed.next_functions[0][0]
-    bias = None if places.bias is None else inputs[places.bias][0]
-    return getattr(turned, "variable", None), getattr(bias, "variable", None)
+def _parameters(node: Any, inputs: Any, places: _Places) -> tuple[Tensor | None, Tensor | None] | None:
+    """Return weight and bias of a linear map, None for one that does not move.
+
+    None in place of both for a map that has anything else in their places (cast or reparametrised weights), or scales.
+    """
+    if getattr(node, "_saved_alpha", 1) != 1 or getattr(node, "_saved_beta", 1) != 1:
+        return None
+    found: list[Tensor | None] = []
+    for place, transposed in ((places.weight, True), (places.bias, False)):
+        start = None if place is None else inputs[place][0]
+        if start is not None and transposed:
+            if start.name() != "TBackward0":
+                return None
+            start = start.next_functions[0][0]
+        parameter = getattr(start, "variable", None)  # of what accumulates its gradient
+        if start is not None and parameter is None:
+            return None
+        found.append(parameter)
+    return found[0], found[1]
 
 
 def _kept(node: Any, name: str) -> Tensor | None:

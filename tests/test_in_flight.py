@@ -513,6 +513,17 @@ def test_what_a_measurement_leaves_to_the_next_batch_is_not_taken_for_its_cost()
     assert pace.every == 3
 
 
+def test_what_the_first_batches_take_longer_is_not_taken_for_the_cost_of_all() -> None:
+    """Their calls are watched, which takes longer than to read their graphs."""
+    pace, measured = Pace(1, 0.1), 0
+    while pace.timing:
+        due = pace.due()
+        measured += due
+        pace.took(due, 1.0 + due * (0.2 if measured <= 18 else 0.09))
+    assert pace.added == pytest.approx(0.09)
+    assert pace.every == 1
+
+
 def test_a_budget_is_kept_on_a_machine_that_slows_down() -> None:
     """Batches get slower by a percent each: medians over all of them would find a measured one too little longer."""
     pace, number = Pace(1, 0.1), 0
@@ -530,6 +541,44 @@ def test_a_budget_is_kept_where_measurements_disagree() -> None:
         due, number = pace.due(), number + 1
         pace.took(due, 1.0 + (0.1, 0.2, 0.5, 0.6)[number // 16 % 4] * due)
     assert pace.added == pytest.approx(0.6, abs=0.1)
+
+
+def test_other_settings_by_name_are_read_anew() -> None:
+    """Calls are known again by their arguments: a norm with another ``eps`` normalises otherwise."""
+    x = torch.randn(4, 5)
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.eps = nn.LayerNorm(5), 1e-5
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(x, (5,), weight=self.norm.weight, bias=self.norm.bias, eps=self.eps)
+
+    def task(module: nn.Module, batch: Any) -> Tensor:
+        return module(batch[0]).square().sum(1).mean()
+
+    net = Named()
+    flight = Flight(
+        discover(net, task, ExampleSource(TensorDataset(x), batch_size=4)), [torch.optim.SGD(net.parameters(), lr=1.0)]
+    )
+    same, other = 1e-5, 2.0
+    for net.eps in (same, same, other, other, same):
+        tap = flight.tap(4)
+        tap.start()
+        loss = task(net, (x,))
+        tap.stop()
+        tap.forget()
+        flight.start(range(4), 4.0, loss)
+        loss.backward()
+        visit = flight.finish()
+        assert visit is not None
+        found = Increments.joined([visit.increments({(0, 0): 1.0})])
+        expected = [
+            sum(g.square().sum() for g in torch.autograd.grad(task(net, (x[k : k + 1],)), list(net.parameters())))
+            for k in range(4)
+        ]
+        torch.testing.assert_close(found, torch.stack(expected).double(), rtol=1e-4, atol=1e-6)  # type: ignore[arg-type]
 
 
 class Twice(nn.Sequential):

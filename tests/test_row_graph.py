@@ -17,9 +17,11 @@ from torch.utils.data import TensorDataset
 
 from lightning_influence import TracIn
 from lightning_influence.discover import discover
-from lightning_influence.in_flight import Flight
+from lightning_influence.in_flight import Flight, Visit
 from lightning_influence.row_graph import RowGraph
 from lightning_influence.source import ExampleSource
+from lightning_influence.tracin import Increments
+from lightning_influence.watch import Reliance
 
 N = 6
 
@@ -104,8 +106,20 @@ def further_input(net: Net, x: Tensor) -> Tensor:
     return net.last(F.relu(net.inner(net.inner(hidden))))
 
 
-def longer(net: Net, x: Tensor) -> Tensor:
-    return other_kind(net, (x.requires_grad_() * 1.0))
+def other_bias(net: Net, x: Tensor) -> Tensor:
+    hidden = F.dropout(torch.tanh(net.first(x)), 0.5)
+    return F.linear(F.relu(net.inner(net.inner(hidden))), net.last.weight, net.other.bias)
+
+
+def transposed_weight(net: Net, x: Tensor) -> Tensor:
+    hidden = F.dropout(torch.tanh(net.first(x)), 0.5)
+    return net.last(F.relu(net.inner(hidden) @ net.inner.weight))
+
+
+def scaled_map(net: Net, x: Tensor) -> Tensor:
+    hidden = F.dropout(torch.tanh(net.first(x)), 0.5)
+    hidden = F.relu(net.inner(net.inner(hidden)))
+    return torch.addmm(net.last.bias, hidden, net.last.weight.t(), alpha=3)
 
 
 def longer_at_the_end(net: Net, x: Tensor) -> Tensor:
@@ -132,8 +146,8 @@ def one_row_fewer(net: Net, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "forward",
     [
-        other_kind, other_weights, weights_of_a_weight, further_input, longer, longer_at_the_end, shorter, two_ways,
-        recomputed, one_row_fewer,
+        other_kind, other_weights, other_bias, weights_of_a_weight, transposed_weight, scaled_map, further_input,
+        longer_at_the_end, shorter, two_ways, recomputed, one_row_fewer,
     ],
 )  # fmt: skip
 def test_another_graph_is_not_read(forward: Callable[[Net, Tensor], Tensor]) -> None:
@@ -148,10 +162,20 @@ def test_another_number_of_rows_is_not_read() -> None:
     assert learned(net).follow(loss_of(net), N + 1) is None
 
 
-@pytest.mark.parametrize("forward", [two_ways, further_input])
-def test_a_graph_of_two_ways_is_not_learned(forward: Callable[[Net, Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("forward", [two_ways, further_input, weights_of_a_weight, transposed_weight, scaled_map])
+def test_what_is_not_learned(forward: Callable[[Net, Tensor], Tensor]) -> None:
     loss = loss_of(Net(), forward)
-    assert RowGraph.of(loss, {loss.grad_fn: "none"}) is None
+    maps = maps_of(loss)
+    assert maps
+    assert RowGraph.of(loss, {maps[0]: "last"}) is None
+
+
+def test_casts_are_not_learned() -> None:
+    """Behind them any weights could be."""
+    net = Net()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(net)
+    assert RowGraph.of(loss, {maps_of(loss)[0]: "last"}) is None
 
 
 def test_a_map_that_is_not_on_the_way_can_not_be_told() -> None:
@@ -240,32 +264,144 @@ class Moody(nn.Module):
         return result
 
 
+def task(module: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def flight_of(net: nn.Module, data: TensorDataset) -> Flight:
+    net.eval()
+    coverage = discover(net, task, ExampleSource(data, batch_size=N))
+    net.train()
+    return Flight(coverage, [torch.optim.SGD(net.parameters(), lr=0.1)])
+
+
+def fly_once(flight: Flight, net: nn.Module, data: TensorDataset, **backward: Any) -> tuple[bool, Visit | None]:
+    """One batch; tells whether it was watched, and what it said."""
+    tap = flight.tap(N) if flight.needs_tap else None
+    if tap is None:
+        flight.without_tap(N)
+    else:
+        tap.start()
+    loss = task(net, data.tensors)
+    if tap is not None:
+        tap.stop()
+        tap.forget()
+    flight.start(range(N), float(N), loss)
+    loss.backward(**backward)
+    return tap is not None, flight.finish()
+
+
 def test_a_batch_that_takes_another_way_is_not_measured_and_ends_the_reading() -> None:
     torch.manual_seed(0)
-    net = Moody(30)
-
-    def task(module: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(module(batch[0]), batch[1])
-
-    data = TensorDataset(*batch())
-    net.eval()
-    flight = Flight(discover(net, task, ExampleSource(data, batch_size=N)), [torch.optim.SGD(net.parameters(), lr=0.1)])
-    net.train()
-    watched, measured = [], []
-    for _ in range(40):
-        tap = flight.tap(N) if flight.needs_tap else None
-        if tap is None:
-            flight.without_tap(N)
-        else:
-            tap.start()
-        loss = task(net, data.tensors)
-        if tap is not None:
-            tap.stop()
-            tap.forget()
-        flight.start(range(N), float(N), loss)
-        loss.backward()
-        watched.append(tap is not None)
-        measured.append(flight.finish() is not None)
+    net, data = Moody(30), TensorDataset(*batch())
+    flight = flight_of(net, data)
+    watched, visits = zip(*(fly_once(flight, net, data) for _ in range(40)), strict=True)
+    measured = [visit is not None for visit in visits]
     # The first tells what the calls are like, the second what the graph is like, sixteen agree.
-    assert watched == [True] * 18 + [False] * 12 + [True] * 10
+    assert list(watched) == [True] * 18 + [False] * 12 + [True] * 10
     assert measured == [True] * 29 + [False] + [True] * 10
+
+
+@pytest.mark.parametrize("lie", ["fewer", "other rows", "another weight"])
+def test_a_graph_that_tells_of_other_rows_than_were_seen_is_never_relied_upon(
+    lie: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net, data = Moody(-1), TensorDataset(*batch())
+    flight, follow = flight_of(net, data), RowGraph.follow
+    compared = []
+
+    def lying(graph: RowGraph[Any], loss: Tensor, n: int) -> Any:
+        told = follow(graph, loss, n)
+        assert told is not None
+        compared.append(len(told))
+        (first, *rest) = told
+        if lie == "fewer":
+            return rest
+        if lie == "other rows":
+            return [first._replace(x=first.x.clone()), *rest]
+        return [first._replace(key=rest[0].key), *rest]
+
+    monkeypatch.setattr(RowGraph, "follow", lying)
+    assert all(fly_once(flight, net, data)[0] for _ in range(80))
+    assert len(compared) == Reliance.DISAGREEING - 1  # the first batch has no rows yet: a disagreement, too
+
+
+def test_what_disagrees_once_has_to_agree_again() -> None:
+    reliance = Reliance()
+    for _ in range(15):
+        reliance.compared(True)
+    reliance.compared(False)
+    for _ in range(15):
+        reliance.compared(True)
+    assert reliance.needs_watching
+    reliance.compared(True)
+    assert not reliance.needs_watching
+    reliance.doubted(2)
+    reliance.compared(True)
+    assert reliance.needs_watching
+    reliance.compared(True)
+    assert not reliance.needs_watching
+    reliance.failed()
+    assert reliance.needs_watching
+
+
+def test_a_second_backward_pass_is_no_second_visit() -> None:
+    """The first has let go of the rows: an error in a hook would end the backward pass, and training."""
+    torch.manual_seed(0)
+    net, data = Moody(-1), TensorDataset(*batch())
+    flight = flight_of(net, data)
+    for _ in range(20):
+        fly_once(flight, net, data)
+    _, once = fly_once(flight, net, data)
+    flight.without_tap(N)
+    loss = task(net, data.tensors)
+    flight.start(range(N), float(N), loss)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    twice = flight.finish()
+    assert once is not None
+    assert twice is not None
+    rates = {(0, 0): 0.1}
+    assert torch.equal(*(Increments.joined([visit.increments(rates)]) for visit in (once, twice)))
+
+
+class SecondOrder(Pilot):
+    """Keeps the graph of its backward passes: gradients are part of a graph then, where they are measured, too."""
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward(create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_a_backward_pass_with_a_graph_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting(monkeypatch)
+    torch.manual_seed(1)
+    pilot, data = SecondOrder(Rows(), groups), vectors(62)
+    report = fly(tmp_path, pilot, data, max_epochs=2)
+    assert any(counting.told)
+    close(report, pilot.replayed(data))
+
+
+def test_bfloat16_is_watched_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting(monkeypatch)
+    torch.manual_seed(1)
+    pilot, data = Pilot(Rows(), groups), vectors(62)
+    pilot.float()
+    single = TensorDataset(data.tensors[0].float(), data.tensors[1])
+    report = fly(tmp_path, pilot, single, max_epochs=2, precision="bf16-mixed")
+    assert counting.told == []
+    close(report, pilot.replayed(data), 0.05)
+
+
+def test_a_graph_that_can_not_be_read_ends_the_recording_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> bool:
+        raise ArithmeticError("no way")
+
+    monkeypatch.setattr(Flight, "_read_graph", fail)
+    with pytest.warns(UserWarning, match="TracIn in flight is incomplete.*no way"):
+        report = fly(tmp_path, Pilot(Rows(), groups), vectors(62), max_epochs=3)
+    assert report.status == "complete"
+    assert any("no way" in note for note in report.manifest["notes"])

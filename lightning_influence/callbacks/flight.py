@@ -57,7 +57,9 @@ class FlightRecorder:
     def tap(
         self, trainer: Trainer, module: LightningModule, indices: Sequence[int], *, listens: bool
     ) -> TrainingTap | None:
-        """Return a loss tap that watches the layers in the next batch; None if that is not necessary.
+        """Return a loss tap that watches the layers in the next batch.
+
+        None if the batch is not measured, or its graph will tell.
 
         Args:
             trainer: The trainer.
@@ -125,7 +127,7 @@ class FlightRecorder:
 
     def batch_ended(self) -> None:
         """Note how long the batch took."""
-        if self._started is not None:
+        if self._started is not None and not self._recording.failed:
             self._recording.pace.took(self._due, time.perf_counter() - self._started, self.spent)
         self._started, self._measuring, self.spent = None, False, 0.0
         if self._flight is not None:

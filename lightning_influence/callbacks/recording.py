@@ -21,11 +21,11 @@ from lightning_influence.scoring import ExampleScores
 from lightning_influence.task import calls_in, primary_call
 from lightning_influence.terms import TermForm
 from lightning_influence.tracin import Increments, StepSizes, TracIn, TracInScores, VisitSums
+from lightning_influence.watch import Reliance
 
 # Batches whose examples wait for being noted as seen.
 _FILE_EVERY = 64
-# Batches in a row after which the graph is relied upon, and those of each later epoch that have to agree, too.
-_AGREEING = 16
+# Batches of each later epoch whose graph has to tell what is heard, too, to be relied upon.
 _AGREEING_AGAIN = 2
 
 
@@ -59,8 +59,7 @@ class Recording:
         self._seen = torch.zeros(size, dtype=torch.bool)
         self._unfiled: list[Sequence[int]] = []  # batches that are not in there yet
         self.neighbours = NeighbourRecord(size)
-        self._agreed = 0  # batches in a row whose graph told what was heard
-        self._told_by_graph = True  # until it once did not
+        self._graph = Reliance()
         self._epoch = -1
         self._history: History | None = None
 
@@ -72,17 +71,16 @@ class Recording:
     def listens(self, epoch: int) -> bool:
         """Tell whether the loss calls of the next batch have to be watched.
 
-        That takes longer than all the rest. Once the graph has told of some batches in a row what their calls did, and
-        of the first ones of an epoch again, it is relied upon; if it then fails to, that batch is lost to the dynamics
-        and it is not relied upon any more.
+        That takes longer than all the rest. The graph has to agree at the start of every epoch to be relied upon; a
+        batch of which it then tells nothing is lost to the dynamics.
 
         Args:
             epoch: Of the batch.
         """
         if epoch != self._epoch:
             self._epoch = epoch
-            self._agreed = min(self._agreed, _AGREEING - _AGREEING_AGAIN)
-        return self._agreed < _AGREEING or not self._told_by_graph
+            self._graph.doubted(_AGREEING_AGAIN)
+        return self._graph.needs_watching
 
     def record_graph(
         self,
@@ -112,7 +110,7 @@ class Recording:
                 self.dynamics.record_rows(indices, call)
             else:
                 self.untapped_batches += 1
-                self._told_by_graph = False
+                self._graph.failed()
         except Exception as error:  # a statistic must never end a training run
             self.fail("training dynamics are incomplete", error)
         return True
@@ -130,13 +128,13 @@ class Recording:
         try:
             self._note(indices)
             if (plain := _plain_call(loss, calls, len(indices), forms)) is not None:
-                told = call_in_graph(loss) if self._told_by_graph else None
+                told = None if self._graph.given_up else call_in_graph(loss)
                 agreed = told is not None and _agree(plain, told)
-                self._agreed = self._agreed + 1 if agreed else 0
+                self._graph.compared(agreed)
                 # What is told alike is computed together.
                 self.dynamics.record_rows(indices, told if agreed and told is not None else plain)
                 return
-            self._agreed = 0
+            self._graph.compared(False)
             call = primary_call(loss, calls, len(indices), forms)
             if call is None:
                 self.untapped_batches += 1
