@@ -486,9 +486,9 @@ def page(results: Results, started: float, picture: str | None) -> str:
         "\n## While training\n",
         "Median time of a step under a Lightning Trainer, without recording and with, eight steps in a row by turns in "
         'one run, of which the first two do not count. With a budget, `TracIn(mode="step", overhead=0.1)` times '
-        "itself and measures as many steps as fit. The floor of TracIn is, in bare torch and without the dynamics, the "
-        "squared norm of every example's gradient of the weights of linear maps and convolutions alone, from inputs "
-        "(patches) and output gradients that lie ready.\n",
+        "itself and measures as many steps as fit. The floor of TracIn counts linear maps alone, in bare torch, warm, "
+        "and without the dynamics: the lengths of their inputs and output gradients, or, for weights that are shared "
+        "over positions, every example's squared norm in the fastest of three forms.\n",
         *step_table(results),
         "\n## Memory\n",
         WEIGHTS + "\n",
