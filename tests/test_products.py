@@ -25,13 +25,10 @@ from lightning_influence.curvature.flat import FlatParameters
 from lightning_influence.curvature.ggn import GGNProduct
 from lightning_influence.curvature.hessian import HessianProduct
 from lightning_influence.curvature.products import CurvatureProduct
-from lightning_influence.curvature.solvers import (
+from lightning_influence.curvature.solvers import Solution, cg, dense, lissa
+from lightning_influence.curvature.spectrum import (
     IndefiniteError,
-    Solution,
-    cg,
-    dense,
     largest_eigenvalue,
-    lissa,
     require_positive_definite,
     smallest_eigenvalue,
 )

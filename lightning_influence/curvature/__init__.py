@@ -30,7 +30,8 @@ from lightning_influence.curvature.identity import IdentityBlock
 from lightning_influence.curvature.kfac import KFACBlock, KroneckerBlock
 from lightning_influence.curvature.ladder import BLOCKS, LADDER, CurvatureName, check_memory, fitted_bytes
 from lightning_influence.curvature.products import CurvatureProduct
-from lightning_influence.curvature.solvers import IndefiniteError, Solution, SolverError
+from lightning_influence.curvature.solvers import Solution, SolverError
+from lightning_influence.curvature.spectrum import IndefiniteError
 
 __all__ = [
     "BLOCKS",

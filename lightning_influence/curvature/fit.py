@@ -25,7 +25,7 @@ from lightning_influence.curvature.full import (
     mean_eigenvalue,
 )
 from lightning_influence.curvature.ladder import LADDER, CurvatureName, check_memory
-from lightning_influence.curvature.solvers import IndefiniteError
+from lightning_influence.curvature.spectrum import IndefiniteError
 from lightning_influence.memory import available_bytes, fits, readable
 from lightning_influence.passes import BatchGradients, ExampleGradients, Labels
 from lightning_influence.precision import working_dtype

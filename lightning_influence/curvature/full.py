@@ -21,16 +21,8 @@ from lightning_influence.curvature.fitted import BlockCurvature, Curvature, Scor
 from lightning_influence.curvature.flat import FlatParameters
 from lightning_influence.curvature.nystrom import nystrom_preconditioner
 from lightning_influence.curvature.products import CurvatureProduct
-from lightning_influence.curvature.solvers import (
-    IndefiniteError,
-    Matvec,
-    Solution,
-    SolverError,
-    cg,
-    indefinite_reason,
-    lissa,
-    require_positive_definite,
-)
+from lightning_influence.curvature.solvers import Solution, SolverError, cg, lissa
+from lightning_influence.curvature.spectrum import IndefiniteError, Matvec, indefinite_reason, require_positive_definite
 from lightning_influence.layers import ParameterBlock
 from lightning_influence.passes import BatchGradients
 

@@ -16,7 +16,7 @@ class HessianProduct(CurvatureProduct):
     """The Hessian of the mean loss, by differentiating the gradient once more (Pearlmutter 1994).
 
     Any loss will do, also one with penalties on the weights. It is indefinite unless the model is convex:
-    ``solvers.require_positive_definite`` tells whether a damping makes up for that.
+    ``spectrum.require_positive_definite`` tells whether a damping makes up for that.
     """
 
     semidefinite: ClassVar[bool] = False

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.solvers import Matvec
+from lightning_influence.curvature.spectrum import Matvec
 
 _ATTEMPTS = 5
 

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_influence import distributed
 from lightning_influence.curvature.flat import FlatParameters
-from lightning_influence.curvature.solvers import Matvec
+from lightning_influence.curvature.spectrum import Matvec
 from lightning_influence.isolation import untouched
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.terms import BatchLoss, TaskError

@@ -2,7 +2,7 @@
 
 All solvers take many right-hand sides at once, ``g: [q, p]`` with one system per row, and return a ``Solution``: what
 was reached, whether that is good enough, and if not, why and what to do. A solution never holds NaN or infinity.
-Inner products and norms are summed in float64 (float32 on devices without it), whatever the vectors are stored in.
+Inner products and norms are summed wide (``spectrum``), whatever the vectors are stored in.
 
 Index legend: ``q`` systems (or those of them still being solved), ``p`` parameters.
 """
@@ -10,7 +10,7 @@ Index legend: ``q`` systems (or those of them still being solved), ``p`` paramet
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import NamedTuple
@@ -18,11 +18,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Matvec = Callable[[Tensor], Tensor]
-"""Multiplies every row of ``[q, p]`` by one and the same symmetric matrix."""
+from lightning_influence.curvature.spectrum import (
+    Matvec,
+    check_damping,
+    indefinite_reason,
+    largest_eigenvalue,
+    row_norms,
+    row_products,
+    smallest_eigenvalue,
+    wide_type,
+)
 
-# Columns whose wide copies an inner product may hold at a time: the vectors may take most of the memory already.
-_CHUNK = 2**22
 # A restart from the true residual that does not halve it shows that rounding, not the number of steps, is the limit.
 _WORTHWHILE = 0.5
 # Residuals of conjugate gradients may grow on the way, by the root of the condition number at most.
@@ -42,22 +48,6 @@ _SOLVED, _INDEFINITE, _SINGULAR, _PRECONDITIONER, _EXHAUSTED, _STALLED, _DIVERGE
 
 class SolverError(RuntimeError):
     """A linear system could not be solved; the message says why and the way out."""
-
-
-class IndefiniteError(ValueError):
-    """The curvature has an eigenvalue of at most ``-damping``; the message gives it and the way out."""
-
-
-class Eigenvalue(NamedTuple):
-    """An extreme eigenvalue as far as it is known.
-
-    Attributes:
-        value: A Rayleigh quotient: the true largest eigenvalue is no smaller, the true smallest one no larger.
-        error: Some eigenvalue lies within this distance of ``value``; rounding of the whole spectrum included.
-    """
-
-    value: float
-    error: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +116,7 @@ def dense(matrix: Tensor, g: Tensor, damping: float, *, tolerance: float = 1e-6)
         raise ValueError(f"the matrix has the shape {tuple(matrix.shape)}; expected {(p, p)} for g {tuple(g.shape)}.")
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("the matrix has non-finite entries; leave out the examples that they come from.")
-    device = matrix.device if _wide(matrix) == torch.float64 else torch.device("cpu")
+    device = matrix.device if wide_type(matrix) == torch.float64 else torch.device("cpu")
     wide = matrix.to(device, torch.float64)
     wide = (wide + wide.T) / 2
     damped = wide + damping * torch.eye(p, dtype=torch.float64, device=device)
@@ -140,7 +130,7 @@ def dense(matrix: Tensor, g: Tensor, damping: float, *, tolerance: float = 1e-6)
     else:
         found = torch.cholesky_solve(b.T, factor).T
         x = torch.where(torch.isfinite(found).all(1, keepdim=True), found, 0)
-    residual = _norms(b - x @ damped)
+    residual = row_norms(b - x @ damped)
     kinds = torch.where(residual <= tolerance, _SOLVED, _INDEFINITE if int(info) else _STALLED)
     ends = _Ends(torch.zeros_like(kinds), kinds, values, residual)
     return ends.solution(g, x, norms, damping, products=0)
@@ -189,7 +179,7 @@ def cg(
         start = ends.residual[active]
         sweep = _sweep(operator, preconditioner, x[active], r, tolerance, max_steps - ends.steps[active])
         r = b[active] - operator(sweep.x)
-        found = _norms(r)
+        found = row_norms(r)
         kept = found <= (_LARGEST_GROWTH if first else start)
         now = torch.where(kept, found, start)
         steps = ends.steps[active] + sweep.steps
@@ -260,7 +250,7 @@ def lissa(
         moved = v - step_size * gradient
         longest = _OVERSHOOT * min(step * step_size, 1 / damping if damping else math.inf)
         # Decided on the device: nothing has to wait for it, and no infinity ever enters the next product.
-        alive = alive & (_norms(moved) <= longest)
+        alive = alive & (row_norms(moved) <= longest)
         moving = alive & ~done
         v = torch.where(moving[:, None], moved, v)
         ends.steps += moving
@@ -269,12 +259,12 @@ def lissa(
             average += (v - average) / averaged
         if step % _LOOK == 0:
             if product is matvec:  # which tells the residual, if that of the iterate before
-                done = done | (_norms(gradient) <= _WORTHWHILE * tolerance)
+                done = done | (row_norms(gradient) <= _WORTHWHILE * tolerance)
             if not bool((alive & ~done).any()):
                 break
-    residual = _norms(b - operator(v))
+    residual = row_norms(b - operator(v))
     if averaged:
-        other = _norms(b - operator(average))
+        other = row_norms(b - operator(average))
         better = alive & (other < residual)
         v, residual = torch.where(better[:, None], average, v), torch.where(better, other, residual)
     ends.residual = residual
@@ -284,79 +274,6 @@ def lissa(
         ends.kinds = torch.where(alive, ends.kinds, kind)
         ends.values = torch.where(alive, ends.values, value)
     return ends.solution(g, v, norms, damping, products=operator.products, step_size=step_size)
-
-
-def largest_eigenvalue(
-    matvec: Matvec,
-    like: Tensor,
-    *,
-    max_steps: int = 50,
-    tolerance: float = 1e-2,
-    resolution: float = 0.0,
-    seed: int = 0,
-) -> Eigenvalue:
-    """Estimate the (algebraically) largest eigenvalue by Lanczos iteration: a product a step, memory of three vectors.
-
-    The basis is not orthogonalised again: eigenvalues then come out more than once, the extreme ones no worse for it
-    (Paige 1980), and a network's parameters need not be stored dozens of times.
-
-    Args:
-        matvec: The symmetric matrix.
-        like: A tensor ``[..., p]`` whose last dimension, dtype and device the vectors take.
-        max_steps: Most products.
-        tolerance: Relative error that will do.
-        resolution: Absolute error that will do.
-        seed: Seed of the random start, the same on every device and process.
-
-    Returns:
-        The estimate and its error.
-
-    Raises:
-        ValueError: If a product is non-finite.
-    """
-    return _extreme(matvec, like, max_steps, seed, lambda e: e.error <= max(tolerance * abs(e.value), resolution))
-
-
-def smallest_eigenvalue(
-    matvec: Matvec,
-    like: Tensor,
-    *,
-    max_steps: int = 100,
-    tolerance: float = 1e-2,
-    resolution: float = 0.0,
-    seed: int = 0,
-) -> Eigenvalue:
-    """Estimate the (algebraically) smallest eigenvalue, see ``largest_eigenvalue``."""
-    value, error = largest_eigenvalue(
-        lambda v: -matvec(v), like, max_steps=max_steps, tolerance=tolerance, resolution=resolution, seed=seed
-    )
-    return Eigenvalue(-value, error)
-
-
-def require_positive_definite(
-    matvec: Matvec, like: Tensor, damping: float, *, max_steps: int = 100, seed: int = 0
-) -> Eigenvalue:
-    """Refuse a curvature that this damping does not make positive definite: the Hessian of a network, usually.
-
-    Args:
-        matvec: The curvature, without damping.
-        like: See ``largest_eigenvalue``.
-        damping: Absolute λ.
-        max_steps: Most products. What they do not find is let pass.
-        seed: Seed of the random start.
-
-    Returns:
-        The smallest eigenvalue as far as it is known.
-
-    Raises:
-        IndefiniteError: If an eigenvalue of at most ``-damping`` was found.
-        ValueError: If a product is non-finite, or ``damping`` is no number >= 0.
-    """
-    _check_damping(damping)
-    smallest = smallest_eigenvalue(matvec, like, max_steps=max_steps, resolution=0.1 * damping, seed=seed)
-    if smallest.value <= -damping:
-        raise IndefiniteError(indefinite_reason(smallest.value, damping, smallest.error))
-    return smallest
 
 
 @dataclass(eq=False)
@@ -428,23 +345,6 @@ def _explain(kind: int, value: float, residual: float, steps: int, damping: floa
     )
 
 
-def indefinite_reason(value: float, damping: float, noise: float = 0.0) -> str:
-    """Say why ``C + damping`` is not positive definite, ``C`` having the eigenvalue ``value``, and what to do."""
-    if not math.isfinite(value):
-        return "non-finite: a product has non-finite entries; leave out the examples that cause them."
-    # The zero eigenvalues of a semidefinite curvature come out as rounding noise of either sign.
-    if value >= -noise or value > -damping:
-        return (
-            f"singular: within rounding, C + {damping:.3g} has an eigenvalue of 0; raise `damping`, or compute in "
-            "float64."
-        )
-    return (
-        f"indefinite: the curvature has an eigenvalue of {value:.4g} or below, so that C + {damping:.3g} is not "
-        f"positive definite. Raise `damping` above {noise - value:.4g} at least, or use the GGN, which has no negative "
-        "eigenvalues."
-    )
-
-
 class _Damped:
     """``C + λ`` that counts its products."""
 
@@ -477,30 +377,30 @@ def _sweep(
     operator: _Damped, preconditioner: Matvec | None, x: Tensor, r: Tensor, tolerance: float, budget: Tensor
 ) -> _Sweep:
     """Run until the recursion's residual is small, the budget (``[q]`` steps) is used up, or something breaks."""
-    ends = _Sweep(x.clone(), torch.zeros_like(budget), torch.zeros_like(budget), torch.zeros_like(_norms(r)))
+    ends = _Sweep(x.clone(), torch.zeros_like(budget), torch.zeros_like(budget), torch.zeros_like(row_norms(r)))
     # Of the systems still running: their numbers, solutions, directions, and rᵀz of the step before.
     live, own, d = torch.arange(len(x), device=x.device), x, torch.zeros_like(x)
     before = torch.ones_like(ends.values)
     while True:
         z = r if preconditioner is None else preconditioner(r)
-        rz = _inner(r, z)
+        rz = row_products(r, z)
         d = z + (rz / before).to(d.dtype)[:, None] * d
         ad = operator(d)
-        curvature = _inner(d, ad)
+        curvature = row_products(d, ad)
         unsuitable = ~(rz > 0)
         indefinite = ~(curvature > 0) & ~unsuitable
         alpha = (rz / curvature).to(d.dtype)[:, None]
         moved, rest = own + alpha * d, r - alpha * ad
-        norms = _norms(rest)
-        singular = ~(torch.isfinite(norms) & torch.isfinite(_norms(moved))) & ~unsuitable & ~indefinite
+        norms = row_norms(rest)
+        singular = ~(torch.isfinite(norms) & torch.isfinite(row_norms(moved))) & ~unsuitable & ~indefinite
         broken = (unsuitable | indefinite | singular)[:, None]
         own, r = torch.where(broken, own, moved), torch.where(broken, r, rest)
         kinds = torch.where(singular, _SINGULAR, _SOLVED)
         kinds = torch.where(indefinite, _INDEFINITE, kinds)
         ends.kinds[live] = torch.where(unsuitable, _PRECONDITIONER, kinds)
-        noise = torch.finfo(d.dtype).eps * _norms(d) * _norms(ad)
+        noise = torch.finfo(d.dtype).eps * row_norms(d) * row_norms(ad)
         ends.values[live] = torch.where(
-            curvature.abs() <= noise, -operator.damping, curvature / _inner(d, d) - operator.damping
+            curvature.abs() <= noise, -operator.damping, curvature / row_products(d, d) - operator.damping
         )
         ends.steps[live] += 1
         # The one thing in a step that waits for the device: who goes on.
@@ -511,42 +411,6 @@ def _sweep(
         if not len(live):
             return ends
         before = rz
-
-
-def _extreme(
-    matvec: Matvec, like: Tensor, max_steps: int, seed: int, enough: Callable[[Eigenvalue], bool]
-) -> Eigenvalue:
-    """Return the largest eigenvalue of the tridiagonal matrix that Lanczos iteration makes of ``matvec``."""
-    p = like.shape[-1]
-    if max_steps < 1 or p < 1:
-        raise ValueError(f"max_steps is {max_steps} and p is {p}; expected at least 1.")
-    generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(1, p, generator=generator).to(like.device, like.dtype)
-    v = v / _norms(v).to(v.dtype)[:, None]
-    before = torch.zeros_like(v)
-    diagonal: list[float] = []
-    beside: list[float] = []
-    while True:
-        w = matvec(v)
-        if beside:
-            w = w - beside[-1] * before
-        alpha = float(_inner(w, v))
-        w = w - alpha * v
-        # Once more: the part that rounding leaves would grow from step to step.
-        w = w - _inner(w, v).to(w.dtype)[:, None] * v
-        beta = float(_norms(w))
-        if not (math.isfinite(alpha) and math.isfinite(beta)):
-            raise ValueError("a product has non-finite entries; leave out the examples that cause them.")
-        diagonal.append(alpha)
-        off = torch.tensor(beside, dtype=torch.float64)
-        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
-        eigenvalues, vectors = torch.linalg.eigh(tridiagonal)
-        noise = torch.finfo(v.dtype).eps * float(eigenvalues.abs().max())
-        found = Eigenvalue(float(eigenvalues[-1]), max(beta * abs(float(vectors[-1, -1])), noise))
-        if beta <= noise or len(diagonal) >= min(max_steps, p) or enough(found):
-            return found
-        beside.append(beta)
-        before, v = v, w / beta
 
 
 def _step_bound(matvecs: Iterable[Matvec], g: Tensor, damping: float) -> float:
@@ -577,34 +441,12 @@ def _check(g: Tensor, damping: float, tolerance: float) -> None:
     bad = (~torch.isfinite(g).all(1)).nonzero()[:, 0].tolist()
     if bad:
         raise ValueError(f"g has non-finite entries in the rows {bad[:10]}; leave those examples out.")
-    _check_damping(damping)
+    check_damping(damping)
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance is {tolerance}; expected a number > 0.")
 
 
-def _check_damping(damping: float) -> None:
-    if isinstance(damping, bool) or not (math.isfinite(damping) and damping >= 0):
-        raise ValueError(f"damping is {damping!r}; expected a number >= 0.")
-
-
 def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows of ``g`` at unit length (zero rows as they are), and their norms: no scale can overflow then."""
-    norms = _norms(g)
+    norms = row_norms(g)
     return g / torch.where(norms > 0, norms, 1).to(g.dtype)[:, None], norms
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Return the inner product of every row of ``a`` with the same row of ``b``, ``[q]``."""
-    wide = _wide(a)
-    total = torch.zeros(len(a), dtype=wide, device=a.device)
-    for left, right in zip(a.split(_CHUNK, 1), b.split(_CHUNK, 1), strict=True):
-        total = total + torch.einsum("qp,qp->q", left.to(wide), right.to(wide))
-    return total
-
-
-def _norms(a: Tensor) -> Tensor:
-    return _inner(a, a).sqrt()
