@@ -7,13 +7,11 @@ number of workers or processes: labels are sampled from streams that belong to t
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +19,7 @@ from lightning_influence import distributed
 from lightning_influence.capture import Capture, LayerIO
 from lightning_influence.coverage import Coverage
 from lightning_influence.discover import trace_model
+from lightning_influence.example_noise import ExampleNoise
 from lightning_influence.isolation import (
     seed_everything,
     untouched,
@@ -447,7 +446,7 @@ class ExampleGradients:
                 '`fisher="empirical"`.'
             )
         if labels == "sampled":
-            yield loss.sampled_outputs(_ExampleNoise(self.seed, draw, indices))
+            yield loss.sampled_outputs(ExampleNoise(self.seed, draw, indices))
             return
         if loss.exact_draws() is None:
             raise TaskError(
@@ -458,37 +457,6 @@ class ExampleGradients:
 
     def _move(self, batch: Any) -> Any:
         return _moved(batch, self.device)
-
-
-class _ExampleNoise:
-    """Uniform numbers that belong to the example: the same in every batch, on every device and process."""
-
-    def __init__(self, seed: int, draw: int, indices: Sequence[int]) -> None:
-        self.seed, self.draw = seed, draw
-        self.indices = np.array(indices, dtype=np.int64).astype(np.uint64)
-        self._calls = 0
-
-    def __call__(self, shape: tuple[int, ...]) -> Tensor:
-        # SplitMix64 (Steele et al. 2014): the stream of (seed, draw, call, example) begins at a hash of the four.
-        state = np.zeros(1, dtype=np.uint64)
-        for part in (self.seed, self.draw, self._calls):
-            state = _mixed(state ^ np.uint64(part % 2**64))
-        starts = _mixed(state ^ self.indices)
-        steps = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * _GOLDEN
-        numbers = (_mixed(starts[:, None] + steps) >> np.uint64(11)) * 2.0**-53
-        self._calls += 1
-        return torch.from_numpy(numbers.reshape(len(starts), *shape)).clamp_(1e-16, 1 - 1e-16)
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mixed(values: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """Return the outputs of SplitMix64 for a state, bits well mixed."""
-    values = values + _GOLDEN
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 class _silent(nullcontext[Callable[[int], None]]):

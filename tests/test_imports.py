@@ -26,6 +26,7 @@ ORDER = (
     "isolation",
     "distributed",
     "layout",
+    "example_noise",
     "precision",
     "checkpoints",
     "memory",

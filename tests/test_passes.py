@@ -23,8 +23,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from lightning_influence import passes
 from lightning_influence.coverage import Coverage, cover
 from lightning_influence.discover import discover
+from lightning_influence.example_noise import ExampleNoise
 from lightning_influence.layers import LayerError
-from lightning_influence.passes import ExampleGradients, _ExampleNoise
+from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.task import TaskError
 from lightning_influence.verify import Inspection, VerificationError, inspect, looked_at, roomy_batch_size
@@ -620,10 +621,10 @@ def test_stored_tensors_are_looked_up_as_a_loader_would() -> None:
 
 def test_noise_belongs_to_the_example() -> None:
     """Uniform, the same in any batch, another for each seed, draw, call and example."""
-    whole = _ExampleNoise(0, 1, range(4000))
+    whole = ExampleNoise(0, 1, range(4000))
     first, second = whole((5,)), whole((5,))
-    assert torch.equal(_ExampleNoise(0, 1, [7, 3])((5,)), first[[7, 3]])
-    others = [_ExampleNoise(seed, draw, range(4000))((5,)) for seed, draw in ((1, 1), (0, 2), (1, 0))]
+    assert torch.equal(ExampleNoise(0, 1, [7, 3])((5,)), first[[7, 3]])
+    others = [ExampleNoise(seed, draw, range(4000))((5,)) for seed, draw in ((1, 1), (0, 2), (1, 0))]
     for other in (second, *others):
         assert not torch.equal(first, other)
         assert abs(float(torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1])) < 4 / 20_000**0.5
