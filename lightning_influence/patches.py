@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TypeAlias
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 # Fewer inputs make products too small to be worth more than one.
 _LEAST_INPUTS = 128
+# Multiplications of a matrix product that take as long as moving a number.
+_MOVED = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +96,34 @@ class Patches:
         if self.ones:
             rows[:, -1] = 1
         return rows.view(k, rows.shape[1], self.n, self.shape[2]).permute(0, 2, 3, 1)
+
+    def cost(self) -> float:
+        """Return what laying out an example takes, in multiplications of a matrix product."""
+        return _MOVED * math.prod(self.shape[2:]) * self.groups
+
+    def gram_cost(self) -> float:
+        """Return what ``gram`` takes for an example, in multiplications of a matrix product."""
+        pixels, positions = math.prod(self.images.shape[2:]), self.shape[2]
+        if len(self.images) != self.n:  # positions of different images have no pixels in common
+            return math.inf
+        return self.groups * (pixels**2 * self.channels + _MOVED * math.prod(self.kernel) * positions**2)
+
+    def gram(self) -> Tensor:
+        """Return ``x_s · x_t`` of all positions of an example, ``[k, n, s, s]``, for one image each.
+
+        Pixels are multiplied once, and not at every place of the kernel that they are seen at: the products of pixels
+        that lie as the places of two windows do are added up.
+        """
+        k, n, out = self.groups, self.n, self.outputs
+        pixels = self.images.reshape(n, k, self.channels, -1).transpose(0, 1)
+        # knca, kncb -> knab
+        products = (pixels.mT @ pixels).view(k, n, *self.images.shape[2:], *self.images.shape[2:])
+        total = products.new_full((k, n, *out, *out), 1.0 if self.ones else 0.0)
+        for place in product(*map(range, self.kernel)):
+            steps = zip(place, self.stride, self.dilation, out, strict=True)
+            seen = tuple(slice(at * far, at * far + (count - 1) * step + 1, step) for at, step, far, count in steps)
+            total += products[(slice(None), slice(None), *seen, *seen)]
+        return total.view(k, n, self.shape[2], self.shape[2])
 
     def second_moment(self) -> Tensor | None:
         """Return ``Σ_ns x xᵀ``, ``[k, i, i]``, from the images; None where that is no cheaper than from the patches."""

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.patches import Activations, Patches
 from lightning_influence.rows import Joined, OneHot, Rows, added, compact, rotate
 
 # Scalars of formed gradients held at a time: 16 MiB in float32.
@@ -24,41 +25,41 @@ _CHUNK_ELEMENTS = 2**22
 # The same where they are used up at once, in a buffer that is filled again: it stays in a processor's cache.
 _CACHED_ELEMENTS = 2**20
 
-NormForm = Literal["auto", "gram", "form"]
+NormForm = Literal["auto", "gram", "pixels", "form"]
 RotationForm = Literal["auto", "rotate_first", "form_first"]
 
 
-def squared_norms(x: Tensor, g: Rows, *, form: NormForm = "auto") -> Tensor:
+def squared_norms(x: Activations, g: Rows, *, form: NormForm = "auto") -> Tensor:
     """Return the squared norm of every per-example gradient.
 
     Args:
         x: Activations ``[k, n, s, i]``.
         g: Output gradients ``[k, n, s, o]``.
-        form: For tests only: ``"gram"`` (``Σ_st (x_s·x_t)(g_s·g_t)``, ``s²(i + o)`` multiplications) or ``"form"``
-            (``s·i·o``); by default the cheaper one.
+        form: For tests only: ``"gram"`` (``Σ_st (x_s·x_t)(g_s·g_t)``, ``s²(i + o)`` multiplications), ``"pixels"`` (the
+            same, the first factor from products of pixels) or ``"form"`` (``s·i·o``); by default the cheapest.
 
     Returns:
         ``Σ_k ‖G_kn‖²``, ``[n]``.
     """
     if isinstance(g, OneHot):
-        return compact(x, g).square().sum((0, 2, 3))
+        return compact(_in_rows(x), g).square().sum((0, 2, 3))
     if isinstance(g, Joined):
-        first, second = g.split(x)
+        first, second = g.split(_in_rows(x))
         # nst, nst -> n: ⟨Σ_s e_id x_sᵀ, Σ_t g_t x_tᵀ⟩ = Σ_st (x_s·x_t) g_t[id_s]
         products = first[0] @ second[0].transpose(-1, -2)
         picked = g.dense[0].transpose(-1, -2).gather(1, g.onehot.indices.unsqueeze(2).expand_as(products))
         cross = (products * picked).sum((1, 2))
         return squared_norms(first, g.onehot) + 2 * cross + squared_norms(second, g.dense, form=form)
-    s, i, o = x.shape[2], x.shape[3], g.shape[3]
-    if s == 1:
-        return (x.square().sum(-1) * g.square().sum(-1)).sum((0, 2))
-    if form == "gram" or (form == "auto" and s * (i + o) < i * o):
-        # knst, knst -> n
-        return ((x @ x.transpose(-1, -2)) * (g @ g.transpose(-1, -2))).sum((0, 2, 3))
-    return torch.cat([chunk.square_().sum((0, 2, 3)) for chunk in _formed(x, g)])
+    form = _norm_form(x, g) if form == "auto" else form
+    if x.shape[2] == 1:
+        return (_in_rows(x).square().sum(-1) * g.square().sum(-1)).sum((0, 2))
+    if form == "form":
+        return torch.cat([chunk.square_().sum((0, 2, 3)) for chunk in _formed(_in_rows(x), g)])
+    # knst, knst -> n
+    return _gram(x, form).mul_(g @ g.transpose(-1, -2)).sum((0, 2, 3))
 
 
-def squared_norms_with_bias(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def squared_norms_with_bias(x: Activations, g: Tensor) -> tuple[Tensor, Tensor]:
     """Return the squared norms of every example's gradients of a weight and of its bias.
 
     Args:
@@ -68,11 +69,34 @@ def squared_norms_with_bias(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``Σ_k ‖G_kn‖²`` and ``Σ_k ‖Σ_s g_kns‖²``, each ``[n]``.
     """
-    s, i, o = x.shape[2], x.shape[3], g.shape[3]
-    if s > 1 and s * (i + o) < i * o:  # the Gram matrix of the output gradients tells both
+    form = _norm_form(x, g)
+    if x.shape[2] > 1 and form != "form":  # the Gram matrix of the output gradients tells both
         products = g @ g.transpose(-1, -2)
-        return ((x @ x.transpose(-1, -2)).mul_(products)).sum((0, 2, 3)), products.sum((0, 2, 3))
+        return _gram(x, form).mul_(products).sum((0, 2, 3)), products.sum((0, 2, 3))
     return squared_norms(x, g), g.sum(2).square().sum((0, 2))
+
+
+def _norm_form(x: Activations, g: Tensor) -> NormForm:
+    """Return the cheapest way to squared norms."""
+    k, _, s, i = x.shape
+    o = g.shape[3]
+    laid_out = x.cost() if isinstance(x, Patches) else 0.0
+    costs: dict[NormForm, float] = {"form": k * s * i * o + laid_out, "gram": k * s * s * (i + o) + laid_out}
+    if isinstance(x, Patches):
+        costs["pixels"] = k * s * s * o + x.gram_cost()
+    return min(costs, key=lambda form: costs[form])
+
+
+def _gram(x: Activations, form: NormForm) -> Tensor:
+    """Return ``x_s · x_t``, ``[k, n, s, s]``, in a tensor of its own."""
+    if isinstance(x, Patches) and form == "pixels":
+        return x.gram()
+    rows = _in_rows(x)
+    return rows @ rows.transpose(-1, -2)
+
+
+def _in_rows(x: Activations) -> Tensor:
+    return x.laid_out() if isinstance(x, Patches) else x
 
 
 def gradients(x: Tensor, g: Rows) -> Iterator[Tensor]:

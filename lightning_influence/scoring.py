@@ -82,16 +82,17 @@ def score_examples(
             last = batch.capture.features(n) if features else None
             for io in batch.drained():
                 vector = None if query is None else query[io.name]
+                sizes = None if step_sizes is None else step_sizes[io.name]
                 if scorer is not None:
                     norms, inner = scorer.add(io, vector)
                 else:
-                    norms = per_sample.squared_norms(io.x, io.gs[0])
+                    in_rows = vector is not None or isinstance(sizes, Tensor)  # laid out for others, too
+                    norms = per_sample.squared_norms(io.x if in_rows else io.activations[0], io.gs[0])
                     inner = None if vector is None else per_sample.inner_products(io.x, io.gs[0], vector)
                 row["grad_norm_squared"] += norms
                 if inner is not None:
                     row["harm"] -= inner
-                if step_sizes is not None:
-                    sizes = step_sizes[io.name]
+                if sizes is not None:
                     row["tracin"] += tracin.self_influence(io, norms, blocks[io.name].bias_columns, sizes)
             if scorer is not None:
                 row["self_influence"] = scorer.self_influence().to(device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_influence import optimizers, per_sample
 from lightning_influence.calls import DirectCall, EmbeddingCall, LinearCall, MatrixCall
 from lightning_influence.layers import MatrixBlock, ParameterBlock
-from lightning_influence.patches import laid_out
+from lightning_influence.patches import Activations, laid_out
 from lightning_influence.precision import working
 from lightning_influence.rows import Rows
 from lightning_influence.uses import Source, Use, joined, rows_of
@@ -152,15 +152,16 @@ class StepNorms:
         scale = self._scale(block.weight_name, block.weight)
         if "weight" not in call.matrix_roles:
             return _of_direct(use, "weight", n, scale)
-        x: Tensor
+        x: Activations
         g: Rows
         if isinstance(call, EmbeddingCall):
             x, g = call.rows(gradient, n, layouts)
         else:
             assert isinstance(call, MatrixCall)
-            x, g = call.activations(n, layouts), call.output_gradients(gradient, n, layouts)
+            x, g = call.captured(n, layouts), call.output_gradients(gradient, n, layouts)
         if scale is None:
-            return _squares(x, g, None)
+            return per_sample.squared_norms(x, g)
+        (x,) = laid_out([x])
         as_matrix = block.from_parameters(
             {name: scale if p is block.weight else p for name, p in block.parameters.items()}
         )
@@ -195,7 +196,7 @@ class StepNorms:
 def _affine(use: Use, n: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
     """Return weight and bias, and ``‖g‖²`` of each for every example."""
     assert isinstance(use.call, MatrixCall)
-    x = use.call.activations(n, use.layouts)
+    x = use.call.captured(n, use.layouts)
     g = use.call.output_gradients(_gradient(use), n, use.layouts)
     return [use.roles[role].tensor for role in ("weight", "bias")], per_sample.squared_norms_with_bias(x, g)
 

@@ -138,7 +138,7 @@ class _StepScorer(Scorer):
         self._parts: dict[str, Tensor] = {}
 
     def add(self, io: LayerIO, query: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        norms = per_sample.squared_norms(io.x, io.gs[0])
+        norms = per_sample.squared_norms(io.activations[0] if query is None else io.x, io.gs[0])
         self._parts[io.name] = self._steps.self_influence(io, norms)
         return norms, None if query is None else per_sample.inner_products(io.x, io.gs[0], query)
 

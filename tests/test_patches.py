@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_influence import patches
+from lightning_influence import patches, per_sample
 from lightning_influence.calls import ConvolutionCall, Layouts
 from lightning_influence.capture import Capture
 from lightning_influence.coverage import cover
@@ -84,6 +84,26 @@ class TestPatches:
         assert rows.shape == found.shape
         assert torch.equal(rows, dense(found))
 
+    def test_products_of_positions(self, name: str) -> None:
+        found, rows = case(name), dense(case(name))
+        if math.isinf(found.gram_cost()):
+            assert found.n < len(found.images)
+            return
+        torch.testing.assert_close(found.gram(), rows @ rows.mT, **EXACT)
+
+    @pytest.mark.parametrize("form", ["auto", "gram", "pixels", "form"])
+    def test_norms(self, name: str, form: Any) -> None:
+        found, rows = case(name), dense(case(name))
+        if form == "pixels" and math.isinf(found.gram_cost()):
+            pytest.skip("several images each")
+        generator = torch.Generator().manual_seed(1)
+        g = torch.randn(*rows.shape[:3], 3, generator=generator, dtype=torch.float64)
+        expected = torch.einsum("knso,knsi->knoi", g, rows).square().sum((0, 2, 3))
+        torch.testing.assert_close(per_sample.squared_norms(found, g, form=form), expected, **EXACT)
+        of_weight, of_bias = per_sample.squared_norms_with_bias(found, g)
+        torch.testing.assert_close(of_weight, expected, **EXACT)
+        torch.testing.assert_close(of_bias, g.sum(2).square().sum((0, 2)), **EXACT)
+
     @pytest.mark.usefixtures("of_any_size")
     def test_second_moment(self, name: str) -> None:
         """From the images, in fewer products than the patches would take."""
@@ -130,6 +150,25 @@ def test_padding_of_a_call(make: Callable[[], nn.Module]) -> None:
     assert any(found.margin)
     rows = dense(found)
     torch.testing.assert_close(second_moment(found), torch.einsum("knsi,knsj->kij", rows, rows), **EXACT)
+
+
+def test_where_products_of_pixels_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many channels on few pixels: nothing is laid out. On many pixels there are too many pairs of them."""
+    one = (1, 1)
+    small = Patches(torch.randn(2, 64, 9, 9, dtype=torch.float64), 2, (3, 3), one, one, ones=True)
+    large = Patches(torch.randn(2, 8, 34, 34, dtype=torch.float64), 2, (3, 3), one, one)
+    few, many = torch.randn(1, 2, 49, 128, dtype=torch.float64), torch.randn(1, 2, 1024, 16, dtype=torch.float64)
+    expected = torch.einsum("knso,knsi->knoi", few, dense(small)).square().sum((0, 2, 3))
+
+    def fail(*_: Any) -> Tensor:
+        raise AssertionError("laid out, or all pairs of pixels")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Patches, "laid_out", fail)
+        torch.testing.assert_close(per_sample.squared_norms(small, few), expected, **EXACT)
+        torch.testing.assert_close(per_sample.squared_norms_with_bias(small, few)[0], expected, **EXACT)
+    monkeypatch.setattr(Patches, "gram", fail)
+    per_sample.squared_norms(large, many)
 
 
 def test_where_it_does_not_pay() -> None:
