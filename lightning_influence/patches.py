@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeAlias
 
@@ -96,6 +96,11 @@ class Patches:
         if self.ones:
             rows[:, -1] = 1
         return rows.view(k, rows.shape[1], self.n, self.shape[2]).permute(0, 2, 3, 1)
+
+    def of_examples(self, start: int, stop: int) -> Patches:
+        """Return the patches of some examples, which have one image each."""
+        images = self.images[start:stop]
+        return self if len(images) == len(self.images) else replace(self, images=images, n=len(images))
 
     def cost(self) -> float:
         """Return what laying out an example takes, in multiplications of a matrix product."""

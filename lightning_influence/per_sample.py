@@ -11,6 +11,7 @@ Index legend: ``k`` groups, ``n`` examples, ``s``/``t`` positions, ``i`` inputs,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -56,7 +57,7 @@ def squared_norms(x: Activations, g: Rows, *, form: NormForm = "auto") -> Tensor
     if form == "form":
         return torch.cat([chunk.square_().sum((0, 2, 3)) for chunk in _formed(_in_rows(x), g)])
     # knst, knst -> n
-    return _gram(x, form).mul_(g @ g.transpose(-1, -2)).sum((0, 2, 3))
+    return torch.cat([of_x.mul_(of_g).sum((0, 2, 3)) for of_x, of_g in _pairs(x, g, form)])
 
 
 def squared_norms_with_bias(x: Activations, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,8 +72,9 @@ def squared_norms_with_bias(x: Activations, g: Tensor) -> tuple[Tensor, Tensor]:
     """
     form = _norm_form(x, g)
     if x.shape[2] > 1 and form != "form":  # the Gram matrix of the output gradients tells both
-        products = g @ g.transpose(-1, -2)
-        return _gram(x, form).mul_(products).sum((0, 2, 3)), products.sum((0, 2, 3))
+        parts = [(of_x.mul_(of_g).sum((0, 2, 3)), of_g.sum((0, 2, 3))) for of_x, of_g in _pairs(x, g, form)]
+        of_weight, of_bias = zip(*parts, strict=True)
+        return torch.cat(of_weight), torch.cat(of_bias)
     return squared_norms(x, g), g.sum(2).square().sum((0, 2))
 
 
@@ -87,12 +89,21 @@ def _norm_form(x: Activations, g: Tensor) -> NormForm:
     return min(costs, key=lambda form: costs[form])
 
 
-def _gram(x: Activations, form: NormForm) -> Tensor:
-    """Return ``x_s · x_t``, ``[k, n, s, s]``, in a tensor of its own."""
-    if isinstance(x, Patches) and form == "pixels":
-        return x.gram()
-    rows = _in_rows(x)
-    return rows @ rows.transpose(-1, -2)
+def _pairs(x: Activations, g: Tensor, form: NormForm) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ``x_s · x_t`` and ``g_s · g_t`` of a few examples at a time, ``[k, m, s, s]``, each a tensor of its own."""
+    k, n, s = g.shape[:3]
+    pixels = isinstance(x, Patches) and form == "pixels"
+    rows = x if pixels else _in_rows(x)
+    side = math.prod(rows.images.shape[2:]) if isinstance(rows, Patches) else s
+    step = max(1, _CHUNK_ELEMENTS // (k * side * side))
+    for start in range(0, n, step):
+        some = g[:, start : start + step]
+        if isinstance(rows, Patches):
+            of_x = rows.of_examples(start, start + step).gram()
+        else:
+            part = rows[:, start : start + step]
+            of_x = part @ part.transpose(-1, -2)
+        yield of_x, some @ some.transpose(-1, -2)
 
 
 def _in_rows(x: Activations) -> Tensor:

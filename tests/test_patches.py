@@ -91,8 +91,11 @@ class TestPatches:
             return
         torch.testing.assert_close(found.gram(), rows @ rows.mT, **EXACT)
 
+    @pytest.mark.parametrize("elements", [1, 20_000, 2**22])
     @pytest.mark.parametrize("form", ["auto", "gram", "pixels", "form"])
-    def test_norms(self, name: str, form: Any) -> None:
+    def test_norms(self, name: str, form: Any, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of one example at a time, of a few, of all at once."""
+        monkeypatch.setattr(per_sample, "_CHUNK_ELEMENTS", elements)
         found, rows = case(name), dense(case(name))
         if form == "pixels" and math.isinf(found.gram_cost()):
             pytest.skip("several images each")
