@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit
-from lightning_influence.callbacks import recording as recording_module
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.scoring import ExampleScores
+from lightning_influence.watch import Reliance
 
 SIZE, CLASSES = 40, 3
 
@@ -111,7 +111,7 @@ def _train(path: Path, module: Switching) -> tuple[AuditReport, list[bool]]:
 def test_the_graph_is_relied_upon_once_it_has_agreed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report, heard = _train(tmp_path / "a", Switching())
     assert heard == [True] * 16 + [False] * 4 + ([True] * 2 + [False] * 18) * 2
-    monkeypatch.setattr(recording_module, "_AGREEING", 10**6)
+    monkeypatch.setattr(Reliance, "AGREEING", 10**6)
     all_heard, listened = _train(tmp_path / "b", Switching())
     assert all(listened)
     for name, values in all_heard.columns.items():
