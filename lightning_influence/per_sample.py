@@ -51,9 +51,9 @@ def squared_norms(x: Activations, g: Rows, *, form: NormForm = "auto") -> Tensor
         picked = g.dense[0].transpose(-1, -2).gather(1, g.onehot.indices.unsqueeze(2).expand_as(products))
         cross = (products * picked).sum((1, 2))
         return squared_norms(first, g.onehot) + 2 * cross + squared_norms(second, g.dense, form=form)
-    form = _norm_form(x, g) if form == "auto" else form
-    if x.shape[2] == 1:
+    if g.shape[2] == 1:
         return (_in_rows(x).square().sum(-1) * g.square().sum(-1)).sum((0, 2))
+    form = _norm_form(x, g) if form == "auto" else form
     if form == "form":
         return torch.cat([chunk.square_().sum((0, 2, 3)) for chunk in _formed(_in_rows(x), g)])
     # knst, knst -> n
@@ -70,12 +70,12 @@ def squared_norms_with_bias(x: Activations, g: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``Σ_k ‖G_kn‖²`` and ``Σ_k ‖Σ_s g_kns‖²``, each ``[n]``.
     """
-    form = _norm_form(x, g)
-    if x.shape[2] > 1 and form != "form":  # the Gram matrix of the output gradients tells both
+    form = _norm_form(x, g) if g.shape[2] > 1 else "form"
+    if form != "form":  # the Gram matrix of the output gradients tells both
         parts = [(of_x.mul_(of_g).sum((0, 2, 3)), of_g.sum((0, 2, 3))) for of_x, of_g in _pairs(x, g, form)]
         of_weight, of_bias = zip(*parts, strict=True)
         return torch.cat(of_weight), torch.cat(of_bias)
-    return squared_norms(x, g), g.sum(2).square().sum((0, 2))
+    return squared_norms(x, g, form=form), g.sum(2).square().sum((0, 2))
 
 
 def _norm_form(x: Activations, g: Tensor) -> NormForm:

@@ -83,17 +83,19 @@ def score_examples(
             for io in batch.drained():
                 vector = None if query is None else query[io.name]
                 sizes = None if step_sizes is None else step_sizes[io.name]
+                bias = blocks[io.name].bias_columns
                 if scorer is not None:
                     norms, inner = scorer.add(io, vector)
                 else:
-                    in_rows = vector is not None or isinstance(sizes, Tensor)  # laid out for others, too
+                    # Laid out if others need it, too: that is kept.
+                    in_rows = vector is not None or not (sizes is None or tracin.is_one_rate(sizes, bias))
                     norms = per_sample.squared_norms(io.x if in_rows else io.activations[0], io.gs[0])
                     inner = None if vector is None else per_sample.inner_products(io.x, io.gs[0], vector)
                 row["grad_norm_squared"] += norms
                 if inner is not None:
                     row["harm"] -= inner
                 if sizes is not None:
-                    row["tracin"] += tracin.self_influence(io, norms, blocks[io.name].bias_columns, sizes)
+                    row["tracin"] += tracin.self_influence(io, norms, bias, sizes)
             if scorer is not None:
                 row["self_influence"] = scorer.self_influence().to(device)
                 row |= {f"{_PART}{name}": part.double() for name, part in scorer.parts().items()} if parts else {}

@@ -219,6 +219,16 @@ def block_step_sizes(
     return result
 
 
+def is_one_rate(step_size: StepSize, bias_columns: slice | None) -> bool:
+    """Tell whether all of a block's parameters have one and the same ``η``, so that its squared norms tell all.
+
+    Args:
+        step_size: Of the block.
+        bias_columns: Columns of the activations that are the bias; None without one.
+    """
+    return not isinstance(step_size, Tensor) and (bias_columns is None or step_size[0] == step_size[1])
+
+
 def self_influence(io: LayerIO, norms: Tensor, bias_columns: slice | None, step_size: StepSize) -> Tensor:
     """Return one block's part of ``η gᵀ P g`` for every example, ``[n]``.
 
@@ -231,7 +241,7 @@ def self_influence(io: LayerIO, norms: Tensor, bias_columns: slice | None, step_
     if isinstance(step_size, Tensor):
         return per_sample.weighted_squares(io.x, io.gs[0], step_size.to(io.x))
     weight, bias = step_size
-    if bias_columns is None or weight == bias:
+    if bias_columns is None or is_one_rate(step_size, bias_columns):
         return norms * weight
     of_bias = per_sample.squared_norms(io.x[..., bias_columns], io.gs[0])
     return norms * weight + of_bias * (bias - weight)

@@ -574,11 +574,9 @@ def test_other_settings_by_name_are_read_anew() -> None:
         visit = flight.finish()
         assert visit is not None
         found = Increments.joined([visit.increments({(0, 0): 1.0})])
-        expected = [
-            sum(g.square().sum() for g in torch.autograd.grad(task(net, (x[k : k + 1],)), list(net.parameters())))
-            for k in range(4)
-        ]
-        torch.testing.assert_close(found, torch.stack(expected).double(), rtol=1e-4, atol=1e-6)  # type: ignore[arg-type]
+        own = [torch.autograd.grad(task(net, (x[k : k + 1],)), list(net.parameters())) for k in range(4)]
+        expected = torch.stack([torch.stack([g.square().sum() for g in each]).sum() for each in own])
+        torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-6)
 
 
 class Twice(nn.Sequential):
