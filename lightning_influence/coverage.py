@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -34,6 +34,7 @@ class Coverage:
         total_parameters: Number of trainable scalars.
         one_by_one: Names of the blocks whose gradients are computed one example at a time.
         trace: How the parameters are used.
+        untrained_parameters: Number of scalars that require a gradient, but are in no optimizer: as if frozen.
     """
 
     blocks: dict[str, ParameterBlock]
@@ -42,6 +43,7 @@ class Coverage:
     total_parameters: int = 0
     one_by_one: frozenset[str] = frozenset()
     trace: Trace = field(default_factory=Trace)
+    untrained_parameters: int = 0
 
     @property
     def share(self) -> float:
@@ -51,6 +53,8 @@ class Coverage:
     def describe(self) -> str:
         """Return one line for logs: the share covered and what is left out."""
         line = f"{self.share:.1%} of {self.total_parameters:,} trainable parameters in {len(self.blocks)} layers"
+        if self.untrained_parameters:
+            line += f" ({self.untrained_parameters:,} others are in no optimizer, and count as frozen)"
         if self.trace.failure is not None:
             line += f", taken to be used in the standard way (not traced: {self.trace.failure})"
         if self.one_by_one:
@@ -79,6 +83,7 @@ def cover(
     *,
     trace: Trace | None = None,
     uncovered: Uncovered = "report",
+    trained: Container[int] | None = None,
 ) -> Coverage:
     """Find the parameters whose per-example gradients are understood.
 
@@ -89,6 +94,7 @@ def cover(
         trace: How the parameters are used, see ``discover``; without it, layers are taken to be used in the standard
             way, and other parameters are not covered.
         uncovered: ``"exact"`` covers all others by one backward pass per example.
+        trained: Ids of the parameters that optimizers hold: others stay as they are, as if frozen. None for all.
 
     Returns:
         Blocks by name, and the reason for each trainable parameter that is not covered.
@@ -96,7 +102,7 @@ def cover(
     Raises:
         LayerError: If nothing is covered, or an entry of ``layers`` matches nothing.
     """
-    return _Survey(module, trace or Trace(), uncovered).coverage(layers, uncovered)
+    return _Survey(module, trace or Trace(), uncovered, trained).coverage(layers, uncovered)
 
 
 @dataclass(eq=False)
@@ -124,17 +130,20 @@ class _Profile:
 class _Survey:
     """Sorts the trainable parameters of a model into blocks."""
 
-    def __init__(self, module: nn.Module, trace: Trace, uncovered: Uncovered) -> None:
+    def __init__(self, module: nn.Module, trace: Trace, uncovered: Uncovered, trained: Container[int] | None) -> None:
         self.module = module
         self.trace = trace
         self.exact = uncovered == "exact"
         self.largest_repeated: float = math.inf if self.exact else _LARGEST_REPEATED
         self.profiles: dict[int, _Profile] = {}
         self.owners: dict[int, list[tuple[str, nn.Module]]] = {}
+        self.untrained: dict[int, int] = {}  # id to size
         for path, submodule in module.named_modules():
             for local, parameter in submodule.named_parameters(recurse=False):
                 self.owners.setdefault(id(parameter), []).append((_clean(path), submodule))
-                if parameter.requires_grad and id(parameter) not in self.profiles:
+                if parameter.requires_grad and trained is not None and id(parameter) not in trained:
+                    self.untrained[id(parameter)] = parameter.numel()
+                elif parameter.requires_grad and id(parameter) not in self.profiles:
                     name = _clean(f"{path}.{local}" if path else local)
                     self.profiles[id(parameter)] = _Profile(name, parameter)
         for profile in self.profiles.values():
@@ -170,6 +179,7 @@ class _Survey:
             sum(p.parameter.numel() for p in self.profiles.values()),
             frozenset(block.name for block in slow) & {block.name for block in chosen},
             self.trace,
+            sum(self.untrained.values()),
         )
 
     # ------------------------------------------------------------- profiles

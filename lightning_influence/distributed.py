@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -133,6 +133,15 @@ def any_process(flag: bool) -> bool:
     answer = torch.tensor(int(flag), device=_device_for(torch.device("cpu")))
     dist.all_reduce(answer, op=dist.ReduceOp.MAX)
     return bool(answer.item())
+
+
+def gather_objects(item: _Item) -> list[_Item]:
+    """Return what every process holds, by rank: small things that no tensor holds, such as names."""
+    if world_size() == 1:
+        return [item]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, item)
+    return found
 
 
 def barrier() -> None:

@@ -29,6 +29,7 @@ _PROBABILITY_BUDGET = 10**8
 _FLUSH_EVERY = 64
 # What a trainer does to a loss: it is divided, or scaled.
 _FACTORS = ("DivBackward0", "MulBackward0")
+_REDUCTIONS = ("none", "mean", "sum")
 _PICKING = ("IndexBackward0", "IndexSelectBackward0", "MaskedSelectBackward0", "PackPaddedSequenceBackward0")
 # Operations with several inputs, and the one of them that has the rows.
 _ROWS_IN = {"AddmmBackward0": 1}
@@ -314,7 +315,15 @@ def call_in_graph(loss: Tensor) -> CrossEntropy | None:
         return None  # logits of lower precision are not what was rounded
     ignored = node._saved_ignore_index
     ignored -= 2**64 if ignored >= 2**63 else 0  # nodes tell negative numbers wrapped around
-    return CrossEntropy(loss, log_probabilities, target, "mean", ignore_index=ignored, log_probabilities=True)
+    return CrossEntropy(
+        loss,
+        log_probabilities,
+        target,
+        _REDUCTIONS[node._saved_reduction],
+        class_weights=node._saved_weight,
+        ignore_index=ignored,
+        log_probabilities=True,
+    )
 
 
 @dataclass(frozen=True)

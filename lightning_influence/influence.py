@@ -190,7 +190,7 @@ def influence_scores(
     seconds: dict[str, float] = {}
     notes: list[str] = []
     with _timed(seconds, "loss scale"):
-        gradients.calibrate(indices)
+        gradients = gradients.calibrate(indices)
     notes += plan.damping.notes
     curvature = None
     with _timed(seconds, "factors"):

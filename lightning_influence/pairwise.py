@@ -4,8 +4,8 @@
 negative for opponents. Every query's gradient is preconditioned once; the training data are then passed over, and of
 each batch only its columns of scores are kept: all of them (in memory or in a file), or the strongest of every query.
 
-A loss whose scale depends on the batch (class weights, ``ignore_index``) is scaled as ``ExampleGradients.calibrate``
-has fixed it.
+A loss whose scale depends on the batch (class weights, ``ignore_index``) is scaled as that of the training
+data.
 
 Index legend: ``q`` queries, ``n`` training examples, ``k`` groups, ``o`` outputs, ``i`` inputs.
 """

@@ -25,15 +25,18 @@ from lightning_influence.isolation import (
     untouched,
 )
 from lightning_influence.layers import LayerError, NewPathError
+from lightning_influence.loss_scale import LossScale, ScaleTally
 from lightning_influence.losses import known_losses
 from lightning_influence.precision import working
 from lightning_influence.source import ExampleSource
 from lightning_influence.task import BatchLoss, Task, TaskError, evaluate
 
 Labels = Literal["true", "sampled", "exact"]
+NO_EXACT_LABELS = (
+    "the expectation over labels has no closed form for this loss (it makes several decisions per example, or no "
+    'known loss call was seen); use `fisher="sampled"`.'
+)
 _COPIES = 2
-# Known loss calls that one step may be made of.
-_MOST_TERMS = 256
 _T = TypeVar("_T")
 
 
@@ -97,8 +100,25 @@ class BatchGradients:
         return None if bool(self.finite.all()) else self.finite
 
 
+@dataclass(eq=False)
+class _Scale:
+    """A loss scale, measured when it is first needed; shared by passes that are made from each other."""
+
+    measure: Callable[[], LossScale] | None
+    value: LossScale | None = None
+
+    def __call__(self) -> LossScale | None:
+        if self.measure is not None:
+            self.value, self.measure = self.measure(), None
+        return self.value
+
+
 class ExampleGradients:
     """Runs a task over examples of a source and captures their gradients.
+
+    Passes do not change: what they are to do otherwise is done by others, made from them (``like``, ``on``, ...). Their
+    loss scale is measured over all examples of the source when it is first needed, unless ``calibrate`` has measured
+    it, or it is given. Queries are weighed as the training data are: whoever scores them takes ``like(training)``.
 
     Args:
         module: The model.
@@ -109,6 +129,7 @@ class ExampleGradients:
         seed: Seed of the sampled labels.
         progress: Shows how far a pass is.
         forward_context: Wraps every forward pass (a Trainer's precision).
+        scale: The loss scale, if it is known.
     """
 
     def __init__(
@@ -122,27 +143,63 @@ class ExampleGradients:
         seed: int = 0,
         progress: Progress | None = None,
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        scale: LossScale | None = None,
     ) -> None:
         self.module = module
         self.task = task
         self.source = source
         self.coverage = coverage
         self.seed = seed
-        self.references: dict[int, float] | None = None
         self.quantity: Quantity | None = None
         self._to_device = to_device or self._move
         self._progress = progress or _silent
         self._forward_context = forward_context
+        every = range(len(source))
+        self._scale = _Scale((lambda: self._measured(every)) if scale is None else None, scale)
+
+    @property
+    def scale(self) -> LossScale | None:
+        """How the terms of the loss are weighed; None where every batch is on its own, see ``with_scale``.
+
+        Raises:
+            ScaleError: If it has to be measured, and terms can't be told apart.
+        """
+        return self._scale()
+
+    @property
+    def references(self) -> dict[str, float]:
+        """The numbers of the loss scale, by the terms' names."""
+        return {str(key): value for key, value in (self.scale or {}).items()}
 
     @property
     def device(self) -> torch.device:
         """Device of the module."""
         return next(iter(self.module.parameters())).device
 
+    def calibrate(self, indices: Sequence[int], *, of_mean: bool | None = None) -> ExampleGradients:
+        """Return the same passes with the loss scale of these examples; if theirs is known already, themselves.
+
+        With class weights or ``ignore_index`` a mean is over weights, not examples, and a sum grows with the batch:
+        the same example would get other gradients in other batches, see ``loss_scale``. All examples are visited,
+        forward only, in random batches of the training batch size: what one of them holds, others need not.
+
+        Args:
+            indices: Dataset indices.
+            of_mean: See ``LossScale``; by default as the terms are.
+        """
+        return self if self._scale.measure is None else self.with_scale(self._measured(indices, of_mean))
+
     def like(self, other: ExampleGradients) -> ExampleGradients:
-        """Take over the loss scale of other passes (validation data are weighed as the training data are)."""
-        self.references = other.references
-        return self
+        """Return the same passes with the loss scale of others (queries are weighed as the training data are)."""
+        changed = copy.copy(self)
+        changed._scale = other._scale
+        return changed
+
+    def with_scale(self, scale: LossScale | None) -> ExampleGradients:
+        """Return the same passes with another loss scale; None weighs every batch such that its loss is its mean."""
+        changed = copy.copy(self)
+        changed._scale = _Scale(None, scale)
+        return changed
 
     def on(self, source: ExampleSource) -> ExampleGradients:
         """Return the same passes over other examples."""
@@ -178,8 +235,6 @@ class ExampleGradients:
         title: str = "",
         everywhere: bool = False,
         whole: bool = False,
-        own_scale: bool = False,
-        references: Mapping[int, float] | None = None,
         step_seed: int = 0,
     ) -> Generator[BatchGradients, None, None]:
         """Visit this process's share of the examples, in order.
@@ -194,8 +249,6 @@ class ExampleGradients:
             title: Text of the progress bar; none without.
             everywhere: Visit all the examples on every process instead of a share.
             whole: Take all examples as one batch.
-            own_scale: Scale losses that depend on their batch as the batch has it, see ``calibrate``.
-            references: Scale them by these references instead of the calibrated ones.
             step_seed: Seed of what ``training_step`` itself draws.
 
         Yields:
@@ -210,19 +263,17 @@ class ExampleGradients:
         if labels == "exact":
             size = min(size, self.source.batch_size)
         size = len(own) if whole else size
-        if not own_scale and references is None:
-            references = self.references or {}
+        self._scale()  # before anything is frozen
         with (
             untouched(self.module),
             Capture(self.coverage) as capture,
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own, size):
-                loss = self._traced_forward(capture, batch, batch_indices, references, step_seed)
+                loss = self._traced_forward(capture, batch, batch_indices, step_seed)
                 self._backward(capture, loss, labels, batch_indices, draw)
                 # A copy of an example weighs as the example does in its batch.
-                known = {term.number: term.known_reference(loss.n) for term in loss.terms}
-                self._add_one_by_one(capture, batch_indices, labels, draw, known)
+                self.with_scale(loss.scale)._add_one_by_one(capture, batch_indices, labels, draw)
                 n = len(batch_indices)
                 finite = capture.finite(n)
                 if loss.values is not None:
@@ -232,94 +283,65 @@ class ExampleGradients:
                 advance(len(batch_indices))
 
     def losses(
-        self, indices: Sequence[int], *, title: str = "", references: Mapping[int, float] | None = None
+        self, indices: Sequence[int], *, title: str = "", everywhere: bool = False, size: int | None = None
     ) -> Generator[tuple[list[int], BatchLoss], None, None]:
         """Visit this process's share of the examples, forward only.
 
         Args:
             indices: Dataset indices.
             title: Text of the progress bar; none without.
-            references: Scale of losses that depend on their batch; None leaves the batch's own.
+            everywhere: Visit all the examples on every process instead of a share.
+            size: Examples in a batch, by default as passes have them.
         """
-        own = distributed.share(indices)
+        own = list(indices) if everywhere else distributed.share(indices)
+        self._scale()
         with (
             untouched(self.module),
             Capture(self.coverage),
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
-            for batch_indices, batch in self.source.batches(own):
-                yield batch_indices, self.forward(batch, len(batch_indices), references)
+            for batch_indices, batch in self.source.batches(own, size):
+                yield batch_indices, self.forward(batch, len(batch_indices))
                 advance(len(batch_indices))
 
-    def calibrate(self, indices: Sequence[int]) -> None:
-        """Fix the scale of losses that depend on the batch they are computed in.
-
-        With class weights or ``ignore_index`` a mean is over weights, not examples, and a sum grows with the batch:
-        the same example would get other gradients in other batches. Afterwards every batch is scaled as if its
-        weights had the mean of all ``indices``. For other losses this returns after one batch, and at once if the
-        scale is known (``references``).
-        """
-        if self.references is not None:
-            return
-        # Example count, then the sum of references by number of the term: the same length on every process, as one
-        # without examples has seen no term.
-        sums = torch.zeros(1 + _MOST_TERMS, dtype=torch.float64)
-        numbers: set[int] = set()
-        with closing(self.losses(indices, title="loss scale")) as batches:
-            for batch_indices, loss in batches:
-                if not sums[0]:
-                    numbers = {term.number for term in loss.terms}
-                    if not distributed.any_process(any(term.scale_varies(loss.n) for term in loss.terms)):
-                        self.references = {}
-                        return
-                sums[0] += len(batch_indices)
-                for term in loss.terms:
-                    value = term.training_reference(loss.n, self.source.batch_size)
-                    sums[1 + term.number] += value * len(batch_indices)
-        if not sums[0] and not distributed.any_process(False):
-            self.references = {}
-            return
-        (reduced,) = distributed.sum_across_processes([sums.to(self.device)])
-        seen = numbers or set(range(_MOST_TERMS))
-        self.references = {k: float(reduced[1 + k] / reduced[0]) for k in sorted(seen) if float(reduced[1 + k])}
+    def _measured(self, indices: Sequence[int], of_mean: bool | None = None) -> LossScale:
+        """Measure the loss scale of examples, see ``calibrate``."""
+        size, tally = self.source.batch_size, ScaleTally()
+        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0)).tolist()
+        shuffled = [indices[place] for place in order]
+        # The same batches, however many processes there are.
+        own = distributed.share([shuffled[start : start + size] for start in range(0, len(shuffled), size)])
+        visited = [index for batch in own for index in batch]
+        with closing(self.with_scale(None).losses(visited, title="loss scale", everywhere=True, size=size)) as batches:
+            for _, loss in batches:
+                tally.add(loss.n, [term.share(loss.n) for term in loss.terms])
+        whole = ScaleTally()
+        for part in distributed.gather_objects(tally):
+            whole.merge(part)
+        return whole.scale(size, of_mean=of_mean)
 
     def forward(
-        self,
-        batch: Any,
-        n: int,
-        references: Mapping[int, float] | None,
-        *,
-        step_seed: int = 0,
-        watch: AbstractContextManager[Any] | None = None,
+        self, batch: Any, n: int, *, step_seed: int = 0, watch: AbstractContextManager[Any] | None = None
     ) -> BatchLoss:
         """Evaluate the task on one batch, the model as it is: callers isolate it (``isolation.untouched``).
 
         Args:
             batch: As the source yields it; it is moved to the module's device.
             n: Number of examples in it.
-            references: Scale of losses that depend on their batch, see ``calibrate``; None leaves the batch's own.
             step_seed: Seed of what ``training_step`` itself draws: not a matter of how many were drawn before.
             watch: Context around the forward pass.
         """
         seed_everything(step_seed)
+        moved = self._to_device(batch)
         if self.quantity is not None:
-            moved = self._to_device(batch)
-            batch = self.quantity.altered(moved, lambda changed: self._evaluate(changed, n, references))
+            moved = self.quantity.altered(moved, lambda changed: self._evaluate(changed, n))
             seed_everything(step_seed)
-            return self._evaluate(batch, n, references, watch)
-        with watch or nullcontext(), self._forward_context():
-            return evaluate(self.task, self.module, self._to_device(batch), n, references, self.coverage.trace.forms)
+        return self._evaluate(moved, n, watch)
 
-    def _evaluate(
-        self,
-        batch: Any,
-        n: int,
-        references: Mapping[int, float] | None,
-        watch: AbstractContextManager[Any] | None = None,
-    ) -> BatchLoss:
+    def _evaluate(self, batch: Any, n: int, watch: AbstractContextManager[Any] | None = None) -> BatchLoss:
         """Evaluate the task on a batch that has been moved."""
         with watch or nullcontext(), self._forward_context():
-            return evaluate(self.task, self.module, batch, n, references, self.coverage.trace.forms)
+            return evaluate(self.task, self.module, batch, n, self.scale, self.coverage.trace.forms)
 
     def applied(self, function: Callable[[Any, Any], Any], batch: Any) -> Any:
         """Return ``function(module, batch)`` as a pass would run it; callers isolate the model, see ``forward``."""
@@ -337,7 +359,7 @@ class ExampleGradients:
             ]
             for _, _, tensor in owners:
                 tensor.requires_grad_(True)
-            loss = self.forward(batch, n, None)
+            loss = self.with_scale(None).forward(batch, n)
             tensors = [tensor for _, _, tensor in owners]
             found = torch.autograd.grad(loss.loss, tensors, allow_unused=True)
         result: dict[str, dict[str, Tensor]] = {}
@@ -350,18 +372,17 @@ class ExampleGradients:
         capture: Capture,
         batch: Any,
         indices: list[int],
-        references: Mapping[int, float] | None,
         step_seed: int,
     ) -> BatchLoss:
         """Run a captured forward pass; one that takes a new path through the model is traced first."""
         n = len(indices)
         for whole in (False, True):
             try:
-                return self.forward(batch, n, references, step_seed=step_seed, watch=capture.forward(n))
+                return self.forward(batch, n, step_seed=step_seed, watch=capture.forward(n))
             except NewPathError:
                 # A few of the examples may take the same path as all of them, at a fraction of the memory.
                 self._trace(indices, whole)
-        return self.forward(batch, n, references, step_seed=step_seed, watch=capture.forward(n))
+        return self.forward(batch, n, step_seed=step_seed, watch=capture.forward(n))
 
     def _trace(self, indices: list[int], whole: bool) -> None:
         trace = trace_model(
@@ -389,7 +410,6 @@ class ExampleGradients:
         indices: list[int],
         labels: Labels,
         draw: int,
-        references: Mapping[int, float],
     ) -> None:
         """Compute the gradients of the parameters that have no rows by a forward and backward pass per example."""
         blocks = [self.coverage.blocks[name] for name in sorted(self.coverage.one_by_one)]
@@ -405,7 +425,7 @@ class ExampleGradients:
             for index in indices:
                 # Two copies: steps that `squeeze()` the batch away do not meet a batch of one.
                 ((_, batch),) = self.source.batches([index] * _COPIES, _COPIES)
-                loss = self.forward(batch, _COPIES, references)
+                loss = self.forward(batch, _COPIES)
                 starts = list(self._starts(loss, labels, [index] * _COPIES, draw))
                 for number, (outputs, gradients) in enumerate(starts):
                     last = number == len(starts) - 1
@@ -449,10 +469,7 @@ class ExampleGradients:
             yield loss.sampled_outputs(ExampleNoise(self.seed, draw, indices))
             return
         if loss.exact_draws() is None:
-            raise TaskError(
-                "the expectation over labels has no closed form for this loss (it makes several decisions per "
-                'example); use `fisher="sampled"`.'
-            )
+            raise TaskError(NO_EXACT_LABELS)
         yield from loss.exact_outputs()
 
     def _move(self, batch: Any) -> Any:

@@ -219,7 +219,7 @@ def _facts(passes: ExampleGradients, chosen: list[int], statistic: Statistic) ->
         "query_predicted": [torch.zeros(0, dtype=torch.long)],
         "query_loss": [torch.zeros(0, dtype=torch.float64)],
     }
-    with closing(passes.losses(chosen, references=passes.references or {})) as losses:
+    with closing(passes.losses(chosen)) as losses:
         for own, loss in losses:
             statistics = {} if loss.primary is None else loss.primary.statistics(loss.n)
             unknown = torch.full((loss.n,), -1)

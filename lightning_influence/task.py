@@ -10,14 +10,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
+from lightning_influence.loss_scale import LossScale, TermKey, calling_place
 from lightning_influence.losses import LossCall, all_arguments, known_loss, read_call
-from lightning_influence.terms import BatchLoss, TaskError, TermForm, understand
+from lightning_influence.terms import BatchLoss, TaskError, TermForm, placed_calls, understand
 
 
 class Task(Protocol):
@@ -126,7 +128,7 @@ class LossTap(TorchFunctionMode):
         if self._listening:
             call = read_call(func, args, kwargs, output)
             if call is not None and call.output.requires_grad and call.in_graph:
-                self.calls.append(call)
+                self.calls.append(replace(call, place=calling_place()))
                 return output.clone() if self._protect else output
         return output
 
@@ -154,7 +156,7 @@ def calls_in(loss: Tensor, calls: Sequence[LossCall]) -> list[LossCall]:
 
 
 def primary_call(
-    loss: Tensor, calls: Sequence[LossCall], n: int, forms: Mapping[int, TermForm] | None = None
+    loss: Tensor, calls: Sequence[LossCall], n: int, forms: Mapping[TermKey, TermForm] | None = None
 ) -> LossCall | None:
     """Return the first call that a loss is made of and whose rows can be shared out over ``n`` examples.
 
@@ -164,12 +166,8 @@ def primary_call(
         n: Number of examples in the batch.
         forms: See ``evaluate``.
     """
-    for number, call in enumerate(calls_in(loss, calls)):
-        form = (forms or {}).get(number)
-        placed = call if form is None else call.placed(form.layout, follow=form.follow)
-        if placed.rows_match(n):
-            return placed
-    return None
+    placed = placed_calls(calls_in(loss, calls), forms or {})
+    return next((call for _, call, _ in placed if call.rows_match(n)), None)
 
 
 def evaluate(
@@ -177,8 +175,8 @@ def evaluate(
     module: nn.Module,
     batch: Any,
     n: int,
-    references: Mapping[int, float] | None = None,
-    forms: Mapping[int, TermForm] | None = None,
+    scale: LossScale | None = None,
+    forms: Mapping[TermKey, TermForm] | None = None,
 ) -> BatchLoss:
     """Run ``task`` on one batch under the tap.
 
@@ -187,9 +185,8 @@ def evaluate(
         module: The user's module.
         batch: One batch of ``n`` examples, on the module's device.
         n: Number of examples in the batch.
-        references: For terms whose scale depends on the batch (class weights, ``ignore_index``, sums): term number
-            to the value for the whole training set, see ``LossTerm.batch_reference``. With None, every term is scaled
-            such that the batch loss is the mean over this very batch.
+        scale: That of the whole training set. With None, every term is scaled such that the batch loss is the mean
+            over this very batch.
         forms: Where the examples of the terms are, see ``term_forms``; by default rows come first, those of one
             example side by side.
 
@@ -199,7 +196,7 @@ def evaluate(
     Raises:
         TaskError: If the loss has the wrong shape or does not depend on the model.
     """
-    return understand(*run_tapped(task, module, batch), n, references, forms)
+    return understand(*run_tapped(task, module, batch), n, scale, forms)
 
 
 def run_tapped(task: Task, module: nn.Module, batch: Any) -> tuple[Tensor, list[LossCall]]:

@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_influence.layout import BatchLayout, Order, find_layout
-from lightning_influence.losses import LossCall
+from lightning_influence.loss_scale import LossScale, TaskError, TermKey, TermShare
+from lightning_influence.losses import LossCall, single
 
-
-class TaskError(RuntimeError):
-    """The loss of a batch can't be understood; the message says what was seen and the way out."""
+__all__ = ["BatchLoss", "LossTerm", "TaskError", "TermForm", "placed_calls", "steady_terms", "term_forms", "understand"]
 
 
 @dataclass(frozen=True)
@@ -46,21 +45,19 @@ class LossTerm:
     Attributes:
         call: The tapped call.
         coefficient: Derivative of the batch loss with respect to what the call returned.
+        key: Which term of the loss it is.
         reference: See ``batch_reference``; None takes the batch's own.
-        number: Number of the call among those that the loss is made of.
         form: How it follows the batch; None takes a call with ``reduction="sum"`` for a sum, others for means.
         factor: What the sum of the call's elements (times weights of the task's own, such as a mask) is multiplied
             with; None if there is no such number.
-        steady: Whether ``factor`` is one over the number of examples, whatever the batch.
     """
 
     call: LossCall
     coefficient: Tensor
+    key: TermKey
     reference: float | None = None
-    number: int = 0
     form: TermForm | None = None
     factor: float | None = None
-    steady: bool = False
 
     @property
     def sums(self) -> bool:
@@ -102,19 +99,18 @@ class LossTerm:
             return self.call.batch_reference(n)
         return 1.0 if not self.factor else 1 / (n * self.factor)
 
-    def known_reference(self, n: int) -> float:
-        """Return the reference that the scale goes by: the given one, or else the batch's own."""
-        return self.batch_reference(n) if self.reference is None else self.reference
+    def share(self, n: int) -> TermShare:
+        """Return what this batch says about the scale of the term."""
+        return TermShare(self.key, self.batch_reference(n), self.sums, self._among_counted(n))
 
-    def training_reference(self, n: int, batch_size: int) -> float:
-        """Return what this batch adds to the mean reference of all training examples, see ``batch_reference``."""
-        return float(batch_size) if self.sums else self.batch_reference(n)
-
-    def scale_varies(self, n: int) -> bool:
-        """Tell whether the same example would weigh differently in another batch."""
-        if self.form is None or self.call.reduction == "mean":
-            return self.call.scale_varies(n)
-        return self.sums or (self.factor is not None and not self.steady)
+    def _among_counted(self, n: int) -> float | None:
+        """See ``TermShare``."""
+        if self.sums or not single(self.call.noise_shape(n)):
+            return None
+        weights = self.coefficient if self.call.reduction == "none" else self.call.weights()
+        counted = weights[weights != 0].abs()
+        alike = len(counted) > 0 and bool(counted.max() <= (1 + 1e-5) * counted.min())
+        return self.batch_reference(n) * n / len(counted) if alike else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +134,12 @@ class BatchLoss:
     remainder: bool
     values: Tensor | None
     seen: tuple[LossTerm, ...] = ()
+
+    @property
+    def scale(self) -> LossScale:
+        """What the terms are scaled by: the given scale, or else the batch's own."""
+        of = {t.key: t.batch_reference(self.n) if t.reference is None else t.reference for t in self.terms}
+        return LossScale(of)
 
     @property
     def tapped(self) -> bool:
@@ -187,7 +189,7 @@ class BatchLoss:
                 yield [tensor for tensor, _ in own], [_like(gradient, tensor) for tensor, gradient in own]
 
 
-def term_forms(small: BatchLoss, large: BatchLoss) -> dict[int, TermForm]:
+def term_forms(small: BatchLoss, large: BatchLoss) -> dict[TermKey, TermForm]:
     """Tell from two tiny batches where the examples of every term are, and which terms are sums.
 
     Args:
@@ -195,12 +197,14 @@ def term_forms(small: BatchLoss, large: BatchLoss) -> dict[int, TermForm]:
         large: The same examples and more, the last one a copy of the first: ``a, b, a``.
 
     Returns:
-        Term number to form.
+        The form of every term that both of them have.
     """
-    forms: dict[int, TermForm] = {}
-    for before, after in zip(small.seen, large.seen, strict=False):
-        if type(before.call) is not type(after.call):
-            break  # the batches take different paths through the task
+    forms: dict[TermKey, TermForm] = {}
+    smaller = {term.key: term for term in small.seen}
+    for after in large.seen:
+        before = smaller.get(after.key)
+        if before is None:
+            continue
         call, pickings = after.call, (before.call.picking(), after.call.picking())
         # A tensor that does not grow with the batch has no examples: rows looked up in it are the batch's own.
         follow = not (pickings[0] and pickings[1] and pickings[0].source == pickings[1].source)
@@ -217,7 +221,7 @@ def term_forms(small: BatchLoss, large: BatchLoss) -> dict[int, TermForm]:
             and after.factor is not None
             and math.isclose(before.factor, after.factor, rel_tol=1e-6)
         )
-        forms[after.number] = TermForm(layout, steady and call.reduction != "mean", follow)
+        forms[after.key] = TermForm(layout, steady and call.reduction != "mean", follow)
     return forms
 
 
@@ -234,12 +238,46 @@ def _order(call: LossCall, dim: int, n: int, follow: bool) -> Order:
     return alike[0] if len(alike) == 1 else "major"
 
 
+def placed_calls(
+    calls: Sequence[LossCall], forms: Mapping[TermKey, TermForm]
+) -> list[tuple[TermKey, LossCall, TermForm | None]]:
+    """Tell which term each of the calls that a loss is made of is, and put its examples where they are.
+
+    Args:
+        calls: In the order in which they were made.
+        forms: See ``term_forms``; a call without one has its examples side by side.
+    """
+    met: dict[tuple[str, Any], int] = {}
+    found: list[tuple[TermKey, LossCall, TermForm | None]] = []
+    for call in calls:
+        what = type(call).__name__, call.place
+        key = TermKey(*what, met.get(what, 0))
+        met[what] = key.occurrence + 1
+        form = forms.get(key)
+        found.append((key, call if form is None else call.placed(form.layout, follow=form.follow), form))
+    return found
+
+
+def steady_terms(
+    calls: Sequence[tuple[TermKey, LossCall, TermForm | None]], n: int
+) -> tuple[tuple[TermKey, float], ...] | None:
+    """Return the terms of a batch with their divisors per example, if these follow from shapes alone; else None.
+
+    Args:
+        calls: See ``placed_calls``; all that the loss is made of.
+        n: Number of examples in the batch.
+    """
+    found = [(key, call.steady_divisor(n, alone=len(calls) == 1)) for key, call, _ in calls]
+    told = tuple((key, divisor) for key, divisor in found if divisor is not None)
+    return told if told and len(told) == len(found) else None
+
+
 def understand(
     loss: Tensor,
     calls: Sequence[LossCall],
     n: int,
-    references: Mapping[int, float] | None = None,
-    forms: Mapping[int, TermForm] | None = None,
+    scale: LossScale | None = None,
+    forms: Mapping[TermKey, TermForm] | None = None,
 ) -> BatchLoss:
     """Tell what a loss is made of; see ``evaluate``, of which this is the second half."""
     values: Tensor | None = None
@@ -256,7 +294,7 @@ def understand(
             "the loss does not depend on any layer with trainable parameters that is understood: nothing to attribute. "
             "Was it computed under `torch.no_grad()` or from detached tensors?"
         )
-    seen = _seen(loss, calls, n, references, forms or {})
+    seen = _seen(loss, calls, n, scale, forms or {})
     terms = tuple(term for term in seen if term.call.rows_match(n))
     with torch.no_grad():
         explained = sum((float((term.coefficient * term.call.output).sum()) for term in terms), 0.0)
@@ -275,8 +313,8 @@ def _seen(
     loss: Tensor,
     calls: Sequence[LossCall],
     n: int,
-    references: Mapping[int, float] | None,
-    forms: Mapping[int, TermForm],
+    scale: LossScale | None,
+    forms: Mapping[TermKey, TermForm],
 ) -> tuple[LossTerm, ...]:
     """Return the calls that the loss is made of, as terms."""
     if not calls:
@@ -286,24 +324,22 @@ def _seen(
     wanted += [reduction.edge for reduction in reductions if reduction is not None]
     found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
     at_reductions = iter(found[len(calls) :])
-    terms: list[LossTerm] = []
+    factors: list[Tensor | None] = []
     for call, coefficient, reduction in zip(calls, found, reductions, strict=False):
         factor = coefficient if call.reduction == "sum" else None
         if reduction is not None:
             at_reduction = next(at_reductions)
             factor = None if at_reduction is None else at_reduction / reduction.count
-        if coefficient is None:
-            continue
-        number = len(terms)
-        form = forms.get(number)
-        placed = call if form is None else call.placed(form.layout, follow=form.follow)
-        reference: float | None = None
-        if references is not None:
-            reference = references.get(number, placed.natural_reference(n) if placed.rows_match(n) else None)
-        steady = reduction is not None and reduction.count == n
-        terms.append(
-            LossTerm(placed, coefficient, reference, number, form, None if factor is None else float(factor), steady)
-        )
+        factors.append(factor)
+    own = [k for k in range(len(calls)) if found[k] is not None]
+    terms: list[LossTerm] = []
+    for k, (key, call, form) in zip(own, placed_calls([calls[k] for k in own], forms), strict=True):
+        coefficient, factor, reduction = found[k], factors[k], reductions[k]
+        assert coefficient is not None
+        if call.reduction == "none" and call.rows_match(n):
+            call = call.counting(coefficient != 0)
+        reference = scale[key] if scale is not None and call.rows_match(n) else None
+        terms.append(LossTerm(call, coefficient, key, reference, form, None if factor is None else float(factor)))
     return tuple(terms)
 
 

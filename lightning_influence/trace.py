@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_influence.calls import Call, ExpandCall, Layouts, RepeatedCall, as_now, tensors_in
 from lightning_influence.layout import BatchLayout, Order, find_layout, settle_order
+from lightning_influence.loss_scale import TermKey
 from lightning_influence.reading import NotSeparableError, NotUnderstoodError, Site, read_call
 from lightning_influence.terms import TermForm
 from lightning_influence.watch import FunctionWatch, name_of, outputs_of
@@ -107,7 +108,7 @@ class Trace:
         without_gradients: Ids of parameters that were used where gradients are off.
         ambiguous: Whether the values left open in which order rows of examples lie.
         batch_statistics: Whether a batch norm took the statistics of the batch.
-        forms: Number of a term of the loss to where its examples are, see ``terms.term_forms``.
+        forms: Where the examples of each term of the loss are, see ``terms.term_forms``.
         outside: Shapes of trainable parameters that took part but are in no module, and the functions that used them.
         failure: Why there is no trace: nothing but layers called in the standard way is understood then.
     """
@@ -117,9 +118,14 @@ class Trace:
     without_gradients: set[int] = field(default_factory=set)
     ambiguous: bool = False
     batch_statistics: bool = False
-    forms: Mapping[int, TermForm] = field(default_factory=dict)
+    forms: Mapping[TermKey, TermForm] = field(default_factory=dict)
     outside: list[str] = field(default_factory=list)
     failure: str | None = None
+
+    @property
+    def sums(self) -> bool:
+        """Whether the loss is known to be nothing but sums over the examples."""
+        return bool(self.forms) and all(form.sums for form in self.forms.values())
 
     def uses(self, parameter: Tensor) -> list[TracedUse]:
         """Return the uses of a parameter on all paths."""

@@ -98,9 +98,14 @@ class StepSizes:
 
     Args:
         module: The model; learning rates are kept under its parameter names.
+
+    Attributes:
+        summed: Number of examples whose own losses add up to a batch loss; 1 where that is their mean. As many times
+            the rate of a sum is the rate of the mean that makes the same steps, and a part of its L2 term.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self.summed = 1
         self._names = {id(p): name for name, p in module.named_parameters()}
         self.steps = 0
         self._sums: dict[str, float] = {}
@@ -131,7 +136,8 @@ class StepSizes:
         for group in optimizer.param_groups:
             known = tuple([names[id(p)] for p in group["params"] if p.requires_grad and id(p) in names])
             before, _ = waiting.get(known, (0.0, 0.0))
-            waiting[known] = before + optimizers.rate(group), optimizers.l2_coefficient(optimizer, group)
+            decay = optimizers.l2_coefficient(optimizer, group) / self.summed
+            waiting[known] = before + optimizers.rate(group) * self.summed, decay
 
     def _meet(self, optimizer: Any) -> None:
         self._met.add(type(optimizer))

@@ -155,7 +155,7 @@ class Unlearner:
             ValueError: If no example has finite gradients, or the memory does not suffice.
             IndefiniteError: If the curvature with its damping is not positive definite.
         """
-        gradients.calibrate(examples)
+        gradients = gradients.calibrate(examples)
         return cls(gradients, plan.fit(gradients, examples), examples, labels=labels, weight_decay=weight_decay)
 
     def newton_removal(self, indices: Indices, *, leverage: bool = False) -> ParameterUpdate:

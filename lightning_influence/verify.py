@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lightning_influence import per_sample
 from lightning_influence.isolation import isolated_rng
+from lightning_influence.loss_scale import LossScale
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.rows import held_bytes
 
@@ -19,6 +20,11 @@ _TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3}
 _COARSE = 5e-2
 # Gradients below this share of the whole are rounding noise in a layer that hardly learns.
 _NEGLIGIBLE = 1e-4
+# An example's own gradient, in a batch and among copies of itself, and the share of others below which it is rounding.
+_OWN_TOLERANCES = {torch.float64: 1e-7, torch.float32: 5e-4}
+_SMALL_SHARE = 1e-2
+# Examples compared so, chosen at random, besides the first and the last one.
+_DRAWN = 3
 
 # Captured tensors of a batch may take so many bytes: beyond, they fall out of the caches, every batch asks the system
 # for fresh memory, and larger batches no longer pay.
@@ -65,10 +71,11 @@ class _Look:
     sums: dict[str, Tensor]
     norms: dict[str, Tensor]
     values: Tensor | None
-    mean: float
     finite: Tensor
-    references: dict[int, float]
+    scale: LossScale
     tolerance: float
+    own_tolerance: float
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 def roomy_batch_size(inspection: Inspection) -> int:
@@ -89,9 +96,9 @@ def looked_at(training_batch: int) -> int:
 def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool = True) -> Inspection:
     """Run one batch, and check its per-example gradients against autograd.
 
-    Two checks: the summed per-example gradients equal ``.grad`` of the batch loss; and examples run alone have the
-    loss and the gradient norm that they have in the batch, so that gradients are filed under the right example and no
-    example's loss depends on its neighbours. Non-finite examples are left out of the checks.
+    Two checks: the summed per-example gradients equal ``.grad`` of the batch loss; and examples among copies of
+    themselves have the loss and the gradient that they have in the batch, so that gradients are filed under the right
+    example and no example's loss depends on its neighbours. Non-finite examples are left out of the checks.
 
     Args:
         gradients: The passes.
@@ -131,24 +138,35 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
             '). Leave these layers out with `uncovered="report"`, or pass `task=` without the randomness.'
         )
     error = _compare(gradients, indices, look)
-    if len(indices) > 1 and look.values is not None:
-        _compare_alone(gradients, indices, look, random)
-    elif len(indices) > 1 and not random:
-        _compare_mean(gradients, indices, look)
+    if len(indices) > 1:
+        _compare_alone(gradients, indices, random)
     return replace(look.inspection, largest_error=error, random=random)
 
 
 def _look(
-    gradients: ExampleGradients, indices: list[int], references: Mapping[int, float] | None = None, step_seed: int = 0
+    gradients: ExampleGradients,
+    indices: list[int],
+    scale: LossScale | None = None,
+    *,
+    step_seed: int = 0,
+    keep: Sequence[int] = (),
 ) -> _Look:
-    """Run one batch; by default every term is scaled such that the batch loss is the mean over this very batch."""
+    """Run one batch; by default every term is scaled such that the batch loss is the mean over this very batch.
+
+    Args:
+        gradients: The passes.
+        indices: The examples.
+        scale: Of the loss.
+        step_seed: Of what the step draws.
+        keep: Positions of the examples whose gradients are kept whole.
+    """
     positions: dict[str, int] = {}
     sums: dict[str, Tensor] = {}
     largest = total = 0
     norms: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
     start = time.perf_counter()
-    own = references is None
-    run = gradients.run(indices, everywhere=True, whole=True, own_scale=own, references=references, step_seed=step_seed)
+    run = gradients.with_scale(scale).run(indices, everywhere=True, whole=True, step_seed=step_seed)
     with closing(run) as batches:
         item = next(batches)
         loss, precise = item.loss, item.capture.precise
@@ -159,6 +177,9 @@ def _look(
             largest = max(largest, held_bytes(io.x))
             sums[io.name] = per_sample.summed_gradient(io.x, io.gs[0])
             norms[io.name] = per_sample.squared_norms(io.x, io.gs[0]).double()
+            if keep:
+                alone = torch.eye(len(indices), dtype=io.x.dtype, device=io.x.device)[list(keep), None, :, None, None]
+                kept[io.name] = torch.stack([per_sample.summed_gradient(io.x * only, io.gs[0]) for only in alone])
         dtype = next((block.dtype for block in sums.values()), torch.float32)
         inspection = Inspection(
             positions,
@@ -174,10 +195,11 @@ def _look(
             sums,
             norms,
             loss.values,
-            float(loss.loss.detach()),
             item.finite,
-            {term.number: term.batch_reference(loss.n) for term in loss.terms},
+            loss.scale,
             _TOLERANCES[dtype] if precise else _COARSE,
+            _OWN_TOLERANCES[dtype] if precise else _COARSE,
+            kept,
         )
 
 
@@ -215,7 +237,7 @@ def _compare(gradients: ExampleGradients, indices: list[int], look: _Look) -> fl
     return max(errors.values(), default=0.0)
 
 
-def _compare_alone(gradients: ExampleGradients, indices: list[int], look: _Look, random: bool) -> None:
+def _compare_alone(gradients: ExampleGradients, indices: list[int], random: bool) -> None:
     """Give a few examples copies of themselves for neighbours: nothing may change for them.
 
     In a batch of the same size, at the same place: a step that draws noise for each example then draws the same, and
@@ -223,29 +245,40 @@ def _compare_alone(gradients: ExampleGradients, indices: list[int], look: _Look,
     matter either (it does for an unknown sum).
     """
     n = len(indices)
-    trials = [(position, n) for position in dict.fromkeys((0, n // 2, n - 1))]
+    drawn = torch.randperm(n, generator=torch.Generator().manual_seed(n))[:_DRAWN].tolist()
+    compared = list(dict.fromkeys((0, n - 1, *drawn)))
+    look = _look(gradients, indices, keep=compared)
+    trials = [(k, position, n) for k, position in enumerate(compared)]
     if not random:
-        trials.append((0, _copies(n)))
-    for position, size in trials:
-        alone = _look(gradients, [indices[position]] * size, look.references)
+        trials.append((0, 0, _copies(n)))
+    for k, position, size in trials:
+        alone = _look(gradients, [indices[position]] * size, look.scale, keep=[position])
         pairs = [
-            (f"squared gradient norm in {name}", norms[position], alone.norms[name][position], _smallest(look, name))
-            for name, norms in look.norms.items()
-            if name in alone.norms
+            (f"gradient in {name}", kept[k], alone.kept[name][0], _smallest_own(look, name, k))
+            for name, kept in look.kept.items()
+            if name in alone.kept
         ]
         if look.values is not None and alone.values is not None:
-            pairs.append(("loss", look.values[position], alone.values[position], 0.0))
+            pairs.append(("loss", look.values[position], alone.values[position], 1e-12))
         for what, in_batch, by_itself, smallest in pairs:
-            there, here = float(in_batch), float(by_itself)
-            scale = max(abs(here), abs(there), smallest, 1e-12)
-            if not abs(here - there) <= 5 * look.tolerance * scale:
+            there, here = float(in_batch.norm()), float(by_itself.norm())
+            error = float((in_batch - by_itself).norm()) / max(here, there, smallest)
+            if not error <= look.own_tolerance:
                 raise VerificationError(
-                    f"example {indices[position]} has another {what} in a batch than alone ({there:.4g} and "
-                    f"{here:.4g}): its loss depends on the other examples (batch statistics, mixup, a contrastive "
-                    "loss), or the batch is not the first dimension of the layers' inputs and the logits. Influence of "
-                    "single examples is not defined then; pass `task=` with a loss per example, or accept it with "
-                    "`verify=False`."
+                    f"example {indices[position]} has another {what} in a batch than alone ({error:.2g} off, sizes "
+                    f"{there:.4g} and {here:.4g}): its loss depends on the other examples (batch statistics, mixup, a "
+                    "contrastive loss, a penalty on means over the batch), or the batch is not the first dimension of "
+                    "the layers' inputs and the logits, or the batch loss is not the mean of the losses of its "
+                    "examples and no known loss call was seen that would tell each one's part. Influence of single "
+                    "examples is not defined then; pass `task=`, a function (module, batch) -> one loss per example, "
+                    "or accept it with `verify=False`."
                 )
+
+
+def _smallest_own(look: _Look, name: str, k: int) -> float:
+    """Return the norm below which an example's gradient in a block is compared with that of others."""
+    own = torch.stack([kept[k].double().square().sum() for kept in look.kept.values()]).sum().sqrt()
+    return max(_SMALL_SHARE * float(own), _SMALL_SHARE * float(look.norms[name].max().sqrt()), 1e-30)
 
 
 def _smallest(look: _Look, name: str) -> float:
@@ -257,16 +290,3 @@ def _smallest(look: _Look, name: str) -> float:
 def _copies(n: int) -> int:
     """Size of a small batch of copies: not one, and never that of the batch, whose sum would pass for its mean."""
     return 2 if n != 2 else 3
-
-
-def _compare_mean(gradients: ExampleGradients, indices: list[int], look: _Look) -> None:
-    """Tell a mean from a sum where no known call does: every example of the batch is run alone."""
-    copies = _copies(len(indices))
-    means = [_look(gradients, [index] * copies, look.references).mean for index in indices]
-    expected = sum(means) / len(means)
-    if not abs(expected - look.mean) <= 5 * look.tolerance * max(abs(look.mean), 1e-6):
-        raise VerificationError(
-            f"the batch loss ({look.mean:.6g}) is not the mean of the losses of its examples alone ({expected:.6g}), "
-            "and no known loss call was seen that would tell each example's part. Return the mean from "
-            "`training_step`, or pass `task=`, a function (module, batch) -> one loss per example."
-        )

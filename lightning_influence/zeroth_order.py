@@ -114,8 +114,7 @@ def loss_paths(
     for checkpoint in checkpoints:
         kept: list[int] = []
         values: list[Tensor] = []
-        scale = gradients.references or {}  # as in passes with gradients: not that of the batch at hand
-        passes = gradients.losses(examples.tolist(), title="losses", references=scale)
+        passes = gradients.losses(examples.tolist(), title="losses")
         with checkpoint.loaded(gradients.module), closing(passes) as batches:
             for batch_indices, loss in batches:
                 if loss.values is None:

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from lightning_influence.coverage import Coverage
 from lightning_influence.isolation import generators_in, isolated_generators, isolated_rng
+from lightning_influence.loss_scale import LossScale
+from lightning_influence.optimizers import inner
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.task import Task
@@ -51,16 +53,48 @@ def surroundings(trainer: Trainer, module: LightningModule) -> Surroundings:
 
 
 def example_gradients(
-    trainer: Trainer, module: LightningModule, task: Task, source: ExampleSource, coverage: Coverage
+    trainer: Trainer,
+    module: LightningModule,
+    task: Task,
+    source: ExampleSource,
+    coverage: Coverage,
+    scale: LossScale | None = None,
 ) -> ExampleGradients:
     """Build the engine's passes with the trainer's surroundings and its progress bars."""
     progress = _progress_bar if trainer.progress_bar_callback is not None and trainer.is_global_zero else None
-    return ExampleGradients(module, task, source, coverage, progress=progress, **surroundings(trainer, module))
+    around = surroundings(trainer, module)
+    return ExampleGradients(module, task, source, coverage, progress=progress, scale=scale, **around)
 
 
 def after_training(trainer: Trainer, gradients: ExampleGradients) -> ExampleGradients:
-    """Return the same passes for use once training has ended: what they would log goes nowhere."""
-    return gradients.within(lambda: silenced_loggers(trainer))
+    """Return the same passes for use once training has ended: what they would log goes nowhere, the epoch stays."""
+    epoch = trainer.current_epoch
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        with silenced_loggers(trainer), at_epoch(trainer, epoch):
+            yield
+
+    return gradients.within(around)
+
+
+@contextmanager
+def at_epoch(trainer: Trainer, epoch: int) -> Iterator[None]:
+    """Let the module see an epoch: after the last one, ``current_epoch`` is one that nothing was trained in."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    before = progress.processed, progress.completed
+    try:
+        progress.processed = progress.completed = max(epoch, 0)
+        yield
+    finally:
+        progress.processed, progress.completed = before
+
+
+def trained(trainer: Trainer, module: LightningModule) -> frozenset[int] | None:
+    """Return the ids of the parameters that the trainer's optimizers hold; None if they hold none of the module's."""
+    groups = [group for optimizer in trainer.optimizers for group in inner(optimizer).param_groups]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    return frozenset(held.intersection(map(id, module.parameters()))) or None
 
 
 def audited_indices(trainer: Trainer, seen: list[int], size: int) -> list[int]:

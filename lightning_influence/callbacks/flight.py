@@ -24,10 +24,10 @@ class FlightRecorder:
 
     Args:
         recording: Where to file it.
+        trainer: The trainer.
         module: The model.
         layers: Layers to measure, as the argument of ``TracIn``.
         trace: How the model uses its parameters.
-        batch_size: Of the loader.
 
     Attributes:
         spent: Seconds that all recording has taken in the running batch, in between what training does.
@@ -37,15 +37,13 @@ class FlightRecorder:
     """
 
     def __init__(
-        self, recording: Recording, module: LightningModule, layers: Layers, trace: Trace, batch_size: int
+        self, recording: Recording, trainer: Trainer, module: LightningModule, layers: Layers, trace: Trace
     ) -> None:
-        cover(module, layers, trace=trace)  # only to find out now; which of them are trained may change
+        # Only to find out now; which of them are trained may change.
+        cover(module, layers, trace=trace, trained=bridge.trained(trainer, module))
         self._recording = recording
         self._layers = layers
         self._trace = trace
-        sums = bool(trace.forms) and all(form.sums for form in trace.forms.values())
-        # A sum over examples weighs them alike in every batch, a mean by the size of theirs.
-        self._batch_size = batch_size if sums else None
         self._flight: Flight | None = None
         self._trainable: list[int] = []
         # Visits of the batches since the last step: it is theirs.
@@ -74,7 +72,8 @@ class FlightRecorder:
         groups = [group for optimizer in trainer.optimizers for group in optimizers.inner(optimizer).param_groups]
         trainable = [id(p) for group in groups for p in group["params"] if p.requires_grad]
         if self._flight is None or trainable != self._trainable:  # callbacks thaw layers during training
-            coverage = cover(module, self._layers, trace=self._trace)
+            trained = bridge.trained(trainer, module)
+            coverage = cover(module, self._layers, trace=self._trace, trained=trained)
             self._flight, self._trainable = Flight(coverage, trainer.optimizers), trainable
         if listens or self._flight.needs_tap:
             return self._flight.tap(len(indices))
@@ -84,7 +83,8 @@ class FlightRecorder:
     def before_backward(self, trainer: Trainer, indices: Sequence[int], loss: Tensor) -> None:
         """Get ready for the backward pass of a batch."""
         if self._measuring and self._flight is not None:
-            n = len(indices) if self._batch_size is None else self._batch_size
+            # Gradients of a sum are those of the examples' own losses, those of a mean a part of them.
+            n = 1 if self._trace.sums else len(indices)
             scale = n * trainer.accumulate_grad_batches / bridge.loss_scale(trainer)
             try:
                 self._flight.start(indices, scale, loss)
@@ -113,7 +113,7 @@ class FlightRecorder:
         if not pending or not self._recording.first_time(trainer.global_step):
             return
         rates = {
-            (number, place): rate
+            (number, place): rate * self._recording.step_sizes.summed
             for number, stepping in enumerate(trainer.optimizers)
             for place, (rate, _) in enumerate(optimizers.rates(stepping))
             if optimizers.inner(stepping) is optimizers.inner(optimizer)

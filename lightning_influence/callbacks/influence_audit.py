@@ -33,7 +33,15 @@ from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.coverage import Layers, Uncovered, listed_layers
-from lightning_influence.curvature import CurvatureName, Damping, Fisher, IterativeSolver, Solver, check_curvature
+from lightning_influence.curvature import (
+    CurvatureName,
+    Damping,
+    Fisher,
+    IterativeSolver,
+    Solver,
+    check_curvature,
+    check_labels,
+)
 from lightning_influence.discover import trace_model
 from lightning_influence.influence import InfluencePlan
 from lightning_influence.query_pairs import Queries
@@ -200,10 +208,12 @@ class InfluenceAudit(Callback):
             trace = trace_model(module, task, source, indices=first, **bridge.surroundings(trainer, module))
             passes = TrainingPasses(source, task, trace, self.layers, self.uncovered)
             gradients = passes.gradients(trainer, module)
+            recording.step_sizes.summed = source.batch_size if trace.sums else 1
             if self.layers is None:
                 preparing.warn_of_gaps(gradients.coverage)
             check_curvature(gradients, self.curvature, first)
             inspection = inspect(gradients, first, verify=self.verify)
+            check_labels(self.curvature, self.fisher, inspection.exact_draws)
             if queries is not None:
                 validation = bridge.validation_queries(trainer, module, task, gradients.coverage)
                 queries.check(trainer, module, task, gradients.coverage, validation)
@@ -211,7 +221,7 @@ class InfluenceAudit(Callback):
         flight = None
         if self.tracin is not None and self.tracin.mode == "step":
             layers = self.layers if self.tracin.layers is None else self.tracin.layers
-            flight = FlightRecorder(recording, module, layers, trace, source.batch_size)
+            flight = FlightRecorder(recording, trainer, module, layers, trace)
         # Last: what can't be audited leaves no directory behind.
         store = preparing.open_store(trainer, self.dirpath)
         known_noise = None if self.known_noise is None else self.known_noise.numpy()

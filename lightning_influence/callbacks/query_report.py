@@ -81,7 +81,7 @@ class QueryReport:
         if not self.asked.of_set or not sets or bridge.is_dry_run(trainer):
             return
         try:
-            self.asked.measured.measure(sets)
+            self.asked.measured.measure([(queries.with_scale(None), chosen) for queries, chosen in sets])
         except torch.OutOfMemoryError:
             raise
         # A user's function may raise anything, and so may a task that meets another kind of batch.

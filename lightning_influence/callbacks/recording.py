@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from lightning_influence import distributed, optimizers
 from lightning_influence.dynamics import History, TrainingDynamics, call_in_graph
+from lightning_influence.loss_scale import HeardTerms, TermKey
 from lightning_influence.losses import CrossEntropy, LossCall
 from lightning_influence.neighbours import NeighbourRecord
 from lightning_influence.pacing import Pace
 from lightning_influence.scoring import ExampleScores
-from lightning_influence.task import calls_in, primary_call
-from lightning_influence.terms import TermForm
+from lightning_influence.task import calls_in
+from lightning_influence.terms import TermForm, placed_calls, steady_terms
 from lightning_influence.tracin import Increments, StepSizes, TracIn, TracInScores, VisitSums
 from lightning_influence.watch import Reliance
 
@@ -50,6 +51,7 @@ class Recording:
         # Audit directory that holds the checkpoints so far; before resuming, that of the run before.
         self.checkpoint_directory = ""
         self.untapped_batches = 0
+        self.heard = HeardTerms()
         self.failures: list[str] = []
         self.failed_passes: list[int] = []  # epochs
         self.notes: list[str] = []
@@ -86,7 +88,7 @@ class Recording:
         self,
         indices: Sequence[int],
         loss: Tensor,
-        forms: Mapping[int, TermForm] | None = None,
+        forms: Mapping[TermKey, TermForm] | None = None,
         *,
         last: bool = True,
     ) -> bool:
@@ -106,6 +108,8 @@ class Recording:
             if not (told or last):
                 return False
             self._note(indices)
+            if not told or call is None or call.reduction != "mean" or call.class_weights is not None:
+                self.heard.add(None)  # else this one is what was heard before, or it would not be relied upon
             if told and call is not None:
                 self.dynamics.record_rows(indices, call)
             else:
@@ -120,14 +124,18 @@ class Recording:
         indices: Sequence[int],
         loss: Tensor,
         calls: Sequence[LossCall],
-        forms: Mapping[int, TermForm] | None = None,
+        forms: Mapping[TermKey, TermForm] | None = None,
     ) -> None:
         """File one training batch under its indices, by the first known call that its loss is made of."""
         if self.failed:
             return
         try:
+            n = len(indices)
             self._note(indices)
-            if (plain := _plain_call(loss, calls, len(indices), forms)) is not None:
+            placed = placed_calls(calls_in(loss, calls), forms or {})
+            self.heard.terms.update(key for key, _, _ in placed)
+            self.heard.add(steady_terms(placed, n))
+            if (plain := _plain(placed, n)) is not None:
                 told = None if self._graph.given_up else call_in_graph(loss)
                 agreed = told is not None and _agree(plain, told)
                 self._graph.compared(agreed)
@@ -135,10 +143,11 @@ class Recording:
                 self.dynamics.record_rows(indices, told if agreed and told is not None else plain)
                 return
             self._graph.compared(False)
-            call = primary_call(loss, calls, len(indices), forms)
+            call = next((call for _, call, _ in placed if call.rows_match(n)), None)
             if call is None:
                 self.untapped_batches += 1
                 return
+            call = trained_elements(loss, call)
             with torch.no_grad():
                 self.dynamics.record_call(indices, call)
         except Exception as error:  # a statistic must never end a training run
@@ -208,12 +217,12 @@ class Recording:
             self.visits.synchronise()
         self._seen = self._gathered_seen()
 
-    def _is_still_plain(self, call: CrossEntropy, n: int, forms: Mapping[int, TermForm] | None) -> bool:
+    def _is_still_plain(self, call: CrossEntropy, n: int, forms: Mapping[TermKey, TermForm] | None) -> bool:
         """As ``_is_plain``, without a search where the logits have the history of a batch before."""
         one_each = call.input.shape[:-1] == call.target.shape == (n,)
         if self._history is not None and one_each and self._history.is_of(call.input):
             return True
-        plain = _is_plain(call, n, forms)
+        plain = all(_is_plain(call, n, form) for form in (forms or {}).values())
         self._history = History.of(call.input) if plain else None
         return plain
 
@@ -300,6 +309,7 @@ class Recording:
             "pace": self.pace.state_dict(),
             "next_step": self._next_step,
             "checkpoint_directory": self.checkpoint_directory,
+            "heard": self.heard.state_dict(),
             "incomplete": {
                 "untapped_batches": self.untapped_batches,
                 "failures": list(self.failures),
@@ -332,6 +342,7 @@ class Recording:
             self.pace.load_state_dict(state["pace"])
         self._next_step = state.get("next_step", 0)
         self.checkpoint_directory = state.get("checkpoint_directory", "")
+        self.heard = HeardTerms.of_state(state.get("heard"))
         # What the columns lack, they lack after resuming, too.
         lacking = state.get("incomplete", {})
         self.untapped_batches = lacking.get("untapped_batches", 0)
@@ -343,18 +354,30 @@ class Recording:
         self.neighbours.load_state_dict(state)
 
 
-def _plain_call(
-    loss: Tensor, calls: Sequence[LossCall], n: int, forms: Mapping[int, TermForm] | None
-) -> CrossEntropy | None:
-    """Return what ``primary_call`` does if that is a cross-entropy with a row per example."""
-    call = next(iter(calls_in(loss, calls)), None)
-    return call if type(call) is CrossEntropy and _is_plain(call, n, forms) else None
+def _plain(calls: Sequence[tuple[TermKey, LossCall, TermForm | None]], n: int) -> CrossEntropy | None:
+    """Return the first of the calls that a loss is made of, if that is a mean of cross-entropies, one per example."""
+    if not calls:
+        return None
+    _, call, form = calls[0]
+    plain = type(call) is CrossEntropy and call.reduction != "none" and _is_plain(call, n, form)
+    return call if plain and isinstance(call, CrossEntropy) else None
 
 
-def _is_plain(call: CrossEntropy, n: int, forms: Mapping[int, TermForm] | None) -> bool:
+def _is_plain(call: CrossEntropy, n: int, form: TermForm | None) -> bool:
     """Tell whether a cross-entropy has one row for each of ``n`` examples, in their order."""
-    form = (forms or {}).get(0)
     return n > 0 and (form is None or (form.layout is not None and form.layout.dim == 0)) and call.single_rows(n)
+
+
+def trained_elements(loss: Tensor, call: LossCall) -> LossCall:
+    """Return a call whose elements are known not to count where the batch loss gives them no weight: a mask by hand.
+
+    Only where the task has the elements in its hands (``reduction="none"``); what is run backward is the little that
+    it did with them, long before training's own backward pass.
+    """
+    if call.reduction != "none" or call.output.ndim == 0:
+        return call
+    (coefficient,) = torch.autograd.grad(loss, call.output, retain_graph=True, allow_unused=True)
+    return call if coefficient is None else call.counting(coefficient.detach() != 0)
 
 
 def _agree(heard: CrossEntropy, told: CrossEntropy) -> bool:

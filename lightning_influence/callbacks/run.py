@@ -89,7 +89,8 @@ class AuditRun:
             return
         self.reporter.take_over_checkpoints(self.tracin, self.recording, trainer.global_step)
         if self.recording.postponed == trainer.global_step and self.recording.step_sizes.steps:
-            self._score_checkpoint(trainer, module, self.tracin)
+            with bridge.at_epoch(trainer, trainer.current_epoch - 1):
+                self._score_checkpoint(trainer, module, self.tracin)
 
     # ---------------------------------------------------------------- a batch
 
@@ -97,7 +98,9 @@ class AuditRun:
     def batch_started(self, trainer: Trainer, module: LightningModule, indices: list[int] | None) -> None:
         """Listen for the losses of these examples; None if it is not known which they are."""
         self.stop_listening()
-        if indices is not None:
+        if indices is None:
+            self.recording.heard.add(None)  # there is a batch that nothing tells about
+        else:
             listens = self.recording.listens(trainer.current_epoch)
             tap = None if self.flight is None else self.flight.tap(trainer, module, indices, listens=listens)
             if tap is None and listens:
@@ -197,9 +200,7 @@ class AuditRun:
         indices = self._indices(trainer)
         start = time.perf_counter()
         with bridge.silenced_loggers(trainer):
-            gradients = self.passes.gradients(trainer, module)
-            gradients.calibrate(indices)
-            self.passes.references = gradients.references
+            gradients = self.passes.scaled(trainer, module, indices, self.recording.heard)
             scores = score_examples(
                 gradients,
                 indices,
@@ -231,6 +232,10 @@ class AuditRun:
 
     def finish(self, trainer: Trainer, module: LightningModule) -> AuditReport | None:
         """Fit the curvature, score every example, write the report; None on other ranks than zero."""
+        with bridge.at_epoch(trainer, trainer.current_epoch - 1):
+            return self._finish(trainer, module)
+
+    def _finish(self, trainer: Trainer, module: LightningModule) -> AuditReport | None:
         indices = self._indices(trainer)
         if bridge.is_dry_run(trainer):
             indices = (indices or list(range(self.recording.size)))[: self.passes.source.batch_size]
@@ -238,7 +243,9 @@ class AuditRun:
             rank_zero_warn("no influence audit: no training batch was seen.")
             return None
         recording, reporter, inspection = self.recording, self.reporter, self.inspection
-        gradients = self.passes.gradients(trainer, module)
+        start = time.perf_counter()
+        gradients = self.passes.scaled(trainer, module, indices, recording.heard)
+        scaling = time.perf_counter() - start
         history = recording.step_sizes.history()
 
         def planned(curvature: CurvatureName) -> InfluencePlan:
@@ -251,6 +258,7 @@ class AuditRun:
         step_sizes = self._last_step_sizes(trainer, module, gradients.coverage)
         with bridge.silenced_loggers(trainer):
             result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=step_sizes)
+        result.seconds["loss scale"] = scaling
         if self.flight is not None:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_influence import distributed
 from lightning_influence.callbacks import bridge
 from lightning_influence.coverage import Layers, Uncovered, cover
+from lightning_influence.loss_scale import HeardTerms, LossScale
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import ExampleSource
-from lightning_influence.task import Task
+from lightning_influence.task import Task, TrainingStepTask
 from lightning_influence.trace import Trace
 
 
@@ -24,8 +27,6 @@ class TrainingPasses:
         trace: How the model uses its parameters.
         layers: Layers to cover, as the callback's argument.
         uncovered: What to do about parameters without a closed form, as the callback's argument.
-        references: The scale of losses that depend on their batch, once a pass has measured it. Labels and weights of
-            classes stay, so one look per run is enough.
     """
 
     source: ExampleSource
@@ -33,12 +34,39 @@ class TrainingPasses:
     trace: Trace
     layers: Layers = None
     uncovered: Uncovered = "report"
-    references: dict[int, float] | None = None
+    # Labels and weights of classes stay, so one look per run is enough.
+    _measured: LossScale | None = field(default=None, init=False)
 
-    def gradients(self, trainer: Trainer, module: LightningModule) -> ExampleGradients:
+    def gradients(self, trainer: Trainer, module: LightningModule, scale: LossScale | None = None) -> ExampleGradients:
         """Return passes at the weights of the moment."""
         # Anew each time: callbacks that thaw a backbone change what there is to cover.
-        coverage = cover(module, self.layers, trace=self.trace, uncovered=self.uncovered)
-        gradients = bridge.example_gradients(trainer, module, self.task, self.source, coverage)
-        gradients.references = self.references
-        return gradients
+        coverage = cover(
+            module, self.layers, trace=self.trace, uncovered=self.uncovered, trained=bridge.trained(trainer, module)
+        )
+        return bridge.example_gradients(trainer, module, self.task, self.source, coverage, scale)
+
+    def scaled(
+        self, trainer: Trainer, module: LightningModule, indices: Sequence[int], heard: HeardTerms
+    ) -> ExampleGradients:
+        """Return passes with the loss scale of the training examples.
+
+        Args:
+            trainer: The trainer.
+            module: The model.
+            indices: The training examples.
+            heard: What the training batches have told of it: if that settles it, no pass is needed.
+        """
+        told, of_mean = HeardTerms.joined(distributed.gather_objects(heard)), not self.trace.sums
+        settled = told.scale(self.source.batch_size, of_mean=of_mean)
+        scale = self._measured
+        if not isinstance(self.task, TrainingStepTask):
+            settled = None  # what was heard is something else
+        if settled is not None and settled.keys() <= self.trace.forms.keys():
+            scale = settled
+        elif scale is not None and not told.terms <= scale.keys():
+            scale = None  # the step has other terms by now
+        if scale is None:
+            with bridge.silenced_loggers(trainer):
+                scale = self.gradients(trainer, module).calibrate(indices, of_mean=of_mean).scale
+            self._measured = scale
+        return self.gradients(trainer, module, scale)

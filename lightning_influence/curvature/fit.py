@@ -27,8 +27,9 @@ from lightning_influence.curvature.full import (
 from lightning_influence.curvature.ladder import LADDER, CurvatureName, check_memory
 from lightning_influence.curvature.spectrum import IndefiniteError
 from lightning_influence.memory import available_bytes, fits, readable
-from lightning_influence.passes import BatchGradients, ExampleGradients, Labels
+from lightning_influence.passes import NO_EXACT_LABELS, BatchGradients, ExampleGradients, Labels
 from lightning_influence.precision import working_dtype
+from lightning_influence.terms import TaskError
 
 Fisher = Literal["auto", "exact", "sampled", "empirical"]
 
@@ -154,11 +155,23 @@ def check_curvature(gradients: ExampleGradients, name: CurvatureName, indices: S
     make = LADDER[name].product
     if make is None:
         return
-    references = gradients.references
-    try:
-        make(gradients, list(indices[:_LOOKED_AT]), parameters=BlockCoordinates(gradients.coverage.blocks).parameters)
-    finally:
-        gradients.references = references  # those of a few examples are not those of the data
+    trial = gradients.with_scale(None)  # that of the data is not worth a pass yet
+    make(trial, list(indices[:_LOOKED_AT]), parameters=BlockCoordinates(gradients.coverage.blocks).parameters)
+
+
+def check_labels(name: CurvatureName, fisher: Fisher, exact_draws: int | None) -> None:
+    """Find out before training whether a curvature can have the labels that are asked for.
+
+    Args:
+        name: Which approximation.
+        fisher: Which labels.
+        exact_draws: Those of one example, None where the expectation over labels has no closed form.
+
+    Raises:
+        TaskError: If it is the exact expectation, and that has none.
+    """
+    if fisher == "exact" and exact_draws is None and (LADDER[name].block.measures or LADDER[name].product):
+        raise TaskError(f'fisher="exact": {NO_EXACT_LABELS}')
 
 
 def _fit_blocks(

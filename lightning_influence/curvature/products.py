@@ -100,7 +100,7 @@ class CurvatureProduct(ABC):
         self._chunk = chunk
         self._vectorised = True
         self._stored: list[tuple[int, Any]] | None = None
-        gradients.calibrate(indices)
+        _ = gradients.scale  # measured before anything is frozen
         total, bad, overflow = self._look(distributed.share(indices))
         if distributed.any_process(overflow):
             raise ValueError(
@@ -220,7 +220,7 @@ class CurvatureProduct(ABC):
 
     def _evaluate(self, batch: Any, n: int) -> BatchLoss:
         # Seeded alike in every product, or a step with random numbers would make another matrix every time.
-        return self._gradients.forward(batch, n, self._gradients.references or {})
+        return self._gradients.forward(batch, n)
 
     @contextmanager
     def _pass(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ loss Hessian (generalised Gauss-Newton matrix, GGN). One class per loss; nobody 
 from __future__ import annotations
 
 from lightning_influence.losses.binary import BinaryCrossEntropy, BinaryProbabilities
-from lightning_influence.losses.call import ElementwiseLoss, LossCall
+from lightning_influence.losses.call import ElementwiseLoss, LossCall, single
 from lightning_influence.losses.entropy import CrossEntropy, Divergence
 from lightning_influence.losses.likelihood import NormalLikelihood, PoissonLikelihood
 from lightning_influence.losses.reading import all_arguments, known_loss, known_losses, read_call
@@ -31,4 +31,5 @@ __all__ = [
     "known_loss",
     "known_losses",
     "read_call",
+    "single",
 ]

@@ -69,7 +69,7 @@ class _Binary(ElementwiseLoss):
         if single(shares.shape):
             found = {
                 "predicted": (logits > 0).long(),
-                "label": (target > 0.5).long(),
+                "label": (target > 0.5).long().masked_fill(~counted, -1),
                 "probabilities": torch.stack([1 - probabilities, probabilities], -1),
             }
             result |= decisions(found, shares)
@@ -106,6 +106,12 @@ class BinaryCrossEntropy(_Binary):
         """Return ``p (1 - p)``."""
         probabilities = self.probabilities()
         return probabilities * (1 - probabilities)
+
+    def _counted(self) -> Tensor:
+        counted = super()._counted()
+        if self.pos_weight is None:
+            return counted
+        return counted & (self.pos_weight * self.target + 1 - self.target != 0)
 
     def _root(self, values: Tensor) -> Tensor:
         if self.pos_weight is not None:

@@ -18,6 +18,7 @@ from lightning_influence.losses.shares import SIDE_BY_SIDE, Shares, picked_share
 from lightning_influence.precision import working, working_dtype
 
 _Call = TypeVar("_Call", bound="LossCall")
+_Elementwise = TypeVar("_Elementwise", bound="ElementwiseLoss")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,7 @@ class LossCall(ABC):
             picked from. None if that is not known.
         follow: Whether to follow rows to the tensor that they were picked from; not if that is one and the same for
             every batch (a table made from parameters).
+        place: Where it was called, see ``loss_scale.calling_place``.
     """
 
     output: Tensor
@@ -41,6 +43,7 @@ class LossCall(ABC):
     reduction: str
     layout: BatchLayout | None = field(default=SIDE_BY_SIDE, kw_only=True)
     follow: bool = field(default=True, kw_only=True)
+    place: tuple[tuple[str, int, int], ...] = field(default=(), kw_only=True)
     _found: dict[int, Shares | None] = field(default_factory=dict, init=False, repr=False)
 
     @abstractmethod
@@ -79,6 +82,14 @@ class LossCall(ABC):
         ``loss`` is the mean over the example's own elements without class weights in its scale; ``margin``, ``el2n``
         and ``wrong`` likewise; ``predicted`` and ``label`` (integers, -1 if ignored) and ``probabilities`` only if
         there is one class decision per example.
+        """
+
+    @abstractmethod
+    def counting(self: _Call, counted: Tensor) -> _Call:
+        """Return the same call in which only some elements count, the others being ignored as by ``ignore_index``.
+
+        Args:
+            counted: Bool, shaped like what the call returned with ``reduction="none"``.
         """
 
     def log_odds(self, n: int, positive: int | None = None) -> Tensor | None:
@@ -212,10 +223,6 @@ class LossCall(ABC):
             return float(n)
         return float(self.weights().sum()) / n if self.reduction == "mean" else 1.0
 
-    def natural_reference(self, n: int) -> float | None:
-        """Return the reference that needs no look at the other examples, if there is one."""
-        return None
-
     def scale_varies(self, n: int) -> bool:
         """Tell whether the same example would weigh differently in another batch.
 
@@ -223,6 +230,16 @@ class LossCall(ABC):
         example of the batch.
         """
         return self.reduction == "sum" or (self.reduction == "mean" and self._positions_vary(n))
+
+    def steady_divisor(self, n: int, *, alone: bool) -> float | None:
+        """Return ``batch_reference`` of a mean if it follows from shapes alone, and can't be another in other batches.
+
+        Args:
+            n: Number of examples in the batch.
+            alone: Whether the loss is made of nothing else.
+        """
+        known = self.reduction == "mean" and self.rows_match(n) and not self.scale_varies(n)
+        return math.prod(self.element_shape) / n if known else None
 
     def _positions_vary(self, n: int) -> bool:
         shape = self.element_shape
@@ -254,6 +271,11 @@ class ElementwiseLoss(LossCall):
     @abstractmethod
     def curvature(self) -> Tensor:
         """Return the second derivative (or Fisher information) of every element, unweighted, detached."""
+
+    def counting(self: _Elementwise, counted: Tensor) -> _Elementwise:
+        """Return the same call with weights of 0 for the elements that do not count."""
+        weights = torch.ones((), device=counted.device) if self.element_weights is None else self.element_weights
+        return replace(self, element_weights=torch.where(counted, weights.to(self.input.dtype), 0))
 
     def elements(self) -> Tensor:
         """Return ``[r, ...]``."""

@@ -38,11 +38,6 @@ class CrossEntropy(LossCall):
     def _element_dim(self, dim: int) -> int | None:
         return None if dim == 1 else max(dim - 1, 0)
 
-    def natural_reference(self, n: int) -> float | None:
-        """Return 1 where each example makes one decision: those without a label then simply have no loss."""
-        plain = self.reduction == "mean" and self.class_weights is None and not self._soft
-        return 1.0 if plain and self._one_each(n) else None
-
     def elements(self) -> Tensor:
         """Return ``[r, ...]``."""
         if self.log_probabilities and not self._soft:
@@ -71,8 +66,18 @@ class CrossEntropy(LossCall):
 
     def scale_varies(self, n: int) -> bool:
         """Tell whether the same example would weigh differently in another batch: weights, ignored targets, sums."""
-        uneven = self.reduction == "mean" and not self._soft and self.natural_reference(n) is None
+        plain = self.class_weights is None and self.target.numel() == n and single(self.noise_shape(n))
+        uneven = self.reduction == "mean" and not self._soft and not plain
         return uneven or super().scale_varies(n)
+
+    def steady_divisor(self, n: int, *, alone: bool) -> float | None:
+        """Return 1; None where some labels may be ignored, which matters beside other terms."""
+        return super().steady_divisor(n, alone=alone) if alone or self._soft else None
+
+    def counting(self, counted: Tensor) -> CrossEntropy:
+        """Return the same call without labels for the elements that do not count."""
+        labels = torch.where(counted.unsqueeze(1), self.target, 0) if self._soft else None
+        return replace(self, target=self.target.where(counted, self.ignore_index) if labels is None else labels)
 
     def sampled_gradient(self, scale: Tensor, noise: Tensor) -> Tensor:
         """Return ``± sqrt(scale * mass * p_c / q_c) * (p - onehot(c))``, class ``c`` drawn with probability ``q_c``.
@@ -187,11 +192,11 @@ class CrossEntropy(LossCall):
     @property
     def _kept(self) -> Tensor:
         if self._soft:
-            return torch.ones_like(self.input[:, 0], dtype=torch.bool)
-        return self.target != self.ignore_index
-
-    def _one_each(self, n: int) -> bool:
-        return self.target.numel() == n and single(self.noise_shape(n))
+            return (self.target != 0).any(1)
+        kept = self.target != self.ignore_index
+        if self.class_weights is None or self.label_smoothing:  # smoothed, other classes have weights, too
+            return kept
+        return kept & (self.class_weights[self.target.where(kept, 0)] != 0)
 
     def _hard_target(self) -> Tensor:
         return self.target.argmax(1) if self._soft else self.target.where(self._kept, 0)
@@ -257,6 +262,15 @@ class Divergence(LossCall):
         whole = super().scale(coefficient, n, reference)
         return whole if self.reduction != "none" else whole.movedim(self.class_dim, 1)
 
+    def steady_divisor(self, n: int, *, alone: bool) -> float | None:
+        """Return what the mean divides by, per example."""
+        found = super().steady_divisor(n, alone=alone)
+        return None if found is None else (self.input.numel() if self.rows is None else self.rows) / n
+
+    def counting(self, counted: Tensor) -> Divergence:
+        """Return the same call without targets for the elements that do not count."""
+        return replace(self, target=torch.where(counted.movedim(self.class_dim, 1), self.target, 0))
+
     def sampled_gradient(self, scale: Tensor, noise: Tensor) -> Tensor:
         """Return ``sqrt(Σ_c scale t_c) * (p - onehot(sampled))``."""
         return self._decision(scale).sampled_gradient(torch.ones((), device=self.input.device), noise)
@@ -274,7 +288,7 @@ class Divergence(LossCall):
         target = working(self.target.detach())
         divergence = F.kl_div(working(self.input.detach()), target, reduction="none").sum(1)
         found = self._decision().statistics(n)
-        return found | {"loss": self._mean(divergence, torch.ones_like(divergence, dtype=torch.bool), n)}
+        return found | {"loss": self._mean(divergence, (target != 0).any(1), n)}
 
     def _decision(self, scale: Tensor | None = None) -> CrossEntropy:
         """The same as cross-entropy with soft labels, weighted by ``scale``."""

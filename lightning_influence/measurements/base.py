@@ -118,7 +118,7 @@ class Statistic(Measurement):
         for (queries, indices), groups in zip(sets, assigned, strict=True):
             measuring = queries.measuring(self)
             if not gradient:
-                with closing(measuring.losses(indices, references=queries.references or {})) as losses:
+                with closing(measuring.losses(indices)) as losses:
                     for found, loss in losses:
                         sums.count(loss, _of(groups, found))
                 continue

@@ -138,7 +138,7 @@ def measured_values(queries: ExampleGradients, indices: Sequence[int], statistic
     seen: list[int] = []
     parts = [torch.zeros(0, dtype=torch.float64)]
     measuring = queries.measuring(statistic)
-    with closing(measuring.losses(indices, title="queries", references=queries.references or {})) as losses:
+    with closing(measuring.losses(indices, title="queries")) as losses:
         for own, loss in losses:
             values = statistic.values(loss)
             if values is None:

@@ -1,0 +1,249 @@
+"""The loss scale: what every term of the loss is weighed with, so that an example counts the same in every batch.
+
+``ℓ(z)`` is the sum of the example's own elements over all terms. A term multiplies its elements with a factor that may
+depend on the batch: one over the number of tokens, of labelled examples, of examples of a kind, over the sum of class
+weights. In ``ℓ`` it is one over the mean of these divisors over the training batches, so that the batch loss is on
+average the mean of ``ℓ``; a sum has the training batch size in place of the batch's own. Two units are as the task has
+them: a loss that is nothing but sums over examples has the sum of ``ℓ`` for its batch loss, and one that is a plain
+mean over those examples that count at all (others are ignored or masked) has that mean.
+
+A scale is made once for a set of passes, over all their examples, and nobody changes it afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+Place: TypeAlias = tuple[tuple[str, int, int], ...]
+
+# Frames of a call's way that tell places apart: a loss function of the user's own is called from several.
+_DEPTH = 8
+_OWN = __name__.partition(".")[0]
+_CALLERS = {_OWN, "lightning", "pytorch_lightning"}
+_ALIKE = 1e-5
+
+
+class TermKey(NamedTuple):
+    """Which term of the loss a call is, in any batch: what is called, and where.
+
+    Calls at the same place, as in a loop over heads, are told apart by their order alone. A loop that skips some of
+    them in some batches is refused (``ScaleTally.scale``); one that takes them in another order is not noticed.
+
+    Attributes:
+        kind: Class of the loss.
+        place: File, line and instruction of the call, then of the user's functions that led to it.
+        occurrence: Number of the call among those of its kind at its place in the batch.
+    """
+
+    kind: str
+    place: Place
+    occurrence: int
+
+    def __str__(self) -> str:
+        """Return what it is called in messages."""
+        where = f" at {self.place[0][0]}:{self.place[0][1]}" if self.place else ""
+        return f"{self.kind}{where}" + (f" (number {self.occurrence + 1} there)" if self.occurrence else "")
+
+
+class TaskError(RuntimeError):
+    """The loss of a batch can't be understood; the message says what was seen and the way out."""
+
+
+class ScaleError(TaskError):
+    """A term of the loss has no scale that holds in every batch; the message says which, and the way out."""
+
+
+def calling_place() -> Place:
+    """Return where the user's code is: file, line and instruction of its innermost functions, outside of torch."""
+    found: list[tuple[str, int, int]] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and len(found) < _DEPTH:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in _CALLERS:
+            if found:
+                break
+        elif package != "torch":
+            found.append((frame.f_code.co_filename, frame.f_lineno, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class LossScale(Mapping[TermKey, float]):
+    """Term to its reference: mean divisor per example (means), or batch size (sums); see ``LossTerm.correction``.
+
+    Attributes:
+        of_mean: Whether the batch loss is on average the mean of ``ℓ``; else it is their sum.
+    """
+
+    _references: Mapping[TermKey, float] = field(default_factory=dict)
+    of_mean: bool = True
+
+    def __getitem__(self, key: TermKey) -> float:
+        """Return the reference of a term.
+
+        Raises:
+            ScaleError: If it was met in no training batch.
+        """
+        if key not in self._references:
+            known = ", ".join(map(str, self._references)) or "none"
+            raise ScaleError(
+                f"the loss has a term that the loss scale does not know, {key}: no batch that it was measured on had "
+                f"it (known: {known}). A loss that depends on more than its batch (chance, the epoch, a "
+                "counter) needs a `task=` that does not."
+            )
+        return self._references[key]
+
+    def __contains__(self, key: object) -> bool:
+        """Tell whether a term is known."""
+        return key in self._references
+
+    def __iter__(self) -> Iterator[TermKey]:
+        """Iterate over the terms."""
+        return iter(self._references)
+
+    def __len__(self) -> int:
+        """Return the number of terms."""
+        return len(self._references)
+
+
+class TermShare(NamedTuple):
+    """What a batch says about the scale of one of its terms.
+
+    Attributes:
+        key: The term.
+        reference: Divisor per example; 0 if nothing in the batch counts.
+        sums: Whether the term is a sum over examples, whose divisor is the batch size.
+        among_counted: The divisor over the number of examples that count, where every one of them has one element and
+            the same weight; else None.
+    """
+
+    key: TermKey
+    reference: float
+    sums: bool
+    among_counted: float | None = None
+
+
+@dataclass(eq=False)
+class _Entry:
+    total: float = 0.0
+    sums: bool = False
+    among_counted: float | Literal["unknown"] | None = "unknown"
+
+    def add(self, other: _Entry) -> None:
+        self.total += other.total
+        self.sums |= other.sums
+        mine, theirs = self.among_counted, other.among_counted
+        if mine == "unknown":
+            self.among_counted = theirs
+        elif theirs != "unknown" and (mine is None or theirs is None or not math.isclose(mine, theirs, rel_tol=_ALIKE)):
+            self.among_counted = None
+
+
+@dataclass(eq=False)
+class ScaleTally:
+    """Adds up what the batches of a data set say about the scale of the terms."""
+
+    examples: int = 0
+    entries: dict[TermKey, _Entry] = field(default_factory=dict)
+    counts: dict[tuple[str, Place], set[int]] = field(default_factory=dict)
+
+    def add(self, n: int, terms: Sequence[TermShare]) -> None:
+        """Add a batch of ``n`` examples."""
+        self.examples += n
+        at_place: dict[tuple[str, Place], int] = {}
+        for key, reference, sums, among_counted in terms:
+            entry = _Entry(reference * n, sums, among_counted if reference else "unknown")
+            self.entries.setdefault(key, _Entry()).add(entry)
+            at_place[key[:2]] = at_place.get(key[:2], 0) + 1
+        for place, count in at_place.items():
+            self.counts.setdefault(place, set()).add(count)
+
+    def merge(self, other: ScaleTally) -> None:
+        """Add what another process has seen."""
+        self.examples += other.examples
+        for key, entry in other.entries.items():
+            self.entries.setdefault(key, _Entry()).add(entry)
+        for place, counts in other.counts.items():
+            self.counts.setdefault(place, set()).update(counts)
+
+    def scale(self, batch_size: int, *, of_mean: bool | None = None) -> LossScale:
+        """Return the scale.
+
+        Args:
+            batch_size: Of training.
+            of_mean: See ``LossScale``; by default whether some term is no sum.
+
+        Raises:
+            ScaleError: If calls at one place can't be told apart.
+        """
+        for key, entry in self.entries.items():
+            if len(self.counts[key[:2]]) > 1 and not entry.sums:
+                raise ScaleError(
+                    f"{key} is called {' or '.join(map(str, sorted(self.counts[key[:2]])))} times in a batch, "
+                    "and which of its calls are left out can't be told, nor how much each weighs. Make the same calls "
+                    'in every batch, write each of them out in a line of its own, or sum with `reduction="sum"`.'
+                )
+        if of_mean is None:
+            of_mean = not all(entry.sums for entry in self.entries.values())
+        references: dict[TermKey, float] = {}
+        for key, entry in self.entries.items():
+            mean = entry.total / max(self.examples, 1)
+            if len(self.entries) == 1 and isinstance(entry.among_counted, float):
+                mean = entry.among_counted
+            # Nothing of the term counted anywhere: any number will do.
+            if entry.sums:
+                references[key] = float(batch_size if of_mean else 1)
+            else:
+                references[key] = (mean or 1.0) * (1 if of_mean else batch_size)
+        return LossScale(references, of_mean)
+
+
+@dataclass(eq=False)
+class HeardTerms:
+    """What training itself has told of the loss scale, batch by batch.
+
+    Attributes:
+        terms: All terms that were heard.
+        steady: The terms of every batch, each with its divisor per example, if they were the same in all batches and
+            none of them depends on its batch; empty before the first batch, None if that is not so, or not known.
+    """
+
+    terms: set[TermKey] = field(default_factory=set)
+    steady: tuple[tuple[TermKey, float], ...] | None = ()
+
+    def add(self, batch: tuple[tuple[TermKey, float], ...] | None) -> None:
+        """Note what a batch was made of; None if that is not known, or depends on the batch."""
+        if self.steady is not None and batch != self.steady:
+            self.steady = batch if self.steady == () else None
+
+    def scale(self, batch_size: int, *, of_mean: bool) -> LossScale | None:
+        """Return the scale, if the batches settle it."""
+        if not self.steady:
+            return None
+        unit = 1 if of_mean else batch_size
+        return LossScale({key: divisor * unit for key, divisor in self.steady}, of_mean)
+
+    @classmethod
+    def joined(cls, parts: Sequence[HeardTerms]) -> HeardTerms:
+        """Put together what several processes have heard."""
+        steady = {part.steady for part in parts if part.steady != ()}
+        return cls(set().union(*(part.terms for part in parts)), steady.pop() if len(steady) == 1 else None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return it in primitives."""
+        return {"terms": [tuple(key) for key in self.terms], "steady": self.steady and [*map(tuple, self.steady)]}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any] | None) -> HeardTerms:
+        """Go on from a checkpoint; nothing is known of what one without a state has heard."""
+        if state is None:
+            return cls(steady=None)
+        steady = state["steady"]
+        pairs = None if steady is None else tuple((TermKey(*key), divisor) for key, divisor in steady)
+        return cls({TermKey(*key) for key in state["terms"]}, pairs)
