@@ -2,10 +2,12 @@
 
 ``ℓ(z)`` is the sum of the example's own elements over all terms. A term multiplies its elements with a factor that may
 depend on the batch: one over the number of tokens, of labelled examples, of examples of a kind, over the sum of class
-weights. In ``ℓ`` it is one over the mean of these divisors over the training batches, so that the batch loss is on
-average the mean of ``ℓ``; a sum has the training batch size in place of the batch's own. Two units are as the task has
-them: a loss that is nothing but sums over examples has the sum of ``ℓ`` for its batch loss, and one that is a plain
-mean over those examples that count at all (others are ignored or masked) has that mean.
+weights. In ``ℓ`` it is one over the mean of these divisors over all training batches, so that the batch loss is on
+average the mean of ``ℓ``: a mean over the examples of a kind divides by their share times the batch size. (A batch
+that has none of the kind counts with 0 then, so that a kind that most batches lack weighs more than in training.) A sum
+has the training batch size in place of the batch's own. Two units are as the task has them: a loss that is nothing but
+sums over examples has the sum of ``ℓ`` for its batch loss, and one that is a mean over those examples that count at
+all (others are ignored or masked) has that mean.
 
 A scale is made once for a set of passes, over all their examples, and nobody changes it afterwards.
 """
@@ -117,7 +119,7 @@ class TermShare(NamedTuple):
 
     Attributes:
         key: The term.
-        reference: Divisor per example; 0 if nothing in the batch counts.
+        reference: Divisor per example, see ``LossTerm.batch_reference``; 0 if nothing in the batch counts.
         sums: Whether the term is a sum over examples, whose divisor is the batch size.
         among_counted: The divisor over the number of examples that count, where every one of them has one element and
             the same weight; else None.
@@ -129,20 +131,45 @@ class TermShare(NamedTuple):
     among_counted: float | None = None
 
 
+# A number that is the same in all batches so far; "any" before the first of them, None where they differ.
+_Same: TypeAlias = float | Literal["any"] | None
+
+
+def _same(a: _Same, b: _Same) -> _Same:
+    if a == "any" or b == "any":
+        return b if a == "any" else a
+    return a if a is not None and b is not None and math.isclose(a, b, rel_tol=_ALIKE) else None
+
+
 @dataclass(eq=False)
 class _Entry:
+    """A term in several batches: sum of the divisors, and what is the same in all of them."""
+
     total: float = 0.0
     sums: bool = False
-    among_counted: float | Literal["unknown"] | None = "unknown"
+    reference: _Same = "any"
+    among_counted: _Same = "any"
 
     def add(self, other: _Entry) -> None:
         self.total += other.total
         self.sums |= other.sums
-        mine, theirs = self.among_counted, other.among_counted
-        if mine == "unknown":
-            self.among_counted = theirs
-        elif theirs != "unknown" and (mine is None or theirs is None or not math.isclose(mine, theirs, rel_tol=_ALIKE)):
-            self.among_counted = None
+        self.reference = _same(self.reference, other.reference)
+        self.among_counted = _same(self.among_counted, other.among_counted)
+
+    def divisor(self, examples: int, *, alone: bool) -> float:
+        """Return the divisor per example; a term without others is left in the unit that it has for one example."""
+        steady, among = self.reference, self.among_counted
+        # The mean over those that count, unless it is one over all, of which as many count in every batch.
+        unsteady = not isinstance(steady, float) or not _is_one(steady)
+        if alone and isinstance(among, float) and unsteady and (steady is None or _is_one(among)):
+            return among
+        if isinstance(steady, float):
+            return steady
+        return self.total / max(examples, 1) or 1.0  # if nothing counts, any number will do
+
+
+def _is_one(value: float) -> bool:
+    return math.isclose(value, 1, rel_tol=_ALIKE)
 
 
 @dataclass(eq=False)
@@ -158,7 +185,7 @@ class ScaleTally:
         self.examples += n
         at_place: dict[tuple[str, Place], int] = {}
         for key, reference, sums, among_counted in terms:
-            entry = _Entry(reference * n, sums, among_counted if reference else "unknown")
+            entry = _Entry(reference * n, sums, reference, among_counted) if reference else _Entry(sums=sums)
             self.entries.setdefault(key, _Entry()).add(entry)
             at_place[key[:2]] = at_place.get(key[:2], 0) + 1
         for place, count in at_place.items():
@@ -193,14 +220,11 @@ class ScaleTally:
             of_mean = not all(entry.sums for entry in self.entries.values())
         references: dict[TermKey, float] = {}
         for key, entry in self.entries.items():
-            mean = entry.total / max(self.examples, 1)
-            if len(self.entries) == 1 and isinstance(entry.among_counted, float):
-                mean = entry.among_counted
-            # Nothing of the term counted anywhere: any number will do.
             if entry.sums:
                 references[key] = float(batch_size if of_mean else 1)
             else:
-                references[key] = (mean or 1.0) * (1 if of_mean else batch_size)
+                divisor = entry.divisor(self.examples, alone=len(self.entries) == 1)
+                references[key] = divisor * (1 if of_mean else batch_size)
         return LossScale(references, of_mean)
 
 

@@ -181,7 +181,7 @@ class ExampleGradients:
 
         With class weights or ``ignore_index`` a mean is over weights, not examples, and a sum grows with the batch:
         the same example would get other gradients in other batches, see ``loss_scale``. All examples are visited,
-        forward only, in random batches of the training batch size: what one of them holds, others need not.
+        forward only, in batches as training has them: what one of them holds, others need not.
 
         Args:
             indices: Dataset indices.
@@ -308,9 +308,9 @@ class ExampleGradients:
         """Measure the loss scale of examples, see ``calibrate``."""
         size, tally = self.source.batch_size, ScaleTally()
         order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0)).tolist()
-        shuffled = [indices[place] for place in order]
+        ordered = list(indices) if self.source.sequential else [indices[place] for place in order]
         # The same batches, however many processes there are.
-        own = distributed.share([shuffled[start : start + size] for start in range(0, len(shuffled), size)])
+        own = distributed.share([ordered[start : start + size] for start in range(0, len(ordered), size)])
         visited = [index for batch in own for index in batch]
         with closing(self.with_scale(None).losses(visited, title="loss scale", everywhere=True, size=size)) as batches:
             for _, loss in batches:

@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, cast
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from lightning_influence.isolation import generators_in, isolated_generators, seed_everything, seed_generator
 
@@ -55,6 +63,7 @@ class ExampleSource:
         self.worker_init_fn = worker_init_fn
         self.multiprocessing_context: Any = None
         self.pin_memory = False
+        self.sequential = False  # whether training takes them in their own order: else in a random one
         self._seeded: Dataset[Any] | None = None
         self._generators: list[Any] | None = None
 
@@ -91,6 +100,7 @@ class ExampleSource:
         )
         source.multiprocessing_context = loader.multiprocessing_context
         source.pin_memory = loader.pin_memory
+        source.sequential = type(getattr(loader.batch_sampler, "sampler", None)) is SequentialSampler
         return source
 
     def __len__(self) -> int:

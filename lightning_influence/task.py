@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from lightning_influence.loss_scale import LossScale, TermKey, calling_place
 from lightning_influence.losses import LossCall, all_arguments, known_loss, read_call
-from lightning_influence.terms import BatchLoss, TaskError, TermForm, placed_calls, understand
+from lightning_influence.terms import BatchLoss, TaskError, TermForm, understand
 
 
 class Task(Protocol):
@@ -153,21 +153,6 @@ def calls_in(loss: Tensor, calls: Sequence[LossCall]) -> list[LossCall]:
         seen.update(ahead)
         waiting.extend(ahead)
     return [call for call in calls if id(call) in found]
-
-
-def primary_call(
-    loss: Tensor, calls: Sequence[LossCall], n: int, forms: Mapping[TermKey, TermForm] | None = None
-) -> LossCall | None:
-    """Return the first call that a loss is made of and whose rows can be shared out over ``n`` examples.
-
-    Args:
-        loss: The batch loss, before its backward pass.
-        calls: What the tap saw.
-        n: Number of examples in the batch.
-        forms: See ``evaluate``.
-    """
-    placed = placed_calls(calls_in(loss, calls), forms or {})
-    return next((call for _, call, _ in placed if call.rows_match(n)), None)
 
 
 def evaluate(

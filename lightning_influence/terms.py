@@ -101,16 +101,12 @@ class LossTerm:
 
     def share(self, n: int) -> TermShare:
         """Return what this batch says about the scale of the term."""
-        return TermShare(self.key, self.batch_reference(n), self.sums, self._among_counted(n))
-
-    def _among_counted(self, n: int) -> float | None:
-        """See ``TermShare``."""
-        if self.sums or not single(self.call.noise_shape(n)):
-            return None
         weights = self.coefficient if self.call.reduction == "none" else self.call.weights()
         counted = weights[weights != 0].abs()
-        alike = len(counted) > 0 and bool(counted.max() <= (1 + 1e-5) * counted.min())
-        return self.batch_reference(n) * n / len(counted) if alike else None
+        reference, among = (self.batch_reference(n) if len(counted) else 0.0), None
+        if reference and single(self.call.noise_shape(n)) and bool(counted.max() <= (1 + 1e-5) * counted.min()):
+            among = reference * n / len(counted)
+        return TermShare(self.key, reference, self.sums, among)
 
 
 @dataclass(frozen=True, eq=False)

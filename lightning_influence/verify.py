@@ -253,13 +253,14 @@ def _compare_alone(gradients: ExampleGradients, indices: list[int], random: bool
         trials.append((0, 0, _copies(n)))
     for k, position, size in trials:
         alone = _look(gradients, [indices[position]] * size, look.scale, keep=[position])
-        pairs = [
+        pairs: list[tuple[str, Tensor, Tensor, float]] = []
+        if look.values is not None and alone.values is not None:
+            pairs.append(("loss", look.values[position], alone.values[position], 1e-12))
+        pairs += [
             (f"gradient in {name}", kept[k], alone.kept[name][0], _smallest_own(look, name, k))
             for name, kept in look.kept.items()
             if name in alone.kept
         ]
-        if look.values is not None and alone.values is not None:
-            pairs.append(("loss", look.values[position], alone.values[position], 1e-12))
         for what, in_batch, by_itself, smallest in pairs:
             there, here = float(in_batch.norm()), float(by_itself.norm())
             error = float((in_batch - by_itself).norm()) / max(here, there, smallest)
@@ -269,9 +270,9 @@ def _compare_alone(gradients: ExampleGradients, indices: list[int], random: bool
                     f"{there:.4g} and {here:.4g}): its loss depends on the other examples (batch statistics, mixup, a "
                     "contrastive loss, a penalty on means over the batch), or the batch is not the first dimension of "
                     "the layers' inputs and the logits, or the batch loss is not the mean of the losses of its "
-                    "examples and no known loss call was seen that would tell each one's part. Influence of single "
-                    "examples is not defined then; pass `task=`, a function (module, batch) -> one loss per example, "
-                    "or accept it with `verify=False`."
+                    "examples alone and no known loss call was seen that would tell each one's part. Influence of "
+                    "single examples is not defined then; pass `task=`, a function (module, batch) -> one loss per "
+                    "example, or accept it with `verify=False`."
                 )
 
 

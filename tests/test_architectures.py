@@ -95,7 +95,6 @@ def test_self_influence(name: str, directory: Path) -> None:
     source = ExampleSource(data, batch_size=3, collate_fn=architecture.collate)
     coverage = discover(module, task, source)
     passes = ExampleGradients(module, task, source, coverage)
-    passes.calibrate(range(n))
     curvature = fit(passes, "ekfac", range(n), examples=FactorExamples(n, n), labels=("true", "true"))
     vectors: dict[str, Tensor] = {}
     for block in coverage.blocks.values():
@@ -123,7 +122,6 @@ def test_the_length_of_the_longest_text_does_not_matter(order: str) -> None:
     for size in (2, 7):
         source = ExampleSource(data, batch_size=size, collate_fn=architecture.collate)
         passes = ExampleGradients(module, task, source, discover(module, task, source))
-        passes.calibrate(range(7))
         with closing(passes.run(range(7))) as batches:
             assert all(bool(batch.finite.all()) for batch in batches)
         results.append(score_examples(passes, range(7)).columns["grad_norm_squared"])

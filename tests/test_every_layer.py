@@ -359,7 +359,6 @@ def test_examples_without_a_label_have_no_gradient(batch_size: int) -> None:
     source = ExampleSource(cast("Any", examples), batch_size=batch_size)
     coverage = discover(module, masked_language_model, source)
     gradients = ExampleGradients(module, masked_language_model, source, coverage)
-    gradients.calibrate(range(5))
     found = {name: torch.zeros_like(value) for name, value in expected.items()}
     with closing(gradients.run(range(5))) as batches:
         for batch in batches:

@@ -62,7 +62,6 @@ def test_passes_do_not_depend_on_the_batch(name: str) -> None:
     gradients = _passes(loss, net=Tagger().float() if single else None)
     net, batch = gradients.module, Sequences(torch.float32 if single else torch.float64).data
     assert inspect(gradients, range(BATCH_SIZE)).tapped
-    gradients.calibrate(range(N))
     exact: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if single else {"rtol": 1e-9, "atol": 1e-11}
     own = sums(net(batch["x"]), batch) / divisor(batch)
     (expected,) = torch.autograd.grad(own.sum(), net.get_parameter("head.weight"), retain_graph=True)
@@ -77,7 +76,6 @@ def test_examples_are_found_wherever_they_are(name: str) -> None:
     loss = LAYOUTS[name][0] if name in LAYOUTS else PICKED[name]
     gradients = _passes(loss)
     assert inspect(gradients, range(BATCH_SIZE)).tapped
-    gradients.calibrate(range(N))
     values, blocks = _everything(gradients, 5)
     net, batch = gradients.module, sequences()
     for index in range(N):
@@ -105,7 +103,6 @@ class _Odd(Tagger):
 def test_gradients_one_at_a_time_weigh_as_those_of_the_batch(name: str) -> None:
     gradients = _passes(SCALES[name][0], "exact", _Odd())
     assert inspect(gradients, range(BATCH_SIZE)).tapped
-    gradients.calibrate(range(N))
     net, batch = gradients.module, sequences()
     assert isinstance(net, _Odd)
     _, sums, divisor = SCALES[name]
@@ -123,7 +120,6 @@ def test_a_weighted_absolute_error_is_that_of_training() -> None:
 
     gradients = _passes(loss)
     inspect(gradients, range(BATCH_SIZE))
-    gradients.calibrate(range(N))
     values, _ = _everything(gradients, 5)
     net, batch = gradients.module, sequences()
     own = batch["weight"] * (net(batch["x"]) - batch["t"]).abs().mean((1, 2)) / batch["weight"].mean()

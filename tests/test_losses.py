@@ -399,26 +399,6 @@ def test_which_means_depend_on_their_batch(name: str, varies: bool) -> None:
     assert not CASES[name].call("none")[0].scale_varies(N)
 
 
-@pytest.mark.parametrize(
-    ("name", "reduction", "natural"),
-    [
-        ("cross-entropy: plain", "mean", 1.0),
-        ("cross-entropy: ignored", "mean", 1.0),
-        ("cross-entropy: nll", "mean", 1.0),
-        ("cross-entropy: plain", "sum", None),
-        ("cross-entropy: ignored", "none", None),
-        ("cross-entropy: class weights", "mean", None),
-        ("cross-entropy: tokens", "mean", None),
-        ("cross-entropy: pixels", "mean", None),
-        ("cross-entropy: soft", "mean", None),
-        ("binary: one output", "mean", None),
-        ("squared: one output", "mean", None),
-    ],
-)
-def test_one_decision_per_example_has_a_scale_of_its_own(name: str, reduction: str, natural: float | None) -> None:
-    assert CASES[name].call(reduction)[0].natural_reference(N) == natural
-
-
 @pytest.mark.parametrize(("rows", "n", "match"), [(12, 6, True), (12, 12, True), (12, 5, False), (4, 8, False)])
 def test_rows_are_shared_out_evenly(rows: int, n: int, match: bool) -> None:
     logits, target = torch.zeros(rows, 3), torch.zeros(rows, dtype=torch.long)

@@ -125,7 +125,6 @@ def test_gradients_of_unknown_losses_are_those_of_the_examples_alone(name: str) 
     inspection = inspect(gradients, range(4))
     assert not inspection.tapped
     assert inspection.exact_draws is None or name in ("focal", "partly known")
-    gradients.calibrate(range(N))
     _assert_as_alone(_run(gradients, range(N)), _alone(gradients.module, task, data))
     with closing(gradients.run(range(N))) as batches:
         assert all(batch.loss.values is None for batch in batches)

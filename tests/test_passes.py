@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import weakref
 from collections import namedtuple
@@ -405,7 +404,6 @@ def test_after_calibration_an_example_weighs_the_same_in_every_batch(name: str, 
     source = ExampleSource.from_loader(DataLoader(data, batch_size=8, shuffle=True))
     source.pass_batch_size = batch_size
     gradients = ExampleGradients(net, task, source, cover(net))
-    gradients.calibrate(range(N))
     found = _collect(gradients, range(N))
     _assert_reference(found, net, lambda z, y: own(z, y).sum(), data)
     sampled = _collect(gradients, range(N), "sampled", draw=1)
@@ -426,12 +424,11 @@ def test_ignored_labels_that_come_late_are_scaled_alike_in_every_batch() -> None
     found = []
     for batch_size in (4, 8):
         gradients = _gradients(data=data, batch_size=batch_size)
-        gradients.calibrate(range(N))
         found.append(_collect(gradients, range(N)))
     _assert_same(*found)
 
 
-def test_calibration_of_a_plain_loss_is_one_batch() -> None:
+def test_calibration_visits_every_batch_once() -> None:
     calls = []
 
     def task(module: nn.Module, batch: Any) -> Tensor:
@@ -440,8 +437,8 @@ def test_calibration_of_a_plain_loss_is_one_batch() -> None:
 
     gradients = _gradients(task, batch_size=4)
     calls.clear()
-    gradients.calibrate(range(N))
-    assert calls == [4]
+    assert gradients.scale is gradients.measuring(None).within(nullcontext).on(gradients.source).scale
+    assert sum(calls) == N
 
 
 # --------------------------------------------------------------------------------------------------------- labels
@@ -648,7 +645,6 @@ def test_the_model_is_as_before_however_a_pass_ends(ending: str, pass_: Any) -> 
     def consume() -> None:
         nonlocal seen
         if pass_ == "calibrate":
-            gradients.calibrate(range(N))
             return
         iterator = gradients.losses(range(N)) if pass_ == "losses" else gradients.run(range(N), pass_)
         with closing(iterator) as batches:
@@ -952,8 +948,7 @@ def test_right_gradients_pass(name: str, batch: int, calibrated: bool) -> None:
     torch.manual_seed(3)
     gradients = _gradients(task, model().double(), _data(shape=shape))
     if calibrated:
-        gradients.calibrate(range(N))
-    references = copy.copy(gradients.references)
+        gradients = gradients.calibrate(range(N))
     seen = inspect(gradients, range(batch))
     assert isinstance(seen, Inspection)
     assert seen.largest_error is not None
@@ -961,7 +956,7 @@ def test_right_gradients_pass(name: str, batch: int, calibrated: bool) -> None:
     assert seen.tapped is tapped
     assert seen.exact_draws == classes
     assert list(seen.positions) == list(gradients.coverage.blocks)
-    assert gradients.references == references
+    assert (gradients._scale.measure is None) is calibrated, "a look is no reason to visit all data"
 
 
 def test_right_gradients_pass_in_float32() -> None:

@@ -455,7 +455,6 @@ class TestLosses:
         data = TensorDataset(torch.randn(N, 4).double(), soft(torch.randint(0, C, (N,))))
         gradients = passes(net, on_targets(INFORMATION[name]), data)
         expected = torch.zeros(5 * C, 5 * C).double()
-        gradients.calibrate(range(N))
         with closing(gradients.run(range(N), "exact")) as batches:
             for batch in batches:
                 (io,) = batch.layers()
@@ -614,7 +613,7 @@ class TestHolding:
 
         monkeypatch.setattr(ExampleSource, "batches", counted)
         gradients = p.passes()
-        gradients.references = {}
+        assert gradients.scale
         # Batches of 4, 4 and 3 examples, each with 4 float64 numbers and a label.
         for room, held in ((11 * 5 * 8, True), (11 * 5 * 8 - 1, False), (3 * 5 * 8, False)):
             product = GGNProduct(gradients, range(N), hold_bytes=room)

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_influence.loss_scale import LossScale, ScaleTally
 from lightning_influence.losses import (
     AbsoluteError,
     BinaryCrossEntropy,
@@ -334,9 +335,10 @@ def test_a_reference_replaces_the_scale_of_the_batch() -> None:
         total = F.cross_entropy(logits[-1], batch[1], WEIGHT)
         return total + 0.1 * F.mse_loss(logits[-1], _onehot(batch[1]), reduction="sum")
 
-    references = {0: 1.25, 1: 32.0}
-    whole = evaluate(task, net, (x, y), N, references)
-    parts = [evaluate(task, net, (x[part], y[part]), len(y[part]), references) for part in (slice(3), slice(3, N))]
+    scale = LossScale(dict(zip(evaluate(task, net, (x, y), N).scale, (1.25, 32.0), strict=True)))
+    logits.clear()
+    whole = evaluate(task, net, (x, y), N, scale)
+    parts = [evaluate(task, net, (x[part], y[part]), len(y[part]), scale) for part in (slice(3), slice(3, N))]
     z = logits[0]
     expected = WEIGHT[y] * _nll(z, y) / 1.25 + 32 * 0.1 * (z - _onehot(y)).square().sum(1)
     torch.testing.assert_close(whole.values, expected.detach(), **EXACT)
@@ -349,7 +351,10 @@ def test_a_reference_replaces_the_scale_of_the_batch() -> None:
 def test_an_ignored_label_is_no_loss_and_leaves_the_others_as_they_are() -> None:
     """The mean over 8 - k labels is not the mean of the own losses, which do not depend on k."""
     net, (x, y) = _net(), _batch()
-    result = evaluate(_task(LOSSES["ignored"][0]), net, (x, y), N, {})
+    own = evaluate(_task(LOSSES["ignored"][0]), net, (x, y), N)
+    tally = ScaleTally()
+    tally.add(N, [term.share(N) for term in own.terms])
+    result = evaluate(_task(LOSSES["ignored"][0]), net, (x, y), N, tally.scale(N))
     z = net(x)
     expected = (y != 1) * _nll(z, y)
     assert 0 < int((y == 1).sum()) < N

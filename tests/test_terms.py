@@ -33,14 +33,15 @@ from loss_cases import (
 from torch import Tensor, nn
 
 from lightning_influence.layout import BatchLayout
+from lightning_influence.loss_scale import LossScale, ScaleTally, TermKey
 from lightning_influence.losses import CrossEntropy
-from lightning_influence.task import LossTap, calls_in, evaluate, primary_call
-from lightning_influence.terms import BatchLoss, TermForm, term_forms
+from lightning_influence.task import LossTap, calls_in, evaluate
+from lightning_influence.terms import BatchLoss, TermForm, placed_calls, term_forms
 
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 
 
-def _forms(loss: Loss, net: nn.Module, batch: Batch) -> dict[int, TermForm]:
+def _forms(loss: Loss, net: nn.Module, batch: Batch) -> dict[TermKey, TermForm]:
     small, large = (evaluate(loss, net, taken(batch, rows), len(rows)) for rows in ([0, 1], [0, 1, 0]))
     return term_forms(small, large)
 
@@ -61,7 +62,7 @@ def test_examples_are_found_wherever_they_are(name: str, steps: int) -> None:
     loss, layout = LAYOUTS[name]
     net = Tagger()
     forms = _forms(loss, net, sequences())
-    assert forms == {0: TermForm(layout, False)}
+    assert list(forms.values()) == [TermForm(layout, False)]
     batch = sequences(steps=steps)
     for n in (1, 2, 4, 5, 8, N):
         part = taken(batch, range(n))
@@ -90,7 +91,8 @@ def test_labels_sampled_for_an_example_reach_that_example(name: str) -> None:
         seen.append(module(data["x"]) if not seen else seen[0])
         return loss(lambda x: seen[0] if x is data["x"] else seen[0].transpose(0, 1), data)
 
-    result = evaluate(task, net, batch, N, forms=forms)
+    (key,) = [term.key for term in evaluate(task, net, batch, N).seen]
+    result = evaluate(task, net, batch, N, forms=dict.fromkeys([key], *forms.values()))
 
     def noise(shape: tuple[int, ...]) -> Tensor:
         values = torch.full((N, *shape), 1e-12, dtype=torch.float64)
@@ -112,7 +114,7 @@ def test_time_major_squared_errors() -> None:
         return F.mse_loss(module(b["x"].transpose(0, 1)), b["t"].transpose(0, 1))
 
     forms = _forms(loss, net, batch)
-    assert forms == {0: TermForm(BatchLayout(1, "major"), False)}
+    assert list(forms.values()) == [TermForm(BatchLayout(1, "major"), False)]
     result = evaluate(loss, net, batch, N, forms=forms)
     own = (net(batch["x"]) - batch["t"]).square().mean((1, 2))
     torch.testing.assert_close(result.values, own.detach(), **EXACT)
@@ -135,7 +137,7 @@ def test_rows_that_do_not_fit_are_not_shared_out_by_force() -> None:
 
 def test_a_batch_that_contradicts_the_form_is_not_shared_out() -> None:
     net = Tagger()
-    forms = {0: TermForm(BatchLayout(1, "major"), False)}
+    forms = dict.fromkeys(_forms(LAYOUTS["rows"][0], net, sequences()), TermForm(BatchLayout(1, "major"), False))
     result = evaluate(LAYOUTS["rows"][0], net, sequences(), N, forms=forms)
     assert not result.tapped
     assert result.values is None
@@ -145,7 +147,8 @@ def test_values_that_do_not_tell_leave_rows_side_by_side() -> None:
     """Every token alike: rows in turn and rows side by side are the same then."""
     net, batch = Tagger(), sequences()
     same = {name: value[:1, :1].expand(value.shape) if value.ndim > 1 else value for name, value in batch.items()}
-    assert _forms(LAYOUTS["time-major, flat"][0], net, same)[0].layout == BatchLayout(0, "major")
+    (form,) = _forms(LAYOUTS["time-major, flat"][0], net, same).values()
+    assert form.layout == BatchLayout(0, "major")
 
 
 # ---------------------------------------------------------------------------------------------------- picked rows
@@ -219,11 +222,10 @@ def test_one_picked_row_per_example_is_a_decision(pick: Callable[[Tensor, Batch]
         return F.cross_entropy(pick(module(b["x"]), b), b["y"][:, 0])
 
     forms = _forms(loss, net, batch)
-    result = evaluate(loss, net, batch, N, {}, forms)
+    result = evaluate(loss, net, batch, N, None, forms)
     z = pick(net(batch["x"]), batch)
     torch.testing.assert_close(result.values, F.cross_entropy(z, batch["y"][:, 0], reduction="none"), **EXACT)
     assert result.exact_draws() == C
-    assert not result.terms[0].scale_varies(N)
     assert torch.equal(result.terms[0].call.statistics(N)["predicted"], z.argmax(1))
 
 
@@ -267,7 +269,7 @@ def test_picked_rows_that_cannot_be_followed_are_never_shared_out(pick: Callable
         return F.cross_entropy(z, torch.zeros(len(z), dtype=torch.long))
 
     forms = _forms(loss, net, batch)
-    assert forms == {0: TermForm(None, False)}
+    assert list(forms.values()) == [TermForm(None, False)]
     by_chance = 0
     for n in range(2, N + 1):
         part = taken(batch, range(n))
@@ -304,8 +306,8 @@ def test_rows_looked_up_in_a_table_belong_to_who_asked(each: int, derived: bool)
         return F.cross_entropy(rows, b["y"].repeat_interleave(b["ids"].shape[1]))
 
     forms = _forms(loss, net, batch)
-    assert forms == {0: TermForm(BatchLayout(0, "major"), False, follow=not derived)}
-    for known in (forms, {0: TermForm(BatchLayout(0, "major"), False, follow=False)}):
+    assert list(forms.values()) == [TermForm(BatchLayout(0, "major"), False, follow=not derived)]
+    for known in (forms, {key: TermForm(BatchLayout(0, "major"), False, follow=False) for key in forms}):
         result = evaluate(loss, net, batch, N, forms=known)
         table = F.normalize(net["table"]) if derived else net["table"]
         z = torch.tanh(table[batch["ids"]] @ net["head"])
@@ -331,14 +333,13 @@ def test_owners_of_rows_that_repeat() -> None:
 # ---------------------------------------------------------------------------------------------- scales of examples
 
 
-def _calibrated(loss: Loss, net: nn.Module, batch: Batch, forms: dict[int, TermForm]) -> dict[int, float]:
-    totals: dict[int, float] = {}
+def _calibrated(loss: Loss, net: nn.Module, batch: Batch, forms: dict[TermKey, TermForm]) -> LossScale:
+    tally = ScaleTally()
     for start in range(0, N, BATCH_SIZE):
         part = taken(batch, range(start, min(start + BATCH_SIZE, N)))
         n = len(part["x"])
-        for term in evaluate(loss, net, part, n, forms=forms).terms:
-            totals[term.number] = totals.get(term.number, 0.0) + n * term.training_reference(n, BATCH_SIZE)
-    return {number: total / N for number, total in totals.items()}
+        tally.add(n, [term.share(n) for term in evaluate(loss, net, part, n, forms=forms).terms])
+    return tally.scale(BATCH_SIZE)
 
 
 @pytest.mark.parametrize("name", SCALES)
@@ -354,13 +355,13 @@ def test_an_example_weighs_the_same_in_every_batch(name: str) -> None:
         assert alone.tapped
         assert alone.values is not None
         torch.testing.assert_close(alone.values.mean(), alone.loss.detach().to(alone.values), **single)
-    references = _calibrated(loss, net, batch, forms)
+    scale = _calibrated(loss, net, batch, forms)
     expected = (sums(net(batch["x"]), batch) / divisor(batch)).detach()
     for n in (1, 2, 3, 5, N):
         values, gradients = [], torch.zeros_like(net.head.weight)
         for start in range(0, N, n):
             part = taken(batch, range(start, min(start + n, N)))
-            result = evaluate(loss, net, part, len(part["x"]), references, forms)
+            result = evaluate(loss, net, part, len(part["x"]), scale, forms)
             assert result.values is not None
             values.append(result.values)
             gradients += _gradients(result, net.head.weight)
@@ -378,15 +379,15 @@ def test_the_fisher_weighs_examples_as_their_losses(name: str) -> None:
     """Twice the weight of an example's loss is twice its Fisher: the traces agree with the Hessian's."""
     loss, sums, divisor = SCALES[name]
     net, batch = Tagger(), sequences()
-    forms = _forms(loss, net, batch)
-    references = _calibrated(loss, net, batch, forms)
     seen: list[Tensor] = []
 
     def task(module: Any, data: Batch) -> Tensor:
         seen[:] = [net(data["x"])]
         return loss(lambda x: seen[0], data)
 
-    result = evaluate(task, net, batch, N, references, forms)
+    forms = _forms(task, net, batch)
+    scale = _calibrated(task, net, batch, forms)
+    result = evaluate(task, net, batch, N, scale, forms)
     draws = 40
     trace = torch.zeros(N, dtype=torch.float64)
     for draw in range(draws):  # evenly spread noise: the trace asks for no independence
@@ -398,16 +399,6 @@ def test_the_fisher_weighs_examples_as_their_losses(name: str) -> None:
     assert bool(((trace - expected).abs() <= 0.06 * expected + 1e-9).all())
 
 
-def test_what_needs_a_look_at_all_data_to_be_scaled() -> None:
-    net, batch = Tagger(), sequences()
-    varies = {}
-    for name, (loss, _, _) in SCALES.items():
-        result = evaluate(loss, net, batch, N, forms=_forms(loss, net, batch))
-        varies[name] = any(term.scale_varies(N) for term in result.terms)
-    # Means over examples, whose number is known, need none.
-    assert {name for name, needed in varies.items() if not needed} == {"mean of means", "weights of examples"}
-
-
 def test_a_batch_in_which_nothing_counts() -> None:
     """0 / 0 in the task: such examples have no loss, and do not spoil those of other batches."""
     net, batch = Tagger(), sequences()
@@ -417,21 +408,21 @@ def test_a_batch_in_which_nothing_counts() -> None:
     for name in ("mean by hand", "sum over tokens", "tokens"):
         loss = SCALES[name][0]
         forms = _forms(loss, net, batch)
-        references = {0: 2.5}
+        scale = LossScale(dict.fromkeys(forms, 2.5))
         if name == "sum over tokens":  # divides integers
             continue
-        result = evaluate(loss, net, taken(batch, range(8, N)), 4, references, forms)
+        result = evaluate(loss, net, taken(batch, range(8, N)), 4, scale, forms)
         assert result.values is not None
         assert result.values.tolist() == [0.0] * 4
-        assert result.terms[0].training_reference(4, 4) == 0.0
+        assert result.terms[0].share(4).reference == 0.0
         assert not bool(_gradients(result, net.head.weight).any())
 
 
 # ----------------------------------------------------------------------------------------------------- many terms
 
 
-def test_terms_keep_their_numbers_where_one_is_missing_its_rows() -> None:
-    """The first call's rows do not fit: the second is still number 1, by which its reference goes."""
+def test_terms_keep_their_keys_where_one_is_missing_its_rows() -> None:
+    """The first call's rows do not fit: the second has its own key, by which its reference goes."""
     net, batch = Tagger(), sequences()
 
     def loss(module: Any, b: Batch) -> Tensor:
@@ -440,9 +431,10 @@ def test_terms_keep_their_numbers_where_one_is_missing_its_rows() -> None:
             z[:, 0], b["y"][:, 0], torch.tensor([1.0, 2.0, 3.0]).double()
         )
 
-    result = evaluate(loss, net, batch, N, {1: 2.0})
-    assert [term.number for term in result.seen] == [0, 1]
-    assert [term.number for term in result.terms] == [1]
+    (of_squares, of_labels) = [term.key for term in evaluate(loss, net, batch, N).seen]
+    result = evaluate(loss, net, batch, N, LossScale({of_labels: 2.0}))
+    assert [term.key for term in result.seen] == [of_squares, of_labels]
+    assert [term.key for term in result.terms] == [of_labels]
     assert result.terms[0].reference == 2.0
     assert not result.tapped
 
@@ -468,7 +460,7 @@ def test_several_terms_in_several_layouts() -> None:
         BatchLayout(1, "major"),
         BatchLayout(0, "major"),
     ]
-    references = _calibrated(loss, net, batch, forms)
+    scale = _calibrated(loss, net, batch, forms)
     z = net(batch["x"])
     bits = F.binary_cross_entropy_with_logits(z[..., 0], batch["real"].double(), reduction="none") * batch["real"]
     tokens = tokens_per_example(batch)
@@ -478,7 +470,7 @@ def test_several_terms_in_several_layouts() -> None:
     values = []
     for start in range(0, N, 5):
         part = taken(batch, range(start, min(start + 5, N)))
-        result = evaluate(loss, net, part, len(part["x"]), references, forms)
+        result = evaluate(loss, net, part, len(part["x"]), scale, forms)
         assert result.tapped
         assert len(result.terms) == 3
         assert result.values is not None
@@ -501,13 +493,14 @@ def test_the_call_that_training_records() -> None:
     total, tap = step()
     assert len(tap.calls) == 2
     (used,) = calls_in(total, tap.calls)
-    call = primary_call(total, tap.calls, N, forms)
+    keyed = {key: form for (key, _, _), form in zip(placed_calls([used], {}), forms.values(), strict=True)}
+    ((_, call, _),) = placed_calls([used], keyed)
     assert isinstance(call, CrossEntropy)
     assert call.input is used.input
     assert call.layout == layout
     own = token_losses(net(batch["x"]), batch["y"]).sum(1) / batch["lengths"]
     torch.testing.assert_close(call.statistics(N)["loss"], own.detach(), **EXACT)
-    assert primary_call(total, tap.calls, 7) is None
+    assert not call.rows_match(7)
 
 
 def test_the_weight_of_an_absolute_error_is_not_lost() -> None:

@@ -148,7 +148,6 @@ def test_losses_that_depend_on_their_batch_are_scaled_as_calibrated() -> None:
     found = []
     for batch_size in (2, 5):
         train = passes(run.net, task, *run.data.tensors, batch_size=batch_size)
-        train.calibrate(range(N))
         found.append(loss_paths(train, range(N), run.checkpoints[:1])[1])
     torch.testing.assert_close(found[0], found[1], **EXACT)
     of_class = run.losses(run.checkpoints[0], run.data) * weight[run.data.tensors[1]]

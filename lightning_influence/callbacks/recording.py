@@ -97,7 +97,7 @@ class Recording:
         Args:
             indices: Of its examples.
             loss: Before the backward pass.
-            forms: See ``primary_call``.
+            forms: See ``terms.term_forms``.
             last: Whether there is nothing else to file it by.
         """
         if self.failed:
