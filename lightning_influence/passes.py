@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_influence import distributed
+from lightning_influence.calibration import measured_scale
 from lightning_influence.capture import Capture, LayerIO
 from lightning_influence.coverage import Coverage
 from lightning_influence.discover import trace_model
@@ -25,16 +27,17 @@ from lightning_influence.isolation import (
     untouched,
 )
 from lightning_influence.layers import LayerError, NewPathError
-from lightning_influence.loss_scale import LossScale, ScaleTally
+from lightning_influence.loss_scale import LossScale
 from lightning_influence.losses import known_losses
 from lightning_influence.precision import working
 from lightning_influence.source import ExampleSource
-from lightning_influence.task import BatchLoss, Task, TaskError, evaluate
+from lightning_influence.task import BatchLoss, Task, TaskError, run_tapped
+from lightning_influence.terms import understand
 
 Labels = Literal["true", "sampled", "exact"]
 NO_EXACT_LABELS = (
-    "the expectation over labels has no closed form for this loss (it makes several decisions per example, or no "
-    'known loss call was seen); use `fisher="sampled"`.'
+    "the expectation over labels has no closed form for this loss (it makes several decisions per example); use "
+    '`fisher="sampled"`.'
 )
 _COPIES = 2
 _T = TypeVar("_T")
@@ -154,8 +157,8 @@ class ExampleGradients:
         self._to_device = to_device or self._move
         self._progress = progress or _silent
         self._forward_context = forward_context
-        every = range(len(source))
-        self._scale = _Scale((lambda: self._measured(every)) if scale is None else None, scale)
+        measure = partial(measured_scale, self, range(len(source)))
+        self._scale = _Scale(measure if scale is None else None, scale)
 
     @property
     def scale(self) -> LossScale | None:
@@ -187,7 +190,7 @@ class ExampleGradients:
             indices: Dataset indices.
             of_mean: See ``LossScale``; by default as the terms are.
         """
-        return self if self._scale.measure is None else self.with_scale(self._measured(indices, of_mean))
+        return self if self._scale.measure is None else self.with_scale(measured_scale(self, indices, of_mean))
 
     def like(self, other: ExampleGradients) -> ExampleGradients:
         """Return the same passes with the loss scale of others (queries are weighed as the training data are)."""
@@ -283,7 +286,13 @@ class ExampleGradients:
                 advance(len(batch_indices))
 
     def losses(
-        self, indices: Sequence[int], *, title: str = "", everywhere: bool = False, size: int | None = None
+        self,
+        indices: Sequence[int],
+        *,
+        title: str = "",
+        everywhere: bool = False,
+        size: int | None = None,
+        watch: AbstractContextManager[Any] | None = None,
     ) -> Generator[tuple[list[int], BatchLoss], None, None]:
         """Visit this process's share of the examples, forward only.
 
@@ -292,6 +301,7 @@ class ExampleGradients:
             title: Text of the progress bar; none without.
             everywhere: Visit all the examples on every process instead of a share.
             size: Examples in a batch, by default as passes have them.
+            watch: Context around every forward pass.
         """
         own = list(indices) if everywhere else distributed.share(indices)
         self._scale()
@@ -301,24 +311,8 @@ class ExampleGradients:
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own, size):
-                yield batch_indices, self.forward(batch, len(batch_indices))
+                yield batch_indices, self.forward(batch, len(batch_indices), watch=watch)
                 advance(len(batch_indices))
-
-    def _measured(self, indices: Sequence[int], of_mean: bool | None = None) -> LossScale:
-        """Measure the loss scale of examples, see ``calibrate``."""
-        size, tally = self.source.batch_size, ScaleTally()
-        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0)).tolist()
-        ordered = list(indices) if self.source.sequential else [indices[place] for place in order]
-        # The same batches, however many processes there are.
-        own = distributed.share([ordered[start : start + size] for start in range(0, len(ordered), size)])
-        visited = [index for batch in own for index in batch]
-        with closing(self.with_scale(None).losses(visited, title="loss scale", everywhere=True, size=size)) as batches:
-            for _, loss in batches:
-                tally.add(loss.n, [term.share(loss.n) for term in loss.terms])
-        whole = ScaleTally()
-        for part in distributed.gather_objects(tally):
-            whole.merge(part)
-        return whole.scale(size, of_mean=of_mean)
 
     def forward(
         self, batch: Any, n: int, *, step_seed: int = 0, watch: AbstractContextManager[Any] | None = None
@@ -340,8 +334,10 @@ class ExampleGradients:
 
     def _evaluate(self, batch: Any, n: int, watch: AbstractContextManager[Any] | None = None) -> BatchLoss:
         """Evaluate the task on a batch that has been moved."""
-        with watch or nullcontext(), self._forward_context():
-            return evaluate(self.task, self.module, batch, n, self.scale, self.coverage.trace.forms)
+        with self._forward_context():
+            with watch or nullcontext():
+                loss, calls = run_tapped(self.task, self.module, batch)
+            return understand(loss, calls, n, self.scale, self.coverage.trace.forms)
 
     def applied(self, function: Callable[[Any, Any], Any], batch: Any) -> Any:
         """Return ``function(module, batch)`` as a pass would run it; callers isolate the model, see ``forward``."""

@@ -103,6 +103,11 @@ class ExampleSource:
         source.sequential = type(getattr(loader.batch_sampler, "sampler", None)) is SequentialSampler
         return source
 
+    @property
+    def plain(self) -> bool:
+        """Whether all examples are tensors of the same shapes, batched as they are."""
+        return self._stored
+
     def __len__(self) -> int:
         """Return the number of examples of the dataset."""
         return len(cast("Sized", self.dataset))

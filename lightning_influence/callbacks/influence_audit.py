@@ -213,7 +213,7 @@ class InfluenceAudit(Callback):
                 preparing.warn_of_gaps(gradients.coverage)
             check_curvature(gradients, self.curvature, first)
             inspection = inspect(gradients, first, verify=self.verify)
-            check_labels(self.curvature, self.fisher, inspection.exact_draws)
+            check_labels(self.curvature, self.fisher, inspection.tapped, inspection.exact_draws)
             if queries is not None:
                 validation = bridge.validation_queries(trainer, module, task, gradients.coverage)
                 queries.check(trainer, module, task, gradients.coverage, validation)

@@ -26,6 +26,7 @@ from lightning_influence.curvature.full import (
 )
 from lightning_influence.curvature.ladder import LADDER, CurvatureName, check_memory
 from lightning_influence.curvature.spectrum import IndefiniteError
+from lightning_influence.losses import known_losses
 from lightning_influence.memory import available_bytes, fits, readable
 from lightning_influence.passes import NO_EXACT_LABELS, BatchGradients, ExampleGradients, Labels
 from lightning_influence.precision import working_dtype
@@ -159,19 +160,21 @@ def check_curvature(gradients: ExampleGradients, name: CurvatureName, indices: S
     make(trial, list(indices[:_LOOKED_AT]), parameters=BlockCoordinates(gradients.coverage.blocks).parameters)
 
 
-def check_labels(name: CurvatureName, fisher: Fisher, exact_draws: int | None) -> None:
+def check_labels(name: CurvatureName, fisher: Fisher, tapped: bool, exact_draws: int | None) -> None:
     """Find out before training whether a curvature can have the labels that are asked for.
 
     Args:
         name: Which approximation.
         fisher: Which labels.
+        tapped: Whether the loss is known at all.
         exact_draws: Those of one example, None where the expectation over labels has no closed form.
 
     Raises:
         TaskError: If it is the exact expectation, and that has none.
     """
     if fisher == "exact" and exact_draws is None and (LADDER[name].block.measures or LADDER[name].product):
-        raise TaskError(f'fisher="exact": {NO_EXACT_LABELS}')
+        unknown = f'no known loss call was seen ({known_losses()}); use `fisher="empirical"`.'
+        raise TaskError(f'fisher="exact": {NO_EXACT_LABELS if tapped else unknown}')
 
 
 def _fit_blocks(
