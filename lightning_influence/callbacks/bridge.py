@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler
 from tqdm import tqdm
 
 from lightning_influence.coverage import Coverage
-from lightning_influence.isolation import generators_in, isolated_generators, isolated_rng
+from lightning_influence.isolation import left_alone
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.task import Task
@@ -191,7 +191,7 @@ def label_names(dataset: Any) -> list[str] | None:
 def example_images(dataset: Any, indices: list[int]) -> torch.Tensor | None:
     """Return the images of some examples, ``[n, c, h, w]``, or None if the examples hold no images of one size."""
     images: list[torch.Tensor] = []
-    with isolated_rng(), isolated_generators(generators_in(dataset)):
+    with left_alone(dataset):
         for index in indices:
             image = _image_in(dataset[index])
             if image is None or (images and image.shape != images[0].shape):

@@ -1,0 +1,113 @@
+"""Examples that are a function of their index: a random stream each, and data sets whose own state stands still."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from lightning_influence.isolation import LONGEST_OF_DATA, generators_in, left_alone, seed_everything, seed_generator
+from lightning_influence.reachable import Walk
+from lightning_influence.snapshot import Snapshot
+
+
+class DataError(RuntimeError):
+    """The training data can't be visited example by example; the message says why and the way out."""
+
+
+class Repeatable(Dataset[Any]):
+    """Gives every example a random stream of its own, so that its augmentation does not depend on its neighbours.
+
+    For one pass: the state that is put back is that of the first fetch.
+
+    Args:
+        dataset: The data set.
+        rewinding: Whether to put the data set's own state back before every example.
+    """
+
+    def __init__(self, dataset: Dataset[Any], *, rewinding: bool = False) -> None:
+        self.dataset = dataset
+        self.rewinding = rewinding
+        self._generators: list[Any] | None = None
+        self._state: Snapshot | None = None
+
+    def __len__(self) -> int:
+        return len(cast("Sized", self.dataset))
+
+    def __getitem__(self, index: int) -> Any:
+        if self._generators is None:
+            # In the process that fetches: a worker has copies of its own of all of them.
+            self._generators = generators_in(self.dataset)
+        if self.rewinding:
+            self._state = self._state or Snapshot(Walk([("", self.dataset)], LONGEST_OF_DATA), data=True)
+            self._state.rewind()
+        seed_everything(index)
+        for generator in self._generators:
+            seed_generator(generator, index)
+        return self.dataset[index]
+
+
+def needs_rewinding(dataset: Dataset[Any], indices: Sequence[int]) -> bool:
+    """Tell whether a data set hands out the same example again only if its own state is put back before.
+
+    Args:
+        dataset: The data set; it is left as it was.
+        indices: Some of these examples are fetched twice.
+
+    Raises:
+        DataError: If even under equal random streams and with equal state, they differ.
+    """
+    chosen = list(dict.fromkeys((indices[0], indices[len(indices) // 2], indices[-1])))
+    for rewinding in (False, True):
+        found = Repeatable(dataset, rewinding=rewinding)
+        with left_alone(dataset):
+            first, second = ([found[index] for index in chosen] for _ in range(2))
+        different = [index for index, one, other in zip(chosen, first, second, strict=True) if not same(one, other)]
+        if not different:
+            return rewinding
+    raise DataError(
+        f"the data set hands out something else for the same index each time (example {different[0]} was fetched twice) "
+        "under equal random streams of Python, NumPy, torch and of the generators that it holds, and with its own state "
+        "put back. Scores can't be filed under such examples. Draw from these streams, not from the clock or the "
+        "system, and do not overwrite the stored data."
+    )
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two examples are the same, as far as can be seen; values bit by bit."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return (
+            one.shape == other.shape and one.dtype == other.dtype and torch.equal(_comparable(one), _comparable(other))
+        )
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, (float, complex)):
+        return repr(one) == repr(other)
+    if isinstance(one, (bool, int, str, bytes)):
+        return bool(one == other)
+    if hasattr(one, "__array_interface__"):  # an image
+        return np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    return same(vars(one), vars(other)) if hasattr(one, "__dict__") else True
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """Return values of which not-a-number equals itself."""
+    dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+    return torch.nan_to_num(dense) if dense.is_floating_point() else dense
+
+
+def is_deterministic(dataset: Any) -> bool:
+    """Tell whether a dataset surely hands out stored tensors; all others may draw random numbers for an example."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return type(dataset) is TensorDataset
