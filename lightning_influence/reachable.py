@@ -154,7 +154,7 @@ class Walk:
                 self._go_on(f"{path}[{key!r}]" if isinstance(key, (int, str)) else path, item, expected)
 
     def _visit_attributes(self, path: str, value: Any, expected: bool) -> Iterator[Found]:
-        kind = type(value)
+        kind: Any = type(value)
         if _is_opaque(kind):
             return
         try:
@@ -170,7 +170,7 @@ class Walk:
             yield Found(path, value, slots, expected)
             for name, item in slots.read().items():
                 self._go_on(f"{path}.{name}", item, expected)
-        if isinstance(value, multiprocessing_values()):
+        if kind.__module__ == "multiprocessing.sharedctypes" and hasattr(value, "get_obj"):
             self._go_on(path, value.get_obj(), expected)
         self._go_on(path, kind)
 
@@ -233,7 +233,7 @@ def is_users(module_name: str) -> bool:
 
 
 @functools.cache
-def _is_opaque(kind: type) -> bool:
+def _is_opaque(kind: Any) -> bool:
     """Tell whether objects of a class are no business of an extra pass: a Trainer, an optimizer, a lock, a file."""
     for base in kind.__mro__[:-1]:
         name = f"{base.__module__}."
@@ -253,12 +253,6 @@ def _is_of_the_standard_library(module_name: str) -> bool:
 
 def _is_metric(module: nn.Module) -> bool:
     return any(base.__module__.startswith("torchmetrics") for base in type(module).__mro__)
-
-
-def multiprocessing_values() -> tuple[type, ...]:
-    """Return the classes of numbers and arrays in shared memory, none if nobody has imported them."""
-    module = sys.modules.get("multiprocessing.sharedctypes")
-    return () if module is None else (module.SynchronizedBase,)
 
 
 @functools.cache

@@ -70,9 +70,9 @@ def needs_rewinding(dataset: Dataset[Any], indices: Sequence[int]) -> bool:
         if not different:
             return rewinding
     raise DataError(
-        f"the data set hands out something else for the same index each time (example {different[0]} was fetched twice) "
-        "under equal random streams of Python, NumPy, torch and of the generators that it holds, and with its own state "
-        "put back. Scores can't be filed under such examples. Draw from these streams, not from the clock or the "
+        f"the data set hands out something else for the same index each time (example {different[0]}, fetched twice), "
+        "under equal random streams of Python, NumPy, torch and of the generators that it holds, and with its own "
+        "state put back. Scores can't be filed under such examples. Draw from those streams, not from the clock or the "
         "system, and do not overwrite the stored data."
     )
 
@@ -82,13 +82,15 @@ def same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
-        return (
-            one.shape == other.shape and one.dtype == other.dtype and torch.equal(_comparable(one), _comparable(other))
-        )
+        alike = one.shape == other.shape and one.dtype == other.dtype
+        return alike and torch.equal(_comparable(one), _comparable(other))
     if isinstance(one, np.ndarray):
-        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+        alike = bool(one.dtype == other.dtype and one.shape == other.shape)
+        return alike and (
+            same(one.tolist(), other.tolist()) if one.dtype.hasobject else one.tobytes() == other.tobytes()
+        )
     if isinstance(one, Mapping):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, (float, complex)):
@@ -96,7 +98,7 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, (bool, int, str, bytes)):
         return bool(one == other)
     if hasattr(one, "__array_interface__"):  # an image
-        return np.asarray(one).tobytes() == np.asarray(other).tobytes()
+        return bool(np.array_equal(np.asarray(one), np.asarray(other)))
     return same(vars(one), vars(other)) if hasattr(one, "__dict__") else True
 
 

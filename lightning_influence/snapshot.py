@@ -30,7 +30,8 @@ _LARGE = 2**20
 _LARGE_ARRAY = 2**24
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_ITERATORS = (itertools.count, itertools.cycle, *(type(iter(kind)) for kind in ([], (), range(0), {}, {0})))
+_EMPTY: tuple[Any, ...] = ([], (), range(0), {}, set())
+_ITERATORS: Any = (itertools.count, itertools.cycle, *(type(iter(empty)) for empty in _EMPTY))
 _COLUMNS = 2**12
 
 
@@ -198,9 +199,9 @@ class _Contents(_State):
 
     def changed(self) -> list[str]:
         now, given = self._slots.read(), self._given
-        if len(now) == len(given) and all(map(is_, _values(now), _values(given))):
-            if not isinstance(now, dict) or all(map(is_, now, given)):
-                return []
+        same = len(now) == len(given) and all(map(is_, _values(now), _values(given)))
+        if same and (not isinstance(now, dict) or all(map(is_, now, given))):
+            return []
         if not isinstance(now, dict):
             same = len(now) == len(given) and (now == given if isinstance(now, set) else all(map(_is_same, now, given)))
             return [] if same else [self.path]
@@ -297,7 +298,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _sums(tensor: Tensor) -> Tensor:
-    """Return sums over rows and columns of a large tensor's words: other values have others, rows in other order too."""
+    """Return sums over rows and columns of a large tensor's words; they tell rows in another order, too."""
     words = _bits(tensor).reshape(-1)
     if words.is_complex():
         words = torch.view_as_real(words).reshape(-1).view(torch.int64)
@@ -365,8 +366,7 @@ class _ArrayState(_State):
         return True
 
     def _hashed(self) -> int:
-        array = self._array
-        return hash(array.tobytes()) if not array.flags.c_contiguous else zlib.crc32(memoryview(array).cast("B"))
+        return zlib.crc32(np.ascontiguousarray(self._array).view(np.uint8).reshape(-1).data)
 
 
 class _GeneratorState(_State):

@@ -23,6 +23,8 @@ ROOT = Path(lightning_influence.__file__).parent
 
 ORDER = (
     "columns",
+    "reachable",
+    "snapshot",
     "isolation",
     "distributed",
     "layout",
@@ -33,6 +35,7 @@ ORDER = (
     "losses",
     "terms",
     "task",
+    "repeatable",
     "source",
     "patches",
     "rows",
