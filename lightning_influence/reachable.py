@@ -129,7 +129,7 @@ class Walk:
         for name in REGISTRIES:
             registry = module.__dict__.get(name)
             if isinstance(registry, (dict, set)):  # scripted modules have views of C++ containers
-                yield Found(path, registry, _set(registry) if isinstance(registry, set) else _mapping(registry))
+                yield Found(path, None, _set(registry) if isinstance(registry, set) else _mapping(registry))
         owned = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         attributes = [(name, value) for name, value in module.__dict__.items() if name not in MODULE_INTERNALS]
         for name, value in (*owned, *module._modules.items(), *attributes):

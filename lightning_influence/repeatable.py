@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence, Sized
 from typing import Any, cast
 
@@ -48,7 +49,9 @@ class Repeatable(Dataset[Any]):
         seed_everything(index)
         for generator in self._generators:
             seed_generator(generator, index)
-        return self.dataset[index]
+        example = self.dataset[index]
+        # It may be a view of what is about to be put back.
+        return copied(example) if self.rewinding else example
 
 
 def needs_rewinding(dataset: Dataset[Any], indices: Sequence[int]) -> bool:
@@ -65,7 +68,7 @@ def needs_rewinding(dataset: Dataset[Any], indices: Sequence[int]) -> bool:
     for rewinding in (False, True):
         found = Repeatable(dataset, rewinding=rewinding)
         with left_alone(dataset):
-            first, second = ([found[index] for index in chosen] for _ in range(2))
+            first, second = ([copied(found[index]) for index in chosen] for _ in range(2))
         different = [index for index, one, other in zip(chosen, first, second, strict=True) if not same(one, other)]
         if not different:
             return rewinding
@@ -75,6 +78,14 @@ def needs_rewinding(dataset: Dataset[Any], indices: Sequence[int]) -> bool:
         "state put back. Scores can't be filed under such examples. Draw from those streams, not from the clock or the "
         "system, and do not overwrite the stored data."
     )
+
+
+def copied(example: Any) -> Any:
+    """Return an example that shares no memory with the data set, if it can be copied."""
+    try:
+        return copy.deepcopy(example)
+    except Exception:  # an example with a graph, or with a file of its own
+        return example
 
 
 def same(one: Any, other: Any) -> bool:
