@@ -9,9 +9,8 @@ the same values afterwards.
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +20,7 @@ from torch import nn
 
 from lightning_influence.reachable import GENERATORS, Found, Walk
 from lightning_influence.snapshot import Snapshot
+from lightning_influence.torch_private import eagerly
 
 # Containers of data sets with more items are not looked into.
 LONGEST_OF_DATA = 1_000
@@ -123,7 +123,7 @@ def untouched(module: nn.Module, *others: object) -> Iterator[None]:
         guards.enter_context(torch.inference_mode(False))
         guards.enter_context(torch.enable_grad())
         # Hooks and probes need the eager modules; a compiled forward would not call them.
-        guards.enter_context(_eager())
+        guards.enter_context(eagerly())
         yield
 
 
@@ -152,14 +152,6 @@ def _kept(module: nn.Module, reached: list[Found]) -> Iterator[None]:
         finally:
             if snapshot.changed:
                 _changed.setdefault(module, {}).update(snapshot.changed)
-
-
-def _eager() -> AbstractContextManager[Any]:
-    # Nothing is compiled before the compiler is imported, which takes seconds.
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 def _modules_among(reached: Iterable[Found]) -> list[nn.Module]:

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_influence.reachable import BUFFERS, GENERATORS, Found, Slots
+from lightning_influence.torch_private import TorchDispatchMode, set_version
 
 # Tensors beyond this are copied when they are first written to, not before, unless they are parameters.
 _LARGE = 2**20
@@ -269,7 +269,7 @@ class _TensorState(_State):
             tensor.requires_grad_(self._flag)
         if self._version is not None and tensor._version != self._version:
             # Else a graph that training has kept would be refused for a change that is none.
-            torch._C._autograd._unsafe_set_version_counter((tensor,), (self._version,))
+            set_version(tensor, self._version)
         return possible
 
     def _moved(self) -> bool:

@@ -23,6 +23,7 @@ ROOT = Path(lightning_influence.__file__).parent
 
 ORDER = (
     "columns",
+    "torch_private",
     "reachable",
     "snapshot",
     "isolation",
