@@ -46,10 +46,9 @@ def isolated_rng() -> Iterator[None]:
             torch.mps.set_rng_state(mps_state)
 
 
-def generators_in(*roots: object) -> list[Any]:
-    """Return the random generators that objects hold, themselves or in what they reach (a data set's transforms)."""
-    walk = Walk([("", root) for root in roots], LONGEST_OF_DATA)
-    return [found.value for found in walk if isinstance(found.value, GENERATORS)]
+def generators_among(reached: Iterable[Found]) -> list[Any]:
+    """Return the random generators among what was reached (those of a data set's transforms)."""
+    return [found.value for found in reached if isinstance(found.value, GENERATORS)]
 
 
 def seed_generator(generator: Any, seed: int) -> None:

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-BUFFERS = (bytearray, array, ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
+# What numbers in shared memory are made of (`multiprocessing.Value`).
+SHARED = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
+BUFFERS = (bytearray, array, *SHARED)
 _ATOMS = (str, bytes, int, float, complex, type(None), type(Ellipsis), range, slice, np.generic, torch.dtype)
 _MOST_VISITS = 100_000
 

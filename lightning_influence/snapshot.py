@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_influence.reachable import BUFFERS, GENERATORS, Found, Slots
+from lightning_influence.reachable import BUFFERS, GENERATORS, SHARED, Found, Slots
 from lightning_influence.torch_private import TorchDispatchMode, set_version
 
 # Tensors beyond this are copied when they are first written to, not before, unless they are parameters.
@@ -33,6 +33,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _EMPTY: tuple[Any, ...] = ([], (), range(0), {}, set())
 _ITERATORS: Any = (itertools.count, itertools.cycle, *(type(iter(empty)) for empty in _EMPTY))
 _COLUMNS = 2**12
+# After so many batches, or examples, it is known what moves.
+_SURE = 3
 
 
 class StateError(RuntimeError):
@@ -50,10 +52,12 @@ class Snapshot:
 
     Attributes:
         changed: Paths of what was found changed so far.
+        shared: Paths of what other processes share.
     """
 
     def __init__(self, reached: Iterable[Found], *, data: bool = False) -> None:
         self.changed: dict[str, None] = {}
+        self.shared: set[str] = set()
         self._states: list[_State] = []
         self._moving: dict[int, _State] = {}  # found changed at least once
         self._one_way: list[_Contents] = []
@@ -66,6 +70,9 @@ class Snapshot:
 
     def _note(self, found: Found, data: bool) -> None:
         value = found.value
+        on_host = isinstance(value, Tensor) and value.device.type == "cpu"
+        if (on_host and value.is_shared()) or isinstance(value, SHARED):
+            self.shared.add(found.path)
         if found.slots is not None:
             contents = _Contents(found, found.slots)
             self._states.append(contents)
@@ -93,15 +100,25 @@ class Snapshot:
         """Context in which large tensors are copied before they are first written to; None if there are none."""
         return self._unwritten if self._unwritten.waiting else None
 
-    def rewind(self) -> None:
+    def rewind(self, *, numbers: bool = False) -> None:
         """Put back what changes, at the start of a batch: each of them starts where training stands.
 
         After the first batch all is compared, later on only what has been seen to change.
+
+        Args:
+            numbers: Whether to put back only numbers, tensors and arrays (a counter), not what has been filled (a
+                cache) or opened.
         """
         if self._batches:
-            self._put_back(list(self._moving.values()) if self._batches > 1 else self._states)
-            self._hand_out_copies()
+            self._put_back(list(self._moving.values()) if self._batches > 1 else self._states, numbers=numbers)
+            if not numbers:
+                self._hand_out_copies()
         self._batches += 1
+
+    @property
+    def moves_memory(self) -> bool:
+        """Whether rewinding may overwrite tensors or arrays, and with them their views."""
+        return self._batches < _SURE or any(not isinstance(state, _Contents) for state in self._moving.values())
 
     def restore(self) -> None:
         """Compare everything and put back what has changed.
@@ -115,7 +132,7 @@ class Snapshot:
             for contents in self._one_way:
                 contents.restore()
 
-    def _put_back(self, states: Iterable[_State]) -> None:
+    def _put_back(self, states: Iterable[_State], *, numbers: bool = False) -> None:
         lost: list[str] = []
         with torch.inference_mode(False), torch.no_grad():
             for state in states:
@@ -125,7 +142,7 @@ class Snapshot:
                 self._moving[id(state)] = state
                 if not state.expected:
                     self.changed |= dict.fromkeys(changed)
-                if not state.restore():
+                if not (state.restore_numbers() if numbers else state.restore()):
                     lost += changed
         if lost:
             raise StateError(
@@ -179,6 +196,10 @@ class _State(ABC):
     def restore(self) -> bool:
         """Put it back; False if that can't be."""
 
+    def restore_numbers(self) -> bool:
+        """Put back only what may count something."""
+        return self.restore()
+
 
 class _Contents(_State):
     """What something holds: the same objects in the same places."""
@@ -217,6 +238,18 @@ class _Contents(_State):
         self._slots.write(self.kept)
         self._given = self.kept
         return True
+
+    def restore_numbers(self) -> bool:
+        now, given = self._slots.read(), self._given
+        if isinstance(now, dict):
+            self._slots.write({**now, **{key: old for key, old in given.items() if _counts(now.get(key), old)}})
+        elif isinstance(now, list) and len(now) == len(given):
+            self._slots.write([old if _counts(new, old) else new for new, old in zip(now, given, strict=True)])
+        return True
+
+
+def _counts(new: Any, old: Any) -> bool:
+    return new is not old and type(new) is type(old) and isinstance(old, (int, float))
 
 
 def _values(contents: Any) -> Iterable[Any]:
@@ -374,6 +407,7 @@ class _GeneratorState(_State):
 
     def __init__(self, found: Found, generator: Any) -> None:
         super().__init__(found)
+        self.expected = True  # as the streams of the process are
         self._generator = generator
         self._kept = copy.deepcopy(self._state())
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from lightning_influence.isolation import isolated_rng, unchanged
-from lightning_influence.repeatable import DataError, Repeatable, is_deterministic, needs_rewinding
+from lightning_influence.repeatable import DataError, Repeatable, RepeatableCollate, is_deterministic, needs_everything
 
 
 class ExampleSource:
@@ -102,7 +102,8 @@ class ExampleSource:
         Neither the random streams nor what data set and collation reach is changed by it.
 
         Raises:
-            DataError: If the data set hands out something else for the same index each time.
+            DataError: If the data set hands out something else for the same index each time, or changes what training's
+                workers share.
         """
         size = size or self.pass_batch_size
         plan = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
@@ -117,17 +118,18 @@ class ExampleSource:
         if not plan:
             return
         workers = min(self.num_workers, len(plan) // 2)
+        plain = self.collate_fn in (None, default_collate)
         loader: DataLoader[Any] = DataLoader(
             self.repeatable(indices),
             batch_sampler=plan,
-            collate_fn=self.collate_fn,
+            collate_fn=self.collate_fn if plain else RepeatableCollate(cast(Any, self.collate_fn)),
             num_workers=workers,
             worker_init_fn=self.worker_init_fn if workers else None,
             multiprocessing_context=self.multiprocessing_context if workers else None,
             pin_memory=self.pin_memory,
         )
         with ExitStack() as guards:
-            if not is_deterministic(self.dataset) or self.collate_fn not in (None, default_collate):
+            if not (plain and is_deterministic(self.dataset)):
                 guards.enter_context(self._unchanged())
             # Around each fetch: whoever asks for batches may draw between them.
             with isolated_rng():
@@ -147,13 +149,13 @@ class ExampleSource:
         """Return the data set for one pass; before the first one, some of the given examples are fetched twice.
 
         Raises:
-            DataError: If it hands out something else for the same index each time.
+            DataError: As ``batches``.
         """
         if is_deterministic(self.dataset):
             return self.dataset
         if self._rewinding is None:
-            self._rewinding = needs_rewinding(self.dataset, indices)
-        return Repeatable(self.dataset, rewinding=self._rewinding)
+            self._rewinding = needs_everything(self.dataset, indices, self.num_workers)
+        return Repeatable(self.dataset, everything=self._rewinding)
 
     @property
     def _stored(self) -> bool:

@@ -169,6 +169,8 @@ def validation_queries(
     for loader, batches in zip(loaders, trainer.num_val_batches, strict=False):
         try:
             source = ExampleSource.from_loader(loader)
+            if len(source):
+                source.repeatable(range(len(source)))
         except DataError as error:
             rank_zero_warn(f"validation data are left out of the influence audit (no harm column): {error}")
             continue
