@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_influence.coverage import Coverage, Layers, Uncovered, cover
-from lightning_influence.isolation import hidden_parameters, seed_everything, untouched
+from lightning_influence.isolation import hidden_parameters, rewind, seed_everything, untouched
 from lightning_influence.source import ExampleSource
 from lightning_influence.task import Task, run_tapped
 from lightning_influence.terms import BatchLoss, TaskError, term_forms, understand
@@ -84,12 +84,13 @@ def trace_model(
     parameters = [p for p in module.parameters() if p.is_floating_point()]
     hidden = hidden_parameters(module)
     try:
-        with untouched(module):
+        with untouched(module, task):
             for parameter in parameters:
                 parameter.requires_grad_(True)
 
             def run(watch: ShapeRecorder | Tracer, indices: list[int]) -> BatchLoss | None:
                 ((_, batch),) = source.batches(indices, len(indices))
+                rewind()
                 seed_everything(0)
                 with forward_context(), watch:
                     loss, calls = run_tapped(task, module, to_device(batch))

@@ -22,10 +22,7 @@ from lightning_influence.capture import Capture, LayerIO
 from lightning_influence.coverage import Coverage
 from lightning_influence.discover import trace_model
 from lightning_influence.example_noise import ExampleNoise
-from lightning_influence.isolation import (
-    seed_everything,
-    untouched,
-)
+from lightning_influence.isolation import rewind, seed_everything, untouched
 from lightning_influence.layers import LayerError, NewPathError
 from lightning_influence.loss_scale import LossScale
 from lightning_influence.losses import known_losses
@@ -268,7 +265,7 @@ class ExampleGradients:
         size = len(own) if whole else size
         self._scale()  # before anything is frozen
         with (
-            untouched(self.module),
+            untouched(self.module, self.task),
             Capture(self.coverage) as capture,
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
@@ -306,7 +303,7 @@ class ExampleGradients:
         own = list(indices) if everywhere else distributed.share(indices)
         self._scale()
         with (
-            untouched(self.module),
+            untouched(self.module, self.task),
             Capture(self.coverage),
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
@@ -325,10 +322,12 @@ class ExampleGradients:
             step_seed: Seed of what ``training_step`` itself draws: not a matter of how many were drawn before.
             watch: Context around the forward pass.
         """
+        rewind()
         seed_everything(step_seed)
         moved = self._to_device(batch)
         if self.quantity is not None:
             moved = self.quantity.altered(moved, lambda changed: self._evaluate(changed, n))
+            rewind()
             seed_everything(step_seed)
         return self._evaluate(moved, n, watch)
 
@@ -341,13 +340,14 @@ class ExampleGradients:
 
     def applied(self, function: Callable[[Any, Any], Any], batch: Any) -> Any:
         """Return ``function(module, batch)`` as a pass would run it; callers isolate the model, see ``forward``."""
+        rewind()
         seed_everything(0)
         with self._forward_context():
             return function(self.module, self._to_device(batch))
 
     def verification_gradients(self, batch: Any, n: int) -> dict[str, dict[str, Tensor]]:
         """Return autograd's gradient of the batch loss for every covered parameter: block, parameter -> tensor."""
-        with untouched(self.module):
+        with untouched(self.module, self.task):
             owners = [
                 (block.name, name, parameter)
                 for block in self.coverage.blocks.values()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_influence.isolation import generators_in, isolated_generators, isolated_rng
+from lightning_influence.isolation import left_alone
 
 Path = tuple[Any, ...]
 """Keys and positions that lead to a value in nested mappings, tuples and lists."""
@@ -63,7 +63,7 @@ def find_label(dataset: Any, labels: Mapping[int, int]) -> Path:
 
 def fetched(dataset: Any, indices: Iterable[int]) -> Iterator[tuple[int, dict[Path, Any]]]:
     """Yield examples, taken apart into path -> value; no random stream, the user's or the data set's, moves on."""
-    with isolated_rng(), isolated_generators(generators_in(dataset)):
+    with left_alone(dataset):
         for index in indices:
             yield index, dict(_leaves(dataset[index], ()))
 

@@ -6,6 +6,7 @@ Random augmentation is drawn from a stream that belongs to the example, so neith
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 from torch.utils.data import (
@@ -13,16 +14,12 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     SequentialSampler,
-    Subset,
     TensorDataset,
     default_collate,
 )
 
-from lightning_influence.isolation import generators_in, isolated_generators, seed_everything, seed_generator
-
-
-class DataError(RuntimeError):
-    """The training data can't be visited example by example; the message says why and the way out."""
+from lightning_influence.isolation import isolated_rng, unchanged
+from lightning_influence.repeatable import DataError, Repeatable, RepeatableCollate, is_deterministic, needs_everything
 
 
 class ExampleSource:
@@ -64,8 +61,9 @@ class ExampleSource:
         self.multiprocessing_context: Any = None
         self.pin_memory = False
         self.sequential = False  # whether training takes them in their own order: else in a random one
-        self._seeded: Dataset[Any] | None = None
-        self._generators: list[Any] | None = None
+        # What passes have found fetches to change in the data set, and put back.
+        self.changed: dict[str, None] = {}
+        self._rewinding: bool | None = None
 
     @classmethod
     def from_loader(cls, loader: Any, batch_size: int | None = None) -> ExampleSource:
@@ -113,7 +111,14 @@ class ExampleSource:
         return len(cast("Sized", self.dataset))
 
     def batches(self, indices: Sequence[int], size: int | None = None) -> Iterator[tuple[list[int], Any]]:
-        """Yield ``(indices, batch)`` in the given order, ``size`` examples at a time (the last time fewer)."""
+        """Yield ``(indices, batch)`` in the given order, ``size`` examples at a time (the last time fewer).
+
+        Neither the random streams nor what data set and collation reach is changed by it.
+
+        Raises:
+            DataError: If the data set hands out something else for the same index each time, or changes what training's
+                workers share.
+        """
         size = size or self.pass_batch_size
         plan = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
         if len(plan) > 1 and len(plan[-1]) == 1 and size > 2:
@@ -124,58 +129,49 @@ class ExampleSource:
             for chosen in plan:
                 yield chosen, [tensor[chosen] for tensor in tensors]
             return
+        if not plan:
+            return
         workers = min(self.num_workers, len(plan) // 2)
+        plain = self.collate_fn in (None, default_collate)
         loader: DataLoader[Any] = DataLoader(
-            self._reproducible(),
+            self.repeatable(indices),
             batch_sampler=plan,
-            collate_fn=self.collate_fn,
+            collate_fn=self.collate_fn if plain else RepeatableCollate(cast(Any, self.collate_fn)),
             num_workers=workers,
             worker_init_fn=self.worker_init_fn if workers else None,
             multiprocessing_context=self.multiprocessing_context if workers else None,
             pin_memory=self.pin_memory,
         )
-        with isolated_generators(self.generators):
-            yield from zip(plan, loader, strict=True)
+        with ExitStack() as guards:
+            if not (plain and is_deterministic(self.dataset)):
+                guards.enter_context(self._unchanged())
+            # Around each fetch: whoever asks for batches may draw between them.
+            with isolated_rng():
+                fetching = iter(loader)
+            for chosen in plan:
+                with isolated_rng():
+                    batch = next(fetching)
+                yield chosen, batch
 
-    @property
-    def generators(self) -> list[Any]:
-        """Random generators that the data set holds."""
-        if self._generators is None:
-            self._generators = [] if _is_deterministic(self.dataset) else generators_in(self.dataset)
-        return self._generators
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        with unchanged(self.dataset, self.collate_fn) as state:
+            yield
+        self.changed |= state.changed
+
+    def repeatable(self, indices: Sequence[int]) -> Dataset[Any]:
+        """Return the data set for one pass; before the first one, some of the given examples are fetched twice.
+
+        Raises:
+            DataError: As ``batches``.
+        """
+        if is_deterministic(self.dataset):
+            return self.dataset
+        if self._rewinding is None:
+            self._rewinding = needs_everything(self.dataset, indices, self.num_workers)
+        return Repeatable(self.dataset, everything=self._rewinding)
 
     @property
     def _stored(self) -> bool:
         """Whether batches are rows of tensors: one look-up each, instead of one for every example and a stack."""
         return type(self.dataset) is TensorDataset and self.collate_fn in (None, default_collate)
-
-    def _reproducible(self) -> Dataset[Any]:
-        if self._seeded is None:
-            plain = _is_deterministic(self.dataset)
-            self._seeded = self.dataset if plain else _SeededDataset(self.dataset, self.generators)
-        return self._seeded
-
-
-class _SeededDataset(Dataset[Any]):
-    """Gives every example a random stream of its own, so that its augmentation does not depend on its neighbours."""
-
-    def __init__(self, dataset: Dataset[Any], generators: list[Any]) -> None:
-        self.dataset = dataset
-        # Beside the data set, so that a worker's copies are those that its copy of the data set draws from.
-        self.generators = generators
-
-    def __len__(self) -> int:
-        return len(cast("Sized", self.dataset))
-
-    def __getitem__(self, index: int) -> Any:
-        seed_everything(index)
-        for generator in self.generators:
-            seed_generator(generator, index)
-        return self.dataset[index]
-
-
-def _is_deterministic(dataset: Any) -> bool:
-    """Tell whether a dataset surely hands out stored tensors; all others may draw random numbers for an example."""
-    while type(dataset) is Subset:
-        dataset = dataset.dataset
-    return type(dataset) is TensorDataset

@@ -291,7 +291,9 @@ class Tracer(FunctionWatch):
             self._from_batch.update((id(t), t) for t in made)
             self._follow_picked(func, tensors, made)
         if not torch.is_grad_enabled():
+            # Not what an in-place call makes of a leaf, either: a teacher that follows the model, clipped weights.
             self.trace.without_gradients.update(map(id, parameters))
+            return
         differentiable = [t for t in made if t.requires_grad]
         if not parameters or not differentiable:
             return

@@ -23,6 +23,9 @@ ROOT = Path(lightning_influence.__file__).parent
 
 ORDER = (
     "columns",
+    "torch_private",
+    "reachable",
+    "snapshot",
     "isolation",
     "distributed",
     "layout",
@@ -33,6 +36,7 @@ ORDER = (
     "losses",
     "terms",
     "task",
+    "repeatable",
     "source",
     "patches",
     "rows",

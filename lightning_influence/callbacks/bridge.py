@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler
 from tqdm import tqdm
 
 from lightning_influence.coverage import Coverage
-from lightning_influence.isolation import generators_in, isolated_generators, isolated_rng
+from lightning_influence.isolation import left_alone
 from lightning_influence.loss_scale import LossScale
 from lightning_influence.optimizers import inner
 from lightning_influence.passes import ExampleGradients
@@ -203,6 +203,8 @@ def validation_queries(
     for loader, batches in zip(loaders, trainer.num_val_batches, strict=False):
         try:
             source = ExampleSource.from_loader(loader)
+            if len(source):
+                source.repeatable(range(len(source)))
         except DataError as error:
             rank_zero_warn(f"validation data are left out of the influence audit (no harm column): {error}")
             continue
@@ -225,7 +227,7 @@ def label_names(dataset: Any) -> list[str] | None:
 def example_images(dataset: Any, indices: list[int]) -> torch.Tensor | None:
     """Return the images of some examples, ``[n, c, h, w]``, or None if the examples hold no images of one size."""
     images: list[torch.Tensor] = []
-    with isolated_rng(), isolated_generators(generators_in(dataset)):
+    with left_alone(dataset):
         for index in indices:
             image = _image_in(dataset[index])
             if image is None or (images and image.shape != images[0].shape):

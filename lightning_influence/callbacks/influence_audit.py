@@ -204,8 +204,10 @@ class InfluenceAudit(Callback):
         task = self.task or TrainingStepTask()
         queries = None if self.queries is None else QueryReport(self.queries)
         first = bridge.audited_indices(trainer, recording.seen_indices(), len(source)) or list(range(len(source)))
+        around = bridge.surroundings(trainer, module)
         with bridge.silenced_loggers(trainer):
-            trace = trace_model(module, task, source, indices=first, **bridge.surroundings(trainer, module))
+            recording.compiled = bool(preparing.compiled_parts(module, task, source, first, self.tracin, around))
+            trace = trace_model(module, task, source, indices=first, **around)
             passes = TrainingPasses(source, task, trace, self.layers, self.uncovered)
             gradients = passes.gradients(trainer, module)
             recording.step_sizes.summed = source.batch_size if trace.sums else 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,13 +12,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_influence import distributed
+from lightning_influence import distributed, isolation
 from lightning_influence.callbacks import bridge
 from lightning_influence.coverage import Coverage, listed_reasons
 from lightning_influence.layers import LayerError
+from lightning_influence.reachable import Walk
+from lightning_influence.snapshot import StateError
 from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.store import AuditStore, StoreError
 from lightning_influence.task import Task, TaskError
+from lightning_influence.torch_private import is_compiled, meets_compiled
 from lightning_influence.tracin import TracIn
 from lightning_influence.verify import VerificationError
 
@@ -33,7 +36,7 @@ def errors_as_misconfiguration() -> Iterator[None]:
     """Raise the engine's errors as Lightning's ``MisconfigurationException``."""
     try:
         yield
-    except (DataError, LayerError, TaskError, VerificationError, StoreError, ValueError) as error:
+    except (DataError, StateError, LayerError, TaskError, VerificationError, StoreError, ValueError) as error:
         raise MisconfigurationException(f"InfluenceAudit: {error}") from error
 
 
@@ -52,6 +55,54 @@ def check_optimization(module: LightningModule, task: Task | None, tracin: TracI
             f"TracIn in flight can't tell which steps of {type(module).__name__} a backward pass is for: it "
             'optimizes manually. Pass `tracin="epoch"`.'
         )
+
+
+def compiled_parts(
+    module: LightningModule,
+    task: Task,
+    source: ExampleSource,
+    indices: Sequence[int],
+    tracin: TracIn | None,
+    surroundings: bridge.Surroundings,
+) -> list[str]:
+    """Return what of a training step ``torch.compile`` has wrapped, as far as can be told without compiling anything.
+
+    Raises:
+        MisconfigurationException: If it is to be watched in flight: whatever watches it makes other graphs of it.
+    """
+    found = [
+        reached.path or type(module).__name__
+        for reached in Walk([("", module), ("task", task)])
+        if is_compiled(reached.value)
+    ]
+    if not found and _step_is_compiled(module, task, source, indices, surroundings):
+        found = ["something that it calls"]
+    if found and tracin is not None and tracin.mode == "step":
+        raise MisconfigurationException(
+            f"the training step of {type(module).__name__} is compiled ({', '.join(found[:4])}): TracIn in flight "
+            'would have to watch it, which breaks its graphs and may change the weights. Pass `tracin="epoch"`.'
+        )
+    return found
+
+
+def _step_is_compiled(
+    module: LightningModule,
+    task: Task,
+    source: ExampleSource,
+    indices: Sequence[int],
+    surroundings: bridge.Surroundings,
+) -> bool:
+    """Run the step once where it would have to compile what it has not run before."""
+    chosen = list(indices[:2])
+    try:
+        with isolation.untouched(module, task):
+            ((_, batch),) = source.batches(chosen, len(chosen))
+            isolation.seed_everything(0)
+            with meets_compiled() as met, surroundings["forward_context"]():
+                task(module, surroundings["to_device"](batch))
+            return met.found
+    except Exception:  # whatever a step makes of two examples: the look that comes next says so
+        return False
 
 
 def warn_of_averaging(trainer: Trainer, audit: Callback) -> None:

@@ -50,6 +50,8 @@ class Recording:
         self.pace = Pace() if tracin is None else Pace(tracin.every_n_steps, tracin.overhead)
         # Audit directory that holds the checkpoints so far; before resuming, that of the run before.
         self.checkpoint_directory = ""
+        # Whether training runs compiled code: what watches its calls would have it compiled anew, perhaps otherwise.
+        self.compiled = False
         self.untapped_batches = 0
         self.heard = HeardTerms()
         self.failures: list[str] = []
@@ -79,6 +81,8 @@ class Recording:
         Args:
             epoch: Of the batch.
         """
+        if self.compiled:
+            return False
         if epoch != self._epoch:
             self._epoch = epoch
             self._graph.doubted(_AGREEING_AGAIN)
@@ -199,7 +203,8 @@ class Recording:
         remarks = []
         if self.untapped_batches:
             remarks.append(
-                f"{self.untapped_batches} training batches had no known loss call: no training dynamics there"
+                f"{self.untapped_batches} training batches had no known loss call"
+                f"{' outside of what is compiled' if self.compiled else ''}: no training dynamics there"
             )
         if self.failed_passes:
             remarks.append(

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_influence import audit
+from lightning_influence import audit, isolation
 from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.query_report import QueryReport
@@ -33,6 +33,9 @@ from lightning_influence.tracin import TracIn
 from lightning_influence.verify import Inspection
 
 Columns = dict[str, NDArray[Any]]
+
+# Of what a step changes, so many are named.
+_MOST_PATHS = 6
 
 
 class Reporter:
@@ -161,7 +164,7 @@ class Reporter:
         ranked = audit.rank(columns)
         manifest = self._manifest | {"status": "complete"} | _about(gradients, plan, inspection, result, ranked)
         manifest["tracin_steps"] = recording.tracin.checkpoints
-        manifest["notes"] = result.notes + _notes(inspection, recording)
+        manifest["notes"] = result.notes + _notes(inspection, recording) + _put_back(gradients)
         pairs = None if self.queries is None else self.queries.pairs
         if self.queries is not None:
             manifest["notes"] += self.queries.notes
@@ -328,6 +331,21 @@ def _notes(inspection: Inspection, recording: Recording) -> list[str]:
             "`training_step` draws random numbers in eval mode: scores hold for one draw, and depend on batches"
         )
     return notes
+
+
+def _put_back(gradients: ExampleGradients) -> list[str]:
+    """Return what extra passes would have changed."""
+    found = (
+        ("the step", isolation.changes_in(gradients.module), "every batch starts where training stood"),
+        ("fetching examples", list(gradients.source.changed), "training does not notice"),
+    )
+    return [
+        f"{who} changes {', '.join(paths[:_MOST_PATHS])}{f' and {more} more' if more > 0 else ''}: extra passes put "
+        f"that back, so that {purpose}"
+        for who, paths, purpose in found
+        if paths
+        for more in (len(paths) - _MOST_PATHS,)
+    ]
 
 
 def _duration(seconds: float) -> str:

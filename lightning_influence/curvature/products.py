@@ -227,7 +227,7 @@ class CurvatureProduct(ABC):
         """Isolation, gradients of the chosen parameters, and kernels that can be differentiated twice."""
         module = self._gradients.module
         with ExitStack() as guards:
-            guards.enter_context(untouched(module))
+            guards.enter_context(untouched(module, self._gradients.task))
             guards.enter_context(sdpa_kernel(SDPBackend.MATH))
             if any(isinstance(part, nn.RNNBase) for part in module.modules()):
                 guards.enter_context(torch.backends.cudnn.flags(enabled=False))

@@ -55,7 +55,7 @@ class Custom(Measurement):
         total = sum(len(indices) for _, indices in sets)
         value = torch.zeros((), dtype=torch.float64, device=queries.device)
         sums = {name: torch.zeros_like(parameter) for name, parameter in owned.items()} if gradient else {}
-        with untouched(queries.module):
+        with untouched(queries.module, self.function):
             for parameter in owned.values():
                 parameter.requires_grad_(True)
             for passes, batch, n in self._batches(sets):
