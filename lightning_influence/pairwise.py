@@ -25,6 +25,7 @@ from torch import Tensor
 from lightning_influence import distributed, memory, score_matrix
 from lightning_influence.curvature.fitted import Curvature
 from lightning_influence.passes import BatchGradients, ExampleGradients
+from lightning_influence.precision import exact, wide_zeros
 from lightning_influence.queries import (
     PreparedQueries,
     check_layers,
@@ -309,7 +310,7 @@ def gathered_columns(
             own = torch.tensor(indices, dtype=torch.long, device=scores.device)
             # As the batches come: the matrix is never gathered as a whole.
             merged, gathered = distributed.gather_by_index(own, {"scores": scores})
-            yield torch.searchsorted(examples, merged.cpu()), gathered["scores"].permute(1, 2, 0).cpu()
+            yield torch.searchsorted(examples, merged.cpu()), exact(gathered["scores"]).permute(1, 2, 0).cpu()
 
 
 def _columns(
@@ -327,7 +328,7 @@ def _columns(
         for batch in batches:
             scores, own = _scored(batch, None if normalise == "none" else curvature, prepared, layers)
             if own is not None:
-                scores = scores / _length(own.to(scores.device))[:, None, None]
+                scores = scores / _length(own.to(scores))[:, None, None]
             if of_query is not None:
                 scores = scores / of_query
             scores[~batch.finite] = torch.nan
@@ -359,7 +360,7 @@ def _length(squared: Tensor) -> Tensor:
 
 
 def _nothing(queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    values = torch.zeros((queries, 0), dtype=torch.float64, device=device)
+    values = wide_zeros((queries, 0), device)
     return values, torch.zeros((queries, 0), dtype=torch.long, device=device)
 
 
@@ -374,7 +375,7 @@ def _merged(best: tuple[Tensor, Tensor], scores: Tensor, rows: Tensor, count: in
 def _over_processes(best: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
     """Merge what the processes have found: ``[q, count]`` on the host, padded with scores of -inf."""
     queries, device = len(best[0]), best[0].device
-    values = torch.full((queries, count), -torch.inf, dtype=torch.float64, device=device)
+    values = torch.full((queries, count), -torch.inf, dtype=best[0].dtype, device=device)
     rows = torch.full((queries, count), -1, dtype=torch.long, device=device)
     values[:, : best[0].shape[1]], rows[:, : best[1].shape[1]] = best
     own = distributed.rank() * queries + torch.arange(queries, device=device)

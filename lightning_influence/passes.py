@@ -279,7 +279,7 @@ class ExampleGradients:
         if not sums[0] and not distributed.any_process(False):
             self.references = {}
             return
-        (reduced,) = distributed.sum_across_processes([sums.to(self.device)])
+        (reduced,) = distributed.sum_across_processes([sums])
         seen = numbers or set(range(_MOST_TERMS))
         self.references = {k: float(reduced[1 + k] / reduced[0]) for k in sorted(seen) if float(reduced[1 + k])}
 

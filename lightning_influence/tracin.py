@@ -267,7 +267,7 @@ class TracInScores:
         if step in self.checkpoints:
             return False
         self.checkpoints.append(step)
-        self.values[torch.as_tensor(list(indices))] += increments.double().cpu()
+        self.values[torch.as_tensor(list(indices))] += increments.cpu().double()
         return True
 
 

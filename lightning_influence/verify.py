@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_influence import per_sample
 from lightning_influence.isolation import isolated_rng
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.precision import wide
 from lightning_influence.rows import held_bytes
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3}
@@ -158,7 +159,7 @@ def _look(
             total += held_bytes(io.activations[0]) + held_bytes(io.gs[0])
             largest = max(largest, held_bytes(io.x))
             sums[io.name] = per_sample.summed_gradient(io.x, io.gs[0])
-            norms[io.name] = per_sample.squared_norms(io.x, io.gs[0]).double()
+            norms[io.name] = wide(per_sample.squared_norms(io.x, io.gs[0]))
         dtype = next((block.dtype for block in sums.values()), torch.float32)
         inspection = Inspection(
             positions,

@@ -26,8 +26,8 @@ from lightning_influence.curvature.spectrum import (
     row_norms,
     row_products,
     smallest_eigenvalue,
-    wide_type,
 )
+from lightning_influence.precision import exact, wide_dtype
 
 # A restart from the true residual that does not halve it shows that rounding, not the number of steps, is the limit.
 _WORTHWHILE = 0.5
@@ -116,11 +116,10 @@ def dense(matrix: Tensor, g: Tensor, damping: float, *, tolerance: float = 1e-6)
         raise ValueError(f"the matrix has the shape {tuple(matrix.shape)}; expected {(p, p)} for g {tuple(g.shape)}.")
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("the matrix has non-finite entries; leave out the examples that they come from.")
-    device = matrix.device if wide_type(matrix) == torch.float64 else torch.device("cpu")
-    wide = matrix.to(device, torch.float64)
+    wide = exact(matrix)
     wide = (wide + wide.T) / 2
-    damped = wide + damping * torch.eye(p, dtype=torch.float64, device=device)
-    b, norms = _normalised(g.to(device, torch.float64))
+    damped = wide + damping * torch.eye(p, dtype=wide.dtype, device=wide.device)
+    b, norms = _normalised(exact(g))
     x, values = torch.zeros_like(b), torch.zeros_like(norms)
     factor, info = torch.linalg.cholesky_ex(damped)
     if int(info):
@@ -309,7 +308,14 @@ class _Ends:
         rows = zip(kinds.tolist(), self.values.tolist(), residual.tolist(), self.steps.tolist(), strict=True)
         reasons = tuple(_explain(*row, damping, step_size) for row in rows)
         device = g.device
-        return Solution(v, (kinds == _SOLVED).to(device), self.steps.to(device), residual.to(device), reasons, products)
+        return Solution(
+            v,
+            (kinds == _SOLVED).to(device),
+            self.steps.to(device),
+            residual.to(device, wide_dtype(device)),
+            reasons,
+            products,
+        )
 
 
 def _explain(kind: int, value: float, residual: float, steps: int, damping: float, step_size: float) -> str:

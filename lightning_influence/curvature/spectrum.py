@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_influence.precision import wide_dtype
+
 Matvec = Callable[[Tensor], Tensor]
 """Multiplies every row of ``[q, p]`` by one and the same symmetric matrix."""
 
@@ -169,14 +171,9 @@ def check_damping(damping: float) -> None:
         raise ValueError(f"damping is {damping!r}; expected a number >= 0.")
 
 
-def wide_type(tensor: Tensor) -> torch.dtype:
-    """Return the type that sums of its numbers are kept in."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
 def row_products(a: Tensor, b: Tensor) -> Tensor:
     """Return the inner product of every row of ``a`` with the same row of ``b``, ``[q]``."""
-    kind = wide_type(a)
+    kind = wide_dtype(a.device)
     total = torch.zeros(len(a), dtype=kind, device=a.device)
     for left, right in zip(a.split(_CHUNK, 1), b.split(_CHUNK, 1), strict=True):
         total = total + torch.einsum("qp,qp->q", left.to(kind), right.to(kind))
