@@ -10,18 +10,18 @@ of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.accelerators import Accelerator
 from torch import Tensor, nn
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_flatten, tree_map
 
 NAME = "pretend"
 _INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
+_COPYING = ("copy_", "_to_copy", "_copy_from", "_foreach_copy_", "set_")
 # Norms of vectors are no decomposition: every device has them.
 _DECOMPOSING = ("linalg_", "_linalg_", "cholesky", "geqrf", "orgqr", "triangular_solve", "lu_", "ormqr")
 # Their kernels resize an empty result, which a wrapper does not follow.
@@ -100,46 +100,60 @@ class PretendTensor(Tensor):
         raise TypeError(f"a tensor of {DEVICE} was pickled")
 
 
+def _mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Apply a function to the tensors among arguments or results, which lie one list deep at most."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return type(value)([_mapped(v, function) for v in value]) if isinstance(value, (list, tuple)) else value
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name.removeprefix("aten::")
-    everything, _ = tree_flatten((args, kwargs))
-    ours = [t for t in everything if isinstance(t, PretendTensor)]
-    others = [t for t in everything if isinstance(t, Tensor) and not isinstance(t, PretendTensor)]
-    wanted = kwargs.get("device")
+    ours: list[PretendTensor] = []
+    others: list[Tensor] = []
+
+    def held(tensor: Tensor) -> Tensor:
+        if type(tensor) is PretendTensor:
+            ours.append(tensor)
+            return tensor.held
+        others.append(tensor)
+        return tensor
+
+    inner = [_mapped(value, held) for value in args]
+    options = {key: _mapped(value, held) for key, value in kwargs.items()}
+    wanted, generator = kwargs.get("device"), kwargs.get("generator")
     on_device = bool(ours) if wanted is None else torch.device(wanted).type == NAME
-    copying = name in ("copy_", "_to_copy", "_copy_from", "_foreach_copy_", "set_")
-    generator = kwargs.get("generator")
     if on_device and generator is not None and generator.device.type == "cpu":
         raise RuntimeError(f"{name}: expected a generator of {NAME!r}, found one of the CPU")
-    if ours and others and not copying:
+    if ours and others and name not in _COPYING:
         mixed = [t for t in others if t.ndim]
-        if name in _INDEXING and isinstance(args[0], PretendTensor):
-            indices, _ = tree_flatten(args[1])
-            mixed = [t for t in mixed if not any(t is index for index in indices)]
-        elif name in _INDEXING or (func._schema.is_mutable and not isinstance(args[0], PretendTensor)):
+        if name in _INDEXING and type(args[0]) is PretendTensor:
+            mixed = [t for t in mixed if not any(t is index for index in args[1])]
+        elif name in _INDEXING or (func._schema.is_mutable and type(args[0]) is not PretendTensor):
             mixed = others
         if mixed:
             shapes = [list(t.shape) for t in ours], [list(t.shape) for t in mixed]
             raise RuntimeError(f"{name}: tensors {shapes[0]} are on {DEVICE}, tensors {shapes[1]} on the CPU")
     if ours and not LIMITS.linalg and name.startswith(_DECOMPOSING) and name != "linalg_vector_norm":
         raise NotImplementedError(f"{name} is not implemented for {DEVICE}")
-
-    wrapped = {id(t.held): t for t in ours}
-    args, kwargs = tree_map(lambda t: t.held if isinstance(t, PretendTensor) else t, (args, kwargs))
     if wanted is not None:
-        kwargs["device"] = torch.device("cpu")
+        options["device"] = torch.device("cpu")
     if name == "_to_copy":
-        kwargs.pop("non_blocking", None)
-    result = func(*args, **({**kwargs, "pin_memory": False} if kwargs.get("pin_memory") else kwargs))
+        options.pop("non_blocking", None)
+    if options.get("pin_memory"):
+        options["pin_memory"] = False
 
-    def back(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not on_device or any(value is t for t in others):
-            return wrapped.get(id(value), value) if isinstance(value, Tensor) else value
-        if value.dtype == torch.float64 and not LIMITS.float64:
+    def back(result: Tensor) -> Tensor:
+        for tensor in ours:  # changed in place
+            if result is tensor.held:
+                return tensor
+        if not on_device or any(result is t for t in others):
+            return result
+        if result.dtype == torch.float64 and not LIMITS.float64:
             raise TypeError(f"{name}: can't make a float64 tensor on {DEVICE}, which has no float64")
-        return wrapped.get(id(value)) if id(value) in wrapped else PretendTensor(value)
+        return PretendTensor(result)
 
-    return tree_map(back, result)
+    return _mapped(func(*inner, **options), back)
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
@@ -163,36 +177,3 @@ for _operation in _OPERATIONS:
 for _key in ("CPU", "PrivateUse1"):
     with suppress(RuntimeError):
         _ATEN.impl("_copy_from", _copy_from, _key)
-
-
-class PretendAccelerator(Accelerator):
-    """What Lightning asks of an accelerator."""
-
-    def setup_device(self, device: torch.device) -> None:
-        pass
-
-    def teardown(self) -> None:
-        pass
-
-    def get_device_stats(self, device: Any) -> dict[str, Any]:
-        return {}
-
-    @staticmethod
-    def parse_devices(devices: Any) -> Any:
-        return devices
-
-    @staticmethod
-    def get_parallel_devices(devices: Any) -> Any:
-        return [DEVICE]
-
-    @staticmethod
-    def auto_device_count() -> int:
-        return 1
-
-    @staticmethod
-    def is_available() -> bool:
-        return True
-
-    @staticmethod
-    def name() -> str:
-        return NAME

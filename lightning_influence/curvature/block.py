@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence import distributed, per_sample
+from lightning_influence.curvature.spectrum import rounding
 from lightning_influence.patches import Activations, Patches
 from lightning_influence.precision import wide, wide_dtype
 from lightning_influence.rows import Rows
@@ -208,7 +209,7 @@ class CurvatureBlock(ABC):
     def _check_damping(self, damping: float, eigenvalues: Tensor) -> None:
         smallest, largest = float(eigenvalues.min()), float(eigenvalues.max())
         # Eigenvalues that should be 0 come out as rounding noise of the largest.
-        noise = torch.finfo(eigenvalues.dtype).eps * largest
+        noise = rounding(max(self.shape[1:]), largest, eigenvalues.dtype)
         valid = isinstance(damping, (int, float)) and not isinstance(damping, bool) and math.isfinite(damping)
         if not valid or damping < 0 or (damping == 0 and smallest <= noise):
             raise ValueError(

@@ -22,7 +22,13 @@ from lightning_influence.curvature.flat import FlatParameters
 from lightning_influence.curvature.nystrom import nystrom_preconditioner
 from lightning_influence.curvature.products import CurvatureProduct
 from lightning_influence.curvature.solvers import Solution, SolverError, cg, lissa
-from lightning_influence.curvature.spectrum import IndefiniteError, Matvec, indefinite_reason, require_positive_definite
+from lightning_influence.curvature.spectrum import (
+    IndefiniteError,
+    Matvec,
+    factorised,
+    indefinite_reason,
+    require_positive_definite,
+)
 from lightning_influence.layers import ParameterBlock
 from lightning_influence.passes import BatchGradients
 from lightning_influence.precision import exact, wide
@@ -133,7 +139,8 @@ class DenseCurvature(Curvature):
         examples: For the record.
 
     Raises:
-        IndefiniteError: If ``C + λ`` is not positive definite; the message gives its smallest eigenvalue.
+        IndefiniteError: If ``C + λ`` is not positive definite, or singular within rounding; the message gives its
+            smallest eigenvalue.
     """
 
     def __init__(
@@ -150,14 +157,11 @@ class DenseCurvature(Curvature):
         self.matrix = matrix
         damped = exact(matrix, copy=True)
         damped.diagonal().add_(coordinates.spread(self.dampings, damped))
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info):
+        self._factor, singular = factorised(damped, matrix.dtype)
+        if singular is not None:
             # Of the damped matrix: with one damping per block that is the number that counts.
-            eigenvalues = torch.linalg.eigvalsh(damped)
-            least = min(self.dampings.values())
-            noise = len(damped) * torch.finfo(matrix.dtype).eps * float(eigenvalues.abs().max())
-            raise IndefiniteError(indefinite_reason(float(eigenvalues[0]) - least, least, noise))
-        self._factor = factor
+            (smallest, noise), least = singular, min(self.dampings.values())
+            raise IndefiniteError(indefinite_reason(smallest - least, least, noise))
 
     @property
     def blockwise(self) -> None:
