@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,15 +27,10 @@ _DECOMPOSING = ("linalg_", "_linalg_", "cholesky", "geqrf", "orgqr", "triangular
 _FACTORIES = ("arange", "eye", "linspace", "randperm", "tril_indices", "triu_indices")
 
 
-@dataclass
-class Limits:
+class LIMITS:
     """What the device can do."""
 
-    float64: bool = True
-    linalg: bool = True
-
-
-LIMITS = Limits()
+    float64 = linalg = True
 
 
 class _Module(backend_registration._DummyBackendModule):
@@ -47,12 +41,6 @@ class _Module(backend_registration._DummyBackendModule):
 
     def set_rng_state(self, state: Tensor, device: Any = None) -> None:
         torch.set_rng_state(state)
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16]
-
-    def synchronize(self, device: Any = None) -> None:
-        pass
 
 
 backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
@@ -67,9 +55,9 @@ class PretendTensor(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> PretendTensor:
-        options: dict[str, Any] = {"dtype": held.dtype, "layout": held.layout, "device": DEVICE}
-        if held.layout == torch.strided:
-            options |= {"strides": held.stride(), "storage_offset": held.storage_offset()}
+        strided = held.layout == torch.strided
+        places = {"strides": held.stride(), "storage_offset": held.storage_offset()} if strided else {}
+        options = {"dtype": held.dtype, "layout": held.layout, "device": DEVICE, **places}
         result: PretendTensor = Tensor._make_wrapper_subclass(cls, held.shape, **options)
         result.held = held
         return result
@@ -138,10 +126,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError(f"{name} is not implemented for {DEVICE}")
     if wanted is not None:
         options["device"] = torch.device("cpu")
-    if name == "_to_copy":
-        options.pop("non_blocking", None)
-    if options.get("pin_memory"):
-        options["pin_memory"] = False
+    for unknown in ("non_blocking", "pin_memory"):
+        options.pop(unknown, None)
 
     def back(result: Tensor) -> Tensor:
         for tensor in ours:  # changed in place
