@@ -32,6 +32,7 @@ from lightning_influence.curvature import random_subset
 from lightning_influence.pair_sums import QUERY_BYTES, PairSum
 from lightning_influence.pairwise import PairwiseScores
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.precision import wide
 from lightning_influence.scoring import mean_gradient
 from lightning_influence.unrolling import plain_steps
 
@@ -122,7 +123,7 @@ class _Derivative:
 
     def points(self, direction: Vectors) -> list[tuple[Checkpoint, float]]:
         """Return weights and factors: the derivative along ``direction`` is the sum of factor times value there."""
-        length = math.sqrt(sum(float(part.double().square().sum()) for part in direction.values()))
+        length = math.sqrt(sum(float(wide(part).square().sum()) for part in direction.values()))
         if not (length > 0 and math.isfinite(length)):
             return []
         return [

@@ -18,6 +18,8 @@ from torch import Tensor
 _Item = TypeVar("_Item")
 
 _NOT_SUMMABLE = (torch.bool, torch.uint8, torch.int8, torch.int16)
+# Tensors of up to so many scalars travel together: what a collective waits for costs more than what it carries.
+_TOGETHER = 2**20
 
 
 def rank() -> int:
@@ -58,11 +60,18 @@ def sum_across_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
             )
     if world_size() == 1:
         return list(tensors)
-    sums = []
-    for value in tensors:
-        total = value.detach().to(_device_for(value.device)).clone(memory_format=torch.contiguous_format)
+    groups: dict[tuple[torch.dtype, int], list[int]] = {}
+    for place, value in enumerate(tensors):
+        # A large one by itself: its memory is free again once its owner lets go of it.
+        groups.setdefault((value.dtype, place if value.numel() > _TOGETHER else -1), []).append(place)
+    sums = list(tensors)
+    for places in groups.values():
+        device = _device_for(tensors[places[0]].device)
+        total = torch.cat([tensors[place].detach().to(device).reshape(-1) for place in places])
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
-        sums.append(total.to(value.device))
+        parts = total.split([tensors[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            sums[place] = part.view(tensors[place].shape).to(tensors[place].device)
     return sums
 
 
@@ -86,18 +95,18 @@ def gather_by_index(indices: Tensor, values: Mapping[str, Tensor]) -> tuple[Tens
         ValueError: If shapes or dtypes are not as above. Raised on every process, whosever the fault is.
     """
     fault = _fault(indices, values)
-    if any_process(fault is not None):
-        raise ValueError(fault or "gather_by_index got unusable tensors on another rank; its error says which.")
     names = sorted(values)
     columns = [indices, *(values[name] for name in names)]
-    _agree("gather_by_index", [(name, values[name].dtype, tuple(values[name].shape[1:])) for name in names])
+    layout = [] if fault else [(name, values[name].dtype, tuple(values[name].shape[1:])) for name in names]
+    faulty, counts = _agree("gather_by_index", layout, fault is not None, 0 if fault else len(indices))
+    if any(faulty):
+        raise ValueError(fault or "gather_by_index got unusable tensors on another rank; its error says which.")
 
     if world_size() == 1:
         if bool((indices[1:] > indices[:-1]).all()):  # features of a large data set are not copied for nothing
             return indices, dict(values)
         return _sorted(names, columns)
 
-    counts = [int(count) for count in _all_gather(torch.tensor(len(indices)))]
     device = _device_for(indices.device)
     own = torch.cat([_as_bytes(column).to(device) for column in columns], dim=1)
     padded = own.new_zeros(max(counts), own.shape[1])
@@ -163,14 +172,16 @@ def _device_for(device: torch.device) -> torch.device:
     return device if device.type in served else torch.device(served[0])
 
 
-def _agree(function: str, layout: Sequence[object]) -> None:
-    """Raise on every process if their layouts differ: a collective would hang or mix tensors up."""
-    checksums = _all_gather(torch.tensor(zlib.crc32(repr(layout).encode())))
-    if len({int(checksum) for checksum in checksums}) > 1:
+def _agree(function: str, layout: Sequence[object], fault: bool = False, count: int = 0) -> tuple[list[int], list[int]]:
+    """Tell each other about faults and counts; raise on every process if layouts differ: tensors would be mixed up."""
+    told = torch.tensor([int(fault), count, zlib.crc32(repr(layout).encode())])
+    faults, counts, checksums = torch.stack(_all_gather(told)).T.tolist()
+    if len(set(checksums)) > 1 and not any(faults):
         raise ValueError(
             f"{function} needs the same tensors (names, dtypes, shapes) on every rank; rank {rank()} has "
             f"{layout}. A rank without examples passes zeros or empty tensors like those of the others."
         )
+    return faults, counts
 
 
 def _all_gather(tensor: Tensor) -> list[Tensor]:

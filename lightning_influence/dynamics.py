@@ -27,6 +27,8 @@ _SMALL = 2**16
 # Mean probabilities are kept up to this many scalars (400 MB); beyond, their columns are left out.
 _PROBABILITY_BUDGET = 10**8
 _FLUSH_EVERY = 64
+# Not sums, but the state at the last visit, and what it is before the first.
+_STATES = {"label": -1.0, "last_wrong": 1.0}
 # What a trainer does to a loss: it is divided, or scaled.
 _FACTORS = ("DivBackward0", "MulBackward0")
 _REDUCTIONS = ("none", "mean", "sum")
@@ -178,32 +180,32 @@ class TrainingDynamics:
                 self.sums["probabilities"] = torch.zeros(self.size, taken["probabilities"].shape[1])
             self.sums["probabilities"].index_add_(0, rows, taken["probabilities"].float())
 
-    def gathered(self) -> TrainingDynamics:
-        """Return the dynamics of all processes together: each has seen its own part of the batches."""
+    def addends(self) -> list[Tensor]:
+        """Return what is to be summed over the processes, each of which has seen its own part of the batches."""
         self.flush()
-        total = TrainingDynamics(self.size)
-        total.sums = dict(self.sums)
-        if distributed.world_size() > 1:
-            added = {name: value - self._common.get(name, 0.0) for name, value in self.sums.items()}
-            # A process without records must not stay away from the collective: all raise then, instead of waiting.
-            visited = (added.get("times_seen", torch.zeros(self.size)) > 0).double()
-            # Not sums, but the state at the last visit: taken from who has visited the example since.
-            latest = [name for name in ("label", "last_wrong") if name in self.sums]
-            names = sorted(set(added) - set(latest))
-            parts = [added[name] for name in names] + [self.sums[name] * visited for name in latest] + [visited]
-            *reduced, visitors = distributed.sum_across_processes(parts)
-            for name, value in zip(names, reduced, strict=False):
-                total.sums[name] = self._common.get(name, 0.0) + value
-            for name, value in zip(latest, reduced[len(names) :], strict=True):
-                before = self._common.get(name, torch.full_like(value, 1.0 if name == "last_wrong" else -1.0))
-                total.sums[name] = torch.where(visitors > 0, value / visitors.clamp(min=1), before)
-        return total
+        # A process without records must not stay away from the collective: all raise then, instead of waiting.
+        seen = self.sums.get("times_seen", torch.zeros(self.size, dtype=torch.float64))
+        visited = (seen > self._common.get("times_seen", 0.0)).double()
+        # States at the last visit are taken from who has visited the example since.
+        return [
+            value * visited if name in _STATES else value - self._common.get(name, 0.0)
+            for name, value in sorted(self.sums.items())
+        ] + [visited]
 
-    def synchronise(self) -> None:
-        """Let every process know what all have seen; to be called by all of them."""
+    def take(self, totals: Sequence[Tensor]) -> None:
+        """Take over what all processes have seen: the sums of their ``addends``."""
+        visitors = totals[-1]
+        for name, total in zip(sorted(self.sums), totals, strict=False):
+            before = self._common.get(name, torch.full_like(total, _STATES.get(name, 0.0)))
+            last = total / visitors.clamp(min=1) if name in _STATES else before + total
+            self.sums[name] = torch.where(visitors > 0, last, before) if name in _STATES else last
+        self._common = {name: value.clone() for name, value in self.sums.items()}
+
+    def gathered(self) -> TrainingDynamics:
+        """Let every process know what all have seen, and return that; to be called by all of them."""
         if distributed.world_size() > 1:
-            self.sums = self.gathered().sums
-            self._common = {name: value.clone() for name, value in self.sums.items()}
+            self.take(distributed.sum_across_processes(self.addends()))
+        return self
 
     def columns(self) -> dict[str, Tensor]:
         """Return one column per score, ``[size]``; NaN (or -1) for examples that were never trained on."""

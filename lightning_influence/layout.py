@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.precision import wide
+
 Order = Literal["whole", "major", "minor"]
 
 
@@ -77,7 +79,7 @@ def settle_order(layout: BatchLayout, tensor: Tensor, n: int) -> Order | None:
         None if the values do not tell (all examples alike, or noise on all of them).
     """
     values = tensor.detach()
-    values = values.double() if values.is_floating_point() else values.long()
+    values = wide(values) if values.is_floating_point() else values.long()
     alike: list[Order] = []
     orders: tuple[Order, Order] = ("major", "minor")
     for order in orders:

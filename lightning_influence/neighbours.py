@@ -92,7 +92,7 @@ class NeighbourRecord:
             labels: ``[n]`` integers.
         """
         nearest = nearest_labels(features, labels)
-        shares = _shares(nearest, labels).double().cpu()
+        shares = _shares(nearest, labels).cpu().double()
         known = shares.isfinite()
         rows = indices.cpu()[known]
         self._disagreement[rows] += shares[known]

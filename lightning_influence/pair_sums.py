@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_influence import distributed, memory
 from lightning_influence.pairwise import PairwiseScores, distinct, gathered_columns
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.precision import wide_zeros
 from lightning_influence.queries import PreparedQueries, check_pairs, query_chunks, query_gradients
 
 QUERY_BYTES = 2**30
@@ -81,7 +82,7 @@ class PairSum:
             weight: Of the term.
         """
         # All that a pass without norms looks for there is who has a score.
-        known = torch.zeros(len(finite), dtype=torch.float64, device=finite.device).masked_fill(~finite, torch.nan)
+        known = wide_zeros(len(finite), finite.device).masked_fill(~finite, torch.nan)
         with closing(gathered_columns(self.gradients, self._examples, PreparedQueries(vectors, known))) as pieces:
             for places, scores in pieces:
                 self._scores[rows, places] += weight * scores[0]

@@ -12,8 +12,9 @@ Index legend: ``q`` queries, ``n`` training examples, ``k`` groups, ``o`` output
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 from lightning_influence import distributed, memory, score_matrix
 from lightning_influence.curvature.fitted import Curvature
 from lightning_influence.passes import BatchGradients, ExampleGradients
+from lightning_influence.precision import exact, wide_zeros
 from lightning_influence.queries import (
     PreparedQueries,
     check_layers,
@@ -38,6 +40,9 @@ Normalisation = Literal["none", "relative", "cosine"]
 # Preconditioned gradients of queries are held as full parameter vectors: so many bytes of them at a time.
 _QUERY_BYTES = 2**30
 _SCORE_BYTES = 8
+# What processes tell each other of a matrix at a time.
+_GATHER_BYTES = 2**26
+_Batch = tuple[list[int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,13 +308,28 @@ def gathered_columns(
         layers: Whose parts of the scores to give, after the whole.
     """
     with closing(_columns(gradients, examples.tolist(), curvature, prepared, normalise, layers)) as batches:
-        nothing = prepared.self_influence.new_empty((0, 1 + len(layers), len(prepared.self_influence)))
-        while distributed.any_process((batch := next(batches, None)) is not None):
-            indices, scores = batch or ([], nothing)
-            own = torch.tensor(indices, dtype=torch.long, device=scores.device)
-            # As the batches come: the matrix is never gathered as a whole.
-            merged, gathered = distributed.gather_by_index(own, {"scores": scores})
-            yield torch.searchsorted(examples, merged.cpu()), gathered["scores"].permute(1, 2, 0).cpu()
+        shape = 1 + len(layers), len(prepared.self_influence)
+        for found in _rounds(batches, len(examples), _SCORE_BYTES * math.prod(shape)):
+            indices = [index for own, _ in found for index in own]
+            scores = torch.cat([torch.zeros(0, *shape, dtype=torch.float64), *(exact(own).cpu() for _, own in found)])
+            merged, gathered = distributed.gather_by_index(torch.tensor(indices, dtype=torch.long), {"scores": scores})
+            yield torch.searchsorted(examples, merged), gathered["scores"].permute(1, 2, 0)
+
+
+def _rounds(batches: Iterator[_Batch], examples: int, row_bytes: int) -> Iterator[list[_Batch]]:
+    """Take batches together that the processes gather at once, as often on every process: a matrix may be too large."""
+    processes = distributed.world_size()
+    if processes == 1:
+        yield from ([batch] for batch in batches)
+        return
+    rows, taken = max(1, _GATHER_BYTES // (processes * row_bytes)), 0
+    share = -(-examples // processes)  # the largest
+    for end in range(rows, share + rows, rows):
+        found: list[_Batch] = []
+        while taken < min(end, share) and (batch := next(batches, None)) is not None:
+            found.append(batch)
+            taken += len(batch[0])
+        yield found
 
 
 def _columns(
@@ -327,7 +347,7 @@ def _columns(
         for batch in batches:
             scores, own = _scored(batch, None if normalise == "none" else curvature, prepared, layers)
             if own is not None:
-                scores = scores / _length(own.to(scores.device))[:, None, None]
+                scores = scores / _length(own.to(scores))[:, None, None]
             if of_query is not None:
                 scores = scores / of_query
             scores[~batch.finite] = torch.nan
@@ -359,7 +379,7 @@ def _length(squared: Tensor) -> Tensor:
 
 
 def _nothing(queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    values = torch.zeros((queries, 0), dtype=torch.float64, device=device)
+    values = wide_zeros((queries, 0), device)
     return values, torch.zeros((queries, 0), dtype=torch.long, device=device)
 
 
@@ -374,7 +394,7 @@ def _merged(best: tuple[Tensor, Tensor], scores: Tensor, rows: Tensor, count: in
 def _over_processes(best: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
     """Merge what the processes have found: ``[q, count]`` on the host, padded with scores of -inf."""
     queries, device = len(best[0]), best[0].device
-    values = torch.full((queries, count), -torch.inf, dtype=torch.float64, device=device)
+    values = torch.full((queries, count), -torch.inf, dtype=best[0].dtype, device=device)
     rows = torch.full((queries, count), -1, dtype=torch.long, device=device)
     values[:, : best[0].shape[1]], rows[:, : best[1].shape[1]] = best
     own = distributed.rank() * queries + torch.arange(queries, device=device)

@@ -1,6 +1,8 @@
-"""The precision that numbers are computed in: float32 at least."""
+"""The precision that numbers are computed in: float32 at least, and wider for sums and decompositions."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,3 +18,34 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def working(tensor: Tensor) -> Tensor:
     """Return a tensor in its working precision."""
     return tensor.to(working_dtype(tensor.dtype))
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the type that sums are kept in: float64, or float32 on devices without it (Apple's MPS, some XPUs)."""
+    return torch.float64 if _has_float64(device.type) else torch.float32
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in the type that sums are kept in on its device."""
+    return tensor.to(wide_dtype(tensor.device))
+
+
+def wide_zeros(shape: int | tuple[int, ...], device: torch.device) -> Tensor:
+    """Return zeros to add up in."""
+    return torch.zeros(shape, dtype=wide_dtype(device), device=device)
+
+
+def exact(tensor: Tensor, *, copy: bool = False) -> Tensor:
+    """Return a tensor in float64, on the host if its device has none: for decompositions, which lack there, too."""
+    device = tensor.device if _has_float64(tensor.device.type) else torch.device("cpu")
+    return tensor.to(device, torch.float64, copy=copy)
+
+
+@cache
+def _has_float64(kind: str) -> bool:
+    """Tell whether a kind of device has float64, by trying."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=kind)
+    except (TypeError, RuntimeError):
+        return False
+    return True

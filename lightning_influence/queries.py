@@ -14,7 +14,7 @@ from lightning_influence.capture import LayerIO
 from lightning_influence.curvature.block import Eigenbasis
 from lightning_influence.curvature.fitted import Curvature
 from lightning_influence.passes import BatchGradients, ExampleGradients
-from lightning_influence.precision import working_dtype
+from lightning_influence.precision import wide, working_dtype
 from lightning_influence.rows import Rows
 
 # Of each query's gradient there are, for a while: itself, the solution, and what solving takes.
@@ -133,7 +133,7 @@ def _prepared(
         gradient, basis = gradients.pop(name), bases.get(name)
         vectors[name] = solved[name] if basis is None else gradient * basis.inverse
         # The same number in every orthonormal basis. Rows first: a sum in float64 takes a copy of what it adds up.
-        products.append((gradient * vectors[name]).sum(3).sum((1, 2), dtype=torch.float64))
+        products.append(wide((gradient * vectors[name]).sum(3)).sum((1, 2)))
     return PreparedQueries(vectors, torch.stack(products).sum(0).masked_fill(~finite, torch.nan), bases)
 
 

@@ -149,14 +149,15 @@ def query_pairs(
         chosen, notes = _chosen(sets, asked)
     parts: list[Columns] = []
     for number, (passes, _) in enumerate(sets):
-        own = [query for of, query in chosen if of == number]
+        places = [place for place, (of, _) in enumerate(chosen) if of == number]
+        own = [chosen[place][1] for place in places]
         if not own:
             continue
         top = top_scores(gradients, indices, curvature, passes.measuring(statistic), own, asked.top)
         notes += [note for note in top.notes if note not in notes]
         with _run_on_queries():
             facts = _facts(passes, own, statistic)
-        parts.append(_rows(top, statistic, facts, number, [chosen.index((number, query)) for query in own]))
+        parts.append(_rows(top, statistic, facts, number, places))
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.argsort(joined["number"], kind="stable")
     table = _with_examples({name: values[order] for name, values in joined.items()}, columns)

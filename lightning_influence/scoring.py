@@ -13,7 +13,7 @@ from lightning_influence import distributed, per_sample, tracin
 from lightning_influence.curvature.fitted import Curvature
 from lightning_influence.losses import LossCall
 from lightning_influence.passes import ExampleGradients
-from lightning_influence.precision import working_dtype
+from lightning_influence.precision import wide, wide_dtype, wide_zeros, working_dtype
 
 # Features kept per example: 2 GB for a million examples.
 _FEATURES = 512
@@ -74,11 +74,11 @@ def score_examples(
         for batch in batches:
             n = batch.loss.n
             device = batch.finite.device
-            row: dict[str, Tensor] = {"grad_norm_squared": torch.zeros(n, dtype=torch.float64, device=device)}
+            row: dict[str, Tensor] = {"grad_norm_squared": wide_zeros(n, device)}
             scorer = None if curvature is None else curvature.scorer(n)
             for name, wanted in (("harm", query), ("tracin", step_sizes)):
                 if wanted is not None:
-                    row[name] = torch.zeros(n, dtype=torch.float64, device=device)
+                    row[name] = wide_zeros(n, device)
             last = batch.capture.features(n) if features else None
             for io in batch.drained():
                 vector = None if query is None else query[io.name]
@@ -97,8 +97,8 @@ def score_examples(
                 if sizes is not None:
                     row["tracin"] += tracin.self_influence(io, norms, bias, sizes)
             if scorer is not None:
-                row["self_influence"] = scorer.self_influence().to(device)
-                row |= {f"{_PART}{name}": part.double() for name, part in scorer.parts().items()} if parts else {}
+                row["self_influence"] = scorer.self_influence().to(device, wide_dtype(device))
+                row |= {f"{_PART}{name}": wide(part) for name, part in scorer.parts().items()} if parts else {}
             for name, values in row.items():
                 row[name] = values.masked_fill(~batch.finite, torch.nan)
             row["finite"] = batch.finite
@@ -127,7 +127,7 @@ def mean_gradient(gradients: ExampleGradients, indices: Sequence[int], *, title:
         name: torch.zeros(block.shape, dtype=dtype, device=like.device)
         for name, block in gradients.coverage.blocks.items()
     }
-    count = torch.zeros((), dtype=torch.float64, device=like.device)
+    count = wide_zeros((), like.device)
     with closing(gradients.run(indices, title=title)) as batches:
         for batch in batches:
             count += batch.counted
@@ -140,7 +140,7 @@ def mean_gradient(gradients: ExampleGradients, indices: Sequence[int], *, title:
 
 
 def _from_loss(values: Tensor | None, primary: LossCall | None, n: int) -> dict[str, Tensor]:
-    row = {} if values is None else {"loss": values.double()}
+    row = {} if values is None else {"loss": wide(values)}
     if primary is not None:
         statistics = primary.statistics(n)
         row |= {name: statistics[name] for name in ("predicted", "label") if name in statistics}

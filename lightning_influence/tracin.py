@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_influence import distributed, optimizers, per_sample
+from lightning_influence import optimizers, per_sample
 from lightning_influence.capture import LayerIO
 from lightning_influence.coverage import Layers, listed_layers
 from lightning_influence.curvature.damping import OptimizerHistory
@@ -273,7 +273,7 @@ class TracInScores:
         if step in self.checkpoints:
             return False
         self.checkpoints.append(step)
-        self.values[torch.as_tensor(list(indices))] += increments.double().cpu()
+        self.values[torch.as_tensor(list(indices))] += increments.cpu().double()
         return True
 
 
@@ -363,21 +363,15 @@ class VisitSums:
             # The rows of the measured batches: those of the last round of the loop.
             self.sums["tracin"].index_add_(0, rows, Increments.joined([values for _, values in measured]))
 
-    def gathered(self) -> VisitSums:
-        """Return the sums of all processes together: each has seen its own part of the batches."""
+    def addends(self) -> list[Tensor]:
+        """Return what is to be summed over the processes, each of which has seen its own part of the batches."""
         self.flush()
-        total = VisitSums(len(self.sums["tracin"]))
-        total.sums = dict(self.sums)
-        if distributed.world_size() > 1:
-            names = sorted(self.sums)
-            added = distributed.sum_across_processes([self.sums[name] - self._common[name] for name in names])
-            total.sums = {name: self._common[name] + value for name, value in zip(names, added, strict=True)}
-        return total
+        return [value - self._common[name] for name, value in sorted(self.sums.items())]
 
-    def synchronise(self) -> None:
-        """Let every process know what all have seen; to be called by all of them."""
-        if distributed.world_size() > 1:
-            self.load_state_dict(self.gathered().sums)
+    def take(self, totals: Sequence[Tensor]) -> None:
+        """Take over what all processes have seen: the sums of their ``addends``."""
+        added = zip(sorted(self.sums), totals, strict=True)
+        self.load_state_dict({name: self._common[name] + total for name, total in added})
 
     def values(self) -> Tensor:
         """Return the scores, ``[size]``; NaN for examples that were trained on but never measured."""

@@ -19,6 +19,7 @@ from lightning_influence.curvature.fitted import Curvature, Scorer
 from lightning_influence.layers import ParameterBlock
 from lightning_influence.pairwise import PairwiseScores, pairwise_scores
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.precision import wide
 from lightning_influence.tracin import StepSize, block_step_sizes
 
 
@@ -143,7 +144,7 @@ class _StepScorer(Scorer):
         return norms, None if query is None else per_sample.inner_products(io.x, io.gs[0], query)
 
     def self_influence(self) -> Tensor:
-        parts = [part.double() for part in self._parts.values()]
+        parts = [wide(part) for part in self._parts.values()]
         return torch.stack(parts).sum(0) if parts else torch.zeros(self._n, dtype=torch.float64)
 
     def parts(self) -> dict[str, Tensor]:

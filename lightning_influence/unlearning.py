@@ -29,6 +29,7 @@ from lightning_influence.curvature import BlockCoordinates, Curvature, Indefinit
 from lightning_influence.curvature.full import joined_gradients
 from lightning_influence.influence import InfluencePlan
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.precision import exact, wide
 from lightning_influence.relabel import LabelError, Relabelled, find_label
 from lightning_influence.scoring import mean_gradient
 from lightning_influence.source import ExampleSource
@@ -108,7 +109,7 @@ class ParameterUpdate:
 
 
 def _length(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.detach().double().square().sum()) for tensor in tensors))
+    return math.sqrt(sum(float(wide(tensor.detach()).square().sum()) for tensor in tensors))
 
 
 class Unlearner:
@@ -362,8 +363,8 @@ def _corrected(
     coordinates = BlockCoordinates(gradients.coverage.blocks)
     rows = torch.cat(list(_factors(gradients, coordinates, removed)))
     solved = coordinates.join(curvature.solve(coordinates.split(rows))) / examples
-    a = coordinates.join(step).double()
-    rows, solved = rows.double(), solved.double()
+    a = exact(coordinates.join(step))
+    rows, solved = exact(rows), exact(solved)
     small = torch.eye(len(rows), dtype=torch.float64, device=rows.device) - rows @ solved.T
     factor, failed = torch.linalg.cholesky_ex((small + small.T) / 2)
     if int(failed) or float(factor.diagonal().min()) < _LEAST_LEFT:
@@ -373,7 +374,7 @@ def _corrected(
         )
     correction = solved.T @ torch.cholesky_solve((rows @ a).unsqueeze(1), factor).squeeze(1)
     like = next(iter(step.values()))
-    return coordinates.split((a + correction).to(like.dtype))
+    return coordinates.split((a + correction).to(like))
 
 
 def _factors(

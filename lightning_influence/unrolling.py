@@ -31,6 +31,7 @@ from lightning_influence.curvature.damping import block_means
 from lightning_influence.pair_sums import QUERY_BYTES, PairSum
 from lightning_influence.pairwise import PairwiseScores
 from lightning_influence.passes import ExampleGradients, Labels
+from lightning_influence.precision import wide
 
 At = Literal["checkpoints", "average"]
 
@@ -235,7 +236,7 @@ def _segment(checkpoints: Sequence[Checkpoint]) -> Segment:
         # Counters of a batch norm are not averaged.
         if not values[-1].is_floating_point():
             return values[-1]
-        total = torch.zeros_like(values[-1], dtype=torch.float64)
+        total = wide(torch.zeros_like(values[-1]))
         for share, value in zip(shares, values, strict=True):
             total += share * value
         return total.to(values[-1])

@@ -14,6 +14,7 @@ from lightning_influence import per_sample
 from lightning_influence.isolation import isolated_rng
 from lightning_influence.loss_scale import LossScale
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.precision import wide
 from lightning_influence.rows import held_bytes
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3}
@@ -176,7 +177,7 @@ def _look(
             total += held_bytes(io.activations[0]) + held_bytes(io.gs[0])
             largest = max(largest, held_bytes(io.x))
             sums[io.name] = per_sample.summed_gradient(io.x, io.gs[0])
-            norms[io.name] = per_sample.squared_norms(io.x, io.gs[0]).double()
+            norms[io.name] = wide(per_sample.squared_norms(io.x, io.gs[0]))
             if keep:
                 alone = torch.eye(len(indices), dtype=io.x.dtype, device=io.x.device)[list(keep), None, :, None, None]
                 kept[io.name] = torch.stack([per_sample.summed_gradient(io.x * only, io.gs[0]) for only in alone])
@@ -278,7 +279,7 @@ def _compare_alone(gradients: ExampleGradients, indices: list[int], random: bool
 
 def _smallest_own(look: _Look, name: str, k: int) -> float:
     """Return the norm below which an example's gradient in a block is compared with that of others."""
-    own = torch.stack([kept[k].double().square().sum() for kept in look.kept.values()]).sum().sqrt()
+    own = torch.stack([wide(kept[k]).square().sum() for kept in look.kept.values()]).sum().sqrt()
     return max(_SMALL_SHARE * float(own), _SMALL_SHARE * float(look.norms[name].max().sqrt()), 1e-30)
 
 

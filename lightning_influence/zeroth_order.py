@@ -25,6 +25,7 @@ from lightning_influence import distributed
 from lightning_influence.checkpoints import Checkpoint, CheckpointError
 from lightning_influence.pairwise import PairwiseScores, distinct
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.precision import exact
 from lightning_influence.queries import check_pairs
 from lightning_influence.scoring import ExampleScores
 from lightning_influence.terms import TaskError
@@ -123,7 +124,7 @@ def loss_paths(
                         "known loss call that it is made of was seen. Pass a task that returns one loss per example."
                     )
                 kept.extend(batch_indices)
-                values.append(loss.values.detach().double().cpu())
+                values.append(loss.values.detach().cpu().double())
         local = torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
         _, gathered = distributed.gather_by_index(torch.tensor(kept, dtype=torch.long), {"losses": local})
         rows.append(gathered["losses"].cpu())
@@ -154,9 +155,9 @@ def _squared_length(before: Checkpoint, after: Checkpoint) -> float:
         size = after.step_sizes.get(name, 0.0) if after.step_sizes else 1.0
         if size <= 0:  # no optimizer moved it
             continue
-        squares = (value.double() - before.parameters[name].double()).square()
+        squares = (exact(value) - exact(before.parameters[name])).square()
         if name in after.preconditioner:
-            squares = squares / after.preconditioner[name].double()
+            squares = squares / exact(after.preconditioner[name])
         total += float(squares.sum()) / size
     if not total > 0:
         raise CheckpointError(

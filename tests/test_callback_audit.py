@@ -1132,7 +1132,8 @@ def test_generators_of_the_data_set_are_left_alone_and_belong_to_the_example(tmp
         source = ExampleSource(_Drawing(), batch_size=batch_size)
         gradients = ExampleGradients(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), source, cover(model))
         scores.append(score_examples(gradients, range(22)).columns["grad_norm_squared"])
-    torch.testing.assert_close(*scores)
+    # Kept in float64, but computed in float32; other noise would be a tenth of it.
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=0)
 
 
 def test_a_batch_that_collation_drops_does_not_shift_the_others(tmp_path: Path) -> None:

@@ -11,9 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from lightning_influence import distributed
+from lightning_influence import distributed, pairwise
+from lightning_influence.callbacks.recording import Recording
+from lightning_influence.curvature import FactorExamples, fit
+from lightning_influence.discover import discover
+from lightning_influence.losses import CrossEntropy
+from lightning_influence.pairwise import pairwise_scores
+from lightning_influence.passes import ExampleGradients
+from lightning_influence.source import ExampleSource
+from lightning_influence.tracin import Increments, TracIn
 
 PATIENCE = timedelta(seconds=60)
 
@@ -180,8 +190,88 @@ def wait_for_the_slow_one(rank: int) -> object:
     return time.monotonic() - started
 
 
+def collectives(run: Callable[[], object]) -> int:
+    """Count what the processes wait for each other in."""
+    counted = [0]
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            counted[0] += 1
+            return function(*args, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather"):
+            patch.setattr(dist, name, counting(getattr(dist, name)))
+        run()
+    return counted[0]
+
+
+def sums_together(rank: int) -> object:
+    parts = [torch.full((k,), float(k + rank)) for k in range(40)] + [torch.ones(2, dtype=torch.int64)] * 3
+    summed: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_TOGETHER", 30)
+        apart = collectives(lambda: distributed.sum_across_processes(parts))
+    count = collectives(lambda: summed.extend(distributed.sum_across_processes(parts)))
+    return count, apart, [part.tolist() for part in summed]
+
+
+def gather_together(rank: int) -> object:
+    values = {f"column {k}": torch.zeros(3) for k in range(20)}
+    return collectives(lambda: distributed.gather_by_index(torch.arange(3) + rank, values))
+
+
+def epoch_end(rank: int) -> object:
+    """A run of 8 examples, each process having trained on its own."""
+    recording = Recording(8, nn.Linear(2, 3), TracIn("step"))
+    logits = torch.arange(12.0).reshape(4, 3).sin().requires_grad_() * (1 + rank)
+    labels = torch.tensor([0, 1, 2, 0])
+    call = CrossEntropy(F.cross_entropy(logits, labels), logits, labels, "mean")
+    own = list(range(4 * rank, 4 * rank + 4))
+    counts = []
+    for _ in range(2):
+        recording.record_batch(own, call.output, [call])
+        recording.record_visit(own, Increments(4, [(torch.ones(4), 0.5)], []))
+        counts.append(collectives(recording.synchronise))
+    columns = recording.columns(range(8))
+    return counts, {name: values.tolist() for name, values in columns.items()}
+
+
+def pairs(rank: int, budget: int | None = None) -> object:
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(22, 4), torch.randint(0, 3, (22,)))
+    net, source = nn.Linear(4, 3), ExampleSource(data, batch_size=2)
+    passes = ExampleGradients(net, _entropy, source, discover(net, _entropy, source))
+    curvature = fit(passes, "identity", range(22), examples=FactorExamples(22, 22), labels=("true", "true"))
+    found: list[Tensor] = []
+
+    def run() -> None:
+        found.append(pairwise_scores(passes, range(22), curvature, passes, [0, 5]).scores)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if budget is not None:
+            patch.setattr(pairwise, "_GATHER_BYTES", budget)
+        count = collectives(run)
+    return count, found[0]
+
+
+def pairs_in_rounds(rank: int) -> object:
+    return pairs(rank, 4 * 2 * 2 * 8)  # four rows of two queries a process: 4 + 4 + 3
+
+
+def _entropy(module: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
 STEPS: tuple[Callable[[int], object], ...] = (
     place,
+    sums_together,
+    gather_together,
+    epoch_end,
+    pairs,
+    pairs_in_rounds,
     sums,
     sums_of_different_shapes,
     sums_missing_on_one_rank,
@@ -247,6 +337,41 @@ def test_sums_that_do_not_match_are_refused_everywhere(both: list[dict[str, Any]
     for rank, results in enumerate(both):
         assert "ValueError: sum_across_processes needs the same tensors" in results[step]
         assert f"rank {rank} has" in results[step]
+
+
+def test_what_is_summed_together_travels_together(both: list[dict[str, Any]]) -> None:
+    for count, apart, summed in (rank["sums_together"] for rank in both):
+        assert count == 3, "one to agree on the layout, one for each dtype"
+        assert apart == 3 + 9, "those of 31 to 39 scalars go alone where the limit is 30"
+        assert summed == [[2.0 * k + 1] * k for k in range(40)] + [[2, 2]] * 3
+
+
+def test_a_set_of_columns_takes_one_gather(both: list[dict[str, Any]]) -> None:
+    assert [rank["gather_together"] for rank in both] == [2, 2], "one to agree on layout and counts, one for the rows"
+
+
+def test_an_epoch_takes_one_sum_and_both_know_what_each_has_seen(both: list[dict[str, Any]]) -> None:
+    first, second = (rank["epoch_end"] for rank in both)
+    assert first == second
+    counts, columns = first
+    assert counts == [3, 3]
+    assert columns["times_seen"] == [2] * 8
+    assert columns["label"] == [0, 1, 2, 0] * 2
+    assert columns["tracin"] == [1.0] * 8
+    logits = torch.arange(12.0).reshape(4, 3).sin()
+    labels = torch.tensor([0, 1, 2, 0])
+    losses = torch.cat([F.cross_entropy(logits * scale, labels, reduction="none") for scale in (1, 2)])
+    torch.testing.assert_close(torch.tensor(columns["loss_mean"]), losses)
+
+
+def test_pairs_are_gathered_in_as_many_rounds_as_memory_asks_for(both: list[dict[str, Any]]) -> None:
+    _, alone = pairs(0)
+    for rank in both:
+        (once, found), (often, in_rounds) = rank["pairs"], rank["pairs_in_rounds"]
+        assert often - once == 2 * 2, "three rounds in place of one, two collectives each"
+        assert once <= 4, "however many batches there are"
+        assert torch.equal(in_rounds, found)
+        torch.testing.assert_close(found, alone)
 
 
 def test_gather_sorts_and_drops_padding(both: list[dict[str, Any]]) -> None:

@@ -686,6 +686,30 @@ class TestNonFinite:
         assert torch.isfinite(product.to_dense()).all()
 
 
+class _Counted(int):
+    """An index that counts how often a set or dictionary asks for it."""
+
+    asked = 0
+
+    def __hash__(self) -> int:
+        _Counted.asked += 1
+        return int(self) % 2**61
+
+
+def test_the_work_of_leaving_examples_out_grows_with_their_number_and_not_with_its_square() -> None:
+    counts = []
+    for n in (16, 64):
+        inputs = torch.randn(n, 2)
+        inputs[::4] = math.nan
+        gradients = passes(nn.Linear(2, C), classify, TensorDataset(inputs, torch.zeros(n, dtype=torch.long)))
+        gradients.calibrate(range(n))
+        _Counted.asked = 0
+        product = GGNProduct(gradients, [_Counted(index) for index in range(n)], batch_size=4)
+        assert product.left_out == list(range(0, n, 4))
+        counts.append(_Counted.asked)
+    assert 0 < counts[1] <= 4.5 * counts[0]
+
+
 def test_a_pole_of_the_second_derivative_is_an_error() -> None:
     net = nn.Linear(1, 1, bias=False).double()
     nn.init.zeros_(net.weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from lightning_influence.loss_scale import HeardTerms, TermKey
 from lightning_influence.losses import CrossEntropy, LossCall
 from lightning_influence.neighbours import NeighbourRecord
 from lightning_influence.pacing import Pace
+from lightning_influence.precision import exact
 from lightning_influence.scoring import ExampleScores
 from lightning_influence.task import calls_in
 from lightning_influence.terms import TermForm, placed_calls, steady_terms
@@ -217,10 +218,16 @@ class Recording:
 
     def synchronise(self) -> None:
         """Let every process know what all have seen, so that any of them can write a checkpoint."""
-        self.dynamics.synchronise()
+        self._file()
+        if distributed.world_size() == 1:
+            return
+        parts = [self.dynamics.addends(), [] if self.visits is None else self.visits.addends(), [self._seen.double()]]
+        totals = iter(distributed.sum_across_processes([*chain.from_iterable(parts)]))
+        dynamics, visits, (seen,) = ([*islice(totals, len(part))] for part in parts)
+        self.dynamics.take(dynamics)
         if self.visits is not None:
-            self.visits.synchronise()
-        self._seen = self._gathered_seen()
+            self.visits.take(visits)
+        self._seen = seen > 0
 
     def _is_still_plain(self, call: CrossEntropy, n: int, forms: Mapping[TermKey, TermForm] | None) -> bool:
         """As ``_is_plain``, without a search where the logits have the history of a batch before."""
@@ -247,15 +254,15 @@ class Recording:
         return indices
 
     def columns(self, indices: Sequence[int], scores: ExampleScores | None = None) -> dict[str, NDArray[Any]]:
-        """Return all columns for the given examples, the final scores included."""
-        visits = None if self.visits is None else self.visits.gathered()
-        return self._columns(self.dynamics.gathered(), visits, indices, scores)
+        """Return all columns for the given examples, the final scores included; to be called by every process."""
+        self.synchronise()
+        return self._columns(indices, scores)
 
     def local_columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns of the examples that this process has seen, without talking to others."""
         self.dynamics.flush()
         self._file()
-        return self._columns(self.dynamics, self.visits, self._seen.nonzero().squeeze(1).tolist(), None)
+        return self._columns(self._seen.nonzero().squeeze(1).tolist(), None)
 
     def _gathered_seen(self) -> Tensor:
         self._file()
@@ -264,13 +271,8 @@ class Recording:
         (count,) = distributed.sum_across_processes([self._seen.int()])
         return count > 0
 
-    def _columns(
-        self,
-        dynamics: TrainingDynamics,
-        visits: VisitSums | None,
-        indices: Sequence[int],
-        scores: ExampleScores | None,
-    ) -> dict[str, NDArray[Any]]:
+    def _columns(self, indices: Sequence[int], scores: ExampleScores | None) -> dict[str, NDArray[Any]]:
+        dynamics, visits = self.dynamics, self.visits
         rows = torch.as_tensor(list(indices), dtype=torch.long)
         columns: dict[str, Tensor] = {"index": rows}
         columns |= {name: values[rows] for name, values in dynamics.columns().items()}
@@ -291,7 +293,11 @@ class Recording:
         if "nonfinite" in dynamics.sums:
             finite &= dynamics.sums["nonfinite"][rows] == 0
         if scores is not None:
-            final = {name: values.cpu() for name, values in scores.columns.items() if name != "tracin"}
+            final = {
+                name: (exact(values) if values.is_floating_point() else values).cpu()
+                for name, values in scores.columns.items()
+                if name != "tracin"
+            }
             finite &= final.pop("finite")
             columns |= final
             if "suggested" not in columns and "predicted" in columns:

@@ -192,9 +192,9 @@ class AuditRun:
                 recording.postponed = -1
                 self._score_checkpoint(trainer, module, tracin)
         if recording.visits is not None:
-            visits = recording.visits.gathered().values()
+            visits = recording.visits.values()
             self.reporter.log_tracin(trainer, visits[visits.isfinite()])  # NaN: not measured so far
-        self.reporter.log_dynamics(trainer, recording.dynamics.gathered().columns())
+        self.reporter.log_dynamics(trainer, recording.dynamics.columns())
 
     def _score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
         indices = self._indices(trainer)

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence import distributed, per_sample
+from lightning_influence.curvature.spectrum import rounding
 from lightning_influence.patches import Activations, Patches
+from lightning_influence.precision import wide, wide_dtype
 from lightning_influence.rows import Rows
 
 Measure = Literal["covariances", "eigenvalues"]
@@ -95,8 +97,8 @@ class CurvatureBlock(ABC):
         Raises:
             ValueError: If no process counted an example.
         """
-        device = next((value.device for value in self._sums.values()), None)
-        self._accumulate("examples", torch.tensor(float(examples), dtype=torch.float64, device=device))
+        device = next((value.device for value in self._sums.values()), torch.device("cpu"))
+        self._accumulate("examples", torch.tensor(float(examples), dtype=wide_dtype(device), device=device))
         self.reduce()
         if not float(self._sums["examples"]):
             raise ValueError("no example was counted: all losses or gradients are non-finite, or the data are empty.")
@@ -117,7 +119,7 @@ class CurvatureBlock(ABC):
 
     def damping(self, relative: float = RELATIVE_DAMPING) -> float:
         """Return ``relative`` times the mean eigenvalue of the block."""
-        return relative * float(self.diagonal().double().mean())
+        return relative * float(wide(self.diagonal()).mean())
 
     @classmethod
     def decomposed(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> tuple[int, ...]:
@@ -207,7 +209,7 @@ class CurvatureBlock(ABC):
     def _check_damping(self, damping: float, eigenvalues: Tensor) -> None:
         smallest, largest = float(eigenvalues.min()), float(eigenvalues.max())
         # Eigenvalues that should be 0 come out as rounding noise of the largest.
-        noise = torch.finfo(eigenvalues.dtype).eps * largest
+        noise = rounding(max(self.shape[1:]), largest, eigenvalues.dtype)
         valid = isinstance(damping, (int, float)) and not isinstance(damping, bool) and math.isfinite(damping)
         if not valid or damping < 0 or (damping == 0 and smallest <= noise):
             raise ValueError(

@@ -12,6 +12,7 @@ from lightning_influence import per_sample
 from lightning_influence.curvature.block import CurvatureBlock, Measure
 from lightning_influence.curvature.kfac import eigendecomposition
 from lightning_influence.patches import Activations, laid_out
+from lightning_influence.precision import exact, wide
 from lightning_influence.rows import Rows
 
 # Scalars of per-example gradients that are rotated at a time.
@@ -50,7 +51,7 @@ class BlockGGN(CurvatureBlock):
 
     def damping(self, relative: float = 0.1) -> float:
         """Return ``relative`` times the mean eigenvalue of the block."""
-        return relative * float(self.eigenvalues.double().mean())
+        return relative * float(wide(self.eigenvalues).mean())
 
     def matvec(self, v: Tensor) -> Tensor:
         """Rotate, scale, rotate back."""
@@ -120,6 +121,6 @@ class BlockGGN(CurvatureBlock):
         return {} if total is None else {"moment": total}
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
-        dtype = sums["moment"].dtype
-        eigenvalues, basis = eigendecomposition(sums.pop("moment").double().div_(sums["examples"]))
-        self._result = {"eigenvalues": eigenvalues.clamp(min=0).to(dtype), "basis": basis.to(dtype)}
+        kept = sums["moment"].new_empty(0)  # device and type of what is kept
+        eigenvalues, basis = eigendecomposition(exact(sums.pop("moment")).div_(exact(sums["examples"])))
+        self._result = {"eigenvalues": eigenvalues.clamp(min=0).to(kept), "basis": basis.to(kept)}

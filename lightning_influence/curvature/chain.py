@@ -24,6 +24,7 @@ from lightning_influence.curvature.hessian import HessianProduct
 from lightning_influence.curvature.products import CurvatureProduct
 from lightning_influence.memory import available_bytes, fits, readable
 from lightning_influence.passes import ExampleGradients, Labels
+from lightning_influence.precision import exact
 
 TITLES = {
     "hessian": "Hessian",
@@ -115,7 +116,7 @@ def curvature_chain(gradients: ExampleGradients, indices: Sequence[int], *, labe
     for name in ("ekfac", "kfac"):
         fitted = fit(gradients, name, indices, examples=every, labels=(labels, labels))
         assert isinstance(fitted, BlockCurvature)
-        own = [group for layer in blocks for group in fitted.blocks[layer].to_dense().double()]
+        own = [group for layer in blocks for group in exact(fitted.blocks[layer].to_dense())]
         matrices[name] = torch.block_diag(*own)
     names = list(matrices)
     spectra = {name: {b: _spectrum(matrices[name][s, s]) for b, s in blocks.items()} for name in names}
@@ -135,7 +136,7 @@ def curvature_chain(gradients: ExampleGradients, indices: Sequence[int], *, labe
 
 def _dense(product: CurvatureProduct, coordinates: BlockCoordinates) -> Tensor:
     places = coordinates.places_in(product.flat)
-    return product.to_dense(limit=coordinates.size).double()[places][:, places]
+    return exact(product.to_dense(limit=coordinates.size)[places][:, places])
 
 
 def _spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:

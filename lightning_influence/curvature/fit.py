@@ -29,7 +29,7 @@ from lightning_influence.curvature.spectrum import IndefiniteError
 from lightning_influence.losses import known_losses
 from lightning_influence.memory import available_bytes, fits, readable
 from lightning_influence.passes import NO_EXACT_LABELS, BatchGradients, ExampleGradients, Labels
-from lightning_influence.precision import working_dtype
+from lightning_influence.precision import wide, wide_zeros, working_dtype
 from lightning_influence.terms import TaskError
 
 Fisher = Literal["auto", "exact", "sampled", "empirical"]
@@ -250,7 +250,7 @@ def _fit_full(
             places = coordinates.places_in(product.flat)
             matrix = product.to_dense(limit=coordinates.size)[places][:, places]
     if damping is None:
-        mean = mean_eigenvalue(product, like) if matrix is None else float(matrix.diagonal().double().mean())
+        mean = mean_eigenvalue(product, like) if matrix is None else float(wide(matrix.diagonal()).mean())
         if mean <= 0:
             raise IndefiniteError(
                 f"the mean eigenvalue of the {name} is {mean:.3g}: there is no relative damping. Pass a number, "
@@ -305,7 +305,7 @@ def _dense_ggn(
     if not draws or draws * coordinates.size > 4 * forward:
         return None
     total = like.new_zeros((coordinates.size, coordinates.size))
-    count = torch.zeros((), dtype=torch.float64, device=like.device)
+    count = wide_zeros((), like.device)
     with closing(gradients.run(indices, "exact", title="GGN")) as batches:
         for batch in batches:
             count += batch.counted

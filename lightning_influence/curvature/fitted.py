@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_influence.capture import LayerIO
 from lightning_influence.curvature.block import CurvatureBlock, Eigenbasis
 from lightning_influence.curvature.solvers import Solution
+from lightning_influence.precision import wide_zeros
 
 
 class Scorer(ABC):
@@ -36,7 +37,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def self_influence(self) -> Tensor:
-        """Return ``gᵀ (C + λ)⁻¹ g`` of every example, ``[n]`` float64, once all blocks have been added."""
+        """Return ``gᵀ (C + λ)⁻¹ g`` of every example, ``[n]`` in the widest type, once all blocks have been added."""
 
     @abstractmethod
     def parts(self) -> dict[str, Tensor]:
@@ -154,7 +155,7 @@ class _BlockScorer(Scorer):
         parts = list(self._parts.values())
         if not parts:
             return torch.zeros(self._n, dtype=torch.float64)
-        total = torch.zeros(self._n, dtype=torch.float64, device=parts[0].device)
+        total = wide_zeros(self._n, parts[0].device)
         for part in parts:
             total += part
         return total

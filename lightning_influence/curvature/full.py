@@ -22,9 +22,16 @@ from lightning_influence.curvature.flat import FlatParameters
 from lightning_influence.curvature.nystrom import nystrom_preconditioner
 from lightning_influence.curvature.products import CurvatureProduct
 from lightning_influence.curvature.solvers import Solution, SolverError, cg, lissa
-from lightning_influence.curvature.spectrum import IndefiniteError, Matvec, indefinite_reason, require_positive_definite
+from lightning_influence.curvature.spectrum import (
+    IndefiniteError,
+    Matvec,
+    factorised,
+    indefinite_reason,
+    require_positive_definite,
+)
 from lightning_influence.layers import ParameterBlock
 from lightning_influence.passes import BatchGradients
+from lightning_influence.precision import exact, wide
 
 IterativeSolver = Literal["cg", "nystrom", "pcg", "lissa"]
 Solver = Literal["auto", "dense"] | IterativeSolver
@@ -99,9 +106,9 @@ class BlockCoordinates:
                 f"the flat vector holds {sorted(flat.parameters)}, the blocks {sorted(self.parameters)}; expected the "
                 "same parameters."
             )
-        numbers = flat.unflatten(torch.arange(flat.size, dtype=torch.float64, device=flat.device))
+        numbers = flat.unflatten(torch.arange(flat.size, dtype=torch.float64))  # exact, also beyond 2²⁴
         blocks = {name: block.from_parameters(numbers) for name, block in self.blocks.items()}
-        places = self.join(blocks).round().long()
+        places = self.join(blocks).round().long().to(flat.device)
         if not torch.equal(places.sort().values, torch.arange(flat.size, device=places.device)):
             raise ValueError("the blocks are not made of every scalar of their parameters, each once.")
         return places
@@ -132,7 +139,8 @@ class DenseCurvature(Curvature):
         examples: For the record.
 
     Raises:
-        IndefiniteError: If ``C + λ`` is not positive definite; the message gives its smallest eigenvalue.
+        IndefiniteError: If ``C + λ`` is not positive definite, or singular within rounding; the message gives its
+            smallest eigenvalue.
     """
 
     def __init__(
@@ -147,16 +155,13 @@ class DenseCurvature(Curvature):
         super().__init__(name, dampings, labels, examples)
         self.coordinates = coordinates
         self.matrix = matrix
-        wide = matrix.to(torch.float64, copy=True)
-        wide.diagonal().add_(coordinates.spread(self.dampings, wide))
-        factor, info = torch.linalg.cholesky_ex(wide)
-        if int(info):
+        damped = exact(matrix, copy=True)
+        damped.diagonal().add_(coordinates.spread(self.dampings, damped))
+        self._factor, singular = factorised(damped, matrix.dtype)
+        if singular is not None:
             # Of the damped matrix: with one damping per block that is the number that counts.
-            eigenvalues = torch.linalg.eigvalsh(wide)
-            least = min(self.dampings.values())
-            noise = len(wide) * torch.finfo(matrix.dtype).eps * float(eigenvalues.abs().max())
-            raise IndefiniteError(indefinite_reason(float(eigenvalues[0]) - least, least, noise))
-        self._factor = factor
+            (smallest, noise), least = singular, min(self.dampings.values())
+            raise IndefiniteError(indefinite_reason(smallest - least, least, noise))
 
     @property
     def blockwise(self) -> None:
@@ -166,9 +171,9 @@ class DenseCurvature(Curvature):
     def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``(C + λ)⁻¹ v``, block by block: name -> ``[..., k, o, i]``."""
         line = self.coordinates.join(vectors)
-        columns = line.reshape(-1, line.shape[-1]).double().T
+        columns = exact(line.reshape(-1, line.shape[-1])).T
         solved = torch.cholesky_solve(columns, self._factor).T.reshape(line.shape)
-        return self.coordinates.split(solved.to(line.dtype))
+        return self.coordinates.split(solved.to(line))
 
     def scorer(self, n: int) -> Scorer:
         """Return what adds up the scores of one batch of ``n`` examples."""
@@ -176,7 +181,7 @@ class DenseCurvature(Curvature):
 
     def half_solved(self, gradients: Tensor) -> Tensor:
         """Return ``L⁻¹ g`` for ``g: [n, p]``, where ``C + λ = L Lᵀ``: its squared norm is the self-influence."""
-        solved: Tensor = torch.linalg.solve_triangular(self._factor, gradients.double().T, upper=False)
+        solved: Tensor = torch.linalg.solve_triangular(self._factor, exact(gradients).T, upper=False)
         return solved.T
 
     def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
@@ -333,4 +338,4 @@ def mean_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor, *, seed: 
     """
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (_PROBES, like.shape[-1]), generator=generator).mul_(2).sub_(1).to(like)
-    return float((signs * product(signs)).sum(dtype=torch.float64)) / signs.numel()
+    return float(wide(signs * product(signs)).sum()) / signs.numel()

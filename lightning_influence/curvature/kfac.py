@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_influence import per_sample
 from lightning_influence.curvature.block import CurvatureBlock, Eigenbasis, Measure
 from lightning_influence.patches import Activations, Patches, laid_out
+from lightning_influence.precision import exact, wide, wide_dtype
 from lightning_influence.rows import Joined, OneHot, Rows, added, second_moment
 
 
@@ -46,7 +47,7 @@ class KroneckerBlock(CurvatureBlock):
 
     def damping(self, relative: float = 0.1) -> float:
         """Return ``relative`` times the mean eigenvalue of the block."""
-        return relative * float(self.eigenvalues.double().mean())
+        return relative * float(wide(self.eigenvalues).mean())
 
     def matvec(self, v: Tensor) -> Tensor:
         """Rotate, scale, rotate back."""
@@ -123,7 +124,7 @@ class KroneckerBlock(CurvatureBlock):
             sums |= {
                 f"activation.{use}": self._moment(use_xs, self.dense[1]),
                 f"gradient.{use}": self._moment(use_gs, self.dense[0]),
-                f"rows.{use}": torch.tensor(rows, dtype=torch.float64, device=use_xs[0].device),
+                f"rows.{use}": torch.tensor(rows, dtype=wide_dtype(use_xs[0].device), device=use_xs[0].device),
             }
         return sums
 
@@ -133,11 +134,11 @@ class KroneckerBlock(CurvatureBlock):
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
         uses = sorted(name.removeprefix("rows.") for name in sums if name.startswith("rows."))
-        dtype = sums[f"activation.{uses[-1]}"].dtype
+        kept = sums[f"activation.{uses[-1]}"].new_empty(0)  # device and type of what is kept
         counts = {
-            "activation": [sums["examples"]] * len(uses),
+            "activation": [exact(sums["examples"])] * len(uses),
             # 0 if the layer was never reached
-            "gradient": [sums[f"rows.{use}"].clamp(min=1) for use in uses],
+            "gradient": [exact(sums[f"rows.{use}"]).clamp(min=1) for use in uses],
         }
         traces = {
             side: [_trace(sums[f"{side}.{use}"]) / count for use, count in zip(uses, of_side, strict=True)]
@@ -150,19 +151,19 @@ class KroneckerBlock(CurvatureBlock):
             ("gradient", "activation", self.dense[0]),
         ):
             counted = zip(uses, counts[side], strict=True)
-            moments = [sums.pop(f"{side}.{use}").double().div_(count) for use, count in counted]
+            moments = [exact(sums.pop(f"{side}.{use}")).div_(count) for use, count in counted]
             basis = None
             if dense:
                 whole = moments[0]
                 if len(uses) > 1:  # each use in proportion to the size of its other factor
                     whole = added(trace * moment for trace, moment in zip(traces[other], moments, strict=True))
                 basis = eigenvectors(whole)
-                self._result[f"{side}_basis"] = basis.to(dtype)
+                self._result[f"{side}_basis"] = basis.to(kept)
             if self.passes == 1:
                 diagonals[side] = [_diagonal_in(moment, basis) for moment in moments]
         if diagonals:  # otherwise they are measured
             pairs = zip(diagonals["gradient"], diagonals["activation"], strict=True)
-            self._result["eigenvalues"] = added(y.unsqueeze(-1) * x.unsqueeze(-2) for y, x in pairs).to(dtype)
+            self._result["eigenvalues"] = added(y.unsqueeze(-1) * x.unsqueeze(-2) for y, x in pairs).to(kept)
 
 
 class KFACBlock(KroneckerBlock):
@@ -186,7 +187,7 @@ def _by_use(
 def _trace(moment: Tensor) -> Tensor:
     """Return the traces of ``[k, m, m]``, or of diagonals ``[k, m]``, shaped to scale another moment."""
     diagonal = moment if moment.ndim == 2 else moment.diagonal(dim1=-2, dim2=-1)
-    return diagonal.double().sum()
+    return exact(diagonal).sum()
 
 
 def _diagonal_in(moment: Tensor, basis: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.spectrum import Matvec
+from lightning_influence.precision import exact
 
 _ATTEMPTS = 5
 
@@ -37,9 +38,9 @@ def nystrom_preconditioner(matvec: Matvec, like: Tensor, rank: int, damping: flo
         raise ValueError(f"rank is {rank}; expected at least 1.")
     size = like.shape[-1]
     generator = torch.Generator().manual_seed(seed)
-    random = torch.randn((size, min(rank, size)), generator=generator).to(like.device, torch.float64)
-    sketch = torch.linalg.qr(random)[0].T  # rp, orthonormal rows
-    image = matvec(sketch.to(like.dtype)).double()
+    random = torch.randn((size, min(rank, size)), generator=generator).to(like.device)
+    sketch = torch.linalg.qr(exact(random))[0].T  # rp, orthonormal rows
+    image = exact(matvec(sketch.to(like)))
     # Shifted a little, so that rounding does not make the small matrix indefinite; taken off again below.
     shift = torch.finfo(like.dtype).eps * float(image.norm())
     for _ in range(_ATTEMPTS):
@@ -56,8 +57,8 @@ def nystrom_preconditioner(matvec: Matvec, like: Tensor, rank: int, damping: flo
         torch.linalg.solve_triangular(factor, shifted, upper=False), full_matrices=False
     )
     eigenvalues = (roots.square() - shift).clamp(min=0)
-    scales = ((eigenvalues[-1] + damping) / (eigenvalues + damping) - 1).to(like.dtype)
-    basis = vectors.to(like.dtype)
+    scales = ((eigenvalues[-1] + damping) / (eigenvalues + damping) - 1).to(like)
+    basis = vectors.to(like)
 
     def precondition(v: Tensor) -> Tensor:
         product: Tensor = v + ((v @ basis.T) * scales) @ basis

@@ -252,26 +252,30 @@ class CurvatureProduct(ABC):
             The sum of the gradients, the non-finite examples, and whether a sum is non-finite without any of these.
         """
         total = torch.zeros(self.flat.size, dtype=self.flat.dtype, device=self.flat.device)
-        stored: list[tuple[int, Any]] | None = []
+        stored: list[tuple[int, Any]] = []
         left = self._hold_bytes
         suspicious: list[int] = []
         with self._pass():
             for found, batch in self._load(own):
                 size = _bytes(batch)
                 left = -1 if size is None else left - size
-                stored = None if left < 0 or stored is None else [*stored, (len(found), _copied(batch))]
+                if left >= 0:
+                    stored.append((len(found), _copied(batch)))
+                else:
+                    stored.clear()
                 gradient = self._summed_gradient(batch, len(found))
                 if gradient is None:
                     suspicious += found
                 else:
                     total += gradient
         if not suspicious:
-            self._stored = stored
+            self._stored = stored if left >= 0 else None
             return total, [], False
         bad = [index for index in suspicious if not self._is_finite(index)]
         if not bad:
             return total, [], True
-        total, more, overflow = self._look([index for index in own if index not in set(bad)])
+        excluded = set(bad)
+        total, more, overflow = self._look([index for index in own if index not in excluded])
         return total, bad + more, overflow
 
     def _verify(self) -> None:

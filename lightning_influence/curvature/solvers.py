@@ -21,13 +21,15 @@ from torch import Tensor
 from lightning_influence.curvature.spectrum import (
     Matvec,
     check_damping,
+    factorised,
     indefinite_reason,
     largest_eigenvalue,
+    rounding,
     row_norms,
     row_products,
     smallest_eigenvalue,
-    wide_type,
 )
+from lightning_influence.precision import exact, wide_dtype
 
 # A restart from the true residual that does not halve it shows that rounding, not the number of steps, is the limit.
 _WORTHWHILE = 0.5
@@ -116,22 +118,20 @@ def dense(matrix: Tensor, g: Tensor, damping: float, *, tolerance: float = 1e-6)
         raise ValueError(f"the matrix has the shape {tuple(matrix.shape)}; expected {(p, p)} for g {tuple(g.shape)}.")
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("the matrix has non-finite entries; leave out the examples that they come from.")
-    device = matrix.device if wide_type(matrix) == torch.float64 else torch.device("cpu")
-    wide = matrix.to(device, torch.float64)
+    wide = exact(matrix)
     wide = (wide + wide.T) / 2
-    damped = wide + damping * torch.eye(p, dtype=torch.float64, device=device)
-    b, norms = _normalised(g.to(device, torch.float64))
+    damped = wide + damping * torch.eye(p, dtype=wide.dtype, device=wide.device)
+    b, norms = _normalised(exact(g))
     x, values = torch.zeros_like(b), torch.zeros_like(norms)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info):
-        eigenvalues = torch.linalg.eigvalsh(wide)
-        noise = p * torch.finfo(torch.float64).eps * eigenvalues.abs().max()
-        values += torch.where(eigenvalues[0].abs() <= noise, 0, eigenvalues[0])
+    factor, singular = factorised(damped, matrix.dtype)
+    if singular is not None:
+        smallest, noise = singular
+        values += -damping if abs(smallest) <= noise else smallest - damping
     else:
         found = torch.cholesky_solve(b.T, factor).T
         x = torch.where(torch.isfinite(found).all(1, keepdim=True), found, 0)
     residual = row_norms(b - x @ damped)
-    kinds = torch.where(residual <= tolerance, _SOLVED, _INDEFINITE if int(info) else _STALLED)
+    kinds = torch.where(residual <= tolerance, _SOLVED, _STALLED if singular is None else _INDEFINITE)
     ends = _Ends(torch.zeros_like(kinds), kinds, values, residual)
     return ends.solution(g, x, norms, damping, products=0)
 
@@ -309,7 +309,14 @@ class _Ends:
         rows = zip(kinds.tolist(), self.values.tolist(), residual.tolist(), self.steps.tolist(), strict=True)
         reasons = tuple(_explain(*row, damping, step_size) for row in rows)
         device = g.device
-        return Solution(v, (kinds == _SOLVED).to(device), self.steps.to(device), residual.to(device), reasons, products)
+        return Solution(
+            v,
+            (kinds == _SOLVED).to(device),
+            self.steps.to(device),
+            residual.to(device, wide_dtype(device)),
+            reasons,
+            products,
+        )
 
 
 def _explain(kind: int, value: float, residual: float, steps: int, damping: float, step_size: float) -> str:
@@ -388,7 +395,9 @@ def _sweep(
         ad = operator(d)
         curvature = row_products(d, ad)
         unsuitable = ~(rz > 0)
-        indefinite = ~(curvature > 0) & ~unsuitable
+        # By rounding alone it may be positive where there is none.
+        noise = rounding(1, 1.0, d.dtype) * row_norms(d) * row_norms(ad)
+        indefinite = ~(curvature > noise) & ~unsuitable
         alpha = (rz / curvature).to(d.dtype)[:, None]
         moved, rest = own + alpha * d, r - alpha * ad
         norms = row_norms(rest)
@@ -398,7 +407,6 @@ def _sweep(
         kinds = torch.where(singular, _SINGULAR, _SOLVED)
         kinds = torch.where(indefinite, _INDEFINITE, kinds)
         ends.kinds[live] = torch.where(unsuitable, _PRECONDITIONER, kinds)
-        noise = torch.finfo(d.dtype).eps * row_norms(d) * row_norms(ad)
         ends.values[live] = torch.where(
             curvature.abs() <= noise, -operator.damping, curvature / row_products(d, d) - operator.damping
         )
@@ -415,7 +423,7 @@ def _sweep(
 
 def _step_bound(matvecs: Iterable[Matvec], g: Tensor, damping: float) -> float:
     """Return ``1/(σ + λ)`` for the largest eigenvalue of any of the matrices."""
-    largest = max(value + error for value, error in (largest_eigenvalue(matvec, g) for matvec in matvecs))
+    largest = max(found.value + found.error for found in (largest_eigenvalue(matvec, g) for matvec in matvecs))
     if not largest + damping > 0:
         raise ValueError(
             f"the largest eigenvalue of the curvature is {largest:.3g} and damping is {damping:.3g}: C + damping is "

@@ -14,11 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_influence.precision import wide_dtype
+
 Matvec = Callable[[Tensor], Tensor]
 """Multiplies every row of ``[q, p]`` by one and the same symmetric matrix."""
 
 # Columns whose wide copies an inner product may hold at a time: the vectors may take most of the memory already.
 _CHUNK = 2**22
+# Roundings of the largest eigenvalue by which others are off at least, in however small a matrix.
+_ROUNDINGS = 10.0
+# Estimates of the smallest eigenvalue are too large; within this share of what would be singular, it is computed.
+_SUSPICIOUS = 0.01
 
 
 class IndefiniteError(ValueError):
@@ -31,10 +37,12 @@ class Eigenvalue(NamedTuple):
     Attributes:
         value: A Rayleigh quotient: the true largest eigenvalue is no smaller, the true smallest one no larger.
         error: Some eigenvalue lies within this distance of ``value``; rounding of the whole spectrum included.
+        rounding: See ``rounding``: an eigenvalue of 0 may come out as this, of either sign.
     """
 
     value: float
     error: float
+    rounding: float
 
 
 def largest_eigenvalue(
@@ -78,10 +86,10 @@ def smallest_eigenvalue(
     seed: int = 0,
 ) -> Eigenvalue:
     """Estimate the (algebraically) smallest eigenvalue, see ``largest_eigenvalue``."""
-    value, error = largest_eigenvalue(
+    found = largest_eigenvalue(
         lambda v: -matvec(v), like, max_steps=max_steps, tolerance=tolerance, resolution=resolution, seed=seed
     )
-    return Eigenvalue(-value, error)
+    return found._replace(value=-found.value)
 
 
 def require_positive_definite(
@@ -100,17 +108,52 @@ def require_positive_definite(
         The smallest eigenvalue as far as it is known.
 
     Raises:
-        IndefiniteError: If an eigenvalue of at most ``-damping`` was found.
+        IndefiniteError: If an eigenvalue of at most ``-damping``, within rounding, was found.
         ValueError: If a product is non-finite, or ``damping`` is no number >= 0.
     """
     check_damping(damping)
     smallest = smallest_eigenvalue(matvec, like, max_steps=max_steps, resolution=0.1 * damping, seed=seed)
-    if smallest.value <= -damping:
-        raise IndefiniteError(indefinite_reason(smallest.value, damping, smallest.error))
+    if smallest.value + damping <= smallest.rounding:
+        raise IndefiniteError(indefinite_reason(smallest.value, damping, smallest.rounding, smallest.error))
     return smallest
 
 
-def indefinite_reason(value: float, damping: float, noise: float = 0.0) -> str:
+def rounding(size: int, largest: float, dtype: torch.dtype) -> float:
+    """Return how far rounding moves the eigenvalues of a matrix: of what is no larger the sign means nothing.
+
+    Errors of single entries are as good as independent; together they grow with the root of the size.
+    """
+    return max(_ROUNDINGS, math.sqrt(size)) * torch.finfo(dtype).eps * abs(largest)
+
+
+def factorised(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, tuple[float, float] | None]:
+    """Factorise a symmetric float64 matrix that should be positive definite.
+
+    Whether a factorisation of a singular matrix breaks down is up to the signs of roundings: the eigenvalues decide.
+
+    Args:
+        matrix: ``[p, p]``.
+        dtype: Type that its entries were computed in.
+
+    Returns:
+        The Cholesky factor; and the smallest eigenvalue with its rounding, if it is no larger than that.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    size = len(matrix)
+    if not int(failed):
+        # Inverse iteration finds an eigenvalue that is small enough to matter at once; the trace bounds the largest.
+        v = torch.randn(size, 1, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype).to(matrix.device)
+        for _ in range(2):
+            v = torch.cholesky_solve(v / v.norm(), factor)
+        if float(v.norm()) * rounding(size, float(matrix.trace()), dtype) < _SUSPICIOUS:
+            return factor, None
+    eigenvalues = torch.linalg.eigvalsh(matrix)
+    noise = rounding(size, float(eigenvalues.abs().max()), dtype)
+    smallest = float(eigenvalues[0])
+    return factor, (smallest, noise) if int(failed) or smallest <= noise else None
+
+
+def indefinite_reason(value: float, damping: float, noise: float = 0.0, error: float = 0.0) -> str:
     """Say why ``C + damping`` is not positive definite, ``C`` having the eigenvalue ``value``, and what to do."""
     if not math.isfinite(value):
         return "non-finite: a product has non-finite entries; leave out the examples that cause them."
@@ -122,8 +165,8 @@ def indefinite_reason(value: float, damping: float, noise: float = 0.0) -> str:
         )
     return (
         f"indefinite: the curvature has an eigenvalue of {value:.4g} or below, so that C + {damping:.3g} is not "
-        f"positive definite. Raise `damping` above {noise - value:.4g} at least, or use the GGN, which has no negative "
-        "eigenvalues."
+        f"positive definite. Raise `damping` above {max(noise, error) - value:.4g} at least, or use the GGN, which has "
+        "no negative eigenvalues."
     )
 
 
@@ -155,8 +198,8 @@ def _extreme(
         off = torch.tensor(beside, dtype=torch.float64)
         tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
         eigenvalues, vectors = torch.linalg.eigh(tridiagonal)
-        noise = torch.finfo(v.dtype).eps * float(eigenvalues.abs().max())
-        found = Eigenvalue(float(eigenvalues[-1]), max(beta * abs(float(vectors[-1, -1])), noise))
+        noise = rounding(len(diagonal), float(eigenvalues.abs().max()), v.dtype)
+        found = Eigenvalue(float(eigenvalues[-1]), max(beta * abs(float(vectors[-1, -1])), noise), noise)
         if beta <= noise or len(diagonal) >= min(max_steps, p) or enough(found):
             return found
         beside.append(beta)
@@ -169,14 +212,9 @@ def check_damping(damping: float) -> None:
         raise ValueError(f"damping is {damping!r}; expected a number >= 0.")
 
 
-def wide_type(tensor: Tensor) -> torch.dtype:
-    """Return the type that sums of its numbers are kept in."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
 def row_products(a: Tensor, b: Tensor) -> Tensor:
     """Return the inner product of every row of ``a`` with the same row of ``b``, ``[q]``."""
-    kind = wide_type(a)
+    kind = wide_dtype(a.device)
     total = torch.zeros(len(a), dtype=kind, device=a.device)
     for left, right in zip(a.split(_CHUNK, 1), b.split(_CHUNK, 1), strict=True):
         total = total + torch.einsum("qp,qp->q", left.to(kind), right.to(kind))

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_influence import distributed
 from lightning_influence.curvature.fitted import BlockCurvature
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.precision import exact, wide_zeros
 
 FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
 # Share of the examples at the head of a ranking, for the overlap.
@@ -76,11 +77,11 @@ def damping_sweep(
     reference = ordered.index(1.0)
     kept: list[int] = []
     rows: list[Tensor] = []
-    by_layer = torch.zeros(len(curvature.blocks), dtype=torch.float64, device=gradients.device)
+    by_layer = wide_zeros(len(curvature.blocks), gradients.device)
     places = {name: place for place, name in enumerate(curvature.blocks)}
     with closing(gradients.run(indices, title=title)) as batches:
         for batch in batches:
-            total = torch.zeros((batch.loss.n, len(ordered)), dtype=torch.float64, device=gradients.device)
+            total = wide_zeros((batch.loss.n, len(ordered)), gradients.device)
             for io in batch.drained():
                 dampings = [factor * curvature.dampings[io.name] for factor in ordered]
                 part = curvature.blocks[io.name].self_influences(io.x, io.gs[0], dampings)
@@ -88,23 +89,24 @@ def damping_sweep(
                 by_layer[places[io.name]] += part[:, reference].sum()
             rows.append(total.masked_fill(~batch.finite.unsqueeze(1), torch.nan))
             kept.extend(batch.indices)
-    local = torch.cat(rows) if rows else torch.zeros((0, len(ordered)), dtype=torch.float64, device=gradients.device)
+    local = torch.cat(rows) if rows else wide_zeros((0, len(ordered)), gradients.device)
     own = torch.tensor(kept, dtype=torch.long, device=gradients.device)
     (by_layer,) = distributed.sum_across_processes([by_layer])
     order, columns = distributed.gather_by_index(own, {"values": local})
-    values = columns["values"]
+    values = exact(columns["values"]).cpu()
     finite = values[torch.isfinite(values).all(1)]
     if len(finite) < 2:
         raise ValueError(f"{len(finite)} examples have finite gradients; expected at least two to rank.")
     head = max(1, round(_HEAD * len(finite)))
+    whole = by_layer.sum().clamp(min=torch.finfo(by_layer.dtype).tiny)
     best = [set(column.topk(head).indices.tolist()) for column in finite.T]
     return DampingSweep(
         ordered,
         order.cpu(),
-        values.cpu(),
+        values,
         tuple(rank_correlation(finite[:, d], finite[:, reference]) for d in range(len(ordered))),
         tuple(len(found & best[reference]) / head for found in best),
-        dict(zip(places, (by_layer / by_layer.sum().clamp(min=1e-300)).tolist(), strict=True)),
+        dict(zip(places, (by_layer / whole).tolist(), strict=True)),
     )
 
 

@@ -35,7 +35,7 @@ class _Binary(ElementwiseLoss):
     def sampled_gradient(self, scale: Tensor, noise: Tensor) -> Tensor:
         """Return the gradient for outcomes drawn from the model, times the square root of ``scale`` and weights."""
         probabilities = self.probabilities()
-        sampled = (self.placed_noise(noise).to(probabilities) < probabilities).to(probabilities.dtype)
+        sampled = (self.at_elements(noise).to(probabilities) < probabilities).to(probabilities.dtype)
         return (probabilities - sampled) * self.slope() * self._root(scale)
 
     @abstractmethod

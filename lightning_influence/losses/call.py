@@ -137,6 +137,10 @@ class LossCall(ABC):
         """Tell whether the rows of ``input`` can be shared out over ``n`` examples."""
         return self._located(n) is not None
 
+    def at_elements(self, noise: Tensor) -> Tensor:
+        """Bring numbers ``[n, *noise_shape]`` from the host to the places of the elements, in working precision."""
+        return self.shares(len(noise)).scatter(noise.to(self.input.device, working_dtype(self.input.dtype)))
+
     def shares(self, n: int) -> Shares:
         """Return which elements belong to which of ``n`` examples.
 
@@ -304,15 +308,10 @@ class ElementwiseLoss(LossCall):
         weighted = self.reduction == "mean" and self.weighted_mean and self.element_weights is not None
         return weighted or super().scale_varies(n)
 
-    def placed_noise(self, noise: Tensor) -> Tensor:
-        """Bring noise ``[n, *noise_shape]`` to the places of the elements, in float64."""
-        return self.shares(noise.shape[0]).scatter(noise).to(self.input.device)
-
     def normal(self, noise: Tensor) -> Tensor:
         """Turn uniform noise into standard normal numbers at the places of the elements."""
         # In the noise's own float64: rounded to float32, a uniform number can be 1 and the normal one infinite.
-        normal: Tensor = torch.special.ndtri(self.placed_noise(noise))
-        return normal.to(working_dtype(self.input.dtype))
+        return self.at_elements(torch.special.ndtri(noise))
 
     def values(self) -> Tensor:
         """Return the input in working precision, detached."""

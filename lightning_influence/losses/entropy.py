@@ -90,9 +90,9 @@ class CrossEntropy(LossCall):
         """
         probabilities = self._probabilities()
         # One number makes both choices: its first bit the sign, the others the class.
-        doubled = 2 * self.shares(noise.shape[0]).scatter(noise).to(probabilities.device).unsqueeze(1)
-        sign = torch.where(doubled < 1, -1.0, 1.0).to(probabilities)
-        uniform = torch.where(doubled < 1, doubled, doubled - 1).to(probabilities)
+        doubled = 2 * noise
+        sign = self.at_elements(torch.where(doubled < 1, -1.0, 1.0)).unsqueeze(1)
+        uniform = self.at_elements(torch.where(doubled < 1, doubled, doubled - 1)).unsqueeze(1)
         lengths = 1 - 2 * probabilities + probabilities.square().sum(1, keepdim=True)
         shares = probabilities * lengths.clamp(min=0)
         cumulative = shares.cumsum(1)

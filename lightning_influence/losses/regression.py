@@ -95,8 +95,7 @@ class AbsoluteError(_Residual):
 
     def sampled_gradient(self, scale: Tensor, noise: Tensor) -> Tensor:
         """Return ``± sqrt(scale)``: the target is above or below the prediction with probability 1/2 each."""
-        sign = torch.where(self.placed_noise(noise) < 0.5, -1.0, 1.0)
-        return sign.to(self.values().dtype) * self._root(scale)
+        return self.at_elements(torch.where(noise < 0.5, -1.0, 1.0)) * self._root(scale)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_influence import distributed, per_sample
 from lightning_influence.passes import BatchGradients, ExampleGradients
-from lightning_influence.precision import working_dtype
+from lightning_influence.precision import wide_zeros, working_dtype
 from lightning_influence.terms import BatchLoss
 
 QuerySets: TypeAlias = "Sequence[tuple[ExampleGradients, Sequence[int]]]"
@@ -137,7 +137,7 @@ class _Sums:
         like = next(p for p in queries.module.parameters() if p.is_floating_point())
         dtype = working_dtype(like.dtype)
         blocks = queries.coverage.blocks if gradient else {}
-        self._values = torch.zeros(c, dtype=torch.float64, device=like.device)
+        self._values = wide_zeros(c, like.device)
         self._counts = torch.zeros(c + 1, dtype=torch.int64, device=like.device)  # the last one: left out
         self._gradients = {
             name: torch.zeros((c, *block.shape), dtype=dtype, device=like.device) for name, block in blocks.items()

@@ -19,6 +19,7 @@ from lightning_influence.measurements.base import (
     check_gradient,
 )
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.precision import wide, wide_zeros
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +54,14 @@ class Custom(Measurement):
         blocks = queries.coverage.blocks
         owned = {name: parameter for block in blocks.values() for name, parameter in block.parameters.items()}
         total = sum(len(indices) for _, indices in sets)
-        value = torch.zeros((), dtype=torch.float64, device=queries.device)
+        value = wide_zeros((), queries.device)
         sums = {name: torch.zeros_like(parameter) for name, parameter in owned.items()} if gradient else {}
         with untouched(queries.module, self.function):
             for parameter in owned.values():
                 parameter.requires_grad_(True)
             for passes, batch, n in self._batches(sets):
                 found = self._checked(passes.applied(self.function, batch))
-                value += n / total * found.detach().double()
+                value += n / total * wide(found.detach())
                 if not gradient:
                     continue
                 parts = torch.autograd.grad(found, list(owned.values()), allow_unused=True)

@@ -148,7 +148,7 @@ def measured_values(queries: ExampleGradients, indices: Sequence[int], statistic
                     "choose the queries yourself."
                 )
             seen += own
-            parts.append(values.detach().double().cpu())
+            parts.append(values.detach().cpu().double())
     merged, columns = distributed.gather_by_index(torch.tensor(seen, dtype=torch.long), {"values": torch.cat(parts)})
     return columns["values"][torch.searchsorted(merged, torch.as_tensor(list(indices), dtype=torch.long))]
 

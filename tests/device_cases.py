@@ -1,0 +1,365 @@
+"""What is run on the pretended device and on the CPU; as a program it prints everything that came out, as JSON.
+
+Every case is a function of a device that returns arrays by name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pretend_device
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_influence import InfluenceAudit, Margin, Queries, TracIn, precision, tracin_scores
+from lightning_influence.checkpoints import Checkpoint
+from lightning_influence.curvature import FactorExamples, fit
+from lightning_influence.curvature.chain import curvature_chain
+from lightning_influence.curvature.fitted import BlockCurvature
+from lightning_influence.curvature.hessian import HessianProduct
+from lightning_influence.curvature.solvers import cg, dense, lissa
+from lightning_influence.curvature.spectrum import smallest_eigenvalue
+from lightning_influence.curvature.sweep import damping_sweep
+from lightning_influence.diff_in import diff_in_scores
+from lightning_influence.discover import discover
+from lightning_influence.dropout_masks import ip_ensemble
+from lightning_influence.measurements import AdversarialLoss, DemographicParityGap, measurement_scores
+from lightning_influence.pairwise import pairwise_scores, top_scores
+from lightning_influence.passes import ExampleGradients
+from lightning_influence.scoring import score_examples
+from lightning_influence.source import ExampleSource
+from lightning_influence.unlearning import newton_removal
+from lightning_influence.unrolling import source_scores
+from lightning_influence.zeroth_order import z0_scores
+
+Case = Callable[[torch.device], dict[str, Any]]
+CURVATURES = ("identity", "diagonal", "kfac", "ekfac", "block_ggn", "ggn", "hessian")
+BLOCKWISE = CURVATURES[:5]
+MODES = ("float64", "no float64")
+
+
+class PretendAccelerator(Accelerator):
+    """What Lightning asks of an accelerator."""
+
+    def setup_device(self, device: torch.device) -> None:
+        pass
+
+    def teardown(self) -> None:
+        pass
+
+    def get_device_stats(self, device: Any) -> dict[str, Any]:
+        return {}
+
+    @staticmethod
+    def parse_devices(devices: Any) -> Any:
+        return devices
+
+    @staticmethod
+    def get_parallel_devices(devices: Any) -> Any:
+        return [pretend_device.DEVICE]
+
+    @staticmethod
+    def auto_device_count() -> int:
+        return 1
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def name() -> str:
+        return pretend_device.NAME
+
+
+class Model(pl.LightningModule):
+    """A network with a loss function, trained by an optimizer."""
+
+    def __init__(self, net: nn.Module, loss: Callable[..., Tensor], optimizer: Callable[..., Any]) -> None:
+        super().__init__()
+        self.net, self.loss, self.optimizer = net, loss, optimizer
+        self.register_buffer("weight", torch.tensor([0.5, 1.0, 2.0]))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        self.seen = batch[0].device
+        return self.loss(self, *batch)
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("loss", self.loss(self, *batch))
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
+class Transformer(nn.Module):
+    """Tokens in, the next ones out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 8)
+        self.position = nn.Parameter(torch.randn(4, 8) / 4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.position
+        result: Tensor = self.head(self.norm(x + self.attention(x, x, x, need_weights=False)[0]))
+        return result
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3))
+
+
+def cnn() -> nn.Module:
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), *pooled)
+
+
+def data(*shape: int, count: int = 16, seed: int = 1) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn((count, *shape), generator=generator)
+    return TensorDataset(inputs, torch.randint(0, 3, (count,), generator=generator))
+
+
+def texts() -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    inputs, targets = (torch.randint(0, 7, (12, 4), generator=generator) for _ in range(2))
+    targets[::3, 2:] = -100
+    return TensorDataset(inputs, targets)
+
+
+def entropy(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model.net(x), y)
+
+
+def weighted(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model.net(x), y, weight=model.weight, label_smoothing=0.1)
+
+
+def of_tokens(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model.net(x).flatten(0, 1), y.flatten())
+
+
+def of_kept_tokens(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    kept = y >= 0
+    return F.cross_entropy(model.net(x)[kept], y[kept])
+
+
+def binary(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(model.net(x)[:, 0], (y > 0).float())
+
+
+def absolute(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    return F.l1_loss(model.net(x)[:, 0], y.float())
+
+
+def gaussian(model: Model, x: Tensor, y: Tensor) -> Tensor:
+    out = model.net(x)
+    return F.gaussian_nll_loss(out[:, :2], y.unsqueeze(1).float().expand(-1, 2), F.softplus(out[:, 2:]) + 0.1)
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.01)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def audited(
+    net: Callable[[], nn.Module] = mlp,
+    loss: Callable[..., Tensor] = entropy,
+    examples: Dataset[Any] | None = None,
+    optimizer: Callable[..., Any] = sgd,
+    **options: Any,
+) -> Case:
+    """Return a case that trains with the audit and returns the columns, and the scores of queries."""
+
+    def case(device: torch.device) -> dict[str, Any]:
+        torch.manual_seed(0)
+        own = data(5) if examples is None else examples
+        model, audit = Model(net(), loss, optimizer), InfluenceAudit(**options)
+        where: dict[str, Any] = {"accelerator": "cpu"}
+        if device.type != "cpu":
+            accelerator = PretendAccelerator()
+            where = {"strategy": SingleDeviceStrategy(device=device, accelerator=accelerator)}
+        with tempfile.TemporaryDirectory() as root:
+            trainer = pl.Trainer(
+                max_epochs=2,
+                default_root_dir=root,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=[audit],
+                **where,
+            )
+            shuffled = DataLoader(own, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trainer.fit(model, shuffled, DataLoader(own, batch_size=8))
+        if audit.report is None:
+            raise RuntimeError("\n".join(str(warning.message) for warning in caught))
+        assert model.seen == device
+        kept = {name: value.tolist() for name, value in audit.report.columns.items()}
+        failed = [note for note in audit.report.manifest["notes"] if "failed" in note or "no self_influence" in note]
+        assert not failed, failed
+        if audit.report.pairs is not None:
+            kept |= {
+                f"pairs/{n}": [float(v) for v in values] for n, values in audit.report.pairs.items() if n == "score"
+            }
+        return kept
+
+    return case
+
+
+def passes(device: torch.device, examples: TensorDataset | None = None, net: Callable[[], nn.Module] = mlp) -> Any:
+    torch.manual_seed(0)
+    module = net().to(device)
+    source = ExampleSource(examples or data(5), batch_size=5)
+
+    def task(module: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    return ExampleGradients(module, task, source, discover(module, task, source))
+
+
+EVERY = FactorExamples(16, 16)
+
+
+def solved(name: str, **options: Any) -> Case:
+    """Return a case that scores pairs by one curvature."""
+
+    def case(device: torch.device) -> dict[str, Any]:
+        own = passes(device)
+        curvature = fit(own, name, range(16), examples=EVERY, labels=("sampled", "sampled"), **options)
+        found = pairwise_scores(own, range(16), curvature, own, [0, 3], normalise="cosine")
+        best = top_scores(own, range(16), curvature, own, [0, 3], 3)
+        scores = score_examples(own, range(16), curvature=curvature, features=True, parts=name in BLOCKWISE)
+        kept = {"pairs": found.scores, "best": best.proponent_scores, **scores.columns}
+        if isinstance(curvature, BlockCurvature) and name != "identity":
+            kept["sweep"] = damping_sweep(own, range(16), curvature).self_influence
+        if name in ("ekfac", "ggn"):
+            leverage = name == "ggn"
+            kept |= newton_removal(own, curvature, [1, 2], 16, leverage=leverage).changes
+        return kept
+
+    return case
+
+
+def solvers(device: torch.device) -> dict[str, Any]:
+    product = HessianProduct(passes(device), range(16))
+    g = torch.randn(2, product.flat.size, generator=torch.Generator().manual_seed(0)).to(device)
+    smallest = smallest_eigenvalue(product, g, max_steps=8).value
+    kept = {"cg": cg(product, g, 20.0).require(), "dense": dense(product.to_dense(), g, 20.0).require()}
+    batches = product.random_batches(8)
+    return {
+        **kept,
+        "lissa": lissa(batches, g, 20.0, matvec=product, steps=20, tolerance=0.3).require(),
+        "smallest": smallest,
+    }
+
+
+def trajectories(device: torch.device) -> dict[str, Any]:
+    own = passes(device)
+    checkpoints = []
+    for step in range(3):
+        rates = {name: 0.1 for name, _ in own.module.named_parameters()} if step else {}
+        checkpoints.append(Checkpoint.of(own.module, step, step_sizes=rates, steps=int(step > 0)))
+        with torch.no_grad():
+            for parameter in own.module.parameters():
+                parameter.mul_(0.9)
+    pairs = own, range(16), own, [0, 3]
+    return {
+        "tracin": tracin_scores(*pairs, checkpoints[1:]).scores,
+        "z0": z0_scores(*pairs, checkpoints).scores,
+        "diff_in": diff_in_scores(*pairs, checkpoints, step=1.0).scores,
+        "source": source_scores(*pairs, checkpoints[1:], labels=("true", "true"), segments=1, at="average").scores,
+        "dropout": ip_ensemble(*pairs, masks=2).scores,
+    }
+
+
+def measured(device: torch.device) -> dict[str, Any]:
+    own = passes(device)
+    curvature = fit(own, "ekfac", range(16), examples=EVERY, labels=("true", "true"))
+    gap = DemographicParityGap(group=lambda batch: batch[0][:, 0] > 0)
+
+    def norm(module: Any, batch: Any) -> Tensor:
+        return module(batch[0]).square().mean()
+
+    each = {"margin": Margin(), "adversarial": AdversarialLoss(epsilon=0.1), "gap": gap, "custom": norm}
+    kept: dict[str, Any] = {}
+    for name, measurement in each.items():
+        found = measurement_scores(own, range(16), curvature, own, list(range(16)), measurement)
+        kept |= {name: found.scores, f"{name} itself": found.measured.value}
+    return kept
+
+
+def chain(device: torch.device) -> dict[str, Any]:
+    found = curvature_chain(passes(device, net=lambda: nn.Linear(5, 3)), range(16))
+    return {"errors": [step.error for step in found.steps], **found.matrices}
+
+
+CASES: dict[str, Case] = {
+    "default": audited(),
+    "step": audited(tracin="step"),
+    "step, Adam": audited(tracin=TracIn("step", every_n_steps=2), optimizer=adam),
+    "worst": audited(queries="worst"),
+    "margin": audited(queries=Queries(measurement="margin")),
+    "class weights": audited(loss=weighted),
+    "cnn": audited(cnn, examples=data(2, 5, 5)),
+    "cnn, step": audited(cnn, examples=data(2, 5, 5), tracin="step", optimizer=adam),
+    # EK-FAC measures in a basis that is any one where two eigenvalues are nearly the same: K-FAC has one answer.
+    "transformer": audited(Transformer, of_tokens, texts(), optimizer=adam, curvature="kfac"),
+    "picked tokens, step": audited(Transformer, of_kept_tokens, texts(), tracin="step", curvature="kfac"),
+    "binary": audited(loss=binary),
+    "absolute": audited(loss=absolute),
+    "gaussian": audited(loss=gaussian),
+    "exact": audited(fisher="exact"),
+    **{f"audit {name}": audited(curvature=name, queries="worst", damping=1.0) for name in CURVATURES},
+    **{f"pairs {name}": solved(name) for name in CURVATURES if name != "hessian"},
+    "pairs nystrom": solved("ggn", solver="nystrom", damping=1.0),
+    "solvers": solvers,
+    "trajectories": trajectories,
+    "measured": measured,
+    "chain": chain,
+}
+
+
+def plain(value: Any) -> Any:
+    return value.detach().cpu().double().tolist() if isinstance(value, Tensor) else value
+
+
+def outcome(case: Case, device: torch.device) -> dict[str, Any]:
+    try:
+        return {key: plain(value) for key, value in case(device).items()}
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
+def main() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    outcomes = {}
+    for name, case in CASES.items():
+        outcomes[name] = {"cpu": outcome(case, torch.device("cpu"))}
+        for mode in MODES:
+            pretend_device.LIMITS.float64 = pretend_device.LIMITS.linalg = mode == "float64"
+            precision._has_float64.cache_clear()
+            outcomes[name][mode] = outcome(case, pretend_device.DEVICE)
+    print(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main()

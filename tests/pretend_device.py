@@ -1,0 +1,165 @@
+"""A device for tests, made of CPU tensors, that is as strict as a real one.
+
+It raises where an accelerator would: for tensors of two devices in one operation (0-dimensional ones of the host and
+host indices of device tensors are allowed, as on CUDA), for generators of the host, and for `.numpy()`. Set
+`LIMITS.float64` and `LIMITS.linalg` to False for one that has neither, as Apple's MPS.
+
+torch has one key for devices of others (PrivateUse1), and what is registered under it stays: import this in a process
+of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import backend_registration
+
+NAME = "pretend"
+_INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
+_COPYING = ("copy_", "_to_copy", "_copy_from", "_foreach_copy_", "set_")
+# Norms of vectors are no decomposition: every device has them.
+_DECOMPOSING = ("linalg_", "_linalg_", "cholesky", "geqrf", "orgqr", "triangular_solve", "lu_", "ormqr")
+# Their kernels resize an empty result, which a wrapper does not follow.
+_FACTORIES = ("arange", "eye", "linspace", "randperm", "tril_indices", "triu_indices")
+
+
+class LIMITS:
+    """What the device can do."""
+
+    float64 = linalg = True
+
+
+class _Module(backend_registration._DummyBackendModule):
+    """What torch asks of `torch.pretend`."""
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+
+backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+DEVICE = torch.device(NAME, 0)
+
+
+class PretendTensor(Tensor):
+    """A tensor of the device; `held` is the one of the host that has its numbers."""
+
+    held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> PretendTensor:
+        strided = held.layout == torch.strided
+        places = {"strides": held.stride(), "storage_offset": held.storage_offset()} if strided else {}
+        options = {"dtype": held.dtype, "layout": held.layout, "device": DEVICE, **places}
+        result: PretendTensor = Tensor._make_wrapper_subclass(cls, held.shape, **options)
+        result.held = held
+        return result
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            copy = PretendTensor(self.held.detach().clone())
+            made = nn.Parameter(copy) if isinstance(self, nn.Parameter) else copy
+            memo[id(self)] = made.requires_grad_(self.requires_grad)
+        return memo[id(self)]
+
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()
+
+    def numpy(self, *args: Any, **options: Any) -> Any:
+        raise TypeError(f"can't convert a tensor of {DEVICE} to numpy; use Tensor.cpu() first")
+
+    __array__ = numpy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(f"a tensor of {DEVICE} was pickled")
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Apply a function to the tensors among arguments or results, which lie one list deep at most."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return type(value)([_mapped(v, function) for v in value]) if isinstance(value, (list, tuple)) else value
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    name = func._schema.name.removeprefix("aten::")
+    ours: list[PretendTensor] = []
+    others: list[Tensor] = []
+
+    def held(tensor: Tensor) -> Tensor:
+        if type(tensor) is PretendTensor:
+            ours.append(tensor)
+            return tensor.held
+        others.append(tensor)
+        return tensor
+
+    inner = [_mapped(value, held) for value in args]
+    options = {key: _mapped(value, held) for key, value in kwargs.items()}
+    wanted, generator = kwargs.get("device"), kwargs.get("generator")
+    on_device = bool(ours) if wanted is None else torch.device(wanted).type == NAME
+    if on_device and generator is not None and generator.device.type == "cpu":
+        raise RuntimeError(f"{name}: expected a generator of {NAME!r}, found one of the CPU")
+    if ours and others and name not in _COPYING:
+        mixed = [t for t in others if t.ndim]
+        if name in _INDEXING and type(args[0]) is PretendTensor:
+            mixed = [t for t in mixed if not any(t is index for index in args[1])]
+        elif name in _INDEXING or (func._schema.is_mutable and type(args[0]) is not PretendTensor):
+            mixed = others
+        if mixed:
+            shapes = [list(t.shape) for t in ours], [list(t.shape) for t in mixed]
+            raise RuntimeError(f"{name}: tensors {shapes[0]} are on {DEVICE}, tensors {shapes[1]} on the CPU")
+    if ours and not LIMITS.linalg and name.startswith(_DECOMPOSING) and name != "linalg_vector_norm":
+        raise NotImplementedError(f"{name} is not implemented for {DEVICE}")
+    if wanted is not None:
+        options["device"] = torch.device("cpu")
+    for unknown in ("non_blocking", "pin_memory"):
+        options.pop(unknown, None)
+
+    def back(result: Tensor) -> Tensor:
+        for tensor in ours:  # changed in place
+            if result is tensor.held:
+                return tensor
+        if not on_device or any(result is t for t in others):
+            return result
+        if result.dtype == torch.float64 and not LIMITS.float64:
+            raise TypeError(f"{name}: can't make a float64 tensor on {DEVICE}, which has no float64")
+        return PretendTensor(result)
+
+    return _mapped(func(*inner, **options), back)
+
+
+def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    if isinstance(target, PretendTensor) and target.dtype == torch.float64 and not LIMITS.float64:
+        raise TypeError(f"can't make a float64 tensor on {DEVICE}, which has no float64")
+    inside = [t.held if isinstance(t, PretendTensor) else t for t in (source, target)]
+    inside[1].copy_(inside[0])
+    return target
+
+
+_EVERYTHING = torch.library.Library("_", "IMPL")
+_EVERYTHING.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
+_ATEN = torch.library.Library("aten", "IMPL")
+_OPERATIONS = [torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default]
+for _name in _FACTORIES:
+    _packet = getattr(torch.ops.aten, _name)
+    _OPERATIONS += [getattr(_packet, overload) for overload in _packet.overloads() if not overload.endswith("out")]
+for _operation in _OPERATIONS:
+    with suppress(RuntimeError):
+        _ATEN.impl(_operation, lambda *args, _op=_operation, **kwargs: _run(_op, args, kwargs), "PrivateUse1")
+for _key in ("CPU", "PrivateUse1"):
+    with suppress(RuntimeError):
+        _ATEN.impl("_copy_from", _copy_from, _key)

@@ -1,0 +1,70 @@
+"""Callback and engine on another device than the CPU, with float64 and without: the same numbers, and no error.
+
+They run in a process of their own (``device_cases``), as the pretended device can't be taken back from torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_influence import precision
+
+CASES = [
+    *("default", "step", "step, Adam", "worst", "margin", "class weights", "cnn", "cnn, step", "transformer"),
+    *("picked tokens, step", "binary", "absolute", "gaussian", "exact", "solvers", "trajectories", "measured", "chain"),
+    *(f"audit {name}" for name in ("identity", "diagonal", "kfac", "ekfac", "block_ggn", "ggn", "hessian")),
+    *(f"pairs {name}" for name in ("identity", "diagonal", "kfac", "ekfac", "block_ggn", "ggn", "nystrom")),
+]
+# Numbers by which examples are ordered change places where they are nearly the same.
+ORDERS = {"rank", "candidate"}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Any]:
+    """Case, then ``"cpu"``, ``"float64"`` or ``"no float64"``, then name, to an array or an error."""
+    folder = Path(__file__).parent
+    paths = os.pathsep.join([str(folder), str(folder.parent), os.environ.get("PYTHONPATH", "")])
+    program = [sys.executable, "-W", "ignore", str(folder / "device_cases.py")]
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    assert sorted(found) == sorted(CASES)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["float64", "no float64"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_device_gives_the_numbers_of_the_cpu(outcomes: dict[str, Any], case: str, mode: str) -> None:
+    expected, found = outcomes[case]["cpu"], outcomes[case][mode]
+    assert "error" not in expected, expected["error"]
+    assert "error" not in found, found["error"]
+    assert found.keys() == expected.keys()
+    for name in expected.keys() - ORDERS:
+        values, truth = (np.asarray(columns[name], dtype=float) for columns in (found, expected))
+        # The models are float32. Kernels add up in other orders, and solutions are stopped at other roundings.
+        scale = float(np.nanmax(np.abs(truth))) if truth.size else 0.0
+        np.testing.assert_allclose(values, truth, rtol=1e-3, atol=1e-4 * scale, err_msg=name)
+
+
+def test_sums_are_wide_and_decompositions_exact_where_there_is_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    half = torch.ones(2, dtype=torch.float16)
+    assert (precision.wide_dtype(device), precision.wide(half).dtype) == (torch.float64, torch.float64)
+    assert precision.exact(half).dtype == torch.float64
+    double = torch.ones(2, dtype=torch.float64)
+    assert precision.exact(double) is double
+    assert precision.exact(double, copy=True) is not double
+    monkeypatch.setattr(precision, "_has_float64", lambda kind: False)
+    assert (precision.wide_dtype(device), precision.wide(half).dtype) == (torch.float32, torch.float32)
+    assert precision.wide_zeros(3, device).dtype == torch.float32
+    assert precision.exact(half).dtype == torch.float64
