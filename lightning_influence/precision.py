@@ -16,3 +16,8 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def working(tensor: Tensor) -> Tensor:
     """Return a tensor in its working precision."""
     return tensor.to(working_dtype(tensor.dtype))
+
+
+def largest_norm(dtype: torch.dtype) -> float:
+    """Return the norm up to which a gradient can be squared, and a hundred such squares added, without overflow."""
+    return float((torch.finfo(working_dtype(dtype)).max / 128) ** 0.5)
