@@ -10,8 +10,8 @@ columns stay in the table; influence earns its place there by saying which predi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,37 @@ class AuditReport:
     def nonfinite(self) -> NDArray[np.int64]:
         """Dataset indices of the examples with a non-finite loss or gradient."""
         return np.asarray(self.columns["index"][~self.columns["finite"].astype(bool)], dtype=np.int64)
+
+    def save(self, directory: str | os.PathLike[str]) -> AuditReport:
+        """Write the audit to a new directory, without the curvature's factors and the checkpoints of the run.
+
+        An existing audit is never overwritten: a version suffix is added.
+
+        Returns:
+            The report as it lies there.
+
+        Raises:
+            StoreError: If the place can't be written.
+        """
+        store = AuditStore.create(directory)
+        for write in self.files().values():
+            write(store)
+        store.write_manifest(self.manifest)
+        return replace(self, directory=store.directory)
+
+    def files(self, label_names: Sequence[str] | None = None) -> dict[str, Callable[[AuditStore], None]]:
+        """Return what writes each file of the audit but the manifest, by what is in it.
+
+        Args:
+            label_names: Class number to name, for the candidates.
+        """
+        files: dict[str, Callable[[AuditStore], None]] = {
+            "scores": lambda store: store.write_scores(self.columns),
+            "candidates": lambda store: store.write_candidates(self.columns, label_names=label_names),
+        }
+        if (pairs := self.pairs) is not None:
+            files["pairs"] = lambda store: store.write_pairs(pairs)
+        return files
 
     def checkpoints(self) -> Sequence[Checkpoint]:
         """Return the checkpoints that were kept during training, in order; each is read when it is asked for.

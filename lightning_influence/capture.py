@@ -16,11 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.calls import Call, EmbeddingCall, Layouts, MatrixCall, NormCall, RepeatedCall, tensors_in
+from lightning_influence.calls import (
+    Call,
+    ElementwiseCall,
+    EmbeddingCall,
+    Layouts,
+    MatrixCall,
+    NormCall,
+    PReLUCall,
+    RepeatedCall,
+    tensors_in,
+)
 from lightning_influence.coverage import Coverage
 from lightning_influence.layers import LayerError, NewPathError, ParameterBlock
 from lightning_influence.patches import Activations, laid_out
-from lightning_influence.precision import working_dtype
+from lightning_influence.precision import largest_norm, working_dtype
 from lightning_influence.reading import NotUnderstoodError, Site, read_call
 from lightning_influence.rows import Rows
 from lightning_influence.trace import TracedUse, repeated_call
@@ -302,25 +312,28 @@ class Capture:
         return list(dict.fromkeys(name for name, _ in self._order))
 
     def finite(self, n: int) -> Tensor:
-        """Tell which examples have finite inputs and output gradients in every layer: ``[n]`` bool."""
+        """Tell which examples have inputs and output gradients in every layer whose squares are finite: ``[n]`` bool.
+
+        Everything made of gradients squares them, so that one huge number would spoil the sums that all share.
+        """
         result: Tensor | None = None
         for name, use in self._order:
             if not use.output.reached:
                 continue
             check_batch(name, use, n)
-            # Of elementwise functions only the gradients: masks are full of infinities, or of numbers that sum to one.
-            factors = isinstance(use.call, (MatrixCall, NormCall)) and use.call.needs_input
-            inputs = [use.call.input] if factors else []
-            rows = [use.layouts.input.by_example(tensor, n) for tensor in inputs]
-            rows += [use.layouts.output.by_example(g, n) for g in use.output.gradients if g is not None]
-            for tensor in rows:
-                # One sum instead of an elementwise test: NaN and inf survive addition.
-                good = torch.isfinite(tensor.reshape(n, -1).sum(1, dtype=working_dtype(tensor.dtype)))
-                result = good if result is None else result & good
+            found = [g for g in use.output.gradients if g is not None]
+            gs = [_norms(use.layouts.output.by_example(g, n)) for g in found]
+            norms = list(gs)
+            call = use.call
+            # Of elementwise functions not the input: masks are full of infinities, or of numbers that sum to one.
+            if isinstance(call, (ElementwiseCall, PReLUCall)) and call.needs_input:
+                norms += [_norms(call.direct(role, g, n, use.layouts)) for g in found for role in use.roles]
+            elif isinstance(call, (MatrixCall, NormCall)) and call.needs_input and call.input.is_floating_point():
+                x = _norms(use.layouts.input.by_example(call.input, n))
+                norms += [x, *(x * g for g in gs)]
+            result = _squarable(norms, result)
         for draws in self._computed.values():
-            for tensor in (tensor for draw in draws for tensor in draw.values()):
-                good = torch.isfinite(tensor.reshape(n, -1).sum(1))
-                result = good if result is None else result & good
+            result = _squarable([_norms(tensor) for draw in draws for tensor in draw.values()], result)
         if result is None:
             raise LayerError("the loss does not depend on any covered layer that was called: nothing to attribute.")
         return result
@@ -402,6 +415,20 @@ class _Watch(FunctionWatch):
         before: tuple[Any, ...] | None,
     ) -> None:
         self.capture.after(func, args, kwargs, output, before)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """Return the length of everything that belongs to each example, ``[n]``."""
+    norms: Tensor = torch.linalg.vector_norm(rows.reshape(len(rows), -1), dim=1, dtype=working_dtype(rows.dtype))
+    return norms
+
+
+def _squarable(norms: Sequence[Tensor], so_far: Tensor | None) -> Tensor | None:
+    """Tell where all norms can be squared and added up; NaN can't."""
+    for each in norms:
+        good = each <= largest_norm(each.dtype)
+        so_far = good if so_far is None else so_far & good
+    return so_far
 
 
 def _next_use(path: list[TracedUse], number: int, func: Callable[..., Any]) -> TracedUse | None:

@@ -15,9 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote, unquote
+from zlib import crc32
 
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 FACTORS = "factors"
@@ -29,6 +31,18 @@ CHECKPOINTS = "checkpoints"
 SUFFIX = ".safetensors"
 """Of files with tensors."""
 
+_CHECKSUM = "crc32"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "C64": torch.complex64,
+}
+
 # Windows keeps these names for devices, whatever extension follows.
 _DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
 
@@ -37,13 +51,48 @@ class StoreError(RuntimeError):
     """An audit directory that cannot be made, written or read; the message names the path and the way out."""
 
 
+def packed_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file; any strides, device or sharing of storage will do."""
+    # Not `save_file`: that goes through a temporary file of its own, which a killed writer would leave behind, and
+    # makes it readable for the owner only.
+    apart = separate(tensors)
+    return safetensors.torch.save(apart, metadata={**metadata, _CHECKSUM: str(_checksum(apart))})
+
+
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
     # In one go: `safe_open` opens the file again for the data, which by then may be another one.
     data = path.read_bytes()
     tensors = safetensors.torch.load(data)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, header.get("__metadata__", {})
+    metadata = dict(header.get("__metadata__", {}))
+    checksum = metadata.pop(_CHECKSUM, None)  # files of earlier versions have none
+    if checksum is not None and checksum != str(_checksum(tensors)):
+        raise ValueError("its tensors do not have the checksum that they were written with")
+    return tensors, metadata
+
+
+def load_outline(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Metadata of a safetensors file, and its tensors on the device "meta"; only the header is read."""
+    with safe_open(path, framework="pt") as handle:
+        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        metadata = handle.metadata() or {}
+        tensors = {
+            name: torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
+            for name, part in parts.items()
+        }
+    return tensors, {name: value for name, value in metadata.items() if name != _CHECKSUM}
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    result = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        result = crc32(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode(errors="surrogatepass"), result)
+        if tensor.numel():
+            line = tensor.as_strided((tensor.numel(),), (1,))  # a lone entry may have any stride
+            result = crc32(line.view(torch.uint8).numpy().data, result)
+    return result
 
 
 def local_path(directory: str | os.PathLike[str]) -> Path:

@@ -29,9 +29,11 @@ def nearest_labels(features: Tensor, labels: Tensor, *, neighbours: int = 20, se
         seed: Seed of the random reference set.
 
     Returns:
-        ``[n, k]``, nearest first, with ``k`` at most ``neighbours``; -1 for unknown labels and non-finite features.
+        ``[n, k]``, nearest first, with ``k`` at most ``neighbours``; -1 for unknown labels and features without
+        finite squares.
     """
-    usable = (labels >= 0) & torch.isfinite(features).all(1)
+    # By their length: of a huge vector, whose squares overflow, there are no cosines.
+    usable = (labels >= 0) & torch.isfinite(features.float().norm(dim=1))
     rows = usable.nonzero().squeeze(1)
     if len(rows) < 2:
         return labels.new_full((len(labels), 0), -1)

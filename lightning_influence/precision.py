@@ -49,3 +49,8 @@ def _has_float64(kind: str) -> bool:
     except (TypeError, RuntimeError):
         return False
     return True
+
+
+def largest_norm(dtype: torch.dtype) -> float:
+    """Return the norm up to which a gradient can be squared, and a hundred such squares added, without overflow."""
+    return float((torch.finfo(working_dtype(dtype)).max / 128) ** 0.5)

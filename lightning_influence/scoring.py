@@ -104,7 +104,7 @@ def score_examples(
             row["finite"] = batch.finite
             row |= _from_loss(batch.loss.values, batch.loss.primary, n)
             if last is not None:
-                row["features"] = _projected(last)
+                row["features"] = _projected(last).masked_fill(~batch.finite.unsqueeze(1), torch.nan)
             for name, values in row.items():
                 if name not in merged:
                     merged[name] = _unknown(values, size)

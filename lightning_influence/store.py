@@ -21,7 +21,6 @@ import csv
 import io
 import itertools
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,7 +31,6 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors.torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
@@ -47,10 +45,11 @@ from lightning_influence.files import (
     block_file_name,
     block_name_of,
     claim,
+    load_outline,
     load_tensors,
     local_path,
+    packed_tensors,
     replacing,
-    separate,
 )
 from lightning_influence.values import Column, cell, checked, jsonable
 
@@ -273,9 +272,7 @@ class AuditStore:
         """
         if "__metadata__" in tensors:
             raise ValueError(f"block {block_name!r}: safetensors reserves the tensor name '__metadata__'.")
-        # Not `save_file`: that goes through a temporary file of its own, which a killed writer would leave
-        # behind, and makes it readable for the owner only.
-        data = safetensors.torch.save(separate(tensors), metadata=dict(metadata or {}))
+        data = packed_tensors(tensors, metadata or {})
         with replacing(self._factor_path(block_name)) as handle:
             handle.write(data)
 
@@ -312,12 +309,16 @@ class AuditStore:
             "step_sizes": json.dumps(dict(checkpoint.step_sizes)),
             "optimizer": checkpoint.optimizer,
         }
-        data = safetensors.torch.save(separate(tensors), metadata=about)
+        data = packed_tensors(tensors, about)
         with replacing(self._checkpoint_path(checkpoint.step)) as handle:
             handle.write(data)
 
-    def read_checkpoint(self, step: int) -> Checkpoint:
+    def read_checkpoint(self, step: int, *, outline: bool = False) -> Checkpoint:
         """Reads one checkpoint, tensors on the CPU.
+
+        Args:
+            step: Of the training.
+            outline: Read the header only: tensors are on the device "meta".
 
         Raises:
             StoreError: There is none of this step (the message lists those that are) or its file is damaged.
@@ -326,7 +327,7 @@ class AuditStore:
         if not path.is_file():
             raise StoreError(f"No checkpoint of step {step} in {path.parent}; stored are {self.checkpoint_steps()}.")
         with self._reading(path):
-            tensors, about = load_tensors(path)
+            tensors, about = load_outline(path) if outline else load_tensors(path)
             if missing := {"step_sizes", "steps", "optimizer"} - about.keys():
                 raise ValueError(f"it holds no checkpoint, its metadata lack {sorted(missing)}")
             sizes, steps = json.loads(about["step_sizes"]), int(about["steps"])
@@ -365,16 +366,17 @@ class AuditStore:
         steps = self.checkpoint_steps()
         while len(steps) > 1 and (len(steps) > count or self._checkpoint_bytes(steps) > size):
             place = one_too_many(steps)
-            dropped, following = (self.read_checkpoint(step) for step in steps[place : place + 2])
+            dropped = self.read_checkpoint(steps[place], outline=True)
+            following = self.read_checkpoint(steps[place + 1])
             # In this order: a writer killed in between leaves steps that are counted twice, see `checkpoints`.
             self.write_checkpoint(following.standing_for(dropped))
             with suppress(OSError):
                 self._checkpoint_path(steps.pop(place)).unlink()
         return True
 
-    def checkpoints(self) -> Sequence[Checkpoint]:
+    def checkpoints(self) -> StoredCheckpoints:
         """The stored checkpoints, in order; each is read when it is asked for."""
-        return _StoredCheckpoints(self)
+        return StoredCheckpoints(self)
 
     def _checkpoint_bytes(self, steps: Sequence[int]) -> int:
         return sum(self._checkpoint_path(step).stat().st_size for step in steps)
@@ -417,30 +419,33 @@ class AuditStore:
             raise StoreError(f"{path} cannot be read: {error}. Run the audit again.") from error
 
 
-class _StoredCheckpoints(Sequence[Checkpoint]):
+class StoredCheckpoints(Sequence[Checkpoint]):
     """Checkpoints that stay on the disk until they are asked for.
 
     Of a dropped checkpoint whose steps the next one has taken over, a killed writer may have left the file.
+
+    Attributes:
+        outlines: The same with tensors on the device "meta": names, shapes and all else, at the price of the headers.
     """
 
-    def __init__(self, store: AuditStore) -> None:
+    def __init__(self, store: AuditStore, outlines: Sequence[Checkpoint] | None = None) -> None:
         self._store = store
-        steps: list[int] = []
-        taken_over = math.inf
-        for step in reversed(store.checkpoint_steps()):
-            if step <= taken_over:
-                steps.insert(0, step)
-                taken_over = step - store.read_checkpoint(step).steps
-        self._steps = steps
+        if outlines is None:
+            found: list[Checkpoint] = []
+            for step in reversed(store.checkpoint_steps()):
+                if not found or step <= found[-1].step - found[-1].steps:
+                    found.append(store.read_checkpoint(step, outline=True))
+            outlines = found[::-1]
+        self.outlines = outlines
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return len(self.outlines)
 
     @overload
     def __getitem__(self, place: int) -> Checkpoint: ...
     @overload
-    def __getitem__(self, place: slice) -> Sequence[Checkpoint]: ...
-    def __getitem__(self, place: int | slice) -> Checkpoint | Sequence[Checkpoint]:
+    def __getitem__(self, place: slice) -> StoredCheckpoints: ...
+    def __getitem__(self, place: int | slice) -> Checkpoint | StoredCheckpoints:
         if isinstance(place, slice):
-            return [self._store.read_checkpoint(step) for step in self._steps[place]]
-        return self._store.read_checkpoint(self._steps[place])
+            return StoredCheckpoints(self._store, self.outlines[place])
+        return self._store.read_checkpoint(self.outlines[place].step)

@@ -9,15 +9,15 @@ from typing import Any, TypedDict
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, SubsetRandomSampler
-from tqdm import tqdm
 
+from lightning_influence.callbacks.display import progress_of
 from lightning_influence.coverage import Coverage
 from lightning_influence.isolation import left_alone
 from lightning_influence.loss_scale import LossScale
@@ -61,7 +61,7 @@ def example_gradients(
     scale: LossScale | None = None,
 ) -> ExampleGradients:
     """Build the engine's passes with the trainer's surroundings and its progress bars."""
-    progress = _progress_bar if trainer.progress_bar_callback is not None and trainer.is_global_zero else None
+    progress = progress_of(trainer)
     around = surroundings(trainer, module)
     return ExampleGradients(module, task, source, coverage, progress=progress, scale=scale, **around)
 
@@ -159,13 +159,6 @@ def real_loggers(trainer: Trainer) -> list[Logger]:
     return [logger for logger in trainer.loggers if not isinstance(logger, DummyLogger)]
 
 
-def tensorboard_writers(trainer: Trainer) -> list[Any]:
-    """Return the event-file writers of the TensorBoard loggers (rank zero only)."""
-    if not trainer.is_global_zero:
-        return []
-    return [logger.experiment for logger in real_loggers(trainer) if isinstance(logger, TensorBoardLogger)]
-
-
 @contextmanager
 def silenced_loggers(trainer: Trainer) -> Iterator[None]:
     """Keep what ``training_step`` writes to ``self.logger`` in an extra pass out of the user's logs."""
@@ -175,17 +168,6 @@ def silenced_loggers(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.loggers = loggers
-
-
-@contextmanager
-def _progress_bar(title: str, examples: int) -> Iterator[Callable[[int], None]]:
-    bar = tqdm(total=examples, desc=f"influence: {title}", unit="example", leave=False, dynamic_ncols=True)
-    with bar:
-
-        def advance(done: int) -> None:
-            bar.update(done)
-
-        yield advance
 
 
 def validation_queries(

@@ -30,6 +30,14 @@ from lightning_influence.callbacks.flight import FlightRecorder
 from lightning_influence.callbacks.query_report import QueryReport, checked_queries, described
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.reporting import Reporter
+from lightning_influence.callbacks.resuming import (
+    Restored,
+    agreed,
+    as_at_the_end_of_training,
+    finished_report,
+    restore,
+    state_for,
+)
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.coverage import Layers, Uncovered, listed_layers
@@ -157,10 +165,11 @@ class InfluenceAudit(Callback):
         self._key: str | None = None
         self._recorder = BatchIndexRecorder()
         # What checkpoints keep: from a checkpoint until the size of the data is known, then of the run.
-        self._restored_state: dict[str, Any] | None = None
+        self._restored: Restored | None = None
         self._recording: Recording | None = None
         # From the start of training until the next `fit`.
         self._run: AuditRun | None = None
+        self._before: tuple[AuditReport | None, Recording | None, AuditRun | None] = (None, None, None)
 
     @property
     def state_key(self) -> str:
@@ -178,7 +187,8 @@ class InfluenceAudit(Callback):
         if stage != "fit":
             return
         # Of an earlier fit: an error before training starts must not be filed under that one's audit.
-        self.report = self._recording = self._run = self._restored_state = None
+        self._before = self.report, self._recording, self._run
+        self.report = self._recording = self._run = self._restored = None
         preparing.check_optimization(pl_module, self.task, self.tracin)
         bridge.check_strategy(trainer)
         preparing.warn_of_averaging(trainer, self)
@@ -186,17 +196,21 @@ class InfluenceAudit(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at one batch before the first step, so that nothing fails after hours of training."""
+        self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
+
+    def _prepare(self, trainer: Trainer, module: LightningModule) -> AuditRun:
         preparing.check_order(trainer.train_dataloader)
         self._recorder.check()
+        self._before = None, None, None
         with preparing.errors_as_misconfiguration():
             source = ExampleSource.from_loader(trainer.train_dataloader)
             preparing.check_known_noise(self.known_noise, source)
-            self._recording = Recording(len(source), pl_module, self.tracin)
-            if self._restored_state is not None:
-                self._recording.load_state_dict(self._restored_state)
-                self._restored_state = None
-            self._run = self._start(trainer, pl_module, source, self._recording)
-            self._run.resume(trainer, pl_module)
+            self._recording = Recording(len(source), module, self.tracin)
+            restored, self._restored = self._restored, None
+            restore(self._recording, restored, trainer)
+            self._run = self._start(trainer, module, source, self._recording)
+            self._run.take_over(trainer)
+        return self._run
 
     def _start(
         self, trainer: Trainer, module: LightningModule, source: ExampleSource, recording: Recording
@@ -292,22 +306,58 @@ class InfluenceAudit(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the curvature, score every example, write the report."""
-        if self._run is None:
+        if self._run is not None:
+            self._finish(self._run, trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the audit of a run that had nothing left to train, if it has none yet; else say why there is none."""
+        if self._run is not None or bridge.is_dry_run(trainer):
             return
+        if not trainer.global_step or trainer.train_dataloader is None:
+            rank_zero_warn(
+                f"no influence audit: no step was trained (max_epochs={trainer.max_epochs}, "
+                f"max_steps={trainer.max_steps}, limit_train_batches={trainer.limit_train_batches})."
+            )
+            return
+        restored = self._restored
+        if restored is None and self._before[2] is not None and self._before[2].finished:
+            self.report, self._recording, self._run = self._before
+            rank_zero_info("influence audit: nothing was left to train; `report` is that of the fit before.")
+            return
+        report = finished_report(restored, self._arguments(), trainer.global_step) if trainer.is_global_zero else None
+        if agreed(report):
+            self.report = report
+            rank_zero_info(f"influence audit: it was complete before training was resumed.\n{report}")
+            return
+        rank_zero_info("influence audit: nothing was left to train, but there is no complete audit yet.")
+        with as_at_the_end_of_training(trainer, pl_module):
+            try:
+                run = self._prepare(trainer, pl_module)
+            except Exception as error:
+                if distributed.world_size() > 1:
+                    raise
+                rank_zero_warn(f"no influence audit: {error}")
+                return
+            self._finish(run, trainer, pl_module)
+
+    def _finish(self, run: AuditRun, trainer: Trainer, module: LightningModule) -> None:
         try:
-            self.report = self._run.finish(trainer, pl_module)
-            if self.report is not None:
-                rank_zero_info(f"\n{self.report}")
+            finished = run.finish(trainer, module)
         except Exception as error:
             # In one process the training that has just ended is worth more than the audit; with several, the others
             # would wait for this one at the next collective.
             if distributed.world_size() > 1:
                 raise
-            self._run.interrupt(trainer, repr(error))
+            run.interrupt(trainer, repr(error))
             rank_zero_warn(
                 f"the influence audit failed; training is not affected, and what was recorded until then is kept in "
-                f"{self._run.reporter.directory}.\n{traceback.format_exc()}"
+                f"{run.reporter.directory}.\n{traceback.format_exc()}"
             )
+            return
+        if finished is not None:
+            # Before anything is written: what is computed is not lost to a disk or a logger.
+            self.report = finished.report
+            finished.publish()
 
     def unlearner(self, curvature: CurvatureName = "ggn") -> Unlearner:
         """Return what removes training examples from the model, or repairs their labels, by one Newton step.
@@ -354,7 +404,13 @@ class InfluenceAudit(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the size of the data set is known."""
-        self._restored_state = state_dict or None
+        self._restored = Restored(state_dict) if state_dict else None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take over what an audit with other arguments has recorded: nearly all of it does not depend on them."""
+        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+        audits = [callback for callback in callbacks if isinstance(callback, InfluenceAudit)]
+        self._restored = state_for(self, audits, checkpoint.get("callbacks") or {})
 
     def _arguments(self) -> dict[str, Any]:
         return {

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_influence import distributed, optimizers
+from lightning_influence.checkpoints import Checkpoint
 from lightning_influence.dynamics import History, TrainingDynamics, call_in_graph
 from lightning_influence.loss_scale import HeardTerms, TermKey
 from lightning_influence.losses import CrossEntropy, LossCall
@@ -49,16 +50,18 @@ class Recording:
         in_flight = tracin is not None and tracin.mode == "step"
         self.visits = VisitSums(size) if in_flight else None
         self.pace = Pace() if tracin is None else Pace(tracin.every_n_steps, tracin.overhead)
-        # Audit directory that holds the checkpoints so far; before resuming, that of the run before.
-        self.checkpoint_directory = ""
         # Whether training runs compiled code: what watches its calls would have it compiled anew, perhaps otherwise.
         self.compiled = False
+        self.directory = ""  # of the audit; before resuming, of the run before
+        # What the checkpoints there stand for, and what none of them does any more or yet.
+        self.kept: list[Checkpoint] = []
+        self.carried: Checkpoint | None = None
         self.untapped_batches = 0
         self.heard = HeardTerms()
         self.failures: list[str] = []
         self.failed_passes: list[int] = []  # epochs
         self.notes: list[str] = []
-        self._wants_tracin = tracin is not None
+        self.wants_tracin = tracin is not None
         self._next_step = 0  # steps before this one are in the sums in flight
         self._passes: list[int] = []  # steps
         self._seen = torch.zeros(size, dtype=torch.bool)
@@ -165,7 +168,7 @@ class Recording:
             self.step_sizes.record(optimizer)
         except Exception as error:
             self.fail("learning rates are incomplete", error)
-        if self._wants_tracin and len(self.step_sizes.unknown) > known:
+        if self.wants_tracin and len(self.step_sizes.unknown) > known:
             warnings.warn(f"InfluenceAudit: {_plain_steps({optimizers.name_of(optimizer)})}", stacklevel=2)
 
     def first_time(self, step: int) -> bool:
@@ -191,11 +194,11 @@ class Recording:
 
         A step that was added before (a resumed run) is left alone.
         """
+        if "tracin" in scores.columns:
+            self.tracin.add(step, scores.indices.tolist(), scores.columns["tracin"])
         if step in self._passes:
             return
         self._passes.append(step)
-        if "tracin" in scores.columns:
-            self.tracin.add(step, scores.indices.tolist(), scores.columns["tracin"])
         if scores.features is not None and "label" in scores.columns:
             self.neighbours.add(scores.indices, scores.features, scores.columns["label"])
 
@@ -212,7 +215,7 @@ class Recording:
                 f"the passes at the ends of the epochs {self.failed_passes} failed: tracin lacks their steps"
             )
         remarks += self.failures + self.notes
-        if self._wants_tracin and self.step_sizes.unknown:
+        if self.wants_tracin and self.step_sizes.unknown:
             remarks.append(_plain_steps(self.step_sizes.unknown))
         return remarks
 
@@ -319,8 +322,10 @@ class Recording:
             "visits": {} if self.visits is None else self.visits.state_dict(),
             "pace": self.pace.state_dict(),
             "next_step": self._next_step,
-            "checkpoint_directory": self.checkpoint_directory,
             "heard": self.heard.state_dict(),
+            "directory": self.directory,
+            "kept": [_described(each) for each in self.kept],
+            "carried": None if self.carried is None else _described(self.carried),
             "incomplete": {
                 "untapped_batches": self.untapped_batches,
                 "failures": list(self.failures),
@@ -332,8 +337,12 @@ class Recording:
             **self.neighbours.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, tracin: bool = True) -> None:
         """Go on from a checkpoint.
+
+        Args:
+            state: Of the recording then.
+            tracin: Whether TracIn was recorded as it will be from now on; else it starts anew.
 
         Raises:
             ValueError: If it was written for a data set of another size.
@@ -345,15 +354,13 @@ class Recording:
             )
         self.dynamics.load_state_dict(state["dynamics"])
         self._seen, self._unfiled = state["seen"].clone(), []
-        self.tracin.values = state["tracin"].clone()
-        self.tracin.checkpoints = list(state["tracin_steps"])
         self._passes = list(state["passes"])
-        if self.visits is not None and state.get("visits"):
-            self.visits.load_state_dict(state["visits"])
-            self.pace.load_state_dict(state["pace"])
         self._next_step = state.get("next_step", 0)
-        self.checkpoint_directory = state.get("checkpoint_directory", "")
         self.heard = HeardTerms.of_state(state.get("heard"))
+        self.directory = state.get("directory", state.get("checkpoint_directory", ""))
+        self.kept = [Checkpoint(parameters={}, **each) for each in state.get("kept", ())]
+        carried = state.get("carried")
+        self.carried = None if carried is None else Checkpoint(parameters={}, **carried)
         # What the columns lack, they lack after resuming, too.
         lacking = state.get("incomplete", {})
         self.untapped_batches = lacking.get("untapped_batches", 0)
@@ -361,8 +368,28 @@ class Recording:
         self.failed_passes = list(lacking.get("failed_passes", []))
         self.notes = list(lacking.get("notes", []))
         self.step_sizes.load_state_dict(state)
-        self.postponed = state["postponed"]
         self.neighbours.load_state_dict(state)
+        if tracin:
+            self.tracin.values = state["tracin"].clone()
+            self.tracin.checkpoints = list(state["tracin_steps"])
+            if self.visits is not None and state.get("visits"):
+                self.visits.load_state_dict(state["visits"])
+                self.pace.load_state_dict(state["pace"])
+            self.postponed = state["postponed"]
+        elif steps := self.step_sizes.steps:
+            # Kept checkpoints still have to stand for them.
+            waiting = Checkpoint(0, {}, step_sizes=self.step_sizes.take(), steps=steps)
+            self.carried = waiting if self.carried is None else waiting.standing_for(self.carried)
+
+
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint stands for, in primitives."""
+    return {
+        "step": checkpoint.step,
+        "steps": checkpoint.steps,
+        "step_sizes": dict(checkpoint.step_sizes),
+        "optimizer": checkpoint.optimizer,
+    }
 
 
 def _plain(calls: Sequence[tuple[TermKey, LossCall, TermForm | None]], n: int) -> CrossEntropy | None:

@@ -10,7 +10,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_influence import distributed
@@ -50,6 +50,19 @@ def _timed(hook: _Hook) -> _Hook:
     return cast(_Hook, timed)
 
 
+@dataclass(frozen=True)
+class Finished:
+    """An audit that is computed.
+
+    Attributes:
+        report: The audit; None on other ranks than zero.
+        publish: Writes it to files and loggers.
+    """
+
+    report: AuditReport | None
+    publish: Callable[[], None]
+
+
 @dataclass(eq=False)
 class AuditRun:
     """What an audit does between the first and the last step of one ``fit``.
@@ -67,6 +80,7 @@ class AuditRun:
         flight: TracIn in flight, if that is how.
         queries: What the audit is asked about.
         make_unlearner: What the finished audit can still do, once it is.
+        finished: Whether it is, and its report computed.
     """
 
     recording: Recording
@@ -79,15 +93,21 @@ class AuditRun:
     flight: FlightRecorder | None = None
     queries: QueryReport | None = None
     make_unlearner: MakeUnlearner | None = None
+    finished: bool = False
     _tap: TrainingTap = field(default_factory=TrainingTap, init=False)
     # From the start of a batch to its first backward pass; a second one of the same step is not a second visit.
     _listening: tuple[TrainingTap | None, list[int]] | None = field(default=None, init=False)
 
-    def resume(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take over what a run that is resumed has left: its checkpoints, and the last pass that it postponed."""
-        if self.tracin is None:
+    def take_over(self, trainer: Trainer) -> None:
+        """Take over the checkpoints that a run which is resumed has kept."""
+        if self.tracin is not None:
+            self.reporter.take_over_checkpoints(self.tracin, self.recording, trainer.global_step)
+        self.recording.directory = str(self.reporter.directory or "")
+
+    def catch_up(self, trainer: Trainer, module: LightningModule) -> None:
+        """Make the last pass that a run which is resumed for more steps has postponed."""
+        if self.tracin is None or self.flight is not None:
             return
-        self.reporter.take_over_checkpoints(self.tracin, self.recording, trainer.global_step)
         if self.recording.postponed == trainer.global_step and self.recording.step_sizes.steps:
             with bridge.at_epoch(trainer, trainer.current_epoch - 1):
                 self._score_checkpoint(trainer, module, self.tracin)
@@ -195,6 +215,7 @@ class AuditRun:
             visits = recording.visits.values()
             self.reporter.log_tracin(trainer, visits[visits.isfinite()])  # NaN: not measured so far
         self.reporter.log_dynamics(trainer, recording.dynamics.columns())
+        self.reporter.write_partial(recording.local_columns, "recording", due=False)
 
     def _score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
         indices = self._indices(trainer)
@@ -210,7 +231,6 @@ class AuditRun:
             )
         self.recording.add_pass(trainer.global_step, scores)
         self.reporter.seconds_per_example = (time.perf_counter() - start) / len(indices)
-        self.reporter.write_partial(self.recording.columns(indices), "recording")
         self.reporter.log_tracin(trainer, scores.columns["tracin"])
 
     def _keep_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> Checkpoint:
@@ -230,12 +250,13 @@ class AuditRun:
 
     # ---------------------------------------------------------------- the end
 
-    def finish(self, trainer: Trainer, module: LightningModule) -> AuditReport | None:
-        """Fit the curvature, score every example, write the report; None on other ranks than zero."""
+    def finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
+        """Fit the curvature and score every example; None if there is nothing to audit."""
+        self.reporter.write_partial(self.recording.local_columns, "recording")
         with bridge.at_epoch(trainer, trainer.current_epoch - 1):
             return self._finish(trainer, module)
 
-    def _finish(self, trainer: Trainer, module: LightningModule) -> AuditReport | None:
+    def _finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         indices = self._indices(trainer)
         if bridge.is_dry_run(trainer):
             indices = (indices or list(range(self.recording.size)))[: self.passes.source.batch_size]
@@ -254,7 +275,7 @@ class AuditRun:
         plan = planned(self.curvature)
         validation = bridge.validation_queries(trainer, module, self.passes.task, gradients.coverage)
         asked = sum(len(examples) for _, examples in validation)
-        rank_zero_info(reporter.announce(plan, gradients, inspection, len(indices), asked))
+        reporter.tell(lambda: reporter.announce(plan, gradients, inspection, len(indices), asked))
         step_sizes = self._last_step_sizes(trainer, module, gradients.coverage)
         with bridge.silenced_loggers(trainer):
             result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=step_sizes)
@@ -269,9 +290,11 @@ class AuditRun:
             with bridge.silenced_loggers(trainer):
                 columns |= self.queries.find(trainer, gradients, indices, result.curvature, validation, columns)
             result.seconds["queries"] = time.perf_counter() - start
+        self.finished = True
         if not trainer.is_global_zero:
-            return None
-        return reporter.finish(trainer, gradients, plan, inspection, result, columns, recording)
+            return Finished(None, lambda: None)
+        report = reporter.report(trainer.global_step, gradients, plan, inspection, result, columns, recording)
+        return Finished(report, lambda: reporter.publish(trainer, gradients, report, result.curvature))
 
     def _last_step_sizes(
         self, trainer: Trainer, module: LightningModule, coverage: Coverage
@@ -286,11 +309,8 @@ class AuditRun:
         """Keep what was recorded so far."""
         if not trainer.is_global_zero:
             return
-        try:
-            # Local numbers only: other processes may be gone, and a collective would wait for them for ever.
-            self.reporter.write_partial(self.recording.local_columns(), "interrupted", error=error)
-        except Exception as failure:  # the first error is the one to see
-            rank_zero_warn(f"the interrupted influence audit could not be written: {failure}")
+        # Local numbers only: other processes may be gone, and a collective would wait for them for ever.
+        self.reporter.write_partial(self.recording.local_columns, "interrupted", error=error)
 
     def _indices(self, trainer: Trainer) -> list[int]:
         return bridge.audited_indices(trainer, self.recording.seen_indices(), self.recording.size)

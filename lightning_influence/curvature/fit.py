@@ -240,12 +240,13 @@ def _fit_full(
     make = LADDER[name].product
     assert make is not None
     subset = random_subset(indices, len(indices) if examples.products is None else examples.products, seed)
-    product = make(gradients, subset, parameters=coordinates.parameters)
+    usable = _usable(gradients, subset)
+    product = make(gradients, usable or subset, parameters=coordinates.parameters)
     like = product.gradient.new_zeros(coordinates.size)
     chosen, notes = choose_solver(solver, coordinates.size, product.flat.device, semidefinite=product.semidefinite)
     matrix = None
     if chosen == "dense":
-        matrix = _dense_ggn(gradients, subset, coordinates, like) if product.semidefinite else None
+        matrix = _dense_ggn(gradients, usable or subset, coordinates, like) if product.semidefinite else None
         if matrix is None:
             places = coordinates.places_in(product.flat)
             matrix = product.to_dense(limit=coordinates.size)[places][:, places]
@@ -281,10 +282,21 @@ def _fit_full(
             examples=[product.examples, *blocks.examples],
             seed=seed,
         )
-    if product.left_out:
-        notes.append(f"{len(product.left_out)} examples with a non-finite loss or gradient are not in the {name}.")
+    if left_out := len(subset) - product.examples:
+        notes.append(f"{left_out} examples with a non-finite loss or gradient are not in the {name}.")
     curvature.notes += notes
     return curvature
+
+
+def _usable(gradients: ExampleGradients, indices: Sequence[int]) -> list[int]:
+    """Return the examples whose gradients can be squared, on every process: products see none of what they multiply."""
+    kept: list[int] = []
+    with closing(gradients.run(indices)) as batches:
+        for batch in batches:
+            kept += [index for index, good in zip(batch.indices, batch.finite.tolist(), strict=True) if good]
+    own = torch.tensor(kept, dtype=torch.long, device=gradients.device)
+    found = set(distributed.gather_by_index(own, {})[0].tolist())
+    return [index for index in indices if index in found]
 
 
 def _dense_ggn(

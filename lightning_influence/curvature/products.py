@@ -25,6 +25,7 @@ from lightning_influence.curvature.flat import FlatParameters
 from lightning_influence.curvature.spectrum import Matvec
 from lightning_influence.isolation import untouched
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.precision import largest_norm
 from lightning_influence.terms import BatchLoss, TaskError
 
 # Batches are kept in memory if all of them together take no more than this.
@@ -335,7 +336,7 @@ class CurvatureProduct(ABC):
         tensors = list(self.flat.parameters.values())
         outputs, weights = objective(loss)
         gradient = self._line(torch.autograd.grad(outputs, tensors, weights, allow_unused=True, materialize_grads=True))
-        finite = torch.isfinite(gradient).all()
+        finite = gradient.norm() <= largest_norm(gradient.dtype)  # a product squares it
         if loss.values is not None:
             finite = finite & torch.isfinite(loss.values).all()
         return gradient if bool(finite) else None

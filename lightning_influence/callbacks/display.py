@@ -1,0 +1,134 @@
+"""What is shown while an audit works and once it is done: nothing here may end the work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_influence.passes import Progress
+
+Advance = Callable[[int], Any]
+"""Called with a number of examples that are done."""
+
+# Bars of trainers whose display has failed: it stays off, or every batch would fail again.
+_BROKEN: WeakSet[Any] = WeakSet()
+# Rows of ours that a trainer's rich display holds, hidden: removing one would shift those that the trainer counts on.
+_HIDDEN: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+
+
+@contextmanager
+def tolerated(what: str, said: set[str]) -> Iterator[None]:
+    """Go on after an error, and say it once.
+
+    Args:
+        what: What may fail.
+        said: What has been said to have failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if what not in said:
+            said.add(what)
+            rank_zero_warn(f"influence audit: {what} failed, all else goes on ({type(error).__name__}: {error})")
+
+
+class TolerantWriter:
+    """A logger's event-file writer each of whose calls may fail alone.
+
+    Args:
+        logger: A TensorBoard logger.
+        said: What has been said to have failed.
+    """
+
+    def __init__(self, logger: Any, said: set[str]) -> None:
+        self._logger = logger
+        self._said = said
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Return the writer's method of this name."""
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            with tolerated(f"{name} of {type(self._logger).__name__}", self._said):
+                getattr(self._logger.experiment, name)(*args, **kwargs)
+
+        return call
+
+
+def progress_of(trainer: Trainer) -> Progress | None:
+    """Return how to show passes beside the trainer's own bar; None if nobody watches."""
+    bar = trainer.progress_bar_callback
+    if bar is None or not trainer.is_global_zero or getattr(bar, "is_disabled", False) or bar in _BROKEN:
+        return None
+    # By name: the bars of `lightning` and of `pytorch_lightning` are different classes.
+    rich = any(kind.__name__ == "RichProgressBar" for kind in type(bar).__mro__)
+
+    @contextmanager
+    def shown(title: str, examples: int) -> Iterator[Advance]:
+        display = None
+        if bar not in _BROKEN:
+            with _ending_the_display(bar):
+                display = (_in_rich if rich else _in_tqdm)(bar, f"influence: {title}", examples)
+
+        def advance(done: int) -> None:
+            if display is not None and bar not in _BROKEN:
+                with _ending_the_display(bar):
+                    display[0](done)
+
+        try:
+            yield advance
+        finally:
+            if display is not None:
+                with _ending_the_display(bar):
+                    display[1]()
+
+    return shown
+
+
+@contextmanager
+def _ending_the_display(bar: Any) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        _BROKEN.add(bar)
+
+
+def _in_tqdm(bar: Any, title: str, examples: int) -> tuple[Advance, Callable[[], Any]] | None:
+    """Return a bar's ways to advance and to close; None if its output goes to no screen."""
+    if "ipykernel" not in sys.modules and not (sys.stderr is not None and sys.stderr.isatty()):
+        return None
+    from tqdm.auto import tqdm  # looks for a notebook when it is imported
+
+    shown = tqdm(total=examples, desc=title, unit="example", leave=False, dynamic_ncols=True)
+    return shown.update, shown.close
+
+
+def _in_rich(bar: Any, title: str, examples: int) -> tuple[Advance, Callable[[], Any]] | None:
+    """As ``_in_tqdm``, in the trainer's own display while it is there: two of them redirect each other's output."""
+    from rich.console import Console
+    from rich.progress import Progress as Display
+
+    display, own = getattr(bar, "progress", None), False
+    console: Console | None = getattr(bar, "_console", None) if display is None else display.console
+    if console is None or not (console.is_terminal or console.is_jupyter):
+        return None
+    if display is None or not display.live.is_started:
+        display, own = Display(console=console, transient=True), True
+        display.start()
+    hidden = _HIDDEN.setdefault(display, [])
+    row = hidden.pop() if hidden else display.add_task(title, total=examples)
+    display.reset(row, total=examples, description=title, visible=True)
+
+    def close() -> None:
+        with suppress(KeyError):
+            display.update(row, visible=False)
+        hidden.append(row)
+        if own:
+            display.stop()
+
+    return lambda done: display.update(row, advance=done), close
