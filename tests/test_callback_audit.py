@@ -1132,7 +1132,7 @@ def test_generators_of_the_data_set_are_left_alone_and_belong_to_the_example(tmp
         source = ExampleSource(_Drawing(), batch_size=batch_size)
         gradients = ExampleGradients(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), source, cover(model))
         scores.append(score_examples(gradients, range(22)).columns["grad_norm_squared"])
-    torch.testing.assert_close(*scores)
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=0)
 
 
 def test_a_batch_that_collation_drops_does_not_shift_the_others(tmp_path: Path) -> None:
@@ -1145,7 +1145,7 @@ def test_a_batch_that_collation_drops_does_not_shift_the_others(tmp_path: Path) 
     class Noting(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             losses = F.cross_entropy(self(batch[0]), batch[1], reduction="none")
-            if self.trainer.training and torch.is_grad_enabled() and self.net[1].weight.requires_grad:
+            if self.training:  # not in a pass of the audit
                 seen.update(zip(batch[2].tolist(), losses.tolist(), strict=True))
             return losses.mean()
 
