@@ -194,9 +194,7 @@ class ExampleGradients:
 
     def like(self, other: ExampleGradients) -> ExampleGradients:
         """Return the same passes with the loss scale of others (queries are weighed as the training data are)."""
-        changed = copy.copy(self)
-        changed._scale = other._scale
-        return changed
+        return self.with_scale(other.scale)
 
     def with_scale(self, scale: LossScale | None) -> ExampleGradients:
         """Return the same passes with another loss scale; None weighs every batch such that its loss is its mean."""

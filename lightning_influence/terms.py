@@ -363,6 +363,8 @@ def _seen(
 def _divided(coefficient: Tensor, n: int) -> Tensor:
     """Return the one number that the elements that count were multiplied with; if they differ, that of a mean."""
     counted = coefficient[coefficient != 0]
+    if not bool(torch.isfinite(coefficient).any()):
+        return torch.tensor(math.inf)  # nothing counts: it was divided by zero
     alike = len(counted) > 0 and bool(counted.max() - counted.min() <= 1e-5 * counted.abs().max())
     return counted[0] if alike else torch.tensor(1 / n)
 
