@@ -191,9 +191,7 @@ class ExampleGradients:
 
     def like(self, other: ExampleGradients) -> ExampleGradients:
         """Return the same passes with the loss scale of others (queries are weighed as the training data are)."""
-        changed = copy.copy(self)
-        changed._scale = other._scale
-        return changed
+        return self.with_scale(other.scale)
 
     def with_scale(self, scale: LossScale | None) -> ExampleGradients:
         """Return the same passes with another loss scale; None weighs every batch such that its loss is its mean."""
@@ -308,7 +306,10 @@ class ExampleGradients:
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
             for batch_indices, batch in self.source.batches(own, size):
-                yield batch_indices, self.forward(batch, len(batch_indices), watch=watch)
+                loss = self.forward(batch, len(batch_indices), watch=watch)
+                if self._met_new_terms(loss, batch_indices):
+                    loss = self.forward(batch, len(batch_indices), watch=watch)
+                yield batch_indices, loss
                 advance(len(batch_indices))
 
     def forward(
@@ -374,11 +375,24 @@ class ExampleGradients:
         n = len(indices)
         for whole in (False, True):
             try:
-                return self.forward(batch, n, step_seed=step_seed, watch=capture.forward(n))
+                loss = self.forward(batch, n, step_seed=step_seed, watch=capture.forward(n))
             except NewPathError:
                 # A few of the examples may take the same path as all of them, at a fraction of the memory.
                 self._trace(indices, whole)
+            else:
+                if not self._met_new_terms(loss, indices):
+                    return loss
         return self.forward(batch, n, step_seed=step_seed, watch=capture.forward(n))
+
+    def _met_new_terms(self, loss: BatchLoss, indices: list[int]) -> bool:
+        """Trace a batch whose loss has terms that no traced batch had; tell whether that has told more of them."""
+        trace = self.coverage.trace
+        new = {term.key for term in loss.seen} - trace.forms.keys() - trace.formless
+        if not new or trace.failure is not None or not trace.forms:
+            return False
+        self._trace(indices, whole=True)
+        trace.formless |= new - trace.forms.keys()
+        return not new <= trace.formless
 
     def _trace(self, indices: list[int], whole: bool) -> None:
         trace = trace_model(

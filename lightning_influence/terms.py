@@ -31,11 +31,13 @@ class TermForm:
         sums: Whether the weight of an element in the batch loss stays as it is when the batch grows (a sum over the
             examples); else it shrinks (a mean, by whatever the task divides by).
         follow: See ``LossCall.follow``.
+        elementwise: Whether each element is divided by what belongs to the batch before they are added up.
     """
 
     layout: BatchLayout | None
     sums: bool
     follow: bool = True
+    elementwise: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,8 +219,25 @@ def term_forms(small: BatchLoss, large: BatchLoss) -> dict[TermKey, TermForm]:
             and after.factor is not None
             and math.isclose(before.factor, after.factor, rel_tol=1e-6)
         )
-        forms[after.key] = TermForm(layout, steady and call.reduction != "mean", follow)
+        elementwise = steady and _changes(before, after, small.n, large.n, layout, follow)
+        sums = steady and not elementwise and call.reduction != "mean"
+        forms[after.key] = TermForm(layout, sums, follow, elementwise)
     return forms
+
+
+def _changes(
+    before: LossTerm, after: LossTerm, small: int, large: int, layout: BatchLayout | None, follow: bool
+) -> bool:
+    """Tell whether the elements of the first example have other coefficients in the larger batch."""
+    if after.call.reduction != "none" or layout is None:
+        return False
+    first = []
+    for term, n in ((before, small), (after, large)):
+        call = term.call.placed(layout, follow=follow)
+        if not call.rows_match(n):
+            return False
+        first.append(call.shares(n).gather(call.per_row(call.scale(term.coefficient, n)))[0] / n)
+    return first[0].shape == first[1].shape and not torch.allclose(first[0], first[1], rtol=1e-4, equal_nan=True)
 
 
 def _order(call: LossCall, dim: int, n: int, follow: bool) -> Order:
@@ -334,9 +353,20 @@ def _seen(
         assert coefficient is not None
         if call.reduction == "none" and call.rows_match(n):
             call = call.counting(coefficient != 0)
+        if form is not None and form.elementwise:
+            factor = _divided(coefficient, n)
         reference = scale[key] if scale is not None and call.rows_match(n) else None
         terms.append(LossTerm(call, coefficient, key, reference, form, None if factor is None else float(factor)))
     return tuple(terms)
+
+
+def _divided(coefficient: Tensor, n: int) -> Tensor:
+    """Return the one number that the elements that count were multiplied with; if they differ, that of a mean."""
+    counted = coefficient[coefficient != 0]
+    if not bool(torch.isfinite(coefficient).any()):
+        return torch.tensor(math.inf)  # nothing counts: it was divided by zero
+    alike = len(counted) > 0 and bool(counted.max() - counted.min() <= 1e-5 * counted.abs().max())
+    return counted[0] if alike else torch.tensor(1 / n)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ class Trace:
         ambiguous: Whether the values left open in which order rows of examples lie.
         batch_statistics: Whether a batch norm took the statistics of the batch.
         forms: Where the examples of each term of the loss are, see ``terms.term_forms``.
+        formless: Terms of the loss that tracing has told nothing about.
         outside: Shapes of trainable parameters that took part but are in no module, and the functions that used them.
         failure: Why there is no trace: nothing but layers called in the standard way is understood then.
     """
@@ -119,6 +120,7 @@ class Trace:
     ambiguous: bool = False
     batch_statistics: bool = False
     forms: Mapping[TermKey, TermForm] = field(default_factory=dict)
+    formless: set[TermKey] = field(default_factory=set)
     outside: list[str] = field(default_factory=list)
     failure: str | None = None
 

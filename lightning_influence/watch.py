@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.calls import tensors_in
+from lightning_influence.loss_scale import Place, calling_place
 from lightning_influence.losses import CrossEntropy, LossCall, all_arguments, known_loss, read_call
 from lightning_influence.reading import IN_PLACE
 from lightning_influence.task import LossTap
@@ -116,7 +117,7 @@ class TrainingTap(LossTap):
     def __init__(self) -> None:
         super().__init__()
         self._listening = False
-        self._noted: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []  # calls that are not read yet
+        self._noted: list[tuple[tuple[Any, ...], dict[str, Any], Tensor, Place]] = []  # calls that are not read yet
         self._last: tuple[list[str], list[Any], CrossEntropy] | None = None  # names and values of arguments
 
     def start(self) -> None:
@@ -146,14 +147,14 @@ class TrainingTap(LossTap):
             return super().__torch_function__(func, types, args, kwargs)
         output = func(*args, **(kwargs or {}))
         if self._listening and output.requires_grad:
-            self._noted.append((args, kwargs or {}, output))
+            self._noted.append((args, kwargs or {}, output, calling_place()))
         return output
 
     def _read_noted(self) -> None:
         noted, self._noted = self._noted, []
         self.calls += [call for entry in noted if (call := self._read(*entry)) is not None]
 
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> LossCall | None:
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, place: Place) -> LossCall | None:
         """Read a cross-entropy, whose settings are nearly always those of the batch before."""
         last, values = self._last, list(kwargs.values())
         if last is not None and len(args) == 2 and last[0] == list(kwargs) and all(map(operator.is_, values, last[1])):
@@ -165,9 +166,11 @@ class TrainingTap(LossTap):
                 class_weights=like.class_weights,
                 ignore_index=like.ignore_index,
                 label_smoothing=like.label_smoothing,
+                place=place,
             )
         else:
             call = read_call(F.cross_entropy, args, kwargs, output)
+            call = None if call is None else replace(call, place=place)
             if isinstance(call, CrossEntropy) and len(args) == 2:
                 empty = output.new_empty(0)  # the batch would else be held
                 self._last = list(kwargs), values, replace(call, output=empty, input=empty, target=empty)

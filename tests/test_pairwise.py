@@ -395,6 +395,7 @@ class TestEigenbasis:
         """What the bases cost apart from each other is what the rule compares; each is taken where it costs less."""
         problem = Problem("vectors")
         fitted = problem.fitted("ekfac")
+        assert problem.train.scale
         sizes = [(k, o, i) for k, o, i in (block.shape for block in problem.train.coverage.blocks.values())]
         assert sizes == [(2, 4, 17), (1, 6, 9), (1, 3, 6)]
 
@@ -462,6 +463,7 @@ def test_queries_of_another_kind(inputs: Tensor, labels: Tensor, cause: str, que
     problem = Problem("images")
     fitted = problem.fitted("identity")
     queries = other_queries(problem, inputs, labels)
+    assert problem.train.scale
     problem.train.task = failing  # type: ignore[assignment]
     for score in (pairwise_scores, top_scores):
         with pytest.raises(QueryError, match=rf"from query \d to \d \({cause}: .* Queries need inputs") as caught:
