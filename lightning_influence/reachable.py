@@ -110,6 +110,8 @@ class Walk:
             yield from self._visit_module(path, value, expected or _is_metric(value))
         elif isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
             yield from self._visit_function(path, value)
+        elif isinstance(value, types.BuiltinMethodType):
+            self._go_on(path, value.__self__)
         elif isinstance(value, (staticmethod, classmethod)):
             self._go_on(path, value.__func__)
         elif isinstance(value, property):
