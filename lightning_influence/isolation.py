@@ -116,7 +116,7 @@ def untouched(module: nn.Module, *others: object) -> Iterator[None]:
     reached = list(Walk([("", module), *((getattr(other, "__name__", "task"), other) for other in others)]))
     with ExitStack() as guards:
         guards.enter_context(isolated_rng())
-        guards.enter_context(_evaluating(_modules_among(reached)))
+        guards.enter_context(_evaluating([found.value for found in reached if isinstance(found.value, nn.Module)]))
         guards.enter_context(_frozen(reached))
         guards.enter_context(_kept(module, reached))
         guards.enter_context(torch.inference_mode(False))
@@ -153,14 +153,10 @@ def _kept(module: nn.Module, reached: list[Found]) -> Iterator[None]:
                 _changed.setdefault(module, {}).update(snapshot.changed)
 
 
-def _modules_among(reached: Iterable[Found]) -> list[nn.Module]:
-    return [found.value for found in reached if isinstance(found.value, nn.Module)]
-
-
 def hidden_parameters(root: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable parameters of modules that plain attributes hide from ``root.parameters()``."""
+    """Return the trainable parameters that plain attributes hide from ``root.parameters()``, of modules or loose."""
     known = {id(p) for p in root.parameters()}
-    everywhere = [p for module in _modules_among(Walk([("", root)])) for p in module.parameters(recurse=False)]
+    everywhere = [found.value for found in Walk([("", root)]) if isinstance(found.value, nn.Parameter)]
     return [p for p in everywhere if id(p) not in known and p.requires_grad]
 
 
