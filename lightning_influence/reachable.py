@@ -136,7 +136,14 @@ class Walk:
                 yield Found(path, None, _set(registry) if isinstance(registry, set) else _mapping(registry))
         owned = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         attributes = [(name, value) for name, value in module.__dict__.items() if name not in MODULE_INTERNALS]
-        for name, value in (*owned, *module._modules.items(), *attributes):
+        # What hooks hold, not the tables: passes have hooks of their own.
+        hooks = [
+            (f"{name}[{key}]", hook)
+            for name, table in module.__dict__.items()
+            if name.endswith("_hooks") and isinstance(table, dict)
+            for key, hook in table.items()
+        ]
+        for name, value in (*owned, *module._modules.items(), *attributes, *hooks):
             self._go_on(f"{path}.{name}" if path else name, value, expected)
         self._go_on(path, type(module), expected)
 

@@ -687,6 +687,15 @@ def test_what_an_object_holds_is_as_before(name: str, error: type[Exception] | N
     assert len(changes_in(model)) >= 1
 
 
+def test_what_a_hook_has_gathered_is_as_before() -> None:
+    model, gathered = Holder(), [torch.zeros(1, 2)]
+    model.layer.register_forward_hook(lambda module, inputs, output: gathered.append(output))
+    with untouched(model):
+        model.layer(torch.ones(1, 2))
+        assert len(gathered) == 2
+    assert len(gathered) == 1
+
+
 def test_an_iterator_goes_on_where_training_was() -> None:
     numbers, letters = itertools.count(3), iter("abc")
     model = Holder(numbers=numbers, held=[letters], again=numbers)
