@@ -1,9 +1,8 @@
 """Leaving no trace: everything an extra pass over the data can touch is put back.
 
-An audit re-runs the user's own ``training_step`` in the middle of a training run. The guards here make that
-invisible: random streams, train/eval modes, buffers, ``requires_grad`` flags and the attributes of every
-submodule (torchmetrics states and the ``self.outputs.append(loss)`` habit included) are the same objects with
-the same values afterwards.
+An audit re-runs the user's own ``training_step`` in the middle of a training run. The guards here make that invisible:
+random streams, train/eval modes, ``requires_grad`` flags, and whatever the step moves itself (a teacher's weights, a
+memory bank, a meter, a counter in a closure) are the same objects with the same values afterwards.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import site
 import sys
 import sysconfig
 import types
+import warnings
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,7 @@ GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rando
 SHARED = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
 BUFFERS = (bytearray, array, *SHARED)
 _ATOMS = (str, bytes, int, float, complex, type(None), type(Ellipsis), range, slice, np.generic, torch.dtype)
-_MOST_VISITS = 100_000
+_MOST_VISITS = 30_000
 
 # What these hold is theirs, or a whole Trainer; modules and data sets among them are looked into all the same.
 _OPAQUE = {
@@ -100,6 +101,12 @@ class Walk:
                 continue
             self._seen[id(value)] = value  # held: the id of something that is gone may come back
             yield from self._visit(path, value, expected)
+        if self._waiting:
+            warnings.warn(
+                f"more than {_MOST_VISITS:,} objects can be reached from the model or the data: extra passes of the "
+                "influence audit do not look after the rest. Keep data in arrays rather than in many small containers.",
+                stacklevel=2,
+            )
         for path, names, chosen in self._names.values():
             yield Found("" if path == "__main__" else path, None, _chosen(names, chosen))
 

@@ -1,4 +1,4 @@
-"""State that can be put back: everything an extra pass over the data can change, noted before and compared afterwards.
+"""State that can be put back: all that an extra pass over the data can change, noted before and compared afterwards.
 
 Contents are put back in place: the same objects in the same places, so that aliases stay aliases and views stay views.
 """
@@ -122,7 +122,9 @@ class Snapshot:
             for contents in self._one_way:
                 contents.restore()
 
-    def _put_back(self, states: Iterable[State], *, numbers: bool = False) -> None:
+    def _put_back(self, states: list[State], *, numbers: bool = False) -> None:
+        if not states:  # before nearly every example
+            return
         lost: list[str] = []
         with torch.inference_mode(False), torch.no_grad():
             for state in states:

@@ -29,6 +29,7 @@ from torchmetrics.classification import (
     MulticlassPrecision,
 )
 
+from lightning_influence import reachable
 from lightning_influence.isolation import changes_in, hidden_parameters, rewind, untouched
 from lightning_influence.snapshot import StateError
 
@@ -694,6 +695,13 @@ def test_what_a_hook_has_gathered_is_as_before() -> None:
         model.layer(torch.ones(1, 2))
         assert len(gathered) == 2
     assert len(gathered) == 1
+
+
+def test_more_than_can_be_looked_after_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reachable, "_MOST_VISITS", 1_000)
+    model = Holder(tree=[[[n] for n in range(60)] for _ in range(20)])
+    with pytest.warns(UserWarning, match="more than 1,000 objects"), untouched(model):
+        pass
 
 
 def test_an_iterator_goes_on_where_training_was() -> None:
