@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_influence.coverage import Coverage, Layers, Uncovered, cover
 from lightning_influence.isolation import hidden_parameters, rewind, seed_everything, untouched
+from lightning_influence.snapshot import StateError
 from lightning_influence.source import ExampleSource
 from lightning_influence.task import Task, run_tapped
 from lightning_influence.terms import BatchLoss, TaskError, term_forms, understand
@@ -110,7 +111,7 @@ def trace_model(
                     tracer.trace.forms = term_forms(small, large)
                 if not tracer.trace.ambiguous:
                     break
-    except torch.cuda.OutOfMemoryError:
+    except (torch.cuda.OutOfMemoryError, StateError):
         raise
     # Whatever goes wrong in a user's step on a tiny batch: layers used in the standard way are understood without.
     except Exception as error:

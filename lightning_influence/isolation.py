@@ -1,9 +1,8 @@
 """Leaving no trace: everything an extra pass over the data can touch is put back.
 
-An audit re-runs the user's own ``training_step`` in the middle of a training run. The guards here make that
-invisible: random streams, train/eval modes, buffers, ``requires_grad`` flags and the attributes of every
-submodule (torchmetrics states and the ``self.outputs.append(loss)`` habit included) are the same objects with
-the same values afterwards.
+An audit re-runs the user's own ``training_step`` in the middle of a training run. The guards here make that invisible:
+random streams, train/eval modes, ``requires_grad`` flags, and whatever the step moves itself (a teacher's weights, a
+memory bank, a meter, a counter in a closure) are the same objects with the same values afterwards.
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ def untouched(module: nn.Module, *others: object) -> Iterator[None]:
     reached = list(Walk([("", module), *((getattr(other, "__name__", "task"), other) for other in others)]))
     with ExitStack() as guards:
         guards.enter_context(isolated_rng())
-        guards.enter_context(_evaluating(_modules_among(reached)))
+        guards.enter_context(_evaluating([found.value for found in reached if isinstance(found.value, nn.Module)]))
         guards.enter_context(_frozen(reached))
         guards.enter_context(_kept(module, reached))
         guards.enter_context(torch.inference_mode(False))
@@ -153,14 +152,10 @@ def _kept(module: nn.Module, reached: list[Found]) -> Iterator[None]:
                 _changed.setdefault(module, {}).update(snapshot.changed)
 
 
-def _modules_among(reached: Iterable[Found]) -> list[nn.Module]:
-    return [found.value for found in reached if isinstance(found.value, nn.Module)]
-
-
 def hidden_parameters(root: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable parameters of modules that plain attributes hide from ``root.parameters()``."""
+    """Return the trainable parameters that plain attributes hide from ``root.parameters()``, of modules or loose."""
     known = {id(p) for p in root.parameters()}
-    everywhere = [p for module in _modules_among(Walk([("", root)])) for p in module.parameters(recurse=False)]
+    everywhere = [found.value for found in Walk([("", root)]) if isinstance(found.value, nn.Parameter)]
     return [p for p in everywhere if id(p) not in known and p.requires_grad]
 
 

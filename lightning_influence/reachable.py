@@ -10,6 +10,7 @@ import site
 import sys
 import sysconfig
 import types
+import warnings
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,7 @@ GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rando
 SHARED = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
 BUFFERS = (bytearray, array, *SHARED)
 _ATOMS = (str, bytes, int, float, complex, type(None), type(Ellipsis), range, slice, np.generic, torch.dtype)
-_MOST_VISITS = 100_000
+_MOST_VISITS = 30_000
 
 # What these hold is theirs, or a whole Trainer; modules and data sets among them are looked into all the same.
 _OPAQUE = {
@@ -100,6 +101,12 @@ class Walk:
                 continue
             self._seen[id(value)] = value  # held: the id of something that is gone may come back
             yield from self._visit(path, value, expected)
+        if self._waiting:
+            warnings.warn(
+                f"more than {_MOST_VISITS:,} objects can be reached from the model or the data: extra passes of the "
+                "influence audit do not look after the rest. Keep data in arrays rather than in many small containers.",
+                stacklevel=2,
+            )
         for path, names, chosen in self._names.values():
             yield Found("" if path == "__main__" else path, None, _chosen(names, chosen))
 
@@ -110,6 +117,8 @@ class Walk:
             yield from self._visit_module(path, value, expected or _is_metric(value))
         elif isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
             yield from self._visit_function(path, value)
+        elif isinstance(value, types.BuiltinMethodType):
+            self._go_on(path, value.__self__)
         elif isinstance(value, (staticmethod, classmethod)):
             self._go_on(path, value.__func__)
         elif isinstance(value, property):
@@ -134,7 +143,14 @@ class Walk:
                 yield Found(path, None, _set(registry) if isinstance(registry, set) else _mapping(registry))
         owned = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         attributes = [(name, value) for name, value in module.__dict__.items() if name not in MODULE_INTERNALS]
-        for name, value in (*owned, *module._modules.items(), *attributes):
+        # What hooks hold, not the tables: passes have hooks of their own.
+        hooks = [
+            (f"{name}[{key}]", hook)
+            for name, table in module.__dict__.items()
+            if name.endswith("_hooks") and isinstance(table, dict)
+            for key, hook in table.items()
+        ]
+        for name, value in (*owned, *module._modules.items(), *attributes, *hooks):
             self._go_on(f"{path}.{name}" if path else name, value, expected)
         self._go_on(path, type(module), expected)
 

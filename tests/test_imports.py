@@ -25,6 +25,7 @@ ORDER = (
     "columns",
     "torch_private",
     "reachable",
+    "states",
     "snapshot",
     "isolation",
     "distributed",

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
+import multiprocessing
 import random
 import subprocess
 import sys
-from collections import Counter, OrderedDict, defaultdict, deque
+from array import array
+from collections import Counter, OrderedDict, UserList, defaultdict, deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -23,7 +29,9 @@ from torchmetrics.classification import (
     MulticlassPrecision,
 )
 
-from lightning_influence.isolation import hidden_parameters, untouched
+from lightning_influence import reachable
+from lightning_influence.isolation import changes_in, hidden_parameters, rewind, untouched
+from lightning_influence.snapshot import StateError
 
 
 class Stop(BaseException):
@@ -554,6 +562,262 @@ def test_nested_passes() -> None:
         assert not model.training
     assert model.values == [1]
     assert model.training
+
+
+# ------------------------------------------------------------------------- weights, objects, functions, classes
+
+
+def _scaled(model: nn.Module) -> None:
+    model.layer.weight.data *= 2
+
+
+def _replaced(model: nn.Module) -> None:
+    model.layer.weight.data = model.layer.weight.data[:1].double() * 2
+
+
+def _copied(model: nn.Module) -> None:
+    model.layer.load_state_dict({name: value + 1 for name, value in model.layer.state_dict().items()})
+
+
+def _through_numpy(model: nn.Module) -> None:
+    model.layer.weight.detach().numpy()[:] = 3
+
+
+def _through_a_view(model: nn.Module) -> None:
+    model.layer.weight[0].fill_(torch.nan)
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+@pytest.mark.parametrize("change", [_scaled, _replaced, _copied, _through_numpy, _through_a_view])
+def test_weights_that_a_step_writes_are_as_before(
+    change: Callable[[nn.Module], None], error: type[Exception] | None
+) -> None:
+    model = Holder()
+    weight, memory, version = model.layer.weight, model.layer.weight.data_ptr(), model.layer.weight._version
+    values = weight.detach().clone()
+
+    def use() -> None:
+        with torch.no_grad():
+            change(model)
+        assert not torch.equal(weight.double(), values.double())
+
+    _pass(model, use, error)
+    assert model.layer.weight is weight
+    assert weight.data_ptr() == memory
+    assert weight._version == version
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, values)
+    assert weight.requires_grad
+    assert changes_in(model)[0] == "layer.weight"
+
+
+class Plain:
+    kind = [0]
+
+    def __init__(self) -> None:
+        self.n, self.seen = 0, {"a": [1]}
+
+    def __eq__(self, other: object) -> bool:
+        raise AssertionError("a user's comparison is not asked")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Slotted:
+    __slots__ = ("never", "rows", "sometimes")
+
+    def __init__(self) -> None:
+        self.rows, self.sometimes = torch.zeros(2), 1
+
+
+def _closure() -> Callable[[], None]:
+    n, rows = 0, [1]
+
+    def count(step: int = 1, *, into: list[int] = []) -> None:  # noqa: B006
+        nonlocal n
+        n += step
+        rows.append(n)
+        into.append(n)
+
+    count.told = lambda: (n, list(rows), list(count.__kwdefaults__["into"]))  # type: ignore[attr-defined]
+    return count
+
+
+def _change_slots(value: Slotted) -> None:
+    value.rows += 1
+    value.never = 3
+    del value.sometimes
+
+
+def _change_class(value: Plain) -> None:
+    Plain.kind.append(1)
+    Plain.kind = [2]
+    Plain.new = 3  # type: ignore[attr-defined]
+
+
+OBJECTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "attributes": (Plain, lambda v: v.__dict__.update(n=5, new=1), lambda v: dict(v.__dict__)),
+    "what attributes hold": (Plain, lambda v: v.seen["a"].append(2), lambda v: copy.deepcopy(v.seen)),
+    "slots": (Slotted, _change_slots, lambda v: (v.rows.tolist(), getattr(v, "sometimes", None), hasattr(v, "never"))),
+    "class": (Plain, _change_class, lambda v: (list(Plain.kind), hasattr(Plain, "new"))),
+    "closure": (_closure, lambda v: v(), lambda v: v.told()),
+    "partial": (lambda: functools.partial(_closure(), 2), lambda v: v(), lambda v: v.func.told()),
+    "bytes": (lambda: bytearray(b"ab"), lambda v: v.extend(b"c"), bytes),
+    "array": (lambda: array("i", [1, 2]), lambda v: v.append(3), list),
+    "shared number": (lambda: multiprocessing.Value("d", 1.0), lambda v: setattr(v, "value", 2.0), lambda v: v.value),
+    "namespace": (lambda: SimpleNamespace(a=[1]), lambda v: v.a.append(2), lambda v: list(v.a)),
+    "user list": (lambda: UserList([1]), lambda v: v.append(2), list),
+}
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+@pytest.mark.parametrize("name", OBJECTS)
+def test_what_an_object_holds_is_as_before(name: str, error: type[Exception] | None) -> None:
+    make, change, tell = OBJECTS[name]
+    value = make()
+    model = Holder(held=[{"deep": value}])
+    before = tell(value)
+
+    def use() -> None:
+        change(value)
+        assert tell(value) != before
+
+    _pass(model, use, error)
+    assert tell(value) == before
+    assert model.held[0]["deep"] is value
+    assert len(changes_in(model)) >= 1
+
+
+def test_what_a_hook_has_gathered_is_as_before() -> None:
+    model, gathered = Holder(), [torch.zeros(1, 2)]
+    model.layer.register_forward_hook(lambda module, inputs, output: gathered.append(output))
+    with untouched(model):
+        model.layer(torch.ones(1, 2))
+        assert len(gathered) == 2
+    assert len(gathered) == 1
+
+
+def test_more_than_can_be_looked_after_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reachable, "_MOST_VISITS", 1_000)
+    model = Holder(tree=[[[n] for n in range(60)] for _ in range(20)])
+    with pytest.warns(UserWarning, match="more than 1,000 objects"), untouched(model):
+        pass
+
+
+def test_an_iterator_goes_on_where_training_was() -> None:
+    numbers, letters = itertools.count(3), iter("abc")
+    model = Holder(numbers=numbers, held=[letters], again=numbers)
+    with untouched(model):
+        assert [next(model.numbers), next(model.again)] == [3, 4]
+        next(model.held[0])
+    assert model.numbers is numbers
+    assert [next(numbers), "".join(letters)] == [3, "abc"]
+
+
+def test_a_sum_that_joins_a_graph_is_a_leaf_again() -> None:
+    """`self.total += loss`, undetached: put back by its values alone, it would hold the graph of the pass."""
+    model = Holder(total=torch.zeros(()))
+    total = model.total
+    with untouched(model):
+        model.total += model.layer(torch.ones(1, 2, requires_grad=True)).sum()
+        assert total.requires_grad
+    assert model.total is total
+    assert total.grad_fn is None
+    assert not total.requires_grad
+    assert float(total) == 0
+
+
+def test_every_batch_starts_where_training_stands() -> None:
+    model = Holder(n=0, rows=torch.zeros(2), numbers=itertools.count())
+    found = []
+    with untouched(model):
+        for _ in range(4):
+            rewind()
+            model.n += 1
+            model.rows += 1
+            with torch.no_grad():
+                model.layer.weight.mul_(2)
+            found.append((model.n, model.rows.tolist(), model.layer.weight.sum().item(), next(model.numbers)))
+    assert found == [found[0]] * 4
+    assert sorted(changes_in(model)) == ["layer.weight", "n", "rows"]
+
+
+def test_what_the_pass_thaws_stays_thawed_between_batches() -> None:
+    model = Holder()
+    with untouched(model):
+        model.layer.weight.requires_grad_(True)
+        for _ in range(3):
+            rewind()
+        assert model.layer.weight.requires_grad
+    assert changes_in(model) == []
+
+
+def test_metrics_are_no_news() -> None:
+    """That a metric is updated by the step is what it is there for; the list beside it is the user's own."""
+    model = Holder(metric=MeanMetric(), losses=[])
+    with untouched(model):
+        model.metric.update(1.0)
+        model.losses.append(1.0)
+    assert changes_in(model) == ["losses"]
+
+
+class Cloned(TorchDispatchMode):
+    """Counts the bytes that are cloned."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "clone" in str(func):
+            self.bytes += result.numel() * result.element_size()
+        return result
+
+
+def test_large_tensors_that_nobody_writes_are_not_copied() -> None:
+    """They were, by every pass: 134 MB of a causal mask and a table."""
+    model = Holder(table=torch.zeros(2**20))
+    model.register_buffer("mask", torch.zeros(2**22, dtype=torch.bool))
+    with Cloned() as cloned, untouched(model):
+        assert float(model.table[:3].sum()) == 0
+    assert cloned.bytes < 1000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.fill_(2),
+        lambda t: t.data.mul_(0),
+        lambda t: t.__setitem__(slice(0, 3), 7),
+        lambda t: t.view(-1, 2)[:, 1].add_(1),
+        lambda t: torch.mul(t, 2, out=t),
+        lambda t: torch._foreach_add_([t], 1),
+        lambda t: setattr(t, "data", torch.zeros(3)),
+    ],
+)
+def test_a_large_tensor_is_copied_before_its_first_write(change: Callable[[Tensor], Any]) -> None:
+    """The queue of a memory bank."""
+    model = Holder()
+    model.register_buffer("queue", torch.arange(2.0**19))
+    with untouched(model):
+        for _ in range(3):
+            rewind()
+            assert torch.equal(model.queue, torch.arange(2.0**19))
+            change(model.queue)
+    assert torch.equal(model.queue, torch.arange(2.0**19))
+    assert changes_in(model) == ["queue"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.bfloat16, torch.int64, torch.complex128])
+def test_what_can_not_be_put_back_is_said(dtype: torch.dtype) -> None:
+    """Written to past torch: only the sums can tell, also where rows have but changed their places."""
+    model = Holder()
+    model.register_buffer("table", torch.arange(2**21 + 5).remainder(101).to(dtype))
+    words = torch.empty(0, dtype=torch.uint8).set_(model.table.untyped_storage()).numpy()
+    with (
+        pytest.raises(StateError, match=r"has changed table, and it can't be put back .*Pass `task=`"),
+        untouched(model),
+    ):
+        words[:] = np.concatenate([words[8192:], words[:8192]])
 
 
 # ------------------------------------------------------------------------------------------------- all of it

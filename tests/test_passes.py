@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -257,13 +258,13 @@ class _Augmented(Dataset[Any]):
 
     def __init__(self, *streams: str) -> None:
         self.streams = streams
-        self.calls: list[int] = []
+        self.fetched = Mock()  # a list would be put back
 
     def __len__(self) -> int:
         return N
 
     def __getitem__(self, index: int) -> Tensor:
-        self.calls.append(index)
+        self.fetched(index)
         noise = {
             "python": lambda: random.random(),
             "numpy": lambda: np.random.rand(),
@@ -315,9 +316,11 @@ def test_an_augmentation_of_some_examples_only() -> None:
 def test_a_pass_fetches_every_example_once() -> None:
     data = _Augmented("python", "numpy", "torch")
     source = ExampleSource(data, batch_size=N)
+    source.repeatable(range(N))  # the look before
+    data.fetched.reset_mock()
     list(source.batches(range(N)))
     list(source.batches(range(5)))
-    assert data.calls == [*range(N), *range(5)]
+    assert data.fetched.mock_calls == [call(index) for index in (*range(N), *range(5))]
 
 
 # -------------------------------------------------------------------------------------------- gradients of a pass
@@ -431,16 +434,16 @@ def test_ignored_labels_that_come_late_are_scaled_alike_in_every_batch() -> None
 @pytest.mark.parametrize("reads", [False, True])
 def test_calibration_visits_one_batch_or_all_of_them_once(reads: bool) -> None:
     """One tells for all only if the task can't have branched on its values."""
-    calls = []
+    calls = Mock()
 
     def task(module: nn.Module, batch: Any) -> Tensor:
-        calls.append(len(batch[0]))
+        calls(len(batch[0]))
         return _cross_entropy(module, batch) * (2 if reads and batch[0].mean() > 100 else 1)
 
     gradients = _gradients(task, batch_size=4)
-    calls.clear()
+    calls.reset_mock()
     assert gradients.scale is gradients.measuring(None).within(nullcontext).on(gradients.source).scale
-    assert sum(calls) == (4 + N if reads else 4)
+    assert sum(size for (size,), _ in calls.call_args_list) == (4 + N if reads else 4)
     assert list((gradients.scale or {}).values()) == [1.0]
 
 
@@ -602,9 +605,11 @@ def _counting(module: Any, batch: Any) -> Tensor:
     return loss
 
 
+_attempt = Mock()
+
+
 def _failing(module: Any, batch: Any) -> Tensor:
-    if len(module.losses) == 1:
-        raise ZeroDivisionError("in the task")
+    _attempt()
     return _counting(module, batch)
 
 
@@ -640,7 +645,9 @@ def test_the_model_is_as_before_however_a_pass_ends(ending: str, pass_: Any) -> 
     net = _Normed()
     task = _failing if ending == "task raises" else _counting
     weighted = (lambda m, b: 0 * task(m, b) + F.cross_entropy(m(b[0]), b[1], WEIGHT)) if pass_ == "calibrate" else task
+    _attempt.side_effect = None
     gradients = _gradients(weighted, net, batch_size=8)
+    _attempt.side_effect = [None, ZeroDivisionError("in the task")]
     before, streams = _traces(net), _streams()
     assert len(set(before["modes"])) == len(set(before["requires_grad"])) == 2
     seen = 0
@@ -785,7 +792,7 @@ Pair = namedtuple("Pair", ["x", "y"])
 
 def test_batches_are_moved_with_their_structure() -> None:
     x, y = _data().tensors
-    seen: list[Any] = []
+    seen = Mock()
 
     class Nested(Dataset[Any]):
         def __len__(self) -> int:
@@ -795,17 +802,18 @@ def test_batches_are_moved_with_their_structure() -> None:
             return {"pair": Pair(x[index], y[index]), "more": [x[index], (str(index),)]}
 
     def task(module: nn.Module, batch: Any) -> Tensor:
-        seen.append(batch)
+        seen(batch)
         return F.cross_entropy(module(batch["pair"].x), batch["pair"].y)
 
     plain = _collect(_gradients(), range(N))
     gradients = _gradients(task, data=Nested())
     assert gradients.scale
-    seen.clear()
+    seen.reset_mock()
     _assert_same(_collect(gradients, range(N)), plain)
-    assert type(seen[0]["pair"]) is Pair
-    assert isinstance(seen[0]["more"], list)
-    assert seen[0]["more"][1][0][:2] == ("0", "1")
+    (batch,) = seen.mock_calls[0].args
+    assert type(batch["pair"]) is Pair
+    assert isinstance(batch["more"], list)
+    assert batch["more"][1][0][:2] == ("0", "1")
     doubled = _gradients(data=TensorDataset(x / 2, y), to_device=lambda batch: [2 * batch[0], batch[1]])
     _assert_same(_collect(doubled, range(N)), plain)
 
