@@ -13,7 +13,8 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,7 +26,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_influence import InfluenceAudit, Margin, Queries, TracIn, precision, tracin_scores
+from lightning_influence import InfluenceAudit, Margin, Queries, TracIn, optimizers, precision, tracin_scores
 from lightning_influence.checkpoints import Checkpoint
 from lightning_influence.curvature import FactorExamples, fit
 from lightning_influence.curvature.chain import curvature_chain
@@ -305,6 +306,34 @@ def measured(device: torch.device) -> dict[str, Any]:
     return kept
 
 
+def stepped(device: torch.device) -> dict[str, Any]:
+    """What Adam multiplies gradients with, its count of steps on the device, as fused and capturable ones keep it."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([parameter], betas=(0.9, 0.999))
+    for step in range(2):
+        parameter.grad = torch.tensor([1.0, -2.0, 1e-3]) * (step + 1)
+        optimizer.step()
+    state = {name: value.to(device) for name, value in optimizer.state[parameter].items()}
+    optimizer.state[parameter] = state
+    with no_waiting():
+        scale = optimizers.preconditioner(optimizer, optimizer.param_groups[0], parameter)
+    return {"scale": scale}
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Let nothing be read from the device."""
+
+    def refuse(tensor: Tensor) -> Any:
+        raise RuntimeError("the host waits for the device")
+
+    pretend_device.PretendTensor.__float__ = pretend_device.PretendTensor.item = refuse
+    try:
+        yield
+    finally:
+        del pretend_device.PretendTensor.__float__, pretend_device.PretendTensor.item
+
+
 def chain(device: torch.device) -> dict[str, Any]:
     found = curvature_chain(passes(device, lambda: nn.Linear(5, 3)), range(16))
     return {"errors": [step.error for step in found.steps], **found.matrices}
@@ -333,6 +362,7 @@ CASES: dict[str, Case] = {
     "trajectories": trajectories,
     "measured": measured,
     "chain": chain,
+    "stepped": stepped,
 }
 
 
@@ -347,6 +377,29 @@ def outcome(case: Case, device: torch.device) -> dict[str, Any]:
         return {"error": traceback.format_exc()}
 
 
+def strictness() -> dict[str, str]:
+    """Return the errors of what no accelerator does, or of what this one was told not to do."""
+    here, there = torch.ones(2), torch.ones(2, device=pretend_device.DEVICE)
+    matrix = torch.eye(2, device=pretend_device.DEVICE)
+    attempts: dict[str, Callable[[], Any]] = {
+        "mixing": lambda: here + there,
+        "in place": lambda: here.add_(there),
+        "indexing": lambda: here[there.long()],
+        "generator": lambda: torch.randn(2, device=pretend_device.DEVICE, generator=torch.Generator()),
+        "numpy": there.numpy,
+        "float64": there.double,
+        "linalg": lambda: torch.linalg.eigh(matrix),
+        "allowed": lambda: there * here[0] + there[here.long() - 1] + torch.linalg.vector_norm(there) + here.to(there),
+    }
+    errors = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except Exception as error:
+            errors[name] = type(error).__name__
+    return errors
+
+
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     outcomes = {}
@@ -358,7 +411,7 @@ def main() -> None:
             pretend_device.LIMITS.float64 = pretend_device.LIMITS.linalg = float64
             precision._has_float64.cache_clear()
             outcomes[name]["float64" if float64 else "no float64"] = outcome(case, pretend_device.DEVICE)
-    print(json.dumps(outcomes))
+    print(json.dumps({"strictness": strictness(), **outcomes}))
 
 
 if __name__ == "__main__":

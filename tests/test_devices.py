@@ -21,6 +21,7 @@ from lightning_influence import precision
 CASES = [
     *("default", "step", "step, Adam", "worst", "margin", "class weights", "cnn", "cnn, step", "transformer"),
     *("picked tokens, step", "binary", "absolute", "gaussian", "exact", "solvers", "trajectories", "measured", "chain"),
+    "stepped",
     *(f"audit {name}" for name in ("identity", "diagonal", "kfac", "ekfac", "block_ggn", "ggn", "hessian")),
     *(f"pairs {name}" for name in ("identity", "diagonal", "kfac", "ekfac", "block_ggn", "ggn", "nystrom")),
 ]
@@ -41,7 +42,7 @@ def outcomes() -> dict[str, Any]:
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    assert sorted(found) == sorted(CASES)
+    assert sorted(found) == sorted([*CASES, "strictness"])
     return found
 
 
@@ -58,6 +59,12 @@ def test_the_device_gives_the_numbers_of_the_cpu(outcomes: dict[str, Any], case:
         # The models are float32. Kernels add up in other orders, and solutions are stopped at other roundings.
         scale = float(np.nanmax(np.abs(truth))) if truth.size else 0.0
         np.testing.assert_allclose(values, truth, rtol=1e-3, atol=1e-4 * scale, err_msg=name)
+
+
+def test_the_device_is_strict(outcomes: dict[str, Any]) -> None:
+    errors = dict.fromkeys(["mixing", "in place", "indexing", "generator"], "RuntimeError")
+    errors |= {"numpy": "TypeError", "float64": "TypeError", "linalg": "NotImplementedError"}
+    assert outcomes["strictness"] == errors
 
 
 def test_sums_are_wide_and_decompositions_exact_where_there_is_float64(monkeypatch: pytest.MonkeyPatch) -> None:
