@@ -111,7 +111,7 @@ def trace_model(
                     tracer.trace.forms = term_forms(small, large)
                 if not tracer.trace.ambiguous:
                     break
-    except (torch.cuda.OutOfMemoryError, StateError):
+    except (torch.OutOfMemoryError, StateError):
         raise
     # Whatever goes wrong in a user's step on a tiny batch: layers used in the standard way are understood without.
     except Exception as error:

@@ -189,11 +189,11 @@ def influence_scores(
     """
     seconds: dict[str, float] = {}
     notes: list[str] = []
-    with _timed(seconds, "loss scale"):
+    with _timed(seconds, "loss scale", gradients.device):
         gradients = gradients.calibrate(indices)
     notes += plan.damping.notes
     curvature = None
-    with _timed(seconds, "factors"):
+    with _timed(seconds, "factors", gradients.device):
         try:
             curvature = plan.fit(gradients, indices)
             notes += curvature.notes
@@ -202,7 +202,7 @@ def influence_scores(
             notes.append(f"no self_influence and no harm: {error}")
     query: dict[str, Tensor] | None = None
     if queries and curvature is not None:
-        with _timed(seconds, "validation gradient"):
+        with _timed(seconds, "validation gradient", gradients.device):
             try:
                 query = curvature.solve(_mean_query([(q.like(gradients), chosen) for q, chosen in queries]))
                 notes += [note for note in curvature.notes if note not in notes]
@@ -213,7 +213,7 @@ def influence_scores(
                     "no harm column: the loss of the training task can't be computed on the validation batches "
                     f"({type(error.__cause__).__name__}: {error.__cause__})"
                 )
-    with _timed(seconds, "scores"):
+    with _timed(seconds, "scores", gradients.device):
         scores = score_examples(
             gradients,
             indices,
@@ -227,7 +227,7 @@ def influence_scores(
     own = None if curvature is None else curvature.blockwise
     finite = scores.indices[scores.columns["finite"]].tolist()
     if own is not None and LADDER[own.name].block.measures and len(finite) >= _FEWEST_TO_SWEEP:
-        with _timed(seconds, "damping sweep"):
+        with _timed(seconds, "damping sweep", gradients.device):
             sweep = damping_sweep(gradients, random_subset(finite, _SWEPT, 0), own)
     return InfluenceScores(scores, curvature, sweep, seconds, notes)
 
@@ -243,7 +243,7 @@ def _mean_query(queries: Sequence[tuple[ExampleGradients, Sequence[int]]]) -> di
     for gradients, chosen in queries:
         try:
             mean = mean_gradient(gradients, chosen, title="validation gradient")
-        except torch.cuda.OutOfMemoryError:
+        except torch.OutOfMemoryError:
             raise
         # Anything can go wrong in a user's training_step that meets another kind of batch.
         except Exception as error:
@@ -255,11 +255,10 @@ def _mean_query(queries: Sequence[tuple[ExampleGradients, Sequence[int]]]) -> di
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], stage: str, device: torch.device) -> Iterator[None]:
     start = time.perf_counter()
     try:
         yield
     finally:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        torch.zeros((), device=device).item()  # waits for what the stage left to the device, of whatever kind
         seconds[stage] = time.perf_counter() - start

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -108,8 +109,11 @@ def preconditioner(optimizer: Any, group: Mapping[str, Any], parameter: Tensor) 
 
 def _adam(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
-    correction = 1 - float(group["betas"][1]) ** float(state["step"])
-    return _inverse(second, correction, float(group["eps"]))
+    beta, step = float(group["betas"][1]), state["step"]
+    if isinstance(step, Tensor) and step.device.type != "cpu" and beta:
+        # Fused and capturable optimizers count on the device: to read it would wait for the device, once a parameter.
+        return _inverse(second, -torch.expm1(step * math.log(beta)), float(group["eps"]))
+    return _inverse(second, 1 - beta ** float(step), float(group["eps"]))
 
 
 def _rmsprop(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -125,7 +129,7 @@ def _adagrad(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     return _inverse(state["sum"], 1.0, float(group["eps"])).div_(decayed)
 
 
-def _inverse(second: Tensor, correction: float, eps: float) -> Tensor:
+def _inverse(second: Tensor, correction: float | Tensor, eps: float) -> Tensor:
     """Return ``1 / (√(second / correction) + ε)``."""
     return second.detach().sqrt().mul_(correction**-0.5).add_(eps).reciprocal_()
 

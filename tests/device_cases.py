@@ -1,5 +1,7 @@
 """What is run on the pretended device and on the CPU; as a program it prints everything that came out, as JSON.
 
+Its arguments are the cases that run with float64 on the device, too.
+
 Every case is a function of a device that returns arrays by name.
 """
 
@@ -7,10 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,7 +26,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_influence import InfluenceAudit, Margin, Queries, TracIn, precision, tracin_scores
+from lightning_influence import InfluenceAudit, Margin, Queries, TracIn, optimizers, precision, tracin_scores
 from lightning_influence.checkpoints import Checkpoint
 from lightning_influence.curvature import FactorExamples, fit
 from lightning_influence.curvature.chain import curvature_chain
@@ -46,7 +50,6 @@ from lightning_influence.zeroth_order import z0_scores
 Case = Callable[[torch.device], dict[str, Any]]
 CURVATURES = ("identity", "diagonal", "kfac", "ekfac", "block_ggn", "ggn", "hessian")
 BLOCKWISE = CURVATURES[:5]
-MODES = ("float64", "no float64")
 
 
 class PretendAccelerator(Accelerator):
@@ -225,10 +228,10 @@ def audited(
     return case
 
 
-def passes(device: torch.device, examples: TensorDataset | None = None, net: Callable[[], nn.Module] = mlp) -> Any:
+def passes(device: torch.device, net: Callable[[], nn.Module] = mlp) -> Any:
     torch.manual_seed(0)
     module = net().to(device)
-    source = ExampleSource(examples or data(5), batch_size=5)
+    source = ExampleSource(data(5), batch_size=8)
 
     def task(module: Any, batch: Any) -> Tensor:
         return F.cross_entropy(module(batch[0]), batch[1])
@@ -260,16 +263,12 @@ def solved(name: str, **options: Any) -> Case:
 
 
 def solvers(device: torch.device) -> dict[str, Any]:
-    product = HessianProduct(passes(device), range(16))
+    product = HessianProduct(passes(device, lambda: nn.Linear(5, 3)), range(16), batch_size=16)
     g = torch.randn(2, product.flat.size, generator=torch.Generator().manual_seed(0)).to(device)
-    smallest = smallest_eigenvalue(product, g, max_steps=8).value
-    kept = {"cg": cg(product, g, 20.0).require(), "dense": dense(product.to_dense(), g, 20.0).require()}
-    batches = product.random_batches(8)
-    return {
-        **kept,
-        "lissa": lissa(batches, g, 20.0, matvec=product, steps=20, tolerance=0.3).require(),
-        "smallest": smallest,
-    }
+    smallest = smallest_eigenvalue(product, g, max_steps=5).value
+    kept = {"cg": cg(product, g, 1.0).require(), "dense": dense(product.to_dense(), g, 1.0).require()}
+    kept["lissa"] = lissa(product.random_batches(8), g, 5.0, matvec=product, steps=6, tolerance=0.9).require()
+    return {**kept, "smallest": smallest}
 
 
 def trajectories(device: torch.device) -> dict[str, Any]:
@@ -307,8 +306,36 @@ def measured(device: torch.device) -> dict[str, Any]:
     return kept
 
 
+def stepped(device: torch.device) -> dict[str, Any]:
+    """What Adam multiplies gradients with, its count of steps on the device, as fused and capturable ones keep it."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([parameter], betas=(0.9, 0.999))
+    for step in range(2):
+        parameter.grad = torch.tensor([1.0, -2.0, 1e-3]) * (step + 1)
+        optimizer.step()
+    state = {name: value.to(device) for name, value in optimizer.state[parameter].items()}
+    optimizer.state[parameter] = state
+    with no_waiting():
+        scale = optimizers.preconditioner(optimizer, optimizer.param_groups[0], parameter)
+    return {"scale": scale}
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Let nothing be read from the device."""
+
+    def refuse(tensor: Tensor) -> Any:
+        raise RuntimeError("the host waits for the device")
+
+    pretend_device.PretendTensor.__float__ = pretend_device.PretendTensor.item = refuse
+    try:
+        yield
+    finally:
+        del pretend_device.PretendTensor.__float__, pretend_device.PretendTensor.item
+
+
 def chain(device: torch.device) -> dict[str, Any]:
-    found = curvature_chain(passes(device, net=lambda: nn.Linear(5, 3)), range(16))
+    found = curvature_chain(passes(device, lambda: nn.Linear(5, 3)), range(16))
     return {"errors": [step.error for step in found.steps], **found.matrices}
 
 
@@ -335,6 +362,7 @@ CASES: dict[str, Case] = {
     "trajectories": trajectories,
     "measured": measured,
     "chain": chain,
+    "stepped": stepped,
 }
 
 
@@ -349,16 +377,41 @@ def outcome(case: Case, device: torch.device) -> dict[str, Any]:
         return {"error": traceback.format_exc()}
 
 
+def strictness() -> dict[str, str]:
+    """Return the errors of what no accelerator does, or of what this one was told not to do."""
+    here, there = torch.ones(2), torch.ones(2, device=pretend_device.DEVICE)
+    matrix = torch.eye(2, device=pretend_device.DEVICE)
+    attempts: dict[str, Callable[[], Any]] = {
+        "mixing": lambda: here + there,
+        "in place": lambda: here.add_(there),
+        "indexing": lambda: here[there.long()],
+        "generator": lambda: torch.randn(2, device=pretend_device.DEVICE, generator=torch.Generator()),
+        "numpy": there.numpy,
+        "float64": there.double,
+        "linalg": lambda: torch.linalg.eigh(matrix),
+        "allowed": lambda: there * here[0] + there[here.long() - 1] + torch.linalg.vector_norm(there) + here.to(there),
+    }
+    errors = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except Exception as error:
+            errors[name] = type(error).__name__
+    return errors
+
+
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     outcomes = {}
     for name, case in CASES.items():
         outcomes[name] = {"cpu": outcome(case, torch.device("cpu"))}
-        for mode in MODES:
-            pretend_device.LIMITS.float64 = pretend_device.LIMITS.linalg = mode == "float64"
+        for float64 in (True, False):
+            if float64 and name not in sys.argv:
+                continue
+            pretend_device.LIMITS.float64 = pretend_device.LIMITS.linalg = float64
             precision._has_float64.cache_clear()
-            outcomes[name][mode] = outcome(case, pretend_device.DEVICE)
-    print(json.dumps(outcomes))
+            outcomes[name]["float64" if float64 else "no float64"] = outcome(case, pretend_device.DEVICE)
+    print(json.dumps({"strictness": strictness(), **outcomes}))
 
 
 if __name__ == "__main__":

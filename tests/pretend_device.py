@@ -33,17 +33,7 @@ class LIMITS:
     float64 = linalg = True
 
 
-class _Module(backend_registration._DummyBackendModule):
-    """What torch asks of `torch.pretend`."""
-
-    def get_rng_state(self, device: Any = None) -> Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
-        torch.set_rng_state(state)
-
-
-backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+backend_registration._setup_privateuseone_for_python_backend(NAME)
 DEVICE = torch.device(NAME, 0)
 
 
@@ -73,19 +63,13 @@ class PretendTensor(Tensor):
             memo[id(self)] = made.requires_grad_(self.requires_grad)
         return memo[id(self)]
 
-    def tolist(self) -> Any:
-        return self.held.tolist()
-
-    def untyped_storage(self) -> Any:
-        return self.held.untyped_storage()
+    tolist = property(lambda self: self.held.tolist)
+    untyped_storage = property(lambda self: self.held.untyped_storage)
 
     def numpy(self, *args: Any, **options: Any) -> Any:
         raise TypeError(f"can't convert a tensor of {DEVICE} to numpy; use Tensor.cpu() first")
 
     __array__ = numpy
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(f"a tensor of {DEVICE} was pickled")
 
 
 def _mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
