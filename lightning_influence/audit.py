@@ -10,7 +10,7 @@ columns stay in the table; influence earns its place there by saying which predi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -74,17 +74,9 @@ class AuditReport:
         """
         store = AuditStore.open(directory)
         columns, pairs = store.read_scores(), store.read_pairs()
-        for found, needed in ((columns, _NEEDED), (pairs or {}, PAIR_DESCRIPTIONS if pairs else ())):
-            if missing := [name for name in needed if name not in found]:
-                raise StoreError(f"{store.directory} holds no table of an audit: the columns {missing} are missing.")
-            kinds = {
-                name: _NEEDED.get(name, "biuf") for name in found if name in COLUMN_DESCRIPTIONS | PAIR_DESCRIPTIONS
-            }
-            wrong = [name for name, kind in kinds.items() if name != "kind" and found[name].dtype.kind not in kind]
-            if wrong:
-                raise StoreError(
-                    f"{store.directory} holds no table of an audit: {wrong[0]} is {found[wrong[0]].dtype}."
-                )
+        _check_table(columns, _NEEDED, COLUMN_DESCRIPTIONS, store)
+        if pairs is not None:
+            _check_table(pairs, PAIR_DESCRIPTIONS, PAIR_DESCRIPTIONS, store)
         manifest = store.manifest
         try:
             check_manifest(manifest)
@@ -231,6 +223,16 @@ class AuditReport:
     def __str__(self) -> str:
         """Return the summary table."""
         return summary(self)
+
+
+def _check_table(table: Columns, needed: Iterable[str], known: Iterable[str], store: AuditStore) -> None:
+    """Raise ``StoreError`` if a table is none of an audit, whoever wrote it."""
+    missing = [name for name in needed if name not in table]
+    numbers = [name for name in known if name in table and name != "kind"]
+    wrong = [name for name in numbers if table[name].dtype.kind not in _NEEDED.get(name, "biuf")]
+    if missing or wrong:
+        found = f"the columns {missing} are missing" if missing else f"{wrong[0]} is {table[wrong[0]].dtype}"
+        raise StoreError(f"{store.directory} holds a table that is none of an audit: {found}. Run the audit again.")
 
 
 def rank(columns: Columns) -> dict[str, NDArray[Any]]:
