@@ -154,9 +154,11 @@ def check_curvature(gradients: ExampleGradients, name: CurvatureName, indices: S
     make = LADDER[name].product
     if make is None:
         return
+    if not (usable := _usable(gradients, indices[: 4 * _LOOKED_AT])[:_LOOKED_AT]):
+        return
     references = gradients.references
     try:
-        make(gradients, list(indices[:_LOOKED_AT]), parameters=BlockCoordinates(gradients.coverage.blocks).parameters)
+        make(gradients, usable, parameters=BlockCoordinates(gradients.coverage.blocks).parameters)
     finally:
         gradients.references = references  # those of a few examples are not those of the data
 
