@@ -10,7 +10,7 @@ columns stay in the table; influence earns its place there by saying which predi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from torch.utils.data import Dataset
 
 from lightning_influence import acting, ensemble
 from lightning_influence.checkpoints import Checkpoint
-from lightning_influence.columns import LOW_IS_SUSPICIOUS
+from lightning_influence.columns import COLUMN_DESCRIPTIONS, LOW_IS_SUSPICIOUS, PAIR_DESCRIPTIONS
 from lightning_influence.relabel import Relabelled
 from lightning_influence.store import AuditStore, StoreError
+from lightning_influence.values import check_manifest
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -34,6 +35,8 @@ _INGREDIENTS = (
     ("self_influence", "loss"),
     ("grad_norm_squared",),
 )
+# Columns that every audit has.
+_NEEDED = {"index": "iu", "rank": "iu", "candidate": "b", "finite": "b"}
 # Without class decisions there is no label to contradict; the most suspicious share is proposed instead.
 _FALLBACK_SHARE = 0.05
 
@@ -70,7 +73,16 @@ class AuditReport:
             StoreError: If the directory holds no readable audit.
         """
         store = AuditStore.open(directory)
-        return cls(store.read_scores(), store.manifest, store.directory, store.read_pairs())
+        columns, pairs = store.read_scores(), store.read_pairs()
+        _check_table(columns, _NEEDED, COLUMN_DESCRIPTIONS, store)
+        if pairs is not None:
+            _check_table(pairs, PAIR_DESCRIPTIONS, PAIR_DESCRIPTIONS, store)
+        manifest = store.manifest
+        try:
+            check_manifest(manifest)
+        except ValueError as error:
+            raise StoreError(f"{store.directory / 'manifest.json'} can't be read: {error}.") from error
+        return cls(columns, manifest, store.directory, pairs)
 
     @classmethod
     def ensemble(cls, reports: Sequence[AuditReport]) -> AuditReport:
@@ -213,6 +225,16 @@ class AuditReport:
         return summary(self)
 
 
+def _check_table(table: Columns, needed: Iterable[str], known: Iterable[str], store: AuditStore) -> None:
+    """Raise ``StoreError`` if a table is none of an audit, whoever wrote it."""
+    missing = [name for name in needed if name not in table]
+    numbers = [name for name in known if name in table and name != "kind"]
+    wrong = [name for name in numbers if table[name].dtype.kind not in _NEEDED.get(name, "biuf")]
+    if missing or wrong:
+        found = f"the columns {missing} are missing" if missing else f"{wrong[0]} is {table[wrong[0]].dtype}"
+        raise StoreError(f"{store.directory} holds a table that is none of an audit: {found}. Run the audit again.")
+
+
 def rank(columns: Columns) -> dict[str, NDArray[Any]]:
     """Add the audit's own columns to the scores.
 
@@ -277,11 +299,13 @@ def summary(report: AuditReport, rows: int = 10) -> str:
     if coverage := manifest.get("coverage"):
         lines.append(f"  coverage    {coverage['summary']}")
     if seconds := manifest.get("seconds"):
-        parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-        lines.append(f"  time        {parts}")
+        spent = ", ".join(f"{name} {_told(value, '.1f')} s" for name, value in seconds.items())
+        lines.append(f"  time        {spent}")
     if swept := manifest.get("damping_sweep"):
-        pairs = zip(swept["factors"], swept["stability"], strict=True)
-        told = ", ".join(f"{stability:.2f} with {factor:g} x" for factor, stability in pairs if factor != 1)
+        pairs = zip(swept["factors"], swept["stability"], strict=False)
+        told = ", ".join(
+            f"{_told(stability, '.2f')} with {_told(factor, 'g')} x" for factor, stability in pairs if factor != 1
+        )
         lines.append(f"  damping     rank correlation of self_influence: {told} (on {swept['examples']} examples)")
     for note in manifest.get("notes", ()):
         lines.append(f"  note        {note}")
@@ -299,11 +323,16 @@ def summary(report: AuditReport, rows: int = 10) -> str:
         lines.append("  against the known label noise (recall: share found in the first 10 %)")
         lines.append(f"    {'column':<24}{'AUROC':>8}{'AP':>8}{'recall':>8}")
         for name, values in detection.items():
-            numbers = "".join(f"{values[key]:8.3f}" for key in ("auroc", "average_precision", "recall_at"))
+            numbers = "".join(_told(values[key], "8.3f") for key in ("auroc", "average_precision", "recall_at"))
             lines.append(f"    {name:<24}{numbers}")
     if report.directory is not None:
         lines.append(f"  saved in    {report.directory}")
     return "\n".join(lines)
+
+
+def _told(value: float | None, form: str) -> str:
+    """Return a number as text; in a manifest that was read, null stands for NaN."""
+    return format(float("nan") if value is None else value, form)
 
 
 def _queries(report: AuditReport, named: int = 3) -> list[str]:
@@ -313,7 +342,7 @@ def _queries(report: AuditReport, named: int = 3) -> list[str]:
         return []
     lines = [f"  queries     {about['title']}"]
     if "value" in about:
-        lines[0] += f"; {about['measurement']} of all {about['examples']:,}: {about['value']:.4g}"
+        lines[0] += f"; {about['measurement']} of all {about['examples']:,}: {_told(about['value'], '.4g')}"
     pairs = report.pairs
     if pairs is None:
         return lines

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from lightning_influence.memory import available_bytes
 
 FACTORS = "factors"
 """Folder of the curvature factors."""
@@ -51,29 +54,50 @@ class StoreError(RuntimeError):
     """An audit directory that cannot be made, written or read; the message names the path and the way out."""
 
 
+def check_readable(path: Path, limit: int | None = None) -> None:
+    """Raise ``ValueError`` for what is no plain file, or larger than a limit or the memory.
+
+    Raises:
+        OSError: If there is none.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no file")  # a pipe would wait for ever
+    room = available_bytes(torch.device("cpu")) if limit is None else limit
+    if room is not None and found.st_size > room:
+        raise ValueError(f"it has {found.st_size:,} bytes, more than the {room:,} that can be read")
+
+
+def whole(path: Path, limit: int | None = None) -> bytes:
+    """Return the bytes of a file, see ``check_readable``."""
+    check_readable(path, limit)
+    return path.read_bytes()
+
+
 def packed_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file; any strides, device or sharing of storage will do."""
     # Not `save_file`: that goes through a temporary file of its own, which a killed writer would leave behind, and
     # makes it readable for the owner only.
     apart = separate(tensors)
-    return safetensors.torch.save(apart, metadata={**metadata, _CHECKSUM: str(_checksum(apart))})
+    return safetensors.torch.save(apart, metadata={**metadata, _CHECKSUM: str(_checksum(apart, metadata))})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file."""
     # In one go: `safe_open` opens the file again for the data, which by then may be another one.
-    data = path.read_bytes()
+    data = whole(path)
     tensors = safetensors.torch.load(data)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = dict(header.get("__metadata__", {}))
     checksum = metadata.pop(_CHECKSUM, None)  # files of earlier versions have none
-    if checksum is not None and checksum != str(_checksum(tensors)):
-        raise ValueError("its tensors do not have the checksum that they were written with")
+    if checksum is not None and checksum != str(_checksum(tensors, metadata)):
+        raise ValueError("its content does not have the checksum that it was written with")
     return tensors, metadata
 
 
 def load_outline(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Metadata of a safetensors file, and its tensors on the device "meta"; only the header is read."""
+    check_readable(path)
     with safe_open(path, framework="pt") as handle:
         parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
         metadata = handle.metadata() or {}
@@ -84,8 +108,8 @@ def load_outline(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {name: value for name, value in metadata.items() if name != _CHECKSUM}
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    result = 0
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    result = crc32(repr(sorted(metadata.items())).encode(errors="surrogatepass"))
     for name in sorted(tensors):
         tensor = tensors[name]
         result = crc32(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode(errors="surrogatepass"), result)

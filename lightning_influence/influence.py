@@ -228,7 +228,10 @@ def influence_scores(
     finite = scores.indices[scores.columns["finite"]].tolist()
     if own is not None and LADDER[own.name].block.measures and len(finite) >= _FEWEST_TO_SWEEP:
         with _timed(seconds, "damping sweep", gradients.device):
-            sweep = damping_sweep(gradients, random_subset(finite, _SWEPT, 0), own)
+            try:
+                sweep = damping_sweep(gradients, random_subset(finite, _SWEPT, 0), own)
+            except ValueError as error:
+                notes.append(f"no damping sweep: {error}")
     return InfluenceScores(scores, curvature, sweep, seconds, notes)
 
 

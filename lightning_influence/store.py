@@ -27,12 +27,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lightning_influence.checkpoints import Checkpoint, one_too_many
@@ -44,13 +45,16 @@ from lightning_influence.files import (
     StoreError,
     block_file_name,
     block_name_of,
+    check_readable,
     claim,
     load_outline,
     load_tensors,
     local_path,
     packed_tensors,
     replacing,
+    whole,
 )
+from lightning_influence.memory import available_bytes
 from lightning_influence.values import Column, cell, checked, jsonable
 
 SCHEMA_VERSION = 1
@@ -62,6 +66,10 @@ _MANIFEST, _SCORES, _CANDIDATES = "manifest.json", "scores.parquet", "candidates
 _PARTS = ("parameters", "buffers", "preconditioner")
 _CANDIDATE_ORDER = ("rank", "index", "label", "predicted", "suggested", "suspicion", *COLUMN_DESCRIPTIONS)
 _LABEL_COLUMNS = ("label", "predicted", "suggested")
+_VERSION, _CHECKSUM = "lightning_influence.schema_version", "lightning_influence.crc32"
+# A manifest of a million layers has a tenth of this.
+_LARGEST_MANIFEST = 2**28
+_ENTRY_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ class AuditStore:
         """
         path = self.directory / _MANIFEST
         with self._reading(path):
-            content = json.loads(path.read_bytes())
+            content = json.loads(whole(path, _LARGEST_MANIFEST), parse_constant=_refused)
         data: dict[str, Any] = content if isinstance(content, dict) else {}
         version = data.get("schema_version")
         if type(version) is not int or version < 1:
@@ -214,7 +222,7 @@ class AuditStore:
         Raises:
             StoreError: The file is damaged.
         """
-        return self._read_table(_PAIRS) if (self.directory / _PAIRS).exists() else None
+        return self._read_table(_PAIRS) if os.path.lexists(self.directory / _PAIRS) else None
 
     def write_candidates(
         self, columns: Mapping[str, Column], *, label_names: Sequence[str] | Mapping[int, str] | None = None
@@ -330,7 +338,9 @@ class AuditStore:
             tensors, about = load_outline(path) if outline else load_tensors(path)
             if missing := {"step_sizes", "steps", "optimizer"} - about.keys():
                 raise ValueError(f"it holds no checkpoint, its metadata lack {sorted(missing)}")
-            sizes, steps = json.loads(about["step_sizes"]), int(about["steps"])
+            sizes, steps = dict(json.loads(about["step_sizes"])), int(about["steps"])
+            if not all(isinstance(size, (int, float)) for size in sizes.values()):
+                raise ValueError("its step sizes are no numbers")
             parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
             for key, tensor in tensors.items():
                 part, _, name = key.partition("/")
@@ -396,16 +406,28 @@ class AuditStore:
             data.append(pa.array(array, type=pa.string() if array.dtype == object else None))
             about = meanings.get(name)
             fields.append(pa.field(name, data[-1].type, metadata={"description": about} if about else None))
-        schema = pa.schema(fields, metadata={"lightning_influence.schema_version": str(SCHEMA_VERSION)})
+        told = {_VERSION: str(SCHEMA_VERSION), _CHECKSUM: str(_checksum(arrays))}
+        table = pa.Table.from_arrays(data, schema=pa.schema(fields, metadata=told))
         with replacing(self.directory / file_name) as handle:
-            pq.write_table(pa.Table.from_arrays(data, schema=schema), handle)
+            pq.write_table(table, handle, write_page_checksum=True)
 
     def _read_table(self, file_name: str) -> dict[str, NDArray[Any]]:
         path = self.directory / file_name
-        # An open file, not its name: `read_table` opens that once for the schema and once for the data.
-        with self._reading(path), open(path, "rb") as handle:
-            table = pq.ParquetFile(handle).read()
-            return {name: np.array(table[name].to_numpy()) for name in table.column_names}
+        with self._reading(path):
+            check_readable(path)
+            # An open file, not its name: `read_table` opens that once for the schema and once for the data.
+            with open(path, "rb") as handle:
+                file = pq.ParquetFile(handle, page_checksum_verification=True)
+                entries, room = file.metadata.num_rows * file.metadata.num_columns, available_bytes(torch.device("cpu"))
+                if room is not None and _ENTRY_BYTES * entries > room:
+                    raise ValueError(f"it claims {entries:,} entries, more than fit into memory")
+                table = file.read()
+            arrays = {name: np.array(table[name].to_numpy()) for name in table.column_names}
+            # Pages have checksums of their own; names, types and numbers of rows have not.
+            checksum = (table.schema.metadata or {}).get(_CHECKSUM.encode())
+            if len(arrays) < len(table.column_names) or checksum not in (None, str(_checksum(arrays)).encode()):
+                raise ValueError("its columns do not have the checksum that they were written with")
+            return arrays
 
     @contextmanager
     def _reading(self, path: Path) -> Iterator[None]:
@@ -415,8 +437,25 @@ class AuditStore:
         except FileNotFoundError as error:
             status = f" (status of the audit: {self.status!r})" if path.name != _MANIFEST else ""
             raise StoreError(f"{path} does not exist{status}; finish the audit or run it again.") from error
-        except (OSError, ValueError, pa.ArrowException, SafetensorError) as error:
+        except StoreError:
+            raise
+        except Exception as error:  # a damaged file may raise anything
             raise StoreError(f"{path} cannot be read: {error}. Run the audit again.") from error
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number in JSON")
+
+
+def _checksum(arrays: Mapping[str, NDArray[Any]]) -> int:
+    """Return a number that tells columns apart: their names, types and bits."""
+    result = 0
+    for name, array in arrays.items():
+        text = array.dtype == object
+        content = json.dumps(array.tolist()).encode() if text else np.ascontiguousarray(array).tobytes()
+        about = f"{name!r} {'text' if text else array.dtype.str} {len(array)}".encode(errors="backslashreplace")
+        result = crc32(content, crc32(about, result))
+    return result
 
 
 class StoredCheckpoints(Sequence[Checkpoint]):

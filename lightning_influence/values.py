@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -51,7 +52,9 @@ def _as_array(name: str, values: Column) -> NDArray[Any]:
 def cell(value: Any) -> str:
     """Return a value as text that no spreadsheet runs as a formula."""
     if isinstance(value, str):
-        return f"'{value}" if value.startswith(_FORMULA_STARTS) else value
+        # Spreadsheets drop blanks, control characters and byte order marks before they look for a formula.
+        seen = next((place for place, char in enumerate(value) if unicodedata.category(char)[0] not in "CZ"), 0)
+        return f"'{value}" if value.startswith(_FORMULA_STARTS) or value[seen:].startswith(_FORMULA_STARTS) else value
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -82,3 +85,43 @@ def jsonable(value: Any, where: str) -> Any:
         f"{where} is a {type(value).__name__}, which JSON cannot hold; expected numbers, strings, lists, "
         "mappings, tensors or arrays."
     )
+
+
+_NUMBER = (int, float, type(None))  # JSON has no NaN: it is written as null
+# What readers of a manifest rely upon: keys with "?" may be missing, and are any where there is only "*".
+_MANIFEST: dict[str, Any] = {
+    "status": str,
+    "nonfinite": [int],
+    "fingerprint": {"*": str},
+    "ranked_by": [str],
+    "coverage": {"summary": str},
+    "seconds": {"*": _NUMBER},
+    "damping_sweep": {"factors": [_NUMBER], "stability": [_NUMBER], "examples": int},
+    "tracin_steps": [int],
+    "notes": [str],
+    "queries": {"title": str, "per_query": str, "value?": _NUMBER, "measurement?": str, "examples?": int},
+    "detection": {"*": {"auroc": _NUMBER, "average_precision": _NUMBER, "recall_at": _NUMBER}},
+}
+
+
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if an entry has another form than its readers rely upon."""
+    for name, form in _MANIFEST.items():
+        if manifest.get(name):
+            _check_form(manifest[name], form, repr(name))
+
+
+def _check_form(value: Any, form: Any, where: str) -> None:
+    kind = dict if isinstance(form, dict) else list if isinstance(form, list) else form
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"its entry {where} is {str(value)[:40]!r}, which is not what an audit writes there")
+    if isinstance(form, list):
+        for item in value:
+            _check_form(item, form[0], where)
+    elif isinstance(form, dict):
+        for key in value if "*" in form else form:
+            name = key.removesuffix("?")
+            if name in value:
+                _check_form(value[name], form.get(key, form.get("*")), f"{where}: {name!r}")
+            elif name == key:
+                raise ValueError(f"its entry {where} lacks {name!r}")

@@ -389,6 +389,10 @@ class InfluenceAudit(Callback):
             self._run.stop_listening()
             if self.report is None:
                 self._run.interrupt(trainer, repr(exception))
+                rank_zero_info(
+                    f"influence audit: interrupted; what was recorded is kept in {self._run.reporter.directory}. "
+                    "Resume training from a checkpoint (`ckpt_path=`) to go on with it."
+                )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo everything."""
@@ -411,6 +415,8 @@ class InfluenceAudit(Callback):
         callbacks: list[Callback] = getattr(trainer, "callbacks", [])
         audits = [callback for callback in callbacks if isinstance(callback, InfluenceAudit)]
         self._restored = state_for(self, audits, checkpoint.get("callbacks") or {})
+        if self._restored is not None:  # Lightning has just said that it is not
+            rank_zero_info("influence audit: what an audit with other arguments has recorded is taken over.")
 
     def _arguments(self) -> dict[str, Any]:
         return {

@@ -157,7 +157,8 @@ def check_curvature(gradients: ExampleGradients, name: CurvatureName, indices: S
     if make is None:
         return
     trial = gradients.with_scale(None)  # that of the data is not worth a pass yet
-    make(trial, list(indices[:_LOOKED_AT]), parameters=BlockCoordinates(gradients.coverage.blocks).parameters)
+    if usable := _usable(trial, indices[: 4 * _LOOKED_AT])[:_LOOKED_AT]:
+        make(trial, usable, parameters=BlockCoordinates(gradients.coverage.blocks).parameters)
 
 
 def check_labels(name: CurvatureName, fisher: Fisher, tapped: bool, exact_draws: int | None) -> None:
