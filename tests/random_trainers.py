@@ -56,10 +56,10 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "side_effect": (None,) * 8 + ("counter", "buffer", "teacher"),
     # The data
     "size": (22, 24, 31, 40),
-    "augment": (None,) * 10 + ("global", "generator", "closure", "fetches"),
+    "augment": (None,) * 16 + ("global", "generator", "closure", "fetches"),
     "subset": (False, False, True),
     "peek": (False,) * 9 + (True,),
-    "collate": ("tuple", "dict") * 6 + ("sorted",),
+    "collate": ("tuple", "dict") * 9 + ("sorted",),
     "batch_size": (4, 5, 8),
     "sampler": (
         "shuffle",
@@ -216,6 +216,8 @@ def draw(seed: int, number: int) -> Draw:
         values["val_check_interval"] = 1  # an epoch may have one batch only
     if values["val_check_interval"] is not None:
         values["check_val_every_n_epoch"] = 1
+    if values["precision"] == "bf16-true":
+        values["solver"] = "auto"  # iterations would round for thousands of steps
     if values["logger"] is None:
         values["callbacks"] = values["callbacks"].replace("rates", "")
     return Draw(number, seed, **values)
