@@ -121,6 +121,7 @@ def _killed(job: Job, kind: str, rng: random.Random, result: dict[str, Any]) -> 
 def _readable(directory: Path, told: str) -> str | None:
     """Check what lies on the disk between kill and resume; return the audit that is complete, if there is one."""
     read: list[AuditReport] = []
+    unnamed: list[str] = []
     for folder in sorted(directory.glob("influence*")):
         try:
             report = AuditReport.load(folder)
@@ -130,7 +131,8 @@ def _readable(directory: Path, told: str) -> str | None:
                 assert checkpoint.parameters
             read.append(report)
         except StoreError as error:
-            assert str(folder) in str(error), told
+            unnamed += [] if str(folder) in str(error) else [repr(error)]
+    assert not unnamed, told
     if (directory / "an epoch has ended").exists():
         assert read, f"{told}: epochs have ended, but nothing can be read"
     return next((str(report.directory) for report in read if report.status == "complete"), None)

@@ -14,21 +14,18 @@ import functools
 import os
 import random
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from models import leftovers, logged_rows
-from random_trainers import IGNORED, OPTIONS, Data, Draw, Model, draw, make_audit, make_trainer, parts
+from models import leftovers
+from random_models import Model, never_drawn, parts
+from random_trainers import OPTIONS, Draw, Fit, differing, draw, train
 from test_callback_untouched import differences
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -44,117 +41,6 @@ AUDITED = 50 / 64
 TOLERANCES = {"32-true": 1e-4, "bf16-mixed": 1e-4, "64-true": 1e-9, "bf16-true": 0.15}
 
 
-@dataclass
-class Visit:
-    """A batch as it was trained on."""
-
-    weights: dict[str, Tensor]
-    batch: Any
-    rates: Mapping[str, float] = field(default_factory=dict)
-
-
-class Watcher(Callback):
-    """Notes the weights before every batch and after every epoch, and how far gradients moved them."""
-
-    def __init__(self) -> None:
-        self.visits: list[Visit] = []
-        self.ends: list[tuple[int, int, dict[str, Tensor], dict[str, float]]] = []
-        self._open: list[Visit] = []
-        self._moved: dict[str, float] = {}
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._open.append(Visit(_weights(pl_module), batch))
-
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
-        names = {id(p): name for name, p in pl_module.named_parameters()}
-        rates = {
-            names[id(p)]: group["lr"] / (1 - group.get("momentum", 0.0))
-            for group in optimizer.param_groups
-            for p in group["params"]
-        }
-        for visit in self._open:
-            visit.rates = rates
-        self.visits, self._open = self.visits + self._open, []
-        self._moved = {name: self._moved.get(name, 0.0) + rate for name, rate in rates.items()}
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        every = 2 if pl_module.draw.tracin == "every 2 epochs" else 1
-        if (trainer.current_epoch + 1) % every == 0:
-            self._end(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._end(trainer, pl_module)
-
-    def _end(self, trainer: pl.Trainer, module: Any) -> None:
-        if self._moved:
-            self.ends.append((trainer.global_step, len(module.diary), _weights(module), self._moved))
-            self._moved = {}
-
-
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-@dataclass
-class Fit:
-    """What came of one training."""
-
-    trainer: pl.Trainer
-    model: Model
-    data: Data
-    watcher: Watcher
-    trace: dict[str, Any]
-    refusal: Exception | None = None
-    report: AuditReport | None = None
-    said: list[str] = field(default_factory=list)
-
-
-def train(drawn: Draw, directory: Path, with_audit: bool) -> Fit:
-    """Train, and keep everything that could differ."""
-    pl.seed_everything(drawn.number, verbose=False)
-    data, model, watcher = Data(drawn), Model(drawn), Watcher()
-    audits: list[Callback] = []
-    try:
-        # Making the audit may not draw random numbers either.
-        audits = [make_audit(drawn, data)] if with_audit else []
-        trainer = make_trainer(drawn, directory, [watcher, *audits])
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            trainer.fit(model, datamodule=data)
-    except (MisconfigurationException, ValueError) as error:
-        if not with_audit:
-            raise
-        return Fit(trainer if audits else make_trainer(drawn, directory, []), model, data, watcher, {}, error)
-    trace: dict[str, Any] = {
-        "weights": model.state_dict(),  # buffers and names, too
-        "gradients": [p.grad for p in model.parameters()],
-        "frozen": [p.requires_grad for p in model.parameters()],
-        "modes": [module.training for module in model.modules()],
-        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-        "random streams": (random.getstate(), np.random.get_state()[1:], torch.get_rng_state()),
-        "order and losses": model.diary,
-        "inputs": model.inputs,
-        "counter": (model.ends, model.counter.n, model.counter.total),
-        "metric": {**{name: getattr(model.metric, name) for name in model.metric._defaults}},
-        "metric updates": model.metric._update_count,
-        "attributes": sorted(model.__dict__),
-        "generator": getattr(getattr(data.train, "dataset", data.train), "generator", None),
-        "logged": {k: v for k, v in trainer.logged_metrics.items()},
-        "callback metrics": dict(trainer.callback_metrics),
-        "rows": logged_rows(trainer) if drawn.logger == "csv" else [],
-        "progress": (trainer.global_step, trainer.current_epoch, trainer.should_stop),
-    }
-    if trace["generator"] is not None:
-        trace["generator"] = trace["generator"].get_state()
-    fit = Fit(trainer, model, data, watcher, trace)
-    if audits:
-        assert isinstance(audits[0], InfluenceAudit)
-        fit.report = audits[0].report
-        fit.said = [str(warning.message) for warning in caught if "nfluence" in str(warning.message)]
-    return fit
-
-
 # ------------------------------------------------------------------------------------------------------ the reference
 
 
@@ -165,6 +51,8 @@ class Reference:
         self.drawn, self.data = fit.model.draw, fit.data
         self.low = torch.bfloat16 if self.drawn.precision == "bf16-true" else None
         self.model = Model(self.drawn).double().eval()
+        for parameter, trained in zip(self.model.parameters(), fit.model.parameters(), strict=True):
+            parameter.requires_grad_(trained.requires_grad)
         self.at(fit.model.state_dict())
         self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.covered = expected_coverage(self.drawn, self.model)
@@ -258,7 +146,7 @@ def _unhelpful(fit: Fit) -> Iterator[str]:
     """A refusal comes before the first step, says what it is about and what to do."""
     message = str(fit.refusal)
     if fit.trainer.global_step or fit.model.diary:
-        yield f"refused after {fit.trainer.global_step} steps, the model noted {len(fit.model.diary)} batches: {message}"
+        yield f"refused after {fit.trainer.global_step} steps, the model has noted {len(fit.model.diary)}: {message}"
     if len(message) < 60 or not any(word in message for word in ("`", "pass ", "expected", "Pass ", "Set ")):
         yield f"this refusal helps nobody: {fit.refusal!r}"
 
@@ -294,11 +182,8 @@ def _checks(fit: Fit, report: AuditReport) -> Iterator[tuple[str, list[str]]]:
             elif number not in numbers[:place] and own[place] == own[place]:
                 losses[index].append(own[place])
     never = [f"trained on, but not audited: {sorted(strangers)}"] if strangers else []
-    if drawn.sampler in ("subset", "batches", "sequential", "shuffle"):
-        untrained = [index for index in audited if not any(index == position[n] for ns, _ in fit.model.diary for n in ns)]
-        limited = drawn.drop_last or drawn.duration[0] == "steps" or "stop" in drawn.callbacks
-        if untrained and not limited:
-            never.append(f"audited, but never trained on: {untrained}")
+    if strangers := never_drawn(drawn).intersection(audited):
+        never.append(f"audited, though the sampler never draws them: {sorted(strangers)}")
     yield "examples", never
     yield "times_seen", compare("times_seen", {index: len(values) for index, values in losses.items()}, 0.0)
     rough = max(tolerance, 0.02 if drawn.precision == "bf16-mixed" else 0.0)
@@ -311,7 +196,9 @@ def _checks(fit: Fit, report: AuditReport) -> Iterator[tuple[str, list[str]]]:
         return
     reference = Reference(fit, audited)
     own = {n: float(reference.loss(reference.batch([n]))) for n in picked}
-    if "loss" in columns and (drawn.loss == "sum" or (drawn.limit_train_batches and drawn.loss in ("weighted", "ignore"))):
+    if "loss" in columns and (
+        drawn.loss == "sum" or (drawn.limit_train_batches and drawn.loss in ("weighted", "ignore"))
+    ):
         # Which of the examples tell the weight of the others in a mean, those seen so far or all, is not promised, nor
         # whether a sum is written down as it is or as the mean that stands for it; that it is one number for all is.
         loudest = max(own, key=lambda n: own[n])
@@ -377,11 +264,13 @@ def _is_plain_descent(drawn: Draw) -> bool:
 def _is_uncovered(name: str, report: AuditReport) -> bool:
     coverage = report.manifest["coverage"]
     listed = {f"{layer}.{role}".lstrip(".") for layer, roles in coverage["covered"].items() for role in roles}
-    return name not in listed and not any(name == layer or name in roles for layer, roles in coverage["covered"].items())
+    return name not in listed and not any(
+        name == layer or name in roles for layer, roles in coverage["covered"].items()
+    )
 
 
 def _harm(reference: Reference, picked: list[int], scale: float) -> dict[int, float]:
-    everybody = list(range(len(reference.data.held_out)))
+    everybody = list(range(4 if reference.drawn.limit_val_batches else len(reference.data.held_out)))
     sums = [reference.gradient(reference.batch([n], held_out=True)) for n in everybody]
     mean = {name: sum(found[name] for found in sums) / len(everybody) for name in reference.covered}
     result = {}
@@ -403,7 +292,7 @@ def _diagonal(reference: Reference, picked: list[int], audited: list[int], dampi
 @pytest.mark.parametrize("number", range(COUNT))
 def test_draw(number: int) -> None:
     outcome = trial(number)
-    told = f"draw {number} of seed {SEED}: {outcome.drawn.differing()}\n{outcome.drawn}"
+    told = f"draw {number} of seed {SEED}: {differing(outcome.drawn)}\n{outcome.drawn}"
     assert not outcome.problems, told + "\n" + "\n".join(outcome.problems)
 
 
@@ -435,6 +324,6 @@ def test_the_comparison_notices_a_callback_that_draws_a_number(tmp_path: Path) -
     drawn = draw(0, 0)
     without = train(drawn, tmp_path / "without", False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("test_random_trainers.make_audit", lambda *_: Clumsy())
+        patch.setattr("random_trainers.make_audit", lambda *_: Clumsy())
         clumsy = train(drawn, tmp_path / "with", True)
     assert any("random streams" in where for where in differences(without.trace, clumsy.trace))
