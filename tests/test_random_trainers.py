@@ -59,6 +59,8 @@ class Reference:
         # The loss of the batch is the mean of the examples' own losses, whatever it divides by.
         weights = [float(self._shares(self.batch([n]))[1]) for n in audited]
         self.divisor = sum(weights) / len(weights)
+        if self.drawn.loss == "ignore" and self.drawn.model != "tokens":
+            self.divisor = 1.0  # an example without a label has no loss, and is none of those that the mean is over
         if self.drawn.loss == "sum":
             self.divisor = 1 / 32 if self.drawn.sampler == "batches" else 1 / self.drawn.batch_size
 
