@@ -198,18 +198,11 @@ def _checks(fit: Fit, report: AuditReport) -> Iterator[tuple[str, list[str]]]:
         return
     reference = Reference(fit, audited)
     own = {n: float(reference.loss(reference.batch([n]))) for n in picked}
-    if "loss" in columns and (
-        drawn.loss == "sum" or (drawn.limit_train_batches and drawn.loss in ("weighted", "ignore"))
-    ):
-        # Which of the examples tell the weight of the others in a mean, those seen so far or all, is not promised, nor
-        # whether a sum is written down as it is or as the mean that stands for it; that it is one number for all is.
+    if drawn.loss == "sum" and "loss" in columns:
+        # Whether the losses of a sum are written down as they are, or times the batch size, is not promised.
         loudest = max(own, key=lambda n: own[n])
-        factor = float(columns["loss"][row[loudest]]) / own[loudest]
-        if drawn.loss == "sum":
-            own = {n: value * factor for n, value in own.items()} if factor * drawn.batch_size < 1.01 else own
-        elif 0.5 < factor < 2:
-            reference.divisor /= factor
-            own = {n: value * factor for n, value in own.items()}
+        if float(columns["loss"][row[loudest]]) < 1.01 * own[loudest] * reference.divisor:
+            own = {n: value * reference.divisor for n, value in own.items()}
     said = report.manifest["coverage"]["covered"]
     covered = sorted(name for name in reference.names if not _is_uncovered(name, report))
     yield "coverage", [] if covered == sorted(reference.covered) else [f"{covered}, {said}"]
@@ -225,7 +218,10 @@ def _checks(fit: Fit, report: AuditReport) -> Iterator[tuple[str, list[str]]]:
                 yield "harm", compare("harm", _harm(reference, picked, scale), 5 * tolerance)
     if drawn.curvature == "diagonal" and drawn.fisher == "empirical" and damping and drawn.factor_examples is None:
         yield "self_influence", compare("self_influence", _diagonal(reference, picked, audited, damping), 5 * tolerance)
-    if drawn.tracin in ("epoch", "every 2 epochs") and _is_plain_descent(drawn):
+    # Where batches are limited, the mean weight of the examples seen so far changes from checkpoint to checkpoint.
+    weighty = drawn.loss == "weighted" or (drawn.loss == "ignore" and drawn.model == "tokens")
+    steady = not (weighty and drawn.limit_train_batches)
+    if drawn.tracin in ("epoch", "every 2 epochs") and _is_plain_descent(drawn) and steady:
         steps = [step for step, *_ in fit.watcher.ends]
         kept = report.manifest["tracin_steps"]
         yield "tracin_steps", [] if steps == kept else [f"{kept}, expected {steps}"]
