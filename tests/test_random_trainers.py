@@ -206,7 +206,8 @@ def _checks(fit: Fit, report: AuditReport) -> Iterator[tuple[str, list[str]]]:
     said = report.manifest["coverage"]["covered"]
     covered = sorted(name for name in reference.names if not _is_uncovered(name, report))
     yield "coverage", [] if covered == sorted(reference.covered) else [f"{covered}, {said}"]
-    yield "loss", compare("loss", own)
+    if "loss" in columns or not any("no known loss call" in note for note in report.manifest["notes"]):
+        yield "loss", compare("loss", own)
     norms = {n: reference.norm(reference.batch([n])) for n in picked}
     yield "grad_norm_squared", compare("grad_norm_squared", norms)
     damping = float(drawn.damping) if isinstance(drawn.damping, float) else None
