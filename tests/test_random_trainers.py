@@ -199,10 +199,11 @@ def _checks(fit: Fit, report: AuditReport) -> Iterator[tuple[str, list[str]]]:
     reference = Reference(fit, audited)
     own = {n: float(reference.loss(reference.batch([n]))) for n in picked}
     if drawn.loss == "sum" and "loss" in columns:
-        # Whether the losses of a sum are written down as they are, or times the batch size, is not promised.
+        # A sum may be taken as it is, or as the mean that it is over the batch size; then all numbers are of that one.
         loudest = max(own, key=lambda n: own[n])
         if float(columns["loss"][row[loudest]]) < 1.01 * own[loudest] * reference.divisor:
             own = {n: value * reference.divisor for n, value in own.items()}
+            reference.divisor = 1.0
     said = report.manifest["coverage"]["covered"]
     covered = sorted(name for name in reference.names if not _is_uncovered(name, report))
     yield "coverage", [] if covered == sorted(reference.covered) else [f"{covered}, {said}"]
