@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Sampler
 from lightning_influence import InfluenceAudit
 
 SIZE, BATCH, EPOCHS = 22, 5, 3
-MOMENTS = ("batch", "pass", "audit", "before write", "after write")
+MOMENTS = ("start", "batch", "pass", "audit", "before write", "after write")
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Job:
         directory: Where everything goes.
         tracin: Argument of the audit.
         every: Steps between checkpoints; None saves at the ends of epochs.
-        moment: What is counted: batches of training, steps of the audit's passes at epoch ends, steps of the final
-            audit, files of the audit about to be put in place, or just put there. None never kills.
+        moment: What is counted: steps of the passes before training starts, batches of training, steps of the audit's
+            passes at epoch ends, steps of the final audit, files of the audit about to be put in place, or just put
+            there. None never kills.
         count: The how manieth of them is the last.
         seconds: Kill after that time instead.
     """
@@ -131,8 +132,10 @@ class Killed(Validated):
         self.moment: Callable[[str], None] = moments
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if phase := self.moment.phase:  # type: ignore[attr-defined]
-            self.moment(phase)
+        if not self.training:
+            # A run that is resumed once it is over has its audit in other hooks.
+            otherwise = "audit" if self.trainer.global_step else "start"
+            self.moment(self.moment.phase or otherwise)  # type: ignore[attr-defined]
         return super().training_step(batch, batch_idx)
 
     def on_train_batch_end(self, *_: Any) -> None:

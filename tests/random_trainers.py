@@ -139,6 +139,8 @@ def draw(seed: int, number: int) -> Draw:
         values["peek"] = False  # persistent workers serve one iterator at a time
     if values["loss"] == "ignore":
         values["drop_last"] = True  # a batch with nothing but ignored labels has no loss
+    if values["sampler"] == "batches" and values["loss"] == "sum":
+        values["sampler"] = "shuffle"  # what is a step along the sum of a batch worth if no two are of one size?
     if values["sampler"] == "batches" or values["overfit_batches"]:
         values["drop_last"] = False  # our own batches; Lightning makes a loader of its own
     if values["limit_train_batches"] is not None:

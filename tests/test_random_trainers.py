@@ -62,7 +62,7 @@ class Reference:
         if self.drawn.loss == "ignore" and self.drawn.model != "tokens":
             self.divisor = 1.0  # an example without a label has no loss, and is none of those that the mean is over
         if self.drawn.loss == "sum":
-            self.divisor = 1 / 32 if self.drawn.sampler == "batches" else 1 / self.drawn.batch_size
+            self.divisor = 1 / self.drawn.batch_size
 
     def at(self, weights: Mapping[str, Tensor]) -> Reference:
         """Load weights."""
@@ -223,6 +223,8 @@ def _checks(fit: Fit, report: AuditReport) -> Iterator[tuple[str, list[str]]]:
     # Where batches are limited, the mean weight of the examples seen so far changes from checkpoint to checkpoint.
     weighty = drawn.loss == "weighted" or (drawn.loss == "ignore" and drawn.model == "tokens")
     steady = not (weighty and drawn.limit_train_batches)
+    # A step along a sum is one along the mean, as many times longer as the batch has examples.
+    longer = drawn.batch_size if drawn.loss == "sum" and reference.divisor == 1 else 1
     if drawn.tracin in ("epoch", "every 2 epochs") and _is_plain_descent(drawn) and steady:
         steps = [step for step, *_ in fit.watcher.ends]
         kept = report.manifest["tracin_steps"]
@@ -232,7 +234,7 @@ def _checks(fit: Fit, report: AuditReport) -> Iterator[tuple[str, list[str]]]:
             reference.at(weights)
             seen_by = {position[n] for ns, _ in fit.model.diary[:batches] for n in ns}
             for n in picked:
-                always[n] += (increment := reference.norm(reference.batch([n]), moved))
+                always[n] += (increment := longer * reference.norm(reference.batch([n]), moved))
                 since_known[n] += increment * (n in seen_by)
         wrong = compare("tracin", always)
         if drawn.limit_train_batches is not None:
