@@ -216,7 +216,8 @@ def _checks(fit: Fit, report: AuditReport) -> Iterator[tuple[str, list[str]]]:
         scale = 1 + (damping or 0.0) if drawn.damping != "trainer" else None
         if scale is not None:
             yield "self_influence", compare("self_influence", {n: norms[n] / scale for n in picked})
-            if drawn.validation and drawn.loss != "sum":
+            # A fit that ends before its first validation has not asked for the validation data.
+            if drawn.loss != "sum" and fit.trainer.val_dataloaders:
                 yield "harm", compare("harm", _harm(reference, picked, scale), 5 * tolerance)
     if drawn.curvature == "diagonal" and drawn.fisher == "empirical" and damping and drawn.factor_examples is None:
         yield "self_influence", compare("self_influence", _diagonal(reference, picked, audited, damping), 5 * tolerance)
