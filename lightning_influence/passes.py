@@ -269,7 +269,9 @@ class ExampleGradients:
             for batch_indices, loss in batches:
                 if not sums[0]:
                     numbers = {term.number for term in loss.terms}
-                    if not distributed.any_process(any(term.scale_varies(loss.n) for term in loss.terms)):
+                    # Examples of several lengths weigh by them.
+                    varies = bool(self.source.collation.lengths)
+                    if not distributed.any_process(varies or any(term.scale_varies(loss.n) for term in loss.terms)):
                         self.references = {}
                         return
                 sums[0] += len(batch_indices)

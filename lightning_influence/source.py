@@ -10,11 +10,18 @@ from typing import Any, cast
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from lightning_influence.isolation import generators_in, isolated_generators, seed_everything, seed_generator
+from lightning_influence.collation import Collated, Collating, Collation, is_plain, learn
+from lightning_influence.collation import DataError as DataError
+from lightning_influence.isolation import (
+    generators_in,
+    isolated_generators,
+    isolated_rng,
+    seed_everything,
+    seed_generator,
+)
 
-
-class DataError(RuntimeError):
-    """The training data can't be visited example by example; the message says why and the way out."""
+# Batches that are tried to find examples which stay where they are.
+_TRIALS = 16
 
 
 class ExampleSource:
@@ -26,6 +33,9 @@ class ExampleSource:
         collate_fn: Turns a list of examples into a batch, as for ``DataLoader``.
         num_workers: Worker processes of each pass.
         worker_init_fn: As for ``DataLoader``.
+
+    Attributes:
+        missing: Dataset indices of examples that no batch held so far, with the reason.
 
     Raises:
         DataError: For an ``IterableDataset`` or a dataset without a length.
@@ -55,6 +65,8 @@ class ExampleSource:
         self.worker_init_fn = worker_init_fn
         self.multiprocessing_context: Any = None
         self.pin_memory = False
+        self.missing: dict[int, str] = {}
+        self._collation: Collation | None = None
         self._seeded: Dataset[Any] | None = None
         self._generators: list[Any] | None = None
 
@@ -98,7 +110,11 @@ class ExampleSource:
         return len(cast("Sized", self.dataset))
 
     def batches(self, indices: Sequence[int], size: int | None = None) -> Iterator[tuple[list[int], Any]]:
-        """Yield ``(indices, batch)`` in the given order, ``size`` examples at a time (the last time fewer)."""
+        """Yield ``(indices, batch)`` in the given order, ``size`` examples at a time (the last time fewer).
+
+        Collate functions of the user's own may change the order, and leave examples out (see ``missing``); examples of
+        several lengths that lie end to end come in several batches. The indices are those of the batch.
+        """
         size = size or self.pass_batch_size
         plan = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
         if len(plan) > 1 and len(plan[-1]) == 1 and size > 2:
@@ -110,17 +126,88 @@ class ExampleSource:
                 yield chosen, [tensor[chosen] for tensor in tensors]
             return
         workers = min(self.num_workers, len(plan) // 2)
+        plain = is_plain(self.collate_fn)
+        collate_fn = self.collate_fn if plain else Collating(self._collate, self.collation, apart=True)
         loader: DataLoader[Any] = DataLoader(
             self._reproducible(),
             batch_sampler=plan,
-            collate_fn=self.collate_fn,
+            collate_fn=collate_fn,
             num_workers=workers,
             worker_init_fn=self.worker_init_fn if workers else None,
             multiprocessing_context=self.multiprocessing_context if workers else None,
             pin_memory=self.pin_memory,
         )
         with isolated_generators(self.generators):
-            yield from zip(plan, loader, strict=True)
+            for chosen, batch in zip(plan, loader, strict=True):
+                if plain:
+                    yield chosen, batch
+                else:
+                    yield from self._known(chosen, batch)
+
+    def _known(self, chosen: list[int], made: list[Collated]) -> Iterator[tuple[list[int], Any]]:
+        """Yield the batches whose examples are known; note what they lack."""
+        lacking = dict.fromkeys(chosen, "the collate function leaves it out")
+        for one in made:
+            if one.order is None:
+                lacking |= dict.fromkeys(lacking, f"its batch is not understood: {one.reason}")
+                continue
+            own = [chosen[k] for k in one.order.tolist()]
+            for index in own:
+                lacking.pop(index, None)
+            if own:
+                yield own, one.data
+        self.missing |= lacking
+
+    @property
+    def collation(self) -> Collation:
+        """What the collate function does with its examples; looked at once.
+
+        Raises:
+            DataError: If it reorders them in a way that can't be followed.
+        """
+        if self._collation is None:
+            self._collation = Collation()
+            if not is_plain(self.collate_fn) and len(self):
+                dataset = self._reproducible()
+                with isolated_rng(), isolated_generators(self.generators):
+                    self._collation = learn(dataset.__getitem__, len(self), self._collate)
+        return self._collation
+
+    @property
+    def _collate(self) -> Callable[[list[Any]], Any]:
+        return self.collate_fn or default_collate
+
+    def settled(self, indices: Sequence[int]) -> list[int]:
+        """Return the examples that make one batch together, in the order in which it holds them."""
+        if is_plain(self.collate_fn):
+            return list(indices)
+        with isolated_rng():
+            return max((own for own, _ in self.batches(indices, len(indices))), key=len, default=[])
+
+    def steady(self, indices: Sequence[int], start: int, size: int) -> list[int]:
+        """Return a few examples that come in their order, also with a copy of the first at the end.
+
+        Args:
+            indices: To choose from.
+            start: Where to begin.
+            size: How many.
+
+        Raises:
+            DataError: If the collate function moves all that were tried.
+        """
+        collation = self.collation
+        pool = list(indices) if is_plain(self.collate_fn) else self.settled(list(indices)[: max(64, size)])
+        if collation.lengths and not collation.few_lengths:
+            # What lies end to end has to be seen to do so.
+            dataset = self._reproducible()
+            with isolated_rng(), isolated_generators(self.generators):
+                pool.sort(key=lambda index: collation.lengths_of(dataset[index]))
+            return [pool[(start + k * (len(pool) // size or 1)) % len(pool)] for k in range(size)]
+        for shift in range(_TRIALS):
+            chosen = [pool[(start + shift + k) % len(pool)] for k in range(size)]
+            if collation.keeps_order or self.settled([*chosen, chosen[0]]) == [*chosen, chosen[0]]:
+                return chosen
+        raise DataError("the collate function moves examples, and none that it leaves in place were found.")
 
     @property
     def generators(self) -> list[Any]:

@@ -96,7 +96,8 @@ class InfluenceAudit(Callback):
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: During ``fit``, before the first step: for data that can't be indexed (an
-            ``IterableDataset``), loaders with ``in_order=False``, strategies that split the model, manual optimization
+            ``IterableDataset``), collate functions whose order can't be followed, strategies that split the model, manual
+            optimization
             without a ``task``, models without a supported layer, losses that are not made of per-example losses,
             unwritable directories.
 
@@ -178,10 +179,8 @@ class InfluenceAudit(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at one batch before the first step, so that nothing fails after hours of training."""
-        preparing.check_order(trainer.train_dataloader)
-        self._recorder.check()
         with preparing.errors_as_misconfiguration():
-            source = ExampleSource.from_loader(trainer.train_dataloader)
+            source = self._recorder.source_of(trainer.train_dataloader)
             preparing.check_known_noise(self.known_noise, source)
             self._recording = Recording(len(source), pl_module, self.tracin)
             if self._restored_state is not None:
@@ -195,7 +194,7 @@ class InfluenceAudit(Callback):
     ) -> AuditRun:
         task = self.task or TrainingStepTask()
         queries = None if self.queries is None else QueryReport(self.queries)
-        first = bridge.audited_indices(trainer, recording.seen_indices(), len(source)) or list(range(len(source)))
+        first = preparing.some_of(bridge.drawn_from(trainer, len(source)), source.batch_size)
         with bridge.silenced_loggers(trainer):
             trace = trace_model(module, task, source, indices=first, **bridge.surroundings(trainer, module))
             passes = TrainingPasses(source, task, trace, self.layers, self.uncovered)
@@ -237,9 +236,9 @@ class InfluenceAudit(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which examples come, and listen for their loss."""
-        indices = self._recorder.next()
+        known = self._recorder.next()
         if self._run is not None:
-            self._run.batch_started(trainer, pl_module, indices)
+            self._run.batch_started(trainer, pl_module, known)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Stop listening: the loss is there."""
@@ -262,9 +261,6 @@ class InfluenceAudit(Callback):
         """Stop listening if there was no backward pass."""
         if self._run is not None:
             self._run.batch_ended()
-        if batch is None:
-            # A batch that collation dropped: it was drawn, but its start was not announced.
-            self._recorder.next()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Note the learning rates that are really used."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,6 +24,9 @@ from lightning_influence.verify import VerificationError
 
 # Less than this share of the parameters is worth a warning.
 _COMPLETE = 0.99
+
+# Examples that the look before training may choose from, at least.
+_LOOKED_AT = 64
 
 _AVERAGING_CALLBACKS = {"StochasticWeightAveraging", "WeightAveraging"}
 
@@ -66,13 +69,9 @@ def warn_of_averaging(trainer: Trainer, audit: Callback) -> None:
         )
 
 
-def check_order(loader: Any) -> None:
-    """Raise ``MisconfigurationException`` for batches that arrive in another order than they were drawn in."""
-    if getattr(loader, "in_order", True) is False:
-        raise MisconfigurationException(
-            "the training DataLoader has `in_order=False`: its batches arrive in another order than their indices "
-            "were drawn in, so scores would be filed under the wrong examples. Set `in_order=True`."
-        )
+def some_of(indices: Sequence[int], batch_size: int) -> list[int]:
+    """Return random examples to look at: the first ones of a sorted data set are alike, and rare ones come later."""
+    return random.Random(0).sample(indices, min(len(indices), max(_LOOKED_AT, batch_size)))
 
 
 def check_known_noise(known_noise: Tensor | None, source: ExampleSource) -> None:

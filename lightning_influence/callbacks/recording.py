@@ -50,6 +50,8 @@ class Recording:
         # Audit directory that holds the checkpoints so far; before resuming, that of the run before.
         self.checkpoint_directory = ""
         self.untapped_batches = 0
+        self.batches = self.ragged_batches = 0
+        self.unknown: dict[str, int] = {}  # batches that count for nobody, by reason
         self.failures: list[str] = []
         self.failed_passes: list[int] = []  # epochs
         self.notes: list[str] = []
@@ -81,6 +83,10 @@ class Recording:
             self._epoch = epoch
             self._graph.doubted(_AGREEING_AGAIN)
         return self._graph.needs_watching
+
+    def record_unknown(self, reason: str) -> None:
+        """Note a batch that counts for nobody."""
+        self.unknown[reason] = self.unknown.get(reason, 0) + 1
 
     def record_graph(
         self,
@@ -121,8 +127,18 @@ class Recording:
         loss: Tensor,
         calls: Sequence[LossCall],
         forms: Mapping[int, TermForm] | None = None,
+        *,
+        ragged: bool = False,
     ) -> None:
-        """File one training batch under its indices, by the first known call that its loss is made of."""
+        """File one training batch under its indices, by the first known call that its loss is made of.
+
+        Args:
+            indices: Of its examples.
+            loss: Before the backward pass.
+            calls: What was heard.
+            forms: See ``primary_call``.
+            ragged: Whether rows of several lengths lie end to end: only one row for each example is read then.
+        """
         if self.failed:
             return
         try:
@@ -135,6 +151,9 @@ class Recording:
                 self.dynamics.record_rows(indices, told if agreed and told is not None else plain)
                 return
             self._graph.compared(False)
+            if ragged:
+                self.ragged_batches += 1
+                return
             call = primary_call(loss, calls, len(indices), forms)
             if call is None:
                 self.untapped_batches += 1
@@ -191,6 +210,17 @@ class Recording:
         if self.untapped_batches:
             remarks.append(
                 f"{self.untapped_batches} training batches had no known loss call: no training dynamics there"
+            )
+        if self.unknown:
+            reasons = "; ".join(f"{reason} ({count})" for reason, count in self.unknown.items())
+            remarks.append(
+                f"{sum(self.unknown.values())} of {self.batches} training batches count for nobody, as it is not "
+                f"known which examples they hold: {reasons}"
+            )
+        if self.ragged_batches:
+            remarks.append(
+                f"{self.ragged_batches} of {self.batches} training batches have no training dynamics: rows of several "
+                "lengths lie end to end in them"
             )
         if self.failed_passes:
             remarks.append(
@@ -302,6 +332,9 @@ class Recording:
             "checkpoint_directory": self.checkpoint_directory,
             "incomplete": {
                 "untapped_batches": self.untapped_batches,
+                "batches": self.batches,
+                "ragged_batches": self.ragged_batches,
+                "unknown": dict(self.unknown),
                 "failures": list(self.failures),
                 "failed_passes": list(self.failed_passes),
                 "notes": list(self.notes),
@@ -335,6 +368,9 @@ class Recording:
         # What the columns lack, they lack after resuming, too.
         lacking = state.get("incomplete", {})
         self.untapped_batches = lacking.get("untapped_batches", 0)
+        self.batches = lacking.get("batches", 0)
+        self.ragged_batches = lacking.get("ragged_batches", 0)
+        self.unknown = dict(lacking.get("unknown", {}))
         self.failures = list(lacking.get("failures", []))
         self.failed_passes = list(lacking.get("failed_passes", []))
         self.notes = list(lacking.get("notes", []))

@@ -17,6 +17,7 @@ from lightning_influence import distributed
 from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.afterwards import MakeUnlearner, unlearner_maker
+from lightning_influence.callbacks.batch_indices import KnownBatch
 from lightning_influence.callbacks.flight import FlightRecorder
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.recording import Recording
@@ -32,6 +33,8 @@ from lightning_influence.tracin import StepSize, TracIn, block_step_sizes
 from lightning_influence.verify import Inspection
 from lightning_influence.watch import TrainingTap
 
+# Examples that a note names.
+_LISTED = 10
 _Hook = TypeVar("_Hook", bound=Callable[..., None])
 
 
@@ -81,7 +84,7 @@ class AuditRun:
     make_unlearner: MakeUnlearner | None = None
     _tap: TrainingTap = field(default_factory=TrainingTap, init=False)
     # From the start of a batch to its first backward pass; a second one of the same step is not a second visit.
-    _listening: tuple[TrainingTap | None, list[int]] | None = field(default=None, init=False)
+    _listening: tuple[TrainingTap | None, KnownBatch] | None = field(default=None, init=False)
 
     def resume(self, trainer: Trainer, module: LightningModule) -> None:
         """Take over what a run that is resumed has left: its checkpoints, and the last pass that it postponed."""
@@ -94,17 +97,24 @@ class AuditRun:
     # ---------------------------------------------------------------- a batch
 
     @_timed
-    def batch_started(self, trainer: Trainer, module: LightningModule, indices: list[int] | None) -> None:
-        """Listen for the losses of these examples; None if it is not known which they are."""
+    def batch_started(self, trainer: Trainer, module: LightningModule, known: KnownBatch) -> None:
+        """Listen for the losses of the examples, if it is known which they are."""
         self.stop_listening()
-        if indices is not None:
-            listens = self.recording.listens(trainer.current_epoch)
-            tap = None if self.flight is None else self.flight.tap(trainer, module, indices, listens=listens)
-            if tap is None and listens:
-                tap = self._tap
-            if tap is not None:
-                tap.start()
-            self._listening = tap, indices
+        self.recording.batches += 1
+        if known.indices is None:
+            self.recording.record_unknown(known.reason)
+            return
+        indices = known.indices
+        listens = self.recording.listens(trainer.current_epoch)
+        # What the trace has seen has one length, which rows of several may be mistaken for.
+        misread = known.ragged and self.passes.source.collation.few_lengths
+        measures = self.flight is not None and not misread
+        tap = self.flight.tap(trainer, module, indices, listens=listens) if self.flight and measures else None
+        if tap is None and listens:
+            tap = self._tap
+        if tap is not None:
+            tap.start()
+        self._listening = tap, known
 
     def stop_listening(self) -> None:
         """Leave training alone again, and forget what was heard."""
@@ -127,13 +137,14 @@ class AuditRun:
         """File what the training pass itself said about each example."""
         listening, recording, forms = self._listening, self.recording, self.passes.trace.forms
         if listening is not None:
-            tap, indices = listening
+            tap, known = listening
+            indices = known.indices or []
             if tap is not None:
                 tap.stop()
             # In flight a tap is there for other reasons, too: what it heard of the loss is read if it has to be.
             relied = not recording.listens(trainer.current_epoch)
             if not (relied and recording.record_graph(indices, loss, forms, last=tap is None)) and tap is not None:
-                recording.record_batch(indices, loss, tap.taken(), forms)
+                recording.record_batch(indices, loss, tap.taken(), forms, ragged=known.ragged)
             self.stop_listening()
             if self.flight is not None:
                 self.flight.before_backward(trainer, indices, loss)
@@ -194,7 +205,7 @@ class AuditRun:
         self.reporter.log_dynamics(trainer, recording.dynamics.gathered().columns())
 
     def _score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
-        indices = self._indices(trainer)
+        indices = self._indices(trainer, last=False)
         start = time.perf_counter()
         with bridge.silenced_loggers(trainer):
             gradients = self.passes.gradients(trainer, module)
@@ -209,7 +220,7 @@ class AuditRun:
             )
         self.recording.add_pass(trainer.global_step, scores)
         self.reporter.seconds_per_example = (time.perf_counter() - start) / len(indices)
-        self.reporter.write_partial(self.recording.columns(indices), "recording")
+        self.reporter.write_partial(self.recording.columns(scores.indices.tolist()), "recording")
         self.reporter.log_tracin(trainer, scores.columns["tracin"])
 
     def _keep_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> Checkpoint:
@@ -231,7 +242,8 @@ class AuditRun:
 
     def finish(self, trainer: Trainer, module: LightningModule) -> AuditReport | None:
         """Fit the curvature, score every example, write the report; None on other ranks than zero."""
-        indices = self._indices(trainer)
+        audited = self._indices(trainer, last=True)
+        indices = [k for k in audited if distributed.world_size() > 1 or k not in self.passes.source.missing]
         if bridge.is_dry_run(trainer):
             indices = (indices or list(range(self.recording.size)))[: self.passes.source.batch_size]
         if not indices:
@@ -254,6 +266,8 @@ class AuditRun:
         if self.flight is not None:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
+        indices = result.scores.indices.tolist()
+        result.notes.extend(self._data_notes(trainer, audited, indices))
         columns = recording.columns(indices, result.scores)
         self.make_unlearner = unlearner_maker(trainer, gradients, planned, columns, history.weight_decay)
         if self.queries is not None:
@@ -284,8 +298,20 @@ class AuditRun:
         except Exception as failure:  # the first error is the one to see
             rank_zero_warn(f"the interrupted influence audit could not be written: {failure}")
 
-    def _indices(self, trainer: Trainer) -> list[int]:
-        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.recording.size)
+    def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
+        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.recording.size, last=last)
+
+    def _data_notes(self, trainer: Trainer, audited: list[int], scored: list[int]) -> list[str]:
+        """Return what a reader should know of the data: how batches are made, and who is not in the report."""
+        source = self.passes.source
+        notes = [source.collation.note] if source.collation.note else []
+        if missing := sorted(set(audited) - set(scored)):
+            reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
+            listed = ", ".join(map(str, missing[:_LISTED])) + (", ..." if len(missing) > _LISTED else "")
+            notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed} ({reasons})")
+        if never := len(bridge.drawn_from(trainer, self.recording.size)) - len(audited):
+            notes.append(f"{never} examples of the data set were never drawn, and are not audited")
+        return notes
 
 
 def _step_sizes(checkpoint: Checkpoint, coverage: Coverage, module: LightningModule) -> dict[str, StepSize]:
