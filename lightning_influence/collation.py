@@ -80,8 +80,7 @@ class Link:
                 return False
             return all(agreeing(values[k], column[starts[k] : starts[k + 1]]) >= 0 for k in places)
         column = at(batch, self.batch)
-        size = len(column) if hasattr(column, "__len__") and getattr(column, "ndim", 1) else -1
-        if size != len(values):
+        if not hasattr(column, "__len__") or not getattr(column, "ndim", 1) or len(column) != len(values):
             return False
         return all(agreeing(values[k], array_at(column[k], self.within)) >= 0 for k in places)
 
@@ -228,7 +227,7 @@ def learn(fetch: Callable[[int], Any], size: int, collate_fn: Callable[[list[Any
     if not looks:
         return Collation(note=f"the collate function made no batch of the examples that were looked at{failure}")
     lengths = _joined(looks)
-    seen = [tuple(len(look.values[x.item][k]) for x in lengths) for look in looks for k in look.present]
+    seen = [tuple(look.length(x.item, k) for x in lengths) for look in looks for k in look.present]
     few = bool(lengths) and len(set(seen)) * _MANY_LENGTHS <= len(seen)
     paths = tuple(link.item for link in lengths)
     candidates = [*_candidates(looks), *lengths]
@@ -268,6 +267,11 @@ class _Look:
         self.values = {path: [array_at(item, path) for item in items] for path in paths}
         self._items = [copied(item) for item in items]
         self.batch = collate_fn(list(items))
+
+    def length(self, path: Path, k: int) -> int:
+        """Return how many rows a part of an example has."""
+        value = self.values[path][k]
+        return 0 if value is None else len(value)
 
     def in_order(self, link: Link) -> bool:
         """Tell whether a part comes back in the order of the examples."""
@@ -329,7 +333,7 @@ def _joined(looks: Sequence[_Look]) -> list[Link]:
         for item in looks[0].values if not within else ():
             link = Link(item, path, joined=True)
             if all(_lies_joined(look, link) for look in looks) and any(
-                len(look.values[item][k]) != 1 for look in looks for k in look.present
+                look.length(item, k) != 1 for look in looks for k in look.present
             ):
                 found.append(link)
     return found

@@ -5,13 +5,17 @@ Random augmentation is drawn from a stream that belongs to the example, so neith
 
 from __future__ import annotations
 
+import hashlib
+import random
 from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from lightning_influence.collation import Collated, Collating, Collation, is_plain, learn
 from lightning_influence.collation import DataError as DataError
+from lightning_influence.contents import array_at, parts
 from lightning_influence.isolation import (
     generators_in,
     isolated_generators,
@@ -22,6 +26,8 @@ from lightning_influence.isolation import (
 
 # Batches that are tried to find examples which stay where they are.
 _TRIALS = 16
+# Examples that tell one data set from another.
+_SAMPLE = 32
 
 
 class ExampleSource:
@@ -158,6 +164,19 @@ class ExampleSource:
                 yield own, one.data
         self.missing |= lacking
 
+    @contextmanager
+    def fetching(self) -> Iterator[Callable[[int], Any]]:
+        """Look at single examples, leaving no trace."""
+        with isolated_rng(), isolated_generators(self.generators):
+            yield self._reproducible().__getitem__
+
+    def digests(self) -> list[bytes | None]:
+        """Return what a few random examples hold, in short; None for those that are not the same twice."""
+        chosen = random.Random(0).sample(range(len(self)), min(_SAMPLE, len(self)))
+        with self.fetching() as fetch:
+            twice = [[_digest_of(fetch, index) for index in chosen] for _ in range(2)]
+        return [one if one == two else None for one, two in zip(*twice, strict=True)]
+
     @property
     def collation(self) -> Collation:
         """What the collate function does with its examples; looked at once.
@@ -168,9 +187,8 @@ class ExampleSource:
         if self._collation is None:
             self._collation = Collation()
             if not is_plain(self.collate_fn) and len(self):
-                dataset = self._reproducible()
-                with isolated_rng(), isolated_generators(self.generators):
-                    self._collation = learn(dataset.__getitem__, len(self), self._collate)
+                with self.fetching() as fetch:
+                    self._collation = learn(fetch, len(self), self._collate)
         return self._collation
 
     @property
@@ -199,9 +217,8 @@ class ExampleSource:
         pool = list(indices) if is_plain(self.collate_fn) else self.settled(list(indices)[: max(64, size)])
         if collation.lengths and not collation.few_lengths:
             # What lies end to end has to be seen to do so.
-            dataset = self._reproducible()
-            with isolated_rng(), isolated_generators(self.generators):
-                pool.sort(key=lambda index: collation.lengths_of(dataset[index]))
+            with self.fetching() as fetch:
+                pool.sort(key=lambda index: collation.lengths_of(fetch(index)))
             return [pool[(start + k * (len(pool) // size or 1)) % len(pool)] for k in range(size)]
         for shift in range(_TRIALS):
             chosen = [pool[(start + shift + k) % len(pool)] for k in range(size)]
@@ -213,7 +230,7 @@ class ExampleSource:
     def generators(self) -> list[Any]:
         """Random generators that the data set holds."""
         if self._generators is None:
-            self._generators = [] if _is_deterministic(self.dataset) else generators_in(self.dataset)
+            self._generators = [] if is_deterministic(self.dataset) else generators_in(self.dataset)
         return self._generators
 
     @property
@@ -223,7 +240,7 @@ class ExampleSource:
 
     def _reproducible(self) -> Dataset[Any]:
         if self._seeded is None:
-            plain = _is_deterministic(self.dataset)
+            plain = is_deterministic(self.dataset)
             self._seeded = self.dataset if plain else _SeededDataset(self.dataset, self.generators)
         return self._seeded
 
@@ -246,8 +263,40 @@ class _SeededDataset(Dataset[Any]):
         return self.dataset[index]
 
 
-def _is_deterministic(dataset: Any) -> bool:
+def is_deterministic(dataset: Any) -> bool:
     """Tell whether a dataset surely hands out stored tensors; all others may draw random numbers for an example."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
     return type(dataset) is TensorDataset
+
+
+def _digest_of(fetch: Callable[[int], Any], index: int) -> bytes | None:
+    try:
+        item = fetch(index)
+    except Exception:  # a broken example that the sampler may leave out
+        return None
+    digest = hashlib.sha256()
+    for path in parts(item):
+        array = array_at(item, path)
+        digest.update(repr(path).encode())
+        digest.update(b"" if array is None else f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return digest.digest()
+
+
+def same_data(before: ExampleSource, digests: Sequence[bytes | None], after: ExampleSource) -> bool:
+    """Tell whether two sources hold the same examples, as far as their number, stored tensors and a sample tell.
+
+    Args:
+        before: A source.
+        digests: Its ``digests`` when it was looked at.
+        after: Another one.
+    """
+    if len(before) != len(after):
+        return False
+    one, other = before.dataset, after.dataset
+    if one is not other and type(one) is type(other) is TensorDataset:
+        pairs = zip(one.tensors, other.tensors, strict=False)
+        if not all(a.shape == b.shape and bool(((a == b) | (a != a)).all()) for a, b in pairs):
+            return False
+    now = after.digests()
+    return all(a == b for a, b in zip(digests, now, strict=True) if a is not None and b is not None)

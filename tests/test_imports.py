@@ -24,6 +24,8 @@ ROOT = Path(lightning_influence.__file__).parent
 ORDER = (
     "columns",
     "isolation",
+    "contents",
+    "collation",
     "distributed",
     "layout",
     "example_noise",

@@ -72,12 +72,10 @@ class BatchIndexRecorder:
 
     Attributes:
         source: The examples of the loader, as ``ExampleSource.from_loader`` tells; None before there is one.
-        loaders: Number of loaders so far.
     """
 
     def __init__(self) -> None:
         self.source: ExampleSource | None = None
-        self.loaders = 0
         self._loader: DataLoader[Any] | None = None
         self._tagging: _Tagging | None = None
         self._found = KnownBatch(None)
@@ -86,7 +84,7 @@ class BatchIndexRecorder:
     def attach(self, trainer: Trainer) -> None:
         """Start to follow the batches of this trainer. Call in ``setup``."""
         self.detach()
-        self.source, self.loaders = None, 0
+        self.source = None
         process, convert = trainer.strategy.process_dataloader, trainer.precision_plugin.convert_input
 
         def following(dataloader: object) -> object:
@@ -150,10 +148,15 @@ class BatchIndexRecorder:
             return
         # One at a time: holding on to a loader that was replaced would keep its persistent workers alive.
         self._leave()
-        with errors_as_misconfiguration():
-            self.source = ExampleSource.from_loader(loader)
-            collating = None if is_plain(loader.collate_fn) else self.source.collation
-        self.loaders += 1
+        try:
+            with errors_as_misconfiguration():
+                source = ExampleSource.from_loader(loader)
+                collating = None if is_plain(loader.collate_fn) else source.collation
+        except MisconfigurationException:
+            if self.source is None:
+                raise
+            return  # loaded again in the middle of training, which goes on
+        self.source = source
         tagging = loader.__dict__.get("_get_iterator")
         if not isinstance(tagging, _Tagging):
             tagging = _Tagging(loader, collating)
@@ -213,7 +216,7 @@ class _WorkerTagging:
     def __call__(self, worker_id: int) -> None:
         if self.init is not None:
             self.init(worker_id)
-        kind: Any = torch.utils.data._DatasetKind  # type: ignore[attr-defined]
+        kind: Any = torch.utils.data._DatasetKind
         create, collation = kind.create_fetcher, self.collation
 
         def tagging(*args: Any) -> Any:

@@ -96,10 +96,9 @@ class InfluenceAudit(Callback):
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: During ``fit``, before the first step: for data that can't be indexed (an
-            ``IterableDataset``), collate functions whose order can't be followed, strategies that split the model, manual
-            optimization
-            without a ``task``, models without a supported layer, losses that are not made of per-example losses,
-            unwritable directories.
+            ``IterableDataset``), collate functions whose order can't be followed, strategies that split the model,
+            manual optimization without a ``task``, models without a supported layer, losses that are not made of
+            per-example losses, unwritable directories.
 
     Example:
         >>> trainer = Trainer(max_epochs=10, callbacks=[InfluenceAudit()])
@@ -203,6 +202,10 @@ class InfluenceAudit(Callback):
                 preparing.warn_of_gaps(gradients.coverage)
             check_curvature(gradients, self.curvature, first)
             inspection = inspect(gradients, first, verify=self.verify)
+            if preparing.labels_vary(gradients, first, inspection):
+                recording.dynamics.checks_labels = False
+                note = "examples have other labels each time: whether batches hold theirs was not checked"
+                recording.notes += [] if note in recording.notes else [note]
             if queries is not None:
                 validation = bridge.validation_queries(trainer, module, task, gradients.coverage)
                 queries.check(trainer, module, task, gradients.coverage, validation)
@@ -230,9 +233,15 @@ class InfluenceAudit(Callback):
             tracin=self.tracin,
             flight=flight,
             queries=queries,
+            digests=source.digests() if getattr(trainer, "reload_dataloaders_every_n_epochs", 0) else (),
         )
 
     # ------------------------------------------------------- during training
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look whether the data were loaded again."""
+        if self._run is not None and self._recorder.source is not None:
+            self._run.take_data(self._recorder.source, trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which examples come, and listen for their loss."""

@@ -39,31 +39,49 @@ class Recording:
     """
 
     def __init__(self, size: int, module: nn.Module, tracin: TracIn | None = None) -> None:
-        self.size = size
-        self.dynamics = TrainingDynamics(size)
         self.step_sizes = StepSizes(module)
-        self.tracin = TracInScores(size)
         self.postponed = -1  # step of a TracIn checkpoint that was left to the final pass
-        in_flight = tracin is not None and tracin.mode == "step"
-        self.visits = VisitSums(size) if in_flight else None
+        self._in_flight = tracin is not None and tracin.mode == "step"
         self.pace = Pace() if tracin is None else Pace(tracin.every_n_steps, tracin.overhead)
         # Audit directory that holds the checkpoints so far; before resuming, that of the run before.
         self.checkpoint_directory = ""
-        self.untapped_batches = 0
-        self.batches = self.ragged_batches = 0
-        self.unknown: dict[str, int] = {}  # batches that count for nobody, by reason
         self.failures: list[str] = []
         self.failed_passes: list[int] = []  # epochs
         self.notes: list[str] = []
         self._wants_tracin = tracin is not None
         self._next_step = 0  # steps before this one are in the sums in flight
+        self.data_changes: list[int] = []  # epochs that started with other data
+        self.relabelled: set[int] = set()  # other labels when they were fetched again
+        self._forget(size)
+        self._graph = Reliance()
+        self._epoch = -1
+        self._history: History | None = None
+
+    def _forget(self, size: int) -> None:
+        self.size = size
+        self.dynamics = TrainingDynamics(size)
+        self.tracin = TracInScores(size)
+        self._visits = VisitSums(size) if self._in_flight else None
+        self._new_visits: list[tuple[Sequence[int], Increments | None]] = []
         self._passes: list[int] = []  # steps
         self._seen = torch.zeros(size, dtype=torch.bool)
         self._unfiled: list[Sequence[int]] = []  # batches that are not in there yet
         self.neighbours = NeighbourRecord(size)
-        self._graph = Reliance()
-        self._epoch = -1
-        self._history: History | None = None
+        self.batches = self.ragged_batches = self.untapped_batches = 0
+        self.unknown: dict[str, int] = {}  # batches that count for nobody, by reason
+
+    def start_again(self, size: int, epoch: int) -> None:
+        """Forget what was recorded about other data, which the same indices stood for.
+
+        Args:
+            size: Number of examples now.
+            epoch: That starts with them.
+        """
+        checks = self.dynamics.checks_labels
+        self._forget(size)
+        self.dynamics.checks_labels = checks
+        self.relabelled.clear()
+        self.data_changes.append(epoch)
 
     @property
     def failed(self) -> bool:
@@ -181,8 +199,25 @@ class Recording:
 
     def record_visit(self, indices: Sequence[int], scores: Increments | None) -> None:
         """File what a batch and its step say in flight; None if the batch was not measured."""
-        if self.visits is not None:
-            self.visits.add(indices, scores)
+        if self._visits is not None:
+            self._new_visits.append((indices, scores))
+            if len(self._new_visits) >= _FILE_EVERY:
+                self._file_visits()
+
+    def _file_visits(self) -> None:
+        """Add the last visits, but for batches whose labels have told that they hold other examples."""
+        new, self._new_visits = self._new_visits, []
+        self.dynamics.flush()
+        wrong = {id(batch) for batch in self.dynamics.contradicted}
+        for indices, scores in new:
+            if self._visits is not None and id(indices) not in wrong:
+                self._visits.add(indices, scores)
+
+    @property
+    def visits(self) -> VisitSums | None:
+        """TracIn in flight so far, if that is how it is computed."""
+        self._file_visits()
+        return self._visits
 
     def fail(self, what: str, error: Exception) -> None:
         """Record nothing more of the training: what is known is incomplete, and says so."""
@@ -199,10 +234,20 @@ class Recording:
         if step in self._passes:
             return
         self._passes.append(step)
+        self._compare_labels(scores)
         if "tracin" in scores.columns:
             self.tracin.add(step, scores.indices.tolist(), scores.columns["tracin"])
         if scores.features is not None and "label" in scores.columns:
             self.neighbours.add(scores.indices, scores.features, scores.columns["label"])
+
+    def _compare_labels(self, scores: ExampleScores) -> None:
+        """Note examples that had another label in training than fetched again: it was not they."""
+        self.dynamics.flush()
+        if not self.dynamics.checks_labels or "label" not in scores.columns or "label" not in self.dynamics.sums:
+            return
+        trained, fetched = self.dynamics.sums["label"][scores.indices.cpu()], scores.columns["label"].cpu()
+        differs = (trained >= 0) & (fetched >= 0) & (trained != fetched)
+        self.relabelled |= set(scores.indices.cpu()[differs].tolist())
 
     def remarks(self) -> list[str]:
         """Return what a reader of the columns should know."""
@@ -222,6 +267,22 @@ class Recording:
                 f"{self.ragged_batches} of {self.batches} training batches have no training dynamics: rows of several "
                 "lengths lie end to end in them"
             )
+        if count := self.dynamics.contradicted_batches:
+            remarks.append(
+                f"{count} of {self.batches} training batches count for nobody: they had other labels than their "
+                "examples had before"
+            )
+        if self.relabelled:
+            listed = ", ".join(map(str, sorted(self.relabelled)[:10])) + (", ..." if len(self.relabelled) > 10 else "")
+            remarks.append(
+                f"{len(self.relabelled)} examples had another label in training than when they were fetched again; "
+                f"their training dynamics may be those of other examples: {listed}"
+            )
+        if self.data_changes:
+            remarks.append(
+                f"the training data changed with the epochs {self.data_changes}: the audit is about the last data, and "
+                "what training said before then is left out"
+            )
         if self.failed_passes:
             remarks.append(
                 f"the passes at the ends of the epochs {self.failed_passes} failed: tracin lacks their steps"
@@ -234,8 +295,8 @@ class Recording:
     def synchronise(self) -> None:
         """Let every process know what all have seen, so that any of them can write a checkpoint."""
         self.dynamics.synchronise()
-        if self.visits is not None:
-            self.visits.synchronise()
+        if (visits := self.visits) is not None:
+            visits.synchronise()
         self._seen = self._gathered_seen()
 
     def _is_still_plain(self, call: CrossEntropy, n: int, forms: Mapping[int, TermForm] | None) -> bool:
@@ -264,7 +325,8 @@ class Recording:
 
     def columns(self, indices: Sequence[int], scores: ExampleScores | None = None) -> dict[str, NDArray[Any]]:
         """Return all columns for the given examples, the final scores included."""
-        visits = None if self.visits is None else self.visits.gathered()
+        visits = self.visits
+        visits = None if visits is None else visits.gathered()
         return self._columns(self.dynamics.gathered(), visits, indices, scores)
 
     def local_columns(self) -> dict[str, NDArray[Any]]:
@@ -326,7 +388,7 @@ class Recording:
             "tracin": self.tracin.values.clone(),
             "tracin_steps": list(self.tracin.checkpoints),
             "passes": list(self._passes),
-            "visits": {} if self.visits is None else self.visits.state_dict(),
+            "visits": {} if (visits := self.visits) is None else visits.state_dict(),
             "pace": self.pace.state_dict(),
             "next_step": self._next_step,
             "checkpoint_directory": self.checkpoint_directory,
@@ -334,6 +396,9 @@ class Recording:
                 "untapped_batches": self.untapped_batches,
                 "batches": self.batches,
                 "ragged_batches": self.ragged_batches,
+                "contradicted_batches": self.dynamics.contradicted_batches,
+                "data_changes": list(self.data_changes),
+                "relabelled": sorted(self.relabelled),
                 "unknown": dict(self.unknown),
                 "failures": list(self.failures),
                 "failed_passes": list(self.failed_passes),
@@ -360,8 +425,8 @@ class Recording:
         self.tracin.values = state["tracin"].clone()
         self.tracin.checkpoints = list(state["tracin_steps"])
         self._passes = list(state["passes"])
-        if self.visits is not None and state.get("visits"):
-            self.visits.load_state_dict(state["visits"])
+        if self._visits is not None and state.get("visits"):
+            self._visits.load_state_dict(state["visits"])
             self.pace.load_state_dict(state["pace"])
         self._next_step = state.get("next_step", 0)
         self.checkpoint_directory = state.get("checkpoint_directory", "")
@@ -370,6 +435,9 @@ class Recording:
         self.untapped_batches = lacking.get("untapped_batches", 0)
         self.batches = lacking.get("batches", 0)
         self.ragged_batches = lacking.get("ragged_batches", 0)
+        self.dynamics.contradicted_batches = lacking.get("contradicted_batches", 0)
+        self.data_changes = list(lacking.get("data_changes", []))
+        self.relabelled = set(lacking.get("relabelled", []))
         self.unknown = dict(lacking.get("unknown", {}))
         self.failures = list(lacking.get("failures", []))
         self.failed_passes = list(lacking.get("failed_passes", []))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -29,6 +29,7 @@ from lightning_influence.curvature import CurvatureName
 from lightning_influence.influence import InfluencePlan, influence_scores
 from lightning_influence.optimizers import preconditioners
 from lightning_influence.scoring import score_examples
+from lightning_influence.source import ExampleSource, same_data
 from lightning_influence.tracin import StepSize, TracIn, block_step_sizes
 from lightning_influence.verify import Inspection
 from lightning_influence.watch import TrainingTap
@@ -70,6 +71,7 @@ class AuditRun:
         flight: TracIn in flight, if that is how.
         queries: What the audit is asked about.
         make_unlearner: What the finished audit can still do, once it is.
+        digests: What a few examples hold, if the data may be loaded again.
     """
 
     recording: Recording
@@ -82,6 +84,7 @@ class AuditRun:
     flight: FlightRecorder | None = None
     queries: QueryReport | None = None
     make_unlearner: MakeUnlearner | None = None
+    digests: Sequence[bytes | None] = ()
     _tap: TrainingTap = field(default_factory=TrainingTap, init=False)
     # From the start of a batch to its first backward pass; a second one of the same step is not a second visit.
     _listening: tuple[TrainingTap | None, KnownBatch] | None = field(default=None, init=False)
@@ -93,6 +96,17 @@ class AuditRun:
         self.reporter.take_over_checkpoints(self.tracin, self.recording, trainer.global_step)
         if self.recording.postponed == trainer.global_step and self.recording.step_sizes.steps:
             self._score_checkpoint(trainer, module, self.tracin)
+
+    def take_data(self, source: ExampleSource, epoch: int) -> None:
+        """Go on with the examples of a loader that was loaded again, and say so if they are others."""
+        passes = self.passes
+        if source is passes.source:
+            return
+        if distributed.any_process(not same_data(passes.source, self.digests, source)):
+            source.pass_batch_size = passes.source.pass_batch_size
+            passes.source, passes.references = source, None
+            self.digests = source.digests()
+            self.recording.start_again(len(source), epoch)
 
     # ---------------------------------------------------------------- a batch
 
@@ -199,8 +213,8 @@ class AuditRun:
             else:
                 recording.postponed = -1
                 self._score_checkpoint(trainer, module, tracin)
-        if recording.visits is not None:
-            visits = recording.visits.gathered().values()
+        if (sums := recording.visits) is not None:
+            visits = sums.gathered().values()
             self.reporter.log_tracin(trainer, visits[visits.isfinite()])  # NaN: not measured so far
         self.reporter.log_dynamics(trainer, recording.dynamics.gathered().columns())
 
