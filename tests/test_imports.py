@@ -36,6 +36,7 @@ ORDER = (
     "terms",
     "task",
     "source",
+    "tagging",
     "patches",
     "rows",
     "calls",
