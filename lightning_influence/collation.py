@@ -62,6 +62,7 @@ class Link:
 
     def scores(self, values: Sequence[Any], batch: Any) -> NDArray[np.int64] | None:
         """Return how many scalars each row has in common with each example, ``[rows, n]``; -1 if it is another one."""
+        values = [array_at(value) for value in values]
         if self.joined:
             return joined_scores(values, array_at(batch, self.batch))
         rows = rows_of(batch, self.batch, self.within)
@@ -75,14 +76,14 @@ class Link:
         """Tell whether there are as many rows as values, and those at some of the places hold them."""
         if self.joined:
             column = array_at(batch, self.batch)
-            starts = np.cumsum([0, *(0 if v is None or not v.ndim else len(v) for v in values)])
+            starts = np.cumsum([0, *map(_length, values)])
             if column is None or not column.ndim or len(column) != starts[-1]:
                 return False
-            return all(agreeing(values[k], column[starts[k] : starts[k + 1]]) >= 0 for k in places)
+            return all(agreeing(array_at(values[k]), column[starts[k] : starts[k + 1]]) >= 0 for k in places)
         column = at(batch, self.batch)
         if not hasattr(column, "__len__") or not getattr(column, "ndim", 1) or len(column) != len(values):
             return False
-        return all(agreeing(values[k], array_at(column[k], self.within)) >= 0 for k in places)
+        return all(agreeing(array_at(values[k]), array_at(column[k], self.within)) >= 0 for k in places)
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,7 @@ class Collation:
 
     def lengths_of(self, item: Any) -> tuple[int, ...]:
         """Return how many rows an example has, for each part that lies end to end."""
-        arrays = (array_at(item, path) for path in self.lengths)
-        return tuple(len(array) if array is not None and array.ndim else 0 for array in arrays)
+        return tuple(_length(at(item, path)) for path in self.lengths)
 
     def order(self, values: Sequence[Sequence[Any]], items: Sequence[Any], batch: Any) -> NDArray[np.int64] | str:
         """Return the positions of the rows among the examples, or why they are not known.
@@ -123,7 +123,7 @@ class Collation:
         if self.keeps_order and present:
             # A few rows of each batch: learning has looked at all of several.
             places = sorted({0, len(present) // 2, len(present) - 1})
-            own = [[column[k] for k in present] for column in values]
+            own = values if len(present) == len(items) else [[column[k] for k in present] for column in values]
             if all(link.in_order(held, batch, places) for link, held in zip(self.links, own, strict=True)):
                 return straight
         total: NDArray[np.int64] | None = None
@@ -161,7 +161,7 @@ class Collating:
         present = [k for k, item in enumerate(items) if item is not None]
         lengths = {collation.lengths_of(items[k]) for k in present} if collation.lengths else set()
         # Before the collate function, which may take the examples apart.
-        values = [[array_at(item, link.item) for item in items] for link in collation.links]
+        values = [_all_at(items, link.item) for link in collation.links]
         kept = list(items)
         if places is not None and not present:
             return Collated(None, np.zeros(0, np.int64))
@@ -194,6 +194,19 @@ class Collating:
             else:
                 parts.append(part)
         return parts
+
+
+def _all_at(items: Sequence[Any], path: Path) -> list[Any]:
+    if len(path) == 1:
+        try:
+            return [item[path[0]] for item in items]
+        except (TypeError, KeyError, IndexError):  # an example that is something else
+            pass
+    return [at(item, path) for item in items]
+
+
+def _length(value: Any) -> int:
+    return len(value) if hasattr(value, "__len__") and bool(getattr(value, "ndim", 1)) else 0
 
 
 def is_plain(collate_fn: Callable[[list[Any]], Any] | None) -> bool:
@@ -270,8 +283,7 @@ class _Look:
 
     def length(self, path: Path, k: int) -> int:
         """Return how many rows a part of an example has."""
-        value = self.values[path][k]
-        return 0 if value is None else len(value)
+        return _length(self.values[path][k])
 
     def in_order(self, link: Link) -> bool:
         """Tell whether a part comes back in the order of the examples."""

@@ -56,7 +56,7 @@ class TrainingDynamics:
         self._first: NDArray[np.int64] | None = None  # scratch space of `_rounds`
         self.checks_labels = True
         self.contradicted_batches = 0
-        # The last of them, as they were handed in.
+        # The last of them; tuples are the very ones that were handed in.
         self.contradicted: deque[Sequence[int]] = deque(maxlen=_REMEMBERED)
 
     def record_call(self, indices: Sequence[int], call: LossCall) -> None:
@@ -79,7 +79,7 @@ class TrainingDynamics:
             self.flush()
             self._like = call.copied()
         # What follows in the step may overwrite them.
-        self._rows.append((indices, call.input.detach().clone(), call.target.clone()))
+        self._rows.append((tuple(indices), call.input.detach().clone(), call.target.clone()))
         if len(self._rows) >= _FLUSH_EVERY:
             self.flush()
 
@@ -98,7 +98,7 @@ class TrainingDynamics:
             raise ValueError(f"{n} examples in the batch, but {len(indices)} dataset indices were recorded for it.")
         if self._rows:
             self.flush()
-        self._waiting.append((indices, self._within_budget(statistics)))
+        self._waiting.append((tuple(indices), self._within_budget(statistics)))
         if len(self._waiting) >= _FLUSH_EVERY:
             self.flush()
 

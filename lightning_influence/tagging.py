@@ -13,7 +13,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -35,14 +37,14 @@ class Drawn(NamedTuple):
     """What was drawn for a batch, see ``Collated``.
 
     Attributes:
-        indices: What the batch sampler yielded.
+        indices: What the batch sampler yielded; integers as the bytes of an array, which is sent in no time.
         order: Positions of the rows among them, where collating may have moved them.
         reason: Why that is not known.
         ragged: Whether rows of several lengths lie end to end.
     """
 
-    indices: Opaque
-    order: Any = None
+    indices: Any
+    order: NDArray[np.int64] | None = None
     reason: str = ""
     ragged: bool = False
 
@@ -132,20 +134,21 @@ def _tag(fetcher: Any, collation: Collation | None) -> None:
     unbound, reference = type(fetcher).fetch, weakref.ref(fetcher)
 
     def fetch(indices: Any) -> _Tagged:
-        kept = list(indices) if isinstance(indices, list) else indices  # samplers may reuse their list
+        kept = _kept(indices)  # before, as samplers may reuse their list
         data = unbound(reference(), indices)
         if isinstance(data, Collated):
-            return _Tagged(Drawn(Opaque(kept), data.order, data.reason, data.ragged), data.data)
-        return _Tagged(Drawn(Opaque(kept)), data)
+            return _Tagged(Drawn(kept, data.order, data.reason, data.ragged), data.data)
+        return _Tagged(Drawn(kept), data)
 
     fetcher.fetch = fetch
 
 
-class Opaque:
-    """Indices as they were drawn, which pinning of memory leaves alone."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
+def _kept(indices: Any) -> Any:
+    try:
+        array = np.asarray(indices)
+    except (TypeError, ValueError):  # of several shapes
+        return indices
+    return array.astype(np.int64).tobytes() if array.dtype.kind in "iu" and array.ndim == 1 else indices
 
 
 def _untag(iterator: Any, registry: Registry) -> None:

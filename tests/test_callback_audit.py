@@ -138,7 +138,6 @@ LOADERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "many batches ahead": ({"shuffle": True, "num_workers": 2, "prefetch_factor": 4}, {"limit_train_batches": 3}),
     "incomplete batch dropped": ({"shuffle": True, "drop_last": True}, {"max_epochs": 3}),
     "own batches": ({"batch_sampler": [[7, 3], [21, 0, 1, 2], [9], list(range(10, 21))]}, {}),
-    "out of order": ({"shuffle": True, "num_workers": 2, "in_order": False}, {}),
     "accumulated": ({"shuffle": True}, {"accumulate_grad_batches": 3}),
     "validation within epochs": ({"shuffle": True}, {"val_check_interval": 2}),
     "max_steps": ({"shuffle": True}, {"max_steps": 7, "max_epochs": -1}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_influence.callbacks.preparing import errors_as_misconfiguration
 from lightning_influence.collation import is_plain
 from lightning_influence.source import ExampleSource
-from lightning_influence.tagging import Opaque, Tagging
+from lightning_influence.tagging import Tagging
 
 _ELSEWHERE = (
     "the training loop got other objects than the DataLoader made (merged, cut, copied or moved batches, or a loader "
@@ -30,7 +31,7 @@ class KnownBatch:
         ragged: Whether its examples have several lengths and lie end to end.
     """
 
-    indices: list[int] | None
+    indices: tuple[int, ...] | None
     reason: str = _ELSEWHERE
     ragged: bool = False
 
@@ -107,12 +108,16 @@ class BatchIndexRecorder:
         drawn = None if self._tagging is None else self._tagging.registry.find(batch)
         if drawn is None:
             return KnownBatch(None)
-        indices = _integers(drawn.indices)
+        if not isinstance(drawn.indices, bytes):
+            raise MisconfigurationException(
+                f"InfluenceAudit: the training sampler yields {drawn.indices!r}; expected lists of integer dataset "
+                "indices, which scores can be filed under."
+            )
         if drawn.reason:
             return KnownBatch(None, drawn.reason)
-        if drawn.order is not None:
-            indices = [indices[k] for k in drawn.order.tolist()]
-        return KnownBatch(indices, "", drawn.ragged)
+        indices = np.frombuffer(drawn.indices, np.int64)
+        own = indices if drawn.order is None else indices[drawn.order]
+        return KnownBatch(tuple(own.tolist()), "", drawn.ragged)
 
     def _follow(self, loader: object) -> None:
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader is self._loader:
@@ -136,13 +141,3 @@ class BatchIndexRecorder:
         if self._tagging is not None:
             self._tagging.leave()
         self._loader = self._tagging = None
-
-
-def _integers(drawn: Opaque) -> list[int]:
-    try:
-        return [int(index) for index in drawn.value]
-    except (TypeError, ValueError) as error:
-        raise MisconfigurationException(
-            f"InfluenceAudit: the training sampler yields {drawn.value!r}; expected lists of integer dataset indices, "
-            "which scores can be filed under."
-        ) from error

@@ -152,7 +152,7 @@ class AuditRun:
         listening, recording, forms = self._listening, self.recording, self.passes.trace.forms
         if listening is not None:
             tap, known = listening
-            indices = known.indices or []
+            indices = known.indices or ()
             if tap is not None:
                 tap.stop()
             # In flight a tap is there for other reasons, too: what it heard of the loss is read if it has to be.
