@@ -29,6 +29,10 @@ def array_at(node: Any, path: Path = ()) -> NDArray[Any] | None:
     """Return numbers or text at a path as an array, None for anything else."""
     value = at(node, path)
     if isinstance(value, Tensor):
+        try:
+            return value.numpy()
+        except (TypeError, RuntimeError):  # of another device, in a graph, without a type in NumPy
+            pass
         if value.layout != torch.strided or value.is_nested or value.is_quantized:
             return None
         value = value.detach().cpu()

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from lightning_influence.collation import Collated, Collating, Collation, is_plain, learn
+from lightning_influence.collation import Collated, Collating, Collation, is_plain
 from lightning_influence.collation import DataError as DataError
 from lightning_influence.contents import array_at, parts
 from lightning_influence.isolation import (
@@ -23,6 +23,7 @@ from lightning_influence.isolation import (
     seed_everything,
     seed_generator,
 )
+from lightning_influence.looks import learn
 
 # Batches that are tried to find examples which stay where they are.
 _TRIALS = 16

@@ -26,6 +26,7 @@ ORDER = (
     "isolation",
     "contents",
     "collation",
+    "looks",
     "distributed",
     "layout",
     "example_noise",

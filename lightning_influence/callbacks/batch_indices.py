@@ -58,7 +58,6 @@ class BatchIndexRecorder:
     def attach(self, trainer: Trainer) -> None:
         """Start to follow the batches of this trainer. Call in ``setup``."""
         self.detach()
-        self.source = None
         process, convert = trainer.strategy.process_dataloader, trainer.precision_plugin.convert_input
 
         def following(dataloader: object) -> object:
@@ -87,7 +86,7 @@ class BatchIndexRecorder:
             owner.__dict__.pop(name, None)
         self._undo = []
         self._leave()
-        self._found = KnownBatch(None)
+        self.source, self._found = None, KnownBatch(None)
 
     def source_of(self, loader: Any) -> ExampleSource:
         """Return the examples of a loader.
