@@ -102,7 +102,7 @@ def trace_model(
 
             # Examples that happen to have equal rows leave their order open: others are tried then.
             for start, size in ((0, 2), (2, 3), (5, 4)) if not whole else ((0, len(indices)),):
-                chosen = [indices[(start + k) % len(indices)] for k in range(size)]
+                chosen = list(indices) if whole else source.steady(indices, start, size)
                 recorder = ShapeRecorder()
                 small = run(recorder, chosen)
                 tracer = Tracer(parameters, recorder.calls, (size, size + 1), hidden)

@@ -8,6 +8,7 @@ Toneva et al. 2019, 1812.05159), and the margin of the mean predicted probabilit
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -29,6 +30,7 @@ _PROBABILITY_BUDGET = 10**8
 _FLUSH_EVERY = 64
 # Not sums, but the state at the last visit, and what it is before the first.
 _STATES = {"label": -1.0, "last_wrong": 1.0}
+_REMEMBERED = 256
 # What a trainer does to a loss: it is divided, or scaled.
 _FACTORS = ("DivBackward0", "MulBackward0")
 _REDUCTIONS = ("none", "mean", "sum")
@@ -55,6 +57,10 @@ class TrainingDynamics:
         self._rows: list[tuple[Sequence[int], Tensor, Tensor]] = []  # logits and labels
         self._like: CrossEntropy | None = None  # the call that the rows are alike
         self._first: NDArray[np.int64] | None = None  # scratch space of `_rounds`
+        self.checks_labels = True
+        self.contradicted_batches = 0
+        # The last of them; tuples are the very ones that were handed in.
+        self.contradicted: deque[Sequence[int]] = deque(maxlen=_REMEMBERED)
 
     def record_call(self, indices: Sequence[int], call: LossCall) -> None:
         """File one training batch by its loss call, see ``record``.
@@ -76,7 +82,7 @@ class TrainingDynamics:
             self.flush()
             self._like = call.copied()
         # What follows in the step may overwrite them.
-        self._rows.append((list(indices), call.input.detach().clone(), call.target.clone()))
+        self._rows.append((tuple(indices), call.input.detach().clone(), call.target.clone()))
         if len(self._rows) >= _FLUSH_EVERY:
             self.flush()
 
@@ -95,7 +101,7 @@ class TrainingDynamics:
             raise ValueError(f"{n} examples in the batch, but {len(indices)} dataset indices were recorded for it.")
         if self._rows:
             self.flush()
-        self._waiting.append((list(indices), self._within_budget(statistics)))
+        self._waiting.append((tuple(indices), self._within_budget(statistics)))
         if len(self._waiting) >= _FLUSH_EVERY:
             self.flush()
 
@@ -121,8 +127,27 @@ class TrainingDynamics:
         indices = np.fromiter(chain.from_iterable(batches), np.int64)
         indices[indices < 0] += self.size
         found = {name: value.cpu() for name, value in statistics.items()}
-        for rows, taken in self._rounds(indices, list(map(len, batches))):
-            self._add(torch.from_numpy(indices[taken]), {name: value[rows] for name, value in found.items()})
+        sizes = list(map(len, batches))
+        for rows, taken in self._rounds(indices, sizes):
+            own, values = torch.from_numpy(indices[taken]), {name: value[rows] for name, value in found.items()}
+            if self.checks_labels and "label" in values:
+                own, values = self._uncontradicted(own, values, batches, np.repeat(np.arange(len(sizes)), sizes)[taken])
+            self._add(own, values)
+
+    def _uncontradicted(
+        self, rows: Tensor, taken: dict[str, Tensor], batches: Sequence[Sequence[int]], of: NDArray[np.int64]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Leave out batches with examples that had another label before: they hold others than it seems."""
+        if "label" not in self.sums:
+            return rows, taken
+        before, label = self.sums["label"][rows], taken["label"]
+        differs = (before >= 0) & (label >= 0) & (before != label)
+        if not bool(differs.any()):
+            return rows, taken
+        wrong = np.unique(of[differs.numpy()])
+        self.contradicted_batches += len(wrong)
+        self.contradicted.extend(batches[k] for k in wrong)
+        return _rows(rows, taken, torch.from_numpy(~np.isin(of, wrong)))
 
     def _rounds(self, indices: NDArray[np.int64], sizes: Sequence[int]) -> Iterator[tuple[slice | Tensor, Any]]:
         """Lay batches end to end, as long as no example comes again: whether it was right before has to be known then.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from lightning_influence.collation import DataError
 from lightning_influence.isolation import (
     LONGEST_OF_DATA,
     generators_among,
@@ -21,10 +22,6 @@ from lightning_influence.isolation import (
 )
 from lightning_influence.reachable import Walk
 from lightning_influence.snapshot import Snapshot
-
-
-class DataError(RuntimeError):
-    """The training data can't be visited example by example; the message says why and the way out."""
 
 
 class _Rewinding:

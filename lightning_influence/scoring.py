@@ -110,6 +110,7 @@ def score_examples(
                     merged[name] = _unknown(values, size)
                 merged[name][len(kept) : len(kept) + n] = values
             kept.extend(batch.indices)
+    merged = {name: values[: len(kept)] for name, values in merged.items()}  # collate functions leave examples out
     order, columns = distributed.gather_by_index(torch.tensor(kept, dtype=torch.long, device=gradients.device), merged)
     kept_features = columns.pop("features", None)
     return ExampleScores(order, columns, kept_features)

@@ -5,6 +5,8 @@ Random augmentation is drawn from a stream that belongs to the example, so neith
 
 from __future__ import annotations
 
+import hashlib
+import random
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -18,8 +20,17 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lightning_influence.collation import Collated, Collating, Collation, is_plain
+from lightning_influence.collation import DataError as DataError
+from lightning_influence.contents import array_at, parts
 from lightning_influence.isolation import isolated_rng, unchanged
-from lightning_influence.repeatable import DataError, Repeatable, RepeatableCollate, is_deterministic, needs_everything
+from lightning_influence.looks import learn
+from lightning_influence.repeatable import Repeatable, RepeatableCollate, is_deterministic, needs_everything
+
+# Batches that are tried to find examples which stay where they are.
+_TRIALS = 16
+# Examples that tell one data set from another.
+_SAMPLE = 32
 
 
 class ExampleSource:
@@ -31,6 +42,9 @@ class ExampleSource:
         collate_fn: Turns a list of examples into a batch, as for ``DataLoader``.
         num_workers: Worker processes of each pass.
         worker_init_fn: As for ``DataLoader``.
+
+    Attributes:
+        missing: Dataset indices of examples that no batch held so far, with the reason.
 
     Raises:
         DataError: For an ``IterableDataset`` or a dataset without a length.
@@ -64,6 +78,8 @@ class ExampleSource:
         # What passes have found fetches to change in the data set, and put back.
         self.changed: dict[str, None] = {}
         self._rewinding: bool | None = None
+        self.missing: dict[int, str] = {}
+        self._collation: Collation | None = None
 
     @classmethod
     def from_loader(cls, loader: Any, batch_size: int | None = None) -> ExampleSource:
@@ -113,6 +129,9 @@ class ExampleSource:
     def batches(self, indices: Sequence[int], size: int | None = None) -> Iterator[tuple[list[int], Any]]:
         """Yield ``(indices, batch)`` in the given order, ``size`` examples at a time (the last time fewer).
 
+        Collate functions of the user's own may change the order, and leave examples out (see ``missing``); examples of
+        several lengths that lie end to end come in several batches. The indices are those of the batch.
+
         Neither the random streams nor what data set and collation reach is changed by it.
 
         Raises:
@@ -132,11 +151,14 @@ class ExampleSource:
         if not plan:
             return
         workers = min(self.num_workers, len(plan) // 2)
-        plain = self.collate_fn in (None, default_collate)
+        plain = is_plain(self.collate_fn)
+        collate_fn = self.collate_fn
+        if not plain:
+            collate_fn = Collating(RepeatableCollate(self._collate), self.collation, apart=True)
         loader: DataLoader[Any] = DataLoader(
             self.repeatable(indices),
             batch_sampler=plan,
-            collate_fn=self.collate_fn if plain else RepeatableCollate(cast(Any, self.collate_fn)),
+            collate_fn=collate_fn,
             num_workers=workers,
             worker_init_fn=self.worker_init_fn if workers else None,
             multiprocessing_context=self.multiprocessing_context if workers else None,
@@ -151,7 +173,86 @@ class ExampleSource:
             for chosen in plan:
                 with isolated_rng():
                     batch = next(fetching)
-                yield chosen, batch
+                if plain:
+                    yield chosen, batch
+                else:
+                    yield from self._known(chosen, batch)
+
+    def _known(self, chosen: list[int], made: list[Collated]) -> Iterator[tuple[list[int], Any]]:
+        """Yield the batches whose examples are known; note what they lack."""
+        lacking = dict.fromkeys(chosen, "the collate function leaves it out")
+        for one in made:
+            if one.order is None:
+                lacking |= dict.fromkeys(lacking, f"its batch is not understood: {one.reason}")
+                continue
+            own = [chosen[k] for k in one.order.tolist()]
+            for index in own:
+                lacking.pop(index, None)
+            if own:
+                yield own, one.data
+        self.missing |= lacking
+
+    @contextmanager
+    def fetching(self) -> Iterator[Callable[[int], Any]]:
+        """Look at single examples, leaving no trace."""
+        with isolated_rng(), self._unchanged():
+            yield self.repeatable(range(len(self))).__getitem__
+
+    def digests(self) -> list[bytes | None]:
+        """Return what a few random examples hold, in short; None for those that are not the same twice."""
+        chosen = random.Random(0).sample(range(len(self)), min(_SAMPLE, len(self)))
+        with self.fetching() as fetch:
+            twice = [[_digest_of(fetch, index) for index in chosen] for _ in range(2)]
+        return [one if one == two else None for one, two in zip(*twice, strict=True)]
+
+    @property
+    def collation(self) -> Collation:
+        """What the collate function does with its examples; looked at once.
+
+        Raises:
+            DataError: If it reorders them in a way that can't be followed.
+        """
+        if self._collation is None:
+            self._collation = Collation()
+            if not is_plain(self.collate_fn) and len(self):
+                with self.fetching() as fetch:
+                    self._collation = learn(fetch, len(self), self._collate)
+        return self._collation
+
+    @property
+    def _collate(self) -> Callable[[list[Any]], Any]:
+        return self.collate_fn or default_collate
+
+    def settled(self, indices: Sequence[int]) -> list[int]:
+        """Return the examples that make one batch together, in the order in which it holds them."""
+        if is_plain(self.collate_fn):
+            return list(indices)
+        with isolated_rng():
+            return max((own for own, _ in self.batches(indices, len(indices))), key=len, default=[])
+
+    def steady(self, indices: Sequence[int], start: int, size: int) -> list[int]:
+        """Return a few examples that come in their order, also with a copy of the first at the end.
+
+        Args:
+            indices: To choose from.
+            start: Where to begin.
+            size: How many.
+
+        Raises:
+            DataError: If the collate function moves all that were tried.
+        """
+        collation = self.collation
+        pool = list(indices) if is_plain(self.collate_fn) else self.settled(list(indices)[: max(64, size)])
+        if collation.lengths and not collation.few_lengths:
+            # What lies end to end has to be seen to do so.
+            with self.fetching() as fetch:
+                pool.sort(key=lambda index: collation.lengths_of(fetch(index)))
+            return [pool[(start + k * (len(pool) // size or 1)) % len(pool)] for k in range(size)]
+        for shift in range(_TRIALS):
+            chosen = [pool[(start + shift + k) % len(pool)] for k in range(size)]
+            if collation.keeps_order or self.settled([*chosen, chosen[0]]) == [*chosen, chosen[0]]:
+                return chosen
+        raise DataError("the collate function moves examples, and none that it leaves in place were found.")
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
@@ -175,3 +276,35 @@ class ExampleSource:
     def _stored(self) -> bool:
         """Whether batches are rows of tensors: one look-up each, instead of one for every example and a stack."""
         return type(self.dataset) is TensorDataset and self.collate_fn in (None, default_collate)
+
+
+def _digest_of(fetch: Callable[[int], Any], index: int) -> bytes | None:
+    try:
+        item = fetch(index)
+    except Exception:  # a broken example that the sampler may leave out
+        return None
+    digest = hashlib.sha256()
+    for path in parts(item):
+        array = array_at(item, path)
+        digest.update(repr(path).encode())
+        digest.update(b"" if array is None else f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return digest.digest()
+
+
+def same_data(before: ExampleSource, digests: Sequence[bytes | None], after: ExampleSource) -> bool:
+    """Tell whether two sources hold the same examples, as far as their number, stored tensors and a sample tell.
+
+    Args:
+        before: A source.
+        digests: Its ``digests`` when it was looked at.
+        after: Another one.
+    """
+    if len(before) != len(after):
+        return False
+    one, other = before.dataset, after.dataset
+    if one is not other and type(one) is type(other) is TensorDataset:
+        pairs = zip(one.tensors, other.tensors, strict=False)
+        if not all(a.shape == b.shape and bool(((a == b) | (a != a)).all()) for a, b in pairs):
+            return False
+    now = after.digests()
+    return all(a == b for a, b in zip(digests, now, strict=True) if a is not None and b is not None)

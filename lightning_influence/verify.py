@@ -113,7 +113,7 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
         VerificationError: If a check fails.
         LayerError: If a layer is used in a way that is not understood.
     """
-    indices = list(indices)[: looked_at(gradients.source.batch_size)]
+    indices = gradients.source.settled(list(indices)[: looked_at(gradients.source.batch_size)])
     if not indices:
         raise VerificationError("there is no training example to look at: the data set or the sampler is empty.")
     look = _look(gradients, indices)

@@ -235,6 +235,11 @@ def leftovers(trainer: pl.Trainer, model: nn.Module) -> list[str]:
         found.append("a torch function mode")
     if "process_dataloader" in trainer.strategy.__dict__:
         found.append("strategy.process_dataloader")
+    if "convert_input" in trainer.precision_plugin.__dict__:
+        found.append("precision_plugin.convert_input")
+    made = trainer.train_dataloader
+    if isinstance(made, DataLoader) and "_get_iterator" in made.__dict__:
+        found.append("train_dataloader._get_iterator")
     return found
 
 

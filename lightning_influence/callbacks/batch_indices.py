@@ -1,125 +1,142 @@
-"""Which examples are in a training batch."""
+"""Which examples are in a training batch: indices travel with it, from where it is fetched to the training loop."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_influence.callbacks.preparing import errors_as_misconfiguration
+from lightning_influence.collation import is_plain
+from lightning_influence.source import ExampleSource
+from lightning_influence.tagging import Tagging
+
+_ELSEWHERE = (
+    "the training loop got other objects than the DataLoader made (merged, cut, copied or moved batches, or a loader "
+    "of its own kind)"
+)
+
+
+@dataclass(frozen=True)
+class KnownBatch:
+    """What is known of a training batch.
+
+    Attributes:
+        indices: Dataset indices of its examples, in their order; None if they are not known.
+        reason: Why not.
+        ragged: Whether its examples have several lengths and lie end to end.
+    """
+
+    indices: tuple[int, ...] | None
+    reason: str = _ELSEWHERE
+    ragged: bool = False
+
 
 class BatchIndexRecorder:
-    """Notes the dataset indices of every training batch, leaving data and order as they are.
+    """Knows the examples of every training batch, leaving data and order as they are.
 
-    Lightning hands each loader to ``strategy.process_dataloader`` before it makes an iterator, the last moment to put a
-    recording proxy in place of the batch sampler; later, workers would already have drawn from the real one.
+    Lightning hands each loader to ``strategy.process_dataloader`` before it makes an iterator; that is when the loader
+    is told to tag what it fetches. Tags are taken off again before anybody sees a batch; which objects it was made of
+    is kept as long as they live. What the training loop hands on is looked up by them, whoever else iterates the
+    loader, and whatever a loader skips, repeats or stores.
+
+    Attributes:
+        source: The examples of the loader, as ``ExampleSource.from_loader`` tells; None before there is one.
     """
 
     def __init__(self) -> None:
-        self._queue: deque[Any] = deque()
-        self._replaced: tuple[DataLoader[Any], _RecordingSampler] | None = None
-        self._strategy: Any = None
+        self.source: ExampleSource | None = None
+        self._loader: DataLoader[Any] | None = None
+        self._tagging: Tagging | None = None
+        self._found = KnownBatch(None)
+        self._undo: list[tuple[Any, str]] = []
 
     def attach(self, trainer: Trainer) -> None:
-        """Start to record the training loaders of this trainer. Call in ``setup``."""
+        """Start to follow the batches of this trainer. Call in ``setup``."""
         self.detach()
-        self._strategy = trainer.strategy
-        process = trainer.strategy.process_dataloader
+        process, convert = trainer.strategy.process_dataloader, trainer.precision_plugin.convert_input
 
-        def recording(dataloader: object) -> object:
+        def following(dataloader: object) -> object:
             processed = process(dataloader)
             if trainer.training:
-                self._record(processed)
+                self._follow(processed)
             return processed
 
-        # On the instance, over the class's method: `detach` deletes it again.
-        self._strategy.__dict__["process_dataloader"] = recording
+        def looking(data: Any) -> Any:
+            # What the data fetcher handed on, before hooks and devices change it.
+            if trainer.training:
+                self._found = self._look_up(data)
+            return convert(data)
+
+        # On the instances, over the classes' methods: `detach` deletes them again.
+        for owner, name, method in (
+            (trainer.strategy, "process_dataloader", following),
+            (trainer.precision_plugin, "convert_input", looking),
+        ):
+            owner.__dict__[name] = method
+            self._undo.append((owner, name))
 
     def detach(self) -> None:
         """Put everything back."""
-        if self._strategy is not None:
-            self._strategy.__dict__.pop("process_dataloader", None)
-            self._strategy = None
-        self._put_back()
-        self._queue.clear()
+        for owner, name in self._undo:
+            owner.__dict__.pop(name, None)
+        self._undo = []
+        self._leave()
+        self.source, self._found = None, KnownBatch(None)
 
-    def next(self) -> list[int] | None:
-        """Return the indices of the next training batch, None if they are unknown. Call once per batch."""
-        return _integers(self._queue.popleft()) if self._queue else None
-
-    def check(self) -> None:
-        """Look at the indices drawn ahead, if any.
+    def source_of(self, loader: Any) -> ExampleSource:
+        """Return the examples of a loader.
 
         Raises:
-            MisconfigurationException: If they are no integers.
+            DataError: As ``ExampleSource.from_loader``.
         """
-        if self._queue:
-            _integers(self._queue[0])
+        if self.source is None or loader is not self._loader:
+            return ExampleSource.from_loader(loader)
+        return self.source
 
-    def _record(self, loader: object) -> None:
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    def next(self) -> KnownBatch:
+        """Return what is known of the batch that the training loop got last. Call once per batch."""
+        found, self._found = self._found, KnownBatch(None)
+        return found
+
+    def _look_up(self, batch: Any) -> KnownBatch:
+        drawn = None if self._tagging is None else self._tagging.registry.find(batch)
+        if drawn is None:
+            return KnownBatch(None)
+        if not isinstance(drawn.indices, bytes):
+            raise MisconfigurationException(
+                f"InfluenceAudit: the training sampler yields {drawn.indices!r}; expected lists of integer dataset "
+                "indices, which scores can be filed under."
+            )
+        if drawn.reason:
+            return KnownBatch(None, drawn.reason)
+        indices = np.frombuffer(drawn.indices, np.int64)
+        own = indices if drawn.order is None else indices[drawn.order]
+        return KnownBatch(tuple(own.tolist()), "", drawn.ragged)
+
+    def _follow(self, loader: object) -> None:
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader is self._loader:
             return
-        sampler = loader.batch_sampler
-        if sampler is None or any(proxy._recorder is self for proxy in _proxies(sampler)):
+        if loader.batch_sampler is None:
             return
         # One at a time: holding on to a loader that was replaced would keep its persistent workers alive.
-        self._put_back()
-        proxy = _RecordingSampler(sampler, self)
-        self._replaced = (loader, proxy)
-        # DataLoader refuses a new batch sampler by plain assignment.
-        object.__setattr__(loader, "batch_sampler", proxy)
+        self._leave()
+        try:
+            with errors_as_misconfiguration():
+                source = ExampleSource.from_loader(loader)
+                collating = None if is_plain(loader.collate_fn) else source.collation
+        except MisconfigurationException:
+            if self.source is None:
+                raise
+            return  # loaded again in the middle of training, which goes on
+        self.source = source
+        self._loader, self._tagging = loader, Tagging.of(loader, collating)
 
-    def _put_back(self) -> None:
-        """Take the proxy out again, also from below the proxies of other recorders."""
-        if self._replaced is None:
-            return
-        loader, proxy = self._replaced
-        self._replaced = None
-        if loader.batch_sampler is proxy:
-            object.__setattr__(loader, "batch_sampler", proxy._sampler)
-        for above in _proxies(loader.batch_sampler):
-            if above._sampler is proxy:
-                above._sampler = proxy._sampler
-
-    def _start(self) -> deque[Any]:
-        self._queue = deque()
-        return self._queue
-
-
-class _RecordingSampler:
-    """Stands in for a batch sampler and notes what it yields."""
-
-    def __init__(self, sampler: Any, recorder: BatchIndexRecorder) -> None:
-        self._sampler = sampler
-        self._recorder = recorder
-
-    def __iter__(self) -> Iterator[Any]:
-        queue = self._recorder._start()
-        for indices in self._sampler:
-            queue.append(indices)  # looked at later: an error here would come out of a half-made iterator
-            yield indices
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_sampler"], name)
-
-
-def _proxies(sampler: Any) -> Iterator[_RecordingSampler]:
-    while isinstance(sampler, _RecordingSampler):
-        yield sampler
-        sampler = sampler._sampler
-
-
-def _integers(indices: Any) -> list[int]:
-    try:
-        return [int(index) for index in indices]
-    except (TypeError, ValueError) as error:
-        raise MisconfigurationException(
-            f"InfluenceAudit: the training sampler yields {indices!r}; expected lists of integer dataset indices, "
-            "which scores can be filed under."
-        ) from error
+    def _leave(self) -> None:
+        if self._tagging is not None:
+            self._tagging.leave()
+        self._loader = self._tagging = None

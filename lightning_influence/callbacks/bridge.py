@@ -15,7 +15,14 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
 
 from lightning_influence.callbacks.display import progress_of
 from lightning_influence.coverage import Coverage
@@ -97,23 +104,44 @@ def trained(trainer: Trainer, module: LightningModule) -> frozenset[int] | None:
     return frozenset(held.intersection(map(id, module.parameters()))) or None
 
 
-def audited_indices(trainer: Trainer, seen: list[int], size: int) -> list[int]:
-    """Return the training examples: what the sampler draws from, or what it has drawn if batches are limited.
+def audited_indices(trainer: Trainer, seen: list[int], size: int, *, last: bool) -> list[int]:
+    """Return the training examples: what the sampler draws from, or what it has drawn if that may be less.
 
     Args:
         trainer: The trainer.
         seen: Sorted indices of the examples trained on so far.
         size: Size of the data set.
+        last: Whether no more examples are drawn. Until then some may turn up that passes must not have left out.
     """
     loader: Any = trainer.train_dataloader
-    if trainer.num_training_batches < len(loader) or getattr(trainer, "overfit_batches", False):
-        return seen
-    sampler = getattr(loader.batch_sampler, "sampler", None)
-    if isinstance(sampler, DistributedSamplerWrapper):  # Lightning's, around the user's own
-        sampler = getattr(sampler.dataset, "_sampler", None)
+    limited = trainer.num_training_batches < len(loader) or bool(getattr(trainer, "overfit_batches", False))
+    return seen if limited or (last and seen and not _draws_all(loader)) else drawn_from(trainer, size)
+
+
+def drawn_from(trainer: Trainer, size: int) -> list[int]:
+    """Return the examples that the sampler can draw, as far as its kind tells."""
+    sampler = _sampler(trainer.train_dataloader)
     if isinstance(sampler, SubsetRandomSampler):
         return sorted({int(index) for index in sampler.indices})
     return list(range(size))
+
+
+def _sampler(loader: Any) -> Any:
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    if isinstance(sampler, DistributedSamplerWrapper):  # Lightning's, around the user's own
+        sampler = getattr(sampler.dataset, "_sampler", None)
+    return sampler
+
+
+def _draws_all(loader: Any) -> bool:
+    """Tell whether every example that can be drawn surely is, sooner or later."""
+    sampler, batches = _sampler(loader), loader.batch_sampler
+    plain = type(batches) is BatchSampler or type(batches).__module__.startswith(("lightning", "pytorch_lightning"))
+    if type(sampler) is RandomSampler:
+        return plain and not sampler.replacement and sampler.num_samples >= len(sampler.data_source)
+    if type(sampler) is SequentialSampler:
+        return plain and not getattr(batches, "drop_last", False)
+    return plain and isinstance(sampler, (DistributedSampler, SubsetRandomSampler))
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -187,6 +215,7 @@ def validation_queries(
             source = ExampleSource.from_loader(loader)
             if len(source):
                 source.repeatable(range(len(source)))
+            _ = source.collation
         except DataError as error:
             rank_zero_warn(f"validation data are left out of the influence audit (no harm column): {error}")
             continue

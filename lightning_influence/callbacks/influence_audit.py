@@ -112,9 +112,9 @@ class InfluenceAudit(Callback):
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: During ``fit``, before the first step: for data that can't be indexed (an
-            ``IterableDataset``), loaders with ``in_order=False``, strategies that split the model, manual optimization
-            without a ``task``, models without a supported layer, losses that are not made of per-example losses,
-            unwritable directories.
+            ``IterableDataset``), collate functions whose order can't be followed, strategies that split the model,
+            manual optimization without a ``task``, models without a supported layer, losses that are not made of
+            per-example losses, unwritable directories.
 
     Example:
         >>> trainer = Trainer(max_epochs=10, callbacks=[InfluenceAudit()])
@@ -199,11 +199,9 @@ class InfluenceAudit(Callback):
         self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> AuditRun:
-        preparing.check_order(trainer.train_dataloader)
-        self._recorder.check()
         self._before = None, None, None
         with preparing.errors_as_misconfiguration():
-            source = ExampleSource.from_loader(trainer.train_dataloader)
+            source = self._recorder.source_of(trainer.train_dataloader)
             preparing.check_known_noise(self.known_noise, source)
             self._recording = Recording(len(source), module, self.tracin)
             restored, self._restored = self._restored, None
@@ -217,7 +215,7 @@ class InfluenceAudit(Callback):
     ) -> AuditRun:
         task = self.task or TrainingStepTask()
         queries = None if self.queries is None else QueryReport(self.queries)
-        first = bridge.audited_indices(trainer, recording.seen_indices(), len(source)) or list(range(len(source)))
+        first = preparing.some_of(bridge.drawn_from(trainer, len(source)), source.batch_size)
         around = bridge.surroundings(trainer, module)
         with bridge.silenced_loggers(trainer):
             recording.compiled = bool(preparing.compiled_parts(module, task, source, first, self.tracin, around))
@@ -230,6 +228,10 @@ class InfluenceAudit(Callback):
             check_curvature(gradients, self.curvature, first)
             inspection = inspect(gradients, first, verify=self.verify)
             check_labels(self.curvature, self.fisher, inspection.tapped, inspection.exact_draws)
+            if preparing.labels_vary(gradients, first, inspection):
+                recording.dynamics.checks_labels = False
+                note = "examples have other labels each time: whether batches hold theirs was not checked"
+                recording.notes += [] if note in recording.notes else [note]
             if queries is not None:
                 validation = bridge.validation_queries(trainer, module, task, gradients.coverage)
                 queries.check(trainer, module, task, gradients.coverage, validation)
@@ -257,15 +259,21 @@ class InfluenceAudit(Callback):
             tracin=self.tracin,
             flight=flight,
             queries=queries,
+            digests=source.digests() if getattr(trainer, "reload_dataloaders_every_n_epochs", 0) else (),
         )
 
     # ------------------------------------------------------- during training
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look whether the data were loaded again."""
+        if self._run is not None and self._recorder.source is not None:
+            self._run.take_data(self._recorder.source, trainer.current_epoch)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which examples come, and listen for their loss."""
-        indices = self._recorder.next()
+        known = self._recorder.next()
         if self._run is not None:
-            self._run.batch_started(trainer, pl_module, indices)
+            self._run.batch_started(trainer, pl_module, known)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Stop listening: the loss is there."""
@@ -288,9 +296,6 @@ class InfluenceAudit(Callback):
         """Stop listening if there was no backward pass."""
         if self._run is not None:
             self._run.batch_ended()
-        if batch is None:
-            # A batch that collation dropped: it was drawn, but its start was not announced.
-            self._recorder.next()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Note the learning rates that are really used."""

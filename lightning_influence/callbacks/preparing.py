@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from lightning_influence import distributed, isolation
 from lightning_influence.callbacks import bridge
+from lightning_influence.capture import Capture
+from lightning_influence.collation import is_plain
 from lightning_influence.coverage import Coverage, listed_reasons
+from lightning_influence.isolation import seed_everything, unchanged, untouched
 from lightning_influence.layers import LayerError
+from lightning_influence.passes import ExampleGradients
 from lightning_influence.reachable import Walk
 from lightning_influence.snapshot import StateError
-from lightning_influence.source import DataError, ExampleSource
+from lightning_influence.source import DataError, ExampleSource, is_deterministic
 from lightning_influence.store import AuditStore, StoreError
 from lightning_influence.task import Task, TaskError
 from lightning_influence.torch_private import is_compiled, meets_compiled
 from lightning_influence.tracin import TracIn
-from lightning_influence.verify import VerificationError
+from lightning_influence.verify import Inspection, VerificationError
 
 # Less than this share of the parameters is worth a warning.
 _COMPLETE = 0.99
+
+# Examples that the look before training may choose from, at least.
+_LOOKED_AT = 64
 
 _AVERAGING_CALLBACKS = {"StochasticWeightAveraging", "WeightAveraging"}
 
@@ -117,13 +126,27 @@ def warn_of_averaging(trainer: Trainer, audit: Callback) -> None:
         )
 
 
-def check_order(loader: Any) -> None:
-    """Raise ``MisconfigurationException`` for batches that arrive in another order than they were drawn in."""
-    if getattr(loader, "in_order", True) is False:
-        raise MisconfigurationException(
-            "the training DataLoader has `in_order=False`: its batches arrive in another order than their indices "
-            "were drawn in, so scores would be filed under the wrong examples. Set `in_order=True`."
-        )
+def some_of(indices: Sequence[int], batch_size: int) -> list[int]:
+    """Return random examples to look at: the first ones of a sorted data set are alike, and rare ones come later."""
+    return random.Random(0).sample(indices, min(len(indices), max(_LOOKED_AT, batch_size)))
+
+
+def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection: Inspection) -> bool:
+    """Tell whether examples have other labels when they are fetched once more, without streams of their own."""
+    source = gradients.source
+    if is_deterministic(source.dataset) and is_plain(source.collate_fn) and not inspection.random:
+        return False
+    chosen, labels = source.settled(indices[: inspection.examples]), []
+    passes = gradients.with_scale(None)
+    state = unchanged(source.dataset, source.collate_fn)
+    with untouched(gradients.module, gradients.task), Capture(gradients.coverage), state:
+        for seed in range(2):
+            seed_everything(seed)
+            batch = (source.collate_fn or default_collate)([source.dataset[index] for index in chosen])
+            loss = passes.forward(batch, len(chosen), step_seed=seed)
+            labels.append(None if loss.primary is None else loss.primary.statistics(loss.n).get("label"))
+    first, second = labels
+    return first is not None and second is not None and not torch.equal(first, second)
 
 
 def check_known_noise(known_noise: Tensor | None, source: ExampleSource) -> None:

@@ -42,13 +42,9 @@ class Recording:
     """
 
     def __init__(self, size: int, module: nn.Module, tracin: TracIn | None = None) -> None:
-        self.size = size
-        self.dynamics = TrainingDynamics(size)
         self.step_sizes = StepSizes(module)
-        self.tracin = TracInScores(size)
         self.postponed = -1  # step of a TracIn checkpoint that was left to the final pass
-        in_flight = tracin is not None and tracin.mode == "step"
-        self.visits = VisitSums(size) if in_flight else None
+        self._in_flight = tracin is not None and tracin.mode == "step"
         self.pace = Pace() if tracin is None else Pace(tracin.every_n_steps, tracin.overhead)
         # Whether training runs compiled code: what watches its calls would have it compiled anew, perhaps otherwise.
         self.compiled = False
@@ -56,20 +52,44 @@ class Recording:
         # What the checkpoints there stand for, and what none of them does any more or yet.
         self.kept: list[Checkpoint] = []
         self.carried: Checkpoint | None = None
-        self.untapped_batches = 0
-        self.heard = HeardTerms()
         self.failures: list[str] = []
         self.failed_passes: list[int] = []  # epochs
         self.notes: list[str] = []
         self.wants_tracin = tracin is not None
         self._next_step = 0  # steps before this one are in the sums in flight
+        self.data_changes: list[int] = []  # epochs that started with other data
+        self.relabelled: set[int] = set()  # other labels when they were fetched again
+        self._forget(size)
+        self._graph = Reliance()
+        self._epoch = -1
+        self._history: History | None = None
+
+    def _forget(self, size: int) -> None:
+        self.size = size
+        self.dynamics = TrainingDynamics(size)
+        self.tracin = TracInScores(size)
+        self._visits = VisitSums(size) if self._in_flight else None
+        self._new_visits: list[tuple[Sequence[int], Increments | None]] = []
         self._passes: list[int] = []  # steps
         self._seen = torch.zeros(size, dtype=torch.bool)
         self._unfiled: list[Sequence[int]] = []  # batches that are not in there yet
         self.neighbours = NeighbourRecord(size)
-        self._graph = Reliance()
-        self._epoch = -1
-        self._history: History | None = None
+        self.batches = self.ragged_batches = self.untapped_batches = 0
+        self.unknown: dict[str, int] = {}  # batches that count for nobody, by reason
+        self.heard = HeardTerms()
+
+    def start_again(self, size: int, epoch: int) -> None:
+        """Forget what was recorded about other data, which the same indices stood for.
+
+        Args:
+            size: Number of examples now.
+            epoch: That starts with them.
+        """
+        checks = self.dynamics.checks_labels
+        self._forget(size)
+        self.dynamics.checks_labels = checks
+        self.relabelled.clear()
+        self.data_changes.append(epoch)
 
     @property
     def failed(self) -> bool:
@@ -91,6 +111,11 @@ class Recording:
             self._epoch = epoch
             self._graph.doubted(_AGREEING_AGAIN)
         return self._graph.needs_watching
+
+    def record_unknown(self, reason: str) -> None:
+        """Note a batch that counts for nobody."""
+        self.unknown[reason] = self.unknown.get(reason, 0) + 1
+        self.heard.add(None)  # there is a batch that nothing tells about
 
     def record_graph(
         self,
@@ -133,8 +158,18 @@ class Recording:
         loss: Tensor,
         calls: Sequence[LossCall],
         forms: Mapping[TermKey, TermForm] | None = None,
+        *,
+        ragged: bool = False,
     ) -> None:
-        """File one training batch under its indices, by the first known call that its loss is made of."""
+        """File one training batch under its indices, by the first known call that its loss is made of.
+
+        Args:
+            indices: Of its examples.
+            loss: Before the backward pass.
+            calls: What was heard.
+            forms: See ``primary_call``.
+            ragged: Whether rows of several lengths lie end to end: only one row for each example is read then.
+        """
         if self.failed:
             return
         try:
@@ -151,6 +186,9 @@ class Recording:
                 self.dynamics.record_rows(indices, told if agreed and told is not None else plain)
                 return
             self._graph.compared(False)
+            if ragged:
+                self.ragged_batches += 1
+                return
             call = next((call for _, call, _ in placed if call.rows_match(n)), None)
             if call is None:
                 self.untapped_batches += 1
@@ -179,8 +217,25 @@ class Recording:
 
     def record_visit(self, indices: Sequence[int], scores: Increments | None) -> None:
         """File what a batch and its step say in flight; None if the batch was not measured."""
-        if self.visits is not None:
-            self.visits.add(indices, scores)
+        if self._visits is not None:
+            self._new_visits.append((indices, scores))
+            if len(self._new_visits) >= _FILE_EVERY:
+                self._file_visits()
+
+    def _file_visits(self) -> None:
+        """Add the last visits, but for batches whose labels have told that they hold other examples."""
+        new, self._new_visits = self._new_visits, []
+        self.dynamics.flush()
+        wrong = {id(batch) for batch in self.dynamics.contradicted}
+        for indices, scores in new:
+            if self._visits is not None and id(indices) not in wrong:
+                self._visits.add(indices, scores)
+
+    @property
+    def visits(self) -> VisitSums | None:
+        """TracIn in flight so far, if that is how it is computed."""
+        self._file_visits()
+        return self._visits
 
     def fail(self, what: str, error: Exception) -> None:
         """Record nothing more of the training: what is known is incomplete, and says so."""
@@ -199,8 +254,18 @@ class Recording:
         if step in self._passes:
             return
         self._passes.append(step)
+        self._compare_labels(scores)
         if scores.features is not None and "label" in scores.columns:
             self.neighbours.add(scores.indices, scores.features, scores.columns["label"])
+
+    def _compare_labels(self, scores: ExampleScores) -> None:
+        """Note examples that had another label in training than fetched again: it was not they."""
+        self.dynamics.flush()
+        if not self.dynamics.checks_labels or "label" not in scores.columns or "label" not in self.dynamics.sums:
+            return
+        trained, fetched = self.dynamics.sums["label"][scores.indices.cpu()], scores.columns["label"].cpu()
+        differs = (trained >= 0) & (fetched >= 0) & (trained != fetched)
+        self.relabelled |= set(scores.indices.cpu()[differs].tolist())
 
     def remarks(self) -> list[str]:
         """Return what a reader of the columns should know."""
@@ -209,6 +274,33 @@ class Recording:
             remarks.append(
                 f"{self.untapped_batches} training batches had no known loss call"
                 f"{' outside of what is compiled' if self.compiled else ''}: no training dynamics there"
+            )
+        if self.unknown:
+            reasons = "; ".join(f"{reason} ({count})" for reason, count in self.unknown.items())
+            remarks.append(
+                f"{sum(self.unknown.values())} of {self.batches} training batches count for nobody, as it is not "
+                f"known which examples they hold: {reasons}"
+            )
+        if self.ragged_batches:
+            remarks.append(
+                f"{self.ragged_batches} of {self.batches} training batches have no training dynamics: rows of several "
+                "lengths lie end to end in them"
+            )
+        if count := self.dynamics.contradicted_batches:
+            remarks.append(
+                f"{count} of {self.batches} training batches count for nobody: they had other labels than their "
+                "examples had before"
+            )
+        if self.relabelled:
+            listed = ", ".join(map(str, sorted(self.relabelled)[:10])) + (", ..." if len(self.relabelled) > 10 else "")
+            remarks.append(
+                f"{len(self.relabelled)} examples had another label in training than when they were fetched again; "
+                f"their training dynamics may be those of other examples: {listed}"
+            )
+        if self.data_changes:
+            remarks.append(
+                f"the training data changed with the epochs {self.data_changes}: the audit is about the last data, and "
+                "what training said before then is left out"
             )
         if self.failed_passes:
             remarks.append(
@@ -319,7 +411,7 @@ class Recording:
             "tracin": self.tracin.values.clone(),
             "tracin_steps": list(self.tracin.checkpoints),
             "passes": list(self._passes),
-            "visits": {} if self.visits is None else self.visits.state_dict(),
+            "visits": {} if (visits := self.visits) is None else visits.state_dict(),
             "pace": self.pace.state_dict(),
             "next_step": self._next_step,
             "heard": self.heard.state_dict(),
@@ -328,6 +420,12 @@ class Recording:
             "carried": None if self.carried is None else _described(self.carried),
             "incomplete": {
                 "untapped_batches": self.untapped_batches,
+                "batches": self.batches,
+                "ragged_batches": self.ragged_batches,
+                "contradicted_batches": self.dynamics.contradicted_batches,
+                "data_changes": list(self.data_changes),
+                "relabelled": sorted(self.relabelled),
+                "unknown": dict(self.unknown),
                 "failures": list(self.failures),
                 "failed_passes": list(self.failed_passes),
                 "notes": list(self.notes),
@@ -364,6 +462,12 @@ class Recording:
         # What the columns lack, they lack after resuming, too.
         lacking = state.get("incomplete", {})
         self.untapped_batches = lacking.get("untapped_batches", 0)
+        self.batches = lacking.get("batches", 0)
+        self.ragged_batches = lacking.get("ragged_batches", 0)
+        self.dynamics.contradicted_batches = lacking.get("contradicted_batches", 0)
+        self.data_changes = list(lacking.get("data_changes", []))
+        self.relabelled = set(lacking.get("relabelled", []))
+        self.unknown = dict(lacking.get("unknown", {}))
         self.failures = list(lacking.get("failures", []))
         self.failed_passes = list(lacking.get("failed_passes", []))
         self.notes = list(lacking.get("notes", []))

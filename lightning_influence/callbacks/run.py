@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -17,6 +17,7 @@ from lightning_influence import distributed
 from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.afterwards import MakeUnlearner, unlearner_maker
+from lightning_influence.callbacks.batch_indices import KnownBatch
 from lightning_influence.callbacks.flight import FlightRecorder
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.recording import Recording
@@ -28,10 +29,13 @@ from lightning_influence.curvature import CurvatureName
 from lightning_influence.influence import InfluencePlan, influence_scores
 from lightning_influence.optimizers import preconditioners
 from lightning_influence.scoring import score_examples
+from lightning_influence.source import ExampleSource, same_data
 from lightning_influence.tracin import StepSize, TracIn, block_step_sizes
 from lightning_influence.verify import Inspection
 from lightning_influence.watch import TrainingTap
 
+# Examples that a note names.
+_LISTED = 10
 _Hook = TypeVar("_Hook", bound=Callable[..., None])
 
 
@@ -81,6 +85,7 @@ class AuditRun:
         queries: What the audit is asked about.
         make_unlearner: What the finished audit can still do, once it is.
         finished: Whether it is, and its report computed.
+        digests: What a few examples hold, if the data may be loaded again.
     """
 
     recording: Recording
@@ -94,9 +99,10 @@ class AuditRun:
     queries: QueryReport | None = None
     make_unlearner: MakeUnlearner | None = None
     finished: bool = False
+    digests: Sequence[bytes | None] = ()
     _tap: TrainingTap = field(default_factory=TrainingTap, init=False)
     # From the start of a batch to its first backward pass; a second one of the same step is not a second visit.
-    _listening: tuple[TrainingTap | None, list[int]] | None = field(default=None, init=False)
+    _listening: tuple[TrainingTap | None, KnownBatch] | None = field(default=None, init=False)
 
     def take_over(self, trainer: Trainer) -> None:
         """Take over the checkpoints that a run which is resumed has kept."""
@@ -112,22 +118,37 @@ class AuditRun:
             with bridge.at_epoch(trainer, trainer.current_epoch - 1):
                 self._score_checkpoint(trainer, module, self.tracin)
 
+    def take_data(self, source: ExampleSource, epoch: int) -> None:
+        """Go on with the examples of a loader that was loaded again, and say so if they are others."""
+        passes = self.passes
+        if source is passes.source:
+            return
+        if distributed.any_process(not same_data(passes.source, self.digests, source)):
+            passes.take(source)
+            self.digests = source.digests()
+            self.recording.start_again(len(source), epoch)
+
     # ---------------------------------------------------------------- a batch
 
     @_timed
-    def batch_started(self, trainer: Trainer, module: LightningModule, indices: list[int] | None) -> None:
-        """Listen for the losses of these examples; None if it is not known which they are."""
+    def batch_started(self, trainer: Trainer, module: LightningModule, known: KnownBatch) -> None:
+        """Listen for the losses of the examples, if it is known which they are."""
         self.stop_listening()
-        if indices is None:
-            self.recording.heard.add(None)  # there is a batch that nothing tells about
-        else:
-            listens = self.recording.listens(trainer.current_epoch)
-            tap = None if self.flight is None else self.flight.tap(trainer, module, indices, listens=listens)
-            if tap is None and listens:
-                tap = self._tap
-            if tap is not None:
-                tap.start()
-            self._listening = tap, indices
+        self.recording.batches += 1
+        if known.indices is None:
+            self.recording.record_unknown(known.reason)
+            return
+        indices = known.indices
+        listens = self.recording.listens(trainer.current_epoch)
+        # What the trace has seen has one length, which rows of several may be mistaken for.
+        misread = known.ragged and self.passes.source.collation.few_lengths
+        measures = self.flight is not None and not misread
+        tap = self.flight.tap(trainer, module, indices, listens=listens) if self.flight and measures else None
+        if tap is None and listens:
+            tap = self._tap
+        if tap is not None:
+            tap.start()
+        self._listening = tap, known
 
     def stop_listening(self) -> None:
         """Leave training alone again, and forget what was heard."""
@@ -150,13 +171,14 @@ class AuditRun:
         """File what the training pass itself said about each example."""
         listening, recording, forms = self._listening, self.recording, self.passes.trace.forms
         if listening is not None:
-            tap, indices = listening
+            tap, known = listening
+            indices = known.indices or ()
             if tap is not None:
                 tap.stop()
             # In flight a tap is there for other reasons, too: what it heard of the loss is read if it has to be.
             relied = not recording.listens(trainer.current_epoch)
             if not (relied and recording.record_graph(indices, loss, forms, last=tap is None)) and tap is not None:
-                recording.record_batch(indices, loss, tap.taken(), forms)
+                recording.record_batch(indices, loss, tap.taken(), forms, ragged=known.ragged)
             self.stop_listening()
             if self.flight is not None:
                 self.flight.before_backward(trainer, indices, loss)
@@ -218,7 +240,7 @@ class AuditRun:
         self.reporter.write_partial(recording.local_columns, "recording", due=False)
 
     def _score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
-        indices = self._indices(trainer)
+        indices = self._indices(trainer, last=False)
         start = time.perf_counter()
         with bridge.silenced_loggers(trainer):
             gradients = self.passes.scaled(trainer, module, indices, self.recording.heard)
@@ -257,7 +279,8 @@ class AuditRun:
             return self._finish(trainer, module)
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
-        indices = self._indices(trainer)
+        audited = self._indices(trainer, last=True)
+        indices = [k for k in audited if distributed.world_size() > 1 or k not in self.passes.source.missing]
         if bridge.is_dry_run(trainer):
             indices = (indices or list(range(self.recording.size)))[: self.passes.source.batch_size]
         if not indices:
@@ -283,6 +306,8 @@ class AuditRun:
         if self.flight is not None:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
+        indices = result.scores.indices.tolist()
+        result.notes.extend(self._data_notes(trainer, audited, indices))
         columns = recording.columns(indices, result.scores)
         self.make_unlearner = unlearner_maker(trainer, gradients, planned, columns, history.weight_decay)
         if self.queries is not None:
@@ -312,8 +337,20 @@ class AuditRun:
         # Local numbers only: other processes may be gone, and a collective would wait for them for ever.
         self.reporter.write_partial(self.recording.local_columns, "interrupted", error=error)
 
-    def _indices(self, trainer: Trainer) -> list[int]:
-        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.recording.size)
+    def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
+        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.recording.size, last=last)
+
+    def _data_notes(self, trainer: Trainer, audited: list[int], scored: list[int]) -> list[str]:
+        """Return what a reader should know of the data: how batches are made, and who is not in the report."""
+        source = self.passes.source
+        notes = [source.collation.note] if source.collation.note else []
+        if missing := sorted(set(audited) - set(scored)):
+            reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
+            listed = ", ".join(map(str, missing[:_LISTED])) + (", ..." if len(missing) > _LISTED else "")
+            notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed} ({reasons})")
+        if never := len(bridge.drawn_from(trainer, self.recording.size)) - len(audited):
+            notes.append(f"{never} examples of the data set were never drawn, and are not audited")
+        return notes
 
 
 def _step_sizes(checkpoint: Checkpoint, coverage: Coverage, module: LightningModule) -> dict[str, StepSize]:

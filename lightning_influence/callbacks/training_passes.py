@@ -34,8 +34,13 @@ class TrainingPasses:
     trace: Trace
     layers: Layers = None
     uncovered: Uncovered = "report"
-    # Labels and weights of classes stay, so one look per run is enough.
-    _measured: LossScale | None = field(default=None, init=False)
+    # Labels and weights of classes stay, so one look at the same examples is enough.
+    _measured: tuple[list[int], LossScale | None] = field(default=([], None), init=False)
+
+    def take(self, source: ExampleSource) -> None:
+        """Go on with other data."""
+        source.pass_batch_size = self.source.pass_batch_size
+        self.source, self._measured = source, ([], None)
 
     def gradients(self, trainer: Trainer, module: LightningModule, scale: LossScale | None = None) -> ExampleGradients:
         """Return passes at the weights of the moment."""
@@ -58,7 +63,8 @@ class TrainingPasses:
         """
         told, of_mean = HeardTerms.joined(distributed.gather_objects(heard)), not self.trace.sums
         settled = told.scale(self.source.batch_size, of_mean=of_mean)
-        scale = self._measured
+        examples, scale = self._measured
+        scale = scale if examples == list(indices) else None
         if not isinstance(self.task, TrainingStepTask):
             settled = None  # what was heard is something else
         if settled is not None and settled.keys() <= self.trace.forms.keys():
@@ -68,5 +74,5 @@ class TrainingPasses:
         if scale is None:
             with bridge.silenced_loggers(trainer):
                 scale = self.gradients(trainer, module).calibrate(indices, of_mean=of_mean).scale
-            self._measured = scale
+            self._measured = list(indices), scale
         return self.gradients(trainer, module, scale)

@@ -1,0 +1,152 @@
+"""What examples and batches hold: parts of nested containers, and whether a row of a batch is that of an example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Path = tuple[Any, ...]
+_DEEPEST, _WIDEST = 4, 64
+_NUMBERS = (bool, int, float, np.number, np.bool_)
+
+
+def at(node: Any, path: Path) -> Any:
+    """Return what lies at a path, None if there is no such thing."""
+    try:
+        for step in path:
+            node = node[step] if isinstance(node, (Mapping, list, tuple)) else vars(node)[step]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return node
+
+
+def array_at(node: Any, path: Path = ()) -> NDArray[Any] | None:
+    """Return numbers or text at a path as an array, None for anything else."""
+    value = at(node, path)
+    if isinstance(value, Tensor):
+        try:
+            return value.numpy()
+        except (TypeError, RuntimeError):  # of another device, in a graph, without a type in NumPy
+            pass
+        if value.layout != torch.strided or value.is_nested or value.is_quantized:
+            return None
+        value = value.detach().cpu()
+        return np.asarray(value.float().numpy() if value.dtype == torch.bfloat16 else value.resolve_conj().numpy())
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, (str, bytes, *_NUMBERS)) or (
+        isinstance(value, list) and value and all(isinstance(entry, _NUMBERS) for entry in value)
+    ):
+        return np.asarray(value)
+    return None
+
+
+def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(node, Mapping):
+        yield from list(node.items())[:_WIDEST]
+    elif isinstance(node, (list, tuple)):
+        yield from enumerate(node[:_WIDEST])
+    elif hasattr(node, "__dict__") and not isinstance(node, (type, Tensor, np.ndarray, torch.nn.Module)):
+        yield from list(vars(node).items())[:_WIDEST]
+
+
+def parts(node: Any, depth: int = _DEEPEST) -> Iterator[Path]:
+    """Yield the paths to everything that can be compared."""
+    if array_at(node) is not None:
+        yield ()
+    elif depth:
+        for key, child in _children(node):
+            yield from ((key, *rest) for rest in parts(child, depth - 1))
+
+
+def columns(batch: Any, depth: int = _DEEPEST) -> Iterator[tuple[Path, Path]]:
+    """Yield the paths to everything that may have a row for each example, and for lists what is in a row."""
+    if isinstance(batch, (Tensor, np.ndarray)):
+        if batch.ndim:
+            yield (), ()
+    elif depth:
+        if isinstance(batch, (list, tuple)) and batch:
+            yield from (((), within) for within in parts(batch[0]))
+        for key, child in _children(batch):
+            yield from (((key, *path), within) for path, within in columns(child, depth - 1))
+
+
+def rows_of(batch: Any, path: Path, within: Path = ()) -> list[NDArray[Any] | None] | None:
+    """Return what the rows of a column hold, None if there is no such column."""
+    column = at(batch, path)
+    if isinstance(column, (list, tuple)):
+        return [array_at(row, within) for row in column]
+    array = array_at(column)
+    return None if array is None or not array.ndim or within else [np.asarray(row) for row in array]
+
+
+def agreeing(value: NDArray[Any] | None, row: NDArray[Any] | None) -> int:
+    """Return how many scalars a row has in common with the value that it may have been padded or cut from.
+
+    Returns:
+        -1 if it has not been made from that value.
+    """
+    if value is None or row is None or value.ndim != row.ndim or (value.dtype.kind in "US") != (row.dtype.kind in "US"):
+        return -1
+    if value.dtype != row.dtype and row.dtype.kind == "f":
+        value = value.astype(row.dtype)  # as collating has rounded it
+    if value.shape == row.shape:
+        return value.size if _equal(value, row) else -1
+    common = tuple(min(a, b) for a, b in zip(value.shape, row.shape, strict=True))
+    if 0 in common:
+        return 0 if value.size == 0 else -1
+    for part in (tuple(slice(0, size) for size in common), tuple(slice(-size, None) for size in common)):
+        if _equal(value[part], row[part]):
+            if common != value.shape:  # cut
+                return int(np.prod(common))
+            outside = np.ones(row.shape, bool)
+            outside[part] = False
+            padding = row[outside]
+            if _equal(padding, np.full_like(padding, padding[0])):
+                return value.size
+    return -1
+
+
+def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    if a.dtype.kind == "f":
+        return bool(((a == b) | ((a != a) & (b != b))).all())
+    return bool(np.array_equal(a, b))
+
+
+def joined_scores(values: Sequence[NDArray[Any] | None], column: NDArray[Any] | None) -> NDArray[np.int64] | None:
+    """Cut a column up into the values that lie end to end in it, ``[rows, n]`` as ``Link.scores``."""
+    if column is None or not column.ndim:
+        return None
+    start, rows = 0, []
+    used: set[int] = set()
+    while start < len(column):
+        for k, value in enumerate(values):
+            if k in used or value is None or value.ndim != column.ndim or not len(value):
+                continue
+            chunk = column[start : start + len(value)]
+            if chunk.shape == value.shape and agreeing(value, chunk) >= 0:
+                row = np.full(len(values), -1, np.int64)
+                row[k] = value.size
+                rows.append(row)
+                used.add(k)
+                start += len(value)
+                break
+        else:
+            return None
+    return np.stack(rows) if rows else None
+
+
+def copied(node: Any, depth: int = _DEEPEST) -> Any:
+    """Copy the containers of an example: collate functions may take things out of them."""
+    if depth and isinstance(node, dict):
+        result = node.copy()
+        result.update({key: copied(value, depth - 1) for key, value in node.items()})
+        return result
+    if depth and type(node) is list:
+        return [copied(value, depth - 1) for value in node]
+    return node
