@@ -261,7 +261,8 @@ class HeardTerms:
 
     def state_dict(self) -> dict[str, Any]:
         """Return it in primitives."""
-        return {"terms": [tuple(key) for key in self.terms], "steady": self.steady and [*map(tuple, self.steady)]}
+        steady = None if self.steady is None else [(tuple(key), divisor) for key, divisor in self.steady]
+        return {"terms": [tuple(key) for key in self.terms], "steady": steady}
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any] | None) -> HeardTerms:

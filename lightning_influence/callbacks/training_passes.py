@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_influence import distributed
 from lightning_influence.callbacks import bridge
 from lightning_influence.coverage import Layers, Uncovered, cover
-from lightning_influence.loss_scale import HeardTerms, LossScale
+from lightning_influence.loss_scale import HeardTerms, LossScale, TermKey
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import ExampleSource
 from lightning_influence.task import Task, TrainingStepTask
@@ -36,6 +36,7 @@ class TrainingPasses:
     uncovered: Uncovered = "report"
     # Labels and weights of classes stay, so one look per run is enough.
     _measured: LossScale | None = field(default=None, init=False)
+    _heard: set[TermKey] = field(default_factory=set, init=False)  # by then
 
     def gradients(self, trainer: Trainer, module: LightningModule, scale: LossScale | None = None) -> ExampleGradients:
         """Return passes at the weights of the moment."""
@@ -61,12 +62,10 @@ class TrainingPasses:
         scale = self._measured
         if not isinstance(self.task, TrainingStepTask):
             settled = None  # what was heard is something else
-        if settled is not None and settled.keys() <= self.trace.forms.keys():
+        if settled is not None and settled.keys() == self.trace.forms.keys():  # passes are in evaluation mode
             scale = settled
-        elif scale is not None and not told.terms <= scale.keys():
-            scale = None  # the step has other terms by now
-        if scale is None:
+        elif scale is None or not told.terms <= self._heard:  # the step has other terms by now
             with bridge.silenced_loggers(trainer):
                 scale = self.gradients(trainer, module).calibrate(indices, of_mean=of_mean).scale
-            self._measured = scale
+            self._measured, self._heard = scale, set(told.terms)
         return self.gradients(trainer, module, scale)
