@@ -27,7 +27,8 @@ class Checkpoint:
         parameters: Trainable parameters by name, as in ``named_parameters()``.
         buffers: Buffers by name that are part of the model's state.
         step_sizes: Parameter name to ``Σ_t η_t / (1 - momentum)`` over the steps since the checkpoint before, which
-            this one stands for; 0 for parameters that no optimizer moved.
+            this one stands for; 0 for parameters that no optimizer moved. For a loss that is the sum over the examples
+            of a batch, as many times that: the rate of the mean that makes the same steps.
         steps: Number of those steps.
         preconditioner: Parameter name to what an adaptive optimizer multiplies its gradient with, elementwise
             (``1 / (√v̂ + ε)`` for Adam); empty for plain gradient steps.

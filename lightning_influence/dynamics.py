@@ -32,7 +32,7 @@ _FLUSH_EVERY = 64
 _STATES = {"label": -1.0, "last_wrong": 1.0}
 _REMEMBERED = 256
 # What a trainer does to a loss: it is divided, or scaled.
-_FACTORS = ("DivBackward0", "MulBackward0")
+FACTORS = ("DivBackward0", "MulBackward0")
 _REDUCTIONS = ("none", "mean", "sum")
 _PICKING = ("IndexBackward0", "IndexSelectBackward0", "MaskedSelectBackward0", "PackPaddedSequenceBackward0")
 # Operations with several inputs, and the one of them that has the rows.
@@ -326,7 +326,7 @@ def call_in_graph(loss: Tensor) -> CrossEntropy | None:
         (activation checkpointing, offloading): to ask for them would compute them.
     """
     node: Any = loss.grad_fn
-    while node is not None and node.name() in _FACTORS:
+    while node is not None and node.name() in FACTORS:
         factors = [following for following, _ in node.next_functions if following is not None]
         node = factors[0] if len(factors) == 1 else None
     if node is None or node.name() != "NllLossBackward0":

@@ -22,10 +22,10 @@ _COARSE = 5e-2
 # Gradients below this share of the whole are rounding noise in a layer that hardly learns.
 _NEGLIGIBLE = 1e-4
 # An example's own gradient, in a batch and among copies of itself, and the share of others below which it is rounding.
-_OWN_TOLERANCES = {torch.float64: 1e-7, torch.float32: 5e-4}
+_OWN_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
 _SMALL_SHARE = 1e-2
 # Examples compared so, chosen at random, besides the first and the last one.
-_DRAWN = 3
+_DRAWN = 2
 
 # Captured tensors of a batch may take so many bytes: beyond, they fall out of the caches, every batch asks the system
 # for fresh memory, and larger batches no longer pay.
@@ -116,7 +116,9 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
     indices = gradients.source.settled(list(indices)[: looked_at(gradients.source.batch_size)])
     if not indices:
         raise VerificationError("there is no training example to look at: the data set or the sampler is empty.")
-    look = _look(gradients, indices)
+    drawn = torch.randperm(len(indices), generator=torch.Generator().manual_seed(len(indices)))[:_DRAWN].tolist()
+    compared = list(dict.fromkeys((0, len(indices) - 1, *drawn))) if verify else []
+    look = _look(gradients, indices, keep=compared)
     if not verify:
         return look.inspection
     if gradients.coverage.trace.batch_statistics:
@@ -140,7 +142,7 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
         )
     error = _compare(gradients, indices, look)
     if len(indices) > 1:
-        _compare_alone(gradients, indices, random)
+        _compare_alone(gradients, indices, look, compared, random)
     return replace(look.inspection, largest_error=error, random=random)
 
 
@@ -238,7 +240,9 @@ def _compare(gradients: ExampleGradients, indices: list[int], look: _Look) -> fl
     return max(errors.values(), default=0.0)
 
 
-def _compare_alone(gradients: ExampleGradients, indices: list[int], random: bool) -> None:
+def _compare_alone(
+    gradients: ExampleGradients, indices: list[int], look: _Look, compared: list[int], random: bool
+) -> None:
     """Give a few examples copies of themselves for neighbours: nothing may change for them.
 
     In a batch of the same size, at the same place: a step that draws noise for each example then draws the same, and
@@ -246,9 +250,6 @@ def _compare_alone(gradients: ExampleGradients, indices: list[int], random: bool
     matter either (it does for an unknown sum).
     """
     n = len(indices)
-    drawn = torch.randperm(n, generator=torch.Generator().manual_seed(n))[:_DRAWN].tolist()
-    compared = list(dict.fromkeys((0, n - 1, *drawn)))
-    look = _look(gradients, indices, keep=compared)
     trials = [(k, position, n) for k, position in enumerate(compared)]
     if not random:
         trials.append((0, 0, _copies(n)))

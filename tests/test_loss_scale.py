@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_influence.curvature import FactorExamples, fit
 from lightning_influence.discover import discover
-from lightning_influence.loss_scale import LossScale, ScaleError, TermKey, calling_place
+from lightning_influence.loss_scale import HeardTerms, LossScale, ScaleError, TermKey, calling_place
 from lightning_influence.pairwise import pairwise_scores, top_scores
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.scoring import score_examples
@@ -344,3 +345,25 @@ def test_sums_have_gradients_of_the_examples_own_losses() -> None:
         values = torch.cat([batch.loss.values for batch in batches if batch.loss.values is not None])
     x, y, *_ = _data().tensors
     torch.testing.assert_close(values, F.cross_entropy(net(x), y, reduction="none").detach(), **EXACT)
+
+
+def test_what_training_has_told_survives_a_checkpoint() -> None:
+    """In primitives, as Lightning can load nothing else; a checkpoint that says nothing has told nothing."""
+    key, other = TermKey("CrossEntropy", (("a.py", 3, 10),), 0), TermKey("SquaredError", (("a.py", 4, 10),), 0)
+    heard = HeardTerms()
+    assert heard.scale(4, of_mean=True) is None
+    for _ in range(3):
+        heard.add(((key, 1.0),))
+    heard.terms.add(key)
+    with tempfile.TemporaryFile() as file:
+        torch.save(heard.state_dict(), file)
+        file.seek(0)
+        again = HeardTerms.of_state(torch.load(file, weights_only=True))
+    assert again == heard
+    assert again.scale(4, of_mean=True) == LossScale({key: 1.0})
+    assert HeardTerms.joined([again, HeardTerms()]).scale(4, of_mean=True) == LossScale({key: 1.0})
+    assert HeardTerms.joined([again, HeardTerms(steady=((other, 1.0),))]).scale(4, of_mean=True) is None
+    assert HeardTerms.of_state(None).scale(4, of_mean=True) is None
+    again.add(((key, 1.0), (other, 1.0)))
+    again.add(((key, 1.0),))
+    assert again.scale(4, of_mean=True) is None

@@ -396,6 +396,7 @@ class TestEigenbasis:
         problem = Problem("vectors")
         fitted = problem.fitted("ekfac")
         assert problem.train.scale
+        assert problem.queries.scale
         sizes = [(k, o, i) for k, o, i in (block.shape for block in problem.train.coverage.blocks.values())]
         assert sizes == [(2, 4, 17), (1, 6, 9), (1, 3, 6)]
 

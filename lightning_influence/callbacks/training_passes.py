@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_influence import distributed
 from lightning_influence.callbacks import bridge
 from lightning_influence.coverage import Layers, Uncovered, cover
-from lightning_influence.loss_scale import HeardTerms, LossScale
+from lightning_influence.loss_scale import HeardTerms, LossScale, TermKey
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.source import ExampleSource
 from lightning_influence.task import Task, TrainingStepTask
@@ -36,6 +36,7 @@ class TrainingPasses:
     uncovered: Uncovered = "report"
     # Labels and weights of classes stay, so one look at the same examples is enough.
     _measured: tuple[list[int], LossScale | None] = field(default=([], None), init=False)
+    _heard: set[TermKey] = field(default_factory=set, init=False)  # by then
 
     def take(self, source: ExampleSource) -> None:
         """Go on with other data."""
@@ -67,12 +68,10 @@ class TrainingPasses:
         scale = scale if examples == list(indices) else None
         if not isinstance(self.task, TrainingStepTask):
             settled = None  # what was heard is something else
-        if settled is not None and settled.keys() <= self.trace.forms.keys():
+        if settled is not None and settled.keys() == self.trace.forms.keys():  # passes are in evaluation mode
             scale = settled
-        elif scale is not None and not told.terms <= scale.keys():
-            scale = None  # the step has other terms by now
-        if scale is None:
+        elif scale is None or not told.terms <= self._heard:  # the step has other terms by now
             with bridge.silenced_loggers(trainer):
                 scale = self.gradients(trainer, module).calibrate(indices, of_mean=of_mean).scale
-            self._measured = list(indices), scale
+            self._measured, self._heard = (list(indices), scale), set(told.terms)
         return self.gradients(trainer, module, scale)
