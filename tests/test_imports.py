@@ -31,9 +31,11 @@ ORDER = (
     "checkpoints",
     "memory",
     "losses",
+    "loss_scale",
     "terms",
     "task",
     "source",
+    "calibration",
     "patches",
     "rows",
     "calls",
@@ -86,7 +88,7 @@ ORDER = (
 )
 MAY_IMPORT_LIGHTNING = {"callbacks", "cli"}
 # Watching, but for dropout masks, which stand in for the call: a sub-network is no matter of looking on.
-MAY_WATCH_FUNCTIONS = {"watch", "task", "dropout_masks"}
+MAY_WATCH_FUNCTIONS = {"watch", "task", "calibration", "dropout_masks"}
 MAY_COMMUNICATE = {"distributed"}
 STANDS_ALONE = {"metrics"}
 
