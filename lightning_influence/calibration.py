@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_influence import distributed
 from lightning_influence.loss_scale import LossScale, ScaleTally
-from lightning_influence.terms import steady_terms
-
-if TYPE_CHECKING:
-    from lightning_influence.passes import ExampleGradients
+from lightning_influence.source import ExampleSource
+from lightning_influence.terms import BatchLoss, steady_terms
 
 # What turns the values of a batch into numbers that Python can branch on, or into shapes.
 _VALUE_READS = frozenset(
@@ -25,18 +23,28 @@ _VALUE_READS = frozenset(
 )
 
 
-def measured_scale(passes: ExampleGradients, indices: Sequence[int], of_mean: bool | None = None) -> LossScale:
+def measured_scale(
+    losses: Callable[..., Generator[tuple[list[int], BatchLoss], None, None]],
+    source: ExampleSource,
+    indices: Sequence[int],
+    of_mean: bool | None = None,
+) -> LossScale:
     """Return the loss scale of examples, see ``ExampleGradients.calibrate``.
 
     All of them are visited, in batches as training has them, unless one batch tells for all: the data are plain
     tensors, so that all batches look alike, what the terms are divided by follows from shapes alone, and the task read
     no value that it could have branched on.
+
+    Args:
+        losses: ``ExampleGradients.losses`` of passes that weigh every batch on its own.
+        source: The examples.
+        indices: Of those to visit.
+        of_mean: See ``LossScale``.
     """
-    source = passes.source
-    size, own_scale = source.batch_size, passes.with_scale(None)
+    size = source.batch_size
     if source.plain and len(indices) > size and of_mean is not False:
         watch = _ValueReads()
-        with closing(own_scale.losses(indices[:size], everywhere=True, watch=watch)) as first:
+        with closing(losses(indices[:size], everywhere=True, watch=watch)) as first:
             _, loss = next(first)
             steady = steady_terms([(term.key, term.call, term.form) for term in loss.seen], loss.n)
         if steady is not None and not watch.seen:
@@ -46,7 +54,7 @@ def measured_scale(passes: ExampleGradients, indices: Sequence[int], of_mean: bo
     # The same batches, however many processes there are.
     own = distributed.share([ordered[start : start + size] for start in range(0, len(ordered), size)])
     visited, tally = [index for batch in own for index in batch], ScaleTally()
-    with closing(own_scale.losses(visited, title="loss scale", everywhere=True, size=size)) as batches:
+    with closing(losses(visited, title="loss scale", everywhere=True, size=size)) as batches:
         for _, loss in batches:
             tally.add(loss.n, [term.share(loss.n) for term in loss.terms])
     whole = ScaleTally()

@@ -32,7 +32,7 @@ _FLUSH_EVERY = 64
 _STATES = {"label": -1.0, "last_wrong": 1.0}
 _REMEMBERED = 256
 # What a trainer does to a loss: it is divided, or scaled.
-FACTORS = ("DivBackward0", "MulBackward0")
+_FACTORS = ("DivBackward0", "MulBackward0")
 _REDUCTIONS = ("none", "mean", "sum")
 _PICKING = ("IndexBackward0", "IndexSelectBackward0", "MaskedSelectBackward0", "PackPaddedSequenceBackward0")
 # Operations with several inputs, and the one of them that has the rows.
@@ -326,7 +326,7 @@ def call_in_graph(loss: Tensor) -> CrossEntropy | None:
         (activation checkpointing, offloading): to ask for them would compute them.
     """
     node: Any = loss.grad_fn
-    while node is not None and node.name() in FACTORS:
+    while node is not None and node.name() in _FACTORS:
         factors = [following for following, _ in node.next_functions if following is not None]
         node = factors[0] if len(factors) == 1 else None
     if node is None or node.name() != "NllLossBackward0":
@@ -351,6 +351,28 @@ def call_in_graph(loss: Tensor) -> CrossEntropy | None:
         ignore_index=ignored,
         log_probabilities=True,
     )
+
+
+def trained_elements(loss: Tensor, call: LossCall) -> LossCall:
+    """Return a call whose elements are known not to count where the batch loss gives them no weight: a mask by hand.
+
+    Only where the task has the elements in its hands (``reduction="none"``); what is run backward is the little that
+    it did with them, long before training's own backward pass.
+    """
+    if call.reduction != "none" or call.output.ndim == 0 or _is_plain_mean(loss, call.output):
+        return call
+    (coefficient,) = torch.autograd.grad(loss, call.output, retain_graph=True, allow_unused=True)
+    return call if coefficient is None else call.counting(coefficient.detach() != 0)
+
+
+def _is_plain_mean(loss: Tensor, elements: Tensor) -> bool:
+    """Tell whether a loss is a multiple of the mean or sum of elements, of which none can be left out then."""
+    node: Any = loss.grad_fn
+    while node is not None and node.name() in _FACTORS:
+        factors = [following for following, _ in node.next_functions if following is not None]
+        node = factors[0] if len(factors) == 1 else None
+    whole = node is not None and node.name() in ("MeanBackward0", "SumBackward0")
+    return whole and node.next_functions[0][0] is elements.grad_fn
 
 
 @dataclass(frozen=True)

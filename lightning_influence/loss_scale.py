@@ -228,7 +228,7 @@ class ScaleTally:
         return LossScale(references, of_mean)
 
 
-@dataclass(eq=False)
+@dataclass
 class HeardTerms:
     """What training itself has told of the loss scale, batch by batch.
 

@@ -154,7 +154,7 @@ class ExampleGradients:
         self._to_device = to_device or self._move
         self._progress = progress or _silent
         self._forward_context = forward_context
-        measure = partial(measured_scale, self, range(len(source)))
+        measure = partial(self._measured, range(len(source)))
         self._scale = _Scale(measure if scale is None else None, scale)
 
     @property
@@ -187,7 +187,10 @@ class ExampleGradients:
             indices: Dataset indices.
             of_mean: See ``LossScale``; by default as the terms are.
         """
-        return self if self._scale.measure is None else self.with_scale(measured_scale(self, indices, of_mean))
+        return self if self._scale.measure is None else self.with_scale(self._measured(indices, of_mean))
+
+    def _measured(self, indices: Sequence[int], of_mean: bool | None = None) -> LossScale:
+        return measured_scale(self.with_scale(None).losses, self.source, indices, of_mean)
 
     def like(self, other: ExampleGradients) -> ExampleGradients:
         """Return the same passes with the loss scale of others (queries are weighed as the training data are)."""

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_influence.layout import BatchLayout, Order, find_layout
+from lightning_influence.layout import BatchLayout
 from lightning_influence.loss_scale import LossScale, TaskError, TermKey, TermShare
 from lightning_influence.losses import LossCall, single
 
-__all__ = ["BatchLoss", "LossTerm", "TaskError", "TermForm", "placed_calls", "steady_terms", "term_forms", "understand"]
+__all__ = ["BatchLoss", "LossTerm", "TaskError", "TermForm", "placed_calls", "steady_terms", "understand"]
 
 
 @dataclass(frozen=True)
 class TermForm:
-    """How a term of the loss follows the batch; the same in every batch of a task, see ``term_forms``.
+    """How a term of the loss follows the batch; the same in every batch of a task, see ``discover.term_forms``.
 
     Attributes:
         layout: Where the examples are, see ``LossCall.layout``; None if the number of rows does not follow theirs.
@@ -187,72 +187,6 @@ class BatchLoss:
                 yield [tensor for tensor, _ in own], [_like(gradient, tensor) for tensor, gradient in own]
 
 
-def term_forms(small: BatchLoss, large: BatchLoss) -> dict[TermKey, TermForm]:
-    """Tell from two tiny batches where the examples of every term are, and which terms are sums.
-
-    Args:
-        small: A batch, say of examples ``a, b``.
-        large: The same examples and more, the last one a copy of the first: ``a, b, a``.
-
-    Returns:
-        The form of every term that both of them have.
-    """
-    forms: dict[TermKey, TermForm] = {}
-    smaller = {term.key: term for term in small.seen}
-    for after in large.seen:
-        before = smaller.get(after.key)
-        if before is None:
-            continue
-        call, pickings = after.call, (before.call.picking(), after.call.picking())
-        # A tensor that does not grow with the batch has no examples: rows looked up in it are the batch's own.
-        follow = not (pickings[0] and pickings[1] and pickings[0].source == pickings[1].source)
-        shapes = [
-            term.call.element_shape if picking is None or not follow else picking.source
-            for term, picking in zip((before, after), pickings, strict=True)
-        ]
-        layout = find_layout(shapes[0], shapes[1], (small.n, large.n))
-        if layout is not None:
-            # Rows side by side, also where there happens to be one per example here.
-            layout = BatchLayout(layout.dim, _order(call, layout.dim, large.n, follow))
-        steady = (
-            before.factor is not None
-            and after.factor is not None
-            and math.isclose(before.factor, after.factor, rel_tol=1e-6)
-        )
-        elementwise = steady and _changes(before, after, small.n, large.n, layout, follow)
-        sums = steady and not elementwise and call.reduction != "mean"
-        forms[after.key] = TermForm(layout, sums, follow, elementwise)
-    return forms
-
-
-def _changes(
-    before: LossTerm, after: LossTerm, small: int, large: int, layout: BatchLayout | None, follow: bool
-) -> bool:
-    """Tell whether the elements of the first example have other coefficients in the larger batch."""
-    if after.call.reduction != "none" or layout is None:
-        return False
-    first = []
-    for term, n in ((before, small), (after, large)):
-        call = term.call.placed(layout, follow=follow)
-        if not call.rows_match(n):
-            return False
-        first.append(call.shares(n).gather(call.per_row(call.scale(term.coefficient, n)))[0] / n)
-    return first[0].shape == first[1].shape and not torch.allclose(first[0], first[1], rtol=1e-4, equal_nan=True)
-
-
-def _order(call: LossCall, dim: int, n: int, follow: bool) -> Order:
-    """Tell the order of rows: the losses of the first and the last example are those of copies."""
-    orders: tuple[Order, Order] = ("major", "minor")
-    alike: list[Order] = []
-    for order in orders:
-        placed = call.placed(BatchLayout(dim, order), follow=follow)
-        if placed.rows_match(n):
-            parts = placed.shares(n).gather(placed.per_row(placed.elements().detach()))
-            if torch.allclose(parts[0], parts[-1], rtol=1e-3, atol=1e-6, equal_nan=True):
-                alike.append(order)
-    return alike[0] if len(alike) == 1 else "major"
-
-
 def placed_calls(
     calls: Sequence[LossCall], forms: Mapping[TermKey, TermForm]
 ) -> list[tuple[TermKey, LossCall, TermForm | None]]:
@@ -260,7 +194,7 @@ def placed_calls(
 
     Args:
         calls: In the order in which they were made.
-        forms: See ``term_forms``; a call without one has its examples side by side.
+        forms: See ``discover.term_forms``; a call without one has its examples side by side.
     """
     met: dict[tuple[str, Any], int] = {}
     found: list[tuple[TermKey, LossCall, TermForm | None]] = []

@@ -108,7 +108,7 @@ class Trace:
         without_gradients: Ids of parameters that were used where gradients are off.
         ambiguous: Whether the values left open in which order rows of examples lie.
         batch_statistics: Whether a batch norm took the statistics of the batch.
-        forms: Where the examples of each term of the loss are, see ``terms.term_forms``.
+        forms: Where the examples of each term of the loss are, see ``discover.term_forms``.
         formless: Terms of the loss that tracing has told nothing about.
         outside: Shapes of trainable parameters that took part but are in no module, and the functions that used them.
         failure: Why there is no trace: nothing but layers called in the standard way is understood then.

@@ -38,11 +38,13 @@ ORDER = (
     "checkpoints",
     "memory",
     "losses",
+    "loss_scale",
     "terms",
     "task",
     "repeatable",
     "source",
     "tagging",
+    "calibration",
     "patches",
     "rows",
     "calls",
@@ -95,7 +97,7 @@ ORDER = (
 )
 MAY_IMPORT_LIGHTNING = {"callbacks", "cli"}
 # Watching, but for dropout masks, which stand in for the call: a sub-network is no matter of looking on.
-MAY_WATCH_FUNCTIONS = {"watch", "task", "dropout_masks"}
+MAY_WATCH_FUNCTIONS = {"watch", "task", "calibration", "dropout_masks"}
 MAY_COMMUNICATE = {"distributed"}
 STANDS_ALONE = {"metrics"}
 

@@ -32,11 +32,12 @@ from loss_cases import (
 )
 from torch import Tensor, nn
 
+from lightning_influence.discover import term_forms
 from lightning_influence.layout import BatchLayout
 from lightning_influence.loss_scale import LossScale, ScaleTally, TermKey
 from lightning_influence.losses import CrossEntropy
 from lightning_influence.task import LossTap, calls_in, evaluate
-from lightning_influence.terms import BatchLoss, TermForm, placed_calls, term_forms
+from lightning_influence.terms import BatchLoss, TermForm, placed_calls
 
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 

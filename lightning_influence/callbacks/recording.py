@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_influence import distributed, optimizers
 from lightning_influence.checkpoints import Checkpoint
-from lightning_influence.dynamics import FACTORS, History, TrainingDynamics, call_in_graph
+from lightning_influence.dynamics import History, TrainingDynamics, call_in_graph, trained_elements
 from lightning_influence.loss_scale import HeardTerms, TermKey
 from lightning_influence.losses import CrossEntropy, LossCall
 from lightning_influence.neighbours import NeighbourRecord
@@ -130,7 +130,7 @@ class Recording:
         Args:
             indices: Of its examples.
             loss: Before the backward pass.
-            forms: See ``terms.term_forms``.
+            forms: See ``discover.term_forms``.
             last: Whether there is nothing else to file it by.
         """
         if self.failed:
@@ -508,28 +508,6 @@ def _plain(calls: Sequence[tuple[TermKey, LossCall, TermForm | None]], n: int) -
 def _is_plain(call: CrossEntropy, n: int, form: TermForm | None) -> bool:
     """Tell whether a cross-entropy has one row for each of ``n`` examples, in their order."""
     return n > 0 and (form is None or (form.layout is not None and form.layout.dim == 0)) and call.single_rows(n)
-
-
-def trained_elements(loss: Tensor, call: LossCall) -> LossCall:
-    """Return a call whose elements are known not to count where the batch loss gives them no weight: a mask by hand.
-
-    Only where the task has the elements in its hands (``reduction="none"``); what is run backward is the little that
-    it did with them, long before training's own backward pass.
-    """
-    if call.reduction != "none" or call.output.ndim == 0 or _is_plain_mean(loss, call.output):
-        return call
-    (coefficient,) = torch.autograd.grad(loss, call.output, retain_graph=True, allow_unused=True)
-    return call if coefficient is None else call.counting(coefficient.detach() != 0)
-
-
-def _is_plain_mean(loss: Tensor, elements: Tensor) -> bool:
-    """Tell whether a loss is a multiple of the mean or sum of elements, of which none can be left out then."""
-    node: Any = loss.grad_fn
-    while node is not None and node.name() in FACTORS:
-        factors = [following for following, _ in node.next_functions if following is not None]
-        node = factors[0] if len(factors) == 1 else None
-    whole = node is not None and node.name() in ("MeanBackward0", "SumBackward0")
-    return whole and node.next_functions[0][0] is elements.grad_fn
 
 
 def _agree(heard: CrossEntropy, told: CrossEntropy) -> bool:
