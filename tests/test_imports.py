@@ -75,6 +75,7 @@ ORDER = (
     "unlearning",
     "files",
     "values",
+    "tables",
     "store",
     "ensemble",
     "acting",
