@@ -17,22 +17,16 @@ the old file or the new one. One process writes an audit at a time (rank 0); any
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
-from zlib import crc32
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -45,7 +39,6 @@ from lightning_influence.files import (
     StoreError,
     block_file_name,
     block_name_of,
-    check_readable,
     claim,
     load_outline,
     load_tensors,
@@ -54,8 +47,8 @@ from lightning_influence.files import (
     replacing,
     whole,
 )
-from lightning_influence.memory import available_bytes
-from lightning_influence.values import Column, cell, checked, jsonable
+from lightning_influence.tables import packed_candidates, read_table, table_of
+from lightning_influence.values import Column, jsonable
 
 SCHEMA_VERSION = 1
 STATUSES = ("recording", "interrupted", "complete")
@@ -64,12 +57,9 @@ _PAIRS = "pairs.parquet"
 _MANIFEST, _SCORES, _CANDIDATES = "manifest.json", "scores.parquet", "candidates.csv"
 # Parts of a checkpoint, which prefix the names of its tensors.
 _PARTS = ("parameters", "buffers", "preconditioner")
-_CANDIDATE_ORDER = ("rank", "index", "label", "predicted", "suggested", "suspicion", *COLUMN_DESCRIPTIONS)
-_LABEL_COLUMNS = ("label", "predicted", "suggested")
-_VERSION, _CHECKSUM = "lightning_influence.schema_version", "lightning_influence.crc32"
+_VERSION = "lightning_influence.schema_version"
 # A manifest of a million layers has a tenth of this.
 _LARGEST_MANIFEST = 2**28
-_ENTRY_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -242,26 +232,9 @@ class AuditStore:
             TypeError: As for `write_scores`.
             StoreError: The file cannot be written.
         """
-        arrays = checked(columns)
-        if missing := {"rank", "candidate"} - arrays.keys():
-            raise ValueError(f"candidates need the columns rank and candidate; missing: {sorted(missing)}.")
-        rows = np.flatnonzero(arrays.pop("candidate"))
-        rows = rows[np.argsort(arrays["rank"][rows], kind="stable")]
-        names = dict(label_names if isinstance(label_names, Mapping) else enumerate(label_names or ()))
-        table: dict[str, Iterable[str]] = {}
-        for name in dict.fromkeys((*(known for known in _CANDIDATE_ORDER if known in arrays), *arrays)):
-            values = arrays[name][rows].tolist()
-            table[name] = map(cell, values)
-            if label_names is not None and name in _LABEL_COLUMNS and arrays[name].dtype.kind in "iu":
-                if unnamed := set(values) - names.keys() - {-1}:
-                    raise ValueError(f"column {name!r}: `label_names` lacks the labels {sorted(unnamed)}.")
-                table[f"{name}_name"] = [cell(names[label]) if label != -1 else "" for label in values]
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\r\n")
-        writer.writerow(map(cell, table))
-        writer.writerows(zip(*table.values(), strict=True))
+        content = packed_candidates(columns, label_names)
         with replacing(self.directory / _CANDIDATES) as handle:
-            handle.write(text.getvalue().encode("utf-8", errors="backslashreplace"))
+            handle.write(content)
 
     def write_factors(
         self, block_name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
@@ -400,34 +373,14 @@ class AuditStore:
     def _write_table(
         self, file_name: str, columns: Mapping[str, Column], meanings: Mapping[str, str] = COLUMN_DESCRIPTIONS
     ) -> None:
-        arrays = checked(columns)
-        fields, data = [], []
-        for name, array in arrays.items():
-            data.append(pa.array(array, type=pa.string() if array.dtype == object else None))
-            about = meanings.get(name)
-            fields.append(pa.field(name, data[-1].type, metadata={"description": about} if about else None))
-        told = {_VERSION: str(SCHEMA_VERSION), _CHECKSUM: str(_checksum(arrays))}
-        table = pa.Table.from_arrays(data, schema=pa.schema(fields, metadata=told))
+        table = table_of(columns, meanings, {_VERSION: str(SCHEMA_VERSION)})
         with replacing(self.directory / file_name) as handle:
             pq.write_table(table, handle, write_page_checksum=True)
 
     def _read_table(self, file_name: str) -> dict[str, NDArray[Any]]:
         path = self.directory / file_name
         with self._reading(path):
-            check_readable(path)
-            # An open file, not its name: `read_table` opens that once for the schema and once for the data.
-            with open(path, "rb") as handle:
-                file = pq.ParquetFile(handle, page_checksum_verification=True)
-                entries, room = file.metadata.num_rows * file.metadata.num_columns, available_bytes(torch.device("cpu"))
-                if room is not None and _ENTRY_BYTES * entries > room:
-                    raise ValueError(f"it claims {entries:,} entries, more than fit into memory")
-                table = file.read()
-            arrays = {name: np.array(table[name].to_numpy()) for name in table.column_names}
-            # Pages have checksums of their own; names, types and numbers of rows have not.
-            checksum = (table.schema.metadata or {}).get(_CHECKSUM.encode())
-            if len(arrays) < len(table.column_names) or checksum not in (None, str(_checksum(arrays)).encode()):
-                raise ValueError("its columns do not have the checksum that they were written with")
-            return arrays
+            return read_table(path)
 
     @contextmanager
     def _reading(self, path: Path) -> Iterator[None]:
@@ -445,17 +398,6 @@ class AuditStore:
 
 def _refused(constant: str) -> None:
     raise ValueError(f"{constant} is no number in JSON")
-
-
-def _checksum(arrays: Mapping[str, NDArray[Any]]) -> int:
-    """Return a number that tells columns apart: their names, types and bits."""
-    result = 0
-    for name, array in arrays.items():
-        text = array.dtype == object
-        content = json.dumps(array.tolist()).encode() if text else np.ascontiguousarray(array).tobytes()
-        about = f"{name!r} {'text' if text else array.dtype.str} {len(array)}".encode(errors="backslashreplace")
-        result = crc32(content, crc32(about, result))
-    return result
 
 
 class StoredCheckpoints(Sequence[Checkpoint]):

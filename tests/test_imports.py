@@ -86,6 +86,7 @@ ORDER = (
     "unlearning",
     "files",
     "values",
+    "tables",
     "store",
     "ensemble",
     "acting",

@@ -569,7 +569,7 @@ def test_odd_files_are_errors_that_name_them(odd: str, tmp_path: Path) -> None:
 
 def test_a_table_that_claims_more_than_there_is_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = a_store(tmp_path / "audit")
-    monkeypatch.setattr("lightning_influence.store.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("lightning_influence.tables.available_bytes", lambda device: 1000)
     with pytest.raises(StoreError, match=r"scores.parquet cannot be read: it claims 300 entries"):
         store.read_scores()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -346,19 +345,7 @@ class InfluenceAudit(Callback):
             self._finish(run, trainer, pl_module)
 
     def _finish(self, run: AuditRun, trainer: Trainer, module: LightningModule) -> None:
-        try:
-            finished = run.finish(trainer, module)
-        except Exception as error:
-            # In one process the training that has just ended is worth more than the audit; with several, the others
-            # would wait for this one at the next collective.
-            if distributed.world_size() > 1:
-                raise
-            run.interrupt(trainer, repr(error))
-            rank_zero_warn(
-                f"the influence audit failed; training is not affected, and what was recorded until then is kept in "
-                f"{run.reporter.directory}.\n{traceback.format_exc()}"
-            )
-            return
+        finished = run.finish_or_warn(trainer, module)
         if finished is not None:
             # Before anything is written: what is computed is not lost to a disk or a logger.
             self.report = finished.report

@@ -272,6 +272,22 @@ class AuditRun:
 
     # ---------------------------------------------------------------- the end
 
+    def finish_or_warn(self, trainer: Trainer, module: LightningModule) -> Finished | None:
+        """As ``finish``; None, and a warning, if that fails."""
+        try:
+            return self.finish(trainer, module)
+        except Exception as error:
+            # In one process the training that has just ended is worth more than the audit; with several, the others
+            # would wait for this one at the next collective.
+            if distributed.world_size() > 1:
+                raise
+            self.interrupt(trainer, repr(error))
+            rank_zero_warn(
+                f"the influence audit failed; training is not affected, and what was recorded until then is kept in "
+                f"{self.reporter.directory}.\n{traceback.format_exc()}"
+            )
+            return None
+
     def finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         """Fit the curvature and score every example; None if there is nothing to audit."""
         self.reporter.write_partial(self.recording.local_columns, "recording")
