@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +20,9 @@ _Item = TypeVar("_Item")
 _NOT_SUMMABLE = (torch.bool, torch.uint8, torch.int8, torch.int16)
 # Tensors of up to so many scalars travel together: what a collective waits for costs more than what it carries.
 _TOGETHER = 2**20
+# What processes tell each other of a matrix at a time.
+_GATHER_BYTES = 2**26
+_Batch = tuple[list[int], Tensor]
 
 
 def rank() -> int:
@@ -117,6 +120,28 @@ def gather_by_index(indices: Tensor, values: Mapping[str, Tensor]) -> tuple[Tens
         for part, column in zip(rows.split([_row_bytes(c) for c in columns], dim=1), columns, strict=True)
     ]
     return _sorted(names, gathered)
+
+
+def rounds(batches: Iterator[_Batch], examples: int, row_bytes: int) -> Iterator[list[_Batch]]:
+    """Take batches together that all processes gather at once, in equally many rounds everywhere.
+
+    Args:
+        batches: Of this process: indices of examples, and a row for each. One process takes each by itself.
+        examples: Number of examples over all processes, each of which has its ``share``.
+        row_bytes: Size of a row: as much is gathered at a time as memory is sure to have room for.
+    """
+    processes = world_size()
+    if processes == 1:
+        yield from ([batch] for batch in batches)
+        return
+    rows, taken = max(1, _GATHER_BYTES // (processes * row_bytes)), 0
+    share = -(-examples // processes)  # the largest
+    for end in range(rows, share + rows, rows):
+        found: list[_Batch] = []
+        while taken < min(end, share) and (batch := next(batches, None)) is not None:
+            found.append(batch)
+            taken += len(batch[0])
+        yield found
 
 
 def _sorted(names: Sequence[str], columns: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

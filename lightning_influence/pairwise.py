@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,9 +40,6 @@ Normalisation = Literal["none", "relative", "cosine"]
 # Preconditioned gradients of queries are held as full parameter vectors: so many bytes of them at a time.
 _QUERY_BYTES = 2**30
 _SCORE_BYTES = 8
-# What processes tell each other of a matrix at a time.
-_GATHER_BYTES = 2**26
-_Batch = tuple[list[int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,27 +306,11 @@ def gathered_columns(
     """
     with closing(_columns(gradients, examples.tolist(), curvature, prepared, normalise, layers)) as batches:
         shape = 1 + len(layers), len(prepared.self_influence)
-        for found in _rounds(batches, len(examples), _SCORE_BYTES * math.prod(shape)):
+        for found in distributed.rounds(batches, len(examples), _SCORE_BYTES * math.prod(shape)):
             indices = [index for own, _ in found for index in own]
             scores = torch.cat([torch.zeros(0, *shape, dtype=torch.float64), *(exact(own).cpu() for _, own in found)])
             merged, gathered = distributed.gather_by_index(torch.tensor(indices, dtype=torch.long), {"scores": scores})
             yield torch.searchsorted(examples, merged), gathered["scores"].permute(1, 2, 0)
-
-
-def _rounds(batches: Iterator[_Batch], examples: int, row_bytes: int) -> Iterator[list[_Batch]]:
-    """Take batches together that the processes gather at once, as often on every process: a matrix may be too large."""
-    processes = distributed.world_size()
-    if processes == 1:
-        yield from ([batch] for batch in batches)
-        return
-    rows, taken = max(1, _GATHER_BYTES // (processes * row_bytes)), 0
-    share = -(-examples // processes)  # the largest
-    for end in range(rows, share + rows, rows):
-        found: list[_Batch] = []
-        while taken < min(end, share) and (batch := next(batches, None)) is not None:
-            found.append(batch)
-            taken += len(batch[0])
-        yield found
 
 
 def _columns(

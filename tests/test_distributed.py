@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence import distributed, pairwise
+from lightning_influence import distributed
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.curvature import FactorExamples, fit
 from lightning_influence.discover import discover
@@ -252,7 +252,7 @@ def pairs(rank: int, budget: int | None = None) -> object:
 
     with pytest.MonkeyPatch.context() as patch:
         if budget is not None:
-            patch.setattr(pairwise, "_GATHER_BYTES", budget)
+            patch.setattr(distributed, "_GATHER_BYTES", budget)
         count = collectives(run)
     return count, found[0]
 
