@@ -29,6 +29,8 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
+from lightning_influence.collation import Collating
+from lightning_influence.looks import learn
 from lightning_influence.tagging import Drawn, Registry
 
 SIZE = 22
@@ -488,6 +490,34 @@ def test_an_order_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     loader = DataLoader(Plain(), 5, shuffle=True, collate_fn=numbers_lost)
     with pytest.raises(MisconfigurationException, match="numbers_lost puts examples in an order of its own.*number"):
         make_trainer(tmp_path, callbacks=[audit]).fit(Classifier(), loader)
+
+
+def image(index: int) -> Any:
+    generator = torch.Generator().manual_seed(index)
+    boxes = {"boxes": torch.rand(1 + index % 3, 4, generator=generator)}
+    return {"image": torch.randn(3, 4, 4, generator=generator), "target": boxes, "label": index % 2}
+
+
+def pops(items: list[Any]) -> Any:
+    """Takes the examples apart, as collators of features do."""
+    labels = [item.pop("label") for item in items[::-1]]
+    return {"pixels": torch.stack([item.pop("image") for item in items[::-1]]), "labels": torch.tensor(labels)}
+
+
+@pytest.mark.parametrize(
+    ("collate", "expected"),
+    [
+        (lambda items: [(item["image"], item["target"]) for item in items], [0, 1, 2, 3]),
+        (lambda items: tuple(zip(*((i["label"], i["target"]) for i in items[::-1]), strict=True)), [3, 2, 1, 0]),
+        (pops, [3, 2, 1, 0]),
+        (lambda items: torch.stack([item["image"] for item in items if item["label"]]), [1, 3]),
+        (lambda items: torch.stack([item["image"] for item in items + items]), [0, 1, 2, 3, 0, 1, 2, 3]),
+    ],
+    ids=["list", "detection", "popped", "filter", "twice"],
+)
+def test_what_is_learned_of_a_collate_function(collate: Any, expected: list[int]) -> None:
+    collated = Collating(collate, learn(image, 40, collate))([image(k) for k in range(4)])
+    assert collated.order.tolist() == expected
 
 
 # ------------------------------------------------------------------------------------------------------ rows end to end
