@@ -249,7 +249,8 @@ def understand(
         explained = sum((float((term.coefficient * term.call.output).sum()) for term in terms), 0.0)
         total = float(loss)
         if math.isfinite(total) and math.isfinite(explained):
-            remainder = abs(total - explained) > 1e-4 * max(abs(total), abs(explained), 1e-8)
+            rounding = max(1e-4, 4 * torch.finfo(loss.dtype).eps)
+            remainder = abs(total - explained) > rounding * max(abs(total), abs(explained), 1e-8)
         else:  # explained if the known calls are non-finite themselves
             remainder = math.isfinite(explained)
         if terms and not remainder:

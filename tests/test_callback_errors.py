@@ -54,6 +54,7 @@ def _no_workers_left() -> Iterator[None]:
         ({"curvature": "kfak"}, r"curvature='kfak'; expected one of 'ekfac', 'kfac', 'diagonal', 'identity'"),
         ({"curvature": None}, r"curvature=None; expected one of 'ekfac'"),
         ({"fisher": "true"}, r"fisher='true'; expected one of 'auto', 'exact', 'sampled', 'empirical'"),
+        ({"curvature": "hessian", "solver": "nystrom"}, r'solver="nystrom" needs a curvature without negative eig'),
         ({"damping": 0.0}, r"damping=0.0; expected a number > 0, \"relative\""),
         ({"damping": -1}, r"damping=-1; expected a number > 0"),
         ({"damping": float("nan")}, r"damping=nan; expected a number > 0"),
@@ -544,11 +545,9 @@ def test_a_directory_that_vanishes_does_not_stop_training(tmp_path: Path) -> Non
     check_clean(trainer, model)
 
 
-def test_a_training_step_that_skips_bad_batches(tmp_path: Path) -> None:
-    """``return None`` for a loss that is not finite is a common guard: no pass can go on from there.
-
-    The look at random examples finds it before training; one at the first examples would have let the audit be lost.
-    """
+@pytest.mark.parametrize("bad", [(12,), (0, 5, 21), tuple(range(8))])
+def test_a_training_step_that_skips_bad_batches(bad: tuple[int, ...], tmp_path: Path) -> None:
+    """``return None`` for a loss that is not finite is a common guard: the bad are named, the rest is scored."""
 
     class Skips(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # type: ignore[override]
@@ -556,12 +555,40 @@ def test_a_training_step_that_skips_bad_batches(tmp_path: Path) -> None:
             return loss if bool(torch.isfinite(loss)) else None
 
     x, y = (tensor.clone() for tensor in vectors().tensors)
-    x[12] = float("nan")
-    trainer, model = make_trainer(tmp_path, callbacks=[InfluenceAudit()]), Skips()
-    with pytest.raises(MisconfigurationException, match="returned NoneType instead of a loss"):
-        trainer.fit(model, loader(TensorDataset(x, y)))
-    assert trainer.global_step == 0
+    x[list(bad)] = float("nan")
+    audit, model = InfluenceAudit(curvature="identity"), Skips()
+    trainer = make_trainer(tmp_path, callbacks=[audit])
+    trainer.fit(model, loader(TensorDataset(x, y)))
+    assert audit.report is not None
+    assert audit.report.status == "complete"
+    rest = [index for index in range(len(x)) if index not in bad]
+    assert audit.report.columns["index"].tolist() == rest
+    assert any("are not scored" in note and "returns no loss" in note for note in audit.report.manifest["notes"])
+    for index in rest[:3]:
+        loss = F.cross_entropy(model(x[index : index + 1]), y[index : index + 1])
+        own = sum(float(g.square().sum()) for g in torch.autograd.grad(loss, list(model.parameters())))
+        row = rest.index(index)
+        assert audit.report.columns["grad_norm_squared"][row] == pytest.approx(own, rel=1e-4)
     check_clean(trainer, model)
+
+
+def test_a_training_step_that_never_returns_a_loss(tmp_path: Path) -> None:
+    class Silent(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            super().training_step(batch, batch_idx)
+
+    trainer = make_trainer(tmp_path, callbacks=[InfluenceAudit()])
+    with pytest.raises(MisconfigurationException, match="returned NoneType instead of a loss"):
+        trainer.fit(Silent(), loader(vectors()))
+
+
+def test_harm_without_a_validation_during_training(tmp_path: Path) -> None:
+    """The validation data are loaded for the audit then; they would else be left out without a word."""
+    audit = InfluenceAudit()
+    trainer = make_trainer(tmp_path, callbacks=[audit], check_val_every_n_epoch=100)
+    trainer.fit(Validated(), loader(vectors()), loader(vectors()))
+    assert audit.report is not None
+    assert "harm" in audit.report.columns
 
 
 # ------------------------------------------------------------------------------------- fit ends with an error

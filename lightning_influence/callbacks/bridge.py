@@ -26,7 +26,7 @@ from torch.utils.data import (
 
 from lightning_influence.callbacks.display import progress_of
 from lightning_influence.coverage import Coverage
-from lightning_influence.isolation import left_alone
+from lightning_influence.isolation import isolated_rng, left_alone
 from lightning_influence.loss_scale import LossScale
 from lightning_influence.optimizers import inner
 from lightning_influence.passes import ExampleGradients
@@ -196,6 +196,18 @@ def silenced_loggers(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.loggers = loggers
+
+
+def set_up_validation(trainer: Trainer) -> None:
+    """Load the validation data of a run that ends before its first validation."""
+    if not trainer.enable_validation or trainer.val_dataloaders is not None:
+        return
+    trainer.validating = True
+    try:
+        with isolated_rng():
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    finally:
+        trainer.training = True
 
 
 def validation_queries(

@@ -48,6 +48,7 @@ from lightning_influence.curvature import (
     Solver,
     check_curvature,
     check_labels,
+    check_solver,
 )
 from lightning_influence.discover import trace_model
 from lightning_influence.influence import InfluencePlan
@@ -144,6 +145,7 @@ class InfluenceAudit(Callback):
         check_layers(layers)
         check_damping(damping)
         check_choice("solver", solver, ("auto", "dense", *get_args(IterativeSolver)))
+        check_solver(curvature, solver)
         if factor_examples != "auto" and factor_examples is not None:
             check_count("factor_examples", factor_examples, '"auto", None for all examples')
         check_task(task)

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_influence import distributed
 from lightning_influence.audit import AuditReport
+from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.store import AuditStore, StoreError
 from lightning_influence.values import jsonable
@@ -133,13 +134,7 @@ def agreed(report: AuditReport | None) -> bool:
 def as_at_the_end_of_training(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Bring back what a trainer with nothing left to train has not set up, or has put away."""
     device = module.device
-    validation = trainer.fit_loop.epoch_loop.val_loop
-    if trainer.enable_validation and trainer.val_dataloaders is None:
-        trainer.validating = True
-        try:
-            validation.setup_data()
-        finally:
-            trainer.training = True
+    bridge.set_up_validation(trainer)
     module.to(trainer.strategy.root_device)
     try:
         yield

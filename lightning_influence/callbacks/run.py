@@ -312,6 +312,7 @@ class AuditRun:
             return self.make_plan(gradients.coverage, inspection, len(indices), curvature=curvature, history=history)
 
         plan = planned(self.curvature)
+        bridge.set_up_validation(trainer)
         validation = bridge.validation_queries(trainer, module, self.passes.task, gradients.coverage)
         asked = sum(len(examples) for _, examples in validation)
         reporter.tell(lambda: reporter.announce(plan, gradients, inspection, len(indices), asked))

@@ -234,6 +234,7 @@ def _fit_full(
     solver: Solver,
     seed: int,
 ) -> Curvature:
+    check_solver(cast(CurvatureName, name), solver)
     coordinates = BlockCoordinates(gradients.coverage.blocks)
     for value in damping.values() if isinstance(damping, Mapping) else [] if damping is None else [damping]:
         if not (math.isfinite(value) and value >= 0):
@@ -330,14 +331,26 @@ def _dense_ggn(
     return summed / examples.to(summed.dtype)
 
 
+def check_solver(name: CurvatureName, solver: Solver) -> None:
+    """Refuse a solver that can't be had with a curvature.
+
+    Raises:
+        ValueError: For Nyström on what may have negative eigenvalues.
+    """
+    product = LADDER[name].product
+    if solver == "nystrom" and product is not None and not product.semidefinite:
+        raise ValueError(
+            f'solver="nystrom" needs a curvature without negative eigenvalues, curvature={name!r} may have some: use '
+            '"cg" or "pcg", or the GGN.'
+        )
+
+
 def choose_solver(
     solver: Solver, size: int, device: torch.device, *, semidefinite: bool = True
 ) -> tuple[str, list[str]]:
     """Return the solver to take for ``size`` parameters, and what to say about it."""
     needed = _DENSE_BYTES * size * size
     iterative = "nystrom" if semidefinite else "cg"
-    if solver == "nystrom" and not semidefinite:
-        raise ValueError('solver="nystrom" needs a curvature without negative eigenvalues: use "cg", or the GGN.')
     if solver == "auto":
         return ("dense" if size <= _DENSE_BY_ITSELF and fits(needed, device) else iterative), []
     if solver != "dense" or fits(needed, device):
