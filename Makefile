@@ -43,8 +43,9 @@ demo: $(VENV)/.demo
 clean-and-retrain: $(VENV)/.demo
 	@$(PY) examples/03_clean_and_retrain.py
 
+# A process for each core: with a thread each, they do not get into each other's way.
 test: $(VENV)/.dev
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	@$(PY) -m ruff check .
@@ -101,12 +102,12 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 
 # kronfluence and curvlinops (by way of backpack), further references of the tests, ask for torchvision and never
 # import it, and torchvision does not import beside the pinned torch. So they come without their dependencies; the
-# `test` extra has the rest.
+# `test` extra has the rest. torchdata asks for clients of the network, which its stateful loader does not use.
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	@echo 'installing lightning-influence with its test tools into $(VENV) (once, some minutes) ...'
 	@$(INSTALL) --editable '.[examples,test,dev]'
 	@$(INSTALL) --no-deps kronfluence==1.0.1 curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 \
-	    linear_operator==0.6.1
+	    linear_operator==0.6.1 torchdata==0.11.0
 	@touch $@ $(VENV)/.demo
 
 # dattri asks for pretty_midi, which the methods measured here do not use.

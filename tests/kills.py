@@ -13,10 +13,11 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import torch
@@ -117,7 +118,8 @@ class Moments:
 
         os.replace = counted
 
-    def __call__(self, moment: str) -> None:
+    def __call__(self, moment: str, otherwise: str = "") -> None:
+        moment = moment or self.phase or otherwise
         self.counts[moment] += 1
         if moment == self.job.moment and self.counts[moment] == self.job.count:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -129,13 +131,12 @@ class Killed(Validated):
     def __init__(self, moments: Moments) -> None:
         super().__init__(lambda module: torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.5))
         self.double()
-        self.moment: Callable[[str], None] = moments
+        self.moment = Mock(side_effect=moments)  # what a step counts is else put back by the audit
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if not self.training:
             # A run that is resumed once it is over has its audit in other hooks.
-            otherwise = "audit" if self.trainer.global_step else "start"
-            self.moment(self.moment.phase or otherwise)  # type: ignore[attr-defined]
+            self.moment("", "audit" if self.trainer.global_step else "start")
         return super().training_step(batch, batch_idx)
 
     def on_train_batch_end(self, *_: Any) -> None:

@@ -663,6 +663,7 @@ class TestCapture:
         inputs, _ = data((4,))
         per_class = ref.class_gradients(net, inputs, CLASSES)
         gradients = passes(net, *data((4,)), batch_size=EXAMPLES)
+        assert gradients.scale is not None  # measured by a pass of its own
         calls = Mock()  # a list would be put back
         net[1].register_forward_hook(lambda *_: calls() and None)
         with closing(gradients.run(range(EXAMPLES), "exact")) as batches:

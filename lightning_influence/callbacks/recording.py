@@ -71,6 +71,7 @@ class Recording:
         self._visits = VisitSums(size) if self._in_flight else None
         self._new_visits: list[tuple[Sequence[int], Increments | None]] = []
         self._passes: list[int] = []  # steps
+        self.passed: list[int] = []  # examples that passes for TracIn have scored: the fewest, the most
         self._seen = torch.zeros(size, dtype=torch.bool)
         self._unfiled: list[Sequence[int]] = []  # batches that are not in there yet
         self.neighbours = NeighbourRecord(size)
@@ -251,6 +252,8 @@ class Recording:
         """
         if "tracin" in scores.columns:
             self.tracin.add(step, scores.indices.tolist(), scores.columns["tracin"])
+            known = [*self.passed, len(scores.indices)]
+            self.passed = [min(known), max(known)]
         if step in self._passes:
             return
         self._passes.append(step)
@@ -296,6 +299,12 @@ class Recording:
             remarks.append(
                 f"{len(self.relabelled)} examples had another label in training than when they were fetched again; "
                 f"their training dynamics may be those of other examples: {listed}"
+            )
+        if self.passed and self.passed[0] < self.passed[1]:
+            late = self.passed[1] - self.passed[0]
+            remarks.append(
+                f"{late} examples were first drawn after a TracIn checkpoint had been taken: their tracin lacks the steps "
+                "before"
             )
         if self.data_changes:
             remarks.append(
@@ -422,6 +431,7 @@ class Recording:
                 "untapped_batches": self.untapped_batches,
                 "batches": self.batches,
                 "ragged_batches": self.ragged_batches,
+                "passed": list(self.passed),
                 "contradicted_batches": self.dynamics.contradicted_batches,
                 "data_changes": list(self.data_changes),
                 "relabelled": sorted(self.relabelled),
@@ -464,6 +474,7 @@ class Recording:
         self.untapped_batches = lacking.get("untapped_batches", 0)
         self.batches = lacking.get("batches", 0)
         self.ragged_batches = lacking.get("ragged_batches", 0)
+        self.passed = list(lacking.get("passed", []))
         self.dynamics.contradicted_batches = lacking.get("contradicted_batches", 0)
         self.data_changes = list(lacking.get("data_changes", []))
         self.relabelled = set(lacking.get("relabelled", []))
