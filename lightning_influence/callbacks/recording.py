@@ -303,8 +303,8 @@ class Recording:
         if self.passed and self.passed[0] < self.passed[1]:
             late = self.passed[1] - self.passed[0]
             remarks.append(
-                f"{late} examples were first drawn after a TracIn checkpoint had been taken: their tracin lacks the steps "
-                "before"
+                f"{late} examples were first drawn after a TracIn checkpoint had been taken: their tracin lacks the "
+                "steps before"
             )
         if self.data_changes:
             remarks.append(
