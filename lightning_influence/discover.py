@@ -13,7 +13,7 @@ from torch import nn
 from lightning_influence.coverage import Coverage, Layers, Uncovered, cover
 from lightning_influence.isolation import hidden_parameters, rewind, seed_everything, untouched
 from lightning_influence.layout import BatchLayout, Order, find_layout
-from lightning_influence.loss_scale import NoLossError, TermKey
+from lightning_influence.loss_scale import TermKey
 from lightning_influence.losses import LossCall
 from lightning_influence.snapshot import StateError
 from lightning_influence.source import ExampleSource
@@ -105,16 +105,10 @@ def trace_model(
                     return None
 
             # Examples that happen to have equal rows leave their order open: others are tried then.
-            choices = ((0, 2), (2, 3), (5, 4)) if not whole else ((0, len(indices)),)
-            for start, size in choices:
+            for start, size in ((0, 2), (2, 3), (5, 4)) if not whole else ((0, len(indices)),):
                 chosen = list(indices) if whole else source.steady(indices, start, size)
                 recorder = ShapeRecorder()
-                try:
-                    small = run(recorder, chosen)
-                except NoLossError:  # bad examples
-                    if (start, size) == choices[-1]:
-                        raise
-                    continue
+                small = run(recorder, chosen)
                 tracer = Tracer(parameters, recorder.calls, (size, size + 1), hidden)
                 large = run(tracer, [*chosen, chosen[0]])
                 if small is not None and large is not None:

@@ -56,16 +56,6 @@ class TaskError(RuntimeError):
     """The loss of a batch can't be understood; the message says what was seen and the way out."""
 
 
-class NoLossError(TaskError):
-    """The step returned no loss for a batch, as guards against bad examples do."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "`training_step` returned NoneType instead of a loss tensor (or a dict with the key 'loss'); return the "
-            "loss, or pass `task=`, a function (module, batch) -> loss."
-        )
-
-
 class ScaleError(TaskError):
     """A term of the loss has no scale that holds in every batch; the message says which, and the way out."""
 

@@ -24,7 +24,7 @@ from lightning_influence.discover import trace_model
 from lightning_influence.example_noise import ExampleNoise
 from lightning_influence.isolation import rewind, seed_everything, untouched
 from lightning_influence.layers import LayerError, NewPathError
-from lightning_influence.loss_scale import LossScale, NoLossError
+from lightning_influence.loss_scale import LossScale
 from lightning_influence.losses import known_losses
 from lightning_influence.precision import working
 from lightning_influence.source import ExampleSource
@@ -270,9 +270,8 @@ class ExampleGradients:
             Capture(self.coverage) as capture,
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
-            for batch_indices, loss in self._with_loss(
-                own, size, lambda chosen, batch: self._traced_forward(capture, batch, chosen, step_seed)
-            ):
+            for batch_indices, batch in self.source.batches(own, size):
+                loss = self._traced_forward(capture, batch, batch_indices, step_seed)
                 self._backward(capture, loss, labels, batch_indices, draw)
                 # A copy of an example weighs as the example does in its batch.
                 self.with_scale(loss.scale)._add_one_by_one(capture, batch_indices, labels, draw)
@@ -309,43 +308,12 @@ class ExampleGradients:
             Capture(self.coverage),
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
-
-            def evaluated(chosen: list[int], batch: Any) -> BatchLoss:
-                loss = self.forward(batch, len(chosen), watch=watch)
-                return self.forward(batch, len(chosen), watch=watch) if self._met_new_terms(loss, chosen) else loss
-
-            for batch_indices, loss in self._with_loss(own, size, evaluated):
+            for batch_indices, batch in self.source.batches(own, size):
+                loss = self.forward(batch, len(batch_indices), watch=watch)
+                if self._met_new_terms(loss, batch_indices):
+                    loss = self.forward(batch, len(batch_indices), watch=watch)
                 yield batch_indices, loss
                 advance(len(batch_indices))
-
-    def _with_loss(
-        self, indices: Sequence[int], size: int | None, evaluate: Callable[[list[int], Any], BatchLoss]
-    ) -> Iterator[tuple[list[int], BatchLoss]]:
-        """Visit batches; examples for which the step returns no loss are left out, and noted as missing."""
-        for chosen, batch in self.source.batches(indices, size):
-            try:
-                loss = evaluate(chosen, batch)
-            except NoLossError:
-                lacking = self._without_loss(chosen)
-                if not lacking:
-                    raise
-                self.source.missing |= dict.fromkeys(lacking, "the step returns no loss for a batch with it")
-                if rest := [index for index in chosen if index not in lacking]:
-                    yield from self._with_loss(rest, len(rest), evaluate)
-                continue
-            yield chosen, loss
-
-    def _without_loss(self, indices: list[int]) -> set[int]:
-        """Find the examples that keep the step from returning a loss, by halves."""
-        try:
-            for own, batch in self.source.batches(indices if len(indices) > 1 else indices * _COPIES, None):
-                self.forward(batch, len(own))
-        except NoLossError:
-            if len(indices) == 1:
-                return set(indices)
-            half = len(indices) // 2
-            return self._without_loss(indices[:half]) | self._without_loss(indices[half:])
-        return set()
 
     def forward(
         self, batch: Any, n: int, *, step_seed: int = 0, watch: AbstractContextManager[Any] | None = None

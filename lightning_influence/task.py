@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from lightning_influence.loss_scale import LossScale, NoLossError, TermKey, calling_place
+from lightning_influence.loss_scale import LossScale, TermKey, calling_place
 from lightning_influence.losses import LossCall, all_arguments, known_loss, read_call
 from lightning_influence.terms import BatchLoss, TaskError, TermForm, understand
 
@@ -71,8 +71,6 @@ class TrainingStepTask:
             result = step(batch, 0) if takes_index else step(batch)
         if isinstance(result, Mapping):
             result = result.get("loss")
-        if result is None:
-            raise NoLossError
         if not isinstance(result, Tensor):
             raise TaskError(
                 f"`training_step` returned {type(result).__name__} instead of a loss tensor (or a dict with the key "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_influence import per_sample
 from lightning_influence.isolation import isolated_rng
-from lightning_influence.loss_scale import LossScale, NoLossError
+from lightning_influence.loss_scale import LossScale
 from lightning_influence.passes import ExampleGradients
 from lightning_influence.precision import wide
 from lightning_influence.rows import held_bytes
@@ -114,11 +114,6 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
         LayerError: If a layer is used in a way that is not understood.
     """
     indices = gradients.source.settled(list(indices)[: looked_at(gradients.source.batch_size)])
-    with closing(gradients.with_scale(None).losses(indices, everywhere=True, size=len(indices))) as losses:
-        known = [index for own, _ in losses for index in own]
-    if indices and not known:
-        raise NoLossError
-    indices = known
     if not indices:
         raise VerificationError("there is no training example to look at: the data set or the sampler is empty.")
     drawn = torch.randperm(len(indices), generator=torch.Generator().manual_seed(len(indices)))[:_DRAWN].tolist()

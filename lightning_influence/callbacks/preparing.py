@@ -136,8 +136,7 @@ def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection:
     source = gradients.source
     if is_deterministic(source.dataset) and is_plain(source.collate_fn) and not inspection.random:
         return False
-    chosen = [index for index in source.settled(indices[: inspection.examples]) if index not in source.missing]
-    labels = []
+    chosen, labels = source.settled(indices[: inspection.examples]), []
     passes = gradients.with_scale(None)
     state = unchanged(source.dataset, source.collate_fn)
     with untouched(gradients.module, gradients.task), Capture(gradients.coverage), state:
