@@ -544,26 +544,6 @@ def test_a_directory_that_vanishes_does_not_stop_training(tmp_path: Path) -> Non
     check_clean(trainer, model)
 
 
-def test_a_training_step_that_skips_bad_batches(tmp_path: Path) -> None:
-    """``return None`` for a loss that is not finite is a common guard: no pass can go on from there.
-
-    The look at random examples finds it before training; one at the first examples would have let the audit be lost.
-    """
-
-    class Skips(Classifier):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # type: ignore[override]
-            loss = super().training_step(batch, batch_idx)
-            return loss if bool(torch.isfinite(loss)) else None
-
-    x, y = (tensor.clone() for tensor in vectors().tensors)
-    x[12] = float("nan")
-    trainer, model = make_trainer(tmp_path, callbacks=[InfluenceAudit()]), Skips()
-    with pytest.raises(MisconfigurationException, match="returned NoneType instead of a loss"):
-        trainer.fit(model, loader(TensorDataset(x, y)))
-    assert trainer.global_step == 0
-    check_clean(trainer, model)
-
-
 # ------------------------------------------------------------------------------------- fit ends with an error
 
 
