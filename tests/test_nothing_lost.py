@@ -641,6 +641,7 @@ ODD: dict[str, bytes] = {
     "not unicode": b'{"schema_version": 1, "status": "\xff"}',
     "not finite": b'{"schema_version": 1, "status": "complete", "seconds": {"a": NaN}}',
     "numbers for lists": b'{"schema_version": 1, "status": "complete", "notes": 5}',
+    "nothing for lists": b'{"schema_version": 1, "status": "complete", "notes": null}',
     "lists for mappings": b'{"schema_version": 1, "status": "complete", "seconds": [1]}',
     "text for numbers": b'{"schema_version": 1, "status": "complete", "seconds": {"a": "b"}}',
     "lacking": b'{"schema_version": 1, "status": "complete", "damping_sweep": {"factors": [1]}}',
