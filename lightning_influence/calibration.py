@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence import distributed
+from lightning_influence.answering import NoLossError
 from lightning_influence.loss_scale import LossScale, ScaleTally
 from lightning_influence.source import ExampleSource
 from lightning_influence.terms import BatchLoss, steady_terms
@@ -43,8 +44,8 @@ def measured_scale(
     """
     size = source.batch_size
     if source.plain and len(indices) > size and of_mean is not False:
-        watch = _ValueReads()
-        with closing(losses(indices[:size], everywhere=True, watch=watch)) as first:
+        watch, steady = _ValueReads(), None
+        with suppress(NoLossError), closing(losses(indices[:size], everywhere=True, watch=watch)) as first:
             _, loss = next(first)
             steady = steady_terms([(term.key, term.call, term.form) for term in loss.seen], loss.n)
         if steady is not None and not watch.seen:

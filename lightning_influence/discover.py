@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_influence.answering import NoLossError
 from lightning_influence.coverage import Coverage, Layers, Uncovered, cover
 from lightning_influence.isolation import hidden_parameters, rewind, seed_everything, untouched
 from lightning_influence.layout import BatchLayout, Order, find_layout
@@ -83,6 +84,9 @@ def trace_model(
 
     Returns:
         The trace; its ``failure`` says why if the model can't be run so.
+
+    Raises:
+        NoLossError: If there is no loss for them.
     """
     if not indices:
         return Trace(failure="there are no examples")
@@ -115,7 +119,7 @@ def trace_model(
                     tracer.trace.forms = term_forms(small, large)
                 if not tracer.trace.ambiguous:
                     break
-    except (torch.OutOfMemoryError, StateError):
+    except (torch.OutOfMemoryError, StateError, NoLossError):
         raise
     # Whatever goes wrong in a user's step on a tiny batch: layers used in the standard way are understood without.
     except Exception as error:

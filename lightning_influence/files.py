@@ -147,8 +147,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `path` that takes its place once the body has succeeded."""
     temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
-        if path.parent.name in (FACTORS, CHECKPOINTS):
-            path.parent.mkdir(exist_ok=True)  # copying tools drop empty folders
+        path.parent.mkdir(parents=True, exist_ok=True)  # copying tools drop empty folders, and people tidy up
         for leftover in path.parent.glob(f".tmp-????????-{path.name}"):
             leftover.unlink(missing_ok=True)
         with open(temporary, "xb") as handle:

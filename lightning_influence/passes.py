@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence import distributed
+from lightning_influence.answering import NoLossError, answered
 from lightning_influence.calibration import measured_scale
 from lightning_influence.capture import Capture, LayerIO
 from lightning_influence.coverage import Coverage
@@ -270,8 +271,15 @@ class ExampleGradients:
             Capture(self.coverage) as capture,
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
-            for batch_indices, batch in self.source.batches(own, size):
-                loss = self._traced_forward(capture, batch, batch_indices, step_seed)
+
+            def forward(batch: Any, batch_indices: list[int]) -> BatchLoss:
+                try:
+                    return self._traced_forward(capture, batch, batch_indices, step_seed)
+                except NoLossError:
+                    capture.clear()
+                    raise
+
+            for batch_indices, loss in answered(self.source, own, size, forward, apart=not whole):
                 self._backward(capture, loss, labels, batch_indices, draw)
                 # A copy of an example weighs as the example does in its batch.
                 self.with_scale(loss.scale)._add_one_by_one(capture, batch_indices, labels, draw)
@@ -303,15 +311,19 @@ class ExampleGradients:
         """
         own = list(indices) if everywhere else distributed.share(indices)
         self._scale()
+
+        def forward(batch: Any, batch_indices: list[int]) -> BatchLoss:
+            loss = self.forward(batch, len(batch_indices), watch=watch)
+            if self._met_new_terms(loss, batch_indices):
+                loss = self.forward(batch, len(batch_indices), watch=watch)
+            return loss
+
         with (
             untouched(self.module, self.task),
             Capture(self.coverage),
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
-            for batch_indices, batch in self.source.batches(own, size):
-                loss = self.forward(batch, len(batch_indices), watch=watch)
-                if self._met_new_terms(loss, batch_indices):
-                    loss = self.forward(batch, len(batch_indices), watch=watch)
+            for batch_indices, loss in answered(self.source, own, size, forward):
                 yield batch_indices, loss
                 advance(len(batch_indices))
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
+from lightning_influence.answering import NoLossError
 from lightning_influence.loss_scale import LossScale, TermKey, calling_place
 from lightning_influence.losses import LossCall, all_arguments, known_loss, read_call
 from lightning_influence.terms import BatchLoss, TaskError, TermForm, understand
@@ -44,10 +45,16 @@ class TrainingStepTask:
 
     Metrics, buffers, modes and random streams are the business of ``isolation.untouched``, which every extra pass
     runs under.
+
+    Args:
+        batch_idx: The number that every batch is said to have.
     """
 
+    def __init__(self, batch_idx: int = 0) -> None:
+        self.batch_idx = batch_idx
+
     def __call__(self, module: Any, batch: Any) -> Tensor:
-        """Run ``module.training_step(batch, 0)`` and return its loss.
+        """Run ``module.training_step(batch, batch_idx)`` and return its loss.
 
         Raises:
             TaskError: If there is no ``training_step`` that takes a batch, or it returns no loss.
@@ -68,11 +75,11 @@ class TrainingStepTask:
         own = signature.args[1:] if inspect.ismethod(step) else signature.args
         takes_index = len(own) >= 2 or signature.varargs is not None
         with _muted(module):
-            result = step(batch, 0) if takes_index else step(batch)
+            result = step(batch, self.batch_idx) if takes_index else step(batch)
         if isinstance(result, Mapping):
             result = result.get("loss")
         if not isinstance(result, Tensor):
-            raise TaskError(
+            raise (NoLossError if result is None else TaskError)(
                 f"`training_step` returned {type(result).__name__} instead of a loss tensor (or a dict with the key "
                 "'loss'); return the loss, or pass `task=`, a function (module, batch) -> loss."
             )
@@ -188,6 +195,8 @@ def run_tapped(task: Task, module: nn.Module, batch: Any) -> tuple[Tensor, list[
     """Run ``task`` on one batch and return what it returned, and the known loss calls it made."""
     with LossTap(protect=True) as tap:
         loss = task(module, batch)
+    if loss is None:
+        raise NoLossError("the task returned None instead of a loss tensor.")
     return loss, tap.calls
 
 

@@ -107,7 +107,8 @@ _MANIFEST: dict[str, Any] = {
 def check_manifest(manifest: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` if an entry has another form than its readers rely upon."""
     for name, form in _MANIFEST.items():
-        if manifest.get(name):
+        # Lists are iterated over whatever they hold; other entries are looked at if there is something in them.
+        if manifest.get(name) or (isinstance(form, list) and name in manifest):
             _check_form(manifest[name], form, repr(name))
 
 

@@ -421,3 +421,53 @@ def test_the_scale_of_a_run_is_measured_once(tmp_path: Path, monkeypatch: pytest
     run(tmp_path, Net(lambda m, z, b: F.cross_entropy(z, b[1], weight)))
     assert len(scales) == 3
     assert all(scale is scales[0] for scale in scales)
+
+
+# ------------------------------------------------------------------------------------- what the passes do not see
+
+
+class Numbered(Net):
+    """Its loss may depend on the number of the batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.number = batch_idx
+        return self.loss(self, self(batch[0]), batch)
+
+
+def _aux(z: Tensor, batch: Any) -> Tensor:
+    return 0.3 * F.mse_loss(z[:, C], batch[2])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m, z, b: _mean(m, z, b) * (1.0 if m.number % 2 == 0 else 0.25),
+        lambda m, z, b: _mean(m, z, b) + (_aux(z, b) if m.number % 3 == 2 else 0.0),
+        lambda m, z, b: _mean(m, z, b) if m.number % 2 else _aux(z, b),
+    ],
+)
+def test_a_loss_that_depends_on_the_number_of_its_batch_is_noted(tmp_path: Path, loss: Loss) -> None:
+    report = run(tmp_path, Numbered(loss)).report
+    assert report is not None
+    assert any("the loss depends on `batch_idx`, which is 0 in all passes" in note for note in report.manifest["notes"])
+
+
+def test_terms_that_only_training_has_are_noted(tmp_path: Path) -> None:
+    """Gradients were those of half the loss, verified."""
+    for number, condition in enumerate((lambda m: m.training, lambda m: m.global_step % 2 == 1)):
+        net = Net(lambda m, z, b, condition=condition: _mean(m, z, b) + (_aux(z, b) if condition(m) else 0.0))
+        report = run(tmp_path / str(number), net).report
+        assert report is not None
+        (note,) = (note for note in report.manifest["notes"] if "training has had terms" in note)
+        assert "SquaredError" in note
+        assert "CrossEntropy" not in note
+
+
+def test_a_number_that_is_not_used_and_terms_that_are_not_trained_on_are_not_noted(tmp_path: Path) -> None:
+    def loss(module: Any, z: Tensor, batch: Any) -> Tensor:
+        module.log(f"auxiliary {module.number}", _aux(z, batch))
+        return _mean(module, z, batch)
+
+    report = run(tmp_path, Numbered(loss)).report
+    assert report is not None
+    assert not any("batch_idx" in note or "terms of the loss" in note for note in report.manifest["notes"])

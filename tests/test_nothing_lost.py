@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -18,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import CLASSES, FEATURES, Classifier, Validated, images, loader, make_trainer, vectors
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn, files
 from lightning_influence.callbacks import display
 from lightning_influence.callbacks import run as audit_run
+from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.checkpoints import Checkpoint, check_together
 from lightning_influence.store import AuditStore, StoreError
 
@@ -162,6 +165,60 @@ def test_a_disk_that_is_full_during_training(tmp_path: Path, monkeypatch: pytest
     assert audit.report.manifest["tracin_steps"] == [5, 10, 15]
     assert [(kept.step, kept.steps) for kept in audit.report.checkpoints()] == [(10, 10), (15, 5)]
     assert any("checkpoint of step 5 was not kept" in note for note in audit.report.manifest["notes"])
+
+
+@pytest.mark.parametrize("when", ["on_train_epoch_end", "on_train_end"])
+def test_a_directory_that_was_deleted_is_made_again(when: str, tmp_path: Path) -> None:
+    class Tidy(Callback):
+        pass
+
+    setattr(Tidy, when, lambda *_: shutil.rmtree(tmp_path / "audit"))
+    audit = InfluenceAudit(dirpath=tmp_path / "audit")
+    make_trainer(tmp_path, callbacks=[Tidy(), audit], max_epochs=2).fit(Classifier(), loader(vectors()))
+    assert audit.report is not None
+    on_disk = AuditReport.load(tmp_path / "audit")
+    assert on_disk.status == "complete"
+    np.testing.assert_array_equal(on_disk.columns["self_influence"], audit.report.columns["self_influence"])
+
+
+@pytest.mark.parametrize("after", ["before the audit", "before the queries"])
+@pytest.mark.parametrize("by_loader", [False, True])
+def test_validation_data_that_are_gone_cost_their_columns_alone(
+    after: str, by_loader: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Files(Dataset[Any]):
+        gone = False
+
+        def __len__(self) -> int:
+            return 7
+
+        def __getitem__(self, index: int) -> Any:
+            if self.gone:
+                raise OSError("the volume is gone")
+            return vectors(7, 2)[index]
+
+    class Unmount(Callback):
+        def on_train_end(self, *_: Any) -> None:
+            data.gone = after == "before the audit"
+
+    def find(*arguments: Any) -> Any:
+        data.gone = True
+        return found(*arguments)
+
+    data, found = Files(), QueryReport.find
+    monkeypatch.setattr(QueryReport, "find", find)
+    asked = DataLoader(data, 4)
+    audit = InfluenceAudit(queries=asked if by_loader else "worst")
+    with pytest.warns(UserWarning, match="the volume is gone|no validation examples"):
+        make_trainer(tmp_path, callbacks=[Unmount(), audit]).fit(Validated(), loader(vectors()), asked)
+    report = audit.report
+    assert report is not None
+    assert report.directory is not None
+    assert AuditReport.load(report.directory).status == "complete"
+    assert np.isfinite(report.columns["self_influence"]).all()
+    assert ("harm" in report.columns) == (after == "before the queries")
+    assert report.pairs is None
+    assert any("no pairs of queries" in note for note in report.manifest["notes"])
 
 
 # ----------------------------------------------------------------------------------------------------- kills
@@ -313,6 +370,14 @@ def test_resuming_with_another_tracin_says_what_it_lacks(first: Any, then: Any, 
     assert sum(kept.steps for kept in audit.report.checkpoints()) == 15
 
 
+def test_known_noise_that_is_told_once_the_audit_is_complete_is_measured(tmp_path: Path) -> None:
+    trained(tmp_path, InfluenceAudit(), epochs=2)
+    audit = InfluenceAudit(known_noise=[1, 2, 5])
+    trained(tmp_path, audit, epochs=2, ckpt=tmp_path / "kept" / "last.ckpt")
+    assert audit.report is not None
+    assert "self_influence" in audit.report.manifest["detection"]
+
+
 def test_an_audit_that_joins_says_which_epochs_it_lacks(tmp_path: Path) -> None:
     trained(tmp_path, None, epochs=2)
     audit = InfluenceAudit()
@@ -409,6 +474,49 @@ def test_one_huge_example_is_listed_and_spoils_nobody(
         columns.append(audit.report.columns)
     for name in ("grad_norm_squared", "self_influence", "loss", "neighbour_disagreement"):
         np.testing.assert_allclose(columns[0][name][others], columns[1][name], rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+class Guarded(Still):
+    """Skips batches whose loss is not finite, as many do."""
+
+    def training_step(self, batch: Any, _: int) -> Any:
+        loss = super().training_step(batch, _)
+        return loss if torch.isfinite(loss) else None
+
+
+@pytest.mark.parametrize("spoilt", [[7], list(range(6)), [0, 4, 9, 13, 21]], ids=["one", "a whole batch", "everywhere"])
+@pytest.mark.parametrize("arguments", [{}, {"tracin": "step"}, {"curvature": "ggn", "damping": 0.1}], ids=str)
+def test_examples_without_a_loss_are_listed(spoilt: list[int], arguments: Any, tmp_path: Path) -> None:
+    """A pass whose step returned None for a batch lost the audit; so did one such example in the first look."""
+    x, y = (tensor.clone() for tensor in vectors().tensors)
+    x[spoilt, 0] = float("nan")
+    others = [index for index in range(22) if index not in spoilt]
+    columns = []
+    for number, data in enumerate((TensorDataset(x, y), TensorDataset(x[others], y[others]))):
+        audit = InfluenceAudit(fisher="empirical", factor_examples=None, **arguments)
+        trainer = make_trainer(tmp_path / str(number), callbacks=[audit], max_epochs=2, logger=False)
+        trainer.fit(Guarded("deep"), loader(data))
+        assert audit.report is not None
+        notes, steps = audit.report.manifest["notes"], trainer.global_step
+        assert number or any(f"{len(spoilt)} of 22 examples are not scored" in note for note in notes)
+        assert number or any("the step returns no loss for it" in note for note in notes)
+        assert number or any("of 10 training batches had no loss or no backward pass" in note for note in notes)
+        assert not any("failed" in note for note in notes)
+        assert steps
+        columns.append(audit.report.columns)
+    assert columns[0]["index"].tolist() == others
+    for name in ("grad_norm_squared", "self_influence", "loss", "neighbour_disagreement"):
+        np.testing.assert_allclose(columns[0][name], columns[1][name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_step_that_never_returns_a_loss_is_refused(tmp_path: Path) -> None:
+    class Never(Still):
+        def training_step(self, batch: Any, _: int) -> Any:
+            return None
+
+    trainer = make_trainer(tmp_path, callbacks=[InfluenceAudit()], max_epochs=1, logger=False)
+    with pytest.raises(MisconfigurationException, match="`training_step` returned NoneType instead of a loss"):
+        trainer.fit(Never("linear"), loader(vectors()))
 
 
 # ---------------------------------------------------------------------------------------------------- display
@@ -533,6 +641,7 @@ ODD: dict[str, bytes] = {
     "not unicode": b'{"schema_version": 1, "status": "\xff"}',
     "not finite": b'{"schema_version": 1, "status": "complete", "seconds": {"a": NaN}}',
     "numbers for lists": b'{"schema_version": 1, "status": "complete", "notes": 5}',
+    "nothing for lists": b'{"schema_version": 1, "status": "complete", "notes": null}',
     "lists for mappings": b'{"schema_version": 1, "status": "complete", "seconds": [1]}',
     "text for numbers": b'{"schema_version": 1, "status": "complete", "seconds": {"a": "b"}}',
     "lacking": b'{"schema_version": 1, "status": "complete", "damping_sweep": {"factors": [1]}}',

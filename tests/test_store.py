@@ -537,11 +537,17 @@ class TestFactors:
         assert store.factor_names() == ["fc"]
 
     def test_audit_removed_meanwhile(self, store: AuditStore) -> None:
-        store.directory.rename(store.directory.with_name("moved"))
-        with pytest.raises(StoreError, match=r"Cannot write .*fc\.safetensors: .*No such file"):
-            store.write_factors("fc", {"A": torch.eye(2)})
-        with pytest.raises(StoreError, match=r"Cannot write .*scores\.parquet: .*No such file"):
+        """What is computed is not lost to somebody who tidies up; a file in its place is not written over."""
+        moved = store.directory.with_name("moved")
+        store.directory.rename(moved)
+        store.write_factors("fc", {"A": torch.eye(2)})
+        store.write_scores({"index": [1]})
+        assert store.read_scores()["index"].tolist() == [1]
+        store.directory.rename(store.directory.with_name("moved again"))
+        store.directory.write_text("a file now")
+        with pytest.raises(StoreError, match=r"Cannot write .*scores\.parquet: "):
             store.write_scores({"index": [1]})
+        assert store.directory.read_text() == "a file now"
 
 
 WRITERS: dict[str, Callable[[AuditStore, int], None]] = {

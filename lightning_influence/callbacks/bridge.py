@@ -24,6 +24,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+from lightning_influence import distributed
 from lightning_influence.callbacks.display import progress_of
 from lightning_influence.coverage import Coverage
 from lightning_influence.isolation import isolated_rng, left_alone
@@ -228,8 +229,11 @@ def validation_queries(
             if len(source):
                 source.repeatable(range(len(source)))
             _ = source.collation
-        except DataError as error:
-            rank_zero_warn(f"validation data are left out of the influence audit (no harm column): {error}")
+        # A data set may raise anything once its files are gone; other processes would wait for one that goes on alone.
+        except Exception as error:
+            if not isinstance(error, DataError) and distributed.world_size() > 1:
+                raise
+            rank_zero_warn(f"validation data are left out of the influence audit (no harm column): {error!r}")
             continue
         limit = len(source) if batches >= len(loader) else int(batches) * source.batch_size * trainer.world_size
         if limit:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence import distributed
+from lightning_influence.answering import NoLossError
 from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.arguments import (
@@ -207,16 +208,25 @@ class InfluenceAudit(Callback):
             self._recording = Recording(len(source), module, self.tracin)
             restored, self._restored = self._restored, None
             restore(self._recording, restored, trainer)
-            self._run = self._start(trainer, module, source, self._recording)
+            first = preparing.some_of(bridge.drawn_from(trainer, len(source)), source.batch_size)
+            try:
+                self._run = self._start(trainer, module, source, self._recording, first)
+            except NoLossError:
+                first = preparing.with_loss(trainer, module, self.task or TrainingStepTask(), source, first)
+                self._run = self._start(trainer, module, source, self._recording, first)
             self._run.take_over(trainer)
         return self._run
 
     def _start(
-        self, trainer: Trainer, module: LightningModule, source: ExampleSource, recording: Recording
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        source: ExampleSource,
+        recording: Recording,
+        first: Sequence[int],
     ) -> AuditRun:
         task = self.task or TrainingStepTask()
         queries = None if self.queries is None else QueryReport(self.queries)
-        first = preparing.some_of(bridge.drawn_from(trainer, len(source)), source.batch_size)
         around = bridge.surroundings(trainer, module)
         with bridge.silenced_loggers(trainer):
             recording.compiled = bool(preparing.compiled_parts(module, task, source, first, self.tracin, around))
@@ -231,8 +241,12 @@ class InfluenceAudit(Callback):
             check_labels(self.curvature, self.fisher, inspection.tapped, inspection.exact_draws)
             if preparing.labels_vary(gradients, first, inspection):
                 recording.dynamics.checks_labels = False
-                note = "examples have other labels each time: whether batches hold theirs was not checked"
-                recording.notes += [] if note in recording.notes else [note]
+                recording.note("examples have other labels each time: whether batches hold theirs was not checked")
+            if self.task is None and preparing.depends_on_batch_idx(module, source, first, around):
+                recording.note(
+                    "the loss depends on `batch_idx`, which is 0 in all passes: they are about the loss of batch 0; "
+                    "`task=` can take another one"
+                )
             if queries is not None:
                 validation = bridge.validation_queries(trainer, module, task, gradients.coverage)
                 queries.check(trainer, module, task, gradients.coverage, validation)
@@ -330,7 +344,10 @@ class InfluenceAudit(Callback):
             self.report, self._recording, self._run = self._before
             rank_zero_info("influence audit: nothing was left to train; `report` is that of the fit before.")
             return
-        report = finished_report(restored, self._arguments(), trainer.global_step) if trainer.is_global_zero else None
+        report: AuditReport | None = None
+        if trainer.is_global_zero:
+            detects = self.known_noise is not None
+            report = finished_report(restored, self._arguments(), trainer.global_step, detects=detects)
         if agreed(report):
             self.report = report
             rank_zero_info(f"influence audit: it was complete before training was resumed.\n{report}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from lightning_influence import distributed, isolation
+from lightning_influence.answering import answered
 from lightning_influence.callbacks import bridge
 from lightning_influence.capture import Capture
 from lightning_influence.collation import is_plain
@@ -26,7 +30,7 @@ from lightning_influence.reachable import Walk
 from lightning_influence.snapshot import StateError
 from lightning_influence.source import DataError, ExampleSource, is_deterministic
 from lightning_influence.store import AuditStore, StoreError
-from lightning_influence.task import Task, TaskError
+from lightning_influence.task import Task, TaskError, TrainingStepTask, run_tapped
 from lightning_influence.torch_private import is_compiled, meets_compiled
 from lightning_influence.tracin import TracIn
 from lightning_influence.verify import Inspection, VerificationError
@@ -129,6 +133,47 @@ def warn_of_averaging(trainer: Trainer, audit: Callback) -> None:
 def some_of(indices: Sequence[int], batch_size: int) -> list[int]:
     """Return random examples to look at: the first ones of a sorted data set are alike, and rare ones come later."""
     return random.Random(0).sample(indices, min(len(indices), max(_LOOKED_AT, batch_size)))
+
+
+def with_loss(
+    trainer: Trainer, module: LightningModule, task: Task, source: ExampleSource, indices: Sequence[int]
+) -> list[int]:
+    """Return those of some examples that there is a loss for.
+
+    Raises:
+        NoLossError: If that is none of them.
+    """
+    around = bridge.surroundings(trainer, module)
+
+    def run(batch: Any, chosen: list[int]) -> None:
+        isolation.rewind()
+        seed_everything(0)
+        with around["forward_context"]():
+            run_tapped(task, module, around["to_device"](batch))
+
+    with bridge.silenced_loggers(trainer), untouched(module, task):
+        return [k for chosen, _ in answered(source, indices, source.batch_size, run) for k in chosen]
+
+
+def depends_on_batch_idx(
+    module: LightningModule, source: ExampleSource, indices: Sequence[int], surroundings: bridge.Surroundings
+) -> bool:
+    """Tell whether two examples have another loss as other batches, though the same as the same batch once more."""
+    losses = []
+    try:
+        _, batch = next(iter(source.batches(indices[:2], 2)))
+        with untouched(module):
+            for batch_idx in (0, 0, 1, 2, 3):
+                isolation.rewind()
+                seed_everything(0)
+                with surroundings["forward_context"](), torch.no_grad():
+                    loss, _ = run_tapped(
+                        TrainingStepTask(batch_idx), module, surroundings["to_device"](deepcopy(batch))
+                    )
+                losses.append(float(loss.mean()))
+    except Exception:  # whatever a step makes of two examples: the look that comes next says so
+        return False
+    return losses[0] == losses[1] and not all(math.isclose(loss, losses[0], rel_tol=1e-4) for loss in losses)
 
 
 def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection: Inspection) -> bool:

@@ -112,6 +112,11 @@ class QueryReport:
                 self.notes += self.pairs.notes
             except (QueryError, MeasurementError, SolverError) as error:
                 self._give_up(str(error))
+            # The scores of all training examples are there already: no data set that raises may cost them.
+            except Exception as error:
+                if distributed.world_size() > 1:
+                    raise
+                self._give_up(f"{type(error).__name__}: {error}")
         return {} if self.pairs is None else self.pairs.columns(columns["index"])
 
     def write(self, writers: Sequence[Any], gradients: ExampleGradients, step: int) -> None:

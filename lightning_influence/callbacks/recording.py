@@ -75,7 +75,7 @@ class Recording:
         self._seen = torch.zeros(size, dtype=torch.bool)
         self._unfiled: list[Sequence[int]] = []  # batches that are not in there yet
         self.neighbours = NeighbourRecord(size)
-        self.batches = self.ragged_batches = self.untapped_batches = 0
+        self.batches = self.ragged_batches = self.untapped_batches = self.skipped_batches = 0
         self.unknown: dict[str, int] = {}  # batches that count for nobody, by reason
         self.heard = HeardTerms()
 
@@ -113,10 +113,20 @@ class Recording:
             self._graph.doubted(_AGREEING_AGAIN)
         return self._graph.needs_watching
 
+    def note(self, remark: str) -> None:
+        """Keep a remark for the report, once."""
+        self.notes += [] if remark in self.notes else [remark]
+
     def record_unknown(self, reason: str) -> None:
         """Note a batch that counts for nobody."""
         self.unknown[reason] = self.unknown.get(reason, 0) + 1
         self.heard.add(None)  # there is a batch that nothing tells about
+
+    def record_skipped(self, indices: Sequence[int]) -> None:
+        """Note a batch without a loss."""
+        self._note(indices)
+        self.skipped_batches += 1
+        self.heard.add(None)
 
     def record_graph(
         self,
@@ -177,7 +187,7 @@ class Recording:
             n = len(indices)
             self._note(indices)
             placed = placed_calls(calls_in(loss, calls), forms or {})
-            self.heard.terms.update(key for key, _, _ in placed)
+            self.heard.terms.update(key for key, call, _ in placed if call.rows_match(n))
             self.heard.add(steady_terms(placed, n))
             if (plain := _plain(placed, n)) is not None:
                 told = None if self._graph.given_up else call_in_graph(loss)
@@ -277,6 +287,11 @@ class Recording:
             remarks.append(
                 f"{self.untapped_batches} training batches had no known loss call"
                 f"{' outside of what is compiled' if self.compiled else ''}: no training dynamics there"
+            )
+        if self.skipped_batches:
+            remarks.append(
+                f"{self.skipped_batches} of {self.batches} training batches had no loss or no backward pass: no "
+                "training dynamics there"
             )
         if self.unknown:
             reasons = "; ".join(f"{reason} ({count})" for reason, count in self.unknown.items())
@@ -432,6 +447,7 @@ class Recording:
                 "batches": self.batches,
                 "ragged_batches": self.ragged_batches,
                 "passed": list(self.passed),
+                "skipped_batches": self.skipped_batches,
                 "contradicted_batches": self.dynamics.contradicted_batches,
                 "data_changes": list(self.data_changes),
                 "relabelled": sorted(self.relabelled),
@@ -475,6 +491,7 @@ class Recording:
         self.batches = lacking.get("batches", 0)
         self.ragged_batches = lacking.get("ragged_batches", 0)
         self.passed = list(lacking.get("passed", []))
+        self.skipped_batches = lacking.get("skipped_batches", 0)
         self.dynamics.contradicted_batches = lacking.get("contradicted_batches", 0)
         self.data_changes = list(lacking.get("data_changes", []))
         self.relabelled = set(lacking.get("relabelled", []))

@@ -112,8 +112,17 @@ def restore(recording: Recording, restored: Restored | None, trainer: Trainer) -
         )
 
 
-def finished_report(restored: Restored | None, arguments: Mapping[str, Any], step: int) -> AuditReport | None:
-    """Return the complete audit of a run that is resumed after its end, if it was made with the same arguments."""
+def finished_report(
+    restored: Restored | None, arguments: Mapping[str, Any], step: int, *, detects: bool
+) -> AuditReport | None:
+    """Return the complete audit of a run that is resumed after its end, if it was made with the same arguments.
+
+    Args:
+        restored: The state of the audit in the checkpoint.
+        arguments: Those of now.
+        step: Number of steps of the run.
+        detects: Whether labels are now known to be wrong: a report without their detection is not the one asked for.
+    """
     if restored is None or not restored.state.get("directory"):
         return None
     try:
@@ -122,6 +131,7 @@ def finished_report(restored: Restored | None, arguments: Mapping[str, Any], ste
         return None
     manifest = report.manifest
     same = manifest.get("arguments") == jsonable(arguments, "arguments") and manifest.get("step") == step
+    same = same and (not detects or "detection" in manifest)
     return report if same and report.status == "complete" else None
 
 

@@ -190,7 +190,9 @@ class AuditRun:
             self.flight.after_backward()
 
     def batch_ended(self) -> None:
-        """Stop listening if there was no backward pass."""
+        """Stop listening if there was no backward pass: the step may have returned no loss."""
+        if self._listening is not None and self._listening[1].indices is not None:
+            self.recording.record_skipped(self._listening[1].indices)
         self.stop_listening()
         if self.flight is not None:
             self.flight.batch_ended()
@@ -296,7 +298,7 @@ class AuditRun:
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         audited = self._indices(trainer, last=True)
-        indices = [k for k in audited if distributed.world_size() > 1 or k not in self.passes.source.missing]
+        indices = self._unmissed(audited)
         if bridge.is_dry_run(trainer):
             indices = (indices or list(range(self.recording.size)))[: self.passes.source.batch_size]
         if not indices:
@@ -305,6 +307,7 @@ class AuditRun:
         recording, reporter, inspection = self.recording, self.reporter, self.inspection
         start = time.perf_counter()
         gradients = self.passes.scaled(trainer, module, indices, recording.heard)
+        indices = self._unmissed(indices)
         scaling = time.perf_counter() - start
         history = recording.step_sizes.history()
 
@@ -354,6 +357,9 @@ class AuditRun:
         # Local numbers only: other processes may be gone, and a collective would wait for them for ever.
         self.reporter.write_partial(self.recording.local_columns, "interrupted", error=error)
 
+    def _unmissed(self, indices: list[int]) -> list[int]:
+        return [k for k in indices if distributed.world_size() > 1 or k not in self.passes.source.missing]
+
     def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
         return bridge.audited_indices(trainer, self.recording.seen_indices(), self.recording.size, last=last)
 
@@ -365,6 +371,8 @@ class AuditRun:
             reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
             listed = ", ".join(map(str, missing[:_LISTED])) + (", ..." if len(missing) > _LISTED else "")
             notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed} ({reasons})")
+        if lacking := ", ".join(sorted(map(str, self.passes.lacking))):
+            notes.append(f"training has had terms of the loss that the passes, in eval mode, have not: {lacking}")
         if never := len(bridge.drawn_from(trainer, self.recording.size)) - len(audited):
             notes.append(f"{never} examples of the data set were never drawn, and are not audited")
         return notes

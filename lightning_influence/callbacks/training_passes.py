@@ -27,6 +27,7 @@ class TrainingPasses:
         trace: How the model uses its parameters.
         layers: Layers to cover, as the callback's argument.
         uncovered: What to do about parameters without a closed form, as the callback's argument.
+        lacking: Terms of the loss that training has had and these passes have not.
     """
 
     source: ExampleSource
@@ -34,6 +35,7 @@ class TrainingPasses:
     trace: Trace
     layers: Layers = None
     uncovered: Uncovered = "report"
+    lacking: set[TermKey] = field(default_factory=set, init=False)
     # Labels and weights of classes stay, so one look at the same examples is enough.
     _measured: tuple[list[int], LossScale | None] = field(default=([], None), init=False)
     _heard: set[TermKey] = field(default_factory=set, init=False)  # by then
@@ -74,4 +76,6 @@ class TrainingPasses:
             with bridge.silenced_loggers(trainer):
                 scale = self.gradients(trainer, module).calibrate(indices, of_mean=of_mean).scale
             self._measured, self._heard = (list(indices), scale), set(told.terms)
+        own = isinstance(self.task, TrainingStepTask)
+        self.lacking = told.terms - scale.keys() if own and scale is not None else set()
         return self.gradients(trainer, module, scale)
