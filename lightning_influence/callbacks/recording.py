@@ -167,7 +167,7 @@ class Recording:
             indices: Of its examples.
             loss: Before the backward pass.
             calls: What was heard.
-            forms: See ``primary_call``.
+            forms: See ``discover.term_forms``.
             ragged: Whether rows of several lengths lie end to end: only one row for each example is read then.
         """
         if self.failed:
