@@ -31,7 +31,6 @@ from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.resuming import (
     Restored,
-    agreed,
     as_at_the_end_of_training,
     finished_report,
     restore,
@@ -329,7 +328,7 @@ class InfluenceAudit(Callback):
             rank_zero_info("influence audit: nothing was left to train; `report` is that of the fit before.")
             return
         report = finished_report(restored, self._arguments(), trainer.global_step) if trainer.is_global_zero else None
-        if agreed(report):
+        if distributed.any_process(report is not None):
             self.report = report
             rank_zero_info(f"influence audit: it was complete before training was resumed.\n{report}")
             return

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_influence import distributed
 from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.store import AuditStore, StoreError
@@ -122,11 +121,6 @@ def finished_report(restored: Restored | None, arguments: Mapping[str, Any], ste
     manifest = report.manifest
     same = manifest.get("arguments") == jsonable(arguments, "arguments") and manifest.get("step") == step
     return report if same and report.status == "complete" else None
-
-
-def agreed(report: AuditReport | None) -> bool:
-    """Tell on every process whether the first one has found a report."""
-    return distributed.any_process(report is not None)
 
 
 @contextmanager
