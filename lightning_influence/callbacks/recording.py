@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_influence import distributed, optimizers
 from lightning_influence.checkpoints import Checkpoint
+from lightning_influence.coverage import listed
 from lightning_influence.dynamics import History, TrainingDynamics, call_in_graph, trained_elements
 from lightning_influence.loss_scale import HeardTerms, TermKey
 from lightning_influence.losses import CrossEntropy, LossCall
@@ -292,10 +293,9 @@ class Recording:
                 "examples had before"
             )
         if self.relabelled:
-            listed = ", ".join(map(str, sorted(self.relabelled)[:10])) + (", ..." if len(self.relabelled) > 10 else "")
             remarks.append(
                 f"{len(self.relabelled)} examples had another label in training than when they were fetched again; "
-                f"their training dynamics may be those of other examples: {listed}"
+                f"their training dynamics may be those of other examples: {listed(sorted(self.relabelled), 10)}"
             )
         if self.data_changes:
             remarks.append(
