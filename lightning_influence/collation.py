@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import default_collate, default_convert
 
-from lightning_influence.contents import Path, agreeing, array_at, at, joined_scores, parts, rows_of
+from lightning_influence.contents import Path, agreeing, array_at, at, digest, joined_scores, rows_of
 
 _PLAIN = (default_collate, default_convert)
 
@@ -219,14 +219,8 @@ def _assigned(scores: NDArray[np.int64], items: Sequence[Any]) -> NDArray[np.int
         if not best:
             return "it holds rows of no example that was drawn for it"
         free = [k for k in best if k not in used] or best
-        if any(not _alike(items[free[0]], items[k]) for k in free[1:]):
+        if len({digest(items[k]) for k in free}) > 1:
             return "its rows can't be told apart"
         order.append(free[0])
         used.add(free[0])
     return np.array(order, np.int64)
-
-
-def _alike(a: Any, b: Any) -> bool:
-    own = list(parts(a))
-    same = (agreeing(array_at(a, path), array_at(b, path)) >= 0 for path in own)
-    return own == list(parts(b)) and all(same)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 
 Path = tuple[Any, ...]
 _DEEPEST, _WIDEST = 4, 64
+_DEEPEST_TOLD = 16  # an object may hold itself
 _NUMBERS = (bool, int, float, np.number, np.bool_)
 
 
@@ -141,12 +144,41 @@ def joined_scores(values: Sequence[NDArray[Any] | None], column: NDArray[Any] | 
     return np.stack(rows) if rows else None
 
 
-def copied(node: Any, depth: int = _DEEPEST) -> Any:
-    """Copy the containers of an example: collate functions may take things out of them."""
-    if depth and isinstance(node, dict):
-        result = node.copy()
-        result.update({key: copied(value, depth - 1) for key, value in node.items()})
-        return result
-    if depth and type(node) is list:
-        return [copied(value, depth - 1) for value in node]
-    return node
+def copied(node: Any) -> Any:
+    """Return an example that shares nothing with the data set, as far as it can be copied."""
+    try:
+        return copy.deepcopy(node)
+    except Exception:  # something in a graph, or with a file of its own
+        if isinstance(node, dict):
+            result = node.copy()
+            result.update({key: copied(value) for key, value in node.items()})
+            return result
+        return [copied(value) for value in node] if type(node) is list else node
+
+
+def digest(node: Any) -> bytes:
+    """Return what an example holds in short: equal for examples that are the same bit by bit, as far as can be seen."""
+    found = hashlib.sha256()
+    _tell(node, found.update, _DEEPEST_TOLD)
+    return found.digest()
+
+
+def _tell(node: Any, tell: Callable[[bytes], None], depth: int) -> None:
+    tell(type(node).__qualname__.encode())
+    if isinstance(node, (Tensor, np.ndarray)) or hasattr(node, "__array_interface__"):  # an image
+        if isinstance(node, Tensor):
+            tell(str(node.dtype).encode())
+            node = node if node.layout == torch.strided or node.is_nested else node.detach().to_dense()
+        array = array_at(node) if isinstance(node, Tensor) else np.asarray(node)
+        if array is not None and array.dtype.hasobject:
+            _tell(array.tolist(), tell, depth)
+        elif array is not None:
+            tell(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    elif isinstance(node, (str, bytes, complex, *_NUMBERS)):
+        tell(repr(node).encode(errors="surrogatepass"))
+    elif depth and (isinstance(node, (Mapping, list, tuple)) or hasattr(node, "__dict__")):
+        held = node if isinstance(node, (Mapping, list, tuple)) else vars(node)
+        tell(str(len(held)).encode())
+        for key, value in held.items() if isinstance(held, Mapping) else enumerate(held):
+            tell(repr(key).encode(errors="surrogatepass"))
+            _tell(value, tell, depth - 1)

@@ -58,8 +58,8 @@ class Coverage:
         if self.trace.failure is not None:
             line += f", taken to be used in the standard way (not traced: {self.trace.failure})"
         if self.one_by_one:
-            line += f", one example at a time: {_listed(sorted(self.one_by_one))}"
-        return f"{line}; not covered: {_listed(list(self.uncovered))}" if self.uncovered else line
+            line += f", one example at a time: {listed(sorted(self.one_by_one))}"
+        return f"{line}; not covered: {listed(list(self.uncovered))}" if self.uncovered else line
 
 
 def listed_layers(layers: Layer | Iterable[Layer]) -> list[Layer]:
@@ -69,12 +69,13 @@ def listed_layers(layers: Layer | Iterable[Layer]) -> list[Layer]:
 
 def listed_reasons(uncovered: Mapping[str, str], most: int) -> str:
     """Return the first parameters that are not covered, each with its reason, and the number of others."""
-    reasons = [f"{name} ({reason})" for name, reason in uncovered.items()]
-    return "; ".join(reasons[:most]) + (f" and {len(reasons) - most} more" if len(reasons) > most else "")
+    return listed([f"{name} ({reason})" for name, reason in uncovered.items()], most, "; ")
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def listed(things: Sequence[object], most: int = 6, separator: str = ", ") -> str:
+    """Return the first of some things, and the number of others."""
+    more = f" and {len(things) - most} more" if len(things) > most else ""
+    return separator.join(map(str, things[:most])) + more
 
 
 def cover(

@@ -8,7 +8,7 @@ memory bank, a meter, a counter in a closure) are the same objects with the same
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_influence.reachable import GENERATORS, Found, Walk
+from lightning_influence.reachable import Found, Walk
 from lightning_influence.snapshot import Snapshot
 from lightning_influence.torch_private import eagerly
 
@@ -43,11 +43,6 @@ def isolated_rng() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda_states)
         if mps_state is not None:
             torch.mps.set_rng_state(mps_state)
-
-
-def generators_among(reached: Iterable[Found]) -> list[Any]:
-    """Return the random generators among what was reached (those of a data set's transforms)."""
-    return [found.value for found in reached if isinstance(found.value, GENERATORS)]
 
 
 def seed_generator(generator: Any, seed: int) -> None:

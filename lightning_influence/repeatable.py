@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, cast
 
-import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from lightning_influence.collation import DataError
+from lightning_influence.contents import copied, digest
 from lightning_influence.isolation import (
     LONGEST_OF_DATA,
-    generators_among,
     isolated_rng,
     seed_everything,
     seed_generator,
     unchanged,
 )
-from lightning_influence.reachable import Walk
+from lightning_influence.reachable import GENERATORS, Walk
 from lightning_influence.snapshot import Snapshot
 
 
@@ -40,7 +36,7 @@ class _Rewinding:
         """Put it back."""
         if self._state is None:
             reached = list(Walk([("", self._owner)], LONGEST_OF_DATA))
-            self._generators = generators_among(reached)
+            self._generators = [found.value for found in reached if isinstance(found.value, GENERATORS)]
             self._state = Snapshot(reached, data=True)
         self._state.rewind(numbers=not self._everything)
         return self._state
@@ -103,14 +99,14 @@ def needs_everything(dataset: Dataset[Any], indices: Sequence[int], workers: int
     for everything in (False, True):
         found = Repeatable(dataset, everything=everything)
         with isolated_rng(), unchanged(dataset) as state:
-            first, second = ([copied(found[index]) for index in chosen] for _ in range(2))
+            first, second = ([digest(found[index]) for index in chosen] for _ in range(2))
         if workers and (shared := state.shared & state.changed.keys()):
             raise DataError(
                 f"fetching an example changes {', '.join(sorted(shared))}, which the {workers} workers of the training "
                 "loader share: extra passes would change it under their hands. Keep state out of shared memory, or "
                 "load with `num_workers=0`."
             )
-        different = [index for index, one, other in zip(chosen, first, second, strict=True) if not same(one, other)]
+        different = [index for index, one, other in zip(chosen, first, second, strict=True) if one != other]
         if not different:
             return everything
     raise DataError(
@@ -119,45 +115,6 @@ def needs_everything(dataset: Dataset[Any], indices: Sequence[int], workers: int
         "state put back. Scores can't be filed under such examples. Draw from those streams, not from the clock or the "
         "system, and do not overwrite the stored data."
     )
-
-
-def copied(example: Any) -> Any:
-    """Return an example that shares no memory with the data set, if it can be copied."""
-    try:
-        return copy.deepcopy(example)
-    except Exception:  # an example with a graph, or with a file of its own
-        return example
-
-
-def same(one: Any, other: Any) -> bool:
-    """Tell whether two examples are the same, as far as can be seen; values bit by bit."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, Tensor):
-        alike = one.shape == other.shape and one.dtype == other.dtype
-        return alike and torch.equal(_comparable(one), _comparable(other))
-    if isinstance(one, np.ndarray):
-        alike = bool(one.dtype == other.dtype and one.shape == other.shape)
-        return alike and (
-            same(one.tolist(), other.tolist()) if one.dtype.hasobject else one.tobytes() == other.tobytes()
-        )
-    if isinstance(one, Mapping):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, (float, complex)):
-        return repr(one) == repr(other)
-    if isinstance(one, (bool, int, str, bytes)):
-        return bool(one == other)
-    if hasattr(one, "__array_interface__"):  # an image
-        return bool(np.array_equal(np.asarray(one), np.asarray(other)))
-    return same(vars(one), vars(other)) if hasattr(one, "__dict__") else True
-
-
-def _comparable(tensor: Tensor) -> Tensor:
-    """Return values of which not-a-number equals itself."""
-    dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
-    return torch.nan_to_num(dense) if dense.is_floating_point() else dense
 
 
 def is_deterministic(dataset: Any) -> bool:

@@ -5,7 +5,6 @@ Random augmentation is drawn from a stream that belongs to the example, so neith
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
@@ -22,7 +21,7 @@ from torch.utils.data import (
 
 from lightning_influence.collation import Collated, Collating, Collation, is_plain
 from lightning_influence.collation import DataError as DataError
-from lightning_influence.contents import array_at, parts
+from lightning_influence.contents import digest
 from lightning_influence.isolation import isolated_rng, unchanged
 from lightning_influence.looks import learn
 from lightning_influence.repeatable import Repeatable, RepeatableCollate, is_deterministic, needs_everything
@@ -280,15 +279,9 @@ class ExampleSource:
 
 def _digest_of(fetch: Callable[[int], Any], index: int) -> bytes | None:
     try:
-        item = fetch(index)
+        return digest(fetch(index))
     except Exception:  # a broken example that the sampler may leave out
         return None
-    digest = hashlib.sha256()
-    for path in parts(item):
-        array = array_at(item, path)
-        digest.update(repr(path).encode())
-        digest.update(b"" if array is None else f"{array.dtype}{array.shape}".encode() + array.tobytes())
-    return digest.digest()
 
 
 def same_data(before: ExampleSource, digests: Sequence[bytes | None], after: ExampleSource) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lightning_influence import audit, isolation
 from lightning_influence.callbacks.recording import Recording
 from lightning_influence.columns import LOW_IS_SUSPICIOUS, SCORE_COLUMNS
+from lightning_influence.coverage import listed
 from lightning_influence.curvature import Curvature
 from lightning_influence.influence import InfluencePlan, InfluenceScores
 from lightning_influence.metrics import mislabel_detection
@@ -19,9 +20,6 @@ from lightning_influence.passes import ExampleGradients
 from lightning_influence.verify import Inspection
 
 Columns = dict[str, NDArray[Any]]
-
-# Of what a step changes, so many are named.
-_MOST_PATHS = 6
 
 
 def audit_described(
@@ -124,9 +122,7 @@ def _put_back(gradients: ExampleGradients) -> list[str]:
         ("fetching examples", list(gradients.source.changed), "training does not notice"),
     )
     return [
-        f"{who} changes {', '.join(paths[:_MOST_PATHS])}{f' and {more} more' if more > 0 else ''}: extra passes put "
-        f"that back, so that {purpose}"
+        f"{who} changes {listed(paths)}: extra passes put that back, so that {purpose}"
         for who, paths, purpose in found
         if paths
-        for more in (len(paths) - _MOST_PATHS,)
     ]

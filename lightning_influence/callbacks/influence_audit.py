@@ -32,7 +32,6 @@ from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.resuming import (
     Restored,
-    agreed,
     as_at_the_end_of_training,
     finished_report,
     restore,
@@ -348,7 +347,7 @@ class InfluenceAudit(Callback):
         if trainer.is_global_zero:
             detects = self.known_noise is not None
             report = finished_report(restored, self._arguments(), trainer.global_step, detects=detects)
-        if agreed(report):
+        if distributed.any_process(report is not None):
             self.report = report
             rank_zero_info(f"influence audit: it was complete before training was resumed.\n{report}")
             return

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_influence import distributed, optimizers
 from lightning_influence.checkpoints import Checkpoint
+from lightning_influence.coverage import listed
 from lightning_influence.dynamics import History, TrainingDynamics, call_in_graph, trained_elements
 from lightning_influence.loss_scale import HeardTerms, TermKey
 from lightning_influence.losses import CrossEntropy, LossCall
@@ -178,7 +179,7 @@ class Recording:
             indices: Of its examples.
             loss: Before the backward pass.
             calls: What was heard.
-            forms: See ``primary_call``.
+            forms: See ``discover.term_forms``.
             ragged: Whether rows of several lengths lie end to end: only one row for each example is read then.
         """
         if self.failed:
@@ -310,10 +311,9 @@ class Recording:
                 "examples had before"
             )
         if self.relabelled:
-            listed = ", ".join(map(str, sorted(self.relabelled)[:10])) + (", ..." if len(self.relabelled) > 10 else "")
             remarks.append(
                 f"{len(self.relabelled)} examples had another label in training than when they were fetched again; "
-                f"their training dynamics may be those of other examples: {listed}"
+                f"their training dynamics may be those of other examples: {listed(sorted(self.relabelled), 10)}"
             )
         if self.passed and self.passed[0] < self.passed[1]:
             late = self.passed[1] - self.passed[0]

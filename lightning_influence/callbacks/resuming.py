@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_influence import distributed
 from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.recording import Recording
@@ -133,11 +132,6 @@ def finished_report(
     same = manifest.get("arguments") == jsonable(arguments, "arguments") and manifest.get("step") == step
     same = same and (not detects or "detection" in manifest)
     return report if same and report.status == "complete" else None
-
-
-def agreed(report: AuditReport | None) -> bool:
-    """Tell on every process whether the first one has found a report."""
-    return distributed.any_process(report is not None)
 
 
 @contextmanager

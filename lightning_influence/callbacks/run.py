@@ -24,7 +24,7 @@ from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.checkpoints import Checkpoint
-from lightning_influence.coverage import Coverage
+from lightning_influence.coverage import Coverage, listed
 from lightning_influence.curvature import CurvatureName
 from lightning_influence.influence import InfluencePlan, influence_scores
 from lightning_influence.optimizers import preconditioners
@@ -34,8 +34,6 @@ from lightning_influence.tracin import StepSize, TracIn, block_step_sizes
 from lightning_influence.verify import Inspection
 from lightning_influence.watch import TrainingTap
 
-# Examples that a note names.
-_LISTED = 10
 _Hook = TypeVar("_Hook", bound=Callable[..., None])
 
 
@@ -369,8 +367,8 @@ class AuditRun:
         notes = [source.collation.note] if source.collation.note else []
         if missing := sorted(set(audited) - set(scored)):
             reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
-            listed = ", ".join(map(str, missing[:_LISTED])) + (", ..." if len(missing) > _LISTED else "")
-            notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed} ({reasons})")
+            named = listed(missing, 10)
+            notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {named} ({reasons})")
         if lacking := ", ".join(sorted(map(str, self.passes.lacking))):
             notes.append(f"training has had terms of the loss that the passes, in eval mode, have not: {lacking}")
         if never := len(bridge.drawn_from(trainer, self.recording.size)) - len(audited):

@@ -71,7 +71,7 @@ class CurvatureBlock(ABC):
         # Sums over examples of the running pass. All of them add up across processes; see ``reduce``.
         self._sums: dict[str, Tensor] = {}
         self._result: dict[str, Tensor] = {}
-        # The last damping and the inverse for it: a pass asks for the same one with every batch.
+        # The last damping and ``1 / (lam + damping)``: a pass asks for the same one with every batch.
         self._cached: tuple[float, Tensor] | None = None
 
     def update(self, x: Activations | Sequence[Activations], gs: Sequence[Rows], examples: int) -> None:
@@ -216,3 +216,44 @@ class CurvatureBlock(ABC):
                 f"damping {damping!r} leaves the curvature singular (its smallest eigenvalue is {smallest:.3g}); pass "
                 'a damping > 0, or `damping="relative"`.'
             )
+
+
+class EigenBlock(CurvatureBlock):
+    """A block whose eigenvalues ``lam`` are known, with a basis that is left to the kinds: ``C = Q diag(lam) Qᵀ``."""
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """``lam: [k, o, i]``; for dense bases ``[k, o·i]``, never negative."""
+        self._check_fitted()
+        return self._result["eigenvalues"]
+
+    def damping(self, relative: float = RELATIVE_DAMPING) -> float:
+        """Return ``relative`` times the mean eigenvalue of the block."""
+        return relative * float(wide(self.eigenvalues).mean())
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Rotate, scale, rotate back."""
+        return self._scaled(v, self.eigenvalues)
+
+    def solve(self, v: Tensor, damping: float) -> Tensor:
+        """Rotate, divide by ``lam + damping``, rotate back."""
+        return self._scaled(v, self._inverse(damping))
+
+    def apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        """Rotate, scale by the function of the eigenvalues, rotate back."""
+        return self._scaled(v, function(self.eigenvalues))
+
+    def check_damping(self, damping: float) -> None:
+        """Raise ``ValueError`` if ``damping`` is no number >= 0, or leaves the curvature singular."""
+        self._check_damping(damping, self.eigenvalues)
+
+    @abstractmethod
+    def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
+        """Return ``Q diag(scales) Qᵀ v``."""
+
+    def _inverse(self, damping: float) -> Tensor:
+        if self._cached is None or self._cached[0] != damping:
+            eigenvalues = self.eigenvalues
+            self._check_damping(damping, eigenvalues)
+            self._cached = damping, 1 / (eigenvalues + damping)
+        return self._cached[1]

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_influence import per_sample
-from lightning_influence.curvature.block import CurvatureBlock, Measure
+from lightning_influence.curvature.block import EigenBlock, Measure
 from lightning_influence.curvature.kfac import eigendecomposition
 from lightning_influence.patches import Activations, laid_out
-from lightning_influence.precision import exact, wide
+from lightning_influence.precision import exact
 from lightning_influence.rows import Rows
 
 # Scalars of per-example gradients that are rotated at a time.
 _CHUNK = 2**22
 
 
-class BlockGGN(CurvatureBlock):
+class BlockGGN(EigenBlock):
     """``C = mean over examples of Σ_draws vec(G) vec(G)ᵀ``, all correlations within the block.
 
     With the exact expectation over labels this is the block of the generalised Gauss-Newton matrix for softmax
@@ -38,32 +38,10 @@ class BlockGGN(CurvatureBlock):
         return (o * i,)
 
     @property
-    def eigenvalues(self) -> Tensor:
-        """``lam: [k, o·i]``, never negative."""
-        self._check_fitted()
-        return self._result["eigenvalues"]
-
-    @property
     def basis(self) -> Tensor:
         """``Q: [k, o·i, o·i]``, eigenvectors in columns."""
         self._check_fitted()
         return self._result["basis"]
-
-    def damping(self, relative: float = 0.1) -> float:
-        """Return ``relative`` times the mean eigenvalue of the block."""
-        return relative * float(wide(self.eigenvalues).mean())
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """Rotate, scale, rotate back."""
-        return self._scaled(v, self.eigenvalues)
-
-    def solve(self, v: Tensor, damping: float) -> Tensor:
-        """Rotate, divide by ``lam + damping``, rotate back."""
-        return self._scaled(v, self._inverse(damping))
-
-    def apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
-        """Rotate, scale by the function of the eigenvalues, rotate back."""
-        return self._scaled(v, function(self.eigenvalues))
 
     def diagonal(self) -> Tensor:
         """Return the diagonal in the parameter basis, ``[k, o, i]``."""
@@ -85,22 +63,11 @@ class BlockGGN(CurvatureBlock):
         parts = [(square @ inverses).sum(0) for square in self._rotated_squares(x, g)]  # knp, kpd -> knd
         return torch.cat(parts)
 
-    def check_damping(self, damping: float) -> None:
-        """Raise ``ValueError`` if ``damping`` is no number >= 0, or leaves the curvature singular."""
-        self._check_damping(damping, self.eigenvalues)
-
     def _rotated_squares(self, x: Tensor, g: Rows) -> Iterator[Tensor]:
         """Yield ``(Qᵀ vec(G))²`` of a few examples at a time, ``[k, m, o·i]``."""
         for chunk in per_sample.gradients(x, g):
             for part in chunk.flatten(2).split(max(1, _CHUNK // chunk[:, 0].numel()), 1):
                 yield (part @ self.basis).square()
-
-    def _inverse(self, damping: float) -> Tensor:
-        if self._cached is None or self._cached[0] != damping:
-            eigenvalues = self.eigenvalues
-            self._check_damping(damping, eigenvalues)
-            self._cached = damping, 1 / (eigenvalues + damping)
-        return self._cached[1]
 
     def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
         # Rows of vectors: [..., k, p] -> [k, q, p]

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_influence import per_sample
-from lightning_influence.curvature.block import CurvatureBlock, Measure
+from lightning_influence.curvature.block import EigenBlock, Measure
 from lightning_influence.patches import Activations, laid_out
 from lightning_influence.rows import Rows
 
 
-class DiagonalBlock(CurvatureBlock):
+class DiagonalBlock(EigenBlock):
     """``C = diag(mean over examples of G²)``."""
 
     passes: ClassVar[int] = 1
     title: ClassVar[str] = "diagonal"
     measures: ClassVar[tuple[Measure, ...]] = ("eigenvalues",)
 
-    def matvec(self, v: Tensor) -> Tensor:
-        """Multiply elementwise."""
-        return v * self.diagonal()
-
-    def solve(self, v: Tensor, damping: float) -> Tensor:
-        """Divide elementwise by ``diagonal + damping``."""
-        return v * self._inverse(damping)
-
-    def apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
-        """Multiply elementwise by the function of the diagonal."""
-        return v * function(self.diagonal())
-
-    def diagonal(self) -> Tensor:
-        """Return the mean squared gradients, ``[k, o, i]``."""
+    @property
+    def eigenvalues(self) -> Tensor:
+        """The mean squared gradients, ``[k, o, i]``."""
         self._check_fitted()
         return self._result["diagonal"]
+
+    def diagonal(self) -> Tensor:
+        """Return the same."""
+        return self.eigenvalues
 
     def self_influence(self, x: Tensor, g: Rows, damping: float) -> Tensor:
         """Return ``Σ G_n² / (diagonal + damping)``."""
@@ -46,12 +39,8 @@ class DiagonalBlock(CurvatureBlock):
         """Return self-influence for many dampings, ``[n, d]``: gradients are formed once."""
         return per_sample.weighted_squares(x, g, torch.stack([self._inverse(damping) for damping in dampings]))
 
-    def _inverse(self, damping: float) -> Tensor:
-        if self._cached is None or self._cached[0] != damping:
-            diagonal = self.diagonal()
-            self._check_damping(damping, diagonal)
-            self._cached = damping, 1 / (diagonal + damping)
-        return self._cached[1]
+    def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
+        return v * scales
 
     def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         return {"squares": per_sample.summed_squares(laid_out(xs), gs)}

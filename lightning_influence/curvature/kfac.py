@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_influence import per_sample
-from lightning_influence.curvature.block import CurvatureBlock, Eigenbasis, Measure
+from lightning_influence.curvature.block import Eigenbasis, EigenBlock, Measure
 from lightning_influence.patches import Activations, Patches, laid_out
-from lightning_influence.precision import exact, wide, wide_dtype
+from lightning_influence.precision import exact, wide_dtype
 from lightning_influence.rows import Joined, OneHot, Rows, added, second_moment
 
 
-class KroneckerBlock(CurvatureBlock):
+class KroneckerBlock(EigenBlock):
     """``C = (Q_B ⊗ Q_A) diag(lam) (Q_B ⊗ Q_A)ᵀ``: everything that lives in a Kronecker eigenbasis.
 
     The bases are the eigenvectors of ``A = 1/N Σ_n Σ_s x xᵀ`` and ``B = 1/(N S) Σ_n Σ_s g gᵀ``. With this scaling
@@ -33,37 +33,15 @@ class KroneckerBlock(CurvatureBlock):
     measures: ClassVar[tuple[Measure, ...]] = ("covariances",)
 
     @property
-    def eigenvalues(self) -> Tensor:
-        """``lam: [k, o, i]``."""
-        self._check_fitted()
-        return self._result["eigenvalues"]
-
-    @property
     def basis(self) -> tuple[Tensor | None, Tensor | None]:
         """``(Q_A: [k, i, i], Q_B: [k, o, o])``, eigenvectors in columns; None is the identity."""
         if not self._finished_passes:
             self._check_fitted()
         return self._result.get("activation_basis"), self._result.get("gradient_basis")
 
-    def damping(self, relative: float = 0.1) -> float:
-        """Return ``relative`` times the mean eigenvalue of the block."""
-        return relative * float(wide(self.eigenvalues).mean())
-
-    def matvec(self, v: Tensor) -> Tensor:
-        """Rotate, scale, rotate back."""
-        return self._scaled(v, self.eigenvalues)
-
-    def solve(self, v: Tensor, damping: float) -> Tensor:
-        """Rotate, divide by ``lam + damping``, rotate back."""
-        return self._scaled(v, self._inverse(damping))
-
     def eigenbasis(self, damping: float) -> Eigenbasis:
         """Return the bases, and what ``solve`` scales by between rotating and rotating back."""
         return Eigenbasis(*self.basis, self._inverse(damping))
-
-    def apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
-        """Rotate, scale by the function of the eigenvalues, rotate back."""
-        return self._scaled(v, function(self.eigenvalues))
 
     def diagonal(self) -> Tensor:
         """Return the diagonal in the parameter basis, ``[k, o, i]``."""
@@ -82,10 +60,6 @@ class KroneckerBlock(CurvatureBlock):
         inverses = torch.stack([self._inverse(damping) for damping in dampings])
         return per_sample.weighted_rotated_squares(x, g, basis_x, basis_g, inverses)
 
-    def check_damping(self, damping: float) -> None:
-        """Raise ``ValueError`` if ``damping`` is no number >= 0, or leaves the curvature singular."""
-        self._check_damping(damping, self.eigenvalues)
-
     def scores(
         self, x: Tensor, g: Rows, damping: float, query: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -98,13 +72,6 @@ class KroneckerBlock(CurvatureBlock):
         """Return the dimensions of the sides that have a dense basis."""
         _, o, i = shape
         return o * dense[0], i * dense[1]
-
-    def _inverse(self, damping: float) -> Tensor:
-        if self._cached is None or self._cached[0] != damping:
-            eigenvalues = self.eigenvalues
-            self._check_damping(damping, eigenvalues)
-            self._cached = damping, 1 / (eigenvalues + damping)
-        return self._cached[1]
 
     def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
         basis_x, basis_g = self.basis

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from lightning_influence.losses.call import LossCall
 from lightning_influence.losses.entropy import CrossEntropy, Divergence
 from lightning_influence.losses.likelihood import NormalLikelihood, PoissonLikelihood
 from lightning_influence.losses.regression import AbsoluteError, HuberError, SmoothAbsoluteError, SquaredError
+
+_Reader: TypeAlias = Callable[[Tensor, dict[str, Any]], LossCall | None]
 
 
 def known_loss(function: Callable[..., Any]) -> bool:
@@ -72,7 +75,7 @@ def _reduction(arguments: dict[str, Any]) -> str:
     return "sum" if arguments["size_average"] is False else "mean"
 
 
-def _read_cross_entropy(output: Tensor, a: dict[str, Any]) -> LossCall:
+def _read_cross_entropy(output: Tensor, a: dict[str, Any], *, log_probabilities: bool = False) -> LossCall:
     return CrossEntropy(
         output,
         a["input"],
@@ -80,19 +83,8 @@ def _read_cross_entropy(output: Tensor, a: dict[str, Any]) -> LossCall:
         _reduction(a),
         class_weights=a["weight"],
         ignore_index=a["ignore_index"],
-        label_smoothing=a["label_smoothing"],
-    )
-
-
-def _read_nll(output: Tensor, a: dict[str, Any]) -> LossCall:
-    return CrossEntropy(
-        output,
-        a["input"],
-        a["target"],
-        _reduction(a),
-        class_weights=a["weight"],
-        ignore_index=a["ignore_index"],
-        log_probabilities=True,
+        label_smoothing=a.get("label_smoothing", 0.0),
+        log_probabilities=log_probabilities,
     )
 
 
@@ -128,35 +120,20 @@ def _pair(a: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
     return prediction.expand(shape), target.expand(shape)
 
 
-def _read_mse(output: Tensor, a: dict[str, Any]) -> LossCall | None:
-    pair = _pair(a)
-    return None if pair is None else SquaredError(output, *pair, _reduction(a), element_weights=a.get("weight"))
+def _elementwise(kind: Callable[..., LossCall], *options: str) -> _Reader:
+    """Return the reader of a function of predictions and targets, with these arguments besides."""
 
+    def read(output: Tensor, a: dict[str, Any]) -> LossCall | None:
+        pair, own = _pair(a), {name: a[name] for name in options}
+        return None if pair is None else kind(output, *pair, _reduction(a), element_weights=a.get("weight"), **own)
 
-def _read_l1(output: Tensor, a: dict[str, Any]) -> LossCall | None:
-    pair = _pair(a)
-    return None if pair is None else AbsoluteError(output, *pair, _reduction(a), element_weights=a.get("weight"))
-
-
-def _read_huber(output: Tensor, a: dict[str, Any]) -> LossCall | None:
-    pair = _pair(a)
-    if pair is None:
-        return None
-    return HuberError(output, *pair, _reduction(a), element_weights=a.get("weight"), delta=a["delta"])
+    return read
 
 
 def _read_smooth_l1(output: Tensor, a: dict[str, Any]) -> LossCall | None:
-    if a["beta"] == 0:  # torch takes it for the absolute error
-        return _read_l1(output, a)
-    pair = _pair(a)
-    return None if pair is None else SmoothAbsoluteError(output, *pair, _reduction(a), beta=a["beta"])
-
-
-def _read_poisson(output: Tensor, a: dict[str, Any]) -> LossCall | None:
-    pair = _pair(a)
-    if pair is None:
-        return None
-    return PoissonLikelihood(output, *pair, _reduction(a), log_input=a["log_input"], full=a["full"], eps=a["eps"])
+    # With `beta=0` torch takes it for the absolute error.
+    read = _elementwise(SmoothAbsoluteError, "beta") if a["beta"] else _elementwise(AbsoluteError)
+    return read(output, a)
 
 
 def _read_normal(output: Tensor, a: dict[str, Any]) -> LossCall | None:
@@ -190,16 +167,16 @@ def _read_divergence(output: Tensor, a: dict[str, Any]) -> LossCall | None:
     )
 
 
-_READERS: dict[Callable[..., Any], Callable[[Tensor, dict[str, Any]], LossCall | None]] = {
+_READERS: dict[Callable[..., Any], _Reader] = {
     F.cross_entropy: _read_cross_entropy,
-    F.nll_loss: _read_nll,
+    F.nll_loss: partial(_read_cross_entropy, log_probabilities=True),
     F.binary_cross_entropy_with_logits: _read_bce,
     F.binary_cross_entropy: _read_bce_of_probabilities,
-    F.mse_loss: _read_mse,
-    F.l1_loss: _read_l1,
+    F.mse_loss: _elementwise(SquaredError),
+    F.l1_loss: _elementwise(AbsoluteError),
     F.smooth_l1_loss: _read_smooth_l1,
-    F.huber_loss: _read_huber,
-    F.poisson_nll_loss: _read_poisson,
+    F.huber_loss: _elementwise(HuberError, "delta"),
+    F.poisson_nll_loss: _elementwise(PoissonLikelihood, "log_input", "full", "eps"),
     F.gaussian_nll_loss: _read_normal,
     F.kl_div: _read_divergence,
 }
