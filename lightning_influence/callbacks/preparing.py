@@ -137,6 +137,8 @@ def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection:
     if is_deterministic(source.dataset) and is_plain(source.collate_fn) and not inspection.random:
         return False
     chosen, labels = source.settled(indices[: inspection.examples]), []
+    if not chosen:
+        return False
     passes = gradients.with_scale(None)
     state = unchanged(source.dataset, source.collate_fn)
     with untouched(gradients.module, gradients.task), Capture(gradients.coverage), state:
