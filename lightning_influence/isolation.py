@@ -114,7 +114,7 @@ def untouched(module: nn.Module, *others: object) -> Iterator[None]:
         guards.enter_context(isolated_rng())
         guards.enter_context(_evaluating([found.value for found in reached if isinstance(found.value, nn.Module)]))
         guards.enter_context(_frozen(reached))
-        guards.enter_context(_kept(module, reached))
+        guards.enter_context(kept(module, reached))
         guards.enter_context(torch.inference_mode(False))
         guards.enter_context(torch.enable_grad())
         # Hooks and probes need the eager modules; a compiled forward would not call them.
@@ -134,7 +134,8 @@ def changes_in(module: nn.Module) -> list[str]:
 
 
 @contextmanager
-def _kept(module: nn.Module, reached: list[Found]) -> Iterator[None]:
+def kept(module: nn.Module, reached: list[Found]) -> Iterator[None]:
+    """Put back what was reached, and let ``changes_in`` tell what of it had changed."""
     snapshot = Snapshot(reached)
     _under_way.append(snapshot)
     try:

@@ -57,11 +57,20 @@ def learn(fetch: Callable[[int], Any], size: int, collate_fn: Callable[[list[Any
     links = _consistent(candidates, looks)
     orders = [look.order(links) for look in looks]
     known = [order for order in orders if not isinstance(order, str)]
+    name = getattr(collate_fn, "__qualname__", type(collate_fn).__name__)
+    if (
+        links
+        and len(known) == len(looks)
+        and any(len(order) > len(look.items) for order, look in zip(known, looks, strict=True))
+    ):
+        raise DataError(
+            f"the collate function {name} makes several rows of one example: an example then has several losses in a "
+            "batch. Repeat examples by the sampler instead, or make them in the step (where verification looks at it)."
+        )
     if links and len(known) == len(orders):
         return Collation(links, all(bool((np.diff(order) > 0).all()) for order in known), paths, few)
     alone = {look.alone(collate_fn) for look in looks}
     if "moved" in alone or (links and not straight):
-        name = getattr(collate_fn, "__qualname__", type(collate_fn).__name__)
         raise DataError(
             f"the collate function {name} puts examples in an order of its own, and nothing that it returns tells "
             "which is which: scores would be filed under the wrong examples. Sort in the data set or by a batch "
@@ -81,7 +90,7 @@ class _Look:
         self.present = [k for k, item in enumerate(items) if item is not None]
         paths = dict.fromkeys(path for k in self.present for path in parts(items[k]))
         self.values = {path: [array_at(item, path) for item in items] for path in paths}
-        self._items = [copied(item) for item in items]
+        self.items = [copied(item) for item in items]
         self.batch = collate_fn(list(items))
 
     def length(self, path: Path, k: int) -> int:
@@ -113,12 +122,12 @@ class _Look:
     def order(self, links: Sequence[Link]) -> NDArray[np.int64] | str:
         """Return the order that links tell."""
         values = [self.values[link.item] for link in links]
-        return Collation(tuple(links), keeps_order=False).order(values, self._items, self.batch)
+        return Collation(tuple(links), keeps_order=False).order(values, self.items, self.batch)
 
     def alone(self, collate_fn: Callable[[list[Any]], Any]) -> str:
         """Compare the rows with those of each example by itself: ``"kept"``, ``"moved"``, or nothing if they differ."""
         try:
-            single = [collate_fn([self._items[k]]) for k in self.present]
+            single = [collate_fn([self.items[k]]) for k in self.present]
         except Exception:  # not every collate function can do with one example
             return ""
         straight, found = list(range(len(single))), set()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
+import io
 import itertools
 import random
 import site
@@ -28,6 +30,7 @@ SHARED = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
 BUFFERS = (bytearray, array, *SHARED)
 _ATOMS = (str, bytes, int, float, complex, type(None), type(Ellipsis), range, slice, np.generic, torch.dtype)
 _MOST_VISITS = 30_000
+_CACHED_FUNCTION: Any = type(functools.cache(lambda: None))
 
 # What these hold is theirs, or a whole Trainer; modules and data sets among them are looked into all the same.
 _OPAQUE = {
@@ -117,6 +120,11 @@ class Walk:
             yield from self._visit_module(path, value, expected or _is_metric(value))
         elif isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
             yield from self._visit_function(path, value)
+        elif isinstance(value, _CACHED_FUNCTION):
+            # The function, and the results that it keeps; which ones those are is no state.
+            for held in gc.get_referents(value):
+                for content in held.values() if type(held) is dict else (held,):
+                    self._go_on(path, content, expected)
         elif isinstance(value, types.BuiltinMethodType):
             self._go_on(path, value.__self__)
         elif isinstance(value, (staticmethod, classmethod)):
@@ -238,6 +246,17 @@ class Walk:
             self._waiting.append((path, value, expected))
 
 
+def shallow(path: str, holder: dict[str, Any]) -> Iterator[Found]:
+    """Yield attributes, and the containers and tensors among them, not what those hold: that may be a whole model."""
+    yield Found(path, holder, _mapping(holder))
+    for name, value in holder.items():
+        if isinstance(value, Tensor):
+            yield Found(f"{path}.{name}", value)
+        elif isinstance(value, (list, deque, dict, set)):
+            slots = _mapping(value) if isinstance(value, dict) else _set(value) if isinstance(value, set) else None
+            yield Found(f"{path}.{name}", value, slots or _sequence(value))
+
+
 @functools.cache
 def is_users(module_name: str) -> bool:
     """Tell whether a module of this name is the user's own, neither installed nor of the standard library."""
@@ -248,6 +267,14 @@ def is_users(module_name: str) -> bool:
     if file is None:
         return module_name == "__main__" or module_name not in sys.builtin_module_names and module is None
     return not file.startswith((*_INSTALLED, _STANDARD_LIBRARY))
+
+
+def is_stream(value: Any) -> bool:
+    """Tell whether it is an iterator whose place nobody can read or put back: a generator, one of a data loader."""
+    kind: Any = type(value)
+    if not isinstance(value, Iterator) or isinstance(value, io.IOBase):
+        return False
+    return kind.__module__.startswith("torch.utils.data.") or _is_opaque(kind)
 
 
 @functools.cache

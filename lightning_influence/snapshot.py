@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_influence.reachable import BUFFERS, GENERATORS, SHARED, Found
+from lightning_influence.reachable import BUFFERS, GENERATORS, SHARED, Found, is_stream
 from lightning_influence.states import ArrayState, BytesState, Contents, GeneratorState, State, TensorState, values_in
 from lightning_influence.torch_private import TorchDispatchMode
 
@@ -23,6 +23,8 @@ from lightning_influence.torch_private import TorchDispatchMode
 _LARGE = 2**20
 _EMPTY: tuple[Any, ...] = ([], (), range(0), {}, set(), "", b"")
 _ITERATORS: Any = (itertools.count, itertools.cycle, *(type(iter(empty)) for empty in _EMPTY))
+_OF_A_STEP = "Pass `task=`, a function (module, batch) -> loss that leaves it alone."
+_OF_DATA = "Let the data set return the same for an index whatever it has returned before."
 # After so many batches, or examples, it is known what moves.
 _SURE = 3
 
@@ -34,7 +36,8 @@ class StateError(RuntimeError):
 class Snapshot:
     """The state of some objects and of all that they reach, to be put back.
 
-    Iterators and tensors with a graph know no way back: copies take their places until ``restore``.
+    Iterators and tensors with a graph know no way back: copies take their places until ``restore``. Of generators and
+    iterators of data loaders there are no copies: taking from them is an error.
 
     Args:
         reached: What they reach, see ``reachable.Walk``.
@@ -53,6 +56,7 @@ class Snapshot:
         self._one_way: list[Contents] = []
         self._batches = 0
         self._unwritten = _CopyBeforeWrite()
+        self._way_out = _OF_DATA if data else _OF_A_STEP
         with torch.inference_mode(False), torch.no_grad():
             for found in reached:
                 self._note(found, data)
@@ -139,8 +143,7 @@ class Snapshot:
         if lost:
             raise StateError(
                 f"an extra pass over the data has changed {', '.join(lost)}, and it can't be put back (it is large and "
-                "was written to past torch, or it is a view that has joined a graph). Pass `task=`, a function "
-                "(module, batch) -> loss that leaves it alone."
+                f"was written to past torch, or it is a view that has joined a graph). {self._way_out}"
             )
 
     def _hand_out_copies(self) -> None:
@@ -150,7 +153,7 @@ class Snapshot:
             if not _is_one_way(value):
                 return value
             if id(value) not in copies:
-                copies[id(value)] = _copy(value)
+                copies[id(value)] = _copy(value) if _is_copyable(value) else _Stream(value, self._way_out)
             return copies[id(value)]
 
         for contents in self._one_way:
@@ -158,7 +161,30 @@ class Snapshot:
 
 
 def _is_one_way(value: Any) -> bool:
-    return isinstance(value, _ITERATORS) or (isinstance(value, Tensor) and value.grad_fn is not None)
+    return value.grad_fn is not None if isinstance(value, Tensor) else _is_copyable(value) or is_stream(value)
+
+
+def _is_copyable(value: Any) -> bool:
+    return isinstance(value, (Tensor, *_ITERATORS))
+
+
+class _Stream(Iterator[Any]):
+    """Stands in for an iterator that nothing may be taken from: what is taken would be missing in training."""
+
+    def __init__(self, stream: Any, way_out: str) -> None:
+        self._stream = stream
+        self._way_out = way_out
+
+    def __next__(self) -> Any:
+        raise StateError(
+            f"an extra pass over the data would take from a {type(self._stream).__name__}, which can't be put back: "
+            f"training would miss that. {self._way_out}"
+        )
+
+    send = __next__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _copy(value: Any) -> Any:

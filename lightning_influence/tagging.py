@@ -7,11 +7,12 @@ own, has none of them, batches are unknown, never guessed.
 
 from __future__ import annotations
 
+import operator
 import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from lightning_influence.collation import Collated, Collating, Collation
 # Batches without anything that a weak reference can point to.
 _HELD = 4
 _DEEPEST = 8
+# Version and place of a tensor's memory.
+_Written: TypeAlias = tuple[int, int]
 
 
 class _Tagged(NamedTuple):
@@ -169,7 +172,7 @@ class Registry:
     """Batches by what they are made of, as long as that lives."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[list[weakref.ref[Any]], Drawn]] = {}
+        self._known: dict[int, tuple[list[weakref.ref[Any]], list[_Written], Drawn]] = {}
         self._held: deque[tuple[Any, Drawn]] = deque(maxlen=_HELD)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -188,18 +191,28 @@ class Registry:
             if key in known and known[key][0][0] is reference:
                 del known[key]
 
-        known[key] = [weakref.ref(leaves[0], forget), *map(weakref.ref, leaves[1:])], drawn
+        known[key] = [weakref.ref(leaves[0], forget), *map(weakref.ref, leaves[1:])], _written(leaves), drawn
 
     def find(self, batch: Any) -> Drawn | None:
-        """Return what was drawn for a batch; None unless it is made of the very same things, in their order."""
+        """Return what was drawn for a batch; None unless it is made of the very same things, in their order.
+
+        Nor if all of it was written to since: its rows may be others, or in another order. In batches that are only
+        scaled, labels stay as they are.
+        """
         leaves = list(_leaves(batch, 0))
         if not leaves:
             return next((drawn for held, drawn in self._held if held is batch), None)
-        references, drawn = self._known.get(id(leaves[0]), ([], None))
+        references, written, drawn = self._known.get(id(leaves[0]), ([], [], None))
         if len(references) != len(leaves):
             return None
         same = all(reference() is leaf for reference, leaf in zip(references, leaves, strict=True))
-        return drawn if same else None
+        rewritten = bool(written) and all(map(operator.ne, written, _written(leaves)))
+        return drawn if same and not rewritten else None
+
+
+def _written(leaves: list[Any]) -> list[_Written]:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+    return [(tensor._version, tensor.data_ptr() if tensor.layout is torch.strided else 0) for tensor in tensors]
 
 
 def _leaves(batch: Any, depth: int) -> Iterator[Any]:

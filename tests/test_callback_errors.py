@@ -689,12 +689,12 @@ def test_ctrl_c_in_a_pass(epoch: int, tmp_path: Path) -> None:
 
 
 def test_an_exception_before_the_first_batch_leaves_an_empty_audit(tmp_path: Path) -> None:
-    class Early(Classifier):
-        def on_train_epoch_start(self) -> None:
+    class Early(Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             raise RuntimeError("lightning struck")
 
-    model, audit = Early(), InfluenceAudit()
-    trainer = make_trainer(tmp_path, callbacks=[audit])
+    model, audit = Classifier(), InfluenceAudit()
+    trainer = make_trainer(tmp_path, callbacks=[audit, Early()])
     with pytest.raises(RuntimeError, match="lightning struck"):
         trainer.fit(model, loader(vectors()))
     check_clean(trainer, model)

@@ -582,7 +582,7 @@ class Large(Overwritten):
 @pytest.mark.parametrize("data", [lambda: Augmented(of_the_system), Large], ids=["system", "overwritten"])
 def test_other_examples_every_time_are_refused_with_that_reason(data: Callable[[], Data], tmp_path: Path) -> None:
     """Not with that of a later check: \"its loss depends on the other examples\"."""
-    with pytest.raises(MisconfigurationException, match=r"hands out something else for the same index .*example \d+"):
+    with pytest.raises(MisconfigurationException, match=r"hands out something else for the same index .*example \d+,"):
         trained(Net, data, tmp_path, InfluenceAudit())
 
 

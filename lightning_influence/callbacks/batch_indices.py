@@ -16,8 +16,8 @@ from lightning_influence.source import ExampleSource
 from lightning_influence.tagging import Tagging
 
 _ELSEWHERE = (
-    "the training loop got other objects than the DataLoader made (merged, cut, copied or moved batches, or a loader "
-    "of its own kind)"
+    "the training loop got other objects than the DataLoader made (merged, cut, copied, moved or overwritten batches, "
+    "or a loader of its own kind)"
 )
 
 
@@ -115,6 +115,8 @@ class BatchIndexRecorder:
         if drawn.reason:
             return KnownBatch(None, drawn.reason)
         indices = np.frombuffer(drawn.indices, np.int64)
+        if self.source is not None and (indices < 0).any():  # counted from the end
+            indices = np.where(indices < 0, indices + len(self.source), indices)
         own = indices if drawn.order is None else indices[drawn.order]
         return KnownBatch(tuple(own.tolist()), "", drawn.ragged)
 

@@ -27,10 +27,11 @@ from torch.utils.data import (
 from lightning_influence import distributed
 from lightning_influence.callbacks.display import progress_of
 from lightning_influence.coverage import Coverage
-from lightning_influence.isolation import isolated_rng, left_alone
+from lightning_influence.isolation import isolated_rng, kept, left_alone
 from lightning_influence.loss_scale import LossScale
 from lightning_influence.optimizers import inner
 from lightning_influence.passes import ExampleGradients
+from lightning_influence.reachable import Found, is_users, shallow
 from lightning_influence.source import DataError, ExampleSource
 from lightning_influence.task import Task
 
@@ -80,7 +81,7 @@ def after_training(trainer: Trainer, gradients: ExampleGradients) -> ExampleGrad
 
     @contextmanager
     def around() -> Iterator[None]:
-        with silenced_loggers(trainer), at_epoch(trainer, epoch):
+        with aside(trainer), at_epoch(trainer, epoch):
             yield
 
     return gradients.within(around)
@@ -189,14 +190,33 @@ def real_loggers(trainer: Trainer) -> list[Logger]:
 
 
 @contextmanager
-def silenced_loggers(trainer: Trainer) -> Iterator[None]:
-    """Keep what ``training_step`` writes to ``self.logger`` in an extra pass out of the user's logs."""
+def aside(trainer: Trainer) -> Iterator[None]:
+    """Leave the trainer alone in an extra pass, whatever ``training_step`` does to it.
+
+    What it writes to ``self.logger`` is kept out of the user's logs; learning rates, schedulers and the user's own
+    callbacks are put back.
+    """
     loggers = trainer.loggers
-    try:
-        trainer.loggers = [DummyLogger() for _ in loggers]
-        yield
-    finally:
-        trainer.loggers = loggers
+    with kept(trainer.lightning_module, list(_belongings(trainer))):
+        try:
+            trainer.loggers = [DummyLogger() for _ in loggers]
+            yield
+        finally:
+            trainer.loggers = loggers
+
+
+def _belongings(trainer: Trainer) -> Iterator[Found]:
+    """Yield what a step can reach by its trainer, and may change with good reason."""
+    for optimizer in trainer.optimizers:
+        for number, group in enumerate(inner(optimizer).param_groups):
+            yield from shallow(f"optimizer.param_groups[{number}]", group)
+    for config in trainer.lr_scheduler_configs:
+        for scheduler in (config.scheduler, *getattr(config.scheduler, "_schedulers", ())):
+            yield from shallow(type(scheduler).__name__, vars(scheduler))
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        own = not any(kind.__module__.startswith("lightning_influence.") for kind in type(callback).__mro__)
+        if own and is_users(type(callback).__module__):
+            yield from shallow(type(callback).__name__, vars(callback))
 
 
 def set_up_validation(trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -197,7 +198,9 @@ class InfluenceAudit(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at one batch before the first step, so that nothing fails after hours of training."""
-        self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
+        # Callbacks come before the model's own hooks, in which it may set up what its step needs.
+        if not any(is_overridden(hook, pl_module) for hook in ("on_train_start", "on_train_epoch_start")):
+            self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> AuditRun:
         self._before = None, None, None
@@ -227,7 +230,7 @@ class InfluenceAudit(Callback):
         task = self.task or TrainingStepTask()
         queries = None if self.queries is None else QueryReport(self.queries)
         around = bridge.surroundings(trainer, module)
-        with bridge.silenced_loggers(trainer):
+        with bridge.aside(trainer):
             recording.compiled = bool(preparing.compiled_parts(module, task, source, first, self.tracin, around))
             trace = trace_model(module, task, source, indices=first, **around)
             passes = TrainingPasses(source, task, trace, self.layers, self.uncovered)
@@ -286,6 +289,8 @@ class InfluenceAudit(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which examples come, and listen for their loss."""
         known = self._recorder.next()
+        if self._run is None:
+            self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
         if self._run is not None:
             self._run.batch_started(trainer, pl_module, known)
 

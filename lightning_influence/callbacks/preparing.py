@@ -151,7 +151,7 @@ def with_loss(
         with around["forward_context"]():
             run_tapped(task, module, around["to_device"](batch))
 
-    with bridge.silenced_loggers(trainer), untouched(module, task):
+    with bridge.aside(trainer), untouched(module, task):
         return [k for chosen, _ in answered(source, indices, source.batch_size, run) for k in chosen]
 
 
@@ -182,6 +182,8 @@ def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection:
     if is_deterministic(source.dataset) and is_plain(source.collate_fn) and not inspection.random:
         return False
     chosen, labels = source.settled(indices[: inspection.examples]), []
+    if not chosen:
+        return False
     passes = gradients.with_scale(None)
     state = unchanged(source.dataset, source.collate_fn)
     with untouched(gradients.module, gradients.task), Capture(gradients.coverage), state:

@@ -242,7 +242,7 @@ class AuditRun:
     def _score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
         indices = self._indices(trainer, last=False)
         start = time.perf_counter()
-        with bridge.silenced_loggers(trainer):
+        with bridge.aside(trainer):
             gradients = self.passes.scaled(trainer, module, indices, self.recording.heard)
             scores = score_examples(
                 gradients,
@@ -318,7 +318,7 @@ class AuditRun:
         asked = sum(len(examples) for _, examples in validation)
         reporter.tell(lambda: reporter.announce(plan, gradients, inspection, len(indices), asked))
         step_sizes = self._last_step_sizes(trainer, module, gradients.coverage)
-        with bridge.silenced_loggers(trainer):
+        with bridge.aside(trainer):
             result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=step_sizes)
         result.seconds["loss scale"] = scaling
         if self.flight is not None:
@@ -330,7 +330,7 @@ class AuditRun:
         self.make_unlearner = unlearner_maker(trainer, gradients, planned, columns, history.weight_decay)
         if self.queries is not None:
             start = time.perf_counter()
-            with bridge.silenced_loggers(trainer):
+            with bridge.aside(trainer):
                 columns |= self.queries.find(trainer, gradients, indices, result.curvature, validation, columns)
             result.seconds["queries"] = time.perf_counter() - start
         self.finished = True

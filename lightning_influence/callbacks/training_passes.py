@@ -73,7 +73,7 @@ class TrainingPasses:
         if settled is not None and settled.keys() == self.trace.forms.keys():  # passes are in evaluation mode
             scale = settled
         elif scale is None or not told.terms <= self._heard:  # the step has other terms by now
-            with bridge.silenced_loggers(trainer):
+            with bridge.aside(trainer):
                 scale = self.gradients(trainer, module).calibrate(indices, of_mean=of_mean).scale
             self._measured, self._heard = (list(indices), scale), set(told.terms)
         own = isinstance(self.task, TrainingStepTask)
