@@ -744,3 +744,40 @@ def test_labels_that_are_drawn_anew_lose_nothing(tmp_path: Path) -> None:
     check(report, model)
     assert counted_for_nobody(report) == []
     assert any("other labels each time" in note for note in report.manifest["notes"])
+
+
+class Moving(Classifier):
+    """Moves the inputs of a batch in training alone: what a look in evaluation mode sees is in order."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, labels = batch[0], batch[1]
+        if self.training:
+            places = torch.randperm(len(inputs))
+            inputs, labels = inputs[places], labels[places]
+        return F.cross_entropy(self(inputs), labels)
+
+
+@pytest.mark.parametrize("tracin", ["epoch", "step"])
+def test_rows_that_move_in_training_alone(tracin: Any, tmp_path: Path) -> None:
+    """A few batches have the right labels by chance: what they say would be filed under other examples, too."""
+    audit = InfluenceAudit(tracin=tracin, curvature="identity")
+    make_trainer(tmp_path, callbacks=[audit], max_epochs=6).fit(Moving(), loader(vectors()))
+    assert audit.report is not None
+    assert not {"loss_mean", "aum", "el2n"} & audit.report.columns.keys()
+    assert ("tracin" in audit.report.columns) == (tracin == "epoch")
+    assert any("what training said of each example is left out" in note for note in audit.report.manifest["notes"])
+
+
+class WithoutTheNinth(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return (batch for batch in super().__iter__() if 9 not in batch[2])
+
+
+def test_examples_that_a_loader_keeps_to_itself_are_not_audited(tmp_path: Path) -> None:
+    x, y = vectors().tensors
+    audit = InfluenceAudit(curvature="identity")
+    data = WithoutTheNinth(TensorDataset(x, y, torch.arange(len(x))), batch_size=4)
+    make_trainer(tmp_path, callbacks=[audit]).fit(Classifier(), data)
+    assert audit.report is not None
+    assert audit.report.columns["index"].tolist() == [k for k in range(len(x)) if k not in range(8, 12)]
+    assert any("4 examples of the data set were never drawn" in note for note in audit.report.manifest["notes"])

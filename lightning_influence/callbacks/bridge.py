@@ -137,6 +137,8 @@ def _sampler(loader: Any) -> Any:
 
 def _draws_all(loader: Any) -> bool:
     """Tell whether every example that can be drawn surely is, sooner or later."""
+    if type(loader).__iter__ is not DataLoader.__iter__ and not type(loader).__module__.startswith("torchdata"):
+        return False  # who knows which batches it hands on
     sampler, batches = _sampler(loader), loader.batch_sampler
     plain = type(batches) is BatchSampler or type(batches).__module__.startswith(("lightning", "pytorch_lightning"))
     if type(sampler) is RandomSampler:

@@ -29,6 +29,8 @@ from lightning_influence.watch import Reliance
 
 # Batches whose examples wait for being noted as seen.
 _FILE_EVERY = 64
+# Share of batches with other labels than their examples had, beyond which rows and examples do not belong together.
+_MOST_CONTRADICTED = 0.2
 # Batches of each later epoch whose graph has to tell what is heard, too, to be relied upon.
 _AGREEING_AGAIN = 2
 
@@ -310,6 +312,11 @@ class Recording:
                 f"{count} of {self.batches} training batches count for nobody: they had other labels than their "
                 "examples had before"
             )
+        if self.misplaced:
+            remarks.append(
+                "so many that the rest may be those of other examples, too (rows that are moved in training alone?): "
+                "what training said of each example is left out"
+            )
         if self.relabelled:
             remarks.append(
                 f"{len(self.relabelled)} examples had another label in training than when they were fetched again; "
@@ -372,6 +379,11 @@ class Recording:
         indices: list[int] = self._gathered_seen().nonzero().squeeze(1).tolist()
         return indices
 
+    @property
+    def misplaced(self) -> bool:
+        """Whether so many batches had other labels that none of them can be trusted."""
+        return self.dynamics.contradicted_batches > _MOST_CONTRADICTED * self.batches
+
     def columns(self, indices: Sequence[int], scores: ExampleScores | None = None) -> dict[str, NDArray[Any]]:
         """Return all columns for the given examples, the final scores included; to be called by every process."""
         self.synchronise()
@@ -392,6 +404,8 @@ class Recording:
 
     def _columns(self, indices: Sequence[int], scores: ExampleScores | None) -> dict[str, NDArray[Any]]:
         dynamics, visits = self.dynamics, self.visits
+        if self.misplaced:
+            dynamics, visits = TrainingDynamics(self.size), None
         rows = torch.as_tensor(list(indices), dtype=torch.long)
         columns: dict[str, Tensor] = {"index": rows}
         columns |= {name: values[rows] for name, values in dynamics.columns().items()}
