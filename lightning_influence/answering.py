@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from lightning_influence.loss_scale import TaskError
+from lightning_influence.loss_scale import NoLossError
 from lightning_influence.source import ExampleSource
 
 _Loss = TypeVar("_Loss")
 
 NO_LOSS = "the step returns no loss for it"
-
-
-class NoLossError(TaskError):
-    """A task has returned None, which skips a batch in training."""
 
 
 def answered(

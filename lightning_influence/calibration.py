@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence import distributed
-from lightning_influence.answering import NoLossError
-from lightning_influence.loss_scale import LossScale, ScaleTally
+from lightning_influence.loss_scale import LossScale, NoLossError, ScaleTally
 from lightning_influence.source import ExampleSource
 from lightning_influence.terms import BatchLoss, steady_terms
 

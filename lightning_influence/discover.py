@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_influence.answering import NoLossError
 from lightning_influence.coverage import Coverage, Layers, Uncovered, cover
 from lightning_influence.isolation import hidden_parameters, rewind, seed_everything, untouched
 from lightning_influence.layout import BatchLayout, Order, find_layout
-from lightning_influence.loss_scale import TermKey
+from lightning_influence.loss_scale import NoLossError, TermKey
 from lightning_influence.losses import LossCall
 from lightning_influence.snapshot import StateError
 from lightning_influence.source import ExampleSource

@@ -56,6 +56,10 @@ class TaskError(RuntimeError):
     """The loss of a batch can't be understood; the message says what was seen and the way out."""
 
 
+class NoLossError(TaskError):
+    """A task has returned None, which skips a batch in training."""
+
+
 class ScaleError(TaskError):
     """A term of the loss has no scale that holds in every batch; the message says which, and the way out."""
 

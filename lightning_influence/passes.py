@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence import distributed
-from lightning_influence.answering import NoLossError, answered
+from lightning_influence.answering import answered
 from lightning_influence.calibration import measured_scale
 from lightning_influence.capture import Capture, LayerIO
 from lightning_influence.coverage import Coverage
@@ -25,7 +25,7 @@ from lightning_influence.discover import trace_model
 from lightning_influence.example_noise import ExampleNoise
 from lightning_influence.isolation import rewind, seed_everything, untouched
 from lightning_influence.layers import LayerError, NewPathError
-from lightning_influence.loss_scale import LossScale
+from lightning_influence.loss_scale import LossScale, NoLossError
 from lightning_influence.losses import known_losses
 from lightning_influence.precision import working
 from lightning_influence.source import ExampleSource

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from lightning_influence.answering import NoLossError
-from lightning_influence.loss_scale import LossScale, TermKey, calling_place
+from lightning_influence.loss_scale import LossScale, NoLossError, TermKey, calling_place
 from lightning_influence.losses import LossCall, all_arguments, known_loss, read_call
 from lightning_influence.terms import BatchLoss, TaskError, TermForm, understand
 

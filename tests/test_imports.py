@@ -43,6 +43,7 @@ ORDER = (
     "task",
     "repeatable",
     "source",
+    "answering",
     "tagging",
     "calibration",
     "patches",

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence import distributed
-from lightning_influence.answering import NoLossError
 from lightning_influence.audit import AuditReport
 from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.arguments import (
@@ -53,6 +52,7 @@ from lightning_influence.curvature import (
 )
 from lightning_influence.discover import trace_model
 from lightning_influence.influence import InfluencePlan
+from lightning_influence.loss_scale import NoLossError
 from lightning_influence.query_pairs import Queries
 from lightning_influence.source import ExampleSource
 from lightning_influence.task import Task, TrainingStepTask
