@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from models import CLASSES, FEATURES, Classifier, make_trainer, vectors
+from models import CLASSES, FEATURES, Classifier, loader, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
