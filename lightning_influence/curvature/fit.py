@@ -340,8 +340,8 @@ def check_solver(name: CurvatureName, solver: Solver) -> None:
     product = LADDER[name].product
     if solver == "nystrom" and product is not None and not product.semidefinite:
         raise ValueError(
-            f'solver="nystrom" needs a curvature without negative eigenvalues, curvature={name!r} may have some: use '
-            '"cg" or "pcg", or the GGN.'
+            f'solver="nystrom" needs a curvature without negative eigenvalues, curvature={name!r} may have some: pass '
+            '`solver="cg"` or "pcg", or `curvature="ggn"`.'
         )
 
 
