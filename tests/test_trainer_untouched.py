@@ -80,6 +80,19 @@ def tells(model: Any, loss: Tensor) -> None:
     callback.total += loss
 
 
+def stops(model: Any, loss: Tensor) -> None:
+    """Stops early, but in a pass over the data it would have at once."""
+    model.trainer.noted = getattr(model.trainer, "noted", 0) + 1
+    if model.trainer.noted > 9:
+        model.trainer.should_stop = True
+
+
+@pytest.mark.parametrize("tracin", ["epoch", "step"])
+def test_a_step_that_stops_the_training(tracin: Any, tmp_path: Path) -> None:
+    audit = InfluenceAudit(curvature="identity", tracin=tracin)
+    assert fitted(Net(stops), tmp_path) == fitted(Net(stops), tmp_path, audit)
+
+
 @pytest.mark.parametrize("tracin", ["epoch", "step"])
 @pytest.mark.parametrize(("also", "named"), [(decays, "'lr'"), (schedules, "LinearLR"), (tells, "Counting.losses")])
 def test_what_a_step_does_to_its_trainer(also: Any, named: str, tracin: Any, tmp_path: Path) -> None:

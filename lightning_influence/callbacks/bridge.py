@@ -209,6 +209,7 @@ def aside(trainer: Trainer) -> Iterator[None]:
 
 def _belongings(trainer: Trainer) -> Iterator[Found]:
     """Yield what a step can reach by its trainer, and may change with good reason."""
+    yield from shallow("trainer", vars(trainer))  # `should_stop`, a counter
     for optimizer in trainer.optimizers:
         for number, group in enumerate(inner(optimizer).param_groups):
             yield from shallow(f"optimizer.param_groups[{number}]", group)

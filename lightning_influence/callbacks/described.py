@@ -21,6 +21,9 @@ from lightning_influence.verify import Inspection
 
 Columns = dict[str, NDArray[Any]]
 
+# Lightning notes on the module which of its hooks is running.
+_OF_LIGHTNING = "_current_fx_name"
+
 
 def audit_described(
     gradients: ExampleGradients, plan: InfluencePlan, inspection: Inspection, result: InfluenceScores, columns: Columns
@@ -117,8 +120,9 @@ def notes_of(inspection: Inspection, recording: Recording, gradients: ExampleGra
 
 def _put_back(gradients: ExampleGradients) -> list[str]:
     """Return what extra passes would have changed."""
+    own = [path for path in isolation.changes_in(gradients.module) if not path.endswith(_OF_LIGHTNING)]
     found = (
-        ("the step", isolation.changes_in(gradients.module), "every batch starts where training stood"),
+        ("the step", own, "every batch starts where training stood"),
         ("fetching examples", list(gradients.source.changed), "training does not notice"),
     )
     return [
