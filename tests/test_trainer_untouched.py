@@ -93,6 +93,20 @@ def test_a_step_that_stops_the_training(tracin: Any, tmp_path: Path) -> None:
     assert fitted(Net(stops), tmp_path) == fitted(Net(stops), tmp_path, audit)
 
 
+@pytest.mark.parametrize("weights", [None, torch.arange(1.0, CLASSES + 1)])
+def test_a_step_that_does_nothing_besides_has_no_note(weights: Tensor | None, tmp_path: Path) -> None:
+    """Class weights take a pass of their own, within another."""
+
+    class Plain(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1], weight=weights)
+
+    audit = InfluenceAudit(curvature="identity")
+    fitted(Plain(lambda *_: None), tmp_path, audit)
+    assert audit.report is not None
+    assert audit.report.manifest["notes"] == []
+
+
 @pytest.mark.parametrize("tracin", ["epoch", "step"])
 @pytest.mark.parametrize(("also", "named"), [(decays, "'lr'"), (schedules, "LinearLR"), (tells, "Counting.losses")])
 def test_what_a_step_does_to_its_trainer(also: Any, named: str, tracin: Any, tmp_path: Path) -> None:

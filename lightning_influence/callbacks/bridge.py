@@ -199,12 +199,12 @@ def aside(trainer: Trainer) -> Iterator[None]:
     callbacks are put back.
     """
     loggers = trainer.loggers
-    with kept(trainer.lightning_module, list(_belongings(trainer))):
-        try:
-            trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        with kept(trainer.lightning_module, list(_belongings(trainer))):
             yield
-        finally:
-            trainer.loggers = loggers
+    finally:
+        trainer.loggers = loggers
 
 
 def _belongings(trainer: Trainer) -> Iterator[Found]:

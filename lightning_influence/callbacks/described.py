@@ -21,8 +21,8 @@ from lightning_influence.verify import Inspection
 
 Columns = dict[str, NDArray[Any]]
 
-# Lightning notes on the module which of its hooks is running.
-_OF_LIGHTNING = "_current_fx_name"
+# Which hook of the module is running, and the loggers that stand in for the user's.
+_OF_LIGHTNING = ("_current_fx_name", "trainer['_loggers']")
 
 
 def audit_described(
