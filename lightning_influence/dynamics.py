@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_influence import distributed
 from lightning_influence.layout import BatchLayout
 from lightning_influence.losses import CrossEntropy, LossCall
 
@@ -224,6 +225,12 @@ class TrainingDynamics:
             last = total / visitors.clamp(min=1) if name in _STATES else before + total
             self.sums[name] = torch.where(visitors > 0, last, before) if name in _STATES else last
         self._common = {name: value.clone() for name, value in self.sums.items()}
+
+    def gathered(self) -> TrainingDynamics:
+        """Let every process know what all have seen, and return that; to be called by all of them."""
+        if distributed.world_size() > 1:
+            self.take(distributed.sum_across_processes(self.addends()))
+        return self
 
     def columns(self) -> dict[str, Tensor]:
         """Return one column per score, ``[size]``; NaN (or -1) for examples that were never trained on."""

@@ -125,6 +125,7 @@ def test_looking_in_between_changes_nothing() -> None:
             _assert_columns(recorded.columns(), _by_hand(visits[: number + 1]))
             recorded.take(recorded.addends())
     _assert_columns(recorded.columns(), _by_hand(visits))
+    _assert_columns(recorded.gathered().columns(), _by_hand(visits))
 
 
 def test_examples_that_were_never_seen_are_unknown() -> None:
@@ -144,6 +145,7 @@ def test_examples_that_were_never_seen_are_unknown() -> None:
 
 def test_nothing_recorded_is_no_columns() -> None:
     assert TrainingDynamics(SIZE).columns() == {}
+    assert TrainingDynamics(SIZE).gathered().columns() == {}
     assert TrainingDynamics(SIZE).state_dict() == {}
 
 
