@@ -74,7 +74,8 @@ class Recording:
         self._visits = VisitSums(size) if self._in_flight else None
         self._new_visits: list[tuple[Sequence[int], Increments | None]] = []
         self._passes: list[int] = []  # steps
-        self.passed: list[int] = []  # examples that passes for TracIn have scored: the fewest, the most
+        self.fewest = 0  # examples that a pass for TracIn has scored
+        self.late = 0  # examples that came in a later one
         self._seen = torch.zeros(size, dtype=torch.bool)
         self._unfiled: list[Sequence[int]] = []  # batches that are not in there yet
         self.neighbours = NeighbourRecord(size)
@@ -265,8 +266,9 @@ class Recording:
         """
         if "tracin" in scores.columns:
             self.tracin.add(step, scores.indices.tolist(), scores.columns["tracin"])
-            known = [*self.passed, len(scores.indices)]
-            self.passed = [min(known), max(known)]
+            count = len(scores.indices)
+            self.fewest = min(self.fewest or count, count)
+            self.late = max(self.late, count - self.fewest)
         if step in self._passes:
             return
         self._passes.append(step)
@@ -322,11 +324,10 @@ class Recording:
                 f"{len(self.relabelled)} examples had another label in training than when they were fetched again; "
                 f"their training dynamics may be those of other examples: {listed(sorted(self.relabelled), 10)}"
             )
-        if self.passed and self.passed[0] < self.passed[1]:
-            late = self.passed[1] - self.passed[0]
+        if self.late:
             remarks.append(
-                f"{late} examples were first drawn after a TracIn checkpoint had been taken: their tracin lacks the "
-                "steps before"
+                f"{self.late} examples were first drawn after a TracIn checkpoint had been taken: their tracin lacks "
+                "the steps before"
             )
         if self.data_changes:
             remarks.append(
@@ -460,7 +461,8 @@ class Recording:
                 "untapped_batches": self.untapped_batches,
                 "batches": self.batches,
                 "ragged_batches": self.ragged_batches,
-                "passed": list(self.passed),
+                "fewest": self.fewest,
+                "late": self.late,
                 "skipped_batches": self.skipped_batches,
                 "contradicted_batches": self.dynamics.contradicted_batches,
                 "data_changes": list(self.data_changes),
@@ -504,7 +506,8 @@ class Recording:
         self.untapped_batches = lacking.get("untapped_batches", 0)
         self.batches = lacking.get("batches", 0)
         self.ragged_batches = lacking.get("ragged_batches", 0)
-        self.passed = list(lacking.get("passed", []))
+        self.fewest = lacking.get("fewest", 0)
+        self.late = lacking.get("late", 0)
         self.skipped_batches = lacking.get("skipped_batches", 0)
         self.dynamics.contradicted_batches = lacking.get("contradicted_batches", 0)
         self.data_changes = list(lacking.get("data_changes", []))

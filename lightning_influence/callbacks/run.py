@@ -243,7 +243,9 @@ class AuditRun:
         indices = self._indices(trainer, last=False)
         start = time.perf_counter()
         with bridge.aside(trainer):
-            gradients = self.passes.scaled(trainer, module, indices, self.recording.heard)
+            # Weighed as training weighs: by what it has drawn, not by what it could draw.
+            drawn = self.recording.seen_indices() or indices
+            gradients = self.passes.scaled(trainer, module, drawn, self.recording.heard)
             scores = score_examples(
                 gradients,
                 indices,
