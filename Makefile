@@ -18,12 +18,13 @@ BENCH_INSTALL = $(subst $(PY),$(BENCH)/bin/python,$(INSTALL))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test lint bench cost detection lds solvers unlearning fairness robustness clean
+.PHONY: help demo clean-and-retrain test size lint bench cost detection lds solvers unlearning fairness robustness clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
 	@echo 'make clean-and-retrain   act on the audit and train again, against an oracle that knows the flips'
 	@echo 'make test    run the test suite'
+	@echo 'make size    lines of code by room'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make bench   side by side with kronfluence and captum: time, memory, agreement (half an hour)'
 	@echo 'make cost    measure what an audit costs, in passes of plain training'
@@ -46,6 +47,9 @@ clean-and-retrain: $(VENV)/.demo
 # A process for each core: with a thread each, they do not get into each other's way.
 test: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
+
+size:
+	@$(firstword $(PYTHON)) tests/size.py
 
 lint: $(VENV)/.dev
 	@$(PY) -m ruff check .

@@ -18,12 +18,12 @@ from networks import NETWORKS, data, task, train
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence.discover import discover
-from lightning_influence.influence import InfluencePlan, influence_scores
-from lightning_influence.neighbours import disagreement
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
-from lightning_influence.verify import inspect, roomy_batch_size
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.verify import inspect, roomy_batch_size
+from lightning_influence.scores.plan import InfluencePlan, influence_scores
+from lightning_influence.training.neighbours import disagreement
 
 STAGES = ("factors", "scores", "damping sweep", "neighbours")
 

@@ -29,14 +29,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence.curvature import FactorExamples, fit
-from lightning_influence.curvature.fitted import Curvature
-from lightning_influence.discover import discover
-from lightning_influence.influence import InfluencePlan, influence_scores
-from lightning_influence.pairwise import pairwise_scores
-from lightning_influence.passes import ExampleGradients, Labels
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource
-from lightning_influence.verify import inspect, roomy_batch_size
+from lightning_influence.curvature.curvature import Curvature
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients, Labels
+from lightning_influence.gradients.verify import inspect, roomy_batch_size
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.pairs import pairwise_scores
+from lightning_influence.scores.plan import InfluencePlan, influence_scores
 
 TRAINING_BATCH = 32
 # What the peers are given: they hold gradients of all examples of a batch. The fastest of 16, 64 and 256 (MLP), of 32,

@@ -20,8 +20,8 @@ from networks import task
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.patches import Patches
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.layers.patches import Patches
 
 # Examples whose scores are multiplied at once: enough for a matrix product to be as fast as it gets.
 BLOCK = 256

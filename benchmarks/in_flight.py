@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceAudit, TracIn
-from lightning_influence.pacing import IN_A_ROW, SETTLING, Pace
+from lightning_influence.training.flight.pace import IN_A_ROW, SETTLING, Pace
 
 _WARM_UP = 12
 BATCH = 32

@@ -15,19 +15,19 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence.checkpoints import Checkpoint
 from lightning_influence.curvature import Curvature, FactorExamples, fit
-from lightning_influence.curvature.solvers import Solution
-from lightning_influence.diff_in import diff_in_scores
-from lightning_influence.discover import discover
-from lightning_influence.dropout_masks import ip_ensemble
-from lightning_influence.influence import InfluencePlan
-from lightning_influence.pairwise import pairwise_scores
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
-from lightning_influence.unrolling import source_scores
-from lightning_influence.verify import inspect
-from lightning_influence.zeroth_order import z0_scores
+from lightning_influence.curvature.solve.cg import Solution
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.verify import inspect
+from lightning_influence.scores.along.diff_in import diff_in_scores
+from lightning_influence.scores.along.dropout_masks import ip_ensemble
+from lightning_influence.scores.along.source import source_scores
+from lightning_influence.scores.along.z0 import z0_scores
+from lightning_influence.scores.pairs import pairwise_scores
+from lightning_influence.scores.plan import InfluencePlan
+from lightning_influence.training.checkpoints import Checkpoint
 
 MODELS = 3
 

@@ -17,9 +17,9 @@ from lds_methods import digits
 from torch import Tensor
 
 from lightning_influence.curvature import BlockCoordinates, BlockCurvature, FactorExamples, GGNProduct, fit
-from lightning_influence.curvature.nystrom import nystrom_preconditioner
-from lightning_influence.curvature.solvers import cg
-from lightning_influence.queries import prepared_queries
+from lightning_influence.curvature.solve.cg import cg
+from lightning_influence.curvature.solve.nystrom import nystrom_preconditioner
+from lightning_influence.scores.queries import prepared_queries
 
 Product = Callable[[Tensor], Tensor]
 QUERIES = 20

@@ -29,12 +29,12 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from lightning_influence.audit.unlearning import Unlearner
 from lightning_influence.curvature import Curvature, FactorExamples, IndefiniteError, fit
-from lightning_influence.discover import discover
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource
-from lightning_influence.unlearning import Unlearner
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.scores.examples import score_examples
 
 SIZES = (1, 10, 100)
 FLIPS = (10, 100)

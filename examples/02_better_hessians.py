@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence.curvature.chain import TITLES, Chain, curvature_chain
-from lightning_influence.discover import discover
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
 
 COLOURS = dict(zip(TITLES, ("#1b1b3a", "#3d5a98", "#2a9d8f", "#e9a23b", "#c8553d"), strict=True))
 

@@ -10,31 +10,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_influence.audit import AuditReport
+    from lightning_influence.audit.queries import Queries
+    from lightning_influence.audit.report import AuditReport
     from lightning_influence.callbacks import InfluenceAudit
-    from lightning_influence.measurements import AdversarialLoss, DemographicParityGap, EqualOpportunityGap, Margin
     from lightning_influence.metrics import LinearDatamodelingScore, MislabelDetection
-    from lightning_influence.query_pairs import Queries
-    from lightning_influence.task import Task, TrainingStepTask
-    from lightning_influence.tracin import TracIn
-    from lightning_influence.tracin_pairs import tracin_scores
+    from lightning_influence.objective.task import Task, TrainingStepTask
+    from lightning_influence.scores.along.tracin import tracin_scores
+    from lightning_influence.scores.measurements import (
+        AdversarialLoss,
+        DemographicParityGap,
+        EqualOpportunityGap,
+        Margin,
+    )
+    from lightning_influence.training.settings import TracIn
 
     __version__: str
 
 _MODULES = {
-    "AdversarialLoss": "lightning_influence.measurements",
-    "AuditReport": "lightning_influence.audit",
-    "DemographicParityGap": "lightning_influence.measurements",
-    "EqualOpportunityGap": "lightning_influence.measurements",
+    "AdversarialLoss": "lightning_influence.scores.measurements",
+    "AuditReport": "lightning_influence.audit.report",
+    "DemographicParityGap": "lightning_influence.scores.measurements",
+    "EqualOpportunityGap": "lightning_influence.scores.measurements",
     "InfluenceAudit": "lightning_influence.callbacks",
     "LinearDatamodelingScore": "lightning_influence.metrics",
-    "Margin": "lightning_influence.measurements",
+    "Margin": "lightning_influence.scores.measurements",
     "MislabelDetection": "lightning_influence.metrics",
-    "Queries": "lightning_influence.query_pairs",
-    "Task": "lightning_influence.task",
-    "TracIn": "lightning_influence.tracin",
-    "TrainingStepTask": "lightning_influence.task",
-    "tracin_scores": "lightning_influence.tracin_pairs",
+    "Queries": "lightning_influence.audit.queries",
+    "Task": "lightning_influence.objective.task",
+    "TracIn": "lightning_influence.training.settings",
+    "TrainingStepTask": "lightning_influence.objective.task",
+    "tracin_scores": "lightning_influence.scores.along.tracin",
 }
 
 # Written out, not derived from the table: type checkers and editors read it.

@@ -26,26 +26,28 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_influence import InfluenceAudit, Margin, Queries, TracIn, optimizers, precision, tracin_scores
-from lightning_influence.checkpoints import Checkpoint
+from lightning_influence import InfluenceAudit, Margin, Queries, TracIn, tracin_scores
+from lightning_influence.audit.unlearning import newton_removal
+from lightning_influence.core import precision
 from lightning_influence.curvature import FactorExamples, fit
 from lightning_influence.curvature.chain import curvature_chain
-from lightning_influence.curvature.fitted import BlockCurvature
-from lightning_influence.curvature.hessian import HessianProduct
-from lightning_influence.curvature.solvers import cg, dense, lissa
-from lightning_influence.curvature.spectrum import smallest_eigenvalue
+from lightning_influence.curvature.curvature import BlockCurvature
+from lightning_influence.curvature.products.hessian import HessianProduct
+from lightning_influence.curvature.solve.cg import cg, dense, lissa
+from lightning_influence.curvature.solve.spectrum import smallest_eigenvalue
 from lightning_influence.curvature.sweep import damping_sweep
-from lightning_influence.diff_in import diff_in_scores
-from lightning_influence.discover import discover
-from lightning_influence.dropout_masks import ip_ensemble
-from lightning_influence.measurements import AdversarialLoss, DemographicParityGap, measurement_scores
-from lightning_influence.pairwise import pairwise_scores, top_scores
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource
-from lightning_influence.unlearning import newton_removal
-from lightning_influence.unrolling import source_scores
-from lightning_influence.zeroth_order import z0_scores
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.scores.along.diff_in import diff_in_scores
+from lightning_influence.scores.along.dropout_masks import ip_ensemble
+from lightning_influence.scores.along.source import source_scores
+from lightning_influence.scores.along.z0 import z0_scores
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.measurements import AdversarialLoss, DemographicParityGap, measurement_scores
+from lightning_influence.scores.pairs import pairwise_scores, top_scores
+from lightning_influence.training import optimizers
+from lightning_influence.training.checkpoints import Checkpoint
 
 Case = Callable[[torch.device], dict[str, Any]]
 CURVATURES = ("identity", "diagonal", "kfac", "ekfac", "block_ggn", "ggn", "hessian")

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
-from lightning_influence.task import Task
+from lightning_influence.objective.task import Task
 
 N, CLASSES = 5, 3
 Make = Callable[[], nn.Module]

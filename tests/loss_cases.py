@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lightning_influence.layout import BatchLayout
+from lightning_influence.core.layout import BatchLayout
 
 N, S, E, C = 12, 5, 4, 3
 PAD = -100

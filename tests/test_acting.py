@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit
-from lightning_influence.audit import rank
-from lightning_influence.relabel import LabelError
-from lightning_influence.unlearning import Unlearner
+from lightning_influence.audit.relabel import LabelError
+from lightning_influence.audit.report import rank
+from lightning_influence.audit.unlearning import Unlearner
 
 GIVEN = [0, 1, 2, 1, 0, 2, 1, 0]
 SUGGESTED = [0, 1, 0, 1, 2, 2, 1, 0]  # other than given for the examples 2 and 4
@@ -164,7 +164,7 @@ class TestRelabelled:
 
     def test_labels_that_have_changed_since(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A few changed labels are beyond the examples that tell where labels lie; the candidates are all looked at."""
-        monkeypatch.setattr("lightning_influence.relabel._LOOKED_AT", 3)
+        monkeypatch.setattr("lightning_influence.audit.relabel._LOOKED_AT", 3)
         changed = [*GIVEN[:4], 1, *GIVEN[5:]]
         with pytest.raises(LabelError, match="example 4 holds the label 1, and it had 0 when it was audited"):
             report().relabelled(pairs(changed))

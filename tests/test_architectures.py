@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.curvature import FactorExamples, fit
-from lightning_influence.discover import discover
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource
-from lightning_influence.task import TrainingStepTask
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.objective.task import TrainingStepTask
+from lightning_influence.scores.examples import score_examples
 
 
 def own_loss(module: Any, batch: Batch) -> Tensor:

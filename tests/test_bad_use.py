@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
-from lightning_influence import per_sample
-from lightning_influence.coverage import Coverage
-from lightning_influence.discover import discover
-from lightning_influence.layers import LayerError
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
-from lightning_influence.verify import VerificationError, inspect
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.coverage import Coverage
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.verify import VerificationError, inspect
+from lightning_influence.layers import per_sample
+from lightning_influence.layers.blocks import LayerError
 
 N = 5
 

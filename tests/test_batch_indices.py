@@ -29,9 +29,9 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
-from lightning_influence.collation import Collating
-from lightning_influence.looks import learn
-from lightning_influence.tagging import Drawn, Registry
+from lightning_influence.data.collation import Collating
+from lightning_influence.data.probing import learn
+from lightning_influence.data.tagging import Drawn, Registry
 
 SIZE = 22
 DATA = TensorDataset(*vectors().tensors, torch.arange(SIZE))

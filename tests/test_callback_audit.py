@@ -39,16 +39,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit, Queries, TracIn
+from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.callbacks.bridge import check_strategy
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
-from lightning_influence.coverage import cover
-from lightning_influence.influence import InfluencePlan
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource
-from lightning_influence.store import AuditStore
-from lightning_influence.verify import inspect
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.coverage import cover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.verify import inspect
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.plan import InfluencePlan
 
 DOUBLE = vectors(dtype=torch.float64)
 CHECKED_COLUMNS = ("times_seen", "loss_mean", "loss_variance", "aum", "el2n", "epochs_wrong", "forgetting", "label")

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit
+from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.callbacks import run as audit_run
-from lightning_influence.store import AuditStore
 
 FAILED = "the influence audit failed; training is not affected"
 

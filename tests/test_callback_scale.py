@@ -17,8 +17,9 @@ from models import make_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import InfluenceAudit, passes
+from lightning_influence import InfluenceAudit
 from lightning_influence.callbacks import training_passes
+from lightning_influence.gradients import passes
 
 N, C, B = 24, 3, 4
 _generator = torch.Generator().manual_seed(0)

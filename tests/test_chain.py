@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence.curvature.chain import Chain, curvature_chain
-from lightning_influence.discover import discover
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
-from lightning_influence.task import TaskError
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.objective.task import TaskError
 
 N = 24
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_influence.checkpoints import Checkpoint, CheckpointError
+from lightning_influence.training.checkpoints import Checkpoint, CheckpointError
 
 
 def net() -> nn.Sequential:

@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence import per_sample
-from lightning_influence.coverage import Coverage, cover
 from lightning_influence.curvature import (
     BLOCKS,
     Curvature,
@@ -28,15 +26,17 @@ from lightning_influence.curvature import (
     choose_labels,
     factor_examples,
     fit,
-    kfac,
     random_subset,
 )
-from lightning_influence.discover import discover
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.rows import Rows
-from lightning_influence.scoring import mean_gradient, score_examples
-from lightning_influence.source import ExampleSource
-from lightning_influence.task import TaskError
+from lightning_influence.curvature.blocks import kfac
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.coverage import Coverage, cover
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.layers import per_sample
+from lightning_influence.layers.rows import Rows
+from lightning_influence.objective.task import TaskError
+from lightning_influence.scores.examples import mean_gradient, score_examples
 
 EXACT: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-12}
 N, CLASSES = 13, 3

@@ -28,9 +28,9 @@ from lightning_influence.curvature import (
     HessianProduct,
     fit,
 )
-from lightning_influence.discover import discover
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
 
 N, CLASSES = 18, 4
 

@@ -15,11 +15,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, Validated, loader, make_trainer, vectors
 from torch import Tensor, nn
 
-from lightning_influence import InfluenceAudit, memory
-from lightning_influence.audit import AuditReport
-from lightning_influence.coverage import cover
+from lightning_influence import InfluenceAudit
+from lightning_influence.audit.report import AuditReport
+from lightning_influence.core import memory
 from lightning_influence.curvature import LADDER, OptimizerHistory, choose_damping
-from lightning_influence.tracin import StepSizes
+from lightning_influence.gradients.coverage import cover
+from lightning_influence.training.step_sizes import StepSizes
 
 SGD = OptimizerHistory({"0.weight": 8.0, "0.bias": 2.0, "2.weight": 4.0, "2.bias": 4.0}, {"0.weight": 0.5}, (), 10)
 
@@ -217,7 +218,7 @@ def test_a_curvature_that_can_not_be_had_is_refused_before_training(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(MisconfigurationException, match="the GGN needs a loss made of known calls"):
         fit(InfluenceAudit(curvature="ggn"), tmp_path, model)
-    monkeypatch.setattr("lightning_influence.curvature.ladder.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("lightning_influence.curvature.registry.available_bytes", lambda device: 1000)
     with pytest.raises(MisconfigurationException, match="curvature='ekfac' needs .* available"):
         fit(InfluenceAudit(), tmp_path, model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_influence import precision
+from lightning_influence.core import precision
 
 CASES = [
     *("default", "step", "step, Adam", "worst", "margin", "class weights", "cnn", "cnn, step", "transformer"),

@@ -13,8 +13,8 @@ from torch import Tensor
 from trajectory_cases import RATES, N, Q, Run, make_run
 
 from lightning_influence.curvature import random_subset
-from lightning_influence.diff_in import diff_in_scores
-from lightning_influence.queries import QueryError
+from lightning_influence.scores.along.diff_in import diff_in_scores
+from lightning_influence.scores.queries import QueryError
 
 
 def expected(run: Run, batch: list[int]) -> Tensor:

@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence import distributed
-from lightning_influence.callbacks.recording import Recording
+from lightning_influence.core import distributed
 from lightning_influence.curvature import FactorExamples, fit
-from lightning_influence.discover import discover
-from lightning_influence.losses import CrossEntropy
-from lightning_influence.pairwise import pairwise_scores
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
-from lightning_influence.tracin import Increments, TracIn
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.objective.losses import CrossEntropy
+from lightning_influence.scores.pairs import pairwise_scores
+from lightning_influence.training.recording import Recording
+from lightning_influence.training.settings import TracIn
+from lightning_influence.training.tracin import Increments
 
 PATIENCE = timedelta(seconds=60)
 

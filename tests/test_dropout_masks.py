@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence.curvature import FactorExamples, fit
-from lightning_influence.discover import discover
-from lightning_influence.dropout_masks import DropoutMasks, ip_ensemble
-from lightning_influence.pair_sums import mean_scores
-from lightning_influence.pairwise import PairwiseScores, pairwise_scores
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.scores.along.dropout_masks import DropoutMasks, ip_ensemble
+from lightning_influence.scores.pair_sums import mean_scores
+from lightning_influence.scores.pairs import PairwiseScores, pairwise_scores
 
 N, Q, C, P = 9, 4, 3, 0.4
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}

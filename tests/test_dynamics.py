@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_influence import dynamics
-from lightning_influence.dynamics import TrainingDynamics
-from lightning_influence.losses import read_call
+from lightning_influence.objective.losses import read_call
+from lightning_influence.training import dynamics, loss_graph
+from lightning_influence.training.dynamics import TrainingDynamics
 
 SIZE, CLASSES = 17, 4
 Visit = tuple[list[int], dict[str, Tensor]]
@@ -345,7 +345,7 @@ def test_the_graph_tells_what_the_call_does(dtype: torch.dtype, weighted: bool) 
     weight = torch.rand(CLASSES, generator=generator, dtype=dtype) if weighted else None
     loss = F.cross_entropy(logits, target, weight, ignore_index=-1)
     heard = read_call(F.cross_entropy, (logits, target, weight), {"ignore_index": -1}, loss)
-    told = dynamics.call_in_graph(1024.0 * (loss / 4))
+    told = loss_graph.call_in_graph(1024.0 * (loss / 4))
     assert heard is not None
     assert told is not None
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
@@ -368,15 +368,15 @@ def test_the_graph_tells_what_the_call_does(dtype: torch.dtype, weighted: bool) 
 def test_a_graph_that_tells_less(loss: Any) -> None:
     """A penalty, other losses, rounded logits; and a checkpoint, which would run the loss once more to tell."""
     x, y = torch.randn(6, CLASSES, requires_grad=True), torch.zeros(6, dtype=torch.long)
-    assert dynamics.call_in_graph(loss(x, y)) is None
+    assert loss_graph.call_in_graph(loss(x, y)) is None
 
 
 def test_the_history_of_logits() -> None:
     net, x = _Picked(), torch.randn(5, 3)
-    history = dynamics.History.of(net(x))
+    history = loss_graph.History.of(net(x))
     assert history is not None
     assert history.is_of(net(x[:2]))
     assert not history.is_of(net(x, torch.tensor([0, 0, 1, 1, 2])))
     assert not history.is_of(net(x.requires_grad_() * 2))
-    assert dynamics.History.of(net(x.detach(), torch.tensor([0, 1]))) is None
-    assert dynamics.History.of(net(x.detach()) + net(x.detach())) is None
+    assert loss_graph.History.of(net(x.detach(), torch.tensor([0, 1]))) is None
+    assert loss_graph.History.of(net(x.detach()) + net(x.detach())) is None

@@ -11,8 +11,8 @@ import torch
 from models import Classifier, loader, make_trainer, vectors
 
 from lightning_influence import InfluenceAudit
-from lightning_influence.audit import AuditReport, rank
-from lightning_influence.ensemble import EnsembleError
+from lightning_influence.audit.ensemble import EnsembleError
+from lightning_influence.audit.report import AuditReport, rank
 
 N = 6
 

@@ -33,16 +33,16 @@ from layer_cases import (
 )
 from torch import Tensor, nn
 
-from lightning_influence import per_sample
-from lightning_influence.capture import LayerIO
-from lightning_influence.coverage import Coverage
 from lightning_influence.curvature import FactorExamples, fit
-from lightning_influence.discover import discover
-from lightning_influence.layers import LayerError, ParameterBlock
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
-from lightning_influence.task import TaskError
-from lightning_influence.verify import VerificationError, inspect
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.capture import LayerIO
+from lightning_influence.gradients.coverage import Coverage
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.verify import VerificationError, inspect
+from lightning_influence.layers import per_sample
+from lightning_influence.layers.blocks import LayerError, ParameterBlock
+from lightning_influence.objective.task import TaskError
 
 TOLERANCE = 1e-9
 

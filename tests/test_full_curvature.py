@@ -26,14 +26,14 @@ from lightning_influence.curvature import (
 )
 from lightning_influence.curvature import fit as fitting
 from lightning_influence.curvature.full import mean_eigenvalue
-from lightning_influence.curvature.nystrom import nystrom_preconditioner
-from lightning_influence.curvature.solvers import cg
-from lightning_influence.discover import discover
-from lightning_influence.pairwise import pairwise_scores
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource
-from lightning_influence.task import TaskError
+from lightning_influence.curvature.solve.cg import cg
+from lightning_influence.curvature.solve.nystrom import nystrom_preconditioner
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.objective.task import TaskError
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.pairs import pairwise_scores
 
 N, C = 14, 3
 EVERY = FactorExamples(N, N)
@@ -301,7 +301,7 @@ def test_a_dense_matrix_that_does_not_fit_is_not_formed(monkeypatch: pytest.Monk
 
 def test_memory_is_estimated_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem()
-    monkeypatch.setattr("lightning_influence.curvature.ladder.available_bytes", lambda device: 1500)
+    monkeypatch.setattr("lightning_influence.curvature.registry.available_bytes", lambda device: 1500)
     blocks = problem.gradients.coverage.blocks
     assert fitted_bytes("diagonal", blocks) < 1500 < fitted_bytes("ekfac", blocks)
     with pytest.raises(ValueError, match=r"curvature='ekfac' needs .* the largest: .* Use `curvature=\"ggn\"`"):

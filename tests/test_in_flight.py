@@ -25,13 +25,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
-from lightning_influence.discover import discover
-from lightning_influence.in_flight import Flight
-from lightning_influence.known_calls import Row
-from lightning_influence.pacing import Pace
-from lightning_influence.source import ExampleSource
-from lightning_influence.tracin import Increments, VisitSums
-from lightning_influence.uses import Output, Use
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.block_rows import Output, Use
+from lightning_influence.gradients.discover import discover
+from lightning_influence.training.flight.flight import Flight
+from lightning_influence.training.flight.known_calls import Row
+from lightning_influence.training.flight.pace import Pace
+from lightning_influence.training.tracin import Increments, VisitSums
 
 N = 11
 
@@ -418,7 +418,7 @@ def test_manual_optimization_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_failure_ends_the_recording_and_not_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_influence import in_flight
+    from lightning_influence.training.flight import flight as in_flight
 
     def fail(*_: Any) -> Tensor:
         raise ArithmeticError("out of numbers")

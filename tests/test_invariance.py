@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lightning_influence.coverage import Uncovered
 from lightning_influence.curvature import BLOCKS, Curvature, FactorExamples, fit
-from lightning_influence.discover import discover
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.scoring import ExampleScores, mean_gradient, score_examples
-from lightning_influence.source import DataError, ExampleSource
-from lightning_influence.verify import inspect
+from lightning_influence.data.source import DataError, ExampleSource
+from lightning_influence.gradients.coverage import Uncovered
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.example_scores import ExampleScores
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.verify import inspect
+from lightning_influence.scores.examples import mean_gradient, score_examples
 
 N, CLASSES = 22, 4
 # Only the order of summation may differ.

@@ -29,9 +29,9 @@ from torchmetrics.classification import (
     MulticlassPrecision,
 )
 
-from lightning_influence import reachable
-from lightning_influence.isolation import changes_in, hidden_parameters, rewind, untouched
-from lightning_influence.snapshot import StateError
+from lightning_influence.core import reachable
+from lightning_influence.core.isolation import changes_in, hidden_parameters, rewind, untouched
+from lightning_influence.core.snapshot import StateError
 
 
 class Stop(BaseException):
@@ -223,7 +223,7 @@ def test_the_compiler_is_not_imported_for_it() -> None:
     code = """if True:
         import sys
         from torch import nn
-        from lightning_influence.isolation import untouched
+        from lightning_influence.core.isolation import untouched
         with untouched(nn.Linear(2, 2)):
             pass
         print("torch._dynamo" in sys.modules)

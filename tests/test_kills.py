@@ -23,7 +23,7 @@ import pytest
 from kills import MOMENTS, Job
 
 from lightning_influence import AuditReport
-from lightning_influence.store import StoreError
+from lightning_influence.audit.store.store import StoreError
 
 SEED = int(os.environ.get("INFLUENCE_TRIALS_SEED", "0"))
 # Whether checkpoints come at epoch ends or every so many steps, and how TracIn is computed, goes round.

@@ -19,11 +19,11 @@ from kronfluence.task import Task
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence.coverage import cover
 from lightning_influence.curvature import Curvature, CurvatureName, EKFACBlock, FactorExamples, fit
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.coverage import cover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.scores.examples import score_examples
 
 N, CLASSES = 60, 5
 

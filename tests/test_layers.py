@@ -20,15 +20,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
 
-from lightning_influence import per_sample
-from lightning_influence.capture import Capture
-from lightning_influence.coverage import Coverage, Layers, cover
-from lightning_influence.discover import discover
-from lightning_influence.isolation import untouched
-from lightning_influence.layers import LayerError
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
-from lightning_influence.verify import VerificationError, inspect
+from lightning_influence.core.isolation import untouched
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.capture import Capture
+from lightning_influence.gradients.coverage import Coverage, Layers, cover
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.verify import VerificationError, inspect
+from lightning_influence.layers import per_sample
+from lightning_influence.layers.blocks import LayerError
 
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 EXAMPLES = 5

@@ -12,11 +12,11 @@ from loss_cases import BATCH_SIZE, LAYOUTS, PICKED, SCALES, Batch, Loss, N, Tagg
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_influence.coverage import Uncovered
-from lightning_influence.discover import discover
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
-from lightning_influence.verify import inspect
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.coverage import Uncovered
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.verify import inspect
 
 
 class Sequences(Dataset[Batch]):

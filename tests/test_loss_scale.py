@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence.curvature import FactorExamples, fit
-from lightning_influence.discover import discover
-from lightning_influence.loss_scale import HeardTerms, LossScale, ScaleError, TermKey, calling_place
-from lightning_influence.pairwise import pairwise_scores, top_scores
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource
-from lightning_influence.task import Task, evaluate
-from lightning_influence.verify import inspect
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.verify import inspect
+from lightning_influence.objective.scale import HeardTerms, LossScale, ScaleError, TermKey, calling_place
+from lightning_influence.objective.task import Task, evaluate
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.pairs import pairwise_scores, top_scores
 
 N, C, B = 48, 3, 8
 WEIGHT = torch.tensor([1.0, 5.0, 0.2]).double()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.losses import (
+from lightning_influence.objective.losses import (
     AbsoluteError,
     BinaryCrossEntropy,
     BinaryProbabilities,

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from lightning_influence.discover import discover
-from lightning_influence.passes import ExampleGradients, Labels
-from lightning_influence.source import ExampleSource
-from lightning_influence.task import Task, TaskError
-from lightning_influence.verify import VerificationError, inspect
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients, Labels
+from lightning_influence.gradients.verify import VerificationError, inspect
+from lightning_influence.objective.task import Task, TaskError
 
 N, T, E, C = 11, 7, 3, 5
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_influence.curvature import Curvature, FactorExamples, fit
-from lightning_influence.discover import discover
-from lightning_influence.measurements import (
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.measurements import (
     AdversarialLoss,
     Custom,
     DemographicParityGap,
@@ -32,10 +35,7 @@ from lightning_influence.measurements import (
     measurement_scores,
     measurement_value,
 )
-from lightning_influence.pairwise import pairwise_scores
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource
+from lightning_influence.scores.pairs import pairwise_scores
 
 N, FEATURES, CLASSES = 23, 5, 3
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12}

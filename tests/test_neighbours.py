@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_influence import neighbours
 from lightning_influence.metrics import mislabel_detection
-from lightning_influence.neighbours import NeighbourRecord, disagreement, nearest_labels
+from lightning_influence.training import neighbours
+from lightning_influence.training.neighbours import NeighbourRecord, disagreement, nearest_labels
 
 
 def _clusters(n: int = 120, classes: int = 4, dimension: int = 6, spread: float = 0.3) -> tuple[Tensor, Tensor]:

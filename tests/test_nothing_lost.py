@@ -24,12 +24,13 @@ from models import CLASSES, FEATURES, Classifier, Validated, images, loader, mak
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_influence import AuditReport, InfluenceAudit, TracIn, files
+from lightning_influence import AuditReport, InfluenceAudit, TracIn
+from lightning_influence.audit.store import atomic as files
+from lightning_influence.audit.store.store import AuditStore, StoreError
 from lightning_influence.callbacks import display
 from lightning_influence.callbacks import run as audit_run
 from lightning_influence.callbacks.query_report import QueryReport
-from lightning_influence.checkpoints import Checkpoint, check_together
-from lightning_influence.store import AuditStore, StoreError
+from lightning_influence.training.checkpoints import Checkpoint, check_together
 
 # ------------------------------------------------------------------------------------------------ late errors
 
@@ -678,7 +679,7 @@ def test_odd_files_are_errors_that_name_them(odd: str, tmp_path: Path) -> None:
 
 def test_a_table_that_claims_more_than_there_is_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = a_store(tmp_path / "audit")
-    monkeypatch.setattr("lightning_influence.tables.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("lightning_influence.audit.store.tables.available_bytes", lambda device: 1000)
     with pytest.raises(StoreError, match=r"scores.parquet cannot be read: it claims 300 entries"):
         store.read_scores()
 

@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_influence.curvature import BlockCurvature, Curvature, CurvatureName, FactorExamples, fit
 from lightning_influence.curvature.sweep import damping_sweep
-from lightning_influence.discover import discover
-from lightning_influence.pairwise import PairwiseScores, gathered_columns, pairwise_scores, top_scores
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.queries import PreparedQueries, QueryError, prepared_queries
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.pairs import PairwiseScores, gathered_columns, pairwise_scores, top_scores
+from lightning_influence.scores.queries import PreparedQueries, QueryError, prepared_queries
 
 N, Q, C = 9, 4, 3
 EXACT: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-10}
@@ -254,7 +254,7 @@ class TestFile:
             with pytest.raises(ValueError, match=r"expected a file name ending in '\.npy', in a folder that exists"):
                 score(wrong)
         usage = type("Usage", (), {"free": 10})
-        monkeypatch.setattr("lightning_influence.score_matrix.shutil.disk_usage", lambda folder: usage)
+        monkeypatch.setattr("lightning_influence.scores.matrix_file.shutil.disk_usage", lambda folder: usage)
         with pytest.raises(ValueError, match=r"4 x 9 scores take 144 bytes on disk, and 10 bytes are free"):
             score(tmp_path / "scores.npy")
         assert list(tmp_path.iterdir()) == []
@@ -382,7 +382,7 @@ class TestEigenbasis:
                 chosen.append(rotated_layers(prepared))
                 yield prepared
 
-        monkeypatch.setattr("lightning_influence.pairwise.prepared_queries", recorded)
+        monkeypatch.setattr("lightning_influence.scores.pairs.prepared_queries", recorded)
         arguments = (problem.train, range(N), fitted, problem.queries, range(Q))
         found = pairwise_scores(*arguments, normalise=normalise, query_bytes=query_bytes).scores
         torch.testing.assert_close(found, expected, **EXACT)
@@ -486,7 +486,7 @@ def test_running_out_of_memory_is_no_matter_of_the_queries() -> None:
 def test_scores_that_do_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     problem = Problem("images")
     fitted = problem.fitted("identity")
-    monkeypatch.setattr("lightning_influence.memory.available_bytes", lambda device: 200)
+    monkeypatch.setattr("lightning_influence.core.memory.available_bytes", lambda device: 200)
     with pytest.raises(
         ValueError, match=r"4 x 9 scores take 288 bytes of memory, and 200 bytes are available; pass `p"
     ):

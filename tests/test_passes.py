@@ -20,15 +20,15 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 
-from lightning_influence import passes
-from lightning_influence.coverage import Coverage, cover
-from lightning_influence.discover import discover
-from lightning_influence.example_noise import ExampleNoise
-from lightning_influence.layers import LayerError
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import DataError, ExampleSource
-from lightning_influence.task import TaskError
-from lightning_influence.verify import Inspection, VerificationError, inspect, looked_at, roomy_batch_size
+from lightning_influence.data.source import DataError, ExampleSource
+from lightning_influence.gradients import passes
+from lightning_influence.gradients.coverage import Coverage, cover
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.noise import ExampleNoise
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.verify import Inspection, VerificationError, inspect, looked_at, roomy_batch_size
+from lightning_influence.layers.blocks import LayerError
+from lightning_influence.objective.task import TaskError
 
 N, C = 21, 4
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}

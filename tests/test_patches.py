@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_influence import patches, per_sample
-from lightning_influence.calls import ConvolutionCall, Layouts
-from lightning_influence.capture import Capture
-from lightning_influence.coverage import cover
-from lightning_influence.layout import BatchLayout
-from lightning_influence.patches import Patches, laid_out
-from lightning_influence.rows import rotate, second_moment
+from lightning_influence.core.layout import BatchLayout
+from lightning_influence.gradients.capture import Capture
+from lightning_influence.gradients.coverage import cover
+from lightning_influence.layers import patches, per_sample
+from lightning_influence.layers.call import Layouts
+from lightning_influence.layers.convolution import ConvolutionCall
+from lightning_influence.layers.patches import Patches, laid_out
+from lightning_influence.layers.rows import rotate, second_moment
 
 EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 

@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
-from lightning_influence import per_sample
-from lightning_influence.coverage import cover
 from lightning_influence.curvature import BLOCKS, CurvatureBlock, FactorExamples, fit
-from lightning_influence.pairwise import pairwise_scores
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.rows import Joined, OneHot, Rows, compact, join, rotate, second_moment
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.coverage import cover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.layers import per_sample
+from lightning_influence.layers.rows import Joined, OneHot, Rows, compact, join, rotate, second_moment
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.pairs import pairwise_scores
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 

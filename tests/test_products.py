@@ -19,23 +19,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.data import Dataset, TensorDataset
 
-from lightning_influence import per_sample
-from lightning_influence.curvature import products
-from lightning_influence.curvature.flat import FlatParameters
-from lightning_influence.curvature.ggn import GGNProduct
-from lightning_influence.curvature.hessian import HessianProduct
-from lightning_influence.curvature.products import CurvatureProduct
-from lightning_influence.curvature.solvers import Solution, cg, dense, lissa
-from lightning_influence.curvature.spectrum import (
+from lightning_influence.curvature.products import product as products
+from lightning_influence.curvature.products.flat import FlatParameters
+from lightning_influence.curvature.products.ggn import GGNProduct
+from lightning_influence.curvature.products.hessian import HessianProduct
+from lightning_influence.curvature.products.product import CurvatureProduct
+from lightning_influence.curvature.solve.cg import Solution, cg, dense, lissa
+from lightning_influence.curvature.solve.spectrum import (
     IndefiniteError,
     largest_eigenvalue,
     require_positive_definite,
     smallest_eigenvalue,
 )
-from lightning_influence.discover import discover
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
-from lightning_influence.task import Task, TaskError
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.layers import per_sample
+from lightning_influence.objective.task import Task, TaskError
 
 N, C = 11, 3
 EXACT: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-11}

@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import AdversarialLoss, AuditReport, DemographicParityGap, InfluenceAudit, Margin, Queries
-from lightning_influence.columns import PAIR_DESCRIPTIONS
+from lightning_influence.audit.columns import PAIR_DESCRIPTIONS
 from lightning_influence.curvature import FactorExamples, fit
-from lightning_influence.discover import discover
-from lightning_influence.measurements import as_measurement, measurement_scores
-from lightning_influence.pairwise import top_scores
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
-from lightning_influence.task import TrainingStepTask
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.objective.task import TrainingStepTask
+from lightning_influence.scores.measurements import as_measurement, measurement_scores
+from lightning_influence.scores.pairs import top_scores
 
 N, Q = 22, 13
 TRAINING, VALIDATION = vectors(N, dtype=torch.float64), vectors(Q, 2, dtype=torch.float64)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit
-from lightning_influence.callbacks.recording import Recording
-from lightning_influence.scoring import ExampleScores
-from lightning_influence.watch import Reliance
+from lightning_influence.gradients.example_scores import ExampleScores
+from lightning_influence.training.flight.reliance import Reliance
+from lightning_influence.training.recording import Recording
 
 SIZE, CLASSES = 40, 3
 

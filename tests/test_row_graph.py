@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from lightning_influence import TracIn
-from lightning_influence.discover import discover
-from lightning_influence.in_flight import Flight, Visit
-from lightning_influence.row_graph import RowGraph
-from lightning_influence.source import ExampleSource
-from lightning_influence.tracin import Increments
-from lightning_influence.watch import Reliance
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.training.flight.flight import Flight, Visit
+from lightning_influence.training.flight.reliance import Reliance
+from lightning_influence.training.flight.row_graph import RowGraph
+from lightning_influence.training.tracin import Increments
 
 N = 6
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature import solvers
-from lightning_influence.curvature.solvers import Solution, SolverError, cg, dense, lissa
-from lightning_influence.curvature.spectrum import (
+from lightning_influence.curvature.solve import cg as solvers
+from lightning_influence.curvature.solve.cg import Solution, SolverError, cg, dense, lissa
+from lightning_influence.curvature.solve.spectrum import (
     IndefiniteError,
     Matvec,
     factorised,
@@ -484,7 +484,7 @@ class TestExtremeEigenvalues:
 
 def test_inner_products_of_long_vectors_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A million float32 terms of alternating sign: summed in float32 the rest is noise. Also over several chunks."""
-    monkeypatch.setattr("lightning_influence.curvature.spectrum._CHUNK", 1000)
+    monkeypatch.setattr("lightning_influence.curvature.solve.spectrum._CHUNK", 1000)
     a = torch.randn(2, 100_001)
     b = torch.randn(2, 100_001)
     torch.testing.assert_close(row_products(a, b), (a.double() * b.double()).sum(1), rtol=1e-12, atol=0)

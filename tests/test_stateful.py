@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_influence import InfluenceAudit
-from lightning_influence.contents import digest
-from lightning_influence.repeatable import DataError
-from lightning_influence.source import ExampleSource
+from lightning_influence.data.contents import digest
+from lightning_influence.data.repeatable import DataError
+from lightning_influence.data.source import ExampleSource
 
 pytestmark = pytest.mark.filterwarnings("ignore:no logger")
 

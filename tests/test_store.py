@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lightning_influence.store import COLUMN_DESCRIPTIONS, SCHEMA_VERSION, AuditStore, StoreError
+from lightning_influence.audit.store.store import COLUMN_DESCRIPTIONS, SCHEMA_VERSION, AuditStore, StoreError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -652,7 +652,7 @@ class TestCrash:
 
 KILLED = """
 import os, signal, torch
-from lightning_influence.store import AuditStore
+from lightning_influence.audit.store.store import AuditStore
 
 mode, directory = input(), input()
 store = AuditStore.open(directory)
@@ -730,6 +730,8 @@ def test_nothing_is_pickled(store: AuditStore) -> None:
     for write in WRITERS.values():
         write(store, 1)
     assert files_below(store.directory) == sorted(WRITERS)
-    source = (ROOT / "lightning_influence" / "store.py").read_text()
-    assert "import pickle" not in source
-    assert "torch.save(" not in source.replace("safetensors.torch.save(", "")
+    sources = list((ROOT / "lightning_influence" / "audit").rglob("*.py"))
+    assert len(sources) > 5
+    for source in (path.read_text() for path in sources):
+        assert "import pickle" not in source
+        assert "torch.save(" not in source.replace("safetensors.torch.save(", "")

@@ -13,10 +13,10 @@ from torch.utils.data import TensorDataset
 
 from lightning_influence.curvature import BLOCKS, BlockCurvature, FactorExamples, fit
 from lightning_influence.curvature.sweep import damping_sweep, rank_correlation
-from lightning_influence.discover import discover
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.scores.examples import score_examples
 
 N = 40
 EVERY = FactorExamples(N, N)

@@ -14,8 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence.loss_scale import LossScale, ScaleTally
-from lightning_influence.losses import (
+from lightning_influence.objective.losses import (
     AbsoluteError,
     BinaryCrossEntropy,
     CrossEntropy,
@@ -24,7 +23,9 @@ from lightning_influence.losses import (
     SmoothAbsoluteError,
     SquaredError,
 )
-from lightning_influence.task import BatchLoss, LossTap, TaskError, TrainingStepTask, evaluate
+from lightning_influence.objective.scale import LossScale, ScaleTally
+from lightning_influence.objective.tap import LossTap
+from lightning_influence.objective.task import BatchLoss, TaskError, TrainingStepTask, evaluate
 
 N, C = 8, 3
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

@@ -32,12 +32,13 @@ from loss_cases import (
 )
 from torch import Tensor, nn
 
-from lightning_influence.discover import term_forms
-from lightning_influence.layout import BatchLayout
-from lightning_influence.loss_scale import LossScale, ScaleTally, TermKey
-from lightning_influence.losses import CrossEntropy
-from lightning_influence.task import LossTap, calls_in, evaluate
-from lightning_influence.terms import BatchLoss, TermForm, placed_calls
+from lightning_influence.core.layout import BatchLayout
+from lightning_influence.gradients.discover import term_forms
+from lightning_influence.objective.losses import CrossEntropy
+from lightning_influence.objective.scale import LossScale, ScaleTally, TermKey
+from lightning_influence.objective.tap import LossTap, calls_in
+from lightning_influence.objective.task import evaluate
+from lightning_influence.objective.terms import BatchLoss, TermForm, placed_calls
 
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 

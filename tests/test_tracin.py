@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence import per_sample
-from lightning_influence.coverage import cover
-from lightning_influence.discover import discover
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource
-from lightning_influence.tracin import StepSizes, TracInScores, block_step_sizes, self_influence
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.coverage import cover
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.layers import per_sample
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.training.step_sizes import StepSizes, block_step_sizes, self_influence
+from lightning_influence.training.tracin import TracInScores
 
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 

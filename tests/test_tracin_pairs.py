@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn, tracin_scores
-from lightning_influence.checkpoints import Checkpoint, CheckpointError, one_too_many
-from lightning_influence.discover import discover
-from lightning_influence.optimizers import is_understood, preconditioners
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource
-from lightning_influence.store import AuditStore, StoreError
-from lightning_influence.tracin import block_step_sizes
+from lightning_influence.audit.store.store import AuditStore, StoreError
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.training.checkpoints import Checkpoint, CheckpointError, one_too_many
+from lightning_influence.training.optimizers import is_understood, preconditioners
+from lightning_influence.training.step_sizes import block_step_sizes
 
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12}
 

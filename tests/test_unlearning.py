@@ -14,12 +14,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from lightning_influence.audit.relabel import LabelError, Relabelled, find_label
+from lightning_influence.audit.unlearning import ParameterUpdate, label_repair, newton_removal
 from lightning_influence.curvature import Curvature, FactorExamples, IndefiniteError, fit
-from lightning_influence.discover import discover
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.relabel import LabelError, Relabelled, find_label
-from lightning_influence.source import ExampleSource
-from lightning_influence.unlearning import ParameterUpdate, label_repair, newton_removal
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
 
 DECAY = 0.01
 
@@ -271,7 +271,7 @@ class TestUpdate:
             self.update(nn.Linear(3, 2)).apply(nn.Linear(3, 4))
 
     def test_large_changes_are_not_to_be_trusted(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lightning_influence.unlearning._LARGE", 0.01)
+        monkeypatch.setattr("lightning_influence.audit.unlearning._LARGE", 0.01)
         ridge = Ridge()
         update = newton_removal(ridge.gradients, curvature_of(ridge.gradients, "ggn", DECAY), list(range(28)), 30)
         assert any("one Newton step is not to be trusted that far" in note for note in update.notes)

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from trajectory_cases import RATES, C, N, Q, Run, make_run, scaled, task
 
-from lightning_influence.checkpoints import Checkpoint, CheckpointError
 from lightning_influence.curvature import BLOCKS, BlockCurvature, FactorExamples, fit
-from lightning_influence.diff_in import diff_in_scores
-from lightning_influence.discover import discover
-from lightning_influence.pairwise import pairwise_scores
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.queries import QueryError
-from lightning_influence.source import ExampleSource
-from lightning_influence.unrolling import At, source_scores, training_segments
-from lightning_influence.zeroth_order import z0_scores
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.scores.along.diff_in import diff_in_scores
+from lightning_influence.scores.along.source import At, source_scores, training_segments
+from lightning_influence.scores.along.z0 import z0_scores
+from lightning_influence.scores.pairs import pairwise_scores
+from lightning_influence.scores.queries import QueryError
+from lightning_influence.training.checkpoints import Checkpoint, CheckpointError
 
 EXACT: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-10}
 EVERY = FactorExamples(N, N)

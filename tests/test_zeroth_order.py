@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from trajectory_cases import RATES, C, N, Q, make_run
 
-from lightning_influence.checkpoints import Checkpoint, CheckpointError
-from lightning_influence.discover import discover
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
-from lightning_influence.task import TaskError
-from lightning_influence.zeroth_order import loss_paths, z0_scores, z0_self_influence
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.objective.task import TaskError
+from lightning_influence.scores.along.z0 import loss_paths, z0_scores, z0_self_influence
+from lightning_influence.training.checkpoints import Checkpoint, CheckpointError
 
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 

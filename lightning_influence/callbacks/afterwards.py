@@ -8,11 +8,11 @@ from typing import Any
 from lightning.pytorch import Trainer
 from numpy.typing import NDArray
 
+from lightning_influence.audit.unlearning import Unlearner
 from lightning_influence.callbacks import bridge
 from lightning_influence.curvature import CurvatureName
-from lightning_influence.influence import InfluencePlan
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.unlearning import Unlearner
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.scores.plan import InfluencePlan
 
 MakeUnlearner = Callable[[CurvatureName], Unlearner]
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_influence.tracin import Mode, TracIn
+from lightning_influence.training.settings import Mode, TracIn
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.callbacks.preparing import errors_as_misconfiguration
-from lightning_influence.collation import is_plain
-from lightning_influence.source import ExampleSource
-from lightning_influence.tagging import Tagging
+from lightning_influence.data.collation import is_plain
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.data.tagging import Tagging
 
 _ELSEWHERE = (
     "the training loop got other objects than the DataLoader made (merged, cut, copied, moved or overwritten batches, "

@@ -24,16 +24,16 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from lightning_influence import distributed
 from lightning_influence.callbacks.display import progress_of
-from lightning_influence.coverage import Coverage
-from lightning_influence.isolation import isolated_rng, kept, left_alone
-from lightning_influence.loss_scale import LossScale
-from lightning_influence.optimizers import inner
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.reachable import Found, is_users, shallow
-from lightning_influence.source import DataError, ExampleSource
-from lightning_influence.task import Task
+from lightning_influence.core import distributed
+from lightning_influence.core.isolation import isolated_rng, kept, left_alone
+from lightning_influence.core.reachable import Found, is_users, shallow
+from lightning_influence.data.source import DataError, ExampleSource
+from lightning_influence.gradients.coverage import Coverage
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.objective.scale import LossScale
+from lightning_influence.objective.task import Task
+from lightning_influence.training.optimizers import inner
 
 
 class Surroundings(TypedDict):

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_influence.passes import Progress
+from lightning_influence.gradients.passes import Progress
 
 Advance = Callable[[int], Any]
 """Called with a number of examples that are done."""

@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_influence import distributed
-from lightning_influence.audit import AuditReport
+from lightning_influence.audit.queries import Queries
+from lightning_influence.audit.report import AuditReport
+from lightning_influence.audit.unlearning import Unlearner
 from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.arguments import (
     check_choice,
@@ -26,9 +27,7 @@ from lightning_influence.callbacks.arguments import (
     checked_tracin,
 )
 from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
-from lightning_influence.callbacks.flight import FlightRecorder
 from lightning_influence.callbacks.query_report import QueryReport, checked_queries, described
-from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.resuming import (
     Restored,
@@ -38,8 +37,9 @@ from lightning_influence.callbacks.resuming import (
     state_for,
 )
 from lightning_influence.callbacks.run import AuditRun
+from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
-from lightning_influence.coverage import Layers, Uncovered, listed_layers
+from lightning_influence.core import distributed
 from lightning_influence.curvature import (
     CurvatureName,
     Damping,
@@ -50,15 +50,15 @@ from lightning_influence.curvature import (
     check_labels,
     check_solver,
 )
-from lightning_influence.discover import trace_model
-from lightning_influence.influence import InfluencePlan
-from lightning_influence.loss_scale import NoLossError
-from lightning_influence.query_pairs import Queries
-from lightning_influence.source import ExampleSource
-from lightning_influence.task import Task, TrainingStepTask
-from lightning_influence.tracin import Mode, TracIn
-from lightning_influence.unlearning import Unlearner
-from lightning_influence.verify import inspect, roomy_batch_size
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.coverage import Layers, Uncovered, listed_layers
+from lightning_influence.gradients.discover import trace_model
+from lightning_influence.gradients.verify import inspect, roomy_batch_size
+from lightning_influence.objective.scale import NoLossError
+from lightning_influence.objective.task import Task, TrainingStepTask
+from lightning_influence.scores.plan import InfluencePlan
+from lightning_influence.training.recording import Recording
+from lightning_influence.training.settings import Mode, TracIn
 
 
 class InfluenceAudit(Callback):

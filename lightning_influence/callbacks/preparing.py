@@ -17,23 +17,23 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightning_influence import distributed, isolation
-from lightning_influence.answering import answered
+from lightning_influence.audit.store.store import AuditStore, StoreError
 from lightning_influence.callbacks import bridge
-from lightning_influence.capture import Capture
-from lightning_influence.collation import is_plain
-from lightning_influence.coverage import Coverage, listed_reasons
-from lightning_influence.isolation import seed_everything, unchanged, untouched
-from lightning_influence.layers import LayerError
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.reachable import Walk
-from lightning_influence.snapshot import StateError
-from lightning_influence.source import DataError, ExampleSource, is_deterministic
-from lightning_influence.store import AuditStore, StoreError
-from lightning_influence.task import Task, TaskError, TrainingStepTask, run_tapped
-from lightning_influence.torch_private import is_compiled, meets_compiled
-from lightning_influence.tracin import TracIn
-from lightning_influence.verify import Inspection, VerificationError
+from lightning_influence.core import distributed, isolation
+from lightning_influence.core.isolation import seed_everything, unchanged, untouched
+from lightning_influence.core.reachable import Walk
+from lightning_influence.core.snapshot import StateError
+from lightning_influence.core.torch_private import is_compiled, meets_compiled
+from lightning_influence.data.collation import is_plain
+from lightning_influence.data.source import DataError, ExampleSource, is_deterministic
+from lightning_influence.gradients.answering import answered
+from lightning_influence.gradients.capture import Capture
+from lightning_influence.gradients.coverage import Coverage, listed_reasons
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.verify import Inspection, VerificationError
+from lightning_influence.layers.blocks import LayerError
+from lightning_influence.objective.task import Task, TaskError, TrainingStepTask, run_tapped
+from lightning_influence.training.settings import TracIn
 
 # Less than this share of the parameters is worth a warning.
 _COMPLETE = 0.99

@@ -12,16 +12,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_influence import distributed
+from lightning_influence.audit.queries import Columns, Queries, QueryPairs, query_pairs
 from lightning_influence.callbacks import bridge
-from lightning_influence.coverage import Coverage
+from lightning_influence.core import distributed
 from lightning_influence.curvature import Curvature, SolverError
-from lightning_influence.measurements import MeasurementError, QuerySets
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.queries import QueryError
-from lightning_influence.query_pairs import Columns, Queries, QueryPairs, query_pairs
-from lightning_influence.source import DataError, ExampleSource
-from lightning_influence.task import Task
+from lightning_influence.data.source import DataError, ExampleSource
+from lightning_influence.gradients.coverage import Coverage
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.objective.task import Task
+from lightning_influence.scores.measurements import MeasurementError, QuerySets
+from lightning_influence.scores.queries import QueryError
 from lightning_influence.tensorboard.query_sheets import write_queries
 
 

@@ -18,21 +18,21 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_influence import audit
-from lightning_influence.audit import AuditReport
+from lightning_influence.audit import report as audit
+from lightning_influence.audit.report import AuditReport
+from lightning_influence.audit.store.store import AuditStore, StoreError
 from lightning_influence.callbacks import bridge
-from lightning_influence.callbacks.described import audit_described, detection_of, notes_of
 from lightning_influence.callbacks.display import TolerantWriter, tolerated
+from lightning_influence.callbacks.manifest import audit_described, detection_of, notes_of
 from lightning_influence.callbacks.query_report import QueryReport
-from lightning_influence.callbacks.recording import Recording
-from lightning_influence.checkpoints import Checkpoint
 from lightning_influence.curvature import Curvature, fitted_bytes
-from lightning_influence.influence import InfluencePlan, InfluenceScores
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.store import AuditStore, StoreError
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.verify import Inspection
+from lightning_influence.scores.plan import InfluencePlan, InfluenceScores
 from lightning_influence.tensorboard import summary
-from lightning_influence.tracin import TracIn
-from lightning_influence.verify import Inspection
+from lightning_influence.training.checkpoints import Checkpoint
+from lightning_influence.training.recording import Recording
+from lightning_influence.training.settings import TracIn
 
 Columns = dict[str, NDArray[Any]]
 

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_influence.audit import AuditReport
+from lightning_influence.audit.report import AuditReport
+from lightning_influence.audit.store.encoding import jsonable
+from lightning_influence.audit.store.store import AuditStore, StoreError
 from lightning_influence.callbacks import bridge
-from lightning_influence.callbacks.recording import Recording
-from lightning_influence.store import AuditStore, StoreError
-from lightning_influence.values import jsonable
+from lightning_influence.training.recording import Recording
 
 # Arguments that TracIn depends on while it is recorded; all the rest is as well recorded with others.
 _OF_TRACIN = ("tracin", "layers", "uncovered", "task")

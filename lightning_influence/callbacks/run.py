@@ -13,26 +13,27 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_influence import distributed
-from lightning_influence.audit import AuditReport
+from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.afterwards import MakeUnlearner, unlearner_maker
 from lightning_influence.callbacks.batch_indices import KnownBatch
-from lightning_influence.callbacks.flight import FlightRecorder
 from lightning_influence.callbacks.query_report import QueryReport
-from lightning_influence.callbacks.recording import Recording
 from lightning_influence.callbacks.reporting import Reporter
+from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
-from lightning_influence.checkpoints import Checkpoint
-from lightning_influence.coverage import Coverage, listed
+from lightning_influence.core import distributed
 from lightning_influence.curvature import CurvatureName
-from lightning_influence.influence import InfluencePlan, influence_scores
-from lightning_influence.optimizers import preconditioners
-from lightning_influence.scoring import score_examples
-from lightning_influence.source import ExampleSource, same_data
-from lightning_influence.tracin import StepSize, TracIn, block_step_sizes
-from lightning_influence.verify import Inspection
-from lightning_influence.watch import TrainingTap
+from lightning_influence.data.source import ExampleSource, same_data
+from lightning_influence.gradients.coverage import Coverage, listed
+from lightning_influence.gradients.verify import Inspection
+from lightning_influence.objective.tap import TrainingTap
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.plan import InfluencePlan, influence_scores
+from lightning_influence.training.checkpoints import Checkpoint
+from lightning_influence.training.optimizers import preconditioners
+from lightning_influence.training.recording import Recording
+from lightning_influence.training.settings import TracIn
+from lightning_influence.training.step_sizes import StepSize, block_step_sizes
 
 _Hook = TypeVar("_Hook", bound=Callable[..., None])
 

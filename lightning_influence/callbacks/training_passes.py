@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_influence import distributed
 from lightning_influence.callbacks import bridge
-from lightning_influence.coverage import Layers, Uncovered, cover
-from lightning_influence.loss_scale import HeardTerms, LossScale, TermKey
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.source import ExampleSource
-from lightning_influence.task import Task, TrainingStepTask
-from lightning_influence.trace import Trace
+from lightning_influence.core import distributed
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.coverage import Layers, Uncovered, cover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.trace import Trace
+from lightning_influence.objective.scale import HeardTerms, LossScale, TermKey
+from lightning_influence.objective.task import Task, TrainingStepTask
 
 
 @dataclass(eq=False)

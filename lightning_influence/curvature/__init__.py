@@ -1,10 +1,14 @@
 """Curvature approximations, from the identity to the exact Hessian, behind one contract."""
 
-from lightning_influence.curvature.block import CurvatureBlock, Eigenbasis
-from lightning_influence.curvature.block_ggn import BlockGGN
-from lightning_influence.curvature.damping import Damping, DampingChoice, OptimizerHistory, choose_damping
-from lightning_influence.curvature.diagonal import DiagonalBlock
-from lightning_influence.curvature.ekfac import EKFACBlock
+from lightning_influence.curvature.blocks.block import CurvatureBlock, Eigenbasis
+from lightning_influence.curvature.blocks.block_ggn import BlockGGN
+from lightning_influence.curvature.blocks.diagonal import DiagonalBlock
+from lightning_influence.curvature.blocks.ekfac import EKFACBlock
+from lightning_influence.curvature.blocks.identity import IdentityBlock
+from lightning_influence.curvature.blocks.kfac import KFACBlock, KroneckerBlock
+from lightning_influence.curvature.coordinates import BlockCoordinates
+from lightning_influence.curvature.curvature import BlockCurvature, Curvature, Scorer
+from lightning_influence.curvature.damping import Damping, DampingChoice, choose_damping
 from lightning_influence.curvature.fit import (
     FactorExamples,
     Fisher,
@@ -17,23 +21,15 @@ from lightning_influence.curvature.fit import (
     fit,
     random_subset,
 )
-from lightning_influence.curvature.fitted import BlockCurvature, Curvature, Scorer
-from lightning_influence.curvature.flat import FlatParameters
-from lightning_influence.curvature.full import (
-    BlockCoordinates,
-    DenseCurvature,
-    ImplicitCurvature,
-    IterativeSolver,
-    Solver,
-)
-from lightning_influence.curvature.ggn import GGNProduct
-from lightning_influence.curvature.hessian import HessianProduct
-from lightning_influence.curvature.identity import IdentityBlock
-from lightning_influence.curvature.kfac import KFACBlock, KroneckerBlock
-from lightning_influence.curvature.ladder import BLOCKS, LADDER, CurvatureName, check_memory, fitted_bytes
-from lightning_influence.curvature.products import CurvatureProduct
-from lightning_influence.curvature.solvers import Solution, SolverError
-from lightning_influence.curvature.spectrum import IndefiniteError
+from lightning_influence.curvature.full import DenseCurvature, ImplicitCurvature, IterativeSolver, Solver
+from lightning_influence.curvature.products.flat import FlatParameters
+from lightning_influence.curvature.products.ggn import GGNProduct
+from lightning_influence.curvature.products.hessian import HessianProduct
+from lightning_influence.curvature.products.product import CurvatureProduct
+from lightning_influence.curvature.registry import BLOCKS, LADDER, CurvatureName, check_memory, fitted_bytes
+from lightning_influence.curvature.solve.cg import Solution, SolverError
+from lightning_influence.curvature.solve.spectrum import IndefiniteError
+from lightning_influence.training.step_sizes import OptimizerHistory
 
 __all__ = [
     "BLOCKS",

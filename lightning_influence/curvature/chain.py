@@ -16,15 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_influence.core.memory import available_bytes, fits, readable
+from lightning_influence.core.precision import exact
+from lightning_influence.curvature.coordinates import BlockCoordinates
+from lightning_influence.curvature.curvature import BlockCurvature
 from lightning_influence.curvature.fit import FactorExamples, fit
-from lightning_influence.curvature.fitted import BlockCurvature
-from lightning_influence.curvature.full import BlockCoordinates
-from lightning_influence.curvature.ggn import GGNProduct
-from lightning_influence.curvature.hessian import HessianProduct
-from lightning_influence.curvature.products import CurvatureProduct
-from lightning_influence.memory import available_bytes, fits, readable
-from lightning_influence.passes import ExampleGradients, Labels
-from lightning_influence.precision import exact
+from lightning_influence.curvature.products.ggn import GGNProduct
+from lightning_influence.curvature.products.hessian import HessianProduct
+from lightning_influence.curvature.products.product import CurvatureProduct
+from lightning_influence.gradients.passes import ExampleGradients, Labels
 
 TITLES = {
     "hessian": "Hessian",

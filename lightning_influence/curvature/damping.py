@@ -17,26 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_influence.layers import ParameterBlock
+from lightning_influence.layers.blocks import ParameterBlock
+from lightning_influence.training.step_sizes import OptimizerHistory
 
 Damping = float | Literal["auto", "relative", "trainer"]
-
-
-@dataclass(frozen=True)
-class OptimizerHistory:
-    """What the optimizers did in a run.
-
-    Attributes:
-        step_sizes: Parameter name to ``Σ_t η_t / (1 - momentum)`` over all steps.
-        weight_decay: Parameter name to the coefficient of an L2 term in the loss; decoupled decay is none.
-        adaptive: Names of optimizers whose steps are no multiples of the gradient (Adam), or may not be.
-        steps: Number of optimizer steps.
-    """
-
-    step_sizes: Mapping[str, float]
-    weight_decay: Mapping[str, float]
-    adaptive: tuple[str, ...]
-    steps: int
 
 
 @dataclass(frozen=True)

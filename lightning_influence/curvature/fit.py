@@ -11,26 +11,25 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from lightning_influence import distributed
-from lightning_influence.coverage import Coverage
-from lightning_influence.curvature.block import RELATIVE_DAMPING, CurvatureBlock, Measure
-from lightning_influence.curvature.fitted import BlockCurvature, Curvature
+from lightning_influence.core import distributed
+from lightning_influence.core.memory import available_bytes, fits, readable
+from lightning_influence.core.precision import wide, wide_zeros, working_dtype
+from lightning_influence.curvature.blocks.block import RELATIVE_DAMPING, CurvatureBlock, Measure
+from lightning_influence.curvature.coordinates import BlockCoordinates, joined_gradients
+from lightning_influence.curvature.curvature import BlockCurvature, Curvature
 from lightning_influence.curvature.full import (
-    BlockCoordinates,
     DenseCurvature,
     ImplicitCurvature,
     IterativeSolver,
     Solver,
-    joined_gradients,
     mean_eigenvalue,
 )
-from lightning_influence.curvature.ladder import LADDER, CurvatureName, check_memory
-from lightning_influence.curvature.spectrum import IndefiniteError
-from lightning_influence.losses import known_losses
-from lightning_influence.memory import available_bytes, fits, readable
-from lightning_influence.passes import NO_EXACT_LABELS, BatchGradients, ExampleGradients, Labels
-from lightning_influence.precision import wide, wide_zeros, working_dtype
-from lightning_influence.terms import TaskError
+from lightning_influence.curvature.registry import LADDER, CurvatureName, check_memory
+from lightning_influence.curvature.solve.spectrum import IndefiniteError
+from lightning_influence.gradients.coverage import Coverage
+from lightning_influence.gradients.passes import NO_EXACT_LABELS, BatchGradients, ExampleGradients, Labels
+from lightning_influence.objective.losses import known_losses
+from lightning_influence.objective.terms import TaskError
 
 Fisher = Literal["auto", "exact", "sampled", "empirical"]
 

@@ -15,23 +15,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence import per_sample
-from lightning_influence.capture import LayerIO
-from lightning_influence.curvature.fitted import BlockCurvature, Curvature, Scorer
-from lightning_influence.curvature.flat import FlatParameters
-from lightning_influence.curvature.nystrom import nystrom_preconditioner
-from lightning_influence.curvature.products import CurvatureProduct
-from lightning_influence.curvature.solvers import Solution, SolverError, cg, lissa
-from lightning_influence.curvature.spectrum import (
+from lightning_influence.core.precision import exact, wide
+from lightning_influence.curvature.coordinates import BlockCoordinates
+from lightning_influence.curvature.curvature import BlockCurvature, Curvature, Scorer
+from lightning_influence.curvature.products.product import CurvatureProduct
+from lightning_influence.curvature.solve.cg import Solution, SolverError, cg, lissa
+from lightning_influence.curvature.solve.nystrom import nystrom_preconditioner
+from lightning_influence.curvature.solve.spectrum import (
     IndefiniteError,
     Matvec,
     factorised,
     indefinite_reason,
     require_positive_definite,
 )
-from lightning_influence.layers import ParameterBlock
-from lightning_influence.passes import BatchGradients
-from lightning_influence.precision import exact, wide
+from lightning_influence.gradients.capture import LayerIO
+from lightning_influence.layers import per_sample
 
 IterativeSolver = Literal["cg", "nystrom", "pcg", "lissa"]
 Solver = Literal["auto", "dense"] | IterativeSolver
@@ -50,81 +48,6 @@ _RANK = 80
 _WORTH_A_SKETCH = 8
 # Random vectors that estimate the trace: the relative error is about 1 / sqrt(vectors · effective rank).
 _PROBES = 16
-
-
-class BlockCoordinates:
-    """Vectors over all blocks as one: ``{name: [..., k, o, i]}`` to ``[..., p]``, block after block.
-
-    Args:
-        blocks: The covered parameters, by block name.
-    """
-
-    def __init__(self, blocks: Mapping[str, ParameterBlock]) -> None:
-        self.blocks = dict(blocks)
-        self.shapes = {name: block.shape for name, block in blocks.items()}
-        self.sizes = {name: k * o * i for name, (k, o, i) in self.shapes.items()}
-
-    @property
-    def size(self) -> int:
-        """Number of coordinates ``p``."""
-        return sum(self.sizes.values())
-
-    @property
-    def parameters(self) -> list[str]:
-        """Full names of the parameters, in the order of the blocks."""
-        return [name for block in self.blocks.values() for name in block.parameters]
-
-    def slices(self) -> dict[str, slice]:
-        """Return where each block lies."""
-        result, start = {}, 0
-        for name, size in self.sizes.items():
-            result[name] = slice(start, start + size)
-            start += size
-        return result
-
-    def join(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """Put blocks ``[..., k, o, i]`` in line: ``[..., p]``."""
-        return torch.cat([vectors[name].flatten(-3) for name in self.blocks], -1)
-
-    def split(self, line: Tensor) -> dict[str, Tensor]:
-        """Cut ``[..., p]`` up into views ``[..., k, o, i]``."""
-        parts = line.split(list(self.sizes.values()), -1)
-        return {name: part.unflatten(-1, self.shapes[name]) for name, part in zip(self.sizes, parts, strict=True)}
-
-    def spread(self, values: Mapping[str, float], like: Tensor) -> Tensor:
-        """Return ``[p]`` with one value for all coordinates of a block."""
-        return torch.cat([like.new_full((size,), values[name]) for name, size in self.sizes.items()])
-
-    def places_in(self, flat: FlatParameters) -> Tensor:
-        """Return where each coordinate lies in the flat vector of the same parameters, ``[p]`` int64.
-
-        Raises:
-            ValueError: If the parameters are others, or a block holds more or less than its parameters.
-        """
-        if set(flat.parameters) != set(self.parameters):
-            raise ValueError(
-                f"the flat vector holds {sorted(flat.parameters)}, the blocks {sorted(self.parameters)}; expected the "
-                "same parameters."
-            )
-        numbers = flat.unflatten(torch.arange(flat.size, dtype=torch.float64))  # exact, also beyond 2²⁴
-        blocks = {name: block.from_parameters(numbers) for name, block in self.blocks.items()}
-        places = self.join(blocks).round().long().to(flat.device)
-        if not torch.equal(places.sort().values, torch.arange(flat.size, device=places.device)):
-            raise ValueError("the blocks are not made of every scalar of their parameters, each once.")
-        return places
-
-
-def joined_gradients(batch: BatchGradients, coordinates: BlockCoordinates, draw: int = 0) -> Tensor:
-    """Return per-example gradients in one line each, ``[n, p]``, of one draw of labels."""
-    formed = {
-        # Activations and output gradients may each be one for all draws, see `rows`.
-        io.name: per_sample.formed(io.xs[draw % len(io.xs)], io.gs[draw % len(io.gs)])
-        for io in batch.layers()
-    }
-    like = next(iter(formed.values()))
-    for name in coordinates.shapes.keys() - formed.keys():  # layers that this batch did not reach
-        formed[name] = like.new_zeros((batch.loss.n, *coordinates.shapes[name]))
-    return coordinates.join(formed)
 
 
 class DenseCurvature(Curvature):

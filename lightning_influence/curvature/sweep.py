@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_influence import distributed
-from lightning_influence.curvature.fitted import BlockCurvature
-from lightning_influence.passes import ExampleGradients
-from lightning_influence.precision import exact, wide_zeros
+from lightning_influence.core import distributed
+from lightning_influence.core.precision import exact, wide_zeros
+from lightning_influence.curvature.curvature import BlockCurvature
+from lightning_influence.gradients.passes import ExampleGradients
 
 FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
 # Share of the examples at the head of a ranking, for the overlap.

@@ -31,7 +31,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_influence.columns import LOW_IS_SUSPICIOUS, SCORE_COLUMNS
+from lightning_influence.audit.columns import LOW_IS_SUSPICIOUS, SCORE_COLUMNS
 from lightning_influence.tensorboard.pictures import candidate_grid, drawable, visible
 
 __all__ = [

@@ -1,0 +1,1 @@
+"""The report, the ranking, and what to do about it."""

@@ -1,0 +1,122 @@
+"""What to do about an audit's candidates: train without them, or with the labels that it suggests.
+
+Both start from the columns of a report and leave the data as they are: indices for ``torch.utils.data.Subset``, and a
+data set that hands out other labels.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from lightning_influence.audit.relabel import LabelError, Path, Relabelled, as_label, fetched, find_label
+
+Columns = Mapping[str, NDArray[Any]]
+
+
+def clean_indices(columns: Columns, drop: float | int | None = None) -> list[int]:
+    """Return the examples to keep; see ``AuditReport.clean_indices``."""
+    usable = columns["finite"].astype(bool)
+    if drop is None:
+        kept = usable & ~columns["candidate"].astype(bool)
+    else:
+        kept = usable & (columns["rank"] > _dropped(drop, len(usable)))
+    return [int(index) for index in np.sort(columns["index"][kept])]
+
+
+def _dropped(drop: float, size: int) -> int:
+    if isinstance(drop, (int, np.integer)) and not isinstance(drop, bool):
+        if 0 <= drop < size:
+            return int(drop)
+    elif isinstance(drop, (float, np.floating)) and 0 <= drop < 1:
+        return round(float(drop) * size)
+    raise ValueError(
+        f"drop={drop!r}; expected a share from 0 to below 1, a number of examples below {size}, or None for the "
+        "candidates."
+    )
+
+
+def relabelled(
+    columns: Columns,
+    dataset: Dataset[Any],
+    candidates: Sequence[int],
+    *,
+    indices: Sequence[int] | None = None,
+    min_margin: float = 0.0,
+    size: int | None = None,
+) -> Relabelled:
+    """Return a data set with suggested labels; see ``AuditReport.relabelled``.
+
+    Args:
+        columns: The audit's columns.
+        dataset: What was audited.
+        candidates: Examples to relabel unless others are asked for.
+        indices: These others.
+        min_margin: How far ahead of the given label the suggested one must be.
+        size: Length of the data set that was audited; None if that was not noted.
+    """
+    if "suggested" not in columns or "label" not in columns:
+        raise LabelError(
+            "the audit suggests no labels: the loss of this training has no classes, or no known loss call. Leave the "
+            "suspicious examples out instead, with `clean_indices()`."
+        )
+    if not 0 <= min_margin < 1:
+        raise ValueError(f"min_margin={min_margin!r}; expected a difference of probabilities from 0 to below 1.")
+    if min_margin and "prob_margin" not in columns:
+        raise ValueError(
+            f"min_margin={min_margin}: the audit has no `prob_margin` column (too many classes); use min_margin=0."
+        )
+    rows = _rows(columns, candidates if indices is None else indices)
+    if min_margin:
+        rows = rows[-columns["prob_margin"][rows] >= min_margin]
+    new = {int(columns["index"][row]): int(columns["suggested"][row]) for row in rows}
+    return Relabelled(dataset, new, _label_path(columns, dataset, list(new), size))
+
+
+def _rows(columns: Columns, indices: Sequence[int]) -> NDArray[np.int64]:
+    """Return the rows of the examples that have a suggestion other than their label."""
+    rows = {int(index): row for row, index in enumerate(columns["index"])}
+    try:
+        chosen = [operator.index(index) for index in indices]
+    except TypeError as error:
+        raise ValueError(f"indices must be integers: {error}.") from error
+    strangers = [index for index in chosen if index not in rows]
+    if strangers or len(set(chosen)) != len(chosen):
+        what = f"{strangers[:10]} are not in the audit" if strangers else "some are named twice"
+        raise ValueError(f"indices: {what}; expected distinct dataset indices of the {len(rows):,} audited examples.")
+    found = np.asarray([rows[index] for index in chosen], dtype=np.int64)
+    unknown = (columns["suggested"][found] < 0) | (columns["label"][found] < 0)
+    if unknown.any():
+        listed = columns["index"][found[unknown]][:10].tolist()
+        raise LabelError(f"the audit knows no label, or suggests none, for the examples {listed}; leave them out.")
+    differing: NDArray[np.int64] = found[columns["suggested"][found] != columns["label"][found]]
+    return differing
+
+
+def _label_path(columns: Columns, dataset: Any, changed: Sequence[int], size: int | None) -> Path:
+    """Return where the label lies, after a look at whether this is the data set that was audited."""
+    given = {
+        int(index): int(label) for index, label in zip(columns["index"], columns["label"], strict=True) if label >= 0
+    }
+    length, most = len(dataset), int(columns["index"].max()) + 1
+    if length < most or length != (size or length):
+        raise LabelError(
+            f"this {type(dataset).__name__} has {length:,} examples, and the audited data set had {size or most:,}; "
+            "pass the training data set of the run that was audited."
+        )
+    try:
+        path = find_label(dataset, given)
+    except LabelError as error:
+        raise LabelError(f"{error} (Or is this not the data set that was audited?)") from error
+    for index, leaves in fetched(dataset, changed):
+        if as_label(leaves.get(path)) != given[index]:
+            raise LabelError(
+                f"example {index} holds the label {leaves.get(path)!r}, and it had {given[index]} when it was audited; "
+                "pass the data set of that run, unchanged."
+            )
+    return path

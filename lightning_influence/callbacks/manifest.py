@@ -1,0 +1,133 @@
+"""What a manifest says about an audit: data, model, scores, and what a reader should know."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lightning_influence.audit import report as audit
+from lightning_influence.audit.columns import LOW_IS_SUSPICIOUS, SCORE_COLUMNS
+from lightning_influence.core import isolation
+from lightning_influence.curvature import Curvature
+from lightning_influence.gradients.coverage import listed
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.verify import Inspection
+from lightning_influence.metrics import mislabel_detection
+from lightning_influence.scores.plan import InfluencePlan, InfluenceScores
+from lightning_influence.training.recording import Recording
+
+Columns = dict[str, NDArray[Any]]
+
+# Which hook of the module is running, and the loggers that stand in for the user's.
+_OF_LIGHTNING = ("_current_fx_name", "trainer['_loggers']")
+
+
+def audit_described(
+    gradients: ExampleGradients, plan: InfluencePlan, inspection: Inspection, result: InfluenceScores, columns: Columns
+) -> dict[str, Any]:
+    """Return what the manifest says about data, model and scores."""
+    coverage, curvature, sweep = gradients.coverage, result.curvature, result.sweep
+    about: dict[str, Any] = {
+        "examples": len(columns["index"]),
+        "dataset_size": len(gradients.source),
+        "nonfinite": columns["index"][~columns["finite"]],
+        "fingerprint": _fingerprint(gradients, columns),
+        "ranked_by": list(audit.ingredients(columns)),
+        "coverage": {
+            "share": coverage.share,
+            "summary": coverage.describe(),
+            "covered": {name: list(block.parameters) for name, block in coverage.blocks.items()},
+            "uncovered": coverage.uncovered,
+        },
+        "curvature": {"name": plan.curvature, "damping_rule": plan.damping.rule}
+        | ({} if curvature is None else _described(curvature)),
+        "verification_error": inspection.largest_error,
+        "seconds": result.seconds,
+    }
+    if sweep is not None:
+        about["damping_sweep"] = {
+            "factors": sweep.factors,
+            "stability": sweep.stability,
+            "overlap": sweep.overlap,
+            "examples": len(sweep.indices),
+        }
+        about["layer_shares"] = sweep.layer_shares
+    return about
+
+
+def detection_of(columns: Columns, mislabelled: NDArray[Any]) -> dict[str, dict[str, float]]:
+    """Tell how well each score finds the labels that are known to be wrong."""
+    result = {}
+    truth = torch.from_numpy(mislabelled)
+    for name in SCORE_COLUMNS:
+        if name in columns and np.isfinite(columns[name]).any():
+            scores = torch.from_numpy(columns[name].astype(np.float64))
+            result[name] = mislabel_detection(-scores if name in LOW_IS_SUSPICIOUS else scores, truth)
+    return result
+
+
+def _fingerprint(gradients: ExampleGradients, columns: Columns) -> dict[str, str]:
+    """Tell which model and data an audit is about: digests of parameter names and shapes, and of indices and labels."""
+    shapes = [(name, tuple(p.shape)) for name, p in gradients.module.named_parameters()]
+    labels = columns["label"].tobytes() if "label" in columns else b""
+    return {
+        "model": f"{type(gradients.module).__name__} {hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}",
+        "data": f"{type(gradients.source.dataset).__name__} "
+        f"{hashlib.sha256(columns['index'].tobytes() + labels).hexdigest()[:16]}",
+    }
+
+
+def _described(curvature: Curvature) -> dict[str, Any]:
+    """Return what the manifest keeps about a fitted curvature."""
+    described: dict[str, Any] = {
+        "labels": curvature.labels,
+        "examples": curvature.examples,
+        "damping": dict(curvature.dampings),
+    }
+    if curvature.solves:
+        described["solves"] = [
+            {
+                "systems": len(solve.steps),
+                "converged": int(solve.converged.sum()),
+                "steps": int(solve.steps.max()),
+                "residual": float(solve.residual.max()),
+                "products": solve.products,
+            }
+            for solve in curvature.solves
+            if len(solve.steps)
+        ]
+    return described
+
+
+def notes_of(inspection: Inspection, recording: Recording, gradients: ExampleGradients) -> list[str]:
+    """Return what a reader should know of the data and the run."""
+    notes = []
+    if not inspection.tapped:
+        notes.append(
+            "no known loss call (F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.mse_loss) "
+            "accounts for the whole loss: empirical Fisher, and no predictions, margins or suggested labels from it"
+        )
+    notes += recording.remarks()
+    if inspection.random:
+        notes.append(
+            "`training_step` draws random numbers in eval mode: scores hold for one draw, and depend on batches"
+        )
+    return notes + _put_back(gradients)
+
+
+def _put_back(gradients: ExampleGradients) -> list[str]:
+    """Return what extra passes would have changed."""
+    own = [path for path in isolation.changes_in(gradients.module) if not path.endswith(_OF_LIGHTNING)]
+    found = (
+        ("the step", own, "every batch starts where training stood"),
+        ("fetching examples", list(gradients.source.changed), "training does not notice"),
+    )
+    return [
+        f"{who} changes {listed(paths)}: extra passes put that back, so that {purpose}"
+        for who, paths, purpose in found
+        if paths
+    ]

@@ -1,0 +1,233 @@
+"""State that can be put back: all that an extra pass over the data can change, noted before and compared afterwards.
+
+Contents are put back in place: the same objects in the same places, so that aliases stay aliases and views stay views.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_influence.core.reachable import BUFFERS, GENERATORS, SHARED, Found, is_stream
+from lightning_influence.core.states import (
+    ArrayState,
+    BytesState,
+    Contents,
+    GeneratorState,
+    State,
+    TensorState,
+    values_in,
+)
+from lightning_influence.core.torch_private import TorchDispatchMode
+
+# Tensors beyond this are copied when they are first written to, not before, unless they are parameters.
+_LARGE = 2**20
+_EMPTY: tuple[Any, ...] = ([], (), range(0), {}, set(), "", b"")
+_ITERATORS: Any = (itertools.count, itertools.cycle, *(type(iter(empty)) for empty in _EMPTY))
+_OF_A_STEP = "Pass `task=`, a function (module, batch) -> loss that leaves it alone."
+_OF_DATA = "Let the data set return the same for an index whatever it has returned before."
+# After so many batches, or examples, it is known what moves.
+_SURE = 3
+
+
+class StateError(RuntimeError):
+    """Something that an extra pass has changed can't be put back; the message names it and the way out."""
+
+
+class Snapshot:
+    """The state of some objects and of all that they reach, to be put back.
+
+    Iterators and tensors with a graph know no way back: copies take their places until ``restore``. Of generators and
+    iterators of data loaders there are no copies: taking from them is an error.
+
+    Args:
+        reached: What they reach, see ``reachable.Walk``.
+        data: Whether these are data: what is large is then left alone, as data sets hold what they never write to.
+
+    Attributes:
+        changed: Paths of what was found changed so far.
+        shared: Paths of what other processes share.
+    """
+
+    def __init__(self, reached: Iterable[Found], *, data: bool = False) -> None:
+        self.changed: dict[str, None] = {}
+        self.shared: set[str] = set()
+        self._states: list[State] = []
+        self._moving: dict[int, State] = {}  # found changed at least once
+        self._one_way: list[Contents] = []
+        self._batches = 0
+        self._unwritten = _CopyBeforeWrite()
+        self._way_out = _OF_DATA if data else _OF_A_STEP
+        with torch.inference_mode(False), torch.no_grad():
+            for found in reached:
+                self._note(found, data)
+            self._hand_out_copies()
+
+    def _note(self, found: Found, data: bool) -> None:
+        value = found.value
+        on_host = isinstance(value, Tensor) and value.device.type == "cpu"
+        if (on_host and value.is_shared()) or isinstance(value, SHARED):
+            self.shared.add(found.path)
+        if found.slots is not None:
+            contents = Contents(found, found.slots)
+            self._states.append(contents)
+            if not isinstance(contents.kept, set) and any(map(_is_one_way, values_in(contents.kept))):
+                self._one_way.append(contents)
+        elif isinstance(value, Tensor):
+            is_large = value.numel() * value.element_size() > _LARGE
+            if is_lazy(value) or value.is_meta or (is_large and data):
+                return
+            later = is_large and not isinstance(value, nn.Parameter) and value.layout == torch.strided
+            state = TensorState(found, value, copied=not later)
+            self._states.append(state)
+            if later:
+                self._unwritten.add(state)
+        elif isinstance(value, np.ndarray):
+            if not (isinstance(value, np.memmap) or (value.nbytes > _LARGE and data)):
+                self._states.append(ArrayState(found, value))
+        elif isinstance(value, GENERATORS):
+            self._states.append(GeneratorState(found, value))
+        elif isinstance(value, BUFFERS):
+            self._states.append(BytesState(found, value))
+
+    @property
+    def watch(self) -> TorchDispatchMode | None:
+        """Context in which large tensors are copied before they are first written to; None if there are none."""
+        return self._unwritten if self._unwritten.waiting else None
+
+    def rewind(self, *, numbers: bool = False) -> None:
+        """Put back what changes, at the start of a batch: each of them starts where training stands.
+
+        After the first batch all is compared, later on only what has been seen to change.
+
+        Args:
+            numbers: Whether to put back only numbers, tensors and arrays (a counter), not what has been filled (a
+                cache) or opened.
+        """
+        if self._batches:
+            self._put_back(list(self._moving.values()) if self._batches > 1 else self._states, numbers=numbers)
+            if not numbers:
+                self._hand_out_copies()
+        self._batches += 1
+
+    @property
+    def moves_memory(self) -> bool:
+        """Whether rewinding may overwrite tensors or arrays, and with them their views."""
+        return self._batches < _SURE or any(not isinstance(state, Contents) for state in self._moving.values())
+
+    def restore(self) -> None:
+        """Compare everything and put back what has changed.
+
+        Raises:
+            StateError: If something can't be.
+        """
+        try:
+            self._put_back(self._states)
+        finally:
+            for contents in self._one_way:
+                contents.restore()
+
+    def _put_back(self, states: list[State], *, numbers: bool = False) -> None:
+        if not states:  # before nearly every example
+            return
+        lost: list[str] = []
+        with torch.inference_mode(False), torch.no_grad():
+            for state in states:
+                changed = state.changed()
+                if not changed:
+                    continue
+                self._moving[id(state)] = state
+                if not state.expected:
+                    self.changed |= dict.fromkeys(changed)
+                if not (state.restore_numbers() if numbers else state.restore()):
+                    lost += changed
+        if lost:
+            raise StateError(
+                f"an extra pass over the data has changed {', '.join(lost)}, and it can't be put back (it is large and "
+                f"was written to past torch, or it is a view that has joined a graph). {self._way_out}"
+            )
+
+    def _hand_out_copies(self) -> None:
+        copies: dict[int, Any] = {}
+
+        def copied(value: Any) -> Any:
+            if not _is_one_way(value):
+                return value
+            if id(value) not in copies:
+                copies[id(value)] = _copy(value) if _is_copyable(value) else _Stream(value, self._way_out)
+            return copies[id(value)]
+
+        for contents in self._one_way:
+            contents.hand_out(copied)
+
+
+def _is_one_way(value: Any) -> bool:
+    return value.grad_fn is not None if isinstance(value, Tensor) else _is_copyable(value) or is_stream(value)
+
+
+def _is_copyable(value: Any) -> bool:
+    return isinstance(value, (Tensor, *_ITERATORS))
+
+
+class _Stream(Iterator[Any]):
+    """Stands in for an iterator that nothing may be taken from: what is taken would be missing in training."""
+
+    def __init__(self, stream: Any, way_out: str) -> None:
+        self._stream = stream
+        self._way_out = way_out
+
+    def __next__(self) -> Any:
+        raise StateError(
+            f"an extra pass over the data would take from a {type(self._stream).__name__}, which can't be put back: "
+            f"training would miss that. {self._way_out}"
+        )
+
+    send = __next__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    try:
+        return copy.deepcopy(value) if isinstance(value, itertools.cycle) else copy.copy(value)
+    except Exception:  # an iterator over something of the user's own
+        return value
+
+
+class _CopyBeforeWrite(TorchDispatchMode):
+    """Copies tensors before torch first writes to their memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: dict[int, list[TensorState]] = {}
+
+    def add(self, state: TensorState) -> None:
+        """Look after one more tensor."""
+        self.waiting.setdefault(state.memory.untyped_storage().data_ptr(), []).append(state)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Run the call, after a copy of what it overwrites."""
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)
+        if self.waiting and schema is not None and schema.is_mutable:
+            for place, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    value = args[place] if place < len(args) else kwargs.get(argument.name)
+                    for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                        self._copy(tensor)
+        return func(*args, **kwargs)
+
+    def _copy(self, tensor: Any) -> None:
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided:
+            for state in self.waiting.pop(tensor.untyped_storage().data_ptr(), ()):
+                state.copy()

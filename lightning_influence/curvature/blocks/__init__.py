@@ -1,0 +1,1 @@
+"""Block-diagonal approximations, a file each."""

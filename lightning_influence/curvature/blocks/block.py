@@ -1,0 +1,260 @@
+"""The contract of one parameter block's curvature.
+
+A block approximates the mean curvature ``C = 1/N Σ_n E_y[v_n v_nᵀ]`` of the per-example loss with respect to one
+layer's parameters, laid out ``[k, o, i]`` (see ``layers``). It is fitted in a fixed number of passes over the data
+and then solves as often as needed. Nobody outside this package branches on the kind of approximation.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.core import distributed
+from lightning_influence.core.precision import wide, wide_dtype
+from lightning_influence.curvature.solve.spectrum import rounding
+from lightning_influence.layers import per_sample
+from lightning_influence.layers.patches import Activations, Patches
+from lightning_influence.layers.rows import Rows
+
+Measure = Literal["covariances", "eigenvalues"]
+
+RELATIVE_DAMPING = 0.1
+"""Default damping: this multiple of the block's mean eigenvalue (Grosse et al. 2023, 2308.03296)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenbasis:
+    """Where solving with a block is elementwise: ``(C + λ)⁻¹ v = Q_B (inverse ∘ (Q_Bᵀ v Q_A)) Q_Aᵀ``.
+
+    Attributes:
+        activation_basis: ``Q_A: [k, i, i]``, orthonormal columns; None is the identity.
+        gradient_basis: ``Q_B: [k, o, o]``, orthonormal columns; None is the identity, the only one for one-hot rows.
+        inverse: ``1 / (lam + damping)``, ``[k, o, i]``.
+    """
+
+    activation_basis: Tensor | None
+    gradient_basis: Tensor | None
+    inverse: Tensor
+
+    def rotated(self, x: Tensor, g: Rows) -> tuple[Tensor, Rows]:
+        """Return activations and output gradients in this basis: those of the gradients ``Q_Bᵀ G_n Q_A``."""
+        return per_sample.rotated_rows(x, g, self.activation_basis, self.gradient_basis)
+
+
+class CurvatureBlock(ABC):
+    """Curvature of one block of parameters.
+
+    Fitting: for each of ``passes`` passes, ``update`` with every batch that the layer took part in, then ``end_pass``
+    once.
+
+    Args:
+        shape: ``(k, o, i)``: groups, outputs, inputs (bias column included).
+        dense: Whether the output side and the input side may have a dense basis: not for one-hot rows, and not for
+            sides too large for an eigendecomposition.
+    """
+
+    passes: ClassVar[int]
+    title: ClassVar[str]
+    # What each pass measures.
+    measures: ClassVar[tuple[Measure, ...]]
+
+    def __init__(self, shape: tuple[int, int, int], dense: tuple[bool, bool] = (True, True)) -> None:
+        self.shape = shape
+        self.dense = dense
+        self._finished_passes = 0
+        # Sums over examples of the running pass. All of them add up across processes; see ``reduce``.
+        self._sums: dict[str, Tensor] = {}
+        self._result: dict[str, Tensor] = {}
+        # The last damping and ``1 / (lam + damping)``: a pass asks for the same one with every batch.
+        self._cached: tuple[float, Tensor] | None = None
+
+    def update(self, x: Activations | Sequence[Activations], gs: Sequence[Rows], examples: int) -> None:
+        """Add one batch to the running pass.
+
+        Args:
+            x: Activations ``[k, n, s, i]``, or one per draw where they depend on the labels (embeddings, see
+                ``rows``); rows of left-out examples are zero. Patches are laid out only if the pass needs them.
+            gs: Output gradients ``[k, n, s, o]`` whose outer products, summed over the draws, average to the
+                curvature of one example's loss. Rows of left-out examples are zero.
+            examples: Number of examples that count (``n`` minus those left out).
+        """
+        xs = [x] if isinstance(x, (Tensor, Patches)) else x
+        for name, value in self._contributions(xs, gs, examples).items():
+            self._accumulate(name, value)
+
+    def end_pass(self, examples: int) -> None:
+        """Turn the sums of the running pass into means and prepare the next one.
+
+        Args:
+            examples: Number of examples that this process has counted in the pass, over all batches.
+
+        Raises:
+            ValueError: If no process counted an example.
+        """
+        device = next((value.device for value in self._sums.values()), torch.device("cpu"))
+        self._accumulate("examples", torch.tensor(float(examples), dtype=wide_dtype(device), device=device))
+        self.reduce()
+        if not float(self._sums["examples"]):
+            raise ValueError("no example was counted: all losses or gradients are non-finite, or the data are empty.")
+        self._finish(self._sums)
+        self._sums = {}
+        self._finished_passes += 1
+
+    def reduce(self) -> None:
+        """Add the running sums over all processes."""
+        names = sorted(self._sums)
+        reduced = distributed.sum_across_processes([self._sums[name] for name in names])
+        self._sums = dict(zip(names, reduced, strict=True))
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The fitted state, for the store."""
+        return self._result
+
+    def damping(self, relative: float = RELATIVE_DAMPING) -> float:
+        """Return ``relative`` times the mean eigenvalue of the block."""
+        return relative * float(wide(self.diagonal()).mean())
+
+    @classmethod
+    def decomposed(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> tuple[int, ...]:
+        """Return the dimensions of the matrices of each group that an eigendecomposition is made of."""
+        return ()
+
+    @classmethod
+    def fitted_bytes(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> tuple[int, int]:
+        """Return the memory that a block takes in float32, and what its fit takes besides, for a while."""
+        k, o, i = shape
+        sizes = cls.decomposed(shape, dense)
+        # Bases, in the place of moments, and eigenvalues; in float64 one matrix, its eigenvectors, LAPACK's two more.
+        kept = 4 * k * (sum(size**2 for size in sizes) + o * i) if cls.measures else 0
+        return kept, max((16 * (k + 1) * size**2 for size in sizes), default=0)
+
+    @abstractmethod
+    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+        """Return this batch's part of the running pass's sums; one of ``xs``, ``gs`` or both have one per draw."""
+
+    @abstractmethod
+    def _finish(self, sums: dict[str, Tensor]) -> None:
+        """End the running pass: ``sums`` hold totals over all processes."""
+
+    @abstractmethod
+    def matvec(self, v: Tensor) -> Tensor:
+        """Multiply by the curvature: ``[..., k, o, i] -> [..., k, o, i]``."""
+
+    @abstractmethod
+    def solve(self, v: Tensor, damping: float) -> Tensor:
+        """Return ``(C + damping)⁻¹ v`` for ``v: [..., k, o, i]``."""
+
+    def eigenbasis(self, damping: float) -> Eigenbasis | None:
+        """Return where ``solve`` is elementwise; None if there is no such basis that rows can be rotated to."""
+        return None
+
+    @abstractmethod
+    def apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        """Return ``f(C) v`` for ``v: [..., k, o, i]``; ``function`` maps eigenvalues of any shape, elementwise."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of the curvature, ``[k, o, i]``."""
+
+    @abstractmethod
+    def self_influence(self, x: Tensor, g: Rows, damping: float) -> Tensor:
+        """Return ``G_nᵀ (C + damping)⁻¹ G_n`` for every example, ``[n]``, by the cheapest exact form."""
+
+    def self_influences(self, x: Tensor, g: Rows, dampings: Sequence[float]) -> Tensor:
+        """Return self-influence for each of several dampings, ``[n, d]``; blocks share the work between them."""
+        return torch.stack([self.self_influence(x, g, damping) for damping in dampings], 1)
+
+    def scores(
+        self, x: Tensor, g: Rows, damping: float, query: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return squared gradient norm, self-influence, and inner product with ``query``, each ``[n]``.
+
+        Together they may cost less than apart. ``query: [k, o, i]`` is usually a preconditioned gradient.
+        """
+        inner = None if query is None else per_sample.inner_products(x, g, query)
+        return per_sample.squared_norms(x, g), self.self_influence(x, g, damping), inner
+
+    def to_dense(self) -> Tensor:
+        """Return the block as dense matrices ``[k, o·i, o·i]`` (row-major in ``[o, i]``); for small blocks."""
+        k, o, i = self.shape
+        reference = self.diagonal()
+        unit = torch.eye(o * i, dtype=reference.dtype, device=reference.device).reshape(-1, 1, o, i)
+        columns = self.matvec(unit.expand(-1, k, -1, -1))  # [o·i, k, o, i]
+        return columns.reshape(o * i, k, o * i).permute(1, 2, 0)
+
+    def check_damping(self, damping: float) -> None:
+        """Raise ``ValueError`` if ``damping`` is no number >= 0, or leaves the curvature singular."""
+        self._check_damping(damping, self.diagonal())
+
+    def _accumulate(self, name: str, value: Tensor) -> None:
+        if name in self._sums:
+            self._sums[name] += value
+        else:
+            self._sums[name] = value
+
+    def _check_fitted(self) -> None:
+        if self._finished_passes != self.passes:
+            raise RuntimeError(
+                f"{type(self).__name__} needs {self.passes} passes over the data and has seen {self._finished_passes}; "
+                "call `update` for every batch and `end_pass` after each pass first."
+            )
+
+    def _check_damping(self, damping: float, eigenvalues: Tensor) -> None:
+        smallest, largest = float(eigenvalues.min()), float(eigenvalues.max())
+        # Eigenvalues that should be 0 come out as rounding noise of the largest.
+        noise = rounding(max(self.shape[1:]), largest, eigenvalues.dtype)
+        valid = isinstance(damping, (int, float)) and not isinstance(damping, bool) and math.isfinite(damping)
+        if not valid or damping < 0 or (damping == 0 and smallest <= noise):
+            raise ValueError(
+                f"damping {damping!r} leaves the curvature singular (its smallest eigenvalue is {smallest:.3g}); pass "
+                'a damping > 0, or `damping="relative"`.'
+            )
+
+
+class EigenBlock(CurvatureBlock):
+    """A block whose eigenvalues ``lam`` are known, with a basis that is left to the kinds: ``C = Q diag(lam) Qᵀ``."""
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """``lam: [k, o, i]``; for dense bases ``[k, o·i]``, never negative."""
+        self._check_fitted()
+        return self._result["eigenvalues"]
+
+    def damping(self, relative: float = RELATIVE_DAMPING) -> float:
+        """Return ``relative`` times the mean eigenvalue of the block."""
+        return relative * float(wide(self.eigenvalues).mean())
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Rotate, scale, rotate back."""
+        return self._scaled(v, self.eigenvalues)
+
+    def solve(self, v: Tensor, damping: float) -> Tensor:
+        """Rotate, divide by ``lam + damping``, rotate back."""
+        return self._scaled(v, self._inverse(damping))
+
+    def apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        """Rotate, scale by the function of the eigenvalues, rotate back."""
+        return self._scaled(v, function(self.eigenvalues))
+
+    def check_damping(self, damping: float) -> None:
+        """Raise ``ValueError`` if ``damping`` is no number >= 0, or leaves the curvature singular."""
+        self._check_damping(damping, self.eigenvalues)
+
+    @abstractmethod
+    def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
+        """Return ``Q diag(scales) Qᵀ v``."""
+
+    def _inverse(self, damping: float) -> Tensor:
+        if self._cached is None or self._cached[0] != damping:
+            eigenvalues = self.eigenvalues
+            self._check_damping(damping, eigenvalues)
+            self._cached = damping, 1 / (eigenvalues + damping)
+        return self._cached[1]

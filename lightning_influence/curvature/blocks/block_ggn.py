@@ -1,0 +1,93 @@
+"""The dense curvature of one block: the block GGN, without any Kronecker structure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_influence.core.precision import exact
+from lightning_influence.curvature.blocks.block import EigenBlock, Measure
+from lightning_influence.curvature.blocks.kfac import eigendecomposition
+from lightning_influence.layers import per_sample
+from lightning_influence.layers.patches import Activations, laid_out
+from lightning_influence.layers.rows import Rows
+
+# Scalars of per-example gradients that are rotated at a time.
+_CHUNK = 2**22
+
+
+class BlockGGN(EigenBlock):
+    """``C = mean over examples of Σ_draws vec(G) vec(G)ᵀ``, all correlations within the block.
+
+    With the exact expectation over labels this is the block of the generalised Gauss-Newton matrix for softmax
+    cross-entropy, squared and binary losses. ``[k, o·i, o·i]``: it grows with the square of the layer, its
+    eigendecomposition with the cube; ``fitted_bytes`` tells before.
+    """
+
+    passes: ClassVar[int] = 1
+    title: ClassVar[str] = "block GGN"
+    measures: ClassVar[tuple[Measure, ...]] = ("eigenvalues",)
+
+    @classmethod
+    def decomposed(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> tuple[int, ...]:
+        """Return the dimension of the block."""
+        _, o, i = shape
+        return (o * i,)
+
+    @property
+    def basis(self) -> Tensor:
+        """``Q: [k, o·i, o·i]``, eigenvectors in columns."""
+        self._check_fitted()
+        return self._result["basis"]
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal in the parameter basis, ``[k, o, i]``."""
+        return (self.basis.square() @ self.eigenvalues.unsqueeze(-1)).reshape(self.shape)
+
+    def to_dense(self) -> Tensor:
+        """Return the block as dense matrices ``[k, o·i, o·i]``."""
+        return (self.basis * self.eigenvalues.unsqueeze(-2)) @ self.basis.transpose(-1, -2)
+
+    def self_influence(self, x: Tensor, g: Rows, damping: float) -> Tensor:
+        """Return ``Σ (Qᵀ vec(G_n))² / (lam + damping)``."""
+        inverse = self._inverse(damping)
+        parts = [(square * inverse.unsqueeze(1)).sum((0, 2)) for square in self._rotated_squares(x, g)]
+        return torch.cat(parts)
+
+    def self_influences(self, x: Tensor, g: Rows, dampings: Sequence[float]) -> Tensor:
+        """Return self-influence for many dampings, ``[n, d]``: the rotation is done once."""
+        inverses = torch.stack([self._inverse(damping) for damping in dampings], -1)  # kpd
+        parts = [(square @ inverses).sum(0) for square in self._rotated_squares(x, g)]  # knp, kpd -> knd
+        return torch.cat(parts)
+
+    def _rotated_squares(self, x: Tensor, g: Rows) -> Iterator[Tensor]:
+        """Yield ``(Qᵀ vec(G))²`` of a few examples at a time, ``[k, m, o·i]``."""
+        for chunk in per_sample.gradients(x, g):
+            for part in chunk.flatten(2).split(max(1, _CHUNK // chunk[:, 0].numel()), 1):
+                yield (part @ self.basis).square()
+
+    def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
+        # Rows of vectors: [..., k, p] -> [k, q, p]
+        rows = v.flatten(-2).reshape(-1, v.shape[-3], scales.shape[-1]).transpose(0, 1)
+        rotated = (rows @ self.basis) * scales.unsqueeze(1)
+        return (rotated @ self.basis.transpose(-1, -2)).transpose(0, 1).reshape(v.shape)
+
+    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+        draws = max(len(xs), len(gs))
+        xs, total = laid_out(xs), None
+        for draw in range(draws):
+            x, g = xs[draw if len(xs) > 1 else 0], gs[draw if len(gs) > 1 else 0]
+            for chunk in per_sample.gradients(x, g):
+                rows = chunk.flatten(2)
+                # knp, knr -> kpr
+                moment = rows.transpose(-1, -2) @ rows
+                total = moment if total is None else total.add_(moment)
+        return {} if total is None else {"moment": total}
+
+    def _finish(self, sums: dict[str, Tensor]) -> None:
+        kept = sums["moment"].new_empty(0)  # device and type of what is kept
+        eigenvalues, basis = eigendecomposition(exact(sums.pop("moment")).div_(exact(sums["examples"])))
+        self._result = {"eigenvalues": eigenvalues.clamp(min=0).to(kept), "basis": basis.to(kept)}

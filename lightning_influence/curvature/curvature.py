@@ -1,0 +1,166 @@
+"""Fitted curvature of all covered parameters, whatever it is made of: solving and scoring.
+
+Vectors over all covered parameters go by block, name -> ``[..., k, o, i]`` (see ``layers``). Nobody outside this
+package asks which approximation it is.
+
+Index legend: ``n`` examples of a batch, ``k`` groups, ``o`` outputs, ``i`` inputs of a block.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_influence.core.precision import wide_zeros
+from lightning_influence.curvature.blocks.block import CurvatureBlock, Eigenbasis
+from lightning_influence.curvature.solve.cg import Solution
+from lightning_influence.gradients.capture import LayerIO
+
+
+class Scorer(ABC):
+    """Adds up one batch's scores, block by block: each block is laid out once, in ``BatchGradients.layers``."""
+
+    @abstractmethod
+    def add(self, io: LayerIO, query: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Take one block's activations and output gradients.
+
+        Args:
+            io: The block of a batch of ``n`` examples.
+            query: The block ``[k, o, i]`` of a vector to multiply with, usually ``(C + λ)⁻¹ g_q``.
+
+        Returns:
+            The block's part of the squared gradient norms ``[n]``, and of the inner products with ``query``.
+        """
+
+    @abstractmethod
+    def self_influence(self) -> Tensor:
+        """Return ``gᵀ (C + λ)⁻¹ g`` of every example, ``[n]`` in the widest type, once all blocks have been added."""
+
+    @abstractmethod
+    def parts(self) -> dict[str, Tensor]:
+        """Return self-influence by block, ``[n]`` each, for every block; empty where it is no sum over blocks."""
+
+
+class Curvature(ABC):
+    """A curvature of the mean loss, with its damping: ``C + λ``.
+
+    Attributes:
+        name: Which approximation.
+        dampings: Block name to absolute damping λ.
+        labels: Which labels each pass over the data used; products with GGN and Hessian use none.
+        examples: Number of examples that each pass, and the products, saw.
+        notes: What a reader of its scores should know.
+        solves: How the iterative solver fared, one entry for each ``solve``; empty where solving is exact.
+    """
+
+    def __init__(
+        self, name: str, dampings: Mapping[str, float], labels: Sequence[str], examples: Sequence[int]
+    ) -> None:
+        self.name = name
+        self.dampings = dict(dampings)
+        self.labels = tuple(labels)
+        self.examples = tuple(examples)
+        self.notes: list[str] = []
+        self.solves: list[Solution] = []
+
+    @property
+    @abstractmethod
+    def blockwise(self) -> BlockCurvature | None:
+        """The block-diagonal curvature that self-influence is measured with; None where it is no sum over blocks."""
+
+    @abstractmethod
+    def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``(C + λ)⁻¹ v``, block by block: name -> ``[..., k, o, i]``.
+
+        Raises:
+            SolverError: If an iterative solver did not reach its tolerance; the message gives the way out.
+        """
+
+    def eigenbasis(self, name: str) -> Eigenbasis | None:
+        """Return where solving is elementwise for one block, whatever the others are; None if there is no such basis.
+
+        ``solve`` need not be given such blocks.
+        """
+        return None
+
+    @abstractmethod
+    def scorer(self, n: int) -> Scorer:
+        """Return what adds up the scores of one batch of ``n`` examples."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        """Return what the store keeps: file name -> tensors and text about them."""
+
+
+class BlockCurvature(Curvature):
+    """A block-diagonal curvature, one block per layer.
+
+    Attributes:
+        blocks: Block name to its curvature.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        blocks: Mapping[str, CurvatureBlock],
+        dampings: Mapping[str, float],
+        labels: Sequence[str],
+        examples: Sequence[int],
+    ) -> None:
+        super().__init__(name, dampings, labels, examples)
+        self.blocks = dict(blocks)
+
+    @property
+    def blockwise(self) -> BlockCurvature:
+        """The curvature itself."""
+        return self
+
+    def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``(C + λ)⁻¹ v``, block by block: name -> ``[..., k, o, i]``."""
+        return {name: self.blocks[name].solve(v, self.dampings[name]) for name, v in vectors.items()}
+
+    def eigenbasis(self, name: str) -> Eigenbasis | None:
+        """Return where solving is elementwise for one block; None if there is no such basis."""
+        return self.blocks[name].eigenbasis(self.dampings[name])
+
+    def scorer(self, n: int) -> Scorer:
+        """Return what adds up the scores of one batch of ``n`` examples."""
+        return _BlockScorer(self, n)
+
+    def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        """Return the fitted state of every block that has one."""
+        return {
+            name: (dict(block.tensors), {"kind": self.name, "damping": repr(self.dampings[name])})
+            for name, block in self.blocks.items()
+            if block.tensors
+        }
+
+
+class _BlockScorer(Scorer):
+    def __init__(self, curvature: BlockCurvature, n: int) -> None:
+        self._curvature = curvature
+        self._n = n
+        self._parts: dict[str, Tensor] = {}
+
+    def add(self, io: LayerIO, query: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        block, damping = self._curvature.blocks[io.name], self._curvature.dampings[io.name]
+        norms, influence, inner = block.scores(io.x, io.gs[0], damping, query)
+        self._parts[io.name] = influence
+        return norms, inner
+
+    def self_influence(self) -> Tensor:
+        parts = list(self._parts.values())
+        if not parts:
+            return torch.zeros(self._n, dtype=torch.float64)
+        total = wide_zeros(self._n, parts[0].device)
+        for part in parts:
+            total += part
+        return total
+
+    def parts(self) -> dict[str, Tensor]:
+        like = next(iter(self._parts.values()), torch.zeros(0))
+        # A layer that this batch's forward pass did not reach has no part in it.
+        return {name: self._parts.get(name, like.new_zeros(self._n)) for name in self._curvature.blocks}

@@ -1,0 +1,1 @@
+"""Products with the curvature of all parameters together."""

@@ -1,0 +1,1 @@
+"""Examples by index: fetched in any order, the same each time, and known again in a batch."""

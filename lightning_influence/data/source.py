@@ -1,0 +1,303 @@
+"""Examples by index: a data set visited in a fixed order, whatever the training loader does.
+
+Random augmentation is drawn from a stream that belongs to the example, so neither batch size nor workers matter.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
+
+from lightning_influence.core.isolation import isolated_rng, unchanged
+from lightning_influence.data.collation import Collated, Collating, Collation, is_plain
+from lightning_influence.data.collation import DataError as DataError
+from lightning_influence.data.contents import digest
+from lightning_influence.data.probing import learn
+from lightning_influence.data.repeatable import Repeatable, RepeatableCollate, is_deterministic, needs_everything
+
+# Batches that are tried to find examples which stay where they are.
+_TRIALS = 16
+# Examples that tell one data set from another.
+_SAMPLE = 32
+
+
+class ExampleSource:
+    """The examples of a map-style dataset, fetched by index in any order.
+
+    Args:
+        dataset: Map-style dataset.
+        batch_size: Number of examples in a training batch. Passes start with it too; ``pass_batch_size`` may be set.
+        collate_fn: Turns a list of examples into a batch, as for ``DataLoader``.
+        num_workers: Worker processes of each pass.
+        worker_init_fn: As for ``DataLoader``.
+
+    Attributes:
+        missing: Dataset indices of examples that no batch held so far, with the reason.
+
+    Raises:
+        DataError: For an ``IterableDataset`` or a dataset without a length.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        batch_size: int = 32,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+    ) -> None:
+        if isinstance(dataset, IterableDataset) or not (
+            hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        ):
+            raise DataError(
+                f"{type(dataset).__name__} is a stream: its examples have no index to file scores under or to fetch "
+                "them again by. An audit needs a map-style dataset, with `__getitem__` and `__len__`; for data that "
+                "fit on disk, write the stream out once and index it."
+            )
+        self.dataset = dataset
+        self.batch_size = self.pass_batch_size = batch_size
+        self.collate_fn = collate_fn
+        self.num_workers = num_workers
+        self.worker_init_fn = worker_init_fn
+        self.multiprocessing_context: Any = None
+        self.pin_memory = False
+        self.sequential = False  # whether training takes them in their own order: else in a random one
+        # What passes have found fetches to change in the data set, and put back.
+        self.changed: dict[str, None] = {}
+        self._rewinding: bool | None = None
+        self.missing: dict[int, str] = {}
+        self._collation: Collation | None = None
+
+    @classmethod
+    def from_loader(cls, loader: Any, batch_size: int | None = None) -> ExampleSource:
+        """Take dataset, collation and workers from a ``DataLoader``.
+
+        Args:
+            loader: A ``DataLoader`` that collates batches itself (with a batch size or a batch sampler).
+            batch_size: Number of examples fetched together; by default the loader's own.
+
+        Raises:
+            DataError: If the loader is something else, or does not collate.
+        """
+        if not isinstance(loader, DataLoader):
+            raise DataError(
+                f"the training data come from a {type(loader).__name__}; expected a torch `DataLoader` over a "
+                "map-style dataset, whose examples can be fetched again by index."
+            )
+        if isinstance(loader.dataset, IterableDataset):
+            return cls(loader.dataset)  # raises, with the reason
+        if loader.batch_sampler is None:
+            raise DataError(
+                "the training DataLoader has `batch_size=None`: its dataset hands out whole batches, so single "
+                "examples have no index. Let the DataLoader make the batches (`batch_size=` or `batch_sampler=`)."
+            )
+        size = batch_size or loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
+        source = cls(
+            loader.dataset,
+            batch_size=int(size),
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            worker_init_fn=loader.worker_init_fn,
+        )
+        source.multiprocessing_context = loader.multiprocessing_context
+        source.pin_memory = loader.pin_memory
+        source.sequential = type(getattr(loader.batch_sampler, "sampler", None)) is SequentialSampler
+        return source
+
+    @property
+    def plain(self) -> bool:
+        """Whether all examples are tensors of the same shapes, batched as they are."""
+        return self._stored
+
+    def __len__(self) -> int:
+        """Return the number of examples of the dataset."""
+        return len(cast("Sized", self.dataset))
+
+    def batches(self, indices: Sequence[int], size: int | None = None) -> Iterator[tuple[list[int], Any]]:
+        """Yield ``(indices, batch)`` in the given order, ``size`` examples at a time (the last time fewer).
+
+        Collate functions of the user's own may change the order, and leave examples out (see ``missing``); examples of
+        several lengths that lie end to end come in several batches. The indices are those of the batch.
+
+        Neither the random streams nor what data set and collation reach is changed by it.
+
+        Raises:
+            DataError: If the data set hands out something else for the same index each time, or changes what training's
+                workers share.
+        """
+        size = size or self.pass_batch_size
+        plan = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
+        if len(plan) > 1 and len(plan[-1]) == 1 and size > 2:
+            # A lone last example would meet steps that `squeeze()` the batch away; the one before keeps it company.
+            plan[-1].insert(0, plan[-2].pop())
+        if self._stored and not self.num_workers and not self.pin_memory:
+            tensors = cast("TensorDataset", self.dataset).tensors
+            for chosen in plan:
+                yield chosen, [tensor[chosen] for tensor in tensors]
+            return
+        if not plan:
+            return
+        workers = min(self.num_workers, len(plan) // 2)
+        plain = is_plain(self.collate_fn)
+        collate_fn = self.collate_fn
+        if not plain:
+            collate_fn = Collating(RepeatableCollate(self._collate), self.collation, apart=True)
+        loader: DataLoader[Any] = DataLoader(
+            self.repeatable(indices),
+            batch_sampler=plan,
+            collate_fn=collate_fn,
+            num_workers=workers,
+            worker_init_fn=self.worker_init_fn if workers else None,
+            multiprocessing_context=self.multiprocessing_context if workers else None,
+            pin_memory=self.pin_memory,
+        )
+        with ExitStack() as guards:
+            if not (plain and is_deterministic(self.dataset)):
+                guards.enter_context(self._unchanged())
+            # Around each fetch: whoever asks for batches may draw between them.
+            with isolated_rng():
+                fetching = iter(loader)
+            for chosen in plan:
+                with isolated_rng():
+                    batch = next(fetching)
+                if plain:
+                    yield chosen, batch
+                else:
+                    yield from self._known(chosen, batch)
+
+    def _known(self, chosen: list[int], made: list[Collated]) -> Iterator[tuple[list[int], Any]]:
+        """Yield the batches whose examples are known; note what they lack."""
+        lacking = dict.fromkeys(chosen, "the collate function leaves it out")
+        for one in made:
+            if one.order is None:
+                lacking |= dict.fromkeys(lacking, f"its batch is not understood: {one.reason}")
+                continue
+            own = [chosen[k] for k in one.order.tolist()]
+            for index in own:
+                lacking.pop(index, None)
+            if own:
+                yield own, one.data
+        self.missing |= lacking
+
+    @contextmanager
+    def fetching(self) -> Iterator[Callable[[int], Any]]:
+        """Look at single examples, leaving no trace."""
+        with isolated_rng(), self._unchanged():
+            yield self.repeatable(range(len(self))).__getitem__
+
+    def digests(self) -> list[bytes | None]:
+        """Return what a few random examples hold, in short; None for those that are not the same twice."""
+        chosen = random.Random(0).sample(range(len(self)), min(_SAMPLE, len(self)))
+        with self.fetching() as fetch:
+            twice = [[_digest_of(fetch, index) for index in chosen] for _ in range(2)]
+        return [one if one == two else None for one, two in zip(*twice, strict=True)]
+
+    @property
+    def collation(self) -> Collation:
+        """What the collate function does with its examples; looked at once.
+
+        Raises:
+            DataError: If it reorders them in a way that can't be followed.
+        """
+        if self._collation is None:
+            self._collation = Collation()
+            if not is_plain(self.collate_fn) and len(self):
+                with self.fetching() as fetch:
+                    self._collation = learn(fetch, len(self), self._collate)
+        return self._collation
+
+    @property
+    def _collate(self) -> Callable[[list[Any]], Any]:
+        return self.collate_fn or default_collate
+
+    def settled(self, indices: Sequence[int]) -> list[int]:
+        """Return the examples that make one batch together, in the order in which it holds them."""
+        if is_plain(self.collate_fn):
+            return list(indices)
+        with isolated_rng():
+            return max((own for own, _ in self.batches(indices, len(indices))), key=len, default=[])
+
+    def steady(self, indices: Sequence[int], start: int, size: int) -> list[int]:
+        """Return a few examples that come in their order, also with a copy of the first at the end.
+
+        Args:
+            indices: To choose from.
+            start: Where to begin.
+            size: How many.
+
+        Raises:
+            DataError: If the collate function moves all that were tried.
+        """
+        collation = self.collation
+        pool = list(indices) if is_plain(self.collate_fn) else self.settled(list(indices)[: max(64, size)])
+        if collation.lengths and not collation.few_lengths:
+            # What lies end to end has to be seen to do so.
+            with self.fetching() as fetch:
+                pool.sort(key=lambda index: collation.lengths_of(fetch(index)))
+            return [pool[(start + k * (len(pool) // size or 1)) % len(pool)] for k in range(size)]
+        for shift in range(_TRIALS):
+            chosen = [pool[(start + shift + k) % len(pool)] for k in range(size)]
+            if collation.keeps_order or self.settled([*chosen, chosen[0]]) == [*chosen, chosen[0]]:
+                return chosen
+        raise DataError("the collate function moves examples, and none that it leaves in place were found.")
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        with unchanged(self.dataset, self.collate_fn) as state:
+            yield
+        self.changed |= state.changed
+
+    def repeatable(self, indices: Sequence[int]) -> Dataset[Any]:
+        """Return the data set for one pass; before the first one, some of the given examples are fetched twice.
+
+        Raises:
+            DataError: As ``batches``.
+        """
+        if is_deterministic(self.dataset):
+            return self.dataset
+        if self._rewinding is None:
+            self._rewinding = needs_everything(self.dataset, indices, self.num_workers)
+        return Repeatable(self.dataset, everything=self._rewinding)
+
+    @property
+    def _stored(self) -> bool:
+        """Whether batches are rows of tensors: one look-up each, instead of one for every example and a stack."""
+        return type(self.dataset) is TensorDataset and self.collate_fn in (None, default_collate)
+
+
+def _digest_of(fetch: Callable[[int], Any], index: int) -> bytes | None:
+    try:
+        return digest(fetch(index))
+    except Exception:  # a broken example that the sampler may leave out
+        return None
+
+
+def same_data(before: ExampleSource, digests: Sequence[bytes | None], after: ExampleSource) -> bool:
+    """Tell whether two sources hold the same examples, as far as their number, stored tensors and a sample tell.
+
+    Args:
+        before: A source.
+        digests: Its ``digests`` when it was looked at.
+        after: Another one.
+    """
+    if len(before) != len(after):
+        return False
+    one, other = before.dataset, after.dataset
+    if one is not other and type(one) is type(other) is TensorDataset:
+        pairs = zip(one.tensors, other.tensors, strict=False)
+        if not all(a.shape == b.shape and bool(((a == b) | (a != a)).all()) for a, b in pairs):
+            return False
+    now = after.digests()
+    return all(a == b for a, b in zip(digests, now, strict=True) if a is not None and b is not None)

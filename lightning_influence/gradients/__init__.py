@@ -1,0 +1,1 @@
+"""Every example's gradient, in passes over data that leave no trace."""

@@ -1,0 +1,193 @@
+"""Finding out what a model does with its parameters, from one tiny batch of its own data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_influence.core.isolation import hidden_parameters, rewind, seed_everything, untouched
+from lightning_influence.core.layout import BatchLayout, Order, find_layout
+from lightning_influence.core.snapshot import StateError
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered, cover
+from lightning_influence.gradients.trace import Trace
+from lightning_influence.gradients.tracer import ShapeRecorder, Tracer
+from lightning_influence.objective.losses import LossCall
+from lightning_influence.objective.scale import NoLossError, TermKey
+from lightning_influence.objective.task import Task, run_tapped
+from lightning_influence.objective.terms import BatchLoss, LossTerm, TaskError, TermForm, understand
+
+
+def discover(
+    module: nn.Module,
+    task: Task,
+    source: ExampleSource,
+    *,
+    indices: Sequence[int] | None = None,
+    layers: Layers = None,
+    uncovered: Uncovered = "report",
+    to_device: Callable[[Any], Any] = lambda batch: batch,
+    forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Coverage:
+    """Trace a model on one tiny batch and find the parameters whose per-example gradients are understood.
+
+    Args:
+        module: The model.
+        task: Its loss.
+        source: Its examples.
+        indices: The first few of them are run, by default of all.
+        layers: What to keep, see ``layers.cover``.
+        uncovered: ``"report"`` leaves other parameters out, with the reason; ``"exact"`` computes their gradients one
+            example at a time.
+        to_device: Moves a batch to the module's device.
+        forward_context: Wraps the forward passes (a Trainer's precision).
+
+    Returns:
+        The coverage.
+
+    Raises:
+        LayerError: If nothing is covered, or an entry of ``layers`` matches nothing.
+    """
+    indices = range(len(source)) if indices is None else indices
+    trace = trace_model(module, task, source, indices=indices, to_device=to_device, forward_context=forward_context)
+    return cover(module, layers, trace=trace, uncovered=uncovered)
+
+
+def trace_model(
+    module: nn.Module,
+    task: Task,
+    source: ExampleSource,
+    *,
+    indices: Sequence[int],
+    whole: bool = False,
+    to_device: Callable[[Any], Any] = lambda batch: batch,
+    forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Trace:
+    """Run a model on batches of two and of three examples and follow its parameters.
+
+    The three are the two and a copy of the first: all lengths are those of the smaller batch, and rows that share
+    a dimension with the examples can be told apart. All parameters are followed, as frozen ones may be trained later.
+
+    Args:
+        module: The model.
+        task: Its loss.
+        source: Its examples.
+        indices: The first few of them are run.
+        whole: Whether to run all of them as one batch instead.
+        to_device: Moves a batch to the module's device.
+        forward_context: Wraps the forward passes (a Trainer's precision).
+
+    Returns:
+        The trace; its ``failure`` says why if the model can't be run so.
+
+    Raises:
+        NoLossError: If there is no loss for them.
+    """
+    if not indices:
+        return Trace(failure="there are no examples")
+    parameters = [p for p in module.parameters() if p.is_floating_point()]
+    hidden = hidden_parameters(module)
+    try:
+        with untouched(module, task):
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+            def run(watch: ShapeRecorder | Tracer, indices: list[int]) -> BatchLoss | None:
+                ((_, batch),) = source.batches(indices, len(indices))
+                rewind()
+                seed_everything(0)
+                with forward_context(), watch:
+                    loss, calls = run_tapped(task, module, to_device(batch))
+                try:
+                    return understand(loss, calls, len(indices))
+                except TaskError:  # raised again by the first pass
+                    return None
+
+            # Examples that happen to have equal rows leave their order open: others are tried then.
+            for start, size in ((0, 2), (2, 3), (5, 4)) if not whole else ((0, len(indices)),):
+                chosen = list(indices) if whole else source.steady(indices, start, size)
+                recorder = ShapeRecorder()
+                small = run(recorder, chosen)
+                tracer = Tracer(parameters, recorder.calls, (size, size + 1), hidden)
+                large = run(tracer, [*chosen, chosen[0]])
+                if small is not None and large is not None:
+                    tracer.trace.forms = term_forms(small, large)
+                if not tracer.trace.ambiguous:
+                    break
+    except (torch.OutOfMemoryError, StateError, NoLossError):
+        raise
+    # Whatever goes wrong in a user's step on a tiny batch: layers used in the standard way are understood without.
+    except Exception as error:
+        return Trace(failure=f"{type(error).__name__}: {error}")
+    return tracer.trace
+
+
+def term_forms(small: BatchLoss, large: BatchLoss) -> dict[TermKey, TermForm]:
+    """Tell from two tiny batches where the examples of every term are, and which terms are sums.
+
+    Args:
+        small: A batch, say of examples ``a, b``.
+        large: The same examples and more, the last one a copy of the first: ``a, b, a``.
+
+    Returns:
+        The form of every term that both of them have.
+    """
+    forms: dict[TermKey, TermForm] = {}
+    smaller = {term.key: term for term in small.seen}
+    for after in large.seen:
+        before = smaller.get(after.key)
+        if before is None:
+            continue
+        call, pickings = after.call, (before.call.picking(), after.call.picking())
+        # A tensor that does not grow with the batch has no examples: rows looked up in it are the batch's own.
+        follow = not (pickings[0] and pickings[1] and pickings[0].source == pickings[1].source)
+        shapes = [
+            term.call.element_shape if picking is None or not follow else picking.source
+            for term, picking in zip((before, after), pickings, strict=True)
+        ]
+        layout = find_layout(shapes[0], shapes[1], (small.n, large.n))
+        if layout is not None:
+            # Rows side by side, also where there happens to be one per example here.
+            layout = BatchLayout(layout.dim, _order(call, layout.dim, large.n, follow))
+        steady = (
+            before.factor is not None
+            and after.factor is not None
+            and math.isclose(before.factor, after.factor, rel_tol=1e-6)
+        )
+        elementwise = steady and _changes(before, after, small.n, large.n, layout, follow)
+        sums = steady and not elementwise and call.reduction != "mean"
+        forms[after.key] = TermForm(layout, sums, follow, elementwise)
+    return forms
+
+
+def _changes(
+    before: LossTerm, after: LossTerm, small: int, large: int, layout: BatchLayout | None, follow: bool
+) -> bool:
+    """Tell whether the elements of the first example have other coefficients in the larger batch."""
+    if after.call.reduction != "none" or layout is None:
+        return False
+    first = []
+    for term, n in ((before, small), (after, large)):
+        call = term.call.placed(layout, follow=follow)
+        if not call.rows_match(n):
+            return False
+        first.append(call.shares(n).gather(call.per_row(call.scale(term.coefficient, n)))[0] / n)
+    return first[0].shape == first[1].shape and not torch.allclose(first[0], first[1], rtol=1e-4, equal_nan=True)
+
+
+def _order(call: LossCall, dim: int, n: int, follow: bool) -> Order:
+    """Tell the order of rows: the losses of the first and the last example are those of copies."""
+    orders: tuple[Order, Order] = ("major", "minor")
+    alike: list[Order] = []
+    for order in orders:
+        placed = call.placed(BatchLayout(dim, order), follow=follow)
+        if placed.rows_match(n):
+            parts = placed.shares(n).gather(placed.per_row(placed.elements().detach()))
+            if torch.allclose(parts[0], parts[-1], rtol=1e-3, atol=1e-6, equal_nan=True):
+                alike.append(order)
+    return alike[0] if len(alike) == 1 else "major"

@@ -1,0 +1,132 @@
+"""What the trace of a model has shown: how its parameters meet the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_influence.core.layout import BatchLayout
+from lightning_influence.layers.call import Call, Layouts
+from lightning_influence.objective.scale import TermKey
+from lightning_influence.objective.terms import TermForm
+
+UseKind = Literal["batched", "shared", "penalty", "unknown"]
+
+
+@dataclass(frozen=True)
+class View:
+    """Which part of a parameter a tensor is.
+
+    Attributes:
+        start: First row.
+        rows: Number of rows.
+        transposed: Whether rows and columns are exchanged.
+    """
+
+    start: int
+    rows: int
+    transposed: bool = False
+
+
+def view_of(tensor: Tensor, parameter: Tensor) -> View | None:
+    """Tell which rows of a parameter a tensor is, or that it is its transpose; None if it is something else."""
+    rows = len(parameter) if parameter.ndim else 1
+    if tensor is parameter:
+        return View(0, rows)
+    if tensor._base is not parameter or not parameter.ndim:
+        return None
+    offset = tensor.storage_offset() - parameter.storage_offset()
+    if tensor.ndim == parameter.ndim == 2 and not offset and tensor.stride() == parameter.stride()[::-1]:
+        if tensor.shape == parameter.shape[::-1]:
+            return View(0, rows, transposed=True)
+        return None
+    if tensor.shape[1:] != parameter.shape[1:] or tensor.stride() != parameter.stride():
+        return None
+    start, rest = divmod(int(offset), int(parameter.stride(0)))
+    return None if rest else View(start, len(tensor))
+
+
+@dataclass(frozen=True)
+class TracedUse:
+    """One call in which a parameter, or what was made from it, took part.
+
+    Attributes:
+        kind: ``"batched"``: it met the batch. ``"shared"``: something was made from it without the batch.
+            ``"penalty"``: it went into a number of the whole batch without an example. ``"unknown"``: it met the batch
+            in a way that is not understood.
+        function: The torch function.
+        layouts: Where the examples are, for ``"batched"``.
+        call: What the call does, for ``"batched"``.
+        roles: Role to the ids of the parameters that the tensor in it was made from.
+        views: Role to the part of the parameter that it is; None if it was made from it by more than a view.
+        arguments: For a function that is run once more for every example: where they are in its tensors.
+        repeated_size: Scalars of the gradient that such a function has for every example.
+        ndim: Number of dimensions of the output.
+        reason: Why it is not understood, or has to be run once more.
+    """
+
+    kind: UseKind
+    function: Callable[..., Any]
+    layouts: Layouts = Layouts()
+    call: type[Call] | None = None
+    transposed: bool = False
+    groups: int = 1
+    roles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    views: Mapping[str, View | None] = field(default_factory=dict)
+    arguments: tuple[BatchLayout | None, ...] = ()
+    repeated_size: int = field(default=0, compare=False)  # lengths differ between batches
+    ndim: int = 0
+    reason: str = ""
+
+    def fits(self, output: Tensor, n: int | None) -> bool:
+        """Tell whether an output for ``n`` examples (None: unknown) can be that of this use."""
+        if output.ndim != self.ndim:
+            return False
+        return n is None or self.kind != "batched" or self.layouts.output.fits(output.shape, n)
+
+
+@dataclass(eq=False)
+class Trace:
+    """What the trace of a model has shown.
+
+    Attributes:
+        paths: Id of a parameter to the sequences of its uses that were seen: a model may take different paths through
+            its layers in different batches.
+        parameters: The traced parameters (kept alive, as ids are theirs).
+        without_gradients: Ids of parameters that were used where gradients are off.
+        ambiguous: Whether the values left open in which order rows of examples lie.
+        batch_statistics: Whether a batch norm took the statistics of the batch.
+        forms: Where the examples of each term of the loss are, see ``discover.term_forms``.
+        formless: Terms of the loss that tracing has told nothing about.
+        outside: Shapes of trainable parameters that took part but are in no module, and the functions that used them.
+        failure: Why there is no trace: nothing but layers called in the standard way is understood then.
+    """
+
+    paths: dict[int, list[list[TracedUse]]] = field(default_factory=dict)
+    parameters: Sequence[Tensor] = ()
+    without_gradients: set[int] = field(default_factory=set)
+    ambiguous: bool = False
+    batch_statistics: bool = False
+    forms: Mapping[TermKey, TermForm] = field(default_factory=dict)
+    formless: set[TermKey] = field(default_factory=set)
+    outside: list[str] = field(default_factory=list)
+    failure: str | None = None
+
+    @property
+    def sums(self) -> bool:
+        """Whether the loss is known to be nothing but sums over the examples."""
+        return bool(self.forms) and all(form.sums for form in self.forms.values())
+
+    def uses(self, parameter: Tensor) -> list[TracedUse]:
+        """Return the uses of a parameter on all paths."""
+        return [use for path in self.paths.get(id(parameter), []) for use in path]
+
+    def add(self, other: Trace) -> None:
+        """Add the paths of another trace of the same model."""
+        self.forms = {**other.forms, **self.forms}
+        for key, paths in other.paths.items():
+            known = self.paths.setdefault(key, [])
+            known.extend(path for path in paths if path not in known)

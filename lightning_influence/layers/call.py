@@ -1,0 +1,134 @@
+"""Torch functions in which parameters meet the batch, and what each says about per-example gradients.
+
+A call turns its raw input and the gradient of its output into rows (activations ``x``, output gradients ``g``, see
+``per_sample``) for parameters that form a matrix, or into every example's own gradient for parameters that scale or
+shift. ``reading`` recognises the calls.
+
+Index legend: ``k`` groups, ``n`` examples, ``m`` rows of an example that lie in one dimension with the examples, ``s``
+positions, ``i`` inputs, ``o`` outputs, ``c`` channels.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_influence.core.layout import BatchLayout
+from lightning_influence.layers.patches import Activations
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """Where the examples are in the input and in the output of a call."""
+
+    input: BatchLayout = BatchLayout()
+    output: BatchLayout = BatchLayout()
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call.
+
+    Attributes:
+        input: What came from the batch, detached.
+        parameters: Role (``weight``, ``bias``) to the tensor that was passed in it.
+    """
+
+    input: Tensor
+    parameters: Mapping[str, Tensor]
+
+    matrix_roles: ClassVar[frozenset[str]] = frozenset()
+    """Roles whose gradient is a sum of outer products; the others scale or shift."""
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether the values of the input enter the gradients."""
+        return True
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Every tensor whose values enter the gradients."""
+        return (self.input,) if self.needs_input else ()
+
+    @property
+    def examples_in_input(self) -> bool:
+        """Whether a dimension of the input holds the examples, as one of the output does."""
+        return True
+
+    def batched_ndim(self) -> int:
+        """Return the smallest number of dimensions of an input with a batch."""
+        return 1
+
+
+@dataclass(frozen=True, eq=False)
+class DirectCall(Call):
+    """A call whose parameters scale or shift: every example's own gradient is formed."""
+
+    @abstractmethod
+    def direct(self, role: str, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
+        """Return every example's own gradient of a parameter that scales or shifts: ``[n, *shape]``.
+
+        Args:
+            role: Of the parameter.
+            gradient: Of the call's output.
+            n: Number of examples.
+            layouts: Where they are.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixCall(Call):
+    """A call whose weight has a gradient ``Σ_s g_s x_sᵀ``."""
+
+    matrix_roles = frozenset({"weight"})
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether the weight is followed: the bias alone does not need the input."""
+        return "weight" in self.parameters
+
+    @abstractmethod
+    def activations(self, n: int, layouts: Layouts) -> Tensor:
+        """Return ``[k, n, s, i]``."""
+
+    @abstractmethod
+    def output_gradients(self, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
+        """Return ``[k, n, s, o]``."""
+
+    def captured(self, n: int, layouts: Layouts, *, ones: bool = False) -> Activations:
+        """Return the activations, laid out only where that costs nothing.
+
+        Args:
+            n: Number of examples.
+            layouts: Where they are.
+            ones: Whether to add a last column of ones.
+        """
+        x = self.activations(n, layouts)
+        if not ones:
+            return x
+        widened = x.new_empty((*x.shape[:-1], x.shape[-1] + 1))  # F.pad would write everything twice
+        widened[..., :-1], widened[..., -1] = x, 1
+        return widened
+
+    def direct(self, role: str, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
+        """Return the bias's gradient: the output gradients summed over positions."""
+        return self.output_gradients(gradient, n, layouts).sum(2).transpose(0, 1).reshape(n, -1)
+
+
+def as_now(function: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
+    """Return a function that runs later under the autocast that is active now."""
+    kind = like.device.type
+    if not torch.is_autocast_enabled(kind):
+        return function
+    dtype = torch.get_autocast_dtype(kind)
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(kind, dtype):
+            return function(*args, **kwargs)
+
+    return run

@@ -1,0 +1,179 @@
+"""Rows of activations or output gradients, one-hot ones without their zeros.
+
+An embedding is a linear layer on one-hot rows: the gradient of example ``n`` is ``Σ_s e_id x_sᵀ``, where ``x_s`` is the
+gradient that reached the looked-up vector. A parameter used both as an embedding and as a linear layer has rows of
+both kinds.
+
+Index legend: ``k`` groups, ``n`` examples, ``s`` positions, ``o`` size of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_influence.layers.patches import Patches
+
+
+@dataclass(frozen=True, eq=False)
+class OneHot:
+    """Rows ``[1, n, s, o]`` that are 1 at one place and 0 elsewhere.
+
+    Attributes:
+        indices: Where the 1 is, ``[n, s]``.
+        size: Length ``o`` of a row.
+        distinct: Whether no two positions of an example share an index.
+        kept: ``[n, s]`` bool; the other rows are all zero (padding), and so are their activations. None keeps all.
+    """
+
+    indices: Tensor
+    size: int
+    distinct: bool = False
+    kept: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[1, n, s, o]``."""
+        return torch.Size((1, *self.indices.shape, self.size))
+
+    def keep(self, examples: Tensor) -> OneHot:
+        """Zero the rows of the examples that ``[n]`` bool leaves out."""
+        kept = examples.unsqueeze(1).expand_as(self.indices)
+        return OneHot(self.indices, self.size, self.distinct, kept if self.kept is None else kept & self.kept)
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """One-hot rows followed, along the positions, by dense ones ``[1, n, s, o]``."""
+
+    onehot: OneHot
+    dense: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[1, n, s, o]``, the positions of both counted."""
+        k, n, s, o = self.dense.shape
+        return torch.Size((k, n, s + self.onehot.shape[2], o))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the activations ``[1, n, s, i]`` that belong to these rows into those of the two parts."""
+        first = self.onehot.shape[2]
+        return x[:, :, :first], x[:, :, first:]
+
+
+Rows: TypeAlias = "Tensor | OneHot | Joined"
+
+# Rows of a moment that are computed together.
+_PANEL = 128
+
+
+def join(rows: Sequence[Tensor | OneHot]) -> Rows:
+    """Lay rows end to end along the positions; one-hot rows have to come first."""
+    dense = [part for part in rows if isinstance(part, Tensor)]
+    onehot = [part for part in rows if isinstance(part, OneHot)]
+    if not onehot:
+        return dense[0] if len(dense) == 1 else torch.cat(dense, 2)
+    first = onehot[0]
+    if len(onehot) > 1:
+        all_kept = all(part.kept is None for part in onehot)
+        kept = [torch.ones_like(part.indices, dtype=torch.bool) if part.kept is None else part.kept for part in onehot]
+        indices = torch.cat([part.indices for part in onehot], 1)
+        first = OneHot(indices, first.size, kept=None if all_kept else torch.cat(kept, 1))
+    return Joined(first, dense[0] if len(dense) == 1 else torch.cat(dense, 2)) if dense else first
+
+
+def held_bytes(rows: Rows | Patches) -> int:
+    """Return the memory that rows take as they are; one-hot ones have their indices alone."""
+    if isinstance(rows, Joined):
+        return held_bytes(rows.onehot) + held_bytes(rows.dense)
+    if isinstance(rows, Patches):
+        rows = rows.images
+    tensor = rows.indices if isinstance(rows, OneHot) else rows
+    return tensor.numel() * tensor.element_size()
+
+
+def added(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum of tensors as large as parameters, holding two of them at a time; at least one is needed."""
+    total: Tensor | None = None
+    for part in parts:
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def compact(x: Tensor, rows: OneHot) -> Tensor:
+    """Add up the activations of positions with the same index: each sum stands at the first of them, zeros elsewhere.
+
+    Afterwards no two non-zero rows of an example touch the same entries of its gradient, so that squares can be taken
+    row by row.
+
+    Args:
+        x: ``[1, n, s, i]``.
+        rows: The one-hot rows of the same positions.
+
+    Returns:
+        ``[1, n, s, i]``.
+    """
+    if rows.distinct or x.shape[2] == 1:
+        return x
+    # nst: the first position t with the index of position s
+    first = (rows.indices.unsqueeze(2) == rows.indices.unsqueeze(1)).to(torch.uint8).argmax(2)
+    place = first.view(1, *first.shape, 1).expand_as(x)
+    return torch.zeros_like(x).scatter_add_(2, place, x)
+
+
+def second_moment(rows: Rows | Patches, *, diagonal: bool = False) -> Tensor:
+    """Return ``Σ_ns v_ns v_nsᵀ`` for rows ``[k, n, s, o]``: ``[k, o, o]``, or only its diagonal ``[k, o]``."""
+    if isinstance(rows, Patches):
+        moment = None if diagonal else rows.second_moment()
+        return second_moment(rows.laid_out(), diagonal=diagonal) if moment is None else moment
+    if isinstance(rows, Joined):
+        onehot = second_moment(rows.onehot, diagonal=diagonal)
+        return onehot.to(rows.dense.dtype) + second_moment(rows.dense, diagonal=diagonal)
+    if isinstance(rows, OneHot):
+        indices = rows.indices.reshape(-1) if rows.kept is None else rows.indices[rows.kept]
+        counts = torch.bincount(indices, minlength=rows.size).unsqueeze(0).float()
+        return counts if diagonal else torch.diag_embed(counts)
+    if diagonal:
+        return rows.square().sum((1, 2))
+    k, n, s, i = rows.shape
+    columns = _columns(rows)
+    if columns is None:
+        if k == 1 and s > 1 and not rows.is_contiguous():
+            # One product per example rather than a copy.
+            return torch.addbmm(rows.new_zeros((i, i)), rows[0].transpose(-1, -2), rows[0]).unsqueeze(0)
+        columns = rows.reshape(k, n * s, i).transpose(-1, -2)
+    if i < 2 * _PANEL:
+        return columns @ columns.transpose(-1, -2)
+    # Symmetric: panels of rows, each from the diagonal on.
+    result = rows.new_empty((k, i, i))
+    for start in range(0, i, _PANEL):
+        panel = columns[:, start : start + _PANEL] @ columns[:, start:].transpose(-1, -2)
+        result[:, start : start + _PANEL, start:] = panel
+        result[:, start:, start : start + _PANEL] = panel.transpose(-1, -2)
+    return result
+
+
+def _columns(rows: Tensor) -> Tensor | None:
+    """Return ``[k, i, n·s]`` where rows ``[k, n, s, i]`` lie so in memory, as patches do; else None."""
+    _, n, s, i = rows.shape
+    apart = rows.stride(2) == 1 and (n == 1 or rows.stride(1) == s) and i > 1 and rows.stride(3) >= n * s
+    return rows.permute(0, 3, 1, 2).flatten(2) if apart and s > 1 else None
+
+
+def rotate(rows: Tensor, basis: Tensor | None) -> Tensor:
+    """Multiply every row by a matrix, ``[k, n, s, i]`` times ``[k, i, j]``; None is the identity."""
+    if basis is None:
+        return rows
+    k, n, s, i = rows.shape
+    if s == 1 or rows.is_contiguous():
+        return torch.bmm(rows.reshape(k, n * s, i), basis).view(k, n, s, -1)
+    columns = _columns(rows)
+    if columns is not None:
+        return torch.bmm(basis.transpose(-1, -2), columns).view(k, -1, n, s).permute(0, 2, 3, 1)
+    # A convolution's output gradients lie as [n, o, s]: multiply from the left there rather than copy them.
+    return (basis.transpose(-1, -2).unsqueeze(1) @ rows.transpose(-1, -2)).transpose(-1, -2)

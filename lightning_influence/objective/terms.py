@@ -1,0 +1,350 @@
+"""What the loss of one batch is made of, and every example's part in it.
+
+Each known call that the loss depends on is a term; ``ℓ`` of an example is the sum of its own elements over all terms,
+scaled such that the batch loss is the mean of ``ℓ``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_influence.core.layout import BatchLayout
+from lightning_influence.objective.losses import LossCall, single
+from lightning_influence.objective.scale import LossScale, TaskError, TermKey, TermShare
+
+__all__ = ["BatchLoss", "LossTerm", "TaskError", "TermForm", "placed_calls", "steady_terms", "understand"]
+
+
+@dataclass(frozen=True)
+class TermForm:
+    """How a term of the loss follows the batch; the same in every batch of a task, see ``discover.term_forms``.
+
+    Attributes:
+        layout: Where the examples are, see ``LossCall.layout``; None if the number of rows does not follow theirs.
+        sums: Whether the weight of an element in the batch loss stays as it is when the batch grows (a sum over the
+            examples); else it shrinks (a mean, by whatever the task divides by).
+        follow: See ``LossCall.follow``.
+        elementwise: Whether each element is divided by what belongs to the batch before they are added up.
+    """
+
+    layout: BatchLayout | None
+    sums: bool
+    follow: bool = True
+    elementwise: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class LossTerm:
+    """One tapped call and how it enters the batch loss.
+
+    Attributes:
+        call: The tapped call.
+        coefficient: Derivative of the batch loss with respect to what the call returned.
+        key: Which term of the loss it is.
+        reference: See ``batch_reference``; None takes the batch's own.
+        form: How it follows the batch; None takes a call with ``reduction="sum"`` for a sum, others for means.
+        factor: What the sum of the call's elements (times weights of the task's own, such as a mask) is multiplied
+            with; None if there is no such number.
+    """
+
+    call: LossCall
+    coefficient: Tensor
+    key: TermKey
+    reference: float | None = None
+    form: TermForm | None = None
+    factor: float | None = None
+
+    @property
+    def sums(self) -> bool:
+        """Whether the term grows with the batch."""
+        return self.call.reduction == "sum" if self.form is None else self.form.sums
+
+    def scale(self, n: int) -> Tensor:
+        """Return the weight of each element in its example's own loss."""
+        if self.call.reduction == "mean":
+            return self.call.scale(self.coefficient, n, self.reference)
+        return self.call.scale(self._coefficient, n) * self.correction(n)
+
+    def start(self, n: int) -> Tensor:
+        """Return the derivative of the sum of the examples' own losses with respect to what the call returned."""
+        return self._coefficient * (n * self.correction(n))
+
+    @property
+    def _coefficient(self) -> Tensor:
+        # Where nothing of the batch counts, the task has divided by zero: such examples have no loss.
+        nothing = self.form is not None and self.factor is not None and math.isinf(self.factor)
+        return torch.zeros_like(self.coefficient) if nothing else self.coefficient
+
+    def correction(self, n: int) -> float:
+        """Return the reference scale over the batch's own."""
+        if self.reference is None or (self.form is None and self.call.reduction == "none"):
+            return 1.0
+        own = self.batch_reference(n)
+        return self.reference / own if self.sums else own / self.reference
+
+    def batch_reference(self, n: int) -> float:
+        """Return the number that makes the term's scale depend on the batch.
+
+        The batch size for a sum; else what the elements are divided by (number of tokens, sum of weights), per
+        example.
+        """
+        if self.sums:
+            return float(n)
+        if self.form is None or self.call.reduction == "mean":
+            return self.call.batch_reference(n)
+        return 1.0 if not self.factor else 1 / (n * self.factor)
+
+    def share(self, n: int) -> TermShare:
+        """Return what this batch says about the scale of the term."""
+        weights = self.coefficient if self.call.reduction == "none" else self.call.weights()
+        counted = weights[weights != 0].abs()
+        reference, among = (self.batch_reference(n) if len(counted) else 0.0), None
+        if reference and single(self.call.noise_shape(n)) and bool(counted.max() <= (1 + 1e-5) * counted.min()):
+            among = reference * n / len(counted)
+        return TermShare(self.key, reference, self.sums, among)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchLoss:
+    """The loss of one batch and what the tap saw of it.
+
+    Attributes:
+        loss: The batch loss, in the graph.
+        n: Number of examples in the batch.
+        terms: The known calls that the loss is made of and whose rows can be shared out over the examples; empty if
+            none was seen.
+        remainder: Whether the loss has a part besides the terms that depends on what the terms depend on or has a
+            value of its own (an untapped loss, a penalty).
+        values: Per-example losses ``[n]`` if the task returned them or the terms tell them, else None.
+        seen: The terms and the known calls whose rows can't be shared out.
+    """
+
+    loss: Tensor
+    n: int
+    terms: tuple[LossTerm, ...]
+    remainder: bool
+    values: Tensor | None
+    seen: tuple[LossTerm, ...] = ()
+
+    @property
+    def scale(self) -> LossScale:
+        """What the terms are scaled by: the given scale, or else the batch's own."""
+        of = {t.key: t.batch_reference(self.n) if t.reference is None else t.reference for t in self.terms}
+        return LossScale(of)
+
+    @property
+    def tapped(self) -> bool:
+        """Whether the known calls account for the whole loss."""
+        return bool(self.terms) and not self.remainder
+
+    @property
+    def primary(self) -> LossCall | None:
+        """The call that predictions and margins are read from: the first."""
+        return self.terms[0].call if self.terms else None
+
+    def true_outputs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return tensors and gradients to run backward from, for the gradients of every example's own loss.
+
+        Starting from the terms instead of the batch loss puts the reference scale in place of the batch's own.
+        """
+        if not self.tapped:
+            return [self.loss], [torch.full_like(self.loss, float(self.n))]
+        outputs = [term.call.output for term in self.terms]
+        return outputs, [term.start(self.n) for term in self.terms]
+
+    def sampled_outputs(self, noise: Callable[[tuple[int, ...]], Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return logits and gradients for labels sampled from the model, independently for each term.
+
+        Args:
+            noise: Given the shape for one example, returns uniform numbers ``[n, *shape]``, fresh at each call.
+        """
+        inputs, gradients = [], []
+        for term in self.terms:
+            drawn = noise(term.call.noise_shape(self.n))
+            for tensor, gradient in term.call.sampled(term.scale(self.n), drawn):
+                if tensor.requires_grad:
+                    inputs.append(tensor)
+                    gradients.append(_like(gradient, tensor))
+        return inputs, gradients
+
+    def exact_draws(self) -> int | None:
+        """Return the number of backward passes of ``exact_outputs``, or None if there is no closed form."""
+        draws = [term.call.exact_draws(self.n) for term in self.terms]
+        return sum(d for d in draws if d is not None) if draws and None not in draws else None
+
+    def exact_outputs(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Yield logits and gradients whose outer products add up to the exact Fisher (GGN) of every example."""
+        for term in self.terms:
+            for column in term.call.exact(term.scale(self.n), self.n):
+                own = [(tensor, gradient) for tensor, gradient in column if tensor.requires_grad]
+                yield [tensor for tensor, _ in own], [_like(gradient, tensor) for tensor, gradient in own]
+
+
+def placed_calls(
+    calls: Sequence[LossCall], forms: Mapping[TermKey, TermForm]
+) -> list[tuple[TermKey, LossCall, TermForm | None]]:
+    """Tell which term each of the calls that a loss is made of is, and put its examples where they are.
+
+    Args:
+        calls: In the order in which they were made.
+        forms: See ``discover.term_forms``; a call without one has its examples side by side.
+    """
+    met: dict[tuple[str, Any], int] = {}
+    found: list[tuple[TermKey, LossCall, TermForm | None]] = []
+    for call in calls:
+        what = type(call).__name__, call.place
+        key = TermKey(*what, met.get(what, 0))
+        met[what] = key.occurrence + 1
+        form = forms.get(key)
+        found.append((key, call if form is None else call.placed(form.layout, follow=form.follow), form))
+    return found
+
+
+def steady_terms(
+    calls: Sequence[tuple[TermKey, LossCall, TermForm | None]], n: int
+) -> tuple[tuple[TermKey, float], ...] | None:
+    """Return the terms of a batch with their divisors per example, if these follow from shapes alone; else None.
+
+    Args:
+        calls: See ``placed_calls``; all that the loss is made of.
+        n: Number of examples in the batch.
+    """
+    found = [(key, call.steady_divisor(n, alone=len(calls) == 1)) for key, call, _ in calls]
+    told = tuple((key, divisor) for key, divisor in found if divisor is not None)
+    return told if told and len(told) == len(found) else None
+
+
+def understand(
+    loss: Tensor,
+    calls: Sequence[LossCall],
+    n: int,
+    scale: LossScale | None = None,
+    forms: Mapping[TermKey, TermForm] | None = None,
+) -> BatchLoss:
+    """Tell what a loss is made of; see ``evaluate``, of which this is the second half."""
+    values: Tensor | None = None
+    if loss.ndim == 1 and loss.shape[0] == n:
+        values, loss = loss.detach(), loss.mean()
+    if loss.numel() != 1:
+        raise TaskError(
+            f"the loss of a batch of {n} examples has the shape {tuple(loss.shape)}; expected a scalar (their mean), "
+            f"or [{n}] from a `task=`."
+        )
+    loss = loss.reshape(())
+    if not loss.requires_grad:
+        raise TaskError(
+            "the loss does not depend on any layer with trainable parameters that is understood: nothing to attribute. "
+            "Was it computed under `torch.no_grad()` or from detached tensors?"
+        )
+    seen = _seen(loss, calls, n, scale, forms or {})
+    terms = tuple(term for term in seen if term.call.rows_match(n))
+    with torch.no_grad():
+        explained = sum((float((term.coefficient * term.call.output).sum()) for term in terms), 0.0)
+        total = float(loss)
+        if math.isfinite(total) and math.isfinite(explained):
+            rounding = max(1e-4, 4 * torch.finfo(loss.dtype).eps)
+            remainder = abs(total - explained) > rounding * max(abs(total), abs(explained), 1e-8)
+        else:  # explained if the known calls are non-finite themselves
+            remainder = math.isfinite(explained)
+        if terms and not remainder:
+            parts = [term.call.per_example(term.call.elements() * term.scale(n), n) for term in terms]
+            values = torch.stack([part.to(loss.dtype) for part in parts]).sum(0)
+    return BatchLoss(loss, n, terms, remainder, values, seen)
+
+
+def _seen(
+    loss: Tensor,
+    calls: Sequence[LossCall],
+    n: int,
+    scale: LossScale | None,
+    forms: Mapping[TermKey, TermForm],
+) -> tuple[LossTerm, ...]:
+    """Return the calls that the loss is made of, as terms."""
+    if not calls:
+        return ()
+    reductions = [_reduction_of(loss, call) if call.reduction == "none" else None for call in calls]
+    wanted: list[Any] = [call.output for call in calls]
+    wanted += [reduction.edge for reduction in reductions if reduction is not None]
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+    at_reductions = iter(found[len(calls) :])
+    factors: list[Tensor | None] = []
+    for call, coefficient, reduction in zip(calls, found, reductions, strict=False):
+        factor = coefficient if call.reduction == "sum" else None
+        if reduction is not None:
+            at_reduction = next(at_reductions)
+            factor = None if at_reduction is None else at_reduction / reduction.count
+        factors.append(factor)
+    own = [k for k in range(len(calls)) if found[k] is not None]
+    terms: list[LossTerm] = []
+    for k, (key, call, form) in zip(own, placed_calls([calls[k] for k in own], forms), strict=True):
+        coefficient, factor, reduction = found[k], factors[k], reductions[k]
+        assert coefficient is not None
+        if call.reduction == "none" and call.rows_match(n):
+            call = call.counting(coefficient != 0)
+        if form is not None and form.elementwise:
+            factor = _divided(coefficient, n)
+        reference = scale[key] if scale is not None and call.rows_match(n) else None
+        terms.append(LossTerm(call, coefficient, key, reference, form, None if factor is None else float(factor)))
+    return tuple(terms)
+
+
+def _divided(coefficient: Tensor, n: int) -> Tensor:
+    """Return the one number that the elements that count were multiplied with; if they differ, that of a mean."""
+    counted = coefficient[coefficient != 0]
+    if not bool(torch.isfinite(coefficient).any()):
+        return torch.tensor(math.inf)  # nothing counts: it was divided by zero
+    alike = len(counted) > 0 and bool(counted.max() - counted.min() <= 1e-5 * counted.abs().max())
+    return counted[0] if alike else torch.tensor(1 / n)
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    """Where element losses become one number: the place in the graph, and what is divided by there."""
+
+    edge: GradientEdge
+    count: int
+
+
+def _reduction_of(loss: Tensor, call: LossCall) -> _Reduction | None:
+    """Find the operation that made one number of a call's elements, if there is just one."""
+    # The graph between the loss and the call, upside down.
+    target: Any = call.output.grad_fn
+    users: dict[Any, list[tuple[Any, int]]] = {}
+    waiting: list[Any] = [loss.grad_fn]
+    seen: set[Any] = {loss.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if node is None or node is target:
+            continue
+        for following, number in node.next_functions:
+            if following is None:
+                continue
+            users.setdefault(following, []).append((node, number))
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    found: dict[Any, int] = {}
+    above, met = [target], {target}
+    while above:
+        below = above.pop()
+        for node, number in users.get(below, []):
+            if not node._input_metadata[0].shape:
+                found[node] = math.prod(below._input_metadata[number].shape)
+            elif node not in met:
+                met.add(node)
+                above.append(node)
+    if len(found) != 1:
+        return None
+    ((node, count),) = found.items()
+    return _Reduction(GradientEdge(node, 0), count if node.name().startswith("Mean") else 1)
+
+
+def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    return gradient.to(tensor.dtype)

@@ -1,0 +1,1 @@
+"""Scores of examples and of pairs, and what a query measures."""

@@ -1,0 +1,1 @@
+"""Scores of pairs along the checkpoints of a run."""

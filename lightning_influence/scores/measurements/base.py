@@ -1,0 +1,221 @@
+"""What a measurement is: a number that a model gives on a set of examples, and its gradient.
+
+Most are a function of means over groups of examples (one group: the mean loss; two: a gap between them). Batches then
+add to one sum for each group, so that the gradient of the whole set is exact whatever the batches were.
+
+Index legend: ``n`` examples of a batch, ``c`` groups of examples, ``k, o, i`` a block's groups, outputs, inputs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_influence.core import distributed
+from lightning_influence.core.precision import wide_zeros, working_dtype
+from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
+from lightning_influence.layers import per_sample
+from lightning_influence.objective.terms import BatchLoss
+
+QuerySets: TypeAlias = "Sequence[tuple[ExampleGradients, Sequence[int]]]"
+"""Passes over the data of each set (one for every loader), and which of its examples to take."""
+
+
+class MeasurementError(ValueError):
+    """A measurement can't be made on these examples; the message says why and the way out."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A measurement of a set of examples; the same on every process.
+
+    Attributes:
+        value: The number.
+        gradient: Its gradient by block, ``[k, o, i]``; empty if not asked for.
+        counts: Group to its number of examples.
+        left_out: Number of examples with a non-finite value or gradient, which are no part of it.
+    """
+
+    value: float
+    gradient: dict[str, Tensor]
+    counts: dict[str, int]
+    left_out: int = 0
+
+
+class Measurement(ABC):
+    """A number that a model gives on a set of examples."""
+
+    higher_is_better: ClassVar[bool] = False
+    """Whether training is meant to raise it, as a margin, rather than to lower it, as a loss."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """One word, for columns and tags."""
+
+    @abstractmethod
+    def measure(self, sets: QuerySets, *, gradient: bool = True) -> Measured:
+        """Measure all sets as one.
+
+        Args:
+            sets: The examples. The passes are over one module, with one coverage.
+            gradient: Whether to differentiate by the covered parameters.
+
+        Raises:
+            MeasurementError: If the measurement is not defined for these examples, is no finite number, or does not
+                depend on the covered parameters.
+        """
+
+
+class Statistic(Measurement):
+    """A function of means, over groups of examples, of a value that every example has by itself."""
+
+    per_query: ClassVar[bool] = False
+    """Whether the value of one example alone is a measurement of the same kind."""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What the groups are, for errors."""
+        return ("all",)
+
+    @abstractmethod
+    def values(self, loss: BatchLoss) -> Tensor | None:
+        """Return the value of every example, ``[n]``, in the graph; None if only the loss of the batch is known."""
+
+    def combined(self, means: Tensor) -> Tensor:
+        """Return the measurement from the means ``[c]`` of the groups, differentiably."""
+        return means[0]
+
+    def assigned(self, queries: ExampleGradients, indices: Sequence[int]) -> Tensor | None:
+        """Return the group of every example of the dataset, -1 for none; None if there is just one group."""
+        return None
+
+    def members(self, loss: BatchLoss, assigned: Tensor) -> Tensor:
+        """Return the group of every example of a batch, ``[n]``, given what ``assigned`` says of them."""
+        return assigned
+
+    def altered(self, batch: Any, run: Callable[[Any], BatchLoss]) -> Any:
+        """Return the batch to evaluate, see ``passes.Quantity``."""
+        return batch
+
+    def outputs(self, loss: BatchLoss) -> tuple[list[Tensor], list[Tensor]]:
+        """Return where to run backward from, see ``passes.Quantity``."""
+        values = self.values(loss)
+        if values is None:
+            return loss.true_outputs()
+        return [values], [torch.ones_like(values)]
+
+    def measure(self, sets: QuerySets, *, gradient: bool = True) -> Measured:
+        """Measure all sets as one, batch by batch; processes share the examples."""
+        # Before anything is computed: groups that can't be told, or are empty.
+        assigned = [self.assigned(queries, indices) for queries, indices in sets]
+        sums = _Sums(self, sets[0][0], gradient)
+        for (queries, indices), groups in zip(sets, assigned, strict=True):
+            measuring = queries.measuring(self)
+            if not gradient:
+                with closing(measuring.losses(indices)) as losses:
+                    for found, loss in losses:
+                        sums.count(loss, _of(groups, found))
+                continue
+            with closing(measuring.run(indices, title=self.name)) as batches:
+                for batch in batches:
+                    sums.add(batch, _of(groups, batch.indices))
+        return sums.result()
+
+
+class _Sums:
+    """Values and gradients of a statistic, added up by group."""
+
+    def __init__(self, statistic: Statistic, queries: ExampleGradients, gradient: bool) -> None:
+        self._statistic = statistic
+        c = len(statistic.groups)
+        like = next(p for p in queries.module.parameters() if p.is_floating_point())
+        dtype = working_dtype(like.dtype)
+        blocks = queries.coverage.blocks if gradient else {}
+        self._values = wide_zeros(c, like.device)
+        self._counts = torch.zeros(c + 1, dtype=torch.int64, device=like.device)  # the last one: left out
+        self._gradients = {
+            name: torch.zeros((c, *block.shape), dtype=dtype, device=like.device) for name, block in blocks.items()
+        }
+
+    def count(self, loss: BatchLoss, assigned: Tensor | None, finite: Tensor | None = None) -> Tensor:
+        """Add the values of a batch; return which examples are in which group, ``[c, n]``."""
+        with torch.no_grad():
+            values = self._statistic.values(loss)
+            # Where only the batch loss is known, every example has the mean: the sum is right.
+            values = loss.loss.detach().expand(loss.n) if values is None else values.detach()
+            values = values.to(self._values)
+            groups = torch.zeros(loss.n, dtype=torch.long) if assigned is None else assigned
+            groups = self._statistic.members(loss, groups.to(values.device))
+        usable = values.isfinite() if finite is None else values.isfinite() & finite.to(values.device)
+        inside = torch.arange(len(self._values), device=values.device).unsqueeze(1) == groups
+        self._counts[-1] += (inside.any(0) & ~usable).sum()
+        inside &= usable
+        self._counts[:-1] += inside.sum(1)
+        self._values += (inside * values.nan_to_num(0, 0, 0)).sum(1)
+        return inside
+
+    def add(self, batch: BatchGradients, assigned: Tensor | None) -> None:
+        """Add values and gradients of a batch."""
+        inside = self.count(batch.loss, assigned, batch.finite)
+        for io in batch.layers():
+            for group, mask in zip(self._gradients[io.name], inside, strict=True):
+                # A gradient is linear in the activations, also where the rows of `g` are one-hot.
+                x = io.x if bool(mask.all()) else io.x * mask.to(io.x)[None, :, None, None]
+                group += per_sample.summed_gradient(x, io.gs[0])
+
+    def result(self) -> Measured:
+        """Return the measurement of everything that was added, on all processes."""
+        names = list(self._gradients)
+        values, counts, *gradients = distributed.sum_across_processes(
+            [self._values, self._counts, *(self._gradients[name] for name in names)]
+        )
+        sizes = dict(zip(self._statistic.groups, counts[:-1].tolist(), strict=True))
+        left_out = int(counts[-1])
+        check_sizes(self._statistic.name, sizes, f"; {left_out} are left out as not finite" if left_out else "")
+        means = (values / counts[:-1]).requires_grad_(True)
+        with torch.enable_grad():
+            value = self._statistic.combined(means)
+        (slopes,) = torch.autograd.grad(value, means)
+        weights = (slopes / counts[:-1]).to(values.device)
+        summed = {
+            # c, ckoi -> koi
+            name: torch.tensordot(weights.to(found), found, 1)
+            for name, found in zip(names, gradients, strict=True)
+        }
+        if summed:
+            check_gradient(self._statistic.name, summed)
+        return Measured(float(value.detach()), summed, sizes, left_out)
+
+
+def check_sizes(name: str, sizes: dict[str, int], more: str = "") -> None:
+    """Raise ``MeasurementError`` if a group is empty."""
+    empty = [group for group, size in sizes.items() if not size]
+    if empty:
+        listed = ", ".join(f"{group}: {size}" for group, size in sizes.items())
+        raise MeasurementError(
+            f"{name}: no example of the query set is in the group {' or '.join(map(repr, empty))} ({listed}{more}); "
+            "take queries that have examples of every group."
+        )
+
+
+def check_gradient(name: str, gradient: dict[str, Tensor]) -> None:
+    """Raise ``MeasurementError`` for a gradient that is exactly zero, or not finite."""
+    if not all(bool(value.isfinite().all()) for value in gradient.values()):
+        raise MeasurementError(f"{name}: its gradient is not finite; leave out the examples that make it so.")
+    if not any(bool(value.any()) for value in gradient.values()):
+        raise MeasurementError(
+            f"{name} does not depend on the covered parameters ({', '.join(list(gradient)[:5])}): its gradient is "
+            "exactly zero, and no training example has an influence on it. Compute it from the model's outputs, "
+            "without `detach`, `no_grad`, `argmax` or rounding."
+        )
+
+
+def _of(groups: Tensor | None, indices: Sequence[int]) -> Tensor | None:
+    return None if groups is None else groups[torch.as_tensor(indices)]

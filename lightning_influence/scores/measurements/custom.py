@@ -1,0 +1,104 @@
+"""Measurements that the user writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.core import distributed
+from lightning_influence.core.isolation import untouched
+from lightning_influence.core.precision import wide, wide_zeros
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.scores.measurements.base import (
+    Measured,
+    Measurement,
+    MeasurementError,
+    QuerySets,
+    check_gradient,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Custom(Measurement):
+    """A function ``(module, batch) -> number`` of a set of examples, differentiated by autograd.
+
+    The whole set comes as one batch, on every process: whatever the function does with it (a gap, a ratio, a rank
+    correlation), the result does not depend on batches. Of several query loaders, each set comes as a batch, and the
+    result is their mean, weighted by size.
+
+    Args:
+        function: Called with the module in eval mode and a batch on its device; returns a tensor of one number that
+            depends on the module's parameters.
+        label: Its name, by default the function's.
+        batched: For a function that is a mean over the examples of a batch, and sets too large for one batch: it is
+            called with batches of the source's size, and the result is their mean, weighted by size.
+    """
+
+    function: Callable[[Any, Any], Tensor]
+    label: str | None = None
+    batched: bool = False
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        name = self.label or str(getattr(self.function, "__name__", type(self.function).__name__))
+        return "measurement" if name == "<lambda>" else name
+
+    def measure(self, sets: QuerySets, *, gradient: bool = True) -> Measured:
+        """Measure all sets, see the class."""
+        queries = sets[0][0]
+        blocks = queries.coverage.blocks
+        owned = {name: parameter for block in blocks.values() for name, parameter in block.parameters.items()}
+        total = sum(len(indices) for _, indices in sets)
+        value = wide_zeros((), queries.device)
+        sums = {name: torch.zeros_like(parameter) for name, parameter in owned.items()} if gradient else {}
+        with untouched(queries.module, self.function):
+            for parameter in owned.values():
+                parameter.requires_grad_(True)
+            for passes, batch, n in self._batches(sets):
+                found = self._checked(passes.applied(self.function, batch))
+                value += n / total * wide(found.detach())
+                if not gradient:
+                    continue
+                parts = torch.autograd.grad(found, list(owned.values()), allow_unused=True)
+                for name, part in zip(owned, parts, strict=True):
+                    if part is not None:
+                        sums[name] += n / total * part.to_dense() if part.is_sparse else n / total * part
+        if self.batched:
+            value, *summed = distributed.sum_across_processes([value, *sums.values()])
+            sums = dict(zip(sums, summed, strict=True))
+        result = {
+            name: block.from_parameters({own: sums[own] for own in block.parameters})
+            for name, block in blocks.items()
+            if gradient
+        }
+        if gradient:
+            check_gradient(self.name, result)
+        return Measured(float(value), result, {"all": total})
+
+    def _batches(self, sets: QuerySets) -> Iterator[tuple[ExampleGradients, Any, int]]:
+        for passes, indices in sets:
+            own: Sequence[int] = distributed.share(indices) if self.batched else indices
+            size = passes.source.pass_batch_size if self.batched else len(own)
+            for found, batch in passes.source.batches(own, size):
+                yield passes, batch, len(found)
+
+    def _checked(self, found: Any) -> Tensor:
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            what = f"the shape {list(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
+            raise MeasurementError(
+                f"{self.name} returned {what}; expected a tensor with one number for the whole set of queries. Reduce "
+                "it (`.mean()`), and leave out `.item()`."
+            )
+        if not found.requires_grad:
+            raise MeasurementError(
+                f"{self.name} does not depend on the covered parameters: what it returned has no gradient. Compute it "
+                "from the model's outputs, without `detach`, `no_grad`, `argmax` or rounding."
+            )
+        if not bool(found.isfinite()):
+            raise MeasurementError(f"{self.name} is {float(found)}; expected a finite number.")
+        return found.reshape(())

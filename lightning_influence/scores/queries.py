@@ -1,0 +1,239 @@
+"""Queries: what training examples are scored by, one gradient each, preconditioned once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_influence.core import distributed, memory
+from lightning_influence.core.precision import wide, working_dtype
+from lightning_influence.curvature.blocks.block import Eigenbasis
+from lightning_influence.curvature.curvature import Curvature
+from lightning_influence.gradients.capture import LayerIO
+from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
+from lightning_influence.layers import per_sample
+from lightning_influence.layers.rows import Rows
+
+# Of each query's gradient there are, for a while: itself, the solution, and what solving takes.
+_COPIES = 4
+
+
+class QueryError(ValueError):
+    """The task of the training data can't be run on the queries; the cause is what it raised."""
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedQueries:
+    """Preconditioned gradients of some queries.
+
+    Attributes:
+        vectors: ``(C + λ)⁻¹ g_q`` by block, ``[q, k, o, i]``, each in the basis that ``bases`` names.
+        self_influence: ``g_qᵀ (C + λ)⁻¹ g_q``, ``[q]``; NaN for queries without a finite gradient.
+        bases: Bases of the vectors by block; None, or no entry, is that of the parameters.
+    """
+
+    vectors: Mapping[str, Tensor]
+    self_influence: Tensor
+    bases: Mapping[str, Eigenbasis | None] = field(default_factory=dict)
+
+    def products(self, io: LayerIO) -> Tensor:
+        """Return one block's part of ``⟨g_z, v_q⟩`` for a batch of ``n`` examples, ``[n, q]``."""
+        return per_sample.products(*_rows(io, self.bases.get(io.name)), self.vectors[io.name])
+
+
+def check_pairs(
+    gradients: ExampleGradients, indices: Sequence[int], queries: ExampleGradients, query_indices: Sequence[int]
+) -> None:
+    """Raise ``ValueError`` for training data and queries that do not go together."""
+    if not len(query_indices):
+        raise ValueError("there is no query to score; pass at least one index.")
+    if not len(indices):
+        raise ValueError("there is no training example to score; pass at least one index.")
+    if queries.module is not gradients.module:
+        raise ValueError("the queries run through another model than the training data; build both on the same module.")
+    check_layers(gradients, "the queries", queries.coverage.blocks.keys())
+    own, theirs = ({name: block.shape for name, block in p.coverage.blocks.items()} for p in (gradients, queries))
+    if own != theirs:
+        raise ValueError("the queries' layers have other shapes than the training data's; use the same coverage.")
+
+
+def check_layers(gradients: ExampleGradients, other: str, covered: Set[str]) -> None:
+    """Raise ``ValueError`` if something else covers other layers than the training data's passes."""
+    if different := covered ^ gradients.coverage.blocks.keys():
+        raise ValueError(
+            f"{other} and the training data differ in the layers {sorted(different)}; build the passes with the same "
+            "coverage, and fit the curvature with them."
+        )
+
+
+def query_chunks(gradients: ExampleGradients, indices: Sequence[int], size: int) -> tuple[list[list[int]], list[str]]:
+    """Return the queries to take at a time, and what to say about it; the same on every process.
+
+    Args:
+        gradients: Passes over the training data.
+        indices: The queries.
+        size: Bytes of preconditioned gradients to hold at a time; fewer are taken if the memory does not suffice.
+    """
+    like = next(p for p in gradients.module.parameters() if p.is_floating_point())
+    width = max(1, gradients.coverage.covered_parameters * working_dtype(like.dtype).itemsize)
+    asked = step = min(len(indices), max(1, size // width))
+    # All processes take as many as the one with the least memory can.
+    while step > 1 and distributed.any_process(not memory.fits(_COPIES * step * width, gradients.device)):
+        step = (step + 1) // 2
+    chunks = [list(indices[start : start + step]) for start in range(0, len(indices), step)]
+    if step == asked:
+        return chunks, []
+    note = (
+        f"the gradients of {asked:,} queries take {memory.readable(_COPIES * asked * width)} of memory, more than is "
+        f"available: {step:,} were taken at a time, in {len(chunks):,} passes over the training data."
+    )
+    return chunks, [note]
+
+
+def prepared_queries(
+    curvature: Curvature, queries: ExampleGradients, chunks: Sequence[list[int]], examples: int | None = None
+) -> Iterator[PreparedQueries]:
+    """Yield the preconditioned gradients of one chunk of queries after the other, the same on every process.
+
+    Args:
+        curvature: ``C + λ``.
+        queries: Passes over the queries' data.
+        chunks: The queries, as many as are taken at a time.
+        examples: Number of training examples that each chunk will be multiplied with: vectors stay in the eigenbasis
+            of the curvature where rotating the examples costs less. None leaves all in the basis of the parameters.
+
+    Raises:
+        QueryError: With the first chunk, if the task can't be run on some query of any chunk.
+        SolverError: If an iterative solver did not reach its tolerance.
+    """
+    _check_later(queries, chunks)
+    for chunk in chunks:
+        yield _prepared(curvature, queries, chunk, examples)
+
+
+def _prepared(
+    curvature: Curvature, queries: ExampleGradients, chunk: list[int], examples: int | None
+) -> PreparedQueries:
+    """Return the preconditioned gradients of one chunk of queries."""
+    bases: dict[str, Eigenbasis | None] = {}
+
+    def formed(io: LayerIO) -> Tensor:
+        if io.name not in bases:
+            bases[io.name] = None if examples is None else _cheaper_basis(curvature, io, len(chunk), examples)
+        return per_sample.formed(*_rows(io, bases[io.name]))
+
+    gradients, finite = _gradients(queries, chunk, formed)
+    solved = curvature.solve({name: v for name, v in gradients.items() if bases.get(name) is None})
+    vectors: dict[str, Tensor] = {}
+    products: list[Tensor] = []
+    for name in list(gradients):
+        gradient, basis = gradients.pop(name), bases.get(name)
+        vectors[name] = solved[name] if basis is None else gradient * basis.inverse
+        # The same number in every orthonormal basis. Rows first: a sum in float64 takes a copy of what it adds up.
+        products.append(wide((gradient * vectors[name]).sum(3)).sum((1, 2)))
+    return PreparedQueries(vectors, torch.stack(products).sum(0).masked_fill(~finite, torch.nan), bases)
+
+
+def _rows(io: LayerIO, basis: Eigenbasis | None) -> tuple[Tensor, Rows]:
+    """Return a block's activations and output gradients, in a basis."""
+    return (io.x, io.gs[0]) if basis is None else basis.rotated(io.x, io.gs[0])
+
+
+def _cheaper_basis(curvature: Curvature, io: LayerIO, queries: int, examples: int) -> Eigenbasis | None:
+    """Return the eigenbasis of a block if pairs cost less in it than in the basis of the parameters, else None.
+
+    The multiplications beyond those of the scores themselves, with one position per example and a single process:
+
+    * in the eigenbasis, the rows of all queries and training examples are rotated: ``(q + n)(i² + o²)``;
+    * else the queries' gradients are rotated there and back: ``2 q·o·i (i + o)``;
+
+    where a side that has the identity as its basis costs nothing. One-hot rows stay in the basis of the parameters, and
+    so do layers with more positions, whose rows cost that much more to rotate. Both are told from the first batch of
+    queries; should other batches be of another kind, the scores are right all the same.
+    """
+    basis = curvature.eigenbasis(io.name)
+    if basis is None or io.x.shape[2] > 1 or not isinstance(io.gs[0], Tensor):
+        return None
+    _, o, i = basis.inverse.shape
+    sides = [of.shape[-1] for of in (basis.activation_basis, basis.gradient_basis) if of is not None]
+    rotated_rows = (queries + examples) * sum(side**2 for side in sides)
+    return basis if rotated_rows < 2 * queries * o * i * sum(sides) else None
+
+
+def query_gradients(
+    queries: ExampleGradients, chunks: Sequence[list[int]]
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Yield the gradients of one chunk of queries after the other, by block, ``[q, k, o, i]``, and which are finite.
+
+    Args:
+        queries: Passes over the queries' data.
+        chunks: The queries, as many as are taken at a time.
+
+    Raises:
+        QueryError: With the first chunk, if the task can't be run on some query of any chunk.
+    """
+    _check_later(queries, chunks)
+    for chunk in chunks:
+        yield _gradients(queries, chunk, lambda io: per_sample.formed(io.x, io.gs[0]))
+
+
+def _check_later(queries: ExampleGradients, chunks: Sequence[list[int]]) -> None:
+    """Raise ``QueryError`` if the task can't be run on some query of any chunk but the first, which comes next."""
+    for chunk in chunks[1:]:
+        # Else a query that does not fit is found after a pass over the training data for every chunk before it.
+        _visit(queries, chunk, lambda place, batch: None)
+
+
+def _gradients(
+    queries: ExampleGradients, indices: list[int], form: Callable[[LayerIO], Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the queries' gradients by block, ``[q, k, o, i]``, as ``form`` gives them, and which are finite."""
+    shapes = {name: (len(indices), *block.shape) for name, block in queries.coverage.blocks.items()}
+    reached: dict[str, Tensor] = {}
+    finite: list[Tensor] = []
+
+    def take(place: int, batch: BatchGradients) -> None:
+        for io in batch.layers():
+            formed = form(io)
+            if len(formed) == len(indices):  # all queries at once: no copy
+                reached[io.name] = formed
+                continue
+            if io.name not in reached:
+                reached[io.name] = formed.new_zeros(shapes[io.name])
+            reached[io.name][place : place + len(formed)] = formed
+        finite.append(batch.finite)
+
+    _visit(queries, indices, take)
+    like = next(iter(reached.values()), torch.zeros(0, device=queries.device))
+    # Zeros are made only where they are needed: they are as large as gradients.
+    found = {name: reached[name] if name in reached else like.new_zeros(shape) for name, shape in shapes.items()}
+    return found, torch.cat(finite)
+
+
+def _visit(queries: ExampleGradients, indices: list[int], take: Callable[[int, BatchGradients], None]) -> None:
+    """Hand every batch of queries on, with the place of its first one, on every process."""
+    done = 0
+    try:
+        with closing(queries.run(indices, title="queries", everywhere=True)) as batches:
+            for batch in batches:
+                take(done, batch)
+                done += batch.loss.n
+    # Anything can go wrong in a user's task that meets another kind of batch.
+    except Exception as error:
+        if _out_of_memory(error):
+            raise
+        failed = indices[done : done + queries.source.pass_batch_size]
+        raise QueryError(
+            f"queries: the training task can't be run on the batch from query {failed[0]} to {failed[-1]} "
+            f"({type(error).__name__}: {error}). Queries need inputs and labels of the kind that the model was trained "
+            "on."
+        ) from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # On the host torch raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

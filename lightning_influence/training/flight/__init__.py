@@ -1,0 +1,1 @@
+"""TracIn in flight: squared gradient norms read off training's own backward pass."""

@@ -1,0 +1,196 @@
+"""Step sizes that optimizers have really taken, by parameter and by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_influence.gradients.capture import LayerIO
+from lightning_influence.layers import per_sample
+from lightning_influence.layers.blocks import ParameterBlock
+from lightning_influence.training import optimizers
+
+
+@dataclass(frozen=True)
+class OptimizerHistory:
+    """What the optimizers did in a run.
+
+    Attributes:
+        step_sizes: Parameter name to ``Σ_t η_t / (1 - momentum)`` over all steps.
+        weight_decay: Parameter name to the coefficient of an L2 term in the loss; decoupled decay is none.
+        adaptive: Names of optimizers whose steps are no multiples of the gradient (Adam), or may not be.
+        steps: Number of optimizer steps.
+    """
+
+    step_sizes: Mapping[str, float]
+    weight_decay: Mapping[str, float]
+    adaptive: tuple[str, ...]
+    steps: int
+
+
+StepSize: TypeAlias = "tuple[float, float] | Tensor"
+"""``η`` of a block's first parameter and of the others, or ``η P`` of every scalar, ``[k, o, i]``."""
+
+
+class StepSizes:
+    """Sums the learning rates that the optimizers use, per parameter, between two checkpoints.
+
+    Args:
+        module: The model; learning rates are kept under its parameter names.
+
+    Attributes:
+        summed: Number of examples whose own losses add up to a batch loss; 1 where that is their mean. As many times
+            the rate of a sum is the rate of the mean that makes the same steps, and a part of its L2 term.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.summed = 1
+        self._names = {id(p): name for name, p in module.named_parameters()}
+        self.steps = 0
+        self._sums: dict[str, float] = {}
+        self._totals: dict[str, float] = {}
+        self._weight_decay: dict[str, float] = {}
+        self._adaptive: set[str] = set()
+        self._all_steps = 0
+        self.optimizers: set[str] = set()
+        self.unknown: set[str] = set()
+        self._met: set[type] = set()  # optimizers that are in these sets
+        # Rates and L2 coefficients wait for being shared out to each of the parameters that they are for.
+        self._waiting: dict[tuple[str, ...], tuple[float, float]] = {}
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """Parameter name to the sum of its learning rates since the last checkpoint."""
+        self._share_out()
+        return self._sums
+
+    def record(self, optimizer: Any) -> None:
+        """Add the current learning rates of one optimizer, just before it steps."""
+        self.steps += 1
+        self._all_steps += 1
+        optimizer = optimizers.inner(optimizer)
+        if type(optimizer) not in self._met:
+            self._meet(optimizer)
+        names, waiting = self._names, self._waiting
+        for group in optimizer.param_groups:
+            known = tuple([names[id(p)] for p in group["params"] if p.requires_grad and id(p) in names])
+            before, _ = waiting.get(known, (0.0, 0.0))
+            decay = optimizers.l2_coefficient(optimizer, group) / self.summed
+            waiting[known] = before + optimizers.rate(group) * self.summed, decay
+
+    def _meet(self, optimizer: Any) -> None:
+        self._met.add(type(optimizer))
+        name = type(optimizer).__name__
+        self.optimizers.add(name)
+        if not optimizers.is_understood(optimizer):
+            self.unknown.add(name)
+        if not isinstance(optimizer, torch.optim.SGD):
+            self._adaptive.add(name)
+
+    def _share_out(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for names, (rate, decay) in waiting.items():
+            for name in names:
+                self._sums[name] = self._sums.get(name, 0.0) + rate
+                self._totals[name] = self._totals.get(name, 0.0) + rate
+                self._weight_decay[name] = decay
+
+    def history(self) -> OptimizerHistory:
+        """Return what the optimizers have done since the start of training."""
+        self._share_out()
+        return OptimizerHistory(
+            dict(self._totals), dict(self._weight_decay), tuple(sorted(self._adaptive)), self._all_steps
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums, in primitives."""
+        return {
+            "step_sizes": dict(self.sums),
+            "steps": self.steps,
+            "total_step_sizes": dict(self._totals),
+            "weight_decay": dict(self._weight_decay),
+            "adaptive": sorted(self._adaptive),
+            "all_steps": self._all_steps,
+            "optimizers": sorted(self.optimizers),
+            "unknown_optimizers": sorted(self.unknown),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; one of an earlier version does not know the totals."""
+        self._sums, self._waiting = dict(state["step_sizes"]), {}
+        self.steps = state["steps"]
+        self._totals = dict(state.get("total_step_sizes", {}))
+        self._weight_decay = dict(state.get("weight_decay", {}))
+        self._adaptive = set(state.get("adaptive", ()))
+        self._all_steps = state.get("all_steps", 0)
+        self._met = set()
+        self.optimizers = set(state.get("optimizers", ()))
+        self.unknown = set(state.get("unknown_optimizers", ()))
+
+    def take(self) -> dict[str, float]:
+        """Return the sums since the last call and start again."""
+        taken, self._sums, self.steps = self.sums, {}, 0
+        return taken
+
+
+def block_step_sizes(
+    blocks: Mapping[str, ParameterBlock],
+    sums: Mapping[str, float],
+    module: nn.Module,
+    preconditioner: Mapping[str, Tensor] | None = None,
+) -> dict[str, StepSize]:
+    """Return the step sizes of every block.
+
+    Args:
+        blocks: The blocks.
+        sums: Parameter name to step size; 0 for others.
+        module: The model, as a parameter may have several names.
+        preconditioner: Parameter name to what its gradient is multiplied with, elementwise; ones for others.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    preconditioner = preconditioner or {}
+    result: dict[str, StepSize] = {}
+    for block_name, block in blocks.items():
+        own = {name: names.get(id(parameter), "") for name, parameter in block.parameters.items()}
+        sizes = [sums.get(name, 0.0) for name in own.values()]
+        if preconditioner.keys() & own.values():
+            scaled = {
+                name: sums.get(own[name], 0.0) * preconditioner.get(own[name], torch.ones_like(parameter)).to(parameter)
+                for name, parameter in block.parameters.items()
+            }
+            result[block_name] = block.from_parameters({name: value.detach() for name, value in scaled.items()})
+        else:
+            result[block_name] = sizes[0], sizes[-1] if len(sizes) > 1 else 0.0
+    return result
+
+
+def is_one_rate(step_size: StepSize, bias_columns: slice | None) -> bool:
+    """Tell whether all of a block's parameters have one and the same ``η``, so that its squared norms tell all.
+
+    Args:
+        step_size: Of the block.
+        bias_columns: Columns of the activations that are the bias; None without one.
+    """
+    return not isinstance(step_size, Tensor) and (bias_columns is None or step_size[0] == step_size[1])
+
+
+def self_influence(io: LayerIO, norms: Tensor, bias_columns: slice | None, step_size: StepSize) -> Tensor:
+    """Return one block's part of ``η gᵀ P g`` for every example, ``[n]``.
+
+    Args:
+        io: The block's activations and output gradients.
+        norms: Its squared gradient norms ``[n]``.
+        bias_columns: Columns of the activations that are the bias.
+        step_size: Of the block.
+    """
+    if isinstance(step_size, Tensor):
+        return per_sample.weighted_squares(io.x, io.gs[0], step_size.to(io.x))
+    weight, bias = step_size
+    if bias_columns is None or is_one_rate(step_size, bias_columns):
+        return norms * weight
+    of_bias = per_sample.squared_norms(io.x[..., bias_columns], io.gs[0])
+    return norms * weight + of_bias * (bias - weight)
