@@ -26,8 +26,10 @@ from torch.utils.data import (
 
 from lightning_influence.callbacks.display import progress_of
 from lightning_influence.core import distributed
-from lightning_influence.core.isolation import isolated_rng, kept, left_alone
-from lightning_influence.core.reachable import Found, is_users, shallow
+from lightning_influence.core.isolation import kept, left_alone
+from lightning_influence.core.origin import is_users
+from lightning_influence.core.random_streams import isolated_rng
+from lightning_influence.core.reachable import Found, shallow
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.passes import ExampleGradients

@@ -7,8 +7,9 @@ from typing import Any, cast
 
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from lightning_influence.core.isolation import LONGEST_OF_DATA, isolated_rng, seed_everything, seed_generator, unchanged
-from lightning_influence.core.reachable import GENERATORS, Walk
+from lightning_influence.core.isolation import LONGEST_OF_DATA, unchanged
+from lightning_influence.core.random_streams import GENERATORS, isolated_rng, seed_everything, stream_of
+from lightning_influence.core.reachable import Walk
 from lightning_influence.core.snapshot import Snapshot
 from lightning_influence.data.collation import DataError
 from lightning_influence.data.contents import copied, digest
@@ -39,7 +40,7 @@ class _Rewinding:
         """Start every random stream anew."""
         seed_everything(seed)
         for generator in self._generators:
-            seed_generator(generator, seed)
+            stream_of(generator).seed(seed)
 
 
 class Repeatable(Dataset[Any]):

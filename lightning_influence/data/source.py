@@ -19,7 +19,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_influence.core.isolation import isolated_rng, unchanged
+from lightning_influence.core.isolation import unchanged
+from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.data.collation import Collated, Collating, Collation, is_plain
 from lightning_influence.data.collation import DataError as DataError
 from lightning_influence.data.contents import digest

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_influence.core.isolation import hidden_parameters, rewind, seed_everything, untouched
+from lightning_influence.core.isolation import hidden_parameters, rewind, untouched
 from lightning_influence.core.layout import BatchLayout, Order, find_layout
+from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.core.snapshot import StateError
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered, cover

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from lightning_influence.core import distributed
 from lightning_influence.core.containers import _moved
-from lightning_influence.core.isolation import rewind, seed_everything, untouched
+from lightning_influence.core.isolation import rewind, untouched
 from lightning_influence.core.precision import working
+from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.answering import answered
 from lightning_influence.gradients.calibration import measured_scale
