@@ -81,7 +81,6 @@ class Walk:
         self._longest = longest
         self._waiting: deque[tuple[str, Any, bool]] = deque((path, value, False) for path, value in roots)
         self._seen: dict[int, Any] = {}
-        self._names: dict[int, tuple[str, dict[str, Any], set[str]]] = {}  # of globals that functions name
 
     def __iter__(self) -> Iterator[Found]:
         """Yield what is found; each may be changed before the next one is asked for."""
@@ -97,8 +96,6 @@ class Walk:
                 "influence audit do not look after the rest. Keep data in arrays rather than in many small containers.",
                 stacklevel=2,
             )
-        for path, scope, names in self._names.values():
-            yield Found("" if path == "__main__" else path, None, some_globals(scope, names))
 
     def _visit(self, path: str, value: Any, expected: bool) -> Iterator[Found]:
         if isinstance(value, (Tensor, np.ndarray, *GENERATORS, *BUFFERS)):
@@ -183,21 +180,14 @@ class Walk:
             self._go_on(name, item)
         self._go_on(path, function.__defaults__)
         # `global COUNTER; COUNTER += 1`, and the same in a module that is imported by name.
-        scope = function.__globals__
-        if is_users(scope.get("__name__", "")):
-            names = _names_in(code)
-            self._note_names(scope, names)
-            for name in names:
-                if isinstance(module := scope.get(name), types.ModuleType) and is_users(module.__name__):
-                    self._note_names(vars(module), names)
-
-    def _note_names(self, scope: dict[str, Any], names: frozenset[str]) -> None:
-        path = scope.get("__name__", "")
-        noted = self._names.setdefault(id(scope), (path, scope, set()))[2]
-        for name in names - noted:
-            if name in scope:
-                self._go_on(name if path == "__main__" else f"{path}.{name}", scope[name])
-        noted |= names
+        names, scope = _names_in(code), function.__globals__
+        imported = [vars(scope[name]) for name in names if isinstance(scope.get(name), types.ModuleType)]
+        for holder in (scope, *imported):
+            if is_users(module := holder.get("__name__", "")):
+                module = "" if module == "__main__" else module
+                yield Found(module, None, slots := some_globals(holder, names))
+                for name, item in slots.read().items():
+                    self._go_on(f"{module}.{name}" if module else name, item)
 
     def _go_on(self, path: str, value: Any, expected: bool = False) -> None:
         if not isinstance(value, _ATOMS):

@@ -61,9 +61,9 @@ def slot_names(kind: type) -> list[str]:
     return [name for base in bases for name, slot in vars(base).items() if isinstance(slot, members)]
 
 
-def some_globals(scope: dict[str, Any], names: set[str]) -> Slots:
-    """Return the globals of these names; more may be added to them later."""
-    return _named(lambda: names, scope.__getitem__, scope.__setitem__, scope.__delitem__)
+def some_globals(scope: dict[str, Any], names: frozenset[str]) -> Slots:
+    """Return those of some names that are globals."""
+    return _named(lambda: names & scope.keys(), scope.__getitem__, scope.__setitem__, scope.__delitem__)
 
 
 def class_attributes(kind: type) -> Slots:

@@ -150,8 +150,8 @@ class TensorState(State):
             tensor.detach_()
         if self._moved():
             tensor.data = self.memory
-        possible = self._same_values() or self._values is not None
-        if self._values is not None and not self._same_values():
+        same = self._same_values()
+        if not same and self._values is not None:
             with torch.inference_mode(self.memory.is_inference()):
                 self.memory.copy_(self._values)
         if self._leaf and self._flag is not None:
@@ -159,7 +159,7 @@ class TensorState(State):
         if self._version is not None and tensor._version != self._version:
             # Else a graph that training has kept would be refused for a change that is none.
             set_version(tensor, self._version)
-        return possible
+        return same or self._values is not None
 
     def _moved(self) -> bool:
         tensor, memory = self._tensor, self.memory

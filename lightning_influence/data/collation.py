@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,16 +68,15 @@ class Link:
 
     def in_order(self, values: Sequence[Any], batch: Any, places: Iterable[int]) -> bool:
         """Tell whether there are as many rows as values, and those at some of the places hold them."""
-        if self.joined:
-            column = array_at(batch, self.batch)
-            starts = np.cumsum([0, *map(length_of, values)])
-            if column is None or not column.ndim or len(column) != starts[-1]:
-                return False
-            return all(agreeing(array_at(values[k]), column[starts[k] : starts[k + 1]]) >= 0 for k in places)
-        column = at(batch, self.batch)
-        if not hasattr(column, "__len__") or not getattr(column, "ndim", 1) or len(column) != len(values):
+        column: Any = array_at(batch, self.batch) if self.joined else at(batch, self.batch)
+        starts = [0, *accumulate(length_of(value) if self.joined else 1 for value in values)]
+        if not hasattr(column, "__len__") or not getattr(column, "ndim", 1) or len(column) != starts[-1]:
             return False
-        return all(agreeing(array_at(values[k]), array_at(column[k], self.within)) >= 0 for k in places)
+
+        def row(k: int) -> NDArray[Any] | None:
+            return column[starts[k] : starts[k + 1]] if self.joined else array_at(column[k], self.within)
+
+        return all(agreeing(array_at(values[k]), row(k)) >= 0 for k in places)
 
 
 @dataclass(frozen=True)

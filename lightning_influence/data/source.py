@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, cast
 
 from torch.utils.data import (
@@ -85,7 +86,6 @@ class ExampleSource:
         self.changed: dict[str, None] = {}
         self._rewinding: bool | None = None
         self.missing: dict[int, str] = {}
-        self._collation: Collation | None = None
 
     @classmethod
     def from_loader(cls, loader: Any, batch_size: int | None = None) -> ExampleSource:
@@ -206,19 +206,17 @@ class ExampleSource:
             twice = [[_digest_of(fetch, index) for index in chosen] for _ in range(2)]
         return [one if one == two else None for one, two in zip(*twice, strict=True)]
 
-    @property
+    @cached_property
     def collation(self) -> Collation:
         """What the collate function does with its examples; looked at once.
 
         Raises:
             DataError: If it reorders them in a way that can't be followed.
         """
-        if self._collation is None:
-            self._collation = Collation()
-            if not is_plain(self.collate_fn) and len(self):
-                with self.fetching() as fetch:
-                    self._collation = learn(fetch, len(self), self._collate)
-        return self._collation
+        if is_plain(self.collate_fn) or not len(self):
+            return Collation()
+        with self.fetching() as fetch:
+            return learn(fetch, len(self), self._collate)
 
     @property
     def _collate(self) -> Callable[[list[Any]], Any]:
@@ -228,8 +226,7 @@ class ExampleSource:
         """Return the examples that make one batch together, in the order in which it holds them."""
         if is_plain(self.collate_fn):
             return list(indices)
-        with isolated_rng():
-            return max((own for own, _ in self.batches(indices, len(indices))), key=len, default=[])
+        return max((own for own, _ in self.batches(indices, len(indices))), key=len, default=[])
 
     def steady(self, indices: Sequence[int], start: int, size: int) -> list[int]:
         """Return a few examples that come in their order, also with a copy of the first at the end.
