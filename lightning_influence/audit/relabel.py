@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_influence.core.containers import Path, leaves
 from lightning_influence.core.isolation import left_alone
-
-Path = tuple[Any, ...]
-"""Keys and positions that lead to a value in nested mappings, tuples and lists."""
 
 # Enough examples that no other number (a group, an id) agrees with all their labels by chance.
 _LOOKED_AT = 64
@@ -43,8 +41,8 @@ def find_label(dataset: Any, labels: Mapping[int, int]) -> Path:
             "all known labels are the same: that does not tell where labels lie; pass some of other classes."
         )
     paths: set[Path] | None = None
-    for index, leaves in fetched(dataset, [index for index, _ in _spread(labels)]):
-        found = {path for path, value in leaves.items() if as_label(value) == labels[index]}
+    for index, example in fetched(dataset, [index for index, _ in _spread(labels)]):
+        found = {path for path, value in example.items() if as_label(value) == labels[index]}
         paths = found if paths is None else paths & found
     if not paths:
         raise LabelError(
@@ -65,7 +63,7 @@ def fetched(dataset: Any, indices: Iterable[int]) -> Iterator[tuple[int, dict[Pa
     """Yield examples, taken apart into path -> value; no random stream, the user's or the data set's, moves on."""
     with left_alone(dataset):
         for index in indices:
-            yield index, dict(_leaves(dataset[index], ()))
+            yield index, dict(leaves(dataset[index]))
 
 
 class Relabelled(Dataset[Any]):
@@ -114,14 +112,6 @@ def _spread(labels: Mapping[int, int]) -> list[tuple[int, int]]:
         if len(chosen) >= _LOOKED_AT:
             break
     return chosen[:_LOOKED_AT]
-
-
-def _leaves(value: Any, path: Path) -> list[tuple[Path, Any]]:
-    if isinstance(value, Mapping):
-        return [leaf for key, item in value.items() for leaf in _leaves(item, (*path, key))]
-    if isinstance(value, (tuple, list)):
-        return [leaf for place, item in enumerate(value) for leaf in _leaves(item, (*path, place))]
-    return [(path, value)]
 
 
 def as_label(value: Any) -> int | None:

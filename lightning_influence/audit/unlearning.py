@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_influence.audit.relabel import LabelError, Relabelled, find_label
-from lightning_influence.core import memory
+from lightning_influence.core import memory, weights
 from lightning_influence.core.precision import exact, wide
 from lightning_influence.curvature import BlockCoordinates, Curvature, IndefiniteError
 from lightning_influence.curvature.coordinates import joined_gradients
@@ -79,26 +79,22 @@ class ParameterUpdate:
         Raises:
             ValueError: If the module has no such parameters.
         """
-        with torch.no_grad():
-            for name, parameter in self._parameters(module).items():
-                parameter.add_(self.changes[name].to(parameter))
+        parameters = self._parameters(module)
+        weights.write(parameters, self._changed(parameters))
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Make the change within a ``with`` block; afterwards every bit is as it was."""
         parameters = self._parameters(module)
-        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        try:
-            self.apply(module)
+        with weights.swapped(parameters, self._changed(parameters)):
             yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(before[name])
 
     def __str__(self) -> str:
         lines = [f"{self.title}: {len(self.changes)} parameters move by {self.norm:.3g}"]
         return "\n".join(lines + [f"  note  {note}" for note in self.notes])
+
+    def _changed(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        return {name: parameter.detach() + self.changes[name].to(parameter) for name, parameter in parameters.items()}
 
     def _parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         every = dict(module.named_parameters())

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.core import distributed
-from lightning_influence.core.containers import _moved
-from lightning_influence.core.isolation import rewind, seed_everything, untouched
+from lightning_influence.core.containers import map_tensors
+from lightning_influence.core.isolation import rewind, untouched
 from lightning_influence.core.precision import working
+from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.answering import answered
 from lightning_influence.gradients.calibration import measured_scale
@@ -152,7 +153,7 @@ class ExampleGradients:
         self.coverage = coverage
         self.seed = seed
         self.quantity: Quantity | None = None
-        self._to_device = to_device or self._move
+        self._to_device = to_device or (lambda batch: map_tensors(lambda tensor: tensor.to(self.device), batch))
         self._progress = progress or _silent
         self._forward_context = forward_context
         measure = partial(self._measured, range(len(source)))
@@ -496,9 +497,6 @@ class ExampleGradients:
         if loss.exact_draws() is None:
             raise TaskError(NO_EXACT_LABELS)
         yield from loss.exact_outputs()
-
-    def _move(self, batch: Any) -> Any:
-        return _moved(batch, self.device)
 
 
 class _silent(nullcontext[Callable[[int], None]]):

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.curvature import (
     LADDER,
     Curvature,
@@ -247,10 +248,10 @@ def _mean_query(queries: Sequence[tuple[ExampleGradients, Sequence[int]]]) -> di
     for gradients, chosen in queries:
         try:
             mean = mean_gradient(gradients, chosen, title="validation gradient")
-        except torch.OutOfMemoryError:
-            raise
         # Anything can go wrong in a user's training_step that meets another kind of batch.
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise _NotTheTask(str(error)) from error
         for name, value in mean.items():
             part = value * (len(chosen) / total)

@@ -224,7 +224,7 @@ def _visit(queries: ExampleGradients, indices: list[int], take: Callable[[int, B
                 done += batch.loss.n
     # Anything can go wrong in a user's task that meets another kind of batch.
     except Exception as error:
-        if _out_of_memory(error):
+        if memory.is_out_of_memory(error):
             raise
         failed = indices[done : done + queries.source.pass_batch_size]
         raise QueryError(
@@ -232,8 +232,3 @@ def _visit(queries: ExampleGradients, indices: list[int], take: Callable[[int, B
             f"({type(error).__name__}: {error}). Queries need inputs and labels of the kind that the model was trained "
             "on."
         ) from error
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # On the host torch raises a plain RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed
-from lightning_influence.core.isolation import isolated_rng
+from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.objective.terms import BatchLoss
 from lightning_influence.scores.measurements.base import MeasurementError, Statistic, check_sizes
