@@ -5,7 +5,8 @@ from lightning_influence.curvature.blocks.block_ggn import BlockGGN
 from lightning_influence.curvature.blocks.diagonal import DiagonalBlock
 from lightning_influence.curvature.blocks.ekfac import EKFACBlock
 from lightning_influence.curvature.blocks.identity import IdentityBlock
-from lightning_influence.curvature.blocks.kfac import KFACBlock, KroneckerBlock
+from lightning_influence.curvature.blocks.kfac import KFACBlock
+from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
 from lightning_influence.curvature.choices import (
     FactorExamples,
     Fisher,
@@ -25,7 +26,14 @@ from lightning_influence.curvature.products.flat import FlatParameters
 from lightning_influence.curvature.products.ggn import GGNProduct
 from lightning_influence.curvature.products.hessian import HessianProduct
 from lightning_influence.curvature.products.product import CurvatureProduct
-from lightning_influence.curvature.registry import BLOCKS, LADDER, CurvatureName, check_memory, fitted_bytes
+from lightning_influence.curvature.registry import (
+    BLOCKS,
+    LADDER,
+    CurvatureName,
+    check_memory,
+    decompositions,
+    fitted_bytes,
+)
 from lightning_influence.curvature.solve.cg import Solution, SolverError
 from lightning_influence.curvature.solve.spectrum import IndefiniteError
 from lightning_influence.training.step_sizes import OptimizerHistory
@@ -69,6 +77,7 @@ __all__ = [
     "choose_damping",
     "choose_labels",
     "choose_solver",
+    "decompositions",
     "factor_examples",
     "fit",
     "fitted_bytes",
