@@ -45,7 +45,6 @@ TOO_LONG: dict[str, int] = {
     "callbacks.influence_audit": 449,
     "core.reachable": 414,
     "curvature.products.product": 423,
-    "curvature.solve.cg": 460,
     "gradients.capture": 442,
     "gradients.passes": 514,
     "layers.per_sample": 447,

@@ -10,6 +10,7 @@ from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
 from lightning_influence.curvature.choices import (
     FactorExamples,
     Fisher,
+    Solver,
     check_labels,
     check_solver,
     choose_labels,
@@ -20,8 +21,9 @@ from lightning_influence.curvature.choices import (
 from lightning_influence.curvature.coordinates import BlockCoordinates
 from lightning_influence.curvature.curvature import BlockCurvature, Curvature, Scorer
 from lightning_influence.curvature.damping import Damping, DampingChoice, choose_damping
+from lightning_influence.curvature.dense import DenseCurvature
 from lightning_influence.curvature.fit import check_curvature, fit
-from lightning_influence.curvature.full import DenseCurvature, ImplicitCurvature, IterativeSolver, Solver
+from lightning_influence.curvature.implicit import ImplicitCurvature
 from lightning_influence.curvature.products.flat import FlatParameters
 from lightning_influence.curvature.products.ggn import GGNProduct
 from lightning_influence.curvature.products.hessian import HessianProduct
@@ -34,13 +36,15 @@ from lightning_influence.curvature.registry import (
     decompositions,
     fitted_bytes,
 )
-from lightning_influence.curvature.solve.cg import Solution, SolverError
+from lightning_influence.curvature.solve.solution import Solution, SolverError
+from lightning_influence.curvature.solve.solvers import SOLVERS
 from lightning_influence.curvature.solve.spectrum import IndefiniteError
 from lightning_influence.training.step_sizes import OptimizerHistory
 
 __all__ = [
     "BLOCKS",
     "LADDER",
+    "SOLVERS",
     "BlockCoordinates",
     "BlockCurvature",
     "BlockGGN",
@@ -62,7 +66,6 @@ __all__ = [
     "IdentityBlock",
     "ImplicitCurvature",
     "IndefiniteError",
-    "IterativeSolver",
     "KFACBlock",
     "KroneckerBlock",
     "OptimizerHistory",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_influence.core.precision import wide_zeros
 from lightning_influence.curvature.blocks.block import CurvatureBlock, Eigenbasis
-from lightning_influence.curvature.solve.cg import Solution
+from lightning_influence.curvature.solve.solution import Solution
 from lightning_influence.gradients.capture import LayerIO
 
 

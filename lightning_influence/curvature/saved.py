@@ -17,7 +17,7 @@ from lightning_influence.core.precision import working_dtype
 from lightning_influence.curvature.blocks.block import CurvatureBlock
 from lightning_influence.curvature.coordinates import BlockCoordinates
 from lightning_influence.curvature.curvature import BlockCurvature, Curvature
-from lightning_influence.curvature.full import DenseCurvature
+from lightning_influence.curvature.dense import DenseCurvature
 from lightning_influence.curvature.registry import LADDER
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.layers.blocks import ParameterBlock
