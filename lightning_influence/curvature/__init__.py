@@ -1,8 +1,6 @@
 """Curvature approximations, from the identity to the exact Hessian, behind one contract."""
 
-from lightning_influence.curvature.blocks.block import CurvatureBlock, Eigenbasis
-from lightning_influence.curvature.blocks.block_ggn import BlockGGN
-from lightning_influence.curvature.blocks.diagonal import DiagonalBlock
+from lightning_influence.curvature.blocks.block import CurvatureBlock
 from lightning_influence.curvature.blocks.ekfac import EKFACBlock
 from lightning_influence.curvature.blocks.identity import IdentityBlock
 from lightning_influence.curvature.blocks.kfac import KFACBlock
@@ -19,24 +17,21 @@ from lightning_influence.curvature.choices import (
     random_subset,
 )
 from lightning_influence.curvature.coordinates import BlockCoordinates
-from lightning_influence.curvature.curvature import BlockCurvature, Curvature, Scorer
+from lightning_influence.curvature.curvature import BlockCurvature, Curvature
 from lightning_influence.curvature.damping import Damping, DampingChoice, choose_damping
-from lightning_influence.curvature.dense import DenseCurvature
 from lightning_influence.curvature.fit import check_curvature, fit
-from lightning_influence.curvature.implicit import ImplicitCurvature
 from lightning_influence.curvature.products.flat import FlatParameters
 from lightning_influence.curvature.products.ggn import GGNProduct
 from lightning_influence.curvature.products.hessian import HessianProduct
-from lightning_influence.curvature.products.product import CurvatureProduct
 from lightning_influence.curvature.registry import (
     BLOCKS,
     LADDER,
     CurvatureName,
-    check_memory,
     decompositions,
     fitted_bytes,
 )
-from lightning_influence.curvature.solve.solution import Solution, SolverError
+from lightning_influence.curvature.saved import restored
+from lightning_influence.curvature.solve.solution import SolverError
 from lightning_influence.curvature.solve.solvers import SOLVERS
 from lightning_influence.curvature.solve.spectrum import IndefiniteError
 from lightning_influence.training.step_sizes import OptimizerHistory
@@ -47,36 +42,27 @@ __all__ = [
     "SOLVERS",
     "BlockCoordinates",
     "BlockCurvature",
-    "BlockGGN",
     "Curvature",
     "CurvatureBlock",
     "CurvatureName",
-    "CurvatureProduct",
     "Damping",
     "DampingChoice",
-    "DenseCurvature",
-    "DiagonalBlock",
     "EKFACBlock",
-    "Eigenbasis",
     "FactorExamples",
     "Fisher",
     "FlatParameters",
     "GGNProduct",
     "HessianProduct",
     "IdentityBlock",
-    "ImplicitCurvature",
     "IndefiniteError",
     "KFACBlock",
     "KroneckerBlock",
     "OptimizerHistory",
-    "Scorer",
-    "Solution",
     "Solver",
     "SolverError",
     "check_curvature",
     "check_solver",
     "check_labels",
-    "check_memory",
     "choose_damping",
     "choose_labels",
     "choose_solver",
@@ -85,4 +71,5 @@ __all__ = [
     "fit",
     "fitted_bytes",
     "random_subset",
+    "restored",
 ]

@@ -165,11 +165,9 @@ class _BlockScorer(Scorer):
         return norms, inner
 
     def self_influence(self) -> Tensor:
-        parts = list(self._parts.values())
-        if not parts:
-            return torch.zeros(self._n, dtype=torch.float64)
-        total = wide_zeros(self._n, parts[0].device)
-        for part in parts:
+        device = next((part.device for part in self._parts.values()), torch.device("cpu"))
+        total = wide_zeros(self._n, device)
+        for part in self._parts.values():
             total += part
         return total
 

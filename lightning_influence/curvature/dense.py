@@ -75,10 +75,10 @@ class DenseCurvature(Curvature):
         """Return what adds up the scores of one batch of ``n`` examples."""
         return _DenseScorer(self, n)
 
-    def half_solved(self, gradients: Tensor) -> Tensor:
-        """Return ``L⁻¹ g`` for ``g: [n, p]``, where ``C + λ = L Lᵀ``: its squared norm is the self-influence."""
+    def self_influence(self, gradients: Tensor) -> Tensor:
+        """Return ``‖L⁻¹ g‖²`` for ``g: [n, p]``, where ``C + λ = L Lᵀ``."""
         solved: Tensor = torch.linalg.solve_triangular(self._factor, exact(gradients).T, upper=False)
-        return solved.T
+        return solved.square().sum(0)
 
     def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
         """Return the matrix and what its coordinates are."""
@@ -93,8 +93,7 @@ class _DenseScorer(Scorer):
         self._rows: dict[str, Tensor] = {}
 
     def add(self, io: LayerIO, query: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        formed = per_sample.formed(io.x, io.gs[0])
-        self._rows[io.name] = formed
+        formed = self._rows[io.name] = per_sample.formed(io.x, io.gs[0])
         flat = formed.flatten(1)
         inner = None if query is None else flat @ query.flatten().to(flat.dtype)
         return flat.square().sum(1), inner
@@ -106,7 +105,7 @@ class _DenseScorer(Scorer):
             name: self._rows.get(name, missing.expand(self._n, *shape))
             for name, shape in curvature.coordinates.shapes.items()
         }
-        return curvature.half_solved(curvature.coordinates.join(rows)).square().sum(1)
+        return curvature.self_influence(curvature.coordinates.join(rows))
 
     def parts(self) -> dict[str, Tensor]:
         return {}
@@ -120,6 +119,11 @@ def dense_matrix(
         found = _outer_products(gradients, indices, coordinates, product.gradient)
         if found is not None:
             return found
+    return in_blocks(product, coordinates)
+
+
+def in_blocks(product: CurvatureProduct, coordinates: BlockCoordinates) -> Tensor:
+    """Return the matrix ``[p, p]`` of products, in block coordinates."""
     places = coordinates.places_in(product.flat)
     return product.to_dense(limit=coordinates.size)[places][:, places]
 

@@ -31,10 +31,8 @@ def nystrom_preconditioner(matvec: Matvec, like: Tensor, rank: int, damping: flo
         damping: Absolute λ.
 
     Raises:
-        ValueError: If ``rank`` is below 1, or the matrix is not positive semidefinite within rounding.
+        ValueError: If the matrix is not positive semidefinite within rounding.
     """
-    if rank < 1:
-        raise ValueError(f"rank is {rank}; expected at least 1.")
     size = like.shape[-1]
     generator = torch.Generator().manual_seed(0)  # the same on every process
     random = torch.randn((size, min(rank, size)), generator=generator).to(like.device)
