@@ -41,10 +41,8 @@ MOST_LINES, MOST_OF_A_CLASS = 400, 250
 # What is larger still. Entries may go, and numbers may fall; none may be added.
 TOO_LONG: dict[str, int] = {
     "audit.store.store": 432,
-    "audit.unlearning": 405,
     "callbacks.influence_audit": 449,
     "curvature.products.product": 414,
-    "curvature.solve.cg": 460,
     "gradients.capture": 442,
     "gradients.passes": 512,
     "layers.per_sample": 447,
@@ -59,7 +57,7 @@ TOO_LARGE: dict[str, int] = {
     "callbacks.run.AuditRun": 310,
     "curvature.products.product.CurvatureProduct": 325,
     "gradients.capture.Capture": 302,
-    "gradients.passes.ExampleGradients": 385,
+    "gradients.passes.ExampleGradients": 382,
     "training.dynamics.TrainingDynamics": 263,
     "training.flight.flight.Flight": 319,
     "training.recording.Recording": 494,
