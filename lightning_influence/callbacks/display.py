@@ -38,28 +38,6 @@ def tolerated(what: str, said: set[str]) -> Iterator[None]:
             rank_zero_warn(f"influence audit: {what} failed, all else goes on ({type(error).__name__}: {error})")
 
 
-class TolerantWriter:
-    """A logger's event-file writer each of whose calls may fail alone.
-
-    Args:
-        logger: A TensorBoard logger.
-        said: What has been said to have failed.
-    """
-
-    def __init__(self, logger: Any, said: set[str]) -> None:
-        self._logger = logger
-        self._said = said
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        """Return the writer's method of this name."""
-
-        def call(*args: Any, **kwargs: Any) -> None:
-            with tolerated(f"{name} of {type(self._logger).__name__}", self._said):
-                getattr(self._logger.experiment, name)(*args, **kwargs)
-
-        return call
-
-
 def progress_of(trainer: Trainer) -> Progress | None:
     """Return how to show passes beside the trainer's own bar; None if nobody watches."""
     bar = trainer.progress_bar_callback

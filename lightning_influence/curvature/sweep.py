@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_influence.core import distributed
 from lightning_influence.core.precision import exact, wide_zeros
+from lightning_influence.core.ranks import average_ranks
 from lightning_influence.curvature.curvature import BlockCurvature
 from lightning_influence.gradients.passes import ExampleGradients
 
@@ -112,17 +113,9 @@ def damping_sweep(
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Return Spearman's correlation of two columns ``[n]``; 1 if neither says anything, 0 if one of them does not."""
-    first, second = (_ranks(column) for column in (a, b))
+    first, second = (average_ranks(column) for column in (a, b))
     first, second = first - first.mean(), second - second.mean()
     scale = float(first.norm() * second.norm())
     if not scale:
         return float(bool((first == second).all()))
     return float(first @ second) / scale
-
-
-def _ranks(column: Tensor) -> Tensor:
-    """Return ranks ``[n]``, ties sharing their mean."""
-    _, inverse, counts = torch.unique(column, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    ranks: Tensor = (last - (counts.double() - 1) / 2)[inverse]
-    return ranks
