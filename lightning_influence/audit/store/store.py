@@ -230,7 +230,7 @@ class AuditStore:
 
         Raises:
             TypeError: Metadata that is not text.
-            ValueError: A tensor that is sparse, complex128 or called `__metadata__`: safetensors has no such.
+            ValueError: A tensor called `__metadata__`: safetensors has no such.
             StoreError: The file cannot be written.
         """
         if "__metadata__" in tensors:

@@ -78,8 +78,8 @@ def candidates_csv(columns: Mapping[str, ArrayLike], label_names: Sequence[str] 
         values = arrays[name][rows].tolist()
         cells[name] = [_cell(value) for value in values]
         if label_names is not None and "names" in column_of(name).shown:
-            known = range(len(label_names))
-            cells[f"{name}_name"] = [_cell(label_names[label]) if label in known else "" for label in values]
+            named = dict(enumerate(label_names))
+            cells[f"{name}_name"] = [_cell(named.get(label, "")) for label in values]
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\r\n")
     writer.writerow(map(_cell, cells))
