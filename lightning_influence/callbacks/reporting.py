@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -134,7 +135,7 @@ class Reporter:
 
     def log_tracin(self, trainer: Trainer, scores: Tensor) -> None:
         """Write the histogram of TracIn at the end of an epoch: of this checkpoint, or in flight of all so far."""
-        values, step = scores.double().cpu().numpy(), trainer.global_step
+        values, step = scores.cpu().double().numpy(), trainer.global_step
         write = partial(write_histogram, tag="influence/tracin_epoch", values=values, step=step)
         self._in_tensorboard(trainer, "the histogram of tracin", write)
 
@@ -162,15 +163,17 @@ class Reporter:
         manifest |= audit_described(gradients, plan, inspection, result, ranked)
         manifest["tracin_steps"] = recording.tracin.checkpoints
         manifest["notes"] = result.notes + notes_of(inspection, recording, gradients)
-        pairs = None if self.queries is None else self.queries.pairs
+        if self.known_noise is not None:
+            mislabelled = np.isin(ranked["index"], self.known_noise)
+            if mislabelled.any() and not mislabelled.all():
+                manifest["detection"] = detection_of(ranked, mislabelled)
+        report = AuditReport(ranked, manifest, self.directory)
         if self.queries is not None:
             manifest["notes"] += self.queries.notes
-        if pairs is not None:
-            manifest["queries"] = pairs.about
-        mislabelled = self._known_mask(ranked["index"])
-        if mislabelled is not None:
-            manifest["detection"] = detection_of(ranked, mislabelled)
-        return AuditReport(ranked, manifest, self.directory, None if pairs is None else pairs.table)
+            if (pairs := self.queries.pairs) is not None:
+                manifest["queries"] = pairs.about
+                report = replace(report, pairs=pairs.table)
+        return report
 
     def publish(
         self, trainer: Trainer, gradients: ExampleGradients, report: AuditReport, curvature: Curvature | None
@@ -214,7 +217,6 @@ class Reporter:
     def _log_report(self, trainer: Trainer, gradients: ExampleGradients, report: AuditReport) -> None:
         step, columns, manifest = trainer.global_step, report.columns, report.manifest
         dataset, queries = gradients.source.dataset, self.queries
-        mislabelled = self._known_mask(columns["index"])
         for name in shown_in("histogram", columns):
             tag = f"influence/{name}" + (f"/{manifest['curvature']['name']}" if name == "self_influence" else "")
             write = partial(write_histogram, tag=tag, values=columns[name], step=step)
@@ -230,7 +232,8 @@ class Reporter:
                 step=step,
             ),
         )
-        if mislabelled is not None:
+        if "detection" in manifest:
+            mislabelled = np.isin(columns["index"], np.asarray(self.known_noise))
             write = partial(write_detection, columns=columns, mislabelled=mislabelled, step=step)
             self._in_tensorboard(trainer, "the detection curves", write)
         if queries is not None:
@@ -260,12 +263,6 @@ class Reporter:
         for logger in bridge.real_loggers(trainer) if trainer.is_global_zero else ():
             with tolerated(f"logging to {type(logger).__name__}", self._said):
                 logger.log_metrics(finite, step=trainer.global_step)
-
-    def _known_mask(self, indices: NDArray[Any]) -> NDArray[Any] | None:
-        if self.known_noise is None:
-            return None
-        mask = np.isin(indices, self.known_noise)
-        return mask if mask.any() and not mask.all() else None
 
 
 def _write_factors(store: AuditStore, curvature: Curvature) -> None:
