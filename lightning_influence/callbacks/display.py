@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -18,8 +18,6 @@ Advance = Callable[[int], Any]
 
 # Bars of trainers whose display has failed: it stays off, or every batch would fail again.
 _BROKEN: WeakSet[Any] = WeakSet()
-# Rows of ours that a trainer's rich display holds, hidden: removing one would shift those that the trainer counts on.
-_HIDDEN: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -98,14 +96,11 @@ def _in_rich(bar: Any, title: str, examples: int) -> tuple[Advance, Callable[[],
     if display is None or not display.live.is_started:
         display, own = Display(console=console, transient=True), True
         display.start()
-    hidden = _HIDDEN.setdefault(display, [])
-    row = hidden.pop() if hidden else display.add_task(title, total=examples)
-    display.reset(row, total=examples, description=title, visible=True)
+    row = display.add_task(title, total=examples)
 
     def close() -> None:
         with suppress(KeyError):
-            display.update(row, visible=False)
-        hidden.append(row)
+            display.update(row, visible=False)  # to remove it would shift the rows that the trainer counts on
         if own:
             display.stop()
 
