@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_influence.core import distributed
 from lightning_influence.core.precision import exact, wide_zeros
+from lightning_influence.core.ranks import average_ranks
 from lightning_influence.curvature.curvature import BlockCurvature
 from lightning_influence.gradients.passes import ExampleGradients
 
@@ -111,13 +112,6 @@ def damping_sweep(
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Return Spearman's correlation of two columns ``[n]``; 1 if neither says anything, 0 if one of them does not."""
-    first, second = (ranks - ranks.mean() for ranks in map(_ranks, (a, b)))
+    first, second = (ranks - ranks.mean() for ranks in map(average_ranks, (a, b)))
     scale = float(first.norm() * second.norm())
     return float(first @ second) / scale if scale else float(torch.equal(first, second))
-
-
-def _ranks(column: Tensor) -> Tensor:
-    """Return ranks ``[n]``, ties sharing their mean."""
-    _, inverse, counts = torch.unique(column, return_inverse=True, return_counts=True)
-    ranks: Tensor = (counts.cumsum(0) - (counts - 1) / 2).double()
-    return ranks[inverse]
