@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_influence.core.containers import Path
 from lightning_influence.data.collation import Collation, DataError, Link, length_of
-from lightning_influence.data.contents import Path, agreeing, array_at, columns, copied, parts, rows_of
+from lightning_influence.data.contents import array_at, columns, copied, parts, rows_of
+from lightning_influence.data.matching import agreeing
 
 _SIZES = (8, 7, 5, 3, 2, 16)  # of the batches that are looked at
 _ENOUGH_PAIRS = 8  # told apart: by chance alone, examples hardly keep their order then
