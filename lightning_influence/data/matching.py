@@ -15,8 +15,9 @@ _Array: TypeAlias = NDArray[Any]
 def pair_scores(values: Sequence[_Array | None], rows: Sequence[_Array | None]) -> NDArray[np.int64]:
     """Return how many scalars each row has in common with each value, ``[rows, n]``, see ``agreeing``."""
     scores = np.full((len(rows), len(values)), -1, np.int64)
-    for i, k in np.argwhere(_candidates(values, rows)).tolist():
-        scores[i, k] = agreeing(values[k], rows[i])
+    own, theirs = ([(k, x) for k, x in enumerate(arrays) if x is not None] for arrays in (values, rows))
+    for a, b in np.argwhere(_candidates([x for _, x in own], [x for _, x in theirs])).tolist():
+        scores[theirs[a][0], own[b][0]] = agreeing(own[b][1], theirs[a][1])
     return scores
 
 
@@ -76,17 +77,16 @@ def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
     return bool(np.array_equal(a, b))
 
 
-def _candidates(values: Sequence[_Array | None], rows: Sequence[_Array | None]) -> NDArray[np.bool_]:
+def _candidates(values: Sequence[_Array], rows: Sequence[_Array]) -> NDArray[np.bool_]:
     """Tell which rows may agree with which values, ``[rows, n]``: those that begin or end alike.
 
     By checksums of all beginnings: comparing each with each takes seconds for a large batch.
     """
-    own, theirs = ([np.atleast_1d(x) for x in arrays if x is not None] for arrays in (values, rows))
+    own, theirs = (list(map(np.atleast_1d, arrays)) for arrays in (values, rows))
     kinds, like = {x.dtype.kind for x in [*own, *theirs]}, {x.dtype for x in theirs}
     rounded = kinds <= set("biuf") and len(like) == 1 and next(iter(like)).kind == "f"
     comparable = rounded or kinds <= set("biu") or kinds <= set("U")
-    complete = len(own) == len(values) > 0 and len(theirs) == len(rows) > 0
-    if not (comparable and complete) or len({x.shape[1:] for x in [*own, *theirs]}) > 1:
+    if not (own and theirs and comparable) or len({x.shape[1:] for x in [*own, *theirs]}) > 1:
         return np.ones((len(rows), len(values)), bool)
     of_values, of_rows = (
         [_words(x, next(iter(like)) if rounded else None) for x in arrays] for arrays in (own, theirs)
