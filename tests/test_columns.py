@@ -106,3 +106,13 @@ def test_every_column_says_what_it_is() -> None:
         assert name == column.name
         assert column.meaning
         assert column.direction in (None, "high", "low")
+
+
+def test_what_is_printed_is_short_and_tells_examples_apart() -> None:
+    """An index of six digits once was 1.235e+05."""
+    columns = {"index": np.arange(123_450, 123_470), "loss_mean": np.arange(20.0)}
+    report = AuditReport(rank(columns), {"status": "complete"})
+    assert repr(report) == "AuditReport(20 examples, 1 candidates, complete)"
+    rows = str(report).splitlines()
+    assert rows[-2].split() == ["rank", "index", "suspicion"]
+    assert rows[-1].split() == ["1", "123469", "1.648"]
