@@ -29,10 +29,7 @@ class HessianProduct(CurvatureProduct):
 
     def _linearise(self, loss: BatchLoss) -> Callable[[Tensor], Tensor]:
         tensors = list(self.flat.parameters.values())
-        outputs, weights = objective(loss)
-        gradient = self._line(
-            torch.autograd.grad(outputs, tensors, weights, create_graph=True, allow_unused=True, materialize_grads=True)
-        )
+        gradient = self._twice.gradient(*objective(loss), create_graph=True)
         if not gradient.requires_grad:  # the loss is linear in the parameters
             return torch.zeros_like
-        return lambda v: self._line(self._pull_back([gradient], tensors, [v]), 1)
+        return lambda v: self._twice.line(self._twice.pull_back([gradient], tensors, [v]), 1)

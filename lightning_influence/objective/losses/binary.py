@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.objective.losses.base import ElementwiseLoss, decisions, single
+from lightning_influence.objective.losses.base import single
+from lightning_influence.objective.losses.elementwise import ElementwiseLoss
+from lightning_influence.objective.losses.registry import reads
 
 # What F.binary_cross_entropy takes for the smallest p (1 - p) in its own gradient.
 _SMALLEST = 1e-12
@@ -29,6 +31,10 @@ class _Binary(ElementwiseLoss):
         """Return the logits, in working precision, detached."""
 
     @abstractmethod
+    def graph_logits(self) -> Tensor:
+        """Return the logits in the graph."""
+
+    @abstractmethod
     def slope(self) -> Tensor | float:
         """Return what ``p - t`` is multiplied with in the gradient, unweighted, detached."""
 
@@ -36,11 +42,7 @@ class _Binary(ElementwiseLoss):
         """Return the gradient for outcomes drawn from the model, times the square root of ``scale`` and weights."""
         probabilities = self.probabilities()
         sampled = (self.at_elements(noise).to(probabilities) < probabilities).to(probabilities.dtype)
-        return (probabilities - sampled) * self.slope() * self._root(scale)
-
-    @abstractmethod
-    def graph_logits(self) -> Tensor:
-        """Return the logits in the graph."""
+        return (probabilities - sampled) * self.slope() * self.root(scale)
 
     def log_odds(self, n: int, positive: int | None = None) -> Tensor | None:
         """Return the logit of the given label, or of class 0 or 1."""
@@ -56,35 +58,33 @@ class _Binary(ElementwiseLoss):
     def statistics(self, n: int) -> dict[str, Tensor]:
         """Return means over the example's outputs, and the class decision if it has just one output."""
         logits, probabilities, target = self.logits(), self.probabilities(), self.target.detach()
-        counted = self._counted()
-        plain = F.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="none")
-        result = {
-            "loss": self._mean(plain, counted, n),
-            "margin": self._mean(logits * (2 * target - 1), counted, n),
+        counted, given = self.counted(), target > 0.5
+        values = {
+            "loss": F.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="none"),
+            "margin": logits * (2 * target - 1),
             # times sqrt(2): the distance of the two-class probability vectors, as for softmax
-            "el2n": self._mean((probabilities - target).abs() * math.sqrt(2), counted, n),
-            "wrong": self._mean(((logits > 0) != (target > 0.5)).to(logits.dtype), counted, n),
+            "el2n": (probabilities - target).abs() * math.sqrt(2),
+            "wrong": ((logits > 0) != given).to(logits.dtype),
         }
-        shares = self.shares(n)
-        if single(shares.shape):
-            found = {
-                "predicted": (logits > 0).long(),
-                "label": (target > 0.5).long().masked_fill(~counted, -1),
-                "probabilities": torch.stack([1 - probabilities, probabilities], -1),
-            }
-            result |= decisions(found, shares)
-        return result
+        decided = {
+            "predicted": (logits > 0).long(),
+            "label": given.long().masked_fill(~counted, -1),
+            "probabilities": torch.stack([1 - probabilities, probabilities], -1),
+        }
+        return self._averaged(n, counted, values, decided)
 
 
+@reads(F.binary_cross_entropy_with_logits)
 @dataclass(frozen=True, eq=False)
 class BinaryCrossEntropy(_Binary):
     """``F.binary_cross_entropy_with_logits``."""
 
     pos_weight: Tensor | None = None
 
-    def plain(self) -> Tensor:
+    def losses(self, predictions: Tensor) -> Tensor:
         """Return ``[r, ...]``."""
-        return F.binary_cross_entropy_with_logits(self.input, self.target, pos_weight=self.pos_weight, reduction="none")
+        weight = self.pos_weight
+        return F.binary_cross_entropy_with_logits(predictions, self.target, pos_weight=weight, reduction="none")
 
     def probabilities(self) -> Tensor:
         """Return ``sigmoid(input)``."""
@@ -107,18 +107,15 @@ class BinaryCrossEntropy(_Binary):
         probabilities = self.probabilities()
         return probabilities * (1 - probabilities)
 
-    def _counted(self) -> Tensor:
-        counted = super()._counted()
+    def factors(self) -> Tensor | None:
+        """Return the element weights times those of the labels."""
         if self.pos_weight is None:
-            return counted
-        return counted & (self.pos_weight * self.target + 1 - self.target != 0)
-
-    def _root(self, values: Tensor) -> Tensor:
-        if self.pos_weight is not None:
-            values = values * (self.pos_weight * self.target + 1 - self.target)
-        return super()._root(values)
+            return self.element_weights
+        of_labels = self.pos_weight * self.target + 1 - self.target
+        return of_labels if self.element_weights is None else of_labels * self.element_weights
 
 
+@reads(F.binary_cross_entropy)
 @dataclass(frozen=True, eq=False)
 class BinaryProbabilities(_Binary):
     """``F.binary_cross_entropy``: ``input`` are probabilities.
@@ -127,9 +124,9 @@ class BinaryProbabilities(_Binary):
     and counts the sigmoid before it for curved. Carried back through a sigmoid it is that of the logistic loss.
     """
 
-    def plain(self) -> Tensor:
+    def losses(self, predictions: Tensor) -> Tensor:
         """Return ``[r, ...]``."""
-        return F.binary_cross_entropy(self.input, self.target, reduction="none")
+        return F.binary_cross_entropy(predictions, self.target, reduction="none")
 
     def probabilities(self) -> Tensor:
         """Return the input."""
