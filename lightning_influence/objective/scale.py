@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -186,17 +187,15 @@ class ScaleTally:
 
     def add(self, n: int, terms: Sequence[TermShare]) -> None:
         """Add a batch of ``n`` examples."""
-        self.examples += n
-        at_place: dict[tuple[str, Place], int] = {}
-        for key, reference, sums, among_counted in terms:
-            entry = _Entry(reference * n, sums, reference, among_counted) if reference else _Entry(sums=sums)
-            self.entries.setdefault(key, _Entry()).add(entry)
-            at_place[key[:2]] = at_place.get(key[:2], 0) + 1
-        for place, count in at_place.items():
-            self.counts.setdefault(place, set()).add(count)
+        entries = {
+            key: _Entry(reference * n, sums, reference, among_counted) if reference else _Entry(sums=sums)
+            for key, reference, sums, among_counted in terms
+        }
+        at_place = Counter((key.kind, key.place) for key in entries)
+        self.merge(ScaleTally(n, entries, {place: {count} for place, count in at_place.items()}))
 
     def merge(self, other: ScaleTally) -> None:
-        """Add what another process has seen."""
+        """Add what other batches say."""
         self.examples += other.examples
         for key, entry in other.entries.items():
             self.entries.setdefault(key, _Entry()).add(entry)

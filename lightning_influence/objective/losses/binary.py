@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -18,25 +17,45 @@ from lightning_influence.objective.losses.registry import reads
 _SMALLEST = 1e-12
 
 
+@reads(F.binary_cross_entropy_with_logits)
 @dataclass(frozen=True, eq=False)
-class _Binary(ElementwiseLoss):
-    """Outputs that are probabilities or logits of them, ``input`` and ``target``: ``[r, ...]``."""
+class BinaryCrossEntropy(ElementwiseLoss):
+    """``F.binary_cross_entropy_with_logits`` of logits ``input`` and ``target``, both ``[r, ...]``."""
 
-    @abstractmethod
+    pos_weight: Tensor | None = None
+
+    def losses(self, predictions: Tensor) -> Tensor:
+        """Return ``[r, ...]``."""
+        weight = self.pos_weight
+        return F.binary_cross_entropy_with_logits(predictions, self.target, pos_weight=weight, reduction="none")
+
     def probabilities(self) -> Tensor:
         """Return the probabilities, in working precision, detached."""
+        return self.values().sigmoid()
 
-    @abstractmethod
     def logits(self) -> Tensor:
         """Return the logits, in working precision, detached."""
+        return self.values()
 
-    @abstractmethod
     def graph_logits(self) -> Tensor:
         """Return the logits in the graph."""
+        return self.input
 
-    @abstractmethod
     def slope(self) -> Tensor | float:
         """Return what ``p - t`` is multiplied with in the gradient, unweighted, detached."""
+        return 1.0
+
+    def curvature(self) -> Tensor:
+        """Return ``p (1 - p)``."""
+        probabilities = self.probabilities()
+        return probabilities * (1 - probabilities)
+
+    def factors(self) -> Tensor | None:
+        """Return the element weights times those of the labels."""
+        if self.pos_weight is None:
+            return self.element_weights
+        of_labels = self.pos_weight * self.target + 1 - self.target
+        return of_labels if self.element_weights is None else of_labels * self.element_weights
 
     def sampled_gradient(self, scale: Tensor, noise: Tensor) -> Tensor:
         """Return the gradient for outcomes drawn from the model, times the square root of ``scale`` and weights."""
@@ -74,50 +93,9 @@ class _Binary(ElementwiseLoss):
         return self._averaged(n, counted, values, decided)
 
 
-@reads(F.binary_cross_entropy_with_logits)
-@dataclass(frozen=True, eq=False)
-class BinaryCrossEntropy(_Binary):
-    """``F.binary_cross_entropy_with_logits``."""
-
-    pos_weight: Tensor | None = None
-
-    def losses(self, predictions: Tensor) -> Tensor:
-        """Return ``[r, ...]``."""
-        weight = self.pos_weight
-        return F.binary_cross_entropy_with_logits(predictions, self.target, pos_weight=weight, reduction="none")
-
-    def probabilities(self) -> Tensor:
-        """Return ``sigmoid(input)``."""
-        return self.values().sigmoid()
-
-    def logits(self) -> Tensor:
-        """Return the input."""
-        return self.values()
-
-    def graph_logits(self) -> Tensor:
-        """Return the input."""
-        return self.input
-
-    def slope(self) -> float:
-        """Return 1."""
-        return 1.0
-
-    def curvature(self) -> Tensor:
-        """Return ``p (1 - p)``."""
-        probabilities = self.probabilities()
-        return probabilities * (1 - probabilities)
-
-    def factors(self) -> Tensor | None:
-        """Return the element weights times those of the labels."""
-        if self.pos_weight is None:
-            return self.element_weights
-        of_labels = self.pos_weight * self.target + 1 - self.target
-        return of_labels if self.element_weights is None else of_labels * self.element_weights
-
-
 @reads(F.binary_cross_entropy)
 @dataclass(frozen=True, eq=False)
-class BinaryProbabilities(_Binary):
+class BinaryProbabilities(BinaryCrossEntropy):
     """``F.binary_cross_entropy``: ``input`` are probabilities.
 
     The curvature is the Fisher information ``1 / (p (1 - p))``: the Hessian by the probability depends on the label

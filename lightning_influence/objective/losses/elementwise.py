@@ -33,10 +33,11 @@ class ElementwiseLoss(LossCall):
     def read(cls, output: Tensor, arguments: dict[str, Any]) -> LossCall | None:
         """Return the call, unless broadcasting pairs predictions with the targets of other examples."""
         pair = _paired(arguments["input"], arguments["target"])
-        own = {option.name: arguments[option.name] for option in fields(cls)[len(fields(ElementwiseLoss)) :]}
         if pair is None:
             return None
-        return cls(output, *pair, reduction_of(arguments), element_weights=arguments.get("weight"), **own)
+        own = {field.name for field in fields(cls)[len(fields(ElementwiseLoss)) :]}
+        options = {name: value for name, value in arguments.items() if name in own}
+        return cls(output, *pair, reduction_of(arguments), element_weights=arguments.get("weight"), **options)
 
     @abstractmethod
     def losses(self, predictions: Tensor) -> Tensor:
