@@ -36,6 +36,7 @@ from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.layers import per_sample
+from lightning_influence.objective.losses import ElementwiseLoss, reads, registry
 from lightning_influence.objective.task import Task, TaskError
 
 N, C = 11, 3
@@ -375,6 +376,39 @@ def dense_ggn(p: Problem, own: Loss) -> Tensor:
         hessian = torch.autograd.functional.hessian(lambda o, t=t: own(o[None], t), outputs[0].detach())
         total = total + jacobian.T @ hessian @ jacobian / len(p.inputs)
     return total
+
+
+def test_how_to_add_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`F.soft_margin_loss` of labels -1 and 1, with its curvature; the library does not know it otherwise."""
+    monkeypatch.setattr(registry, "READERS", dict(registry.READERS))  # undone at the end
+
+    @reads(F.soft_margin_loss)
+    @dataclass(frozen=True, eq=False)
+    class SoftMargin(ElementwiseLoss):
+        def losses(self, predictions: Tensor) -> Tensor:
+            return F.soft_margin_loss(predictions, self.target, reduction="none")
+
+        def curvature(self) -> Tensor:
+            return self.values().sigmoid() * (-self.values()).sigmoid()
+
+    p = problem()
+    p = p._replace(targets=2 * soft(p.targets).round() - 1)
+    gradients = p.passes(on_targets(F.soft_margin_loss))
+    expected = ref.per_example_gradients(p.net, F.soft_margin_loss, p.inputs, p.targets)["4.weight"]
+    outer: Tensor = torch.zeros(())
+    for labels in ("true", "exact"):
+        with closing(gradients.run(range(N), labels)) as batches:
+            layers = [{io.name: io for io in batch.layers()}["4"] for batch in batches]
+        draws = [
+            torch.cat([per_sample.formed(io.x, io.gs[k])[:, 0] for io in layers]) for k in range(len(layers[0].gs))
+        ]
+        if labels == "true":
+            torch.testing.assert_close(draws[0][:, :, :-1], expected, **EXACT)
+        else:
+            outer = torch.stack([rows.flatten(1).T @ rows.flatten(1) / N for rows in draws]).sum(0)
+    ggn = GGNProduct(gradients, range(N)).to_dense()
+    torch.testing.assert_close(ggn, dense_ggn(p, F.soft_margin_loss), **EXACT)
+    torch.testing.assert_close(outer.diagonal().sum(), ggn.diagonal()[-5 * C :].sum(), **EXACT)
 
 
 class TestLosses:
