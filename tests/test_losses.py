@@ -14,22 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.objective.losses import (
-    AbsoluteError,
-    BinaryCrossEntropy,
-    BinaryProbabilities,
-    CrossEntropy,
-    Divergence,
-    HuberError,
-    LossCall,
-    NormalLikelihood,
-    PoissonLikelihood,
-    SmoothAbsoluteError,
-    SquaredError,
-    known_loss,
-    known_losses,
-    read_call,
-)
+from lightning_influence.objective.losses import CrossEntropy, LossCall, known_loss, known_losses, read_call
+from lightning_influence.objective.losses.binary import BinaryCrossEntropy, BinaryProbabilities
+from lightning_influence.objective.losses.divergence import Divergence
+from lightning_influence.objective.losses.normal import NormalLikelihood
+from lightning_influence.objective.losses.poisson import PoissonLikelihood
+from lightning_influence.objective.losses.regression import AbsoluteError, HuberError, SmoothAbsoluteError, SquaredError
 
 N = 6
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
@@ -360,19 +350,18 @@ def test_terms_and_own_losses(name: str, reduction: str) -> None:
 def test_the_reference_replaces_the_batch(name: str) -> None:
     """With a reference the scale no longer depends on the rest of the batch."""
     case = CASES[name]
-    for reduction, reference in (("mean", 1.75), ("sum", 32.0)):
-        call, logits, _, derivative = case.call(reduction)
-        _, target, kwargs = case.make()
-        terms, share = book_terms(case, logits, target, kwargs)
-        own = float(share.sum()) / N if reduction == "mean" else float(N)
-        assert call.batch_reference(N) == pytest.approx(own, rel=1e-12)
-        weight = COEFFICIENT * (1 / reference if reduction == "mean" else reference)
-        assert float(call.scale(derivative, N, reference)) == pytest.approx(weight, rel=1e-12)
+    call, logits, _, derivative = case.call("mean")
+    _, target, kwargs = case.make()
+    terms, share = book_terms(case, logits, target, kwargs)
+    assert call.mean_weight(N) == pytest.approx(float(share.sum()) / N, rel=1e-12)
+    assert float(call.scale(derivative, N)) == pytest.approx(COEFFICIENT * N / float(share.sum()), rel=1e-12)
+    assert float(call.scale(derivative, N, 1.75)) == pytest.approx(COEFFICIENT / 1.75, rel=1e-12)
+    call, _, _, derivative = case.call("sum")
+    assert float(call.scale(derivative, N)) == pytest.approx(COEFFICIENT * N, rel=1e-12)
     call, _, _, derivative = case.call("none")
-    assert call.batch_reference(N) == 1.0
     weights = N * derivative
     placed = weights.movedim(case.class_dim, 1) if case.function is F.kl_div else weights
-    assert torch.equal(call.scale(derivative, N, 7.0), placed)
+    assert torch.equal(call.scale(derivative, N), placed)
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,9 @@ class LossTerm:
         """
         if self.sums:
             return float(n)
-        if self.form is None or self.call.reduction == "mean":
-            return self.call.batch_reference(n)
-        return 1.0 if not self.factor else 1 / (n * self.factor)
+        if self.call.reduction == "mean":
+            return self.call.mean_weight(n)
+        return 1 / (n * self.factor) if self.form is not None and self.factor else 1.0
 
     def share(self, n: int) -> TermShare:
         """Return what this batch says about the scale of the term."""

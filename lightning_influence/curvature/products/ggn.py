@@ -45,7 +45,6 @@ class GGNProduct(CurvatureProduct):
         return outputs, [torch.randn_like(output) for output in outputs]
 
     def _linearise(self, loss: BatchLoss) -> Callable[[Tensor], Tensor]:
-        tensors = list(self.flat.parameters.values())
         curvatures = _curvatures(loss)
         outputs = [tensor for curvature in curvatures for tensor, _ in _in_graph(curvature)]
         # Jᵀu is linear in u, so its derivative with respect to u is J, wherever u is.
@@ -61,7 +60,7 @@ class GGNProduct(CurvatureProduct):
                 own = [(next(pushed), sign) for _, sign in _in_graph(curvature)]
                 product = curvature.multiply(torch.stack([working(value) * sign for value, sign in own]).sum(0))
                 bent += [(product * sign).to(value.dtype) for value, sign in own]
-            return self._twice.line(self._twice.pull_back(outputs, tensors, bent), 1)
+            return self._twice.gradients(outputs, bent)
 
         return multiply
 

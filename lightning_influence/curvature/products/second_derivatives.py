@@ -72,13 +72,14 @@ class SecondDerivatives:
 
     def gradient(self, outputs: Sequence[Tensor], starts: Sequence[Tensor], *, create_graph: bool = False) -> Tensor:
         """Return the vector-Jacobian product with the parameters, ``[p]``."""
-        return self.line(_back(outputs, self._tensors, starts, create_graph=create_graph))
-
-    def line(self, tensors: Sequence[Tensor], batched: int = 0) -> Tensor:
-        """Put gradients in line, ``[p]``, or ``[q, p]`` if ``batched`` is 1."""
+        found = _back(outputs, self._tensors, starts, create_graph=create_graph)
         # Gradients of sparse embeddings are sparse.
-        rows = [tensor.to_dense().reshape(*tensor.shape[:batched], -1).to(self._flat.dtype) for tensor in tensors]
-        return torch.cat(rows, batched)
+        return torch.cat([tensor.to_dense().flatten().to(self._flat.dtype) for tensor in found])
+
+    def gradients(self, outputs: Sequence[Tensor], starts: Sequence[Tensor]) -> Tensor:
+        """Return vector-Jacobian products with the parameters for starts ``[q, *output.shape]``, ``[q, p]``."""
+        found = self.pull_back(outputs, self._tensors, starts)
+        return torch.cat([tensor.to_dense().reshape(len(tensor), -1).to(self._flat.dtype) for tensor in found], 1)
 
     def pull_back(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]

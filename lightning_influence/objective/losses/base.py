@@ -243,28 +243,21 @@ class LossCall(ABC):
         Args:
             coefficient: Derivative of the batch loss with respect to ``output``.
             n: Number of examples in the batch.
-            reference: Mean weight per example (``mean``) or batch size (``sum``) of the whole training set; by
-                default that of this batch. See ``batch_reference``.
+            reference: Of a mean, the mean weight per example of the whole training set; by default that of this batch.
 
         Returns:
             Scalar, or one weight per element for ``reduction="none"``.
         """
-        if self.reduction == "none":
+        if self.reduction != "mean":
             return n * coefficient
-        value = self.batch_reference(n) if reference is None else reference
-        return coefficient * value if self.reduction == "sum" else coefficient / value
+        return coefficient / (self.mean_weight(n) if reference is None else reference)
 
-    def batch_reference(self, n: int) -> float:
-        """Return the number that makes this call's scale depend on the batch it was made with.
-
-        For ``mean`` it is the sum of weights per example (1 for plain cross-entropy), for ``sum`` the batch size.
-        """
-        if self.reduction == "sum":
-            return float(n)
-        return float(self.weights().sum()) / n if self.reduction == "mean" else 1.0
+    def mean_weight(self, n: int) -> float:
+        """Return the sum of weights per example, which a mean divides by (1 for plain cross-entropy)."""
+        return float(self.weights().sum()) / n
 
     def steady_divisor(self, n: int, *, alone: bool) -> float | None:
-        """Return ``batch_reference`` of a mean if it follows from shapes alone, and can't be another in other batches.
+        """Return ``mean_weight`` of a mean if it follows from shapes alone, and can't be another in other batches.
 
         A mean over weights or ignored targets can; so can one over positions, whose number may depend on the longest
         example of the batch.

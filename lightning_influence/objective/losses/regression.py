@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,14 +33,6 @@ class _Residual(ElementwiseLoss):
         """Return ``input - target``, in working precision, detached."""
         return self.values() - self.target.detach()
 
-    @abstractmethod
-    def of_residual(self, residual: Tensor) -> Tensor:
-        """Return the loss terms ``[r, ...]`` of given residuals."""
-
-    def losses(self, predictions: Tensor) -> Tensor:
-        """Return ``[r, ...]``."""
-        return self.of_residual(predictions - self.target)
-
 
 @reads(F.mse_loss)
 @dataclass(frozen=True, eq=False)
@@ -50,9 +41,9 @@ class SquaredError(_Residual):
 
     weighted_mean: ClassVar[bool] = True
 
-    def of_residual(self, residual: Tensor) -> Tensor:
+    def losses(self, predictions: Tensor) -> Tensor:
         """Return ``[r, ...]``."""
-        return residual.square()
+        return (predictions - self.target).square()
 
     def curvature(self) -> Tensor:
         """Return 2."""
@@ -71,9 +62,9 @@ class AbsoluteError(_Residual):
 
     weighted_mean: ClassVar[bool] = True
 
-    def of_residual(self, residual: Tensor) -> Tensor:
+    def losses(self, predictions: Tensor) -> Tensor:
         """Return ``[r, ...]``."""
-        return residual.abs()
+        return (predictions - self.target).abs()
 
     def curvature(self) -> Tensor:
         """Return 1."""
@@ -94,8 +85,9 @@ class HuberError(_Residual):
 
     delta: float = 1.0
 
-    def of_residual(self, residual: Tensor) -> Tensor:
+    def losses(self, predictions: Tensor) -> Tensor:
         """Return ``[r, ...]``."""
+        residual = predictions - self.target
         return F.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=self.delta)
 
     def curvature(self) -> Tensor:
@@ -116,8 +108,9 @@ class SmoothAbsoluteError(_Residual):
         """Return the call; with ``beta=0`` torch takes it for the absolute error."""
         return super().read(output, arguments) if arguments["beta"] else AbsoluteError.read(output, arguments)
 
-    def of_residual(self, residual: Tensor) -> Tensor:
+    def losses(self, predictions: Tensor) -> Tensor:
         """Return ``[r, ...]``."""
+        residual = predictions - self.target
         return F.smooth_l1_loss(residual, torch.zeros_like(residual), reduction="none", beta=self.beta)
 
     def curvature(self) -> Tensor:
