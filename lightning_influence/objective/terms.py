@@ -7,9 +7,10 @@ scaled such that the batch loss is the mean of ``ℓ``.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -167,14 +168,8 @@ class BatchLoss:
         Args:
             noise: Given the shape for one example, returns uniform numbers ``[n, *shape]``, fresh at each call.
         """
-        inputs, gradients = [], []
-        for term in self.terms:
-            drawn = noise(term.call.noise_shape(self.n))
-            for tensor, gradient in term.call.sampled(term.scale(self.n), drawn):
-                if tensor.requires_grad:
-                    inputs.append(tensor)
-                    gradients.append(_like(gradient, tensor))
-        return inputs, gradients
+        each = [term.call.sampled(term.scale(self.n), noise(term.call.noise_shape(self.n))) for term in self.terms]
+        return _in_graph(chain.from_iterable(each))
 
     def exact_draws(self) -> int | None:
         """Return the number of backward passes of ``exact_outputs``, or None if there is no closed form."""
@@ -185,8 +180,7 @@ class BatchLoss:
         """Yield logits and gradients whose outer products add up to the exact Fisher (GGN) of every example."""
         for term in self.terms:
             for column in term.call.exact(term.scale(self.n), self.n):
-                own = [(tensor, gradient) for tensor, gradient in column if tensor.requires_grad]
-                yield [tensor for tensor, _ in own], [_like(gradient, tensor) for tensor, gradient in own]
+                yield _in_graph(column)
 
 
 def placed_calls(
@@ -198,12 +192,12 @@ def placed_calls(
         calls: In the order in which they were made.
         forms: See ``discover.term_forms``; a call without one has its examples side by side.
     """
-    met: dict[tuple[str, Any], int] = {}
+    met: Counter[tuple[str, Any]] = Counter()
     found: list[tuple[TermKey, LossCall, TermForm | None]] = []
     for call in calls:
         what = type(call).__name__, call.place
-        key = TermKey(*what, met.get(what, 0))
-        met[what] = key.occurrence + 1
+        key = TermKey(*what, met[what])
+        met[what] += 1
         form = forms.get(key)
         found.append((key, call if form is None else call.placed(form.layout, follow=form.follow), form))
     return found
@@ -327,5 +321,7 @@ def _reduction_of(loss: Tensor, call: LossCall) -> tuple[GradientEdge, int] | No
     return GradientEdge(node, 0), count if node.name().startswith("Mean") else 1
 
 
-def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
-    return gradient.to(tensor.dtype)
+def _in_graph(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors that take part in a gradient, and their gradients."""
+    own = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
+    return [tensor for tensor, _ in own], [gradient.to(tensor.dtype) for tensor, gradient in own]

@@ -40,16 +40,9 @@ class CrossEntropy(LossCall):
     @classmethod
     def read(cls, output: Tensor, arguments: dict[str, Any], *, log_probabilities: bool = False) -> LossCall | None:
         """Return the call."""
-        return cls(
-            output,
-            arguments["input"],
-            arguments["target"],
-            reduction_of(arguments),
-            class_weights=arguments["weight"],
-            ignore_index=arguments["ignore_index"],
-            label_smoothing=arguments.get("label_smoothing", 0.0),
-            log_probabilities=log_probabilities,
-        )
+        a, smoothing = arguments, arguments.get("label_smoothing", 0.0)
+        settings = a["weight"], a["ignore_index"], smoothing, log_probabilities
+        return cls(output, a["input"], a["target"], reduction_of(a), *settings)
 
     @property
     def element_shape(self) -> torch.Size:

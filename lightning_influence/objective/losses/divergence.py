@@ -44,15 +44,10 @@ class Divergence(CrossEntropy):
             return None
         target = target.exp() if arguments["log_target"] else target
         reduction = reduction_of(arguments)
-        return cls(
-            output,
-            log_p.movedim(dim, 1),
-            target.movedim(dim, 1),
-            "mean" if reduction == "batchmean" else reduction,
-            log_probabilities=log_probabilities,
-            class_dim=dim,
-            rows=len(log_p) if reduction == "batchmean" else None,
-        )
+        rows = len(log_p) if reduction == "batchmean" else None
+        reduction = "mean" if rows is not None else reduction
+        moved = log_p.movedim(dim, 1), target.movedim(dim, 1)
+        return cls(output, *moved, reduction, log_probabilities=log_probabilities, class_dim=dim, rows=rows)
 
     def elements(self) -> Tensor:
         """Return ``[r, c, ...]``: ``t (log t - input)``."""
