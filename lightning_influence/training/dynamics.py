@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_influence.core import distributed
 from lightning_influence.core.layout import BatchLayout
-from lightning_influence.objective.losses import CrossEntropy, LossCall
+from lightning_influence.objective.losses import LossCall
 
 # Logits up to this many scalars wait for those of other batches: each call costs more than its arithmetic.
 _SMALL = 2**16
@@ -55,7 +55,7 @@ class TrainingDynamics:
         # step, and each call costs more than its arithmetic.
         self._waiting: list[tuple[Sequence[int], dict[str, Tensor]]] = []
         self._rows: list[tuple[Sequence[int], Tensor, Tensor]] = []  # logits and labels
-        self._like: CrossEntropy | None = None  # the call that the rows are alike
+        self._like: LossCall | None = None  # the call that the rows are alike
         self._first: NDArray[np.int64] | None = None  # scratch space of `_rounds`
         self.checks_labels = True
         self.contradicted_batches = 0
@@ -68,13 +68,13 @@ class TrainingDynamics:
         Small logits of plain class decisions are copied, and what they say is computed for many batches at once.
         """
         n = len(indices)
-        if type(call) is CrossEntropy and call.single_rows(n):
+        if call.single_rows(n):
             self.record_rows(indices, call)
         else:
             self.record(indices, call.statistics(n))
 
-    def record_rows(self, indices: Sequence[int], call: CrossEntropy) -> None:
-        """File one training batch by a loss call with a row per example, see ``CrossEntropy.single_rows``."""
+    def record_rows(self, indices: Sequence[int], call: LossCall) -> None:
+        """File one training batch by a loss call with a row per example, see ``LossCall.single_rows``."""
         if call.input.numel() > _SMALL:
             self.record(indices, replace(call, layout=BatchLayout()).statistics(len(indices)))
             return
