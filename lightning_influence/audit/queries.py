@@ -14,25 +14,42 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence.audit.columns import INFLUENCE_ON
-from lightning_influence.core import distributed
+from lightning_influence.core.precision import wide_zeros
 from lightning_influence.curvature import Curvature
 from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.visitors import (
+    ExampleColumns,
+    Guest,
+    LossColumns,
+    Visitor,
+    in_order,
+    loss_columns,
+    visit,
+)
 from lightning_influence.scores.measurements import (
     AnyMeasurement,
     Loss,
+    Measured,
     Measurement,
     MeasurementError,
-    MeasurementScores,
     QuerySets,
     Statistic,
     as_measurement,
     measured_values,
-    measurement_scores,
 )
-from lightning_influence.scores.pairs import TopScores, top_scores
-from lightning_influence.scores.queries import QueryError
+from lightning_influence.scores.pairs import TopScores, distinct, top_of
+from lightning_influence.scores.products import PairColumns, StrongestPairs
+from lightning_influence.scores.queries import (
+    PreparedQueries,
+    QueryError,
+    check_layers,
+    prepared_queries,
+    query_chunks,
+)
 
 Columns = dict[str, NDArray[Any]]
+
+_FACTS = ("query_label", "query_predicted", "query_loss")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,82 +111,215 @@ class QueryPairs:
     Attributes:
         table: One row per pair, see ``columns.PAIR_DESCRIPTIONS``.
         queries: The queries, as number of their set and index in it, the first one first.
-        influence: Influence of the training examples on the measurement of the whole set, if there is one.
+        columns: What the queries add to the scores table: influence on the measurement of the whole set, if there is
+            one.
         about: For the manifest: title, measurement, value.
         notes: What a reader should know.
     """
 
     table: Columns
     queries: list[tuple[int, int]]
-    influence: MeasurementScores | None
+    columns: Columns
     about: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
-    def columns(self, indices: NDArray[Any]) -> Columns:
-        """Return the columns that the queries add to the scores table, given its ``index``."""
-        if self.influence is None:
-            return {}
-        found = self.influence.indices.cpu().numpy()
-        values = np.full(len(indices), np.nan)
-        known = np.isin(indices, found)
-        values[known] = self.influence.scores.cpu().numpy()[np.searchsorted(found, indices[known])]
-        return {INFLUENCE_ON + self.about["measurement"]: values}
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Queries of one set whose pairs are found in one pass.
+
+    Attributes:
+        number: Of the set.
+        places: Of the queries among all of them.
+        top: Finds their pairs.
+        guest: The same, as it looks at a pass.
+    """
+
+    number: int
+    places: list[int]
+    top: StrongestPairs
+    guest: Guest
 
 
-def query_pairs(
-    gradients: ExampleGradients,
-    indices: Sequence[int],
-    curvature: Curvature,
-    sets: QuerySets,
-    asked: Queries,
-    columns: Mapping[str, NDArray[Any]],
-) -> QueryPairs:
-    """Choose the queries, and find the strongest proponents and opponents of each.
+class QuerySearch:
+    """Chooses the queries, and finds the strongest proponents and opponents of each as the audit's passes go by.
 
     Args:
         gradients: Passes over the training data.
         indices: The training examples.
-        curvature: The curvature, fitted on them.
         sets: Passes over the queries' data and the examples to choose from, by loader.
         asked: What is asked.
-        columns: The scores table: ``index``, and for the table of pairs ``label``, ``predicted``, ``loss``.
-
-    Raises:
-        MeasurementError: If what is asked for can't be measured.
-        QueryError: If the training task can't be run on the queries.
-        SolverError: If an iterative solver did not reach its tolerance.
     """
-    statistic = asked.statistic
-    sets = [(passes.like(gradients), list(chosen)) for passes, chosen in sets]
-    total = sum(len(chosen) for _, chosen in sets)
-    influence = None
-    if asked.of_set:
-        influence = measurement_scores(gradients, indices, curvature, sets, measurement=asked.measured)
-    with _run_on_queries():
-        chosen, notes = _chosen(sets, asked)
-    parts: list[Columns] = []
-    for number, (passes, _) in enumerate(sets):
-        places = [place for place, (of, _) in enumerate(chosen) if of == number]
-        own = [chosen[place][1] for place in places]
-        if not own:
-            continue
-        top = top_scores(gradients, indices, curvature, passes.measuring(statistic), own, asked.top)
-        notes += [note for note in top.notes if note not in notes]
+
+    def __init__(self, gradients: ExampleGradients, indices: Sequence[int], sets: QuerySets, asked: Queries) -> None:
+        self._gradients, self._asked, self._examples = gradients, asked, distinct(indices)
+        self._sets = [(passes.like(gradients), list(chosen)) for passes, chosen in sets]
+        self._noted: dict[int, LossColumns] = {}
+        self._known: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        self._chosen: list[tuple[int, int]] = []
+        self._values: Tensor | None = None  # what is measured of those chosen, if that is known by then
+        self._later: list[list[int]] = []  # queries that take a further pass: their gradients don't fit all at once
+        self._parts: list[_Part] = []
+        self._measured: Measured | None = None
+        self._influence = torch.full((len(self._examples),), torch.nan, dtype=torch.float64)
+        self._watching: list[Guest] = []
+        self._notes: list[str] = []
+
+    def on_validation(self, number: int) -> Sequence[Visitor]:
+        """Note the losses of a set that is passed over anyway."""
+        passes, chosen = self._sets[number]
+        self._noted[number] = LossColumns(chosen, passes.device)
+        return [self._noted[number]]
+
+    def on_training(self, curvature: Curvature) -> Sequence[Visitor]:
+        """Choose the queries, and return who finds their pairs in the next pass over the training data.
+
+        Raises:
+            MeasurementError: If what is asked for can't be measured.
+            QueryError: If the training task can't be run on the queries.
+            SolverError: If an iterative solver did not reach its tolerance.
+        """
+        self._curvature = curvature
+        check_layers(self._gradients, "the curvature", curvature.dampings.keys())
+        if self._asked.of_set:
+            self._measured = self._asked.measured.measure(self._sets)
+            vector = curvature.solve(self._measured.gradient)
+            as_query = PreparedQueries({n: v[None] for n, v in vector.items()}, wide_zeros(1, self._gradients.device))
+            self._columns = PairColumns(self._examples, as_query, self._write)
+            self._watching = [Guest(self._columns)]
+        self._known = {n: noted.columns.gathered() for n, noted in self._noted.items() if noted.columns.complete}
         with _run_on_queries():
-            facts = _facts(passes, own, statistic)
-        parts.append(_rows(top, statistic, facts, number, places))
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    order = np.argsort(joined["number"], kind="stable")
-    table = _with_examples({name: values[order] for name, values in joined.items()}, columns)
-    about: dict[str, Any] = {
-        "title": _title(asked, len(chosen), total, statistic),
-        "measurement": asked.measured.name,
-        "per_query": statistic.name,
-        "examples": total,
-    }
-    if influence is not None:
-        about |= {"value": influence.measured.value, "groups": influence.measured.counts}
-    return QueryPairs(table, chosen, influence, about, notes)
+            self._choose()
+        places, notes = query_chunks(self._gradients, range(len(self._chosen)))
+        self._notes += notes
+        first, self._later = places[0], places[1:]
+        return [*self._watching, *self._prepared(first)]
+
+    def result(self, columns: Mapping[str, NDArray[Any]]) -> QueryPairs:
+        """Return what was found, once the pass is over.
+
+        Args:
+            columns: The scores table: ``index``, and for the table of pairs ``label``, ``predicted``, ``loss``.
+        """
+        for chunk in self._later:
+            visit(self._gradients, self._examples.tolist(), self._prepared(chunk), title="pairwise scores")
+        for guest in [*self._watching, *(part.guest for part in self._parts)]:
+            if guest.error is not None:
+                raise guest.error
+        with _run_on_queries():
+            rows = [self._rows(part) for part in self._parts]
+        joined = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
+        order = np.argsort(joined["number"], kind="stable")
+        table = _with_examples({name: values[order] for name, values in joined.items()}, columns)
+        asked, statistic, found = self._asked, self._asked.statistic, {}
+        total = sum(len(chosen) for _, chosen in self._sets)
+        about: dict[str, Any] = {
+            "title": _title(asked, len(self._chosen), total, statistic),
+            "measurement": asked.measured.name,
+            "per_query": statistic.name,
+            "examples": total,
+        }
+        if self._measured is not None:
+            self._columns.finish()
+            wanted = torch.from_numpy(columns["index"]).tolist()
+            found = {INFLUENCE_ON + asked.measured.name: in_order(wanted, self._examples, self._influence).numpy()}
+            about |= {"value": self._measured.value, "groups": self._measured.counts}
+        return QueryPairs(table, self._chosen, found, about, self._notes)
+
+    def _write(self, places: Tensor, scores: Tensor) -> None:
+        self._influence[places] = scores[0, 0]
+
+    def _choose(self) -> None:
+        """Choose the queries, the worst first."""
+        asked, statistic = self._asked, self._asked.statistic
+        every = [(number, query) for number, (_, chosen) in enumerate(self._sets) for query in chosen]
+        if asked.which != "worst":
+            if len(every) > asked.count:
+                self._notes.append(
+                    f"queries: the first {asked.count} of {len(every):,} are shown; `Queries(count=...)` shows more"
+                )
+            self._chosen = every[: asked.count]
+            return
+        values = torch.cat([self._value(number, chosen) for number, (_, chosen) in enumerate(self._sets)])
+        badness = -values if statistic.higher_is_better else values
+        finite = badness.isfinite()
+        if unknown := int((~finite).sum()):
+            self._notes.append(f"queries: {unknown} examples with a non-finite {statistic.name} are not asked about")
+        order = badness.masked_fill(~finite, -torch.inf).argsort(descending=True, stable=True)
+        order = order[finite[order]][: asked.count]
+        self._chosen, self._values = [every[place] for place in order.tolist()], values[order]
+        if not self._chosen:
+            raise QueryError(f"queries: none of {len(every):,} examples has a finite {statistic.name}.")
+
+    def _value(self, number: int, indices: list[int]) -> Tensor:
+        """Return what is measured of examples of a set, ``[q]`` on the host."""
+        found, known = self._known.get(number, (None, {}))
+        if type(self._asked.statistic) is Loss and found is not None and "loss" in known:
+            return in_order(indices, found, known["loss"]).cpu().double()
+        return measured_values(self._sets[number][0], indices, self._asked.statistic)
+
+    def _prepared(self, places: Sequence[int]) -> list[Guest]:
+        """Return who finds the pairs of some of the queries, by their places."""
+        found = []
+        for number, (passes, _) in enumerate(self._sets):
+            own = [place for place in places if self._chosen[place][0] == number]
+            if not own:
+                continue
+            indices = [self._chosen[place][1] for place in own]
+            measuring = passes.measuring(self._asked.statistic)
+            (prepared,) = prepared_queries(self._curvature, measuring, [indices], len(self._examples))
+            top = StrongestPairs(prepared, self._asked.top)
+            found.append(_Part(number, own, top, Guest(top)))
+        self._parts += found
+        return [part.guest for part in found]
+
+    def _rows(self, part: _Part) -> Columns:
+        """Return the pairs of some queries, one row each: proponents first, the strongest first."""
+        part.top.finish()
+        queries = [self._chosen[place][1] for place in part.places]
+        facts, top = self._facts(part, queries), top_of(queries, [part.top])
+        number = torch.tensor(part.places) + 1
+        sides = []
+        for kind, examples, scores in _sides(top, self._asked.statistic):
+            # Of few examples, the strongest proponents may be none; or fewer than asked for have a score at all.
+            row, rank = ((examples >= 0) & (scores > 0 if kind == "proponent" else scores < 0)).nonzero(as_tuple=True)
+            side = {"number": number[row], "query_set": torch.full_like(row, part.number), "query": top.queries[row]}
+            side |= {name: values[row] for name, values in facts.items()}
+            told = {"rank": rank + 1, "index": examples[row, rank], "score": scores[row, rank].double()}
+            kinds = np.full(len(row), kind, dtype=object)
+            sides.append(
+                {n: v.numpy() for n, v in side.items()} | {"kind": kinds} | {n: v.numpy() for n, v in told.items()}
+            )
+        return {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
+
+    def _facts(self, part: _Part, queries: list[int]) -> dict[str, Tensor]:
+        """Return label, prediction, loss and measured value of queries, ``[q]`` each."""
+        if part.number in self._known:
+            found, columns = self._known[part.number]
+        else:
+            passes, noted = self._sets[part.number][0], ExampleColumns(queries, torch.device("cpu"))
+            with closing(passes.losses(queries)) as losses:
+                for own, loss in losses:
+                    noted.add(own, loss_columns(loss))
+            found, columns = noted.gathered()
+        told = {f"query_{name}": in_order(queries, found, values).cpu() for name, values in columns.items()}
+        unknown = {"query_loss": torch.full((len(queries),), torch.nan)}
+        facts = {name: told.get(name, unknown.get(name, torch.full((len(queries),), -1))) for name in _FACTS}
+        facts = {name: values.double() if name == "query_loss" else values.long() for name, values in facts.items()}
+        if self._values is not None:
+            return facts | {"measured": self._values[part.places]}
+        plain = type(self._asked.statistic) is Loss
+        return facts | {"measured": facts["query_loss"] if plain else self._value(part.number, queries)}
+
+
+def _sides(top: TopScores, statistic: Statistic) -> list[tuple[str, Tensor, Tensor]]:
+    if statistic.higher_is_better:
+        # A positive score lowers what is measured: here, those are the opponents.
+        return [
+            ("proponent", top.opponents, -top.opponent_scores),
+            ("opponent", top.proponents, -top.proponent_scores),
+        ]
+    return [("proponent", top.proponents, top.proponent_scores), ("opponent", top.opponents, top.opponent_scores)]
 
 
 @contextmanager
@@ -191,88 +341,6 @@ def _title(asked: Queries, count: int, total: int, statistic: Statistic) -> str:
         return f"the first {count} of {total:,} given examples"
     extreme = "smallest" if statistic.higher_is_better else "largest"
     return f"the {count} of {total:,} validation examples with the {extreme} {statistic.name.replace('_', ' ')}"
-
-
-def _chosen(sets: QuerySets, asked: Queries) -> tuple[list[tuple[int, int]], list[str]]:
-    """Return set and index of the queries, the worst first."""
-    every = [(number, query) for number, (_, chosen) in enumerate(sets) for query in chosen]
-    if asked.which != "worst":
-        notes = []
-        if len(every) > asked.count:
-            notes = [f"queries: the first {asked.count} of {len(every):,} are shown; `Queries(count=...)` shows more"]
-        return every[: asked.count], notes
-    statistic = asked.statistic
-    values = torch.cat([measured_values(passes, chosen, statistic) for passes, chosen in sets])
-    badness = -values if statistic.higher_is_better else values
-    finite = badness.isfinite()
-    order = badness.masked_fill(~finite, -torch.inf).argsort(descending=True, stable=True)
-    notes = []
-    if not bool(finite.all()):
-        notes = [f"queries: {int((~finite).sum())} examples with a non-finite {statistic.name} are not asked about"]
-    return [every[place] for place in order.tolist() if bool(finite[place])][: asked.count], notes
-
-
-def _facts(passes: ExampleGradients, chosen: list[int], statistic: Statistic) -> dict[str, Tensor]:
-    """Return label, prediction, loss and measured value of the queries, ``[q]`` each, in their order."""
-    seen: list[int] = []
-    parts: dict[str, list[Tensor]] = {
-        "query_label": [torch.zeros(0, dtype=torch.long)],
-        "query_predicted": [torch.zeros(0, dtype=torch.long)],
-        "query_loss": [torch.zeros(0, dtype=torch.float64)],
-    }
-    with closing(passes.losses(chosen)) as losses:
-        for own, loss in losses:
-            statistics = {} if loss.primary is None else loss.primary.statistics(loss.n)
-            unknown = torch.full((loss.n,), -1)
-            missing = torch.full((loss.n,), torch.nan, dtype=torch.float64)
-            seen += own
-            parts["query_label"].append(statistics.get("label", unknown).cpu().long())
-            parts["query_predicted"].append(statistics.get("predicted", unknown).cpu().long())
-            parts["query_loss"].append(missing if loss.values is None else loss.values.detach().cpu().double())
-    merged, columns = distributed.gather_by_index(
-        torch.tensor(seen, dtype=torch.long), {name: torch.cat(values) for name, values in parts.items()}
-    )
-    places = torch.searchsorted(merged, torch.tensor(chosen))
-    facts = {name: values[places] for name, values in columns.items()}
-    plain = type(statistic) is Loss
-    facts["measured"] = facts["query_loss"] if plain else measured_values(passes, chosen, statistic)
-    return facts
-
-
-def _rows(
-    top: TopScores, statistic: Statistic, facts: Mapping[str, Tensor], number: int, places: Sequence[int]
-) -> Columns:
-    """Return the pairs of one set, one row each: by query, proponents first, the strongest first."""
-    found = {
-        "proponent": (top.proponents, top.proponent_scores),
-        "opponent": (top.opponents, top.opponent_scores),
-    }
-    if statistic.higher_is_better:
-        # A positive score lowers what is measured: here, those are the opponents.
-        found = {
-            "proponent": (top.opponents, -top.opponent_scores),
-            "opponent": (top.proponents, -top.proponent_scores),
-        }
-    rows: dict[str, list[Any]] = {
-        name: [] for name in ("number", "query_set", "query", *facts, "kind", "rank", "index", "score")
-    }
-    for row, query in enumerate(top.queries.tolist()):
-        told = {name: values[row].item() for name, values in facts.items()}
-        for kind, (examples, scores) in found.items():
-            pairs = zip(examples[row].tolist(), scores[row].tolist(), strict=True)
-            for rank, (index, score) in enumerate(pairs, start=1):
-                # Of few examples, the strongest proponents may be none; or fewer than asked for have a score at all.
-                if index < 0 or not (score > 0 if kind == "proponent" else score < 0):
-                    continue
-                values = {"number": places[row] + 1, "query_set": number, "query": query, **told}
-                values |= {"kind": kind, "rank": rank, "index": index, "score": score}
-                for name, value in values.items():
-                    rows[name].append(value)
-    floats = {"query_loss", "measured", "score"}
-    return {
-        name: np.array(values, dtype=object if name == "kind" else np.float64 if name in floats else np.int64)
-        for name, values in rows.items()
-    }
 
 
 def _with_examples(table: Columns, columns: Mapping[str, NDArray[Any]]) -> Columns:

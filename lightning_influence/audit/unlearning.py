@@ -31,7 +31,7 @@ from lightning_influence.curvature import BlockCoordinates, Curvature, Indefinit
 from lightning_influence.curvature.coordinates import joined_gradients
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.scores.examples import mean_gradient
+from lightning_influence.scores.measurements import mean_gradient
 from lightning_influence.scores.plan import InfluencePlan
 
 _Module = TypeVar("_Module", bound=nn.Module)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import closing
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,17 @@ from lightning_influence.curvature.blocks.block import Eigenbasis
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
+from lightning_influence.gradients.visitors import Visitor, visit
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.rows import Rows
 
 # Of each query's gradient there are, for a while: itself, the solution, and what solving takes.
 _COPIES = 4
+
+QUERY_BYTES = 2**30
+"""Memory for the vectors of queries, which are as large as the parameters, unless told otherwise."""
+
+_Query = TypeVar("_Query")
 
 
 class QueryError(ValueError):
@@ -70,21 +76,23 @@ def check_layers(gradients: ExampleGradients, other: str, covered: Set[str]) -> 
         )
 
 
-def query_chunks(gradients: ExampleGradients, indices: Sequence[int], size: int) -> tuple[list[list[int]], list[str]]:
+def query_chunks(
+    gradients: ExampleGradients, queries: Sequence[_Query], size: int = QUERY_BYTES
+) -> tuple[list[list[_Query]], list[str]]:
     """Return the queries to take at a time, and what to say about it; the same on every process.
 
     Args:
         gradients: Passes over the training data.
-        indices: The queries.
+        queries: The queries.
         size: Bytes of preconditioned gradients to hold at a time; fewer are taken if the memory does not suffice.
     """
     like = next(p for p in gradients.module.parameters() if p.is_floating_point())
     width = max(1, gradients.coverage.covered_parameters * working_dtype(like.dtype).itemsize)
-    asked = step = min(len(indices), max(1, size // width))
+    asked = step = min(len(queries), max(1, size // width))
     # All processes take as many as the one with the least memory can.
     while step > 1 and distributed.any_process(not memory.fits(_COPIES * step * width, gradients.device)):
         step = (step + 1) // 2
-    chunks = [list(indices[start : start + step]) for start in range(0, len(indices), step)]
+    chunks = [list(queries[start : start + step]) for start in range(0, len(queries), step)]
     if step == asked:
         return chunks, []
     note = (
@@ -185,53 +193,62 @@ def _check_later(queries: ExampleGradients, chunks: Sequence[list[int]]) -> None
     """Raise ``QueryError`` if the task can't be run on some query of any chunk but the first, which comes next."""
     for chunk in chunks[1:]:
         # Else a query that does not fit is found after a pass over the training data for every chunk before it.
-        _visit(queries, chunk, lambda place, batch: None)
+        _gradients(queries, chunk, None)
 
 
 def _gradients(
-    queries: ExampleGradients, indices: list[int], form: Callable[[LayerIO], Tensor]
+    queries: ExampleGradients, indices: list[int], form: Callable[[LayerIO], Tensor] | None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the queries' gradients by block, ``[q, k, o, i]``, as ``form`` gives them, and which are finite."""
-    shapes = {name: (len(indices), *block.shape) for name, block in queries.coverage.blocks.items()}
-    reached: dict[str, Tensor] = {}
-    finite: list[Tensor] = []
-
-    def take(place: int, batch: BatchGradients) -> None:
-        for io in batch.layers():
-            formed = form(io)
-            if len(formed) == len(indices):  # all queries at once: no copy
-                reached[io.name] = formed
-                continue
-            if io.name not in reached:
-                reached[io.name] = formed.new_zeros(shapes[io.name])
-            reached[io.name][place : place + len(formed)] = formed
-        finite.append(batch.finite)
-
-    _visit(queries, indices, take)
-    like = next(iter(reached.values()), torch.zeros(0, device=queries.device))
-    # Zeros are made only where they are needed: they are as large as gradients.
-    found = {name: reached[name] if name in reached else like.new_zeros(shape) for name, shape in shapes.items()}
-    return found, torch.cat(finite)
-
-
-def _visit(queries: ExampleGradients, indices: list[int], take: Callable[[int, BatchGradients], None]) -> None:
-    """Hand every batch of queries on, with the place of its first one, on every process."""
-    done = 0
+    found = _Formed(queries, len(indices), form)
     try:
-        with closing(queries.run(indices, title="queries", everywhere=True)) as batches:
-            for batch in batches:
-                take(done, batch)
-                done += batch.loss.n
+        visit(queries, indices, [found], title="queries", everywhere=True)
     # Anything can go wrong in a user's task that meets another kind of batch.
     except Exception as error:
         if _out_of_memory(error):
             raise
-        failed = indices[done : done + queries.source.pass_batch_size]
+        failed = indices[found.done : found.done + queries.source.pass_batch_size]
         raise QueryError(
             f"queries: the training task can't be run on the batch from query {failed[0]} to {failed[-1]} "
             f"({type(error).__name__}: {error}). Queries need inputs and labels of the kind that the model was trained "
             "on."
         ) from error
+    return found.result()
+
+
+class _Formed(Visitor):
+    """Keeps the gradients of all examples of a pass, which every process makes by itself."""
+
+    def __init__(self, queries: ExampleGradients, count: int, form: Callable[[LayerIO], Tensor] | None) -> None:
+        self._shapes = {name: (count, *block.shape) for name, block in queries.coverage.blocks.items()}
+        self._count, self._device, self._form = count, queries.device, form
+        self._reached: dict[str, Tensor] = {}
+        self._finite: list[Tensor] = []
+        self.done = 0
+
+    def add(self, io: LayerIO) -> None:
+        if self._form is None:
+            return
+        formed = self._form(io)
+        if len(formed) == self._count:  # all queries at once: no copy
+            self._reached[io.name] = formed
+            return
+        if io.name not in self._reached:
+            self._reached[io.name] = formed.new_zeros(self._shapes[io.name])
+        self._reached[io.name][self.done : self.done + len(formed)] = formed
+
+    def end(self, batch: BatchGradients) -> None:
+        self._finite.append(batch.finite)
+        self.done += batch.loss.n
+
+    def result(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the gradients by block, and which are finite."""
+        reached = self._reached
+        shapes = self._shapes if self._form is not None else {}
+        like = next(iter(reached.values()), torch.zeros(0, device=self._device))
+        # Zeros are made only where they are needed: they are as large as gradients.
+        found = {name: reached[name] if name in reached else like.new_zeros(shape) for name, shape in shapes.items()}
+        return found, torch.cat(self._finite)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -31,9 +31,9 @@ from lightning_influence.core.precision import wide
 from lightning_influence.curvature import random_subset
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.scores.along.source import plain_steps
-from lightning_influence.scores.examples import mean_gradient
-from lightning_influence.scores.pair_sums import QUERY_BYTES, PairSum
-from lightning_influence.scores.pairs import PairwiseScores
+from lightning_influence.scores.measurements import mean_gradient
+from lightning_influence.scores.pairs import PairSum, PairwiseScores
+from lightning_influence.scores.queries import QUERY_BYTES
 from lightning_influence.training.checkpoints import Checkpoint
 
 # How far the weights are moved to differentiate: along a direction of length one, so that it does not matter how large

@@ -29,8 +29,8 @@ from lightning_influence.core.precision import wide
 from lightning_influence.curvature import BLOCKS, BlockCurvature, CurvatureName, FactorExamples, fit
 from lightning_influence.curvature.damping import block_means
 from lightning_influence.gradients.passes import ExampleGradients, Labels
-from lightning_influence.scores.pair_sums import QUERY_BYTES, PairSum
-from lightning_influence.scores.pairs import PairwiseScores
+from lightning_influence.scores.pairs import PairSum, PairwiseScores
+from lightning_influence.scores.queries import QUERY_BYTES
 from lightning_influence.training.checkpoints import Checkpoint, CheckpointError
 
 At = Literal["checkpoints", "average"]
@@ -204,27 +204,24 @@ class _Maps:
     def response(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``(I - exp(-τ C)) C⁻¹ v`` by block; for τ C → 0 that is ``τ v``."""
 
-        def of_eigenvalues(step: float, decay: float) -> Callable[[Tensor], Tensor]:
-            def function(eigenvalues: Tensor) -> Tensor:
-                exponent = step * (eigenvalues + decay)
-                safe = exponent.where(exponent != 0, torch.ones_like(exponent))
-                return step * torch.where(exponent != 0, -torch.expm1(-safe) / safe, 1.0)
+        def function(exponent: Tensor, step: float) -> Tensor:
+            safe = exponent.where(exponent != 0, torch.ones_like(exponent))
+            return step * torch.where(exponent != 0, -torch.expm1(-safe) / safe, 1.0)
 
-            return function
-
-        return self._applied(of_eigenvalues, vectors)
+        return self._applied(function, vectors)
 
     def decayed(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``exp(-τ C) v`` by block."""
-        return self._applied(lambda step, decay: lambda x: torch.exp(-step * (x + decay)), vectors)
+        return self._applied(lambda exponent, step: torch.exp(-exponent), vectors)
 
-    def _applied(
-        self, make: Callable[[float, float], Callable[[Tensor], Tensor]], vectors: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        return {
-            name: self.curvature.blocks[name].apply(make(self.step_sizes[name], self.weight_decay[name]), vector)
-            for name, vector in vectors.items()
-        }
+    def _applied(self, function: Callable[[Tensor, float], Tensor], vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``f(τ C) v``; ``function`` takes the eigenvalues of ``τ C``, and τ."""
+
+        def applied(name: str, vector: Tensor) -> Tensor:
+            step, decay = self.step_sizes[name], self.weight_decay[name]
+            return self.curvature.blocks[name].apply(lambda x: function(step * (x + decay), step), vector)
+
+        return {name: applied(name, vector) for name, vector in vectors.items()}
 
 
 def _segment(checkpoints: Sequence[Checkpoint]) -> Segment:
