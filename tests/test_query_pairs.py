@@ -29,6 +29,7 @@ from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.objective.task import TrainingStepTask
 from lightning_influence.scores.measurements import as_measurement, measurement_scores
 from lightning_influence.scores.pairs import top_scores
+from lightning_influence.scores.queries import query_chunks
 
 N, Q = 22, 13
 TRAINING, VALIDATION = vectors(N, dtype=torch.float64), vectors(Q, 2, dtype=torch.float64)
@@ -259,6 +260,38 @@ def test_scores_pairs_and_sweep_share_one_pass(
     # A margin has a gradient of its own, and its worst examples are looked for; the queries come once more.
     passes = 3 if queries == "margin" else 1
     assert len(visited[Q]) == passes * Q * loaders + (8 if queries else 0)
+
+
+def test_pairs_that_fail_cost_no_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They look at the pass that scores; what goes wrong with them there is theirs."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("lightning_influence.scores.products.StrongestPairs._take", fail)
+    with pytest.warns(UserWarning, match="no pairs of queries: RuntimeError: out of luck"):
+        report, _, _ = audited(tmp_path, "worst")
+    assert report.status == "complete"
+    assert report.pairs is None
+    assert np.isfinite(report.columns["self_influence"]).all()
+
+
+def test_queries_that_take_several_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only so many of their gradients fit into memory at a time; the pairs are the same."""
+    whole, _, _ = audited(tmp_path / "whole", Queries(count=5, top=3))
+
+    def chunks(gradients: Any, queries: Any, size: int = 0) -> Any:
+        return query_chunks(gradients, queries, 1)
+
+    monkeypatch.setattr("lightning_influence.audit.queries.query_chunks", chunks)
+    apart, _, _ = audited(tmp_path / "apart", Queries(count=5, top=3))
+    assert whole.pairs is not None
+    assert apart.pairs is not None
+    for name, values in whole.pairs.items():
+        if values.dtype == np.float64:
+            np.testing.assert_allclose(apart.pairs[name], values, rtol=1e-9)
+        else:
+            np.testing.assert_array_equal(apart.pairs[name], values)
 
 
 # --------------------------------------------------------------------------------------------------------- pictures

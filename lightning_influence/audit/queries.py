@@ -37,7 +37,7 @@ from lightning_influence.scores.measurements import (
     as_measurement,
     measured_values,
 )
-from lightning_influence.scores.pairs import TopScores, distinct, top_of
+from lightning_influence.scores.pairs import TopScores, distinct
 from lightning_influence.scores.products import PairColumns, StrongestPairs
 from lightning_influence.scores.queries import (
     PreparedQueries,
@@ -48,8 +48,6 @@ from lightning_influence.scores.queries import (
 )
 
 Columns = dict[str, NDArray[Any]]
-
-_FACTS = ("query_label", "query_predicted", "query_loss")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,23 +122,6 @@ class QueryPairs:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Queries of one set whose pairs are found in one pass.
-
-    Attributes:
-        number: Of the set.
-        places: Of the queries among all of them.
-        top: Finds their pairs.
-        guest: The same, as it looks at a pass.
-    """
-
-    number: int
-    places: list[int]
-    top: StrongestPairs
-    guest: Guest
-
-
 class QuerySearch:
     """Chooses the queries, and finds the strongest proponents and opponents of each as the audit's passes go by.
 
@@ -157,13 +138,12 @@ class QuerySearch:
         self._noted: dict[int, LossColumns] = {}
         self._known: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         self._chosen: list[tuple[int, int]] = []
-        self._values: Tensor | None = None  # what is measured of those chosen, if that is known by then
+        self._measured = torch.zeros(0)  # of the queries, each by itself
         self._later: list[list[int]] = []  # queries that take a further pass: their gradients don't fit all at once
-        self._parts: list[_Part] = []
-        self._measured: Measured | None = None
-        self._influence = torch.full((len(self._examples),), torch.nan, dtype=torch.float64)
-        self._watching: list[Guest] = []
+        self._found: list[tuple[int, list[int], StrongestPairs]] = []  # number of a set, places of its queries
+        self._guests: list[Guest] = []
         self._notes: list[str] = []
+        self._of_set: _OfSet | None = None
 
     def on_validation(self, number: int) -> Sequence[Visitor]:
         """Note the losses of a set that is passed over anyway."""
@@ -182,18 +162,15 @@ class QuerySearch:
         self._curvature = curvature
         check_layers(self._gradients, "the curvature", curvature.dampings.keys())
         if self._asked.of_set:
-            self._measured = self._asked.measured.measure(self._sets)
-            vector = curvature.solve(self._measured.gradient)
-            as_query = PreparedQueries({n: v[None] for n, v in vector.items()}, wide_zeros(1, self._gradients.device))
-            self._columns = PairColumns(self._examples, as_query, self._write)
-            self._watching = [Guest(self._columns)]
+            self._of_set = _OfSet(self._asked.measured.measure(self._sets), curvature, self._examples)
+            self._guests.append(Guest(self._of_set.visitor))
         self._known = {n: noted.columns.gathered() for n, noted in self._noted.items() if noted.columns.complete}
         with _run_on_queries():
             self._choose()
-        places, notes = query_chunks(self._gradients, range(len(self._chosen)))
+        (first, *self._later), notes = query_chunks(self._gradients, range(len(self._chosen)))
         self._notes += notes
-        first, self._later = places[0], places[1:]
-        return [*self._watching, *self._prepared(first)]
+        self._prepare(first)
+        return self._guests
 
     def result(self, columns: Mapping[str, NDArray[Any]]) -> QueryPairs:
         """Return what was found, once the pass is over.
@@ -202,114 +179,125 @@ class QuerySearch:
             columns: The scores table: ``index``, and for the table of pairs ``label``, ``predicted``, ``loss``.
         """
         for chunk in self._later:
-            visit(self._gradients, self._examples.tolist(), self._prepared(chunk), title="pairwise scores")
-        for guest in [*self._watching, *(part.guest for part in self._parts)]:
+            before = len(self._guests)
+            self._prepare(chunk)
+            visit(self._gradients, self._examples.tolist(), self._guests[before:], title="pairwise scores")
+        for guest in self._guests:
             if guest.error is not None:
                 raise guest.error
         with _run_on_queries():
-            rows = [self._rows(part) for part in self._parts]
-        joined = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
+            parts = [self._rows(*found) for found in self._found]
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         order = np.argsort(joined["number"], kind="stable")
         table = _with_examples({name: values[order] for name, values in joined.items()}, columns)
-        asked, statistic, found = self._asked, self._asked.statistic, {}
-        total = sum(len(chosen) for _, chosen in self._sets)
+        asked, total = self._asked, sum(len(chosen) for _, chosen in self._sets)
         about: dict[str, Any] = {
-            "title": _title(asked, len(self._chosen), total, statistic),
+            "title": _title(asked, len(self._chosen), total, asked.statistic),
             "measurement": asked.measured.name,
-            "per_query": statistic.name,
+            "per_query": asked.statistic.name,
             "examples": total,
         }
-        if self._measured is not None:
-            self._columns.finish()
-            wanted = torch.from_numpy(columns["index"]).tolist()
-            found = {INFLUENCE_ON + asked.measured.name: in_order(wanted, self._examples, self._influence).numpy()}
-            about |= {"value": self._measured.value, "groups": self._measured.counts}
-        return QueryPairs(table, self._chosen, found, about, self._notes)
-
-    def _write(self, places: Tensor, scores: Tensor) -> None:
-        self._influence[places] = scores[0, 0]
+        more: Columns = {}
+        if self._of_set is not None:
+            about |= {"value": self._of_set.measured.value, "groups": self._of_set.measured.counts}
+            more = {INFLUENCE_ON + asked.measured.name: self._of_set.influence(columns["index"].tolist())}
+        return QueryPairs(table, self._chosen, more, about, self._notes)
 
     def _choose(self) -> None:
         """Choose the queries, the worst first."""
         asked, statistic = self._asked, self._asked.statistic
         every = [(number, query) for number, (_, chosen) in enumerate(self._sets) for query in chosen]
         if asked.which != "worst":
+            self._chosen = every[: asked.count]
+            self._measured = self._value(0, [query for _, query in self._chosen], known=False)
             if len(every) > asked.count:
                 self._notes.append(
                     f"queries: the first {asked.count} of {len(every):,} are shown; `Queries(count=...)` shows more"
                 )
-            self._chosen = every[: asked.count]
             return
         values = torch.cat([self._value(number, chosen) for number, (_, chosen) in enumerate(self._sets)])
         badness = -values if statistic.higher_is_better else values
         finite = badness.isfinite()
-        if unknown := int((~finite).sum()):
-            self._notes.append(f"queries: {unknown} examples with a non-finite {statistic.name} are not asked about")
         order = badness.masked_fill(~finite, -torch.inf).argsort(descending=True, stable=True)
         order = order[finite[order]][: asked.count]
-        self._chosen, self._values = [every[place] for place in order.tolist()], values[order]
+        self._chosen, self._measured = [every[place] for place in order.tolist()], values[order]
+        if unknown := int((~finite).sum()):
+            self._notes.append(f"queries: {unknown} examples with a non-finite {statistic.name} are not asked about")
         if not self._chosen:
             raise QueryError(f"queries: none of {len(every):,} examples has a finite {statistic.name}.")
 
-    def _value(self, number: int, indices: list[int]) -> Tensor:
-        """Return what is measured of examples of a set, ``[q]`` on the host."""
-        found, known = self._known.get(number, (None, {}))
-        if type(self._asked.statistic) is Loss and found is not None and "loss" in known:
-            return in_order(indices, found, known["loss"]).cpu().double()
+    def _value(self, number: int, indices: list[int], *, known: bool = True) -> Tensor:
+        """Return what is measured of examples of a set, ``[q]``; it has to be ``known``, or is NaN else."""
+        if type(self._asked.statistic) is Loss:
+            told = self._told(number, indices)
+            if "loss" in told or not known:
+                return told.get("loss", torch.full((len(indices),), torch.nan)).double()
         return measured_values(self._sets[number][0], indices, self._asked.statistic)
 
-    def _prepared(self, places: Sequence[int]) -> list[Guest]:
-        """Return who finds the pairs of some of the queries, by their places."""
-        found = []
+    def _told(self, number: int, indices: list[int]) -> dict[str, Tensor]:
+        """Return loss, label and prediction of examples of a set, as far as they are known, ``[q]`` on the host."""
+        if number not in self._known:
+            passes, noted = self._sets[number][0], ExampleColumns(indices, torch.device("cpu"))
+            with closing(passes.losses(indices)) as losses:
+                for own, loss in losses:
+                    noted.add(own, loss_columns(loss))
+        found, columns = self._known[number] if number in self._known else noted.gathered()
+        return {name: in_order(indices, found, values).cpu() for name, values in columns.items()}
+
+    def _prepare(self, places: Sequence[int]) -> None:
+        """Get ready to find the pairs of some of the queries, by their places."""
         for number, (passes, _) in enumerate(self._sets):
             own = [place for place in places if self._chosen[place][0] == number]
-            if not own:
-                continue
-            indices = [self._chosen[place][1] for place in own]
-            measuring = passes.measuring(self._asked.statistic)
-            (prepared,) = prepared_queries(self._curvature, measuring, [indices], len(self._examples))
-            top = StrongestPairs(prepared, self._asked.top)
-            found.append(_Part(number, own, top, Guest(top)))
-        self._parts += found
-        return [part.guest for part in found]
+            if own:
+                indices, measuring = self._indices(own), passes.measuring(self._asked.statistic)
+                (prepared,) = prepared_queries(self._curvature, measuring, [indices], len(self._examples))
+                self._found.append((number, own, StrongestPairs(prepared, self._asked.top)))
+                self._guests.append(Guest(self._found[-1][2]))
 
-    def _rows(self, part: _Part) -> Columns:
-        """Return the pairs of some queries, one row each: proponents first, the strongest first."""
-        part.top.finish()
-        queries = [self._chosen[place][1] for place in part.places]
-        facts, top = self._facts(part, queries), top_of(queries, [part.top])
-        number = torch.tensor(part.places) + 1
+    def _indices(self, places: Sequence[int]) -> list[int]:
+        return [self._chosen[place][1] for place in places]
+
+    def _rows(self, number: int, places: list[int], strongest: StrongestPairs) -> Columns:
+        """Return the pairs of queries of one set, one row each: proponents first, the strongest first."""
+        top = TopScores.of(self._indices(places), [strongest.result()])
+        told, unknown = self._told(number, self._indices(places)), torch.full((len(places),), -1)
+        of_query = {
+            "number": torch.tensor(places) + 1,
+            "query_set": torch.full_like(unknown, number),
+            "query": top.queries,
+            "query_label": told.get("label", unknown).long(),
+            "query_predicted": told.get("predicted", unknown).long(),
+            "query_loss": told.get("loss", unknown * torch.nan).double(),
+            "measured": self._measured[places],
+        }
         sides = []
         for kind, examples, scores in _sides(top, self._asked.statistic):
             # Of few examples, the strongest proponents may be none; or fewer than asked for have a score at all.
             row, rank = ((examples >= 0) & (scores > 0 if kind == "proponent" else scores < 0)).nonzero(as_tuple=True)
-            side = {"number": number[row], "query_set": torch.full_like(row, part.number), "query": top.queries[row]}
-            side |= {name: values[row] for name, values in facts.items()}
-            told = {"rank": rank + 1, "index": examples[row, rank], "score": scores[row, rank].double()}
-            kinds = np.full(len(row), kind, dtype=object)
-            sides.append(
-                {n: v.numpy() for n, v in side.items()} | {"kind": kinds} | {n: v.numpy() for n, v in told.items()}
-            )
+            side: Columns = {name: values[row].numpy() for name, values in of_query.items()}
+            side |= {"kind": np.full(len(row), kind, dtype=object), "rank": rank.numpy() + 1}
+            side |= {"index": examples[row, rank].numpy(), "score": scores[row, rank].double().numpy()}
+            sides.append(side)
         return {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
 
-    def _facts(self, part: _Part, queries: list[int]) -> dict[str, Tensor]:
-        """Return label, prediction, loss and measured value of queries, ``[q]`` each."""
-        if part.number in self._known:
-            found, columns = self._known[part.number]
-        else:
-            passes, noted = self._sets[part.number][0], ExampleColumns(queries, torch.device("cpu"))
-            with closing(passes.losses(queries)) as losses:
-                for own, loss in losses:
-                    noted.add(own, loss_columns(loss))
-            found, columns = noted.gathered()
-        told = {f"query_{name}": in_order(queries, found, values).cpu() for name, values in columns.items()}
-        unknown = {"query_loss": torch.full((len(queries),), torch.nan)}
-        facts = {name: told.get(name, unknown.get(name, torch.full((len(queries),), -1))) for name in _FACTS}
-        facts = {name: values.double() if name == "query_loss" else values.long() for name, values in facts.items()}
-        if self._values is not None:
-            return facts | {"measured": self._values[part.places]}
-        plain = type(self._asked.statistic) is Loss
-        return facts | {"measured": facts["query_loss"] if plain else self._value(part.number, queries)}
+
+class _OfSet:
+    """The influence of training examples on the measurement of a whole set."""
+
+    def __init__(self, measured: Measured, curvature: Curvature, examples: Tensor) -> None:
+        vectors = {name: vector[None] for name, vector in curvature.solve(measured.gradient).items()}
+        device = next(iter(vectors.values())).device
+        self.measured, self._examples = measured, examples
+        self._scores = torch.full((len(examples),), torch.nan, dtype=torch.float64)
+        self.visitor = PairColumns(examples, PreparedQueries(vectors, wide_zeros(1, device)), self._write)
+
+    def influence(self, indices: Sequence[int]) -> NDArray[Any]:
+        """Return the scores of examples, once the pass is over."""
+        self.visitor.finish()
+        return in_order(indices, self._examples, self._scores).numpy()
+
+    def _write(self, places: Tensor, scores: Tensor) -> None:
+        self._scores[places] = scores[0, 0]
 
 
 def _sides(top: TopScores, statistic: Statistic) -> list[tuple[str, Tensor, Tensor]]:

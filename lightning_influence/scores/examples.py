@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_influence.core.precision import wide, wide_dtype, wide_zeros
+from lightning_influence.core.precision import wide_dtype, wide_zeros
 from lightning_influence.curvature.curvature import Curvature, Scorer
 from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
@@ -17,7 +17,6 @@ from lightning_influence.training import step_sizes as tracin
 
 # Features kept per example: 2 GB for a million examples.
 _FEATURES = 512
-_PART = "self_influence/"
 
 
 def score_examples(
@@ -28,7 +27,6 @@ def score_examples(
     query: Mapping[str, Tensor] | None = None,
     step_sizes: Mapping[str, tracin.StepSize] | None = None,
     features: bool = False,
-    parts: bool = False,
     title: str = "scores",
 ) -> ExampleScores:
     """Score examples in one pass over them.
@@ -41,15 +39,13 @@ def score_examples(
             ``-g_qᵀ (C + λ)⁻¹ g_z``: positive where training on the example raises the query's loss.
         step_sizes: By layer, for ``tracin``, ``η gᵀ P g``, see ``tracin.block_step_sizes``.
         features: Whether to keep the inputs of the last layer.
-        parts: Whether to give self-influence by layer, too, in columns ``self_influence/<layer>`` (not for GGN and
-            Hessian, where it is no sum over layers).
         title: Text of the progress bar.
 
     Returns:
         Columns ``loss``, ``predicted``, ``label`` (if the loss was tapped), ``grad_norm_squared``, ``finite``, and
         those asked for.
     """
-    scorer = ExampleScorer(gradients, indices, curvature, query, step_sizes, features=features, parts=parts)
+    scorer = ExampleScorer(gradients, indices, curvature, query, step_sizes, features=features)
     visit(gradients, indices, [scorer], title=title)
     return scorer.result()
 
@@ -66,10 +62,9 @@ class ExampleScorer(Visitor):
         step_sizes: Mapping[str, tracin.StepSize] | None = None,
         *,
         features: bool = False,
-        parts: bool = False,
     ) -> None:
         self._curvature, self._query, self._step_sizes = curvature, query, step_sizes
-        self._features, self._parts = features, parts
+        self._features = features
         self._bias = {name: block.bias_columns for name, block in gradients.coverage.blocks.items()}
         self._columns = ExampleColumns(indices, gradients.device)
         self._scorer: Scorer | None = None
@@ -107,8 +102,6 @@ class ExampleScorer(Visitor):
         row, device, unknown = self._row, batch.finite.device, ~batch.finite
         if self._scorer is not None:
             row["self_influence"] = self._scorer.self_influence().to(device, wide_dtype(device))
-            if self._parts:
-                row |= {f"{_PART}{name}": wide(part) for name, part in self._scorer.parts().items()}
         if self._last is not None:
             row["features"] = _projected(self._last)
         row = {

@@ -13,9 +13,9 @@ Index legend: ``q`` queries, ``n`` training examples, ``m`` the whole and its pa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed, memory
-from lightning_influence.core.precision import wide_zeros
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import visit
 from lightning_influence.scores import matrix_file
-from lightning_influence.scores.products import Normalisation, PairColumns, StrongestPairs, best_of
+from lightning_influence.scores.products import Normalisation, PairColumns, StrongestPairs
 from lightning_influence.scores.queries import (
     QUERY_BYTES,
     PreparedQueries,
@@ -36,7 +35,6 @@ from lightning_influence.scores.queries import (
     check_pairs,
     prepared_queries,
     query_chunks,
-    query_gradients,
 )
 
 _SCORE_BYTES = 8
@@ -110,6 +108,17 @@ class TopScores:
     opponent_scores: Tensor
     notes: list[str] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, queries: Sequence[int], found: Sequence[tuple[Tensor, Tensor]], notes: Sequence[str] = ()) -> TopScores:
+        """Return what ``StrongestPairs`` has found of several chunks of queries, in their order."""
+        scores, rows = (torch.cat([part[place] for part in found], 1) for place in (0, 1))
+        unknown = torch.isneginf(scores)
+        # Without entries that no query has a score for.
+        kept = (~unknown).any(1).sum(1).tolist()
+        scores, rows = scores.masked_fill(unknown, torch.nan), rows.masked_fill(unknown, -1)
+        (most, proponents), (least, opponents) = ((scores[k, :, :m], rows[k, :, :m]) for k, m in enumerate(kept))
+        return cls(torch.tensor(list(queries)), proponents, most, opponents, -least, list(notes))
+
 
 def pairwise_scores(
     gradients: ExampleGradients,
@@ -161,48 +170,13 @@ def pairwise_scores(
         )
     if by_layer and path is not None:
         raise ValueError("by_layer=True keeps the parts in memory; leave out `path`, and take fewer queries at a time.")
-    if path is not None:
-        return _filed(gradients, indices, curvature, queries, query_indices, normalise, Path(path), query_bytes)
-    total = PairSum(
-        gradients,
-        indices,
-        queries,
-        query_indices,
-        query_bytes,
-        layers=list(gradients.coverage.blocks) if by_layer else (),
-        way_out=("leave out by_layer=True, or " if by_layer else "pass `path=` to keep them in a file, or ")
-        + "use `top_scores`, which keeps the strongest only",
-    )
-    start = 0
-    for prepared in prepared_queries(curvature, total.queries, total.chunks, len(total.examples)):
-        rows = slice(start, start + len(prepared.self_influence))
-        total.add_prepared(rows, prepared, curvature, normalise)
-        start = rows.stop
-    return total.result()
-
-
-def _filed(
-    gradients: ExampleGradients,
-    indices: Sequence[int],
-    curvature: Curvature,
-    queries: ExampleGradients,
-    query_indices: Sequence[int],
-    normalise: Normalisation,
-    path: Path,
-    query_bytes: int,
-) -> PairwiseScores:
-    """Write the scores to a file, see ``pairwise_scores``."""
-    examples, asked = distinct(indices), torch.tensor(list(query_indices), dtype=torch.long)
-    with matrix_file.written(path, (len(asked), len(examples))) as write:
-        chunks, notes = query_chunks(gradients, query_indices, query_bytes)
-        start = 0
-        for prepared in prepared_queries(curvature, queries.like(gradients), chunks, len(examples)):
-            rows = slice(start, start + len(prepared.self_influence))
-            columns = PairColumns(examples, prepared, partial(write, rows), curvature, normalise)
-            visit(gradients, examples.tolist(), [columns], title=_TITLE)
-            columns.finish()
-            start = rows.stop
-    return PairwiseScores(asked, examples, matrix_file.mapped(path), None, notes)
+    layers = list(gradients.coverage.blocks) if by_layer else []
+    shape = len(query_indices), len(distinct(indices))
+    with nullcontext() if path is None else matrix_file.written(Path(path), shape) as write:
+        total = PairSum(gradients, indices, queries, query_indices, query_bytes, layers=layers, write=write)
+        for rows, prepared in total.prepared(curvature):
+            total.add(rows, prepared, curvature=curvature, normalise=normalise)
+    return total.result() if path is None else total.result(matrix_file.mapped(Path(path)))
 
 
 def top_scores(
@@ -241,20 +215,12 @@ def top_scores(
         raise ValueError(f"count is {count}; expected at least one proponent and opponent to find.")
     examples = distinct(indices).tolist()
     chunks, notes = query_chunks(gradients, query_indices, query_bytes)
-    found: list[StrongestPairs] = []
+    found = []
     for prepared in prepared_queries(curvature, queries.like(gradients), chunks, len(examples)):
         strongest = StrongestPairs(prepared, count, curvature, normalise)
         visit(gradients, examples, [strongest], title=_TITLE)
-        strongest.finish()
-        found.append(strongest)
-    return top_of(list(query_indices), found, notes)
-
-
-def top_of(queries: Sequence[int], found: Sequence[StrongestPairs], notes: Sequence[str] = ()) -> TopScores:
-    """Return what has been found of several chunks of queries, in their order."""
-    proponents, most = best_of([strongest.best[1.0] for strongest in found])
-    opponents, least = best_of([strongest.best[-1.0] for strongest in found])
-    return TopScores(torch.tensor(list(queries)), proponents, most, opponents, -least, list(notes))
+        found.append(strongest.result())
+    return TopScores.of(query_indices, found, notes)
 
 
 def _check(
@@ -283,11 +249,7 @@ class PairSum:
         query_indices: The queries.
         query_bytes: Memory for the vectors of queries; more queries take more passes over the training data.
         layers: Whose parts of the scores to keep, too.
-        way_out: What to do if the scores do not fit into memory.
-
-    Attributes:
-        chunks: The queries, as many as are taken at a time.
-        notes: What a reader should know.
+        write: Takes the scores instead, see ``matrix_file``; nothing can be added to them there.
 
     Raises:
         ValueError: If there is no query or no example, training data and queries are not about the same parameters, or
@@ -303,70 +265,69 @@ class PairSum:
         query_bytes: int = QUERY_BYTES,
         *,
         layers: Sequence[str] = (),
-        way_out: str = "take fewer queries at a time",
+        write: matrix_file.Write | None = None,
     ) -> None:
         check_pairs(gradients, indices, queries, query_indices)
         self.gradients = gradients
-        self.queries = queries.like(gradients)
-        self.examples = distinct(indices)
-        self._asked = torch.tensor(list(query_indices), dtype=torch.long)
-        self._layers = list(layers)
-        self._scores = _zeros((1 + len(layers), len(self._asked), len(self.examples)), way_out)
-        self._met = torch.zeros(len(self.examples), dtype=torch.bool)
-        self.chunks, self.notes = query_chunks(gradients, query_indices, query_bytes)
+        self._queries, self._layers, self._write = queries.like(gradients), layers, write
+        self._examples, self._asked = distinct(indices), torch.tensor(list(query_indices), dtype=torch.long)
+        size = 0 if write is not None else len(self._examples)
+        self._scores = _zeros(1 + len(layers), len(self._asked), size)
+        self._met = torch.zeros(size, dtype=torch.bool)
+        self._chunks, self.notes = query_chunks(gradients, query_indices, query_bytes)
 
-    def queried(self) -> Iterator[tuple[slice, dict[str, Tensor], Tensor]]:
-        """Yield, for as many queries as are taken at a time, their rows, their gradients, and which are finite.
+    def prepared(self, curvature: Curvature | None = None) -> Iterator[tuple[slice, PreparedQueries]]:
+        """Yield rows and gradients of as many queries as are taken at a time, at the weights that the model has now.
 
-        Gradients go by block, ``[q, k, o, i]``, at the weights that the model has now.
+        Args:
+            curvature: What they are preconditioned with, if they are.
 
         Raises:
             QueryError: Before the first, if the training task can't be run on the queries.
         """
         start = 0
-        for vectors, finite in query_gradients(self.queries, self.chunks):
-            rows = slice(start, start + len(finite))
-            yield rows, vectors, finite
+        for queries in prepared_queries(curvature, self._queries, self._chunks, len(self._examples)):
+            rows = slice(start, start + len(queries.self_influence))
+            yield rows, queries
             start = rows.stop
 
-    def add(self, rows: slice, vectors: Mapping[str, Tensor], finite: Tensor, weight: float = 1.0) -> None:
+    def add(
+        self,
+        rows: slice,
+        queries: PreparedQueries,
+        weight: float = 1.0,
+        *,
+        curvature: Curvature | None = None,
+        normalise: Normalisation = "none",
+    ) -> None:
         """Add ``weight · ⟨v_q, g_z⟩`` at the weights that the model has now, in one pass over the training data.
 
         Args:
             rows: The queries.
-            vectors: ``v_q`` by block, ``[q, k, o, i]``.
-            finite: Which queries have a score, ``[q]``; an example without a finite gradient has none.
+            queries: Their vectors.
             weight: Of the term.
+            curvature: For the norms to divide by.
+            normalise: See ``pairwise_scores``.
         """
-        # All that a pass without norms looks for there is who has a score.
-        known = wide_zeros(len(finite), finite.device).masked_fill(~finite, torch.nan)
-        self.add_prepared(rows, PreparedQueries(vectors, known), weight=weight)
-
-    def add_prepared(
-        self,
-        rows: slice,
-        prepared: PreparedQueries,
-        curvature: Curvature | None = None,
-        normalise: Normalisation = "none",
-        weight: float = 1.0,
-    ) -> None:
-        """Add the scores of prepared queries, see ``pairwise_scores``, in one pass over the training data."""
 
         def write(places: Tensor, scores: Tensor) -> None:
+            if self._write is not None:
+                self._write(rows, places, scores[0])
+                return
             self._scores[:, rows, places] += weight * scores
             self._met[places] = True
 
-        columns = PairColumns(self.examples, prepared, write, curvature, normalise, self._layers)
-        visit(self.gradients, self.examples.tolist(), [columns], title=_TITLE)
+        columns = PairColumns(self._examples, queries, write, curvature, normalise, self._layers)
+        visit(self.gradients, self._examples.tolist(), [columns], title=_TITLE)
         columns.finish()
 
-    def result(self, notes: Sequence[str] = ()) -> PairwiseScores:
-        """Return the sums, with further notes; NaN for examples that no pass has met."""
-        if not bool(self._met.all()):
-            self._scores.masked_fill_(~self._met, torch.nan)
+    def result(self, filed: Tensor | None = None, *, notes: Sequence[str] = ()) -> PairwiseScores:
+        """Return the sums, or what was written, with further notes; NaN for examples that no pass has met."""
+        self._scores.masked_fill_(~self._met, torch.nan)
         parts = dict(zip(self._layers, self._scores[1:], strict=True)) if self._layers else None
         notes = list(dict.fromkeys([*self.notes, *notes]))
-        return PairwiseScores(self._asked, self.examples, self._scores[0], parts, notes)
+        scores = self._scores[0] if filed is None else filed
+        return PairwiseScores(self._asked, self._examples, scores, parts, notes)
 
 
 def mean_scores(members: Sequence[PairwiseScores]) -> PairwiseScores:
@@ -414,15 +375,17 @@ def distinct(indices: Sequence[int]) -> Tensor:
     return torch.tensor(sorted({int(index) for index in indices}), dtype=torch.long)
 
 
-def _zeros(shape: tuple[int, int, int], way_out: str) -> Tensor:
+def _zeros(matrices: int, queries: int, examples: int) -> Tensor:
     """Return ``[m, q, n]`` on the host, after a look at whether it fits."""
-    host, (matrices, queries, examples) = torch.device("cpu"), shape
+    host = torch.device("cpu")
     needed = _SCORE_BYTES * matrices * queries * examples
     if distributed.any_process(not memory.fits(needed, host)):
         parts = f" with their parts by {matrices - 1} layers" if matrices > 1 else ""
+        way_out = "leave out by_layer=True" if parts else "pass `path=` to `pairwise_scores` to keep them in a file"
         raise ValueError(
             f"{queries:,} x {examples:,} scores{parts} take {memory.readable(needed)} of memory, and "
-            f"{memory.readable(memory.available_bytes(host) or 0)} are available; {way_out}."
+            f"{memory.readable(memory.available_bytes(host) or 0)} are available; {way_out}, take fewer queries at a "
+            "time, or use `top_scores`, which keeps the strongest only."
         )
     # Written to, so that it counts as taken from here on.
-    return torch.full(shape, 0.0, dtype=torch.float64)
+    return torch.full((matrices, queries, examples), 0.0, dtype=torch.float64)

@@ -130,10 +130,6 @@ class StrongestPairs(_Pairs):
         count: How many of each.
         curvature: For the norms to divide by; not needed without.
         normalise: See ``pairwise_scores``.
-
-    Attributes:
-        best: Sign of the scores to scores times sign and dataset indices, ``[q, count]``; after ``finish`` of all
-            processes, on the host, padded with scores of -inf.
     """
 
     def __init__(
@@ -145,26 +141,21 @@ class StrongestPairs(_Pairs):
     ) -> None:
         super().__init__(prepared, curvature, normalise)
         self._count = count
-        size, device = len(prepared.self_influence), prepared.self_influence.device
-        self.best = {sign: _nothing(size, device) for sign in (1.0, -1.0)}
+        size, device = 2 * len(prepared.self_influence), prepared.self_influence.device
+        self._best = _nothing(size, device)
 
     def _take(self, indices: list[int], scores: Tensor) -> None:
-        rows = torch.tensor(indices, device=scores.device).expand(scores.shape[2], -1)
-        for sign, best in self.best.items():
-            self.best[sign] = _merged(best, sign * scores[:, 0].T, rows, self._count)
+        signed = torch.cat([scores[:, 0].T, -scores[:, 0].T])  # opponents are found as proponents of the negative
+        rows = torch.tensor(indices, device=scores.device).expand(len(signed), -1)
+        self._best = _merged(self._best, signed, rows, self._count)
 
-    def finish(self) -> None:
-        """Merge what the processes have found."""
-        self.best = {sign: _over_processes(best, self._count) for sign, best in self.best.items()}
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Return scores of proponents and of opponents, and the examples' indices, ``[2, q, count]``, on the host.
 
-
-def best_of(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return indices and scores ``[q, m]`` of all queries, without entries that no query has a score for."""
-    scores, rows = (torch.cat([part[place] for part in found]) for place in (0, 1))
-    unknown = torch.isneginf(scores)
-    kept = int((~unknown).any(0).sum())
-    scores, rows = scores.masked_fill(unknown, torch.nan), rows.masked_fill(unknown, -1)
-    return rows[:, :kept], scores[:, :kept]
+        Those of opponents are negated; the same on every process, padded with scores of -inf.
+        """
+        scores, rows = _over_processes(self._best, self._count)
+        return scores.unflatten(0, (2, -1)), rows.unflatten(0, (2, -1))
 
 
 def _length(squared: Tensor) -> Tensor:

@@ -90,12 +90,12 @@ def diff_in_scores(
         along = _Derivative(gradients, checkpoint, step)
         with checkpoint.loaded(gradients.module):
             mean = _scaled(along.sizes, mean_gradient(gradients, chosen, title="batch gradient"))
-            for rows, vectors, finite in total.queried():
-                vectors = _scaled(along.sizes, vectors)
-                total.add(rows, _scaled(along.sizes, along.of_mean(chosen, vectors)), finite, weight)
+            for rows, asked in total.prepared():
+                vectors = _scaled(along.sizes, asked.vectors)
+                total.add(rows, asked.turned(_scaled(along.sizes, along.of_mean(chosen, vectors))), weight)
                 for point, share in along.points(mean):
                     with point.loaded(gradients.module):
-                        total.add(rows, vectors, finite, weight * share)
+                        total.add(rows, asked.turned(vectors), weight * share)
     return total.result()
 
 

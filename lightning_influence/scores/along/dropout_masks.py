@@ -163,8 +163,8 @@ def ip_ensemble(
     _check_dropout(total.gradients, member, indices[:2])
     for number in range(masks):
         member.member = number
-        for rows, vectors, finite in total.queried():
-            total.add(rows, vectors, finite, 1 / masks)
+        for rows, asked in total.prepared():
+            total.add(rows, asked, 1 / masks)
     return total.result()
 
 

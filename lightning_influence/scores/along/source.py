@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_influence.core.precision import wide
-from lightning_influence.curvature import BLOCKS, BlockCurvature, CurvatureName, FactorExamples, fit
+from lightning_influence.curvature import BLOCKS, BlockCurvature, Curvature, CurvatureName, FactorExamples, fit
 from lightning_influence.curvature.damping import block_means
 from lightning_influence.gradients.passes import ExampleGradients, Labels
 from lightning_influence.scores.pairs import PairSum, PairwiseScores
@@ -154,52 +155,47 @@ def source_scores(
     for checkpoint in checkpoints:
         checkpoint.check(gradients.module)
     total = PairSum(gradients, indices, queries, query_indices, query_bytes)
-    maps = [_Maps.fitted(gradients, indices, s, curvature, labels, examples, weight_decay) for s in stretches]
+    examples = examples or FactorExamples(len(indices), len(indices))
+    fitted = partial(fit, gradients, curvature, indices, examples=examples, labels=labels)
+    maps = [_Maps(gradients, segment, fitted, weight_decay) for segment in stretches]
     with checkpoints[-1].loaded(gradients.module):
-        for rows, vectors, finite in total.queried():
+        for rows, asked in total.prepared():
             for segment, maps_of_segment in zip(reversed(stretches), reversed(maps), strict=True):
-                responses = maps_of_segment.response(vectors)
+                responses = asked.turned(maps_of_segment.response(asked.vectors))
                 for checkpoint, share in _places(segment, at):
                     with checkpoint.loaded(gradients.module):
-                        total.add(rows, responses, finite, share)
+                        total.add(rows, responses, share)
                 del responses
-                vectors = maps_of_segment.decayed(vectors)
-    return total.result([note for each in maps for note in each.curvature.notes])
+                asked = asked.turned(maps_of_segment.decayed(asked.vectors))
+    return total.result(notes=[note for each in maps for note in each.curvature.notes])
 
 
-@dataclass(frozen=True, eq=False)
 class _Maps:
     """What a segment does to a vector over the covered parameters.
 
-    Attributes:
-        curvature: At the segment's averaged weights.
-        step_sizes: τ by block.
-        weight_decay: By block.
+    Args:
+        gradients: Passes over the training data.
+        segment: The segment.
+        fitted: Fits the curvature at the weights that the model has then.
+        weight_decay: See ``source_scores``.
     """
 
-    curvature: BlockCurvature
-    step_sizes: Mapping[str, float]
-    weight_decay: Mapping[str, float]
-
-    @classmethod
-    def fitted(
-        cls,
+    def __init__(
+        self,
         gradients: ExampleGradients,
-        indices: Sequence[int],
         segment: Segment,
-        name: CurvatureName,
-        labels: tuple[Labels, Labels],
-        examples: FactorExamples | None,
+        fitted: Callable[[], Curvature],
         weight_decay: float | Mapping[str, float],
-    ) -> _Maps:
+    ) -> None:
         blocks = gradients.coverage.blocks
         if not isinstance(weight_decay, Mapping):
             weight_decay = {p: weight_decay for block in blocks.values() for p in block.parameters}
-        examples = examples or FactorExamples(len(indices), len(indices))
         with segment.average.loaded(gradients.module):
-            curvature = fit(gradients, name, indices, examples=examples, labels=labels)
+            curvature = fitted()
         assert isinstance(curvature, BlockCurvature)
-        return cls(curvature, block_means(blocks, segment.step_sizes), block_means(blocks, weight_decay))
+        self.curvature = curvature
+        self._step_sizes = block_means(blocks, segment.step_sizes)
+        self._weight_decay = block_means(blocks, weight_decay)
 
     def response(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``(I - exp(-τ C)) C⁻¹ v`` by block; for τ C → 0 that is ``τ v``."""
@@ -218,16 +214,21 @@ class _Maps:
         """Return ``f(τ C) v``; ``function`` takes the eigenvalues of ``τ C``, and τ."""
 
         def applied(name: str, vector: Tensor) -> Tensor:
-            step, decay = self.step_sizes[name], self.weight_decay[name]
+            step, decay = self._step_sizes[name], self._weight_decay[name]
             return self.curvature.blocks[name].apply(lambda x: function(step * (x + decay), step), vector)
 
         return {name: applied(name, vector) for name, vector in vectors.items()}
 
 
 def _segment(checkpoints: Sequence[Checkpoint]) -> Segment:
-    steps = sum(c.steps for c in checkpoints)
+    last, steps = checkpoints[-1], sum(c.steps for c in checkpoints)
     shares = [c.steps / steps for c in checkpoints]
-    last = checkpoints[-1]
+    different = {name for c in checkpoints for name in c.parameters.keys() ^ last.parameters.keys()}
+    if different:
+        raise CheckpointError(
+            f"some checkpoints have the parameters {sorted(different)[:5]} and others have not; expected those of one "
+            "run."
+        )
 
     def mean(values: Sequence[Tensor]) -> Tensor:
         # Counters of a batch norm are not averaged.
@@ -238,20 +239,13 @@ def _segment(checkpoints: Sequence[Checkpoint]) -> Segment:
             total += share * value
         return total.to(values[-1])
 
-    different = {name for c in checkpoints for name in c.parameters.keys() ^ last.parameters.keys()}
-    if different:
-        raise CheckpointError(
-            f"some checkpoints have the parameters {sorted(different)[:5]} and others have not; expected those of one "
-            "run."
-        )
+    whole = reduce(lambda earlier, later: later.standing_for(earlier), checkpoints)
     average = replace(
         last,
         parameters={name: mean([c.parameters[name] for c in checkpoints]) for name in last.parameters},
         buffers={name: mean([c.buffers[name] for c in checkpoints]) for name in last.buffers},
     )
-    names = {name for c in checkpoints for name in c.step_sizes}
-    sums = {name: sum(c.step_sizes.get(name, 0.0) for c in checkpoints) for name in sorted(names)}
-    return Segment(tuple(checkpoints), average, sums)
+    return Segment(tuple(checkpoints), average, whole.step_sizes)
 
 
 def _places(segment: Segment, at: At) -> list[tuple[Checkpoint, float]]:

@@ -60,9 +60,9 @@ def tracin_scores(
         with checkpoint.loaded(gradients.module):
             scales = {name: value.to(device) for name, value in checkpoint.preconditioner.items()}
             sizes = block_step_sizes(blocks, checkpoint.step_sizes, gradients.module, scales)
-            for rows, vectors, finite in total.queried():
-                steps = {name: _step(blocks[name], sizes[name], vector) for name, vector in vectors.items()}
-                total.add(rows, steps, finite)
+            for rows, asked in total.prepared():
+                steps = {name: _step(blocks[name], sizes[name], vector) for name, vector in asked.vectors.items()}
+                total.add(rows, asked.turned(steps))
     return total.result()
 
 
