@@ -99,12 +99,13 @@ class QueryReport:
     ) -> None:
         """Get ready for the passes at the end of training."""
         module: Any = gradients.module
-        self._sets = self._queries(trainer, module, gradients.task, gradients.coverage, validation)
-        self._validated = self._sets is validation
-        if self._sets:
-            self._search = QuerySearch(gradients, indices, self._sets, self.asked)
-        else:
-            self._give_up("there are no validation examples to choose them from; pass a DataLoader as `queries=`")
+        with self._or_give_up():
+            self._sets = self._queries(trainer, module, gradients.task, gradients.coverage, validation)
+            self._validated = self._sets is validation
+            if self._sets:
+                self._search = QuerySearch(gradients, indices, self._sets, self.asked)
+            else:
+                self._give_up("there are no validation examples to choose them from; pass a DataLoader as `queries=`")
 
     def on_validation(self, number: int) -> Sequence[Visitor]:
         """Look at the validation examples, if the queries are among them."""
@@ -126,6 +127,7 @@ class QueryReport:
         """Return the columns that the queries add to the scores table, once the passes are over."""
         with self._or_give_up():
             self.pairs = None if self._search is None else self._search.result(columns)
+        self._search = None  # it holds gradients
         if self.pairs is None:
             return {}
         self.notes += self.pairs.notes

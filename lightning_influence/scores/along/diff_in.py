@@ -30,7 +30,7 @@ from torch import Tensor
 from lightning_influence.core.precision import wide
 from lightning_influence.curvature import random_subset
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.scores.along.source import plain_steps
+from lightning_influence.scores.along.gradient_steps import plain_steps
 from lightning_influence.scores.measurements import mean_gradient
 from lightning_influence.scores.pairs import PairSum, PairwiseScores
 from lightning_influence.scores.queries import QUERY_BYTES

@@ -30,6 +30,7 @@ from lightning_influence.core.precision import wide
 from lightning_influence.curvature import BLOCKS, BlockCurvature, Curvature, CurvatureName, FactorExamples, fit
 from lightning_influence.curvature.damping import block_means
 from lightning_influence.gradients.passes import ExampleGradients, Labels
+from lightning_influence.scores.along.gradient_steps import plain_steps
 from lightning_influence.scores.pairs import PairSum, PairwiseScores
 from lightning_influence.scores.queries import QUERY_BYTES
 from lightning_influence.training.checkpoints import Checkpoint, CheckpointError
@@ -43,39 +44,15 @@ class Segment:
 
     Attributes:
         checkpoints: Its checkpoints, in the order of training.
+        shares: Of its steps, by checkpoint.
         average: Their mean, each weighing as many steps as it stands for.
         step_sizes: Parameter name to τ, the sum over the segment's steps.
     """
 
     checkpoints: tuple[Checkpoint, ...]
+    shares: tuple[float, ...]
     average: Checkpoint
     step_sizes: Mapping[str, float]
-
-
-def plain_steps(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the checkpoints of a run that stand for steps, after a look at whether they were steps along the gradient.
-
-    Raises:
-        CheckpointError: If the steps do not rise, are unknown, or were not multiples of the gradient.
-    """
-    if any(b.step <= a.step for a, b in zip(checkpoints, checkpoints[1:], strict=False)):
-        raise CheckpointError(
-            f"the checkpoints are of the steps {[c.step for c in checkpoints]}; expected those of one run, in the "
-            "order of training, each once."
-        )
-    moved = [c for c in checkpoints if c.steps and any(c.step_sizes.values())]
-    if adaptive := [c.step for c in moved if c.preconditioner]:
-        raise CheckpointError(
-            f"the checkpoints of the steps {adaptive[:5]} are of an adaptive optimizer, whose steps are not multiples "
-            "of the gradient; this method is for SGD. Use TracIn, or leave out `preconditioner` to treat the steps as "
-            "plain ones."
-        )
-    if not moved:
-        raise CheckpointError(
-            f"none of {len(checkpoints)} checkpoints knows the steps it stands for; take them with `step_sizes=` and "
-            "`steps=`, see `tracin.StepSizes`."
-        )
-    return moved
 
 
 def training_segments(checkpoints: Sequence[Checkpoint], count: int) -> list[Segment]:
@@ -162,7 +139,8 @@ def source_scores(
         for rows, asked in total.prepared():
             for segment, maps_of_segment in zip(reversed(stretches), reversed(maps), strict=True):
                 responses = asked.turned(maps_of_segment.response(asked.vectors))
-                for checkpoint, share in _places(segment, at):
+                places = zip(segment.checkpoints, segment.shares, strict=True)
+                for checkpoint, share in places if at == "checkpoints" else [(segment.average, 1.0)]:
                     with checkpoint.loaded(gradients.module):
                         total.add(rows, responses, share)
                 del responses
@@ -222,7 +200,7 @@ class _Maps:
 
 def _segment(checkpoints: Sequence[Checkpoint]) -> Segment:
     last, steps = checkpoints[-1], sum(c.steps for c in checkpoints)
-    shares = [c.steps / steps for c in checkpoints]
+    shares = tuple(c.steps / steps for c in checkpoints)
     different = {name for c in checkpoints for name in c.parameters.keys() ^ last.parameters.keys()}
     if different:
         raise CheckpointError(
@@ -245,12 +223,4 @@ def _segment(checkpoints: Sequence[Checkpoint]) -> Segment:
         parameters={name: mean([c.parameters[name] for c in checkpoints]) for name in last.parameters},
         buffers={name: mean([c.buffers[name] for c in checkpoints]) for name in last.buffers},
     )
-    return Segment(tuple(checkpoints), average, whole.step_sizes)
-
-
-def _places(segment: Segment, at: At) -> list[tuple[Checkpoint, float]]:
-    """Return where the gradients of a segment are taken, and how much each weighs."""
-    if at == "average":
-        return [(segment.average, 1.0)]
-    steps = sum(c.steps for c in segment.checkpoints)
-    return [(c, c.steps / steps) for c in segment.checkpoints]
+    return Segment(tuple(checkpoints), shares, average, whole.step_sizes)

@@ -153,7 +153,7 @@ class GroupMeans(Visitor):
             for name, block in queries.coverage.blocks.items()
             if gradient
         }
-        self._inside = self._counts
+        self._masks: list[Tensor | None] = []
 
     def count(self, loss: BatchLoss, indices: Sequence[int], finite: Tensor | None = None) -> Tensor:
         """Add the values of a batch; return which examples are in which group, ``[c, n]``."""
@@ -175,13 +175,14 @@ class GroupMeans(Visitor):
 
     def begin(self, batch: BatchGradients) -> None:
         """Add the values of a batch."""
-        self._inside = self.count(batch.loss, batch.indices, batch.finite)
+        inside = self.count(batch.loss, batch.indices, batch.finite)
+        self._masks = [None if whole else mask for mask, whole in zip(inside, inside.all(1).tolist(), strict=True)]
 
     def add(self, io: LayerIO) -> None:
         """Add a layer's gradients."""
-        for group, mask in zip(self._gradients[io.name], self._inside, strict=True):
+        for group, mask in zip(self._gradients[io.name], self._masks, strict=True):
             # A gradient is linear in the activations, also where the rows of `g` are one-hot.
-            x = io.x if bool(mask.all()) else io.x * mask.to(io.x)[None, :, None, None]
+            x = io.x if mask is None else io.x * mask.to(io.x)[None, :, None, None]
             group += per_sample.summed_gradient(x, io.gs[0])
 
     def gathered(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
