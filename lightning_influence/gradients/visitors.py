@@ -139,7 +139,7 @@ class ExampleColumns:
         """Return dataset indices ``[n]``, sorted, and the columns ``[n, ...]``; the same on every process."""
         # Collate functions leave examples out.
         columns = {name: values[: len(self._kept)] for name, values in self._columns.items()}
-        if distributed.world_size() > 1:  # some may have seen none
+        if distributed.any_process(not columns):  # which doesn't know what the others have
             for layout in distributed.gather_objects({n: (v.dtype, v.shape[1:]) for n, v in columns.items()}):
                 for name, (dtype, shape) in layout.items():
                     like = torch.zeros((0, *shape), dtype=dtype, device=self._device)
