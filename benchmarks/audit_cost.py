@@ -25,7 +25,7 @@ from lightning_influence.gradients.verify import inspect, roomy_batch_size
 from lightning_influence.scores.plan import InfluencePlan, influence_scores
 from lightning_influence.training.neighbours import disagreement
 
-STAGES = ("factors", "scores", "damping sweep", "neighbours")
+STAGES = ("factors", "scores", "neighbours")
 
 
 def plain_pass(module: nn.Module, examples: TensorDataset) -> None:

@@ -36,7 +36,8 @@ from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.rows import Rows
 from lightning_influence.objective.task import TaskError
-from lightning_influence.scores.examples import mean_gradient, score_examples
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.measurements import mean_gradient
 
 EXACT: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-12}
 N, CLASSES = 13, 3

@@ -18,8 +18,7 @@ from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.scores.along.dropout_masks import DropoutMasks, ip_ensemble
-from lightning_influence.scores.pair_sums import mean_scores
-from lightning_influence.scores.pairs import PairwiseScores, pairwise_scores
+from lightning_influence.scores.pairs import PairwiseScores, mean_scores, pairwise_scores
 
 N, Q, C, P = 9, 4, 3, 0.4
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}

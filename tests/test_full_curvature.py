@@ -189,16 +189,6 @@ class TestNystrom:
             Problem().fit("hessian", 2.0, solver="nystrom")
 
 
-def test_parts_by_layer_add_up() -> None:
-    problem = Problem("cnn")
-    curvature = problem.fit("ekfac", 0.05)
-    found = score_examples(problem.gradients, range(N), curvature=curvature, parts=True).columns
-    parts = [found[f"self_influence/{name}"] for name in problem.gradients.coverage.blocks]
-    assert len(parts) == 3
-    torch.testing.assert_close(torch.stack(parts).sum(0), found["self_influence"], rtol=1e-10, atol=0)
-    assert float(torch.stack(parts).min()) > 0
-
-
 def test_relative_damping_is_a_share_of_the_mean_eigenvalue() -> None:
     problem = Problem()
     mean = float(problem.dense("ggn").diagonal().mean())

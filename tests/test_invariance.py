@@ -17,10 +17,11 @@ from lightning_influence.curvature import BLOCKS, Curvature, FactorExamples, fit
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.coverage import Uncovered
 from lightning_influence.gradients.discover import discover
-from lightning_influence.gradients.example_scores import ExampleScores
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import inspect
-from lightning_influence.scores.examples import mean_gradient, score_examples
+from lightning_influence.gradients.visitors import ExampleScores
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.measurements import mean_gradient
 
 N, CLASSES = 22, 4
 # Only the order of summation may differ.

@@ -203,12 +203,12 @@ def test_validation_data_that_are_gone_cost_their_columns_alone(
         def on_train_end(self, *_: Any) -> None:
             data.gone = after == "before the audit"
 
-    def find(*arguments: Any) -> Any:
+    def ask(*arguments: Any) -> Any:
         data.gone = True
-        return found(*arguments)
+        return asks(*arguments)
 
-    data, found = Files(), QueryReport.find
-    monkeypatch.setattr(QueryReport, "find", find)
+    data, asks = Files(), QueryReport.on_training
+    monkeypatch.setattr(QueryReport, "on_training", ask)
     asked = DataLoader(data, 4)
     audit = InfluenceAudit(queries=asked if by_loader else "worst")
     with pytest.warns(UserWarning, match="the volume is gone|no validation examples"):

@@ -20,8 +20,10 @@ from lightning_influence.curvature.sweep import damping_sweep
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.visitors import visit
 from lightning_influence.scores.examples import score_examples
-from lightning_influence.scores.pairs import PairwiseScores, gathered_columns, pairwise_scores, top_scores
+from lightning_influence.scores.pairs import PairwiseScores, pairwise_scores, top_scores
+from lightning_influence.scores.products import PairColumns
 from lightning_influence.scores.queries import PreparedQueries, QueryError, prepared_queries
 
 N, Q, C = 9, 4, 3
@@ -331,7 +333,10 @@ def rotated_layers(prepared: PreparedQueries) -> list[str]:
 
 def columns(problem: Problem, prepared: PreparedQueries, *how: Any) -> Tensor:
     """Return the scores, and their parts by layer, of one way to prepare queries, `[m, q, n]`."""
-    pieces = list(gathered_columns(problem.train, torch.arange(N), prepared, *how))
+    pieces: list[tuple[Tensor, Tensor]] = []
+    visitor = PairColumns(torch.arange(N), prepared, lambda places, scores: pieces.append((places, scores)), *how)
+    visit(problem.train, range(N), [visitor])
+    visitor.finish()
     assert torch.cat([places for places, _ in pieces]).tolist() == list(range(N))
     return torch.cat([scores for _, scores in pieces], 2)
 

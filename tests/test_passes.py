@@ -26,6 +26,7 @@ from lightning_influence.gradients.coverage import Coverage, cover
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.noise import ExampleNoise
 from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.plain_autograd import batch_gradients
 from lightning_influence.gradients.verify import Inspection, VerificationError, inspect, looked_at, roomy_batch_size
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.task import TaskError
@@ -770,7 +771,7 @@ def test_progress_and_forward_context_see_every_batch() -> None:
         assert len(list(batches)) == 3
     assert shown == [("a pass", N), 8, 8, N - 16, "end"]
     assert len(entered) == 3
-    gradients.verification_gradients(next(iter(gradients.source.batches([0, 1])))[1], 2)
+    batch_gradients(gradients, next(iter(gradients.source.batches([0, 1])))[1], 2)
     assert len(entered) == 4
 
 

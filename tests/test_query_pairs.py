@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import AdversarialLoss, AuditReport, DemographicParityGap, InfluenceAudit, Margin, Queries
 from lightning_influence.audit.columns import PAIR_DESCRIPTIONS
+from lightning_influence.callbacks import run as audit_run
 from lightning_influence.curvature import FactorExamples, fit
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import discover
@@ -28,6 +29,7 @@ from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.objective.task import TrainingStepTask
 from lightning_influence.scores.measurements import as_measurement, measurement_scores
 from lightning_influence.scores.pairs import top_scores
+from lightning_influence.scores.queries import query_chunks
 
 N, Q = 22, 13
 TRAINING, VALIDATION = vectors(N, dtype=torch.float64), vectors(Q, 2, dtype=torch.float64)
@@ -215,6 +217,81 @@ def test_several_validation_loaders_are_asked_as_one(tmp_path: Path) -> None:
     for number, place in enumerate(losses.argsort(descending=True)[:6].tolist(), start=1):
         pairs = of_query(report, number, "proponent")
         assert (pairs["query_set"][0], pairs["query"][0]) == ((0, place) if place < 5 else (1, place - 5))
+
+
+# ----------------------------------------------------------------------------------------------------------- passes
+
+
+@pytest.mark.parametrize("loaders", [1, 2])
+@pytest.mark.parametrize("queries", [None, "worst", "margin"])
+def test_scores_pairs_and_sweep_share_one_pass(
+    queries: Any, loaders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two passes over the training set fit EK-FAC and one scores, whoever asks; validation has one for its mean loss.
+
+    Pairs took one more for every validation loader, the damping sweep one, another measurement one; and validation was
+    run up to three times more.
+    """
+
+    class Several(Validated):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+    def batches(self: ExampleSource, indices: Any, size: int | None = None) -> Any:
+        visited.setdefault(len(self.dataset), []).extend(indices)
+        return original(self, indices, size)
+
+    def scored(*arguments: Any, **options: Any) -> Any:
+        visited.clear()
+        return scores(*arguments, **options)
+
+    visited: dict[int, list[int]] = {}
+    original, scores = ExampleSource.batches, audit_run.influence_scores
+    monkeypatch.setattr(ExampleSource, "batches", batches)
+    monkeypatch.setattr(audit_run, "influence_scores", scored)
+    asked = Queries(measurement="margin") if queries == "margin" else queries
+    audit = InfluenceAudit(queries=asked, factor_examples=None)
+    trainer = make_trainer(tmp_path, callbacks=[audit], max_epochs=2)
+    trainer.fit(Several().double(), loader(TRAINING), [loader(VALIDATION, 4) for _ in range(loaders)])
+    assert audit.report is not None
+    assert (audit.report.pairs is not None) == (queries is not None)
+    assert "damping_sweep" in audit.report.manifest
+    assert sorted(visited[N]) == sorted(3 * list(range(N)))
+    # A margin has a gradient of its own, and its worst examples are looked for; the queries come once more.
+    passes = 3 if queries == "margin" else 1
+    assert len(visited[Q]) == passes * Q * loaders + (8 if queries else 0)
+
+
+def test_pairs_that_fail_cost_no_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They look at the pass that scores; what goes wrong with them there is theirs."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("lightning_influence.scores.products.StrongestPairs._take", fail)
+    with pytest.warns(UserWarning, match="no pairs of queries: RuntimeError: out of luck"):
+        report, _, _ = audited(tmp_path, "worst")
+    assert report.status == "complete"
+    assert report.pairs is None
+    assert np.isfinite(report.columns["self_influence"]).all()
+
+
+def test_queries_that_take_several_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only so many of their gradients fit into memory at a time; the pairs are the same."""
+    whole, _, _ = audited(tmp_path / "whole", Queries(count=5, top=3))
+
+    def chunks(gradients: Any, queries: Any, size: int = 0) -> Any:
+        return query_chunks(gradients, queries, 1)
+
+    monkeypatch.setattr("lightning_influence.audit.queries.query_chunks", chunks)
+    apart, _, _ = audited(tmp_path / "apart", Queries(count=5, top=3))
+    assert whole.pairs is not None
+    assert apart.pairs is not None
+    for name, values in whole.pairs.items():
+        if values.dtype == np.float64:
+            np.testing.assert_allclose(apart.pairs[name], values, rtol=1e-9)
+        else:
+            np.testing.assert_array_equal(apart.pairs[name], values)
 
 
 # --------------------------------------------------------------------------------------------------------- pictures

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit
-from lightning_influence.gradients.example_scores import ExampleScores
+from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.training.flight.reliance import Reliance
 from lightning_influence.training.recording import Recording
 

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence.curvature import BLOCKS, BlockCurvature, FactorExamples, fit
-from lightning_influence.curvature.sweep import damping_sweep, rank_correlation
+from lightning_influence.curvature.sweep import Sweeper, damping_sweep, rank_correlation
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.visitors import visit
+from lightning_influence.layers import per_sample
+from lightning_influence.layers.rows import Joined, OneHot, some
 from lightning_influence.scores.examples import score_examples
 
 N = 40
@@ -76,6 +79,35 @@ def test_non_finite_examples_are_left_out_of_the_ranking() -> None:
     assert sweep.indices.tolist() == [2, 5, 7, 11]
     assert sweep.self_influence.isnan().all(1).tolist() == [False, True, False, False]
     assert all(-1 <= value <= 1 for value in sweep.stability)
+
+
+@pytest.mark.parametrize("batch_size", [3, 40])
+def test_a_sweep_over_some_of_a_pass(batch_size: int) -> None:
+    """In the pass that scores all examples, it gives what a pass over its own examples gives."""
+    gradients, chosen = passes(batch_size, bad=5), [30, 5, 2, 11, 39]
+    curvature = fitted(gradients, "ekfac")
+    sweeper = Sweeper(chosen, curvature, gradients.device)
+    visit(gradients, range(N), [sweeper])
+    found, expected = sweeper.result(), damping_sweep(gradients, chosen, curvature)
+    assert found.indices.tolist() == expected.indices.tolist() == sorted(chosen)
+    close: dict[str, Any] = {"rtol": 1e-10, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(found.self_influence, expected.self_influence, **close)
+    assert found.stability == expected.stability
+    assert found.layer_shares == pytest.approx(expected.layer_shares)
+
+
+@pytest.mark.parametrize("kind", ["dense", "one-hot", "kept", "joined"])
+def test_rows_of_some_examples(kind: str) -> None:
+    """Those of an embedding, too, and of a parameter that is used in both ways."""
+    torch.manual_seed(0)
+    indices, keep = torch.randint(5, (4, 3)), torch.tensor([True, True, False, True])
+    onehot = OneHot(indices, 5).keep(keep) if kind == "kept" else OneHot(indices, 5)
+    dense = torch.randn(1, 4, 2, 5)
+    rows = {"dense": dense, "joined": Joined(onehot, dense)}.get(kind, onehot)
+    x = torch.randn(1, 4, rows.shape[2], 2)
+    chosen = torch.tensor([2, 0])
+    found = per_sample.formed(some(x, chosen), some(rows, chosen))
+    torch.testing.assert_close(found, per_sample.formed(x, rows)[chosen])
 
 
 def test_it_can_be_read() -> None:

@@ -14,24 +14,39 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence.audit.columns import INFLUENCE_ON
-from lightning_influence.core import distributed
 from lightning_influence.core.memory import is_out_of_memory
+from lightning_influence.core.precision import wide_zeros
 from lightning_influence.curvature import Curvature
 from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.visitors import (
+    ExampleColumns,
+    Guest,
+    LossColumns,
+    Visitor,
+    in_order,
+    loss_columns,
+    visit,
+)
 from lightning_influence.scores.measurements import (
     AnyMeasurement,
     Loss,
+    Measured,
     Measurement,
     MeasurementError,
-    MeasurementScores,
     QuerySets,
     Statistic,
     as_measurement,
     measured_values,
-    measurement_scores,
 )
-from lightning_influence.scores.pairs import TopScores, top_scores
-from lightning_influence.scores.queries import QueryError
+from lightning_influence.scores.pairs import TopScores, distinct
+from lightning_influence.scores.products import PairColumns, StrongestPairs
+from lightning_influence.scores.queries import (
+    PreparedQueries,
+    QueryError,
+    check_layers,
+    prepared_queries,
+    query_chunks,
+)
 
 Columns = dict[str, NDArray[Any]]
 
@@ -95,82 +110,205 @@ class QueryPairs:
     Attributes:
         table: One row per pair, see ``columns.PAIR_DESCRIPTIONS``.
         queries: The queries, as number of their set and index in it, the first one first.
-        influence: Influence of the training examples on the measurement of the whole set, if there is one.
+        columns: What the queries add to the scores table: influence on the measurement of the whole set, if there is
+            one.
         about: For the manifest: title, measurement, value.
         notes: What a reader should know.
     """
 
     table: Columns
     queries: list[tuple[int, int]]
-    influence: MeasurementScores | None
+    columns: Columns
     about: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
-    def columns(self, indices: NDArray[Any]) -> Columns:
-        """Return the columns that the queries add to the scores table, given its ``index``."""
-        if self.influence is None:
-            return {}
-        found = self.influence.indices.cpu().numpy()
-        values = np.full(len(indices), np.nan)
-        known = np.isin(indices, found)
-        values[known] = self.influence.scores.cpu().numpy()[np.searchsorted(found, indices[known])]
-        return {INFLUENCE_ON + self.about["measurement"]: values}
 
-
-def query_pairs(
-    gradients: ExampleGradients,
-    indices: Sequence[int],
-    curvature: Curvature,
-    sets: QuerySets,
-    asked: Queries,
-    columns: Mapping[str, NDArray[Any]],
-) -> QueryPairs:
-    """Choose the queries, and find the strongest proponents and opponents of each.
+class QuerySearch:
+    """Chooses the queries, and finds the strongest proponents and opponents of each as the audit's passes go by.
 
     Args:
         gradients: Passes over the training data.
         indices: The training examples.
-        curvature: The curvature, fitted on them.
         sets: Passes over the queries' data and the examples to choose from, by loader.
         asked: What is asked.
-        columns: The scores table: ``index``, and for the table of pairs ``label``, ``predicted``, ``loss``.
-
-    Raises:
-        MeasurementError: If what is asked for can't be measured.
-        QueryError: If the training task can't be run on the queries.
-        SolverError: If an iterative solver did not reach its tolerance.
     """
-    statistic = asked.statistic
-    sets = [(passes.like(gradients), list(chosen)) for passes, chosen in sets]
-    total = sum(len(chosen) for _, chosen in sets)
-    influence = None
-    if asked.of_set:
-        influence = measurement_scores(gradients, indices, curvature, sets, measurement=asked.measured)
-    with _run_on_queries():
-        chosen, notes = _chosen(sets, asked)
-    parts: list[Columns] = []
-    for number, (passes, _) in enumerate(sets):
-        places = [place for place, (of, _) in enumerate(chosen) if of == number]
-        own = [chosen[place][1] for place in places]
-        if not own:
-            continue
-        top = top_scores(gradients, indices, curvature, passes.measuring(statistic), own, asked.top)
-        notes += [note for note in top.notes if note not in notes]
+
+    def __init__(self, gradients: ExampleGradients, indices: Sequence[int], sets: QuerySets, asked: Queries) -> None:
+        self._gradients, self._asked, self._examples = gradients, asked, distinct(indices)
+        self._sets = [(passes.like(gradients), list(chosen)) for passes, chosen in sets]
+        self._noted: dict[int, LossColumns] = {}
+        self._known: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        self._chosen: list[tuple[int, int]] = []
+        self._measured = torch.zeros(0)  # of the queries, each by itself
+        self._later: list[list[int]] = []  # queries that take a further pass: their gradients don't fit all at once
+        self._found: list[tuple[int, list[int], StrongestPairs]] = []  # number of a set, places of its queries
+        self._guests: list[Guest] = []
+        self._notes: list[str] = []
+        self._of_set: _OfSet | None = None
+
+    def on_validation(self, number: int) -> Sequence[Visitor]:
+        """Note the losses of a set that is passed over anyway."""
+        passes, chosen = self._sets[number]
+        self._noted[number] = LossColumns(chosen, passes.device)
+        return [self._noted[number]]
+
+    def on_training(self, curvature: Curvature) -> Sequence[Visitor]:
+        """Choose the queries, and return who finds their pairs in the next pass over the training data.
+
+        Raises:
+            MeasurementError: If what is asked for can't be measured.
+            QueryError: If the training task can't be run on the queries.
+            SolverError: If an iterative solver did not reach its tolerance.
+        """
+        self._curvature = curvature
+        check_layers(self._gradients, "the curvature", curvature.dampings.keys())
+        if self._asked.of_set:
+            self._of_set = _OfSet(self._asked.measured.measure(self._sets), curvature, self._examples)
+            self._guests.append(Guest(self._of_set.visitor))
+        self._known = {n: noted.columns.gathered() for n, noted in self._noted.items() if noted.columns.complete}
         with _run_on_queries():
-            facts = _facts(passes, own, statistic)
-        parts.append(_rows(top, statistic, facts, number, places))
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    order = np.argsort(joined["number"], kind="stable")
-    table = _with_examples({name: values[order] for name, values in joined.items()}, columns)
-    about: dict[str, Any] = {
-        "title": _title(asked, len(chosen), total, statistic),
-        "measurement": asked.measured.name,
-        "per_query": statistic.name,
-        "examples": total,
-    }
-    if influence is not None:
-        about |= {"value": influence.measured.value, "groups": influence.measured.counts}
-    return QueryPairs(table, chosen, influence, about, notes)
+            self._choose()
+        (first, *self._later), notes = query_chunks(self._gradients, range(len(self._chosen)))
+        self._notes += notes
+        self._prepare(first)
+        return self._guests
+
+    def result(self, columns: Mapping[str, NDArray[Any]]) -> QueryPairs:
+        """Return what was found, once the pass is over.
+
+        Args:
+            columns: The scores table: ``index``, and for the table of pairs ``label``, ``predicted``, ``loss``.
+        """
+        for chunk in self._later:
+            before = len(self._guests)
+            self._prepare(chunk)
+            visit(self._gradients, self._examples.tolist(), self._guests[before:], title="pairwise scores")
+        for guest in self._guests:
+            if guest.error is not None:
+                raise guest.error
+        with _run_on_queries():
+            parts = [self._rows(*found) for found in self._found]
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        order = np.argsort(joined["number"], kind="stable")
+        table = _with_examples({name: values[order] for name, values in joined.items()}, columns)
+        asked, total = self._asked, sum(len(chosen) for _, chosen in self._sets)
+        about: dict[str, Any] = {
+            "title": _title(asked, len(self._chosen), total, asked.statistic),
+            "measurement": asked.measured.name,
+            "per_query": asked.statistic.name,
+            "examples": total,
+        }
+        more: Columns = {}
+        if self._of_set is not None:
+            about |= {"value": self._of_set.measured.value, "groups": self._of_set.measured.counts}
+            more = {INFLUENCE_ON + asked.measured.name: self._of_set.influence(columns["index"].tolist())}
+        return QueryPairs(table, self._chosen, more, about, self._notes)
+
+    def _choose(self) -> None:
+        """Choose the queries, the worst first."""
+        asked, statistic = self._asked, self._asked.statistic
+        every = [(number, query) for number, (_, chosen) in enumerate(self._sets) for query in chosen]
+        if asked.which != "worst":
+            self._chosen = every[: asked.count]
+            self._measured = self._value(0, [query for _, query in self._chosen], known=False)
+            if len(every) > asked.count:
+                self._notes.append(
+                    f"queries: the first {asked.count} of {len(every):,} are shown; `Queries(count=...)` shows more"
+                )
+            return
+        values = torch.cat([self._value(number, chosen) for number, (_, chosen) in enumerate(self._sets)])
+        badness = -values if statistic.higher_is_better else values
+        finite = badness.isfinite()
+        order = badness.masked_fill(~finite, -torch.inf).argsort(descending=True, stable=True)
+        order = order[finite[order]][: asked.count]
+        self._chosen, self._measured = [every[place] for place in order.tolist()], values[order]
+        if unknown := int((~finite).sum()):
+            self._notes.append(f"queries: {unknown} examples with a non-finite {statistic.name} are not asked about")
+        if not self._chosen:
+            raise QueryError(f"queries: none of {len(every):,} examples has a finite {statistic.name}.")
+
+    def _value(self, number: int, indices: list[int], *, known: bool = True) -> Tensor:
+        """Return what is measured of examples of a set, ``[q]``; it has to be ``known``, or is NaN else."""
+        if type(self._asked.statistic) is Loss:
+            told = self._told(number, indices)
+            if "loss" in told or not known:
+                return told.get("loss", torch.full((len(indices),), torch.nan)).double()
+        return measured_values(self._sets[number][0], indices, self._asked.statistic)
+
+    def _told(self, number: int, indices: list[int]) -> dict[str, Tensor]:
+        """Return loss, label and prediction of examples of a set, as far as they are known, ``[q]`` on the host."""
+        if number not in self._known:
+            passes, noted = self._sets[number][0], ExampleColumns(indices, torch.device("cpu"))
+            with closing(passes.losses(indices)) as losses:
+                for own, loss in losses:
+                    noted.add(own, loss_columns(loss))
+        found, columns = self._known[number] if number in self._known else noted.gathered()
+        return {name: in_order(indices, found, values).cpu() for name, values in columns.items()}
+
+    def _prepare(self, places: Sequence[int]) -> None:
+        """Get ready to find the pairs of some of the queries, by their places."""
+        for number, (passes, _) in enumerate(self._sets):
+            own = [place for place in places if self._chosen[place][0] == number]
+            if own:
+                indices, measuring = self._indices(own), passes.measuring(self._asked.statistic)
+                (prepared,) = prepared_queries(self._curvature, measuring, [indices], len(self._examples))
+                self._found.append((number, own, StrongestPairs(prepared, self._asked.top)))
+                self._guests.append(Guest(self._found[-1][2]))
+
+    def _indices(self, places: Sequence[int]) -> list[int]:
+        return [self._chosen[place][1] for place in places]
+
+    def _rows(self, number: int, places: list[int], strongest: StrongestPairs) -> Columns:
+        """Return the pairs of queries of one set, one row each: proponents first, the strongest first."""
+        top = TopScores.of(self._indices(places), [strongest.result()])
+        told, unknown = self._told(number, self._indices(places)), torch.full((len(places),), -1)
+        of_query = {
+            "number": torch.tensor(places) + 1,
+            "query_set": torch.full_like(unknown, number),
+            "query": top.queries,
+            "query_label": told.get("label", unknown).long(),
+            "query_predicted": told.get("predicted", unknown).long(),
+            "query_loss": told.get("loss", unknown * torch.nan).double(),
+            "measured": self._measured[places],
+        }
+        sides = []
+        for kind, examples, scores in _sides(top, self._asked.statistic):
+            # Of few examples, the strongest proponents may be none; or fewer than asked for have a score at all.
+            row, rank = ((examples >= 0) & (scores > 0 if kind == "proponent" else scores < 0)).nonzero(as_tuple=True)
+            side: Columns = {name: values[row].numpy() for name, values in of_query.items()}
+            side |= {"kind": np.full(len(row), kind, dtype=object), "rank": rank.numpy() + 1}
+            side |= {"index": examples[row, rank].numpy(), "score": scores[row, rank].double().numpy()}
+            sides.append(side)
+        return {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
+
+
+class _OfSet:
+    """The influence of training examples on the measurement of a whole set."""
+
+    def __init__(self, measured: Measured, curvature: Curvature, examples: Tensor) -> None:
+        vectors = {name: vector[None] for name, vector in curvature.solve(measured.gradient).items()}
+        device = next(iter(vectors.values())).device
+        self.measured, self._examples = measured, examples
+        self._scores = torch.full((len(examples),), torch.nan, dtype=torch.float64)
+        self.visitor = PairColumns(examples, PreparedQueries(vectors, wide_zeros(1, device)), self._write)
+
+    def influence(self, indices: Sequence[int]) -> NDArray[Any]:
+        """Return the scores of examples, once the pass is over."""
+        self.visitor.finish()
+        return in_order(indices, self._examples, self._scores).numpy()
+
+    def _write(self, places: Tensor, scores: Tensor) -> None:
+        self._scores[places] = scores[0, 0]
+
+
+def _sides(top: TopScores, statistic: Statistic) -> list[tuple[str, Tensor, Tensor]]:
+    if statistic.higher_is_better:
+        # A positive score lowers what is measured: here, those are the opponents.
+        return [
+            ("proponent", top.opponents, -top.opponent_scores),
+            ("opponent", top.proponents, -top.proponent_scores),
+        ]
+    return [("proponent", top.proponents, top.proponent_scores), ("opponent", top.opponents, top.opponent_scores)]
 
 
 @contextmanager
@@ -194,88 +332,6 @@ def _title(asked: Queries, count: int, total: int, statistic: Statistic) -> str:
         return f"the first {count} of {total:,} given examples"
     extreme = "smallest" if statistic.higher_is_better else "largest"
     return f"the {count} of {total:,} validation examples with the {extreme} {statistic.name.replace('_', ' ')}"
-
-
-def _chosen(sets: QuerySets, asked: Queries) -> tuple[list[tuple[int, int]], list[str]]:
-    """Return set and index of the queries, the worst first."""
-    every = [(number, query) for number, (_, chosen) in enumerate(sets) for query in chosen]
-    if asked.which != "worst":
-        notes = []
-        if len(every) > asked.count:
-            notes = [f"queries: the first {asked.count} of {len(every):,} are shown; `Queries(count=...)` shows more"]
-        return every[: asked.count], notes
-    statistic = asked.statistic
-    values = torch.cat([measured_values(passes, chosen, statistic) for passes, chosen in sets])
-    badness = -values if statistic.higher_is_better else values
-    finite = badness.isfinite()
-    order = badness.masked_fill(~finite, -torch.inf).argsort(descending=True, stable=True)
-    notes = []
-    if not bool(finite.all()):
-        notes = [f"queries: {int((~finite).sum())} examples with a non-finite {statistic.name} are not asked about"]
-    return [every[place] for place in order.tolist() if bool(finite[place])][: asked.count], notes
-
-
-def _facts(passes: ExampleGradients, chosen: list[int], statistic: Statistic) -> dict[str, Tensor]:
-    """Return label, prediction, loss and measured value of the queries, ``[q]`` each, in their order."""
-    seen: list[int] = []
-    parts: dict[str, list[Tensor]] = {
-        "query_label": [torch.zeros(0, dtype=torch.long)],
-        "query_predicted": [torch.zeros(0, dtype=torch.long)],
-        "query_loss": [torch.zeros(0, dtype=torch.float64)],
-    }
-    with closing(passes.losses(chosen)) as losses:
-        for own, loss in losses:
-            statistics = {} if loss.primary is None else loss.primary.statistics(loss.n)
-            unknown = torch.full((loss.n,), -1)
-            missing = torch.full((loss.n,), torch.nan, dtype=torch.float64)
-            seen += own
-            parts["query_label"].append(statistics.get("label", unknown).cpu().long())
-            parts["query_predicted"].append(statistics.get("predicted", unknown).cpu().long())
-            parts["query_loss"].append(missing if loss.values is None else loss.values.detach().cpu().double())
-    merged, columns = distributed.gather_by_index(
-        torch.tensor(seen, dtype=torch.long), {name: torch.cat(values) for name, values in parts.items()}
-    )
-    places = torch.searchsorted(merged, torch.tensor(chosen))
-    facts = {name: values[places] for name, values in columns.items()}
-    plain = type(statistic) is Loss
-    facts["measured"] = facts["query_loss"] if plain else measured_values(passes, chosen, statistic)
-    return facts
-
-
-def _rows(
-    top: TopScores, statistic: Statistic, facts: Mapping[str, Tensor], number: int, places: Sequence[int]
-) -> Columns:
-    """Return the pairs of one set, one row each: by query, proponents first, the strongest first."""
-    found = {
-        "proponent": (top.proponents, top.proponent_scores),
-        "opponent": (top.opponents, top.opponent_scores),
-    }
-    if statistic.higher_is_better:
-        # A positive score lowers what is measured: here, those are the opponents.
-        found = {
-            "proponent": (top.opponents, -top.opponent_scores),
-            "opponent": (top.proponents, -top.proponent_scores),
-        }
-    rows: dict[str, list[Any]] = {
-        name: [] for name in ("number", "query_set", "query", *facts, "kind", "rank", "index", "score")
-    }
-    for row, query in enumerate(top.queries.tolist()):
-        told = {name: values[row].item() for name, values in facts.items()}
-        for kind, (examples, scores) in found.items():
-            pairs = zip(examples[row].tolist(), scores[row].tolist(), strict=True)
-            for rank, (index, score) in enumerate(pairs, start=1):
-                # Of few examples, the strongest proponents may be none; or fewer than asked for have a score at all.
-                if index < 0 or not (score > 0 if kind == "proponent" else score < 0):
-                    continue
-                values = {"number": places[row] + 1, "query_set": number, "query": query, **told}
-                values |= {"kind": kind, "rank": rank, "index": index, "score": score}
-                for name, value in values.items():
-                    rows[name].append(value)
-    floats = {"query_loss", "measured", "score"}
-    return {
-        name: np.array(values, dtype=object if name == "kind" else np.float64 if name in floats else np.int64)
-        for name, values in rows.items()
-    }
 
 
 def _with_examples(table: Columns, columns: Mapping[str, NDArray[Any]]) -> Columns:

@@ -28,7 +28,7 @@ from lightning_influence.curvature.coordinates import joined_gradients
 from lightning_influence.curvature.saved import checksum
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.scores.examples import mean_gradient
+from lightning_influence.scores.measurements import mean_gradient
 
 WeightDecay = float | Mapping[str, float]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,51 +16,21 @@ from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.unlearning import Unlearner
 from lightning_influence.callbacks import bridge, preparing
-from lightning_influence.callbacks.arguments import (
-    check_choice,
-    check_count,
-    check_damping,
-    check_layers,
-    check_task,
-    checked_indices,
-    checked_tracin,
-)
-from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
-from lightning_influence.callbacks.query_report import QueryReport, checked_queries, described
-from lightning_influence.callbacks.reporting import Reporter
-from lightning_influence.callbacks.resuming import (
-    Restored,
-    as_at_the_end_of_training,
-    finished_report,
-    restore,
-    state_for,
-)
+from lightning_influence.callbacks.arguments import check_choice, checked_indices, checked_tracin
+from lightning_influence.callbacks.beginning import begun, check_arguments, complete_before, described_arguments
+from lightning_influence.callbacks.hooks import RunHooks
+from lightning_influence.callbacks.query_report import checked_queries
+from lightning_influence.callbacks.resuming import Restored, as_at_the_end_of_training, restore, state_for
 from lightning_influence.callbacks.run import AuditRun
-from lightning_influence.callbacks.tracin_flight import FlightRecorder
-from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
-from lightning_influence.curvature import (
-    SOLVERS,
-    CurvatureName,
-    Damping,
-    Fisher,
-    Solver,
-    check_curvature,
-    check_labels,
-    check_solver,
-)
-from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.coverage import Layers, Uncovered, listed_layers
-from lightning_influence.gradients.discover import trace_model
-from lightning_influence.gradients.verify import inspect, roomy_batch_size
-from lightning_influence.objective.scale import NoLossError
-from lightning_influence.objective.task import Task, TrainingStepTask
-from lightning_influence.scores.plan import InfluencePlan
+from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
+from lightning_influence.gradients.coverage import Layers, Uncovered
+from lightning_influence.objective.task import Task
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import Mode, TracIn
 
 
-class InfluenceAudit(Callback):
+class InfluenceAudit(RunHooks):
     """Audits the training data of a run: self-influence of every example, and the labels that are probably wrong.
 
     Training is left bitwise unchanged. The user's own ``training_step`` defines the loss; everything else is read off
@@ -140,16 +109,6 @@ class InfluenceAudit(Callback):
         dirpath: str | os.PathLike[str] | None = None,
         verify: bool = True,
     ) -> None:
-        check_choice("curvature", curvature, get_args(CurvatureName))
-        check_choice("fisher", fisher, get_args(Fisher))
-        check_choice("uncovered", uncovered, get_args(Uncovered))
-        check_layers(layers)
-        check_damping(damping)
-        check_choice("solver", solver, ("auto", "dense", *SOLVERS))
-        check_solver(curvature, solver)
-        if factor_examples != "auto" and factor_examples is not None:
-            check_count("factor_examples", factor_examples, '"auto", None for all examples')
-        check_task(task)
         self.curvature = curvature
         self.fisher = fisher
         self.damping = damping
@@ -163,14 +122,12 @@ class InfluenceAudit(Callback):
         self.known_noise = checked_indices(known_noise)
         self.dirpath = dirpath
         self.verify = verify
-        self.report: AuditReport | None = None
+        check_arguments(self)
+        super().__init__()
         self._key: str | None = None
-        self._recorder = BatchIndexRecorder()
         # What checkpoints keep: from a checkpoint until the size of the data is known, then of the run.
         self._restored: Restored | None = None
         self._recording: Recording | None = None
-        # From the start of training until the next `fit`.
-        self._run: AuditRun | None = None
         self._before: tuple[AuditReport | None, Recording | None, AuditRun | None] = (None, None, None)
 
     @property
@@ -178,7 +135,7 @@ class InfluenceAudit(Callback):
         """Key of the callback's state in checkpoints: two audits of one run have two states."""
         if self._key is None:  # asked for at every hook
             # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
-            arguments = {name: value for name, value in self._arguments().items() if name != "verify"}
+            arguments = {name: value for name, value in described_arguments(self).items() if name != "verify"}
             self._key = self._generate_state_key(**arguments)
         return self._key
 
@@ -210,121 +167,9 @@ class InfluenceAudit(Callback):
             self._recording = Recording(len(source), module, self.tracin)
             restored, self._restored = self._restored, None
             restore(self._recording, restored, trainer)
-            first = preparing.some_of(bridge.drawn_from(trainer, len(source)), source.batch_size)
-            try:
-                self._run = self._start(trainer, module, source, self._recording, first)
-            except NoLossError:
-                first = preparing.with_loss(trainer, module, self.task or TrainingStepTask(), source, first)
-                self._run = self._start(trainer, module, source, self._recording, first)
+            self._run = begun(self, trainer, module, source, self._recording)
             self._run.take_over(trainer)
         return self._run
-
-    def _start(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        source: ExampleSource,
-        recording: Recording,
-        first: Sequence[int],
-    ) -> AuditRun:
-        task = self.task or TrainingStepTask()
-        queries = None if self.queries is None else QueryReport(self.queries)
-        around = bridge.surroundings(trainer, module)
-        with bridge.aside(trainer):
-            recording.compiled = bool(preparing.compiled_parts(module, task, source, first, self.tracin, around))
-            trace = trace_model(module, task, source, indices=first, **around)
-            passes = TrainingPasses(source, task, trace, self.layers, self.uncovered)
-            gradients = passes.gradients(trainer, module)
-            recording.step_sizes.summed = source.batch_size if trace.sums else 1
-            if self.layers is None:
-                preparing.warn_of_gaps(gradients.coverage)
-            check_curvature(gradients, self.curvature, first)
-            inspection = inspect(gradients, first, verify=self.verify)
-            check_labels(self.curvature, self.fisher, inspection.tapped, inspection.exact_draws)
-            if preparing.labels_vary(gradients, first, inspection):
-                recording.dynamics.checks_labels = False
-                recording.note("examples have other labels each time: whether batches hold theirs was not checked")
-            if self.task is None and preparing.depends_on_batch_idx(module, source, first, around):
-                recording.note(
-                    "the loss depends on `batch_idx`, which is 0 in all passes: they are about the loss of batch 0; "
-                    "`task=` can take another one"
-                )
-            if queries is not None:
-                validation = bridge.validation_queries(trainer, module, task, gradients.coverage)
-                queries.check(trainer, module, task, gradients.coverage, validation)
-        source.pass_batch_size = roomy_batch_size(inspection)
-        flight = None
-        if self.tracin is not None and self.tracin.mode == "step":
-            layers = self.layers if self.tracin.layers is None else self.tracin.layers
-            flight = FlightRecorder(recording, trainer, module, layers, trace)
-        # Last: what can't be audited leaves no directory behind.
-        store = preparing.open_store(trainer, self.dirpath)
-        known_noise = None if self.known_noise is None else self.known_noise.numpy()
-        return AuditRun(
-            recording,
-            passes,
-            inspection,
-            Reporter(store, self._arguments(), known_noise, queries),
-            self.curvature,
-            partial(
-                InfluencePlan.make,
-                fisher=self.fisher,
-                damping=self.damping,
-                examples=self.factor_examples,
-                solver=self.solver,
-            ),
-            tracin=self.tracin,
-            flight=flight,
-            queries=queries,
-            digests=source.digests() if getattr(trainer, "reload_dataloaders_every_n_epochs", 0) else (),
-        )
-
-    # ------------------------------------------------------- during training
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look whether the data were loaded again."""
-        if self._run is not None and self._recorder.source is not None:
-            self._run.take_data(self._recorder.source, trainer.current_epoch)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note which examples come, and listen for their loss."""
-        known = self._recorder.next()
-        if self._run is None:
-            self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
-        if self._run is not None:
-            self._run.batch_started(trainer, pl_module, known)
-
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Stop listening: the loss is there."""
-        if self._run is not None:
-            self._run.before_zero_grad()
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """File what the training pass itself said about each example."""
-        if self._run is not None:
-            self._run.before_backward(trainer, loss)
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take what the backward pass said about each example's gradient."""
-        if self._run is not None:
-            self._run.after_backward()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stop listening if there was no backward pass."""
-        if self._run is not None:
-            self._run.batch_ended()
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Note the learning rates that are really used."""
-        if self._run is not None:
-            self._run.before_step(trainer, optimizer)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add a TracIn checkpoint; the last one is part of the final pass."""
-        if self._run is not None:
-            self._run.epoch_ended(trainer, pl_module)
 
     # -------------------------------------------------------------------- end
 
@@ -343,18 +188,14 @@ class InfluenceAudit(Callback):
                 f"max_steps={trainer.max_steps}, limit_train_batches={trainer.limit_train_batches})."
             )
             return
-        restored = self._restored
-        if restored is None and self._before[2] is not None and self._before[2].finished:
+        restored, before = self._restored, self._before[2]
+        if restored is None and before is not None and before.finished:
             self.report, self._recording, self._run = self._before
             rank_zero_info("influence audit: nothing was left to train; `report` is that of the fit before.")
             return
-        report: AuditReport | None = None
-        if trainer.is_global_zero:
-            detects = self.known_noise is not None
-            report = finished_report(restored, self._arguments(), trainer.global_step, detects=detects)
-        if distributed.any_process(report is not None):
+        complete, report = complete_before(restored, trainer, described_arguments(self), self.known_noise is not None)
+        if complete:
             self.report = report
-            rank_zero_info(f"influence audit: it was complete before training was resumed.\n{report}")
             return
         rank_zero_info("influence audit: nothing was left to train, but there is no complete audit yet.")
         with as_at_the_end_of_training(trainer, pl_module):
@@ -397,24 +238,6 @@ class InfluenceAudit(Callback):
         check_choice("curvature", curvature, get_args(CurvatureName))
         return self._run.make_unlearner(curvature)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Undo everything and keep what was recorded so far."""
-        self._recorder.detach()
-        if self._run is not None:
-            self._run.stop_listening()
-            if self.report is None:
-                self._run.interrupt(trainer, repr(exception))
-                rank_zero_info(
-                    f"influence audit: interrupted; what was recorded is kept in {self._run.reporter.directory}. "
-                    "Resume training from a checkpoint (`ckpt_path=`) to go on with it."
-                )
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Undo everything."""
-        self._recorder.detach()
-        if self._run is not None:
-            self._run.stop_listening()
-
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
@@ -432,18 +255,3 @@ class InfluenceAudit(Callback):
         self._restored = state_for(self, audits, checkpoint.get("callbacks") or {})
         if self._restored is not None:  # Lightning has just said that it is not
             rank_zero_info("influence audit: what an audit with other arguments has recorded is taken over.")
-
-    def _arguments(self) -> dict[str, Any]:
-        return {
-            "curvature": self.curvature,
-            "fisher": self.fisher,
-            "damping": self.damping,
-            "solver": self.solver,
-            "factor_examples": self.factor_examples,
-            "tracin": None if self.tracin is None else self.tracin.described(),
-            "layers": None if self.layers is None else [getattr(e, "__name__", e) for e in listed_layers(self.layers)],
-            "uncovered": self.uncovered,
-            "queries": described(self.queries),
-            "task": None if self.task is None else getattr(self.task, "__name__", type(self.task).__name__),
-            "verify": self.verify,
-        }

@@ -147,13 +147,18 @@ def with_loss(
     around = bridge.surroundings(trainer, module)
 
     def run(batch: Any, chosen: list[int]) -> None:
-        isolation.rewind()
-        seed_everything(0)
-        with around["forward_context"]():
-            run_tapped(task, module, around["to_device"](batch))
+        _run_once(task, module, batch, around)
 
     with bridge.aside(trainer), untouched(module, task):
         return [k for chosen, _ in answered(source, indices, source.batch_size, run) for k in chosen]
+
+
+def _run_once(task: Task, module: LightningModule, batch: Any, around: bridge.Surroundings) -> Tensor:
+    isolation.rewind()
+    seed_everything(0)
+    with around["forward_context"]():
+        loss, _ = run_tapped(task, module, around["to_device"](batch))
+    return loss
 
 
 def depends_on_batch_idx(
@@ -165,12 +170,8 @@ def depends_on_batch_idx(
         _, batch = next(iter(source.batches(indices[:2], 2)))
         with untouched(module):
             for batch_idx in (0, 0, 1, 2, 3):
-                isolation.rewind()
-                seed_everything(0)
-                with surroundings["forward_context"](), torch.no_grad():
-                    loss, _ = run_tapped(
-                        TrainingStepTask(batch_idx), module, surroundings["to_device"](deepcopy(batch))
-                    )
+                with torch.no_grad():
+                    loss = _run_once(TrainingStepTask(batch_idx), module, deepcopy(batch), surroundings)
                 losses.append(float(loss.mean()))
     except Exception:  # whatever a step makes of two examples: the look that comes next says so
         return False

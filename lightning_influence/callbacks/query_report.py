@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_influence.audit.queries import Columns, Queries, QueryPairs, query_pairs
+from lightning_influence.audit.queries import Columns, Queries, QueryPairs, QuerySearch
 from lightning_influence.callbacks import bridge
 from lightning_influence.core import distributed
 from lightning_influence.core.memory import is_out_of_memory
@@ -19,6 +20,7 @@ from lightning_influence.curvature import Curvature, SolverError
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.visitors import Visitor
 from lightning_influence.objective.task import Task
 from lightning_influence.scores.measurements import MeasurementError, QuerySets
 from lightning_influence.scores.queries import QueryError
@@ -61,6 +63,8 @@ class QueryReport:
         self.pairs: QueryPairs | None = None
         self.notes: list[str] = []
         self._sets: QuerySets = []
+        self._search: QuerySearch | None = None
+        self._validated = False  # whether the queries are validation examples
 
     def check(
         self,
@@ -90,34 +94,44 @@ class QueryReport:
                 f"InfluenceAudit(queries=...): {self.asked.measured.name} can't be measured on the query set: {error}"
             ) from error
 
-    def find(
-        self,
-        trainer: Trainer,
-        gradients: ExampleGradients,
-        indices: Sequence[int],
-        curvature: Curvature | None,
-        validation: QuerySets,
-        columns: Columns,
-    ) -> Columns:
-        """Find the pairs, with the fitted curvature; return the columns that they add to the scores table."""
+    def begin(
+        self, trainer: Trainer, gradients: ExampleGradients, indices: Sequence[int], validation: QuerySets
+    ) -> None:
+        """Get ready for the passes at the end of training."""
         module: Any = gradients.module
-        self._sets = self._queries(trainer, module, gradients.task, gradients.coverage, validation)
-        if not self._sets:
-            self._give_up("there are no validation examples to choose them from; pass a DataLoader as `queries=`")
-        elif curvature is None:
+        with self._or_give_up():
+            self._sets = self._queries(trainer, module, gradients.task, gradients.coverage, validation)
+            self._validated = self._sets is validation
+            if self._sets:
+                self._search = QuerySearch(gradients, indices, self._sets, self.asked)
+            else:
+                self._give_up("there are no validation examples to choose them from; pass a DataLoader as `queries=`")
+
+    def on_validation(self, number: int) -> Sequence[Visitor]:
+        """Look at the validation examples, if the queries are among them."""
+        return self._search.on_validation(number) if self._search is not None and self._validated else ()
+
+    def on_training(self, curvature: Curvature | None) -> Sequence[Visitor]:
+        """Look for the queries' pairs, with the fitted curvature."""
+        if self._search is None:
+            return ()
+        if curvature is None:
             self._give_up("there is no curvature to score them with")
-        else:
-            try:
-                self.pairs = query_pairs(gradients, indices, curvature, self._sets, self.asked, columns)
-                self.notes += self.pairs.notes
-            except (QueryError, MeasurementError, SolverError) as error:
-                self._give_up(str(error))
-            # The scores of all training examples are there already: no data set that raises may cost them.
-            except Exception as error:
-                if distributed.world_size() > 1:
-                    raise
-                self._give_up(f"{type(error).__name__}: {error}")
-        return {} if self.pairs is None else self.pairs.columns(columns["index"])
+            return ()
+        visitors: Sequence[Visitor] = ()
+        with self._or_give_up():
+            visitors = self._search.on_training(curvature)
+        return visitors
+
+    def find(self, columns: Columns) -> Columns:
+        """Return the columns that the queries add to the scores table, once the passes are over."""
+        with self._or_give_up():
+            self.pairs = None if self._search is None else self._search.result(columns)
+        self._search = None  # it holds gradients
+        if self.pairs is None:
+            return {}
+        self.notes += self.pairs.notes
+        return self.pairs.columns
 
     def write(self, writers: Sequence[Any], gradients: ExampleGradients, step: int) -> None:
         """Write table and pictures to event files."""
@@ -153,7 +167,20 @@ class QueryReport:
             raise MisconfigurationException("InfluenceAudit(queries=...): the loader's dataset is empty.")
         return [(bridge.example_gradients(trainer, module, task, source, coverage), list(range(size)))]
 
+    @contextmanager
+    def _or_give_up(self) -> Iterator[None]:
+        try:
+            yield
+        except (QueryError, MeasurementError, SolverError) as error:
+            self._give_up(str(error))
+        # The scores of the training examples do not depend on it: no data set that raises may cost them.
+        except Exception as error:
+            if distributed.world_size() > 1:
+                raise
+            self._give_up(f"{type(error).__name__}: {error}")
+
     def _give_up(self, reason: str) -> None:
+        self._search = None
         self.notes.append(f"no pairs of queries: {reason}")
         if distributed.rank() == 0:
             rank_zero_warn(f"InfluenceAudit: no pairs of queries: {reason}")

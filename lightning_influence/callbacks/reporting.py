@@ -94,8 +94,6 @@ class Reporter:
         """Return the line before a long wait: what will be done, and about how long and how much memory it takes."""
         draws = inspection.exact_draws or 1
         work = plan.gradient_passes(gradients.coverage, examples, queries, draws)
-        if self.queries is not None:  # their pairs take one more pass over the training data
-            work += examples
         rate = self.seconds_per_example or inspection.seconds / inspection.examples
         seconds = work * rate + plan.decomposition_seconds(gradients.coverage)
         memory = fitted_bytes(plan.curvature, gradients.coverage.blocks) + inspection.batch_bytes

@@ -323,7 +323,11 @@ class AuditRun:
         reporter.tell(lambda: reporter.announce(plan, gradients, inspection, len(indices), asked))
         step_sizes = self._last_step_sizes(trainer, module, gradients.coverage)
         with bridge.aside(trainer):
-            result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=step_sizes)
+            if self.queries is not None:
+                self.queries.begin(trainer, gradients, indices, validation)
+            result = influence_scores(
+                gradients, indices, plan, queries=validation, step_sizes=step_sizes, companion=self.queries
+            )
         result.seconds["loss scale"] = scaling
         if self.flight is not None:
             result.notes.extend(self.flight.notes())
@@ -335,8 +339,8 @@ class AuditRun:
         if self.queries is not None:
             start = time.perf_counter()
             with bridge.aside(trainer):
-                columns |= self.queries.find(trainer, gradients, indices, result.curvature, validation, columns)
-            result.seconds["queries"] = time.perf_counter() - start
+                columns |= self.queries.find(columns)
+            result.seconds["queries"] += time.perf_counter() - start
         self.finished = True
         if not trainer.is_global_zero:
             return Finished(None, lambda: None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +22,6 @@ _NOT_SUMMABLE = (torch.bool, torch.uint8, torch.int8, torch.int16)
 _TOGETHER = 2**20
 # What processes tell each other of a matrix at a time.
 _GATHER_BYTES = 2**26
-_Batch = tuple[list[int], Tensor]
 
 
 def rank() -> int:
@@ -122,26 +121,32 @@ def gather_by_index(indices: Tensor, values: Mapping[str, Tensor]) -> tuple[Tens
     return _sorted(names, gathered)
 
 
-def rounds(batches: Iterator[_Batch], examples: int, row_bytes: int) -> Iterator[list[_Batch]]:
-    """Take batches together that all processes gather at once, in equally many rounds everywhere.
+class Rounds:
+    """Counts when processes that pass over their shares gather rows: as often everywhere, as memory has room for.
 
     Args:
-        batches: Of this process: indices of examples, and a row for each. One process takes each by itself.
         examples: Number of examples over all processes, each of which has its ``share``.
-        row_bytes: Size of a row: as much is gathered at a time as memory is sure to have room for.
+        row_bytes: Size of a row.
     """
-    processes = world_size()
-    if processes == 1:
-        yield from ([batch] for batch in batches)
-        return
-    rows, taken = max(1, _GATHER_BYTES // (processes * row_bytes)), 0
-    share = -(-examples // processes)  # the largest
-    for end in range(rows, share + rows, rows):
-        found: list[_Batch] = []
-        while taken < min(end, share) and (batch := next(batches, None)) is not None:
-            found.append(batch)
-            taken += len(batch[0])
-        yield found
+
+    def __init__(self, examples: int, row_bytes: int) -> None:
+        share = -(-examples // world_size())  # the largest
+        self._rows = max(1, _GATHER_BYTES // (world_size() * row_bytes))
+        self._rounds = -(-share // self._rows)
+        self._taken = self._made = 0
+
+    def due(self, rows: int) -> int:
+        """Return how many rounds are to be made now that so many more rows have come."""
+        self._taken += rows
+        return self._make(min(self._taken // self._rows, self._rounds) - self._made)
+
+    def left(self) -> int:
+        """Return how many are to be made at the end."""
+        return self._make(self._rounds - self._made)
+
+    def _make(self, count: int) -> int:
+        self._made += count
+        return count
 
 
 def _sorted(names: Sequence[str], columns: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -9,7 +9,6 @@ Index legend: ``n`` examples, ``d`` dampings.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,10 @@ from lightning_influence.core import distributed
 from lightning_influence.core.precision import exact, wide_zeros
 from lightning_influence.core.ranks import average_ranks
 from lightning_influence.curvature.curvature import BlockCurvature
-from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.capture import LayerIO
+from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
+from lightning_influence.gradients.visitors import ExampleColumns, Visitor, visit
+from lightning_influence.layers.rows import some
 
 FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
 # Share of the examples at the head of a ranking, for the overlap.
@@ -72,42 +74,78 @@ def damping_sweep(
     Raises:
         ValueError: If a factor is not positive, or fewer than two examples have finite gradients.
     """
-    if not all(factor > 0 for factor in factors):
-        raise ValueError(f"factors={tuple(factors)}; expected positive multiples of the fitted damping.")
-    ordered = tuple(sorted({1.0, *map(float, factors)}))
-    reference = ordered.index(1.0)
-    kept: list[int] = []
-    rows = [wide_zeros((0, len(ordered)), gradients.device)]
-    by_layer = wide_zeros(len(curvature.blocks), gradients.device)
-    places = {name: place for place, name in enumerate(curvature.blocks)}
-    with closing(gradients.run(indices, title=title)) as batches:
-        for batch in batches:
-            total = wide_zeros((batch.loss.n, len(ordered)), gradients.device)
-            for io in batch.drained():
-                dampings = [factor * curvature.dampings[io.name] for factor in ordered]
-                part = curvature.blocks[io.name].self_influences(io.x, io.gs[0], dampings)
-                total += part
-                by_layer[places[io.name]] += part[:, reference].sum()
-            rows.append(total.masked_fill(~batch.finite.unsqueeze(1), torch.nan))
-            kept.extend(batch.indices)
-    own = torch.tensor(kept, dtype=torch.long, device=gradients.device)
-    (by_layer,) = distributed.sum_across_processes([by_layer])
-    order, columns = distributed.gather_by_index(own, {"values": torch.cat(rows)})
-    values = exact(columns["values"]).cpu()
-    finite = values[torch.isfinite(values).all(1)]
-    if len(finite) < 2:
-        raise ValueError(f"{len(finite)} examples have finite gradients; expected at least two to rank.")
-    head = max(1, round(_HEAD * len(finite)))
-    whole = by_layer.sum().clamp(min=torch.finfo(by_layer.dtype).tiny)
-    best = [set(column.topk(head).indices.tolist()) for column in finite.T]
-    return DampingSweep(
-        ordered,
-        order.cpu(),
-        values,
-        tuple(rank_correlation(finite[:, d], finite[:, reference]) for d in range(len(ordered))),
-        tuple(len(found & best[reference]) / head for found in best),
-        dict(zip(places, (by_layer / whole).tolist(), strict=True)),
-    )
+    sweeper = Sweeper(indices, curvature, gradients.device, factors)
+    visit(gradients, indices, [sweeper], title=title)
+    return sweeper.result()
+
+
+class Sweeper(Visitor):
+    """Sweeps over some examples of a pass, see ``damping_sweep``."""
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        curvature: BlockCurvature,
+        device: torch.device,
+        factors: Sequence[float] = FACTORS,
+    ) -> None:
+        if not all(factor > 0 for factor in factors):
+            raise ValueError(f"factors={tuple(factors)}; expected positive multiples of the fitted damping.")
+        self._factors = tuple(sorted({1.0, *map(float, factors)}))
+        self._reference = self._factors.index(1.0)
+        self._indices, self._curvature = frozenset(indices), curvature
+        self._places = {name: place for place, name in enumerate(curvature.blocks)}
+        self._by_layer = wide_zeros(len(self._places), device)
+        self._columns = ExampleColumns(indices, device, shared=False)
+        self._chosen = torch.zeros(0, dtype=torch.long, device=device)
+        self._total = wide_zeros((0, len(self._factors)), device)
+
+    def begin(self, batch: BatchGradients) -> None:
+        """Look who of the batch is among the examples."""
+        chosen = [place for place, index in enumerate(batch.indices) if index in self._indices]
+        self._chosen = torch.tensor(chosen, dtype=torch.long, device=self._by_layer.device)
+        self._total = self._by_layer.new_zeros((len(chosen), len(self._factors)))
+
+    def add(self, io: LayerIO) -> None:
+        """Add a layer's part."""
+        if not len(self._chosen):
+            return
+        dampings = [factor * self._curvature.dampings[io.name] for factor in self._factors]
+        x, g = some(io.x, self._chosen), some(io.gs[0], self._chosen)
+        part = self._curvature.blocks[io.name].self_influences(x, g, dampings)
+        self._total += part
+        self._by_layer[self._places[io.name]] += part[:, self._reference].sum()
+
+    def end(self, batch: BatchGradients) -> None:
+        """File the batch."""
+        unknown = ~batch.finite[self._chosen].unsqueeze(1)
+        rows = [batch.indices[place] for place in self._chosen.tolist()]
+        self._columns.add(rows, {"values": self._total.masked_fill(unknown, torch.nan)})
+
+    def result(self) -> DampingSweep:
+        """Return the sweep, the same on every process.
+
+        Raises:
+            ValueError: If fewer than two examples have finite gradients.
+        """
+        (by_layer,) = distributed.sum_across_processes([self._by_layer])
+        order, columns = self._columns.gathered()
+        values = exact(columns["values"]).cpu()
+        finite = values[torch.isfinite(values).all(1)]
+        if len(finite) < 2:
+            raise ValueError(f"{len(finite)} examples have finite gradients; expected at least two to rank.")
+        head = max(1, round(_HEAD * len(finite)))
+        whole = by_layer.sum().clamp(min=torch.finfo(by_layer.dtype).tiny)
+        reference = finite[:, self._reference]
+        best = [set(column.topk(head).indices.tolist()) for column in finite.T]
+        return DampingSweep(
+            self._factors,
+            order.cpu(),
+            values,
+            tuple(rank_correlation(column, reference) for column in finite.T),
+            tuple(len(found & best[self._reference]) / head for found in best),
+            dict(zip(self._places, (by_layer / whole).tolist(), strict=True)),
+        )
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:

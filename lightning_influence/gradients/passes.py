@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from lightning_influence.core import distributed
 from lightning_influence.core.containers import map_tensors
 from lightning_influence.core.isolation import rewind, untouched
-from lightning_influence.core.precision import working
 from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.answering import answered
 from lightning_influence.gradients.calibration import measured_scale
 from lightning_influence.gradients.capture import Capture, LayerIO
 from lightning_influence.gradients.coverage import Coverage
-from lightning_influence.gradients.discover import trace_model
+from lightning_influence.gradients.following import followed
 from lightning_influence.gradients.noise import ExampleNoise
-from lightning_influence.layers.blocks import LayerError, NewPathError
+from lightning_influence.gradients.plain_autograd import Start, gradients_one_by_one
 from lightning_influence.objective.losses import known_losses
 from lightning_influence.objective.scale import LossScale, NoLossError
 from lightning_influence.objective.task import BatchLoss, Task, TaskError, run_tapped
@@ -39,7 +38,6 @@ NO_EXACT_LABELS = (
     "the expectation over labels has no closed form for this loss (it makes several decisions per example); use "
     '`fisher="sampled"`.'
 )
-_COPIES = 2
 
 
 class Progress(Protocol):
@@ -153,9 +151,9 @@ class ExampleGradients:
         self.coverage = coverage
         self.seed = seed
         self.quantity: Quantity | None = None
-        self._to_device = to_device or (lambda batch: map_tensors(lambda tensor: tensor.to(self.device), batch))
+        self.to_device = to_device or (lambda batch: map_tensors(lambda tensor: tensor.to(self.device), batch))
         self._progress = progress or _silent
-        self._forward_context = forward_context
+        self.forward_context = forward_context
         measure = partial(self._measured, range(len(source)))
         self._scale = _Scale(measure if scale is None else None, scale)
 
@@ -167,11 +165,6 @@ class ExampleGradients:
             ScaleError: If it has to be measured, and terms can't be told apart.
         """
         return self._scale()
-
-    @property
-    def references(self) -> dict[str, float]:
-        """The numbers of the loss scale, by the terms' names."""
-        return {str(key): value for key, value in (self.scale or {}).items()}
 
     @property
     def device(self) -> torch.device:
@@ -212,7 +205,7 @@ class ExampleGradients:
 
     def within(self, context: Callable[[], AbstractContextManager[Any]]) -> ExampleGradients:
         """Return the same passes with every forward pass in a further context, entered anew for each."""
-        outer = self._forward_context
+        outer = self.forward_context
 
         @contextmanager
         def both() -> Iterator[None]:
@@ -220,7 +213,7 @@ class ExampleGradients:
                 yield
 
         other = copy.copy(self)
-        other._forward_context = both
+        other.forward_context = both
         return other
 
     def measuring(self, quantity: Quantity | None) -> ExampleGradients:
@@ -273,24 +266,31 @@ class ExampleGradients:
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
 
-            def forward(batch: Any, batch_indices: list[int]) -> BatchLoss:
+            def forward(batch: Any, chosen: list[int]) -> BatchLoss:
+                def evaluate() -> BatchLoss:
+                    return self.forward(batch, len(chosen), step_seed=step_seed, watch=capture.forward(len(chosen)))
+
                 try:
-                    return self._traced_forward(capture, batch, batch_indices, step_seed)
+                    return followed(self, chosen, evaluate)
                 except NoLossError:
                     capture.clear()
                     raise
 
-            for batch_indices, loss in answered(self.source, own, size, forward, apart=not whole):
-                self._backward(capture, loss, labels, batch_indices, draw)
-                # A copy of an example weighs as the example does in its batch.
-                self.with_scale(loss.scale)._add_one_by_one(capture, batch_indices, labels, draw)
-                n = len(batch_indices)
-                finite = capture.finite(n)
+            for chosen, loss in answered(self.source, own, size, forward, apart=not whole):
+                draws = loss.exact_draws() if labels == "exact" else 1
+                for number, (outputs, gradients) in enumerate(_starts(self, loss, labels, chosen, draw)):
+                    capture.backward(outputs, gradients, last=number + 1 == draws)
+                if self.coverage.one_by_one:
+                    # A copy of an example weighs as the example does in its batch.
+                    starts = partial(_starts_of_copies, passes=self.with_scale(loss.scale), labels=labels, draw=draw)
+                    for name, found in gradients_one_by_one(self.coverage, chosen, starts).items():
+                        capture.add_computed(name, found)
+                finite = capture.finite(loss.n)
                 if loss.values is not None:
                     finite = finite & torch.isfinite(loss.values).to(finite.device)
-                yield BatchGradients(batch_indices, loss, finite, capture)
+                yield BatchGradients(chosen, loss, finite, capture)
                 capture.clear()
-                advance(len(batch_indices))
+                advance(loss.n)
 
     def losses(
         self,
@@ -313,20 +313,17 @@ class ExampleGradients:
         own = list(indices) if everywhere else distributed.share(indices)
         self._scale()
 
-        def forward(batch: Any, batch_indices: list[int]) -> BatchLoss:
-            loss = self.forward(batch, len(batch_indices), watch=watch)
-            if self._met_new_terms(loss, batch_indices):
-                loss = self.forward(batch, len(batch_indices), watch=watch)
-            return loss
+        def forward(batch: Any, chosen: list[int]) -> BatchLoss:
+            return followed(self, chosen, lambda: self.forward(batch, len(chosen), watch=watch))
 
         with (
             untouched(self.module, self.task),
             Capture(self.coverage),
             (self._progress if title else _silent)(title, len(own)) as advance,
         ):
-            for batch_indices, loss in answered(self.source, own, size, forward):
-                yield batch_indices, loss
-                advance(len(batch_indices))
+            for chosen, loss in answered(self.source, own, size, forward):
+                yield chosen, loss
+                advance(loss.n)
 
     def forward(
         self, batch: Any, n: int, *, step_seed: int = 0, watch: AbstractContextManager[Any] | None = None
@@ -341,7 +338,7 @@ class ExampleGradients:
         """
         rewind()
         seed_everything(step_seed)
-        moved = self._to_device(batch)
+        moved = self.to_device(batch)
         if self.quantity is not None:
             moved = self.quantity.altered(moved, lambda changed: self._evaluate(changed, n))
             rewind()
@@ -350,7 +347,7 @@ class ExampleGradients:
 
     def _evaluate(self, batch: Any, n: int, watch: AbstractContextManager[Any] | None = None) -> BatchLoss:
         """Evaluate the task on a batch that has been moved."""
-        with self._forward_context():
+        with self.forward_context():
             with watch or nullcontext():
                 loss, calls = run_tapped(self.task, self.module, batch)
             return understand(loss, calls, n, self.scale, self.coverage.trace.forms)
@@ -359,144 +356,34 @@ class ExampleGradients:
         """Return ``function(module, batch)`` as a pass would run it; callers isolate the model, see ``forward``."""
         rewind()
         seed_everything(0)
-        with self._forward_context():
-            return function(self.module, self._to_device(batch))
+        with self.forward_context():
+            return function(self.module, self.to_device(batch))
 
-    def verification_gradients(self, batch: Any, n: int) -> dict[str, dict[str, Tensor]]:
-        """Return autograd's gradient of the batch loss for every covered parameter: block, parameter -> tensor."""
-        with untouched(self.module, self.task):
-            owners = [
-                (block.name, name, parameter)
-                for block in self.coverage.blocks.values()
-                for name, parameter in block.parameters.items()
-            ]
-            for _, _, tensor in owners:
-                tensor.requires_grad_(True)
-            loss = self.with_scale(None).forward(batch, n)
-            tensors = [tensor for _, _, tensor in owners]
-            found = torch.autograd.grad(loss.loss, tensors, allow_unused=True)
-        result: dict[str, dict[str, Tensor]] = {}
-        for (block, name, tensor), gradient in zip(owners, found, strict=True):
-            result.setdefault(block, {})[name] = _dense(gradient, tensor)
-        return result
 
-    def _traced_forward(
-        self,
-        capture: Capture,
-        batch: Any,
-        indices: list[int],
-        step_seed: int,
-    ) -> BatchLoss:
-        """Run a captured forward pass; one that takes a new path through the model is traced first."""
-        n = len(indices)
-        for whole in (False, True):
-            try:
-                loss = self.forward(batch, n, step_seed=step_seed, watch=capture.forward(n))
-            except NewPathError:
-                # A few of the examples may take the same path as all of them, at a fraction of the memory.
-                self._trace(indices, whole)
-            else:
-                if not self._met_new_terms(loss, indices):
-                    return loss
-        return self.forward(batch, n, step_seed=step_seed, watch=capture.forward(n))
-
-    def _met_new_terms(self, loss: BatchLoss, indices: list[int]) -> bool:
-        """Trace a batch whose loss has terms that no traced batch had; tell whether that has told more of them."""
-        trace = self.coverage.trace
-        new = {term.key for term in loss.seen} - trace.forms.keys() - trace.formless
-        if not new or trace.failure is not None or not trace.forms:
-            return False
-        self._trace(indices, whole=True)
-        trace.formless |= new - trace.forms.keys()
-        return not new <= trace.formless
-
-    def _trace(self, indices: list[int], whole: bool) -> None:
-        trace = trace_model(
-            self.module,
-            self.task,
-            self.source,
-            indices=indices,
-            whole=whole,
-            to_device=self._to_device,
-            forward_context=self._forward_context,
+def _starts(
+    passes: ExampleGradients, loss: BatchLoss, labels: Labels, indices: Sequence[int], draw: int
+) -> Iterator[Start]:
+    """Yield tensors and gradients to run backward from, once per draw of labels."""
+    if labels == "true":
+        yield loss.true_outputs() if passes.quantity is None else passes.quantity.outputs(loss)
+        return
+    if not loss.terms:
+        raise TaskError(
+            f"labels can't be sampled from the model: no known loss call was seen ({known_losses()}). Use "
+            '`fisher="empirical"`.'
         )
-        for block in self.coverage.blocks.values():
-            for name, parameter in block.parameters.items():
-                for use in trace.uses(parameter):
-                    if use.kind == "unknown" and block.name not in self.coverage.one_by_one:
-                        raise LayerError(
-                            f"{name!r} is {use.reason}, in the batch of examples {indices[0]}, {indices[-1]} and those "
-                            "between, though not in the first batch. Leave it out by `layers=`, or freeze it."
-                        )
-        self.coverage.trace.add(trace)
+    if labels == "sampled":
+        yield loss.sampled_outputs(ExampleNoise(passes.seed, draw, indices))
+        return
+    if loss.exact_draws() is None:
+        raise TaskError(NO_EXACT_LABELS)
+    yield from loss.exact_outputs()
 
-    def _add_one_by_one(
-        self,
-        capture: Capture,
-        indices: list[int],
-        labels: Labels,
-        draw: int,
-    ) -> None:
-        """Compute the gradients of the parameters that have no rows by a forward and backward pass per example."""
-        blocks = [self.coverage.blocks[name] for name in sorted(self.coverage.one_by_one)]
-        owned = [(block.name, name, parameter) for block in blocks for name, parameter in block.parameters.items()]
-        if not owned:
-            return
-        tensors = [parameter for _, _, parameter in owned]
-        rows: list[list[list[Tensor]]] = []  # draw, parameter, example
-        flags = [tensor.requires_grad for tensor in tensors]
-        for tensor in tensors:
-            tensor.requires_grad_(True)
-        try:
-            for index in indices:
-                # Two copies: steps that `squeeze()` the batch away do not meet a batch of one.
-                ((_, batch),) = self.source.batches([index] * _COPIES, _COPIES)
-                loss = self.forward(batch, _COPIES)
-                starts = list(self._starts(loss, labels, [index] * _COPIES, draw))
-                for number, (outputs, gradients) in enumerate(starts):
-                    last = number == len(starts) - 1
-                    found = torch.autograd.grad(outputs, tensors, gradients, retain_graph=not last, allow_unused=True)
-                    if len(rows) <= number:
-                        rows.append([[] for _ in tensors])
-                    for column, tensor, gradient in zip(rows[number], tensors, found, strict=True):
-                        column.append(working(_dense(gradient, tensor) / _COPIES))
-        finally:
-            for tensor, flag in zip(tensors, flags, strict=True):
-                tensor.requires_grad_(flag)
-        for block in blocks:
-            draws = [
-                {
-                    name: torch.stack(column)
-                    for (owner, name, _), column in zip(owned, columns, strict=True)
-                    if owner == block.name
-                }
-                for columns in rows
-            ]
-            capture.add_computed(block.name, draws)
 
-    def _backward(self, capture: Capture, loss: BatchLoss, labels: Labels, indices: list[int], draw: int) -> None:
-        draws = loss.exact_draws() if labels == "exact" else 1
-        for number, (outputs, gradients) in enumerate(self._starts(loss, labels, indices, draw)):
-            capture.backward(outputs, gradients, last=number + 1 == draws)
-
-    def _starts(
-        self, loss: BatchLoss, labels: Labels, indices: list[int], draw: int
-    ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Yield tensors and gradients to run backward from, once per draw of labels."""
-        if labels == "true":
-            yield loss.true_outputs() if self.quantity is None else self.quantity.outputs(loss)
-            return
-        if not loss.terms:
-            raise TaskError(
-                f"labels can't be sampled from the model: no known loss call was seen ({known_losses()}). Use "
-                '`fisher="empirical"`.'
-            )
-        if labels == "sampled":
-            yield loss.sampled_outputs(ExampleNoise(self.seed, draw, indices))
-            return
-        if loss.exact_draws() is None:
-            raise TaskError(NO_EXACT_LABELS)
-        yield from loss.exact_outputs()
+def _starts_of_copies(index: int, copies: int, passes: ExampleGradients, labels: Labels, draw: int) -> Sequence[Start]:
+    """Return the same for a batch of copies of one example."""
+    ((_, batch),) = passes.source.batches([index] * copies, copies)
+    return list(_starts(passes, passes.forward(batch, copies), labels, [index] * copies, draw))
 
 
 class _silent(nullcontext[Callable[[int], None]]):
@@ -504,9 +391,3 @@ class _silent(nullcontext[Callable[[int], None]]):
 
     def __init__(self, title: str, examples: int) -> None:
         super().__init__(lambda done: None)
-
-
-def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
-    if gradient is None:
-        return torch.zeros_like(like)
-    return gradient.to_dense() if gradient.layout != torch.strided else gradient

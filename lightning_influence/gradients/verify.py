@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_influence.core.precision import wide
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.plain_autograd import batch_gradients
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.rows import held_bytes
 from lightning_influence.objective.scale import LossScale
@@ -219,7 +220,7 @@ def _draws_random_numbers(gradients: ExampleGradients, indices: list[int], look:
 def _compare(gradients: ExampleGradients, indices: list[int], look: _Look) -> float:
     with isolated_rng():
         ((_, batch),) = gradients.source.batches(indices, len(indices))
-    autograd = gradients.verification_gradients(batch, len(indices))
+    autograd = batch_gradients(gradients, batch, len(indices))
     blocks = gradients.coverage.blocks
     expected = {name: blocks[name].from_parameters(tensors) for name, tensors in autograd.items()}
     whole = max((float(block.norm()) for block in expected.values()), default=0.0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -84,6 +84,22 @@ def join(rows: Sequence[Tensor | OneHot]) -> Rows:
         indices = torch.cat([part.indices for part in onehot], 1)
         first = OneHot(indices, first.size, kept=None if all_kept else torch.cat(kept, 1))
     return Joined(first, dense[0] if len(dense) == 1 else torch.cat(dense, 2)) if dense else first
+
+
+@overload
+def some(rows: Tensor, examples: Tensor) -> Tensor: ...
+@overload
+def some(rows: Rows, examples: Tensor) -> Rows: ...
+def some(rows: Rows, examples: Tensor) -> Rows:
+    """Return the rows of some examples, by their places ``[m]``."""
+    if isinstance(rows, Joined):
+        return Joined(_some(rows.onehot, examples), rows.dense[:, examples])
+    return _some(rows, examples) if isinstance(rows, OneHot) else rows[:, examples]
+
+
+def _some(rows: OneHot, examples: Tensor) -> OneHot:
+    kept = None if rows.kept is None else rows.kept[examples]
+    return OneHot(rows.indices[examples], rows.size, rows.distinct, kept)
 
 
 def held_bytes(rows: Rows | Patches) -> int:

@@ -46,9 +46,8 @@ def written(path: Path, shape: tuple[int, int]) -> Iterator[Write]:
         OSError: If it can't be completed.
     """
     # The processes look for the same file.
-    token = secrets.randbits(32) if distributed.rank() == 0 else 0
-    (agreed,) = distributed.sum_across_processes([torch.tensor(token)])
-    temporary = path.with_name(f".tmp-{int(agreed):08x}-{path.name}")
+    token = distributed.gather_objects(secrets.token_hex(4))[0]
+    temporary = path.with_name(f".tmp-{token}-{path.name}")
     matrix: Tensor | None = None
 
     def make() -> None:

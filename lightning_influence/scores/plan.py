@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -32,12 +32,13 @@ from lightning_influence.curvature import (
     fit,
     random_subset,
 )
-from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
+from lightning_influence.curvature.sweep import DampingSweep, Sweeper
 from lightning_influence.gradients.coverage import Coverage
-from lightning_influence.gradients.example_scores import ExampleScores
 from lightning_influence.gradients.passes import ExampleGradients, Labels
 from lightning_influence.gradients.verify import Inspection
-from lightning_influence.scores.examples import mean_gradient, score_examples
+from lightning_influence.gradients.visitors import ExampleScores, Visitor, visit
+from lightning_influence.scores.examples import ExampleScorer
+from lightning_influence.scores.measurements import QuerySets, mean_loss_gradient
 from lightning_influence.training.step_sizes import StepSize
 
 # Passes forward and backward that one product of one vector takes, and steps that a solver usually does.
@@ -161,16 +162,32 @@ class InfluenceScores:
     notes: list[str] = field(default_factory=list)
 
 
+class Companion(Protocol):
+    """Has visitors of its own in the passes that scores at the end of training take."""
+
+    def on_validation(self, number: int) -> Sequence[Visitor]:
+        """Return who looks at the pass over the validation set of that number; there may be no such pass."""
+        ...
+
+    def on_training(self, curvature: Curvature | None) -> Sequence[Visitor]:
+        """Return who looks at the pass over the training data, given the fitted curvature if there is one."""
+        ...
+
+
 def influence_scores(
     gradients: ExampleGradients,
     indices: Sequence[int],
     plan: InfluencePlan,
     *,
-    queries: Sequence[tuple[ExampleGradients, Sequence[int]]] = (),
+    queries: QuerySets = (),
     step_sizes: Mapping[str, StepSize] | None = None,
     features: bool = True,
+    companion: Companion | None = None,
 ) -> InfluenceScores:
     """Fit the curvature and score every training example.
+
+    Validation and training data are passed over once each, beside what fitting takes; whoever has something to find
+    out looks at the same passes.
 
     Args:
         gradients: Passes over the training data.
@@ -179,6 +196,7 @@ def influence_scores(
         queries: Validation data whose mean loss the ``harm`` column is about, with the indices to take.
         step_sizes: For a last TracIn checkpoint in the same pass, see ``tracin.block_step_sizes``.
         features: Whether to keep the inputs of the last layer.
+        companion: Who else looks at the passes.
 
     Returns:
         Scores, curvature, timings, notes.
@@ -187,10 +205,9 @@ def influence_scores(
         ValueError: If no example has finite gradients, or the damping leaves a block singular.
     """
     seconds: dict[str, float] = {}
-    notes: list[str] = []
+    notes = list(plan.damping.notes)
     with _timed(seconds, "loss scale", gradients.device):
         gradients = gradients.calibrate(indices)
-    notes += plan.damping.notes
     curvature = None
     with _timed(seconds, "factors", gradients.device):
         try:
@@ -201,59 +218,53 @@ def influence_scores(
             notes.append(f"no self_influence and no harm: {error}")
     query: dict[str, Tensor] | None = None
     if queries and curvature is not None:
+        sets = [(passes.like(gradients), chosen) for passes, chosen in queries]
         with _timed(seconds, "validation gradient", gradients.device):
-            try:
-                query = curvature.solve(_mean_query([(q.like(gradients), chosen) for q, chosen in queries]))
-                notes += [note for note in curvature.notes if note not in notes]
-            except SolverError as error:
-                notes.append(f"no harm column: {error}")
-            except _NotTheTask as error:
-                notes.append(
-                    "no harm column: the loss of the training task can't be computed on the validation batches "
-                    f"({type(error.__cause__).__name__}: {error.__cause__})"
-                )
+            query, found = _validation_query(curvature, sets, companion)
+        notes += [note for note in found if note not in notes]
+    more: Sequence[Visitor] = ()
+    if companion is not None:
+        with _timed(seconds, "queries", gradients.device):
+            more = companion.on_training(curvature)
     with _timed(seconds, "scores", gradients.device):
-        scores = score_examples(
-            gradients,
-            indices,
-            curvature=curvature,
-            query=query,
-            step_sizes=step_sizes,
-            features=features,
-            title="self-influence",
-        )
+        scorer = ExampleScorer(gradients, indices, curvature, query, step_sizes, features=features)
+        sweeper = _sweeper(gradients, indices, curvature)
+        visit(gradients, indices, [scorer, *([sweeper] if sweeper else []), *more], title="self-influence")
+        scores = scorer.result()
     sweep = None
-    own = None if curvature is None else curvature.blockwise
-    finite = scores.indices[scores.columns["finite"]].tolist()
-    if own is not None and LADDER[own.name].block.measures and len(finite) >= _FEWEST_TO_SWEEP:
-        with _timed(seconds, "damping sweep", gradients.device):
-            try:
-                sweep = damping_sweep(gradients, random_subset(finite, _SWEPT, 0), own)
-            except ValueError as error:
-                notes.append(f"no damping sweep: {error}")
+    if sweeper is not None and int(scores.columns["finite"].sum()) >= _FEWEST_TO_SWEEP:
+        try:
+            sweep = sweeper.result()
+        except ValueError as error:
+            notes.append(f"no damping sweep: {error}")
     return InfluenceScores(scores, curvature, sweep, seconds, notes)
 
 
-class _NotTheTask(Exception):
-    """The validation batches do not fit the training task."""
+def _validation_query(
+    curvature: Curvature, sets: QuerySets, companion: Companion | None
+) -> tuple[dict[str, Tensor] | None, list[str]]:
+    """Return the preconditioned mean gradient of the validation loss, or None and why there is none."""
+    watching = {} if companion is None else {"watching": companion.on_validation}
+    try:
+        mean = mean_loss_gradient(sets, title="validation gradient", **watching)
+    # Anything can go wrong in a user's training_step that meets another kind of batch.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = "the loss of the training task can't be computed on the validation batches"
+        return None, [f"no harm column: {reason} ({type(error).__name__}: {error})"]
+    try:
+        return curvature.solve(mean), curvature.notes
+    except SolverError as error:
+        return None, [f"no harm column: {error}"]
 
 
-def _mean_query(queries: Sequence[tuple[ExampleGradients, Sequence[int]]]) -> dict[str, Tensor]:
-    """Mean gradient over several sets of queries, each example counting once."""
-    total = sum(len(chosen) for _, chosen in queries)
-    result: dict[str, Tensor] = {}
-    for gradients, chosen in queries:
-        try:
-            mean = mean_gradient(gradients, chosen, title="validation gradient")
-        # Anything can go wrong in a user's training_step that meets another kind of batch.
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise _NotTheTask(str(error)) from error
-        for name, value in mean.items():
-            part = value * (len(chosen) / total)
-            result[name] = result[name] + part if name in result else part
-    return result
+def _sweeper(gradients: ExampleGradients, indices: Sequence[int], curvature: Curvature | None) -> Sweeper | None:
+    """Return what tries other dampings on some examples; None where each would take another factorisation."""
+    own = None if curvature is None else curvature.blockwise
+    if own is None or not LADDER[own.name].block.measures or len(indices) < _FEWEST_TO_SWEEP:
+        return None
+    return Sweeper(random_subset(sorted(set(indices)), _SWEPT, 0), own, gradients.device)
 
 
 @contextmanager

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import closing
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed, memory
-from lightning_influence.core.precision import wide, working_dtype
+from lightning_influence.core.precision import wide, wide_zeros, working_dtype
 from lightning_influence.curvature.blocks.block import Eigenbasis
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
+from lightning_influence.gradients.visitors import Visitor, visit
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.rows import Rows
 
 # Of each query's gradient there are, for a while: itself, the solution, and what solving takes.
 _COPIES = 4
+
+QUERY_BYTES = 2**30
+"""Memory for the vectors of queries, which are as large as the parameters, unless told otherwise."""
+
+_Query = TypeVar("_Query")
 
 
 class QueryError(ValueError):
@@ -39,6 +45,10 @@ class PreparedQueries:
     vectors: Mapping[str, Tensor]
     self_influence: Tensor
     bases: Mapping[str, Eigenbasis | None] = field(default_factory=dict)
+
+    def turned(self, vectors: Mapping[str, Tensor]) -> PreparedQueries:
+        """Return the same queries with other vectors, in the basis of the parameters."""
+        return PreparedQueries(vectors, self.self_influence)
 
     def products(self, io: LayerIO) -> Tensor:
         """Return one block's part of ``⟨g_z, v_q⟩`` for a batch of ``n`` examples, ``[n, q]``."""
@@ -70,21 +80,23 @@ def check_layers(gradients: ExampleGradients, other: str, covered: Set[str]) -> 
         )
 
 
-def query_chunks(gradients: ExampleGradients, indices: Sequence[int], size: int) -> tuple[list[list[int]], list[str]]:
+def query_chunks(
+    gradients: ExampleGradients, queries: Sequence[_Query], size: int = QUERY_BYTES
+) -> tuple[list[list[_Query]], list[str]]:
     """Return the queries to take at a time, and what to say about it; the same on every process.
 
     Args:
         gradients: Passes over the training data.
-        indices: The queries.
+        queries: The queries.
         size: Bytes of preconditioned gradients to hold at a time; fewer are taken if the memory does not suffice.
     """
     like = next(p for p in gradients.module.parameters() if p.is_floating_point())
     width = max(1, gradients.coverage.covered_parameters * working_dtype(like.dtype).itemsize)
-    asked = step = min(len(indices), max(1, size // width))
+    asked = step = min(len(queries), max(1, size // width))
     # All processes take as many as the one with the least memory can.
     while step > 1 and distributed.any_process(not memory.fits(_COPIES * step * width, gradients.device)):
         step = (step + 1) // 2
-    chunks = [list(indices[start : start + step]) for start in range(0, len(indices), step)]
+    chunks = [list(queries[start : start + step]) for start in range(0, len(queries), step)]
     if step == asked:
         return chunks, []
     note = (
@@ -95,12 +107,15 @@ def query_chunks(gradients: ExampleGradients, indices: Sequence[int], size: int)
 
 
 def prepared_queries(
-    curvature: Curvature, queries: ExampleGradients, chunks: Sequence[list[int]], examples: int | None = None
+    curvature: Curvature | None,
+    queries: ExampleGradients,
+    chunks: Sequence[list[int]],
+    examples: int | None = None,
 ) -> Iterator[PreparedQueries]:
     """Yield the preconditioned gradients of one chunk of queries after the other, the same on every process.
 
     Args:
-        curvature: ``C + λ``.
+        curvature: ``C + λ``; None for the gradients as they are.
         queries: Passes over the queries' data.
         chunks: The queries, as many as are taken at a time.
         examples: Number of training examples that each chunk will be multiplied with: vectors stay in the eigenbasis
@@ -110,23 +125,30 @@ def prepared_queries(
         QueryError: With the first chunk, if the task can't be run on some query of any chunk.
         SolverError: If an iterative solver did not reach its tolerance.
     """
-    _check_later(queries, chunks)
+    for chunk in chunks[1:]:
+        # Else a query that does not fit is found after a pass over the training data for every chunk before it.
+        _visit(queries, chunk, _Counted())
     for chunk in chunks:
         yield _prepared(curvature, queries, chunk, examples)
 
 
 def _prepared(
-    curvature: Curvature, queries: ExampleGradients, chunk: list[int], examples: int | None
+    curvature: Curvature | None, queries: ExampleGradients, chunk: list[int], examples: int | None
 ) -> PreparedQueries:
     """Return the preconditioned gradients of one chunk of queries."""
     bases: dict[str, Eigenbasis | None] = {}
 
     def formed(io: LayerIO) -> Tensor:
-        if io.name not in bases:
+        if curvature is not None and io.name not in bases:
             bases[io.name] = None if examples is None else _cheaper_basis(curvature, io, len(chunk), examples)
-        return per_sample.formed(*_rows(io, bases[io.name]))
+        return per_sample.formed(*_rows(io, bases.get(io.name)))
 
-    gradients, finite = _gradients(queries, chunk, formed)
+    asked = _Formed(queries, len(chunk), formed)
+    _visit(queries, chunk, asked)
+    gradients, finite = asked.result()
+    unknown = wide_zeros(len(finite), finite.device).masked_fill(~finite, torch.nan)
+    if curvature is None:
+        return PreparedQueries(gradients, unknown)
     solved = curvature.solve({name: v for name, v in gradients.items() if bases.get(name) is None})
     vectors: dict[str, Tensor] = {}
     products: list[Tensor] = []
@@ -135,7 +157,7 @@ def _prepared(
         vectors[name] = solved[name] if basis is None else gradient * basis.inverse
         # The same number in every orthonormal basis. Rows first: a sum in float64 takes a copy of what it adds up.
         products.append(wide((gradient * vectors[name]).sum(3)).sum((1, 2)))
-    return PreparedQueries(vectors, torch.stack(products).sum(0).masked_fill(~finite, torch.nan), bases)
+    return PreparedQueries(vectors, torch.stack(products).sum(0) + unknown, bases)
 
 
 def _rows(io: LayerIO, basis: Eigenbasis | None) -> tuple[Tensor, Rows]:
@@ -164,71 +186,57 @@ def _cheaper_basis(curvature: Curvature, io: LayerIO, queries: int, examples: in
     return basis if rotated_rows < 2 * queries * o * i * sum(sides) else None
 
 
-def query_gradients(
-    queries: ExampleGradients, chunks: Sequence[list[int]]
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Yield the gradients of one chunk of queries after the other, by block, ``[q, k, o, i]``, and which are finite.
-
-    Args:
-        queries: Passes over the queries' data.
-        chunks: The queries, as many as are taken at a time.
-
-    Raises:
-        QueryError: With the first chunk, if the task can't be run on some query of any chunk.
-    """
-    _check_later(queries, chunks)
-    for chunk in chunks:
-        yield _gradients(queries, chunk, lambda io: per_sample.formed(io.x, io.gs[0]))
-
-
-def _check_later(queries: ExampleGradients, chunks: Sequence[list[int]]) -> None:
-    """Raise ``QueryError`` if the task can't be run on some query of any chunk but the first, which comes next."""
-    for chunk in chunks[1:]:
-        # Else a query that does not fit is found after a pass over the training data for every chunk before it.
-        _visit(queries, chunk, lambda place, batch: None)
-
-
-def _gradients(
-    queries: ExampleGradients, indices: list[int], form: Callable[[LayerIO], Tensor]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the queries' gradients by block, ``[q, k, o, i]``, as ``form`` gives them, and which are finite."""
-    shapes = {name: (len(indices), *block.shape) for name, block in queries.coverage.blocks.items()}
-    reached: dict[str, Tensor] = {}
-    finite: list[Tensor] = []
-
-    def take(place: int, batch: BatchGradients) -> None:
-        for io in batch.layers():
-            formed = form(io)
-            if len(formed) == len(indices):  # all queries at once: no copy
-                reached[io.name] = formed
-                continue
-            if io.name not in reached:
-                reached[io.name] = formed.new_zeros(shapes[io.name])
-            reached[io.name][place : place + len(formed)] = formed
-        finite.append(batch.finite)
-
-    _visit(queries, indices, take)
-    like = next(iter(reached.values()), torch.zeros(0, device=queries.device))
-    # Zeros are made only where they are needed: they are as large as gradients.
-    found = {name: reached[name] if name in reached else like.new_zeros(shape) for name, shape in shapes.items()}
-    return found, torch.cat(finite)
-
-
-def _visit(queries: ExampleGradients, indices: list[int], take: Callable[[int, BatchGradients], None]) -> None:
-    """Hand every batch of queries on, with the place of its first one, on every process."""
-    done = 0
+def _visit(queries: ExampleGradients, indices: list[int], visitor: _Counted) -> None:
+    """Let the visitor see the queries, on every process."""
     try:
-        with closing(queries.run(indices, title="queries", everywhere=True)) as batches:
-            for batch in batches:
-                take(done, batch)
-                done += batch.loss.n
+        visit(queries, indices, [visitor], title="queries", everywhere=True)
     # Anything can go wrong in a user's task that meets another kind of batch.
     except Exception as error:
         if memory.is_out_of_memory(error):
             raise
-        failed = indices[done : done + queries.source.pass_batch_size]
+        failed = indices[visitor.done : visitor.done + queries.source.pass_batch_size]
         raise QueryError(
             f"queries: the training task can't be run on the batch from query {failed[0]} to {failed[-1]} "
             f"({type(error).__name__}: {error}). Queries need inputs and labels of the kind that the model was trained "
             "on."
         ) from error
+
+
+class _Counted(Visitor):
+    """Knows how far a pass has come."""
+
+    done = 0
+
+    def end(self, batch: BatchGradients) -> None:
+        self.done += batch.loss.n
+
+
+class _Formed(_Counted):
+    """Keeps the gradients of all examples of a pass, as ``form`` gives them."""
+
+    def __init__(self, queries: ExampleGradients, count: int, form: Callable[[LayerIO], Tensor]) -> None:
+        self._shapes = {name: (count, *block.shape) for name, block in queries.coverage.blocks.items()}
+        self._count, self._device, self._form = count, queries.device, form
+        self._reached: dict[str, Tensor] = {}
+        self._finite: list[Tensor] = []
+
+    def add(self, io: LayerIO) -> None:
+        formed = self._form(io)
+        if len(formed) == self._count:  # all queries at once: no copy
+            self._reached[io.name] = formed
+            return
+        if io.name not in self._reached:
+            self._reached[io.name] = formed.new_zeros(self._shapes[io.name])
+        self._reached[io.name][self.done : self.done + len(formed)] = formed
+
+    def end(self, batch: BatchGradients) -> None:
+        super().end(batch)
+        self._finite.append(batch.finite)
+
+    def result(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the gradients by block, ``[q, k, o, i]``, and which are finite."""
+        reached = self._reached
+        like = next(iter(reached.values()), torch.zeros(0, device=self._device))
+        # Zeros are made only where they are needed: they are as large as gradients.
+        found = {n: reached[n] if n in reached else like.new_zeros(shape) for n, shape in self._shapes.items()}
+        return found, torch.cat(self._finite)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_influence.core import distributed
 from lightning_influence.core.precision import exact
 from lightning_influence.gradients.coverage import listed
-from lightning_influence.gradients.example_scores import ExampleScores
+from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.objective.losses import CrossEntropy, LossCall
 from lightning_influence.objective.scale import HeardTerms, TermKey
 from lightning_influence.objective.tap import calls_in

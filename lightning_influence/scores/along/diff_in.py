@@ -30,10 +30,10 @@ from torch import Tensor
 from lightning_influence.core.precision import wide
 from lightning_influence.curvature import random_subset
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.scores.along.source import plain_steps
-from lightning_influence.scores.examples import mean_gradient
-from lightning_influence.scores.pair_sums import QUERY_BYTES, PairSum
-from lightning_influence.scores.pairs import PairwiseScores
+from lightning_influence.scores.along.gradient_steps import plain_steps
+from lightning_influence.scores.measurements import mean_gradient
+from lightning_influence.scores.pairs import PairSum, PairwiseScores
+from lightning_influence.scores.queries import QUERY_BYTES
 from lightning_influence.training.checkpoints import Checkpoint
 
 # How far the weights are moved to differentiate: along a direction of length one, so that it does not matter how large
@@ -90,12 +90,12 @@ def diff_in_scores(
         along = _Derivative(gradients, checkpoint, step)
         with checkpoint.loaded(gradients.module):
             mean = _scaled(along.sizes, mean_gradient(gradients, chosen, title="batch gradient"))
-            for rows, vectors, finite in total.queried():
-                vectors = _scaled(along.sizes, vectors)
-                total.add(rows, _scaled(along.sizes, along.of_mean(chosen, vectors)), finite, weight)
+            for rows, asked in total.prepared():
+                vectors = _scaled(along.sizes, asked.vectors)
+                total.add(rows, asked.turned(_scaled(along.sizes, along.of_mean(chosen, vectors))), weight)
                 for point, share in along.points(mean):
                     with point.loaded(gradients.module):
-                        total.add(rows, vectors, finite, weight * share)
+                        total.add(rows, asked.turned(vectors), weight * share)
     return total.result()
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.scores.pair_sums import QUERY_BYTES, PairSum
-from lightning_influence.scores.pairs import PairwiseScores
+from lightning_influence.scores.pairs import PairSum, PairwiseScores
+from lightning_influence.scores.queries import QUERY_BYTES
 
 # Those that drop whole channels, which come second.
 _BY_CHANNEL = (F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout)
@@ -137,7 +137,7 @@ def ip_ensemble(
 ) -> PairwiseScores:
     """Return the mean over sub-networks of the inner products of gradients, ``g_qᵀ g_z``.
 
-    Over models of several seeds, ``pair_sums.mean_scores`` does the same for scores of any kind.
+    Over models of several seeds, ``pairs.mean_scores`` does the same for scores of any kind.
 
     Args:
         gradients: Passes over the training data, through a model with dropout.
@@ -163,8 +163,8 @@ def ip_ensemble(
     _check_dropout(total.gradients, member, indices[:2])
     for number in range(masks):
         member.member = number
-        for rows, vectors, finite in total.queried():
-            total.add(rows, vectors, finite, 1 / masks)
+        for rows, asked in total.prepared():
+            total.add(rows, asked, 1 / masks)
     return total.result()
 
 

@@ -20,17 +20,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_influence.core.precision import wide
-from lightning_influence.curvature import BLOCKS, BlockCurvature, CurvatureName, FactorExamples, fit
+from lightning_influence.curvature import BLOCKS, BlockCurvature, Curvature, CurvatureName, FactorExamples, fit
 from lightning_influence.curvature.damping import block_means
 from lightning_influence.gradients.passes import ExampleGradients, Labels
-from lightning_influence.scores.pair_sums import QUERY_BYTES, PairSum
-from lightning_influence.scores.pairs import PairwiseScores
+from lightning_influence.scores.along.gradient_steps import plain_steps
+from lightning_influence.scores.pairs import PairSum, PairwiseScores
+from lightning_influence.scores.queries import QUERY_BYTES
 from lightning_influence.training.checkpoints import Checkpoint, CheckpointError
 
 At = Literal["checkpoints", "average"]
@@ -42,39 +44,15 @@ class Segment:
 
     Attributes:
         checkpoints: Its checkpoints, in the order of training.
+        shares: Of its steps, by checkpoint.
         average: Their mean, each weighing as many steps as it stands for.
         step_sizes: Parameter name to τ, the sum over the segment's steps.
     """
 
     checkpoints: tuple[Checkpoint, ...]
+    shares: tuple[float, ...]
     average: Checkpoint
     step_sizes: Mapping[str, float]
-
-
-def plain_steps(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return the checkpoints of a run that stand for steps, after a look at whether they were steps along the gradient.
-
-    Raises:
-        CheckpointError: If the steps do not rise, are unknown, or were not multiples of the gradient.
-    """
-    if any(b.step <= a.step for a, b in zip(checkpoints, checkpoints[1:], strict=False)):
-        raise CheckpointError(
-            f"the checkpoints are of the steps {[c.step for c in checkpoints]}; expected those of one run, in the "
-            "order of training, each once."
-        )
-    moved = [c for c in checkpoints if c.steps and any(c.step_sizes.values())]
-    if adaptive := [c.step for c in moved if c.preconditioner]:
-        raise CheckpointError(
-            f"the checkpoints of the steps {adaptive[:5]} are of an adaptive optimizer, whose steps are not multiples "
-            "of the gradient; this method is for SGD. Use TracIn, or leave out `preconditioner` to treat the steps as "
-            "plain ones."
-        )
-    if not moved:
-        raise CheckpointError(
-            f"none of {len(checkpoints)} checkpoints knows the steps it stands for; take them with `step_sizes=` and "
-            "`steps=`, see `tracin.StepSizes`."
-        )
-    return moved
 
 
 def training_segments(checkpoints: Sequence[Checkpoint], count: int) -> list[Segment]:
@@ -154,83 +132,81 @@ def source_scores(
     for checkpoint in checkpoints:
         checkpoint.check(gradients.module)
     total = PairSum(gradients, indices, queries, query_indices, query_bytes)
-    maps = [_Maps.fitted(gradients, indices, s, curvature, labels, examples, weight_decay) for s in stretches]
+    examples = examples or FactorExamples(len(indices), len(indices))
+    fitted = partial(fit, gradients, curvature, indices, examples=examples, labels=labels)
+    maps = [_Maps(gradients, segment, fitted, weight_decay) for segment in stretches]
     with checkpoints[-1].loaded(gradients.module):
-        for rows, vectors, finite in total.queried():
+        for rows, asked in total.prepared():
             for segment, maps_of_segment in zip(reversed(stretches), reversed(maps), strict=True):
-                responses = maps_of_segment.response(vectors)
-                for checkpoint, share in _places(segment, at):
+                responses = asked.turned(maps_of_segment.response(asked.vectors))
+                places = zip(segment.checkpoints, segment.shares, strict=True)
+                for checkpoint, share in places if at == "checkpoints" else [(segment.average, 1.0)]:
                     with checkpoint.loaded(gradients.module):
-                        total.add(rows, responses, finite, share)
+                        total.add(rows, responses, share)
                 del responses
-                vectors = maps_of_segment.decayed(vectors)
-    return total.result([note for each in maps for note in each.curvature.notes])
+                asked = asked.turned(maps_of_segment.decayed(asked.vectors))
+    return total.result(notes=[note for each in maps for note in each.curvature.notes])
 
 
-@dataclass(frozen=True, eq=False)
 class _Maps:
     """What a segment does to a vector over the covered parameters.
 
-    Attributes:
-        curvature: At the segment's averaged weights.
-        step_sizes: τ by block.
-        weight_decay: By block.
+    Args:
+        gradients: Passes over the training data.
+        segment: The segment.
+        fitted: Fits the curvature at the weights that the model has then.
+        weight_decay: See ``source_scores``.
     """
 
-    curvature: BlockCurvature
-    step_sizes: Mapping[str, float]
-    weight_decay: Mapping[str, float]
-
-    @classmethod
-    def fitted(
-        cls,
+    def __init__(
+        self,
         gradients: ExampleGradients,
-        indices: Sequence[int],
         segment: Segment,
-        name: CurvatureName,
-        labels: tuple[Labels, Labels],
-        examples: FactorExamples | None,
+        fitted: Callable[[], Curvature],
         weight_decay: float | Mapping[str, float],
-    ) -> _Maps:
+    ) -> None:
         blocks = gradients.coverage.blocks
         if not isinstance(weight_decay, Mapping):
             weight_decay = {p: weight_decay for block in blocks.values() for p in block.parameters}
-        examples = examples or FactorExamples(len(indices), len(indices))
         with segment.average.loaded(gradients.module):
-            curvature = fit(gradients, name, indices, examples=examples, labels=labels)
+            curvature = fitted()
         assert isinstance(curvature, BlockCurvature)
-        return cls(curvature, block_means(blocks, segment.step_sizes), block_means(blocks, weight_decay))
+        self.curvature = curvature
+        self._step_sizes = block_means(blocks, segment.step_sizes)
+        self._weight_decay = block_means(blocks, weight_decay)
 
     def response(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``(I - exp(-τ C)) C⁻¹ v`` by block; for τ C → 0 that is ``τ v``."""
 
-        def of_eigenvalues(step: float, decay: float) -> Callable[[Tensor], Tensor]:
-            def function(eigenvalues: Tensor) -> Tensor:
-                exponent = step * (eigenvalues + decay)
-                safe = exponent.where(exponent != 0, torch.ones_like(exponent))
-                return step * torch.where(exponent != 0, -torch.expm1(-safe) / safe, 1.0)
+        def function(exponent: Tensor, step: float) -> Tensor:
+            safe = exponent.where(exponent != 0, torch.ones_like(exponent))
+            return step * torch.where(exponent != 0, -torch.expm1(-safe) / safe, 1.0)
 
-            return function
-
-        return self._applied(of_eigenvalues, vectors)
+        return self._applied(function, vectors)
 
     def decayed(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``exp(-τ C) v`` by block."""
-        return self._applied(lambda step, decay: lambda x: torch.exp(-step * (x + decay)), vectors)
+        return self._applied(lambda exponent, step: torch.exp(-exponent), vectors)
 
-    def _applied(
-        self, make: Callable[[float, float], Callable[[Tensor], Tensor]], vectors: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        return {
-            name: self.curvature.blocks[name].apply(make(self.step_sizes[name], self.weight_decay[name]), vector)
-            for name, vector in vectors.items()
-        }
+    def _applied(self, function: Callable[[Tensor, float], Tensor], vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``f(τ C) v``; ``function`` takes the eigenvalues of ``τ C``, and τ."""
+
+        def applied(name: str, vector: Tensor) -> Tensor:
+            step, decay = self._step_sizes[name], self._weight_decay[name]
+            return self.curvature.blocks[name].apply(lambda x: function(step * (x + decay), step), vector)
+
+        return {name: applied(name, vector) for name, vector in vectors.items()}
 
 
 def _segment(checkpoints: Sequence[Checkpoint]) -> Segment:
-    steps = sum(c.steps for c in checkpoints)
-    shares = [c.steps / steps for c in checkpoints]
-    last = checkpoints[-1]
+    last, steps = checkpoints[-1], sum(c.steps for c in checkpoints)
+    shares = tuple(c.steps / steps for c in checkpoints)
+    different = {name for c in checkpoints for name in c.parameters.keys() ^ last.parameters.keys()}
+    if different:
+        raise CheckpointError(
+            f"some checkpoints have the parameters {sorted(different)[:5]} and others have not; expected those of one "
+            "run."
+        )
 
     def mean(values: Sequence[Tensor]) -> Tensor:
         # Counters of a batch norm are not averaged.
@@ -241,25 +217,10 @@ def _segment(checkpoints: Sequence[Checkpoint]) -> Segment:
             total += share * value
         return total.to(values[-1])
 
-    different = {name for c in checkpoints for name in c.parameters.keys() ^ last.parameters.keys()}
-    if different:
-        raise CheckpointError(
-            f"some checkpoints have the parameters {sorted(different)[:5]} and others have not; expected those of one "
-            "run."
-        )
+    whole = reduce(lambda earlier, later: later.standing_for(earlier), checkpoints)
     average = replace(
         last,
         parameters={name: mean([c.parameters[name] for c in checkpoints]) for name in last.parameters},
         buffers={name: mean([c.buffers[name] for c in checkpoints]) for name in last.buffers},
     )
-    names = {name for c in checkpoints for name in c.step_sizes}
-    sums = {name: sum(c.step_sizes.get(name, 0.0) for c in checkpoints) for name in sorted(names)}
-    return Segment(tuple(checkpoints), average, sums)
-
-
-def _places(segment: Segment, at: At) -> list[tuple[Checkpoint, float]]:
-    """Return where the gradients of a segment are taken, and how much each weighs."""
-    if at == "average":
-        return [(segment.average, 1.0)]
-    steps = sum(c.steps for c in segment.checkpoints)
-    return [(c, c.steps / steps) for c in segment.checkpoints]
+    return Segment(tuple(checkpoints), shares, average, whole.step_sizes)

@@ -1,25 +1,19 @@
 """TracIn of pairs: influence of training examples on queries, summed over kept checkpoints (Pruthi et al. 2020).
 
 ``score(z → q) = Σ_t ∇ℓ(q; θ_t)ᵀ η_t P_t ∇ℓ(z; θ_t)`` with the step sizes ``η_t`` of every parameter and what an
-adaptive optimizer multiplies gradients with, ``P_t`` (see ``tracin``). In place of an inverse curvature, the gradient
-of a query is multiplied with ``η_t P_t``; all else is a pass of pairwise scores at the weights of each checkpoint.
+adaptive optimizer multiplies gradients with, ``P_t`` (see ``step_sizes``). In place of an inverse curvature, the
+gradient of a query is multiplied with ``η_t P_t``; all else is a pass of pairs at the weights of each checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from lightning_influence.core.precision import wide
-from lightning_influence.curvature.curvature import Curvature, Scorer
-from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.layers import per_sample
 from lightning_influence.layers.blocks import ParameterBlock
-from lightning_influence.scores.pairs import PairwiseScores, pairwise_scores
-from lightning_influence.training import step_sizes as tracin
+from lightning_influence.scores.pairs import PairSum, PairwiseScores
 from lightning_influence.training.checkpoints import Checkpoint, check_together
 from lightning_influence.training.step_sizes import StepSize, block_step_sizes
 
@@ -60,93 +54,23 @@ def tracin_scores(
         >>> tracin_scores(training, range(1000), validation, range(10), report.checkpoints())
     """
     check_together(checkpoints, gradients.module)
-    total: PairwiseScores | None = None
-    notes: dict[str, None] = {}
+    blocks, device = gradients.coverage.blocks, gradients.device
+    total = PairSum(gradients, indices, queries, query_indices, layers=list(blocks) if by_layer else ())
     for checkpoint in checkpoints:
         with checkpoint.loaded(gradients.module):
-            steps = Steps.of(checkpoint, gradients)
-            scores = pairwise_scores(gradients, indices, steps, queries, query_indices, by_layer=by_layer)
-        notes |= dict.fromkeys(scores.notes)
-        if total is None:
-            total = scores
-            continue
-        total.scores.add_(scores.scores)
-        for name, part in (total.parts or {}).items():
-            part.add_((scores.parts or {})[name])
-    assert total is not None
-    total.notes[:] = notes
-    return total
+            scales = {name: value.to(device) for name, value in checkpoint.preconditioner.items()}
+            sizes = block_step_sizes(blocks, checkpoint.step_sizes, gradients.module, scales)
+            for rows, asked in total.prepared():
+                steps = {name: _step(blocks[name], sizes[name], vector) for name, vector in asked.vectors.items()}
+                total.add(rows, asked.turned(steps))
+    return total.result()
 
 
-class Steps(Curvature):
-    """The step sizes of one checkpoint in the place of an inverse curvature: ``(C + λ)⁻¹ = η P``.
-
-    Args:
-        blocks: The covered parameters.
-        step_sizes: Of every block.
-    """
-
-    def __init__(self, blocks: Mapping[str, ParameterBlock], step_sizes: Mapping[str, StepSize]) -> None:
-        super().__init__("tracin", dict.fromkeys(blocks, 0.0), ("true",), (0,))
-        self._blocks = dict(blocks)
-        self._step_sizes = dict(step_sizes)
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, gradients: ExampleGradients) -> Steps:
-        """Return the steps that a checkpoint stands for.
-
-        Args:
-            checkpoint: The checkpoint.
-            gradients: Passes over the model.
-        """
-        blocks, device = gradients.coverage.blocks, gradients.device
-        scales = {name: value.to(device) for name, value in checkpoint.preconditioner.items()}
-        return cls(blocks, block_step_sizes(blocks, checkpoint.step_sizes, gradients.module, scales))
-
-    @property
-    def blockwise(self) -> None:
-        """None: there is no curvature to speak of."""
-        return None
-
-    def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``η P v``, block by block: name -> ``[..., k, o, i]``."""
-        return {name: self._multiplied(name, v) for name, v in vectors.items()}
-
-    def scorer(self, n: int) -> Scorer:
-        """Return what adds up ``gᵀ η P g`` of ``n`` examples."""
-        return _StepScorer(self, n)
-
-    def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-        """Return nothing: the checkpoint is in the store."""
-        return {}
-
-    def self_influence(self, io: LayerIO, norms: Tensor) -> Tensor:
-        """Return one block's part of ``gᵀ η P g``, ``[n]``."""
-        return tracin.self_influence(io, norms, self._blocks[io.name].bias_columns, self._step_sizes[io.name])
-
-    def _multiplied(self, name: str, v: Tensor) -> Tensor:
-        size, bias = self._step_sizes[name], self._blocks[name].bias_columns
-        if isinstance(size, Tensor):
-            return v * size.to(v)
-        result = v * size[0]
-        if bias is not None:
-            result[..., bias] = v[..., bias] * size[1]
-        return result
-
-
-class _StepScorer(Scorer):
-    def __init__(self, steps: Steps, n: int) -> None:
-        self._steps, self._n = steps, n
-        self._parts: dict[str, Tensor] = {}
-
-    def add(self, io: LayerIO, query: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        norms = per_sample.squared_norms(io.activations[0] if query is None else io.x, io.gs[0])
-        self._parts[io.name] = self._steps.self_influence(io, norms)
-        return norms, None if query is None else per_sample.inner_products(io.x, io.gs[0], query)
-
-    def self_influence(self) -> Tensor:
-        parts = [wide(part) for part in self._parts.values()]
-        return torch.stack(parts).sum(0) if parts else torch.zeros(self._n, dtype=torch.float64)
-
-    def parts(self) -> dict[str, Tensor]:
-        return dict(self._parts)
+def _step(block: ParameterBlock, size: StepSize, vector: Tensor) -> Tensor:
+    """Return ``η P v`` of a block, ``[q, k, o, i]``."""
+    if isinstance(size, Tensor):
+        return vector * size.to(vector)
+    result = vector * size[0]
+    if block.bias_columns is not None:
+        result[..., block.bias_columns] = vector[..., block.bias_columns] * size[1]
+    return result

@@ -21,10 +21,9 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from lightning_influence.core import distributed
 from lightning_influence.core.precision import exact
-from lightning_influence.gradients.example_scores import ExampleScores
 from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.visitors import ExampleColumns, ExampleScores, in_order
 from lightning_influence.objective.terms import TaskError
 from lightning_influence.scores.pairs import PairwiseScores, distinct
 from lightning_influence.scores.queries import check_pairs
@@ -110,24 +109,20 @@ def loss_paths(
     """
     for checkpoint in checkpoints:
         checkpoint.check(gradients.module)
-    examples = distinct(indices)
-    rows = []
+    examples, rows = distinct(indices), []
     for checkpoint in checkpoints:
-        kept: list[int] = []
-        values: list[Tensor] = []
+        columns = ExampleColumns(examples.tolist(), torch.device("cpu"))
         passes = gradients.losses(examples.tolist(), title="losses")
         with checkpoint.loaded(gradients.module), closing(passes) as batches:
-            for batch_indices, loss in batches:
+            for own, loss in batches:
                 if loss.values is None:
                     raise TaskError(
                         "the losses of the examples are not known: the task returns one number for the batch, and no "
                         "known loss call that it is made of was seen. Pass a task that returns one loss per example."
                     )
-                kept.extend(batch_indices)
-                values.append(loss.values.detach().cpu().double())
-        local = torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
-        _, gathered = distributed.gather_by_index(torch.tensor(kept, dtype=torch.long), {"losses": local})
-        rows.append(gathered["losses"].cpu())
+                columns.add(own, {"losses": loss.values.detach().cpu().double()})
+        found, gathered = columns.gathered()
+        rows.append(in_order(examples.tolist(), found, gathered["losses"]))
     return examples, torch.stack(rows)
 
 

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from lightning_influence.core import distributed
 from lightning_influence.core.precision import wide_zeros, working_dtype
+from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
+from lightning_influence.gradients.visitors import Visitor, visit
 from lightning_influence.layers import per_sample
 from lightning_influence.objective.terms import BatchLoss
 
@@ -115,43 +117,53 @@ class Statistic(Measurement):
         """Measure all sets as one, batch by batch; processes share the examples."""
         # Before anything is computed: groups that can't be told, or are empty.
         assigned = [self.assigned(queries, indices) for queries, indices in sets]
-        sums = _Sums(self, sets[0][0], gradient)
+        means = GroupMeans(self, sets[0][0], gradient=gradient)
         for (queries, indices), groups in zip(sets, assigned, strict=True):
-            measuring = queries.measuring(self)
-            if not gradient:
-                with closing(measuring.losses(indices)) as losses:
-                    for found, loss in losses:
-                        sums.count(loss, _of(groups, found))
+            means.assigned, measuring = groups, queries.measuring(self)
+            if gradient:
+                visit(measuring, indices, [means], title=self.name)
                 continue
-            with closing(measuring.run(indices, title=self.name)) as batches:
-                for batch in batches:
-                    sums.add(batch, _of(groups, batch.indices))
-        return sums.result()
+            with closing(measuring.losses(indices)) as losses:
+                for found, loss in losses:
+                    means.count(loss, found)
+        return means.result()
 
 
-class _Sums:
-    """Values and gradients of a statistic, added up by group."""
+class GroupMeans(Visitor):
+    """Means of a statistic's values over groups of examples, and their gradients; what is not finite is left out.
 
-    def __init__(self, statistic: Statistic, queries: ExampleGradients, gradient: bool) -> None:
+    Args:
+        statistic: The values, and the groups.
+        queries: Passes over the model.
+        gradient: Whether to add up gradients, too.
+
+    Attributes:
+        assigned: What the statistic says of the groups in the data set that is passed over.
+    """
+
+    def __init__(self, statistic: Statistic, queries: ExampleGradients, *, gradient: bool = True) -> None:
         self._statistic = statistic
+        self.assigned: Tensor | None = None
         c = len(statistic.groups)
         like = next(p for p in queries.module.parameters() if p.is_floating_point())
-        dtype = working_dtype(like.dtype)
-        blocks = queries.coverage.blocks if gradient else {}
         self._values = wide_zeros(c, like.device)
         self._counts = torch.zeros(c + 1, dtype=torch.int64, device=like.device)  # the last one: left out
         self._gradients = {
-            name: torch.zeros((c, *block.shape), dtype=dtype, device=like.device) for name, block in blocks.items()
+            name: torch.zeros((c, *block.shape), dtype=working_dtype(like.dtype), device=like.device)
+            for name, block in queries.coverage.blocks.items()
+            if gradient
         }
+        self._masks: list[Tensor | None] = []
 
-    def count(self, loss: BatchLoss, assigned: Tensor | None, finite: Tensor | None = None) -> Tensor:
+    def count(self, loss: BatchLoss, indices: Sequence[int], finite: Tensor | None = None) -> Tensor:
         """Add the values of a batch; return which examples are in which group, ``[c, n]``."""
         with torch.no_grad():
             values = self._statistic.values(loss)
             # Where only the batch loss is known, every example has the mean: the sum is right.
             values = loss.loss.detach().expand(loss.n) if values is None else values.detach()
             values = values.to(self._values)
-            groups = torch.zeros(loss.n, dtype=torch.long) if assigned is None else assigned
+            chosen = torch.as_tensor(indices)
+            groups = torch.zeros(loss.n, dtype=torch.long) if self.assigned is None else self.assigned[chosen]
             groups = self._statistic.members(loss, groups.to(values.device))
         usable = values.isfinite() if finite is None else values.isfinite() & finite.to(values.device)
         inside = torch.arange(len(self._values), device=values.device).unsqueeze(1) == groups
@@ -161,36 +173,40 @@ class _Sums:
         self._values += (inside * values.nan_to_num(0, 0, 0)).sum(1)
         return inside
 
-    def add(self, batch: BatchGradients, assigned: Tensor | None) -> None:
-        """Add values and gradients of a batch."""
-        inside = self.count(batch.loss, assigned, batch.finite)
-        for io in batch.layers():
-            for group, mask in zip(self._gradients[io.name], inside, strict=True):
-                # A gradient is linear in the activations, also where the rows of `g` are one-hot.
-                x = io.x if bool(mask.all()) else io.x * mask.to(io.x)[None, :, None, None]
-                group += per_sample.summed_gradient(x, io.gs[0])
+    def begin(self, batch: BatchGradients) -> None:
+        """Add the values of a batch."""
+        inside = self.count(batch.loss, batch.indices, batch.finite)
+        self._masks = [None if whole else mask for mask, whole in zip(inside, inside.all(1).tolist(), strict=True)]
+
+    def add(self, io: LayerIO) -> None:
+        """Add a layer's gradients."""
+        for group, mask in zip(self._gradients[io.name], self._masks, strict=True):
+            # A gradient is linear in the activations, also where the rows of `g` are one-hot.
+            x = io.x if mask is None else io.x * mask.to(io.x)[None, :, None, None]
+            group += per_sample.summed_gradient(x, io.gs[0])
+
+    def gathered(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return sums of values ``[c]``, counts ``[c + 1]`` and sums of gradients ``[c, k, o, i]`` of all processes."""
+        values, counts, *gradients = distributed.sum_across_processes(
+            [self._values, self._counts, *self._gradients.values()]
+        )
+        return values, counts, dict(zip(self._gradients, gradients, strict=True))
 
     def result(self) -> Measured:
         """Return the measurement of everything that was added, on all processes."""
-        names = list(self._gradients)
-        values, counts, *gradients = distributed.sum_across_processes(
-            [self._values, self._counts, *(self._gradients[name] for name in names)]
-        )
+        values, counts, gradients = self.gathered()
+        name, left_out = self._statistic.name, int(counts[-1])
         sizes = dict(zip(self._statistic.groups, counts[:-1].tolist(), strict=True))
-        left_out = int(counts[-1])
-        check_sizes(self._statistic.name, sizes, f"; {left_out} are left out as not finite" if left_out else "")
+        check_sizes(name, sizes, f"; {left_out} are left out as not finite" if left_out else "")
         means = (values / counts[:-1]).requires_grad_(True)
         with torch.enable_grad():
             value = self._statistic.combined(means)
         (slopes,) = torch.autograd.grad(value, means)
         weights = (slopes / counts[:-1]).to(values.device)
-        summed = {
-            # c, ckoi -> koi
-            name: torch.tensordot(weights.to(found), found, 1)
-            for name, found in zip(names, gradients, strict=True)
-        }
+        # c, ckoi -> koi
+        summed = {block: torch.tensordot(weights.to(found), found, 1) for block, found in gradients.items()}
         if summed:
-            check_gradient(self._statistic.name, summed)
+            check_gradient(name, summed)
         return Measured(float(value.detach()), summed, sizes, left_out)
 
 
@@ -215,7 +231,3 @@ def check_gradient(name: str, gradient: dict[str, Tensor]) -> None:
             "exactly zero, and no training example has an influence on it. Compute it from the model's outputs, "
             "without `detach`, `no_grad`, `argmax` or rounding."
         )
-
-
-def _of(groups: Tensor | None, indices: Sequence[int]) -> Tensor | None:
-    return None if groups is None else groups[torch.as_tensor(indices)]

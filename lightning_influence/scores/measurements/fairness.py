@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_influence.core import distributed
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.visitors import ExampleColumns, in_order
 from lightning_influence.objective.terms import BatchLoss
 from lightning_influence.scores.measurements.base import MeasurementError, Statistic, check_sizes
 from lightning_influence.scores.measurements.examples import log_odds
@@ -81,8 +82,7 @@ class DemographicParityGap(Statistic):
     def _called(self, queries: ExampleGradients, indices: Sequence[int]) -> Tensor:
         """Ask the user's function about every batch; ``[n]``, in the order of the indices."""
         assert callable(self.group)
-        seen: list[int] = []
-        parts = [torch.zeros(0, dtype=torch.float64)]
+        columns = ExampleColumns(indices, torch.device("cpu"))
         with isolated_rng():
             for own, batch in queries.source.batches(distributed.share(indices)):
                 part = torch.as_tensor(self.group(batch)).detach().cpu()
@@ -91,10 +91,9 @@ class DemographicParityGap(Statistic):
                         f"{self.name}: `group` returned the shape {list(part.shape)} for a batch of {len(own)} "
                         f"examples; expected [{len(own)}]."
                     )
-                seen += own
-                parts.append(part.double())
-        merged, columns = distributed.gather_by_index(torch.tensor(seen, dtype=torch.long), {"group": torch.cat(parts)})
-        return columns["group"][torch.searchsorted(merged, torch.as_tensor(list(indices), dtype=torch.long))]
+                columns.add(own, {"group": part.double()})
+        found, gathered = columns.gathered()
+        return in_order(indices, found, gathered["group"])
 
 
 @dataclass(frozen=True, eq=False)

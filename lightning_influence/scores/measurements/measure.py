@@ -10,11 +10,19 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lightning_influence.core import distributed
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.visitors import ExampleColumns, Visitor, in_order, visit
+from lightning_influence.objective.terms import BatchLoss
 from lightning_influence.scores.examples import score_examples
-from lightning_influence.scores.measurements.base import Measured, Measurement, MeasurementError, QuerySets, Statistic
+from lightning_influence.scores.measurements.base import (
+    GroupMeans,
+    Measured,
+    Measurement,
+    MeasurementError,
+    QuerySets,
+    Statistic,
+)
 from lightning_influence.scores.measurements.custom import Custom
 from lightning_influence.scores.measurements.examples import Loss, Margin
 
@@ -129,28 +137,56 @@ def measurement_scores(
     return MeasurementScores(found.indices, -found.columns["harm"], measured)
 
 
+def mean_gradient(gradients: ExampleGradients, indices: Sequence[int], *, title: str = "queries") -> dict[str, Tensor]:
+    """Return the mean gradient of the examples' losses, by layer, ``[k, o, i]``; non-finite examples are left out.
+
+    Raises:
+        ValueError: If no example has a finite gradient.
+    """
+    return mean_loss_gradient([(gradients, indices)], title=title)
+
+
+def mean_loss_gradient(
+    sets: QuerySets, *, title: str, watching: Callable[[int], Sequence[Visitor]] = lambda number: ()
+) -> dict[str, Tensor]:
+    """Return the same of several sets as one; ``watching`` gives by number who looks at the pass over a set, too."""
+    means = GroupMeans(Loss(), sets[0][0])
+    for number, (queries, indices) in enumerate(sets):
+        visit(queries, indices, [means, *watching(number)], title=title)
+    _, counts, gradients = means.gathered()
+    if not int(counts[0]):
+        raise ValueError("no query has a finite gradient.")
+    return {name: value[0] / counts[0] for name, value in gradients.items()}
+
+
 def measured_values(queries: ExampleGradients, indices: Sequence[int], statistic: Statistic) -> Tensor:
     """Return the value of every example by itself, ``[n]`` float64 on the host, in the order of the indices.
 
     Raises:
         MeasurementError: If only means over batches are known.
     """
-    seen: list[int] = []
-    parts = [torch.zeros(0, dtype=torch.float64)]
-    measuring = queries.measuring(statistic)
-    with closing(measuring.losses(indices, title="queries")) as losses:
+    columns = ExampleColumns(indices, torch.device("cpu"))
+    with closing(queries.measuring(statistic).losses(indices, title="queries")) as losses:
         for own, loss in losses:
-            values = statistic.values(loss)
-            if values is None:
-                raise MeasurementError(
-                    f"the {statistic.name} of single examples is not known: the task returns the mean of the batch, "
-                    "and no known loss call accounts for it. Pass a `task=` that returns one loss per example, or "
-                    "choose the queries yourself."
-                )
-            seen += own
-            parts.append(values.detach().cpu().double())
-    merged, columns = distributed.gather_by_index(torch.tensor(seen, dtype=torch.long), {"values": torch.cat(parts)})
-    return columns["values"][torch.searchsorted(merged, torch.as_tensor(list(indices), dtype=torch.long))]
+            columns.add(own, {"values": single_values(statistic, loss).detach().cpu().double()})
+    found, gathered = columns.gathered()
+    return in_order(indices, found, gathered["values"])
+
+
+def single_values(statistic: Statistic, loss: BatchLoss) -> Tensor:
+    """Return the value of every example of a batch, ``[n]``.
+
+    Raises:
+        MeasurementError: If only the mean is known.
+    """
+    values = statistic.values(loss)
+    if values is None:
+        raise MeasurementError(
+            f"the {statistic.name} of single examples is not known: the task returns the mean of the batch, and no "
+            "known loss call accounts for it. Pass a `task=` that returns one loss per example, or choose the queries "
+            "yourself."
+        )
+    return values
 
 
 def _measured(sets: QuerySets, measurement: AnyMeasurement, *, gradient: bool = True) -> Measured:

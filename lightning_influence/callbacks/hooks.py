@@ -1,0 +1,91 @@
+"""What training does, handed on to the run under audit."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_influence.audit.report import AuditReport
+from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
+from lightning_influence.callbacks.run import AuditRun
+
+
+class RunHooks(Callback):
+    """The hooks between the first and the last step of a fit."""
+
+    def __init__(self) -> None:
+        self.report: AuditReport | None = None
+        self._recorder = BatchIndexRecorder()
+        # From the start of training until the next `fit`.
+        self._run: AuditRun | None = None
+
+    @abstractmethod
+    def _prepare(self, trainer: Trainer, module: LightningModule) -> AuditRun:
+        """Look at one batch, and begin the run."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look whether the data were loaded again."""
+        if self._run is not None and self._recorder.source is not None:
+            self._run.take_data(self._recorder.source, trainer.current_epoch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note which examples come, and listen for their loss."""
+        known = self._recorder.next()
+        if self._run is None:
+            self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
+        if self._run is not None:
+            self._run.batch_started(trainer, pl_module, known)
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Stop listening: the loss is there."""
+        if self._run is not None:
+            self._run.before_zero_grad()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """File what the training pass itself said about each example."""
+        if self._run is not None:
+            self._run.before_backward(trainer, loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take what the backward pass said about each example's gradient."""
+        if self._run is not None:
+            self._run.after_backward()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop listening if there was no backward pass."""
+        if self._run is not None:
+            self._run.batch_ended()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Note the learning rates that are really used."""
+        if self._run is not None:
+            self._run.before_step(trainer, optimizer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add a TracIn checkpoint; the last one is part of the final pass."""
+        if self._run is not None:
+            self._run.epoch_ended(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Undo everything and keep what was recorded so far."""
+        self._recorder.detach()
+        if self._run is not None:
+            self._run.stop_listening()
+            if self.report is None:
+                self._run.interrupt(trainer, repr(exception))
+                rank_zero_info(
+                    f"influence audit: interrupted; what was recorded is kept in {self._run.reporter.directory}. "
+                    "Resume training from a checkpoint (`ckpt_path=`) to go on with it."
+                )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Undo everything."""
+        self._recorder.detach()
+        if self._run is not None:
+            self._run.stop_listening()
