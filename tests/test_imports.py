@@ -58,7 +58,6 @@ TOO_LARGE: dict[str, int] = {
     "curvature.products.product.CurvatureProduct": 325,
     "gradients.capture.Capture": 302,
     "gradients.passes.ExampleGradients": 385,
-    "training.recording.Recording": 494,
 }
 
 HOOK = re.compile(r"register_(\w+_)?hook")

@@ -231,7 +231,7 @@ class InfluenceAudit(Callback):
         queries = None if self.queries is None else QueryReport(self.queries)
         around = bridge.surroundings(trainer, module)
         with bridge.aside(trainer):
-            recording.compiled = bool(preparing.compiled_parts(module, task, source, first, self.tracin, around))
+            recording.losses.compiled = bool(preparing.compiled_parts(module, task, source, first, self.tracin, around))
             trace = trace_model(module, task, source, indices=first, **around)
             passes = TrainingPasses(source, task, trace, self.layers, self.uncovered)
             gradients = passes.gradients(trainer, module)

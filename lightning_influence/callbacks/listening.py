@@ -67,7 +67,7 @@ class BatchListener:
         misread = batch.ragged and self._passes.source.collation.few_lengths
         if self._flight is not None and not misread:
             self._flight.batch_started(trainer, module, batch)
-        if batch.tap is None and self.recording.listens(trainer.current_epoch):
+        if batch.tap is None and self.recording.losses.needs_tap(trainer.current_epoch):
             batch.tap = self._tap
         if batch.tap is not None:
             batch.tap.start()

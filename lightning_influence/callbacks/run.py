@@ -150,7 +150,7 @@ class AuditRun:
         with bridge.aside(trainer):
             # Weighed as training weighs: by what it has drawn, not by what it could draw.
             drawn = self.recording.seen_indices() or indices
-            gradients = self.passes.scaled(trainer, module, drawn, self.recording.heard)
+            gradients = self.passes.scaled(trainer, module, drawn, self.recording.losses.terms)
             scores = score_examples(
                 gradients,
                 indices,
@@ -212,7 +212,7 @@ class AuditRun:
             return None
         recording, reporter, inspection = self.recording, self.reporter, self.inspection
         start = time.perf_counter()
-        gradients = self.passes.scaled(trainer, module, indices, recording.heard)
+        gradients = self.passes.scaled(trainer, module, indices, recording.losses.terms)
         indices = self._unmissed(indices)
         scaling = time.perf_counter() - start
         history = recording.step_sizes.history()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +86,11 @@ class Checkpoint:
     def outline(self) -> Checkpoint:
         """Return the checkpoint without its tensors."""
         return Checkpoint(self.step, {}, step_sizes=self.step_sizes, steps=self.steps, optimizer=self.optimizer)
+
+    def described(self) -> dict[str, Any]:
+        """Return what it stands for, in primitives."""
+        names = ("step", "step_sizes", "steps", "optimizer")
+        return {name: copy(getattr(self, name)) for name in names}
 
     @property
     def bytes(self) -> int:

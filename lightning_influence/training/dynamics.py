@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_influence.core.layout import BatchLayout
-from lightning_influence.objective.losses import CrossEntropy
+from lightning_influence.objective.losses import CrossEntropy, LossCall
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.example_sums import ExampleSums
 
@@ -52,18 +52,20 @@ class TrainingDynamics:
         self.checks_labels = True
         self.contradicted_batches = 0
 
-    def record_rows(self, batch: BatchRecord, call: CrossEntropy) -> None:
-        """File one training batch by a loss call with a row per example, see ``CrossEntropy.single_rows``.
+    def record_call(self, batch: BatchRecord, call: LossCall) -> None:
+        """File one training batch by its loss call, see ``record``.
 
-        Small logits are copied, and what they say is computed for many batches at once.
+        Small logits of plain class decisions are copied, and what they say is computed for many batches at once.
         """
-        if call.input.numel() > _SMALL:
-            self.record(batch, replace(call, layout=BatchLayout()).statistics(len(call.input)))
-            return
-        if self._waiting or (self._rows and not self._rows[0][1].alike(call)):
-            self.flush()
-        # What follows in the step may overwrite them.
-        self._rows.append((batch, call.copied()))
+        n = len(batch.indices or ())
+        if not (isinstance(call, CrossEntropy) and call.single_rows(n)):
+            self.record(batch, call.statistics(n))
+        elif call.input.numel() > _SMALL:
+            self.record(batch, replace(call, layout=BatchLayout()).statistics(n))
+        else:
+            if self._waiting or (self._rows and not self._rows[0][1].alike(call)):
+                self.flush()
+            self._rows.append((batch, call.copied()))  # what follows in the step may overwrite them
 
     def record(self, batch: BatchRecord, statistics: _Statistics) -> None:
         """File one training batch.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from lightning_influence.gradients.coverage import listed
 
@@ -44,10 +45,10 @@ class Gaps:
         """Whether so many batches had other labels that none of them can be trusted."""
         return self.contradicted > _MOST_CONTRADICTED * self.batches
 
-    def start_again(self, epoch: int) -> Gaps:
-        """Return the gaps of a run that goes on with other data from an epoch on."""
-        changes = [*self.data_changes, epoch]
-        return Gaps(data_changes=changes, failed_passes=self.failed_passes, failures=self.failures)
+    def start_again(self, epoch: int) -> None:
+        """Forget what was about other data than those from an epoch on."""
+        kept = {"failed_passes": self.failed_passes, "failures": self.failures}
+        self.load_state_dict({**asdict(Gaps()), **kept, "data_changes": [*self.data_changes, epoch]})
 
     def relabel(self, indices: Collection[int]) -> None:
         """Note examples that had other labels."""
@@ -84,3 +85,12 @@ class Gaps:
             "steps": self.failed_passes,
         }
         return [sentence for sentence, told in found.items() if told] + self.failures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        for name, value in asdict(Gaps(**state)).items():
+            setattr(self, name, value)

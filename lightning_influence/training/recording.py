@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
@@ -14,10 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_influence.gradients.example_scores import ExampleScores
-from lightning_influence.objective.losses import CrossEntropy, LossCall
-from lightning_influence.objective.scale import HeardTerms, TermKey
-from lightning_influence.objective.tap import calls_in
-from lightning_influence.objective.terms import TermForm, placed_calls, steady_terms
+from lightning_influence.objective.losses import LossCall
+from lightning_influence.objective.scale import TermKey
+from lightning_influence.objective.terms import TermForm
 from lightning_influence.training import optimizers
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.checkpoints import Checkpoint
@@ -25,7 +23,7 @@ from lightning_influence.training.dynamics import TrainingDynamics
 from lightning_influence.training.example_sums import ExampleSums, share
 from lightning_influence.training.flight.pace import Pace
 from lightning_influence.training.gaps import Gaps
-from lightning_influence.training.loss_graph import LossGraph, call_in_graph, trained_elements
+from lightning_influence.training.heard_losses import HeardLosses
 from lightning_influence.training.neighbours import NeighbourRecord
 from lightning_influence.training.settings import TracIn
 from lightning_influence.training.step_sizes import StepSizes
@@ -34,8 +32,8 @@ from lightning_influence.training.tracin import TracInScores, VisitSums
 
 # Batches that wait for being added up.
 _FILE_EVERY = 64
-
-_Forms = Mapping[TermKey, TermForm]
+# What starts anew where TracIn was recorded otherwise.
+_OF_TRACIN = ("tracin", "visits", "pace")
 
 
 class Recording:
@@ -47,45 +45,41 @@ class Recording:
         tracin: How TracIn is computed; None for not at all.
 
     Attributes:
+        losses: What the batches' losses are made of.
+        dynamics: What they have said of the examples.
         step_sizes: Learning rates that were really used.
-        pace: Which batches are measured in flight.
-        gaps: What the columns lack.
-        dynamics: What the losses have said.
         tracin: TracIn from passes.
         visits: TracIn in flight, if that is how it is computed.
+        pace: Which batches are measured for it.
         neighbours: What the features of passes have said.
-        heard: What the losses have told of their scale.
-        compiled: Whether training runs compiled code: what watches its calls would have it compiled anew, perhaps
-            otherwise.
+        gaps: What the columns lack.
+        notes: Remarks for the report.
         directory: Of the audit; before resuming, of the run before.
         kept: What the checkpoints there stand for.
         carried: What none of them stands for any more or yet.
         postponed: Step of a TracIn checkpoint that was left to the final pass.
-        notes: Remarks for the report.
     """
 
     def __init__(self, size: int, module: nn.Module, tracin: TracIn | None = None) -> None:
+        self.losses = HeardLosses()
         self.step_sizes = StepSizes(module)
         self.wants_tracin = tracin is not None
         self._in_flight = tracin is not None and tracin.mode == "step"
         self.pace = Pace() if tracin is None else Pace(tracin.every_n_steps, tracin.overhead)
         self.gaps = Gaps()
         self.notes: list[str] = []
-        self.compiled = False
         self.directory = ""
         self.kept: list[Checkpoint] = []
         self.carried: Checkpoint | None = None
         self.postponed = -1
-        self._graph = LossGraph()
-        self._forget(size)
+        self._start(size)
 
-    def _forget(self, size: int) -> None:
+    def _start(self, size: int) -> None:
         self.size = size
         self.dynamics = TrainingDynamics(size)
         self.tracin = TracInScores(size)
         self.visits = VisitSums(size) if self._in_flight else None
         self.neighbours = NeighbourRecord(size)
-        self.heard = HeardTerms()
         self._passes: list[int] = []  # steps
         self._seen = ExampleSums(size, "seen")
         self._unfiled: list[BatchRecord] = []
@@ -98,9 +92,10 @@ class Recording:
             epoch: That starts with them.
         """
         checks = self.dynamics.checks_labels
-        self._forget(size)
+        self._start(size)
         self.dynamics.checks_labels = checks
-        self.gaps = self.gaps.start_again(epoch)
+        self.losses.start_again()
+        self.gaps.start_again(epoch)
 
     # ---------------------------------------------------------------- batches
 
@@ -120,81 +115,39 @@ class Recording:
         """Keep a remark for the report, once."""
         self.notes += [] if remark in self.notes else [remark]
 
-    def listens(self, epoch: int) -> bool:
-        """Tell whether the loss calls of the next batch have to be heard.
-
-        Args:
-            epoch: Of the batch.
-        """
-        return not self.compiled and self._graph.needs_listening(epoch)
-
     def record_unknown(self, batch: BatchRecord) -> None:
         """Note a batch that counts for nobody."""
         self.gaps.unknown[batch.reason] = self.gaps.unknown.get(batch.reason, 0) + 1
-        self.heard.add(None)  # there is a batch that nothing tells about
+        self.losses.terms.add(None)  # there is a batch that nothing tells about
 
     def record_skipped(self, batch: BatchRecord) -> None:
         """Note a batch without a loss."""
         self._note(batch)
         self.gaps.skipped += 1
-        self.heard.add(None)
+        self.losses.terms.add(None)
 
     def record_batch(
-        self, batch: BatchRecord, loss: Tensor, calls: Sequence[LossCall] | None, forms: _Forms | None = None
+        self,
+        batch: BatchRecord,
+        loss: Tensor,
+        calls: Sequence[LossCall] | None,
+        forms: Mapping[TermKey, TermForm] | None = None,
     ) -> None:
-        """File one training batch.
-
-        Args:
-            batch: The batch.
-            loss: Before the backward pass.
-            calls: What was heard; None if nothing has listened: then its graph tells.
-            forms: See ``discover.term_forms``.
-        """
+        """File one training batch; the arguments are those of ``HeardLosses.read``."""
         if self.failed:
             return
         try:
             self._note(batch)
             with torch.no_grad():
-                if calls is None:
-                    self._record_graph(batch, loss, forms or {})
+                call = self.losses.read(batch, loss, calls, forms or {})
+                if call is not None:
+                    self.dynamics.record_call(batch, call)
+                elif batch.ragged and calls is not None:
+                    self.gaps.ragged += 1
                 else:
-                    self._record_calls(batch, loss, calls, forms or {})
+                    self.gaps.untapped += 1
         except Exception as error:  # a statistic must never end a training run
             self.fail("training dynamics are incomplete", error)
-
-    def _record_graph(self, batch: BatchRecord, loss: Tensor, forms: _Forms) -> None:
-        n, call = len(batch.indices or ()), call_in_graph(loss)
-        if call is None or not all(_is_plain(call, n, form) for form in forms.values() or (None,)):
-            self.gaps.untapped += 1
-            self.heard.add(None)
-            self._graph.failed()
-            return
-        if call.reduction != "mean" or call.class_weights is not None:
-            self.heard.add(None)  # else this one is what was heard before, or it would not be relied upon
-        self.dynamics.record_rows(batch, call)
-
-    def _record_calls(self, batch: BatchRecord, loss: Tensor, calls: Sequence[LossCall], forms: _Forms) -> None:
-        """File a batch by the first known call that its loss is made of."""
-        n = len(batch.indices or ())
-        placed = placed_calls(calls_in(loss, calls), forms)
-        self.heard.terms.update(key for key, call, _ in placed if call.rows_match(n))
-        self.heard.add(steady_terms(placed, n))
-        _, first, form = placed[0] if placed else (None, None, None)
-        if isinstance(first, CrossEntropy) and first.reduction != "none" and _is_plain(first, n, form):
-            told = None if self._graph.given_up else call_in_graph(loss)
-            agreed = told is not None and _agree(first, told)
-            self._graph.compared(agreed)
-            # What is told alike is computed together.
-            self.dynamics.record_rows(batch, told if agreed and told is not None else first)
-            return
-        self._graph.compared(False)
-        call = next((call for _, call, _ in placed if call.rows_match(n)), None)
-        if batch.ragged:  # only one row for each example is read then
-            self.gaps.ragged += 1
-        elif call is None:
-            self.gaps.untapped += 1
-        else:
-            self.dynamics.record(batch, trained_elements(loss, call).statistics(n))
 
     def record_step(self, optimizer: Any) -> None:
         """Note the learning rates of one optimizer step."""
@@ -250,7 +203,7 @@ class Recording:
         """Return what a reader of the columns should know."""
         unknown = self.step_sizes.unknown if self.wants_tracin else ()
         plain = [_plain_steps(unknown)] if unknown else []
-        return self.gaps.remarks(compiled=self.compiled, late=self.tracin.late) + self.notes + plain
+        return self.gaps.remarks(compiled=self.losses.compiled, late=self.tracin.late) + self.notes + plain
 
     def synchronise(self) -> None:
         """Let every process know what all have seen, so that any of them can write a checkpoint."""
@@ -277,26 +230,32 @@ class Recording:
 
     # ------------------------------------------------------------------ state
 
+    def _parts(self) -> dict[str, Any]:
+        """Return those who keep something, each with a state of its own."""
+        parts = {
+            "losses": self.losses,
+            "dynamics": self.dynamics,
+            "seen": self._seen,
+            "step_sizes": self.step_sizes,
+            "tracin": self.tracin,
+            "pace": self.pace,
+            "neighbours": self.neighbours,
+            "gaps": self.gaps,
+        }
+        return parts if self.visits is None else {**parts, "visits": self.visits}
+
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives only: Lightning can't resume from anything else."""
         self.flush()
         return {
             "size": self.size,
-            "dynamics": self.dynamics.state_dict(),
-            "seen": self._seen.state_dict(),
-            "tracin": self.tracin.state_dict(),
-            "visits": {} if self.visits is None else self.visits.state_dict(),
-            "pace": self.pace.state_dict(),
-            "neighbours": self.neighbours.state_dict(),
-            "step_sizes": self.step_sizes.state_dict(),
+            "parts": {name: part.state_dict() for name, part in self._parts().items()},
             "passes": list(self._passes),
-            "heard": self.heard.state_dict(),
-            "directory": self.directory,
-            "kept": [_described(each) for each in self.kept],
-            "carried": [] if self.carried is None else [_described(self.carried)],
-            "postponed": self.postponed,
-            "gaps": asdict(self.gaps),
             "notes": list(self.notes),
+            "directory": self.directory,
+            "kept": [each.described() for each in self.kept],
+            "carried": [] if self.carried is None else [self.carried.described()],
+            "postponed": self.postponed,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, tracin: bool = True) -> None:
@@ -314,49 +273,20 @@ class Recording:
                 f"the checkpoint was written for {state['size']} training examples, the data set has {self.size}. "
                 "Resume with the same training data, or start a new run."
             )
-        self._forget(self.size)
-        self.gaps, self.notes = Gaps(**state["gaps"]), list(state["notes"])
-        self.dynamics.load_state_dict(state["dynamics"])
+        self._start(self.size)
+        for name, part in self._parts().items():
+            if name in state["parts"] and (tracin or name not in _OF_TRACIN):
+                part.load_state_dict(state["parts"][name])
         self.dynamics.contradicted_batches = self.gaps.contradicted
-        self._seen.load_state_dict(state["seen"])
-        self.neighbours.load_state_dict(state["neighbours"])
-        self.step_sizes.load_state_dict(state["step_sizes"])
-        self._passes = list(state["passes"])
-        self.heard = HeardTerms.of_state(state["heard"])
-        self.directory = state["directory"]
+        self._passes, self.notes, self.directory = list(state["passes"]), list(state["notes"]), state["directory"]
         self.kept = [Checkpoint(parameters={}, **each) for each in state["kept"]]
         self.carried = next((Checkpoint(parameters={}, **each) for each in state["carried"]), None)
         if tracin:
-            self.tracin.load_state_dict(state["tracin"])
-            if self.visits is not None and state["visits"]:
-                self.visits.load_state_dict(state["visits"])
-                self.pace.load_state_dict(state["pace"])
             self.postponed = state["postponed"]
         elif steps := self.step_sizes.steps:
             # Kept checkpoints still have to stand for them.
             waiting = Checkpoint(0, {}, step_sizes=self.step_sizes.take(), steps=steps)
             self.carried = waiting if self.carried is None else waiting.standing_for(self.carried)
-
-
-def _described(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint stands for, in primitives."""
-    return {
-        "step": checkpoint.step,
-        "steps": checkpoint.steps,
-        "step_sizes": dict(checkpoint.step_sizes),
-        "optimizer": checkpoint.optimizer,
-    }
-
-
-def _is_plain(call: CrossEntropy, n: int, form: TermForm | None) -> bool:
-    """Tell whether a cross-entropy has one row for each of ``n`` examples, in their order."""
-    return n > 0 and (form is None or (form.layout is not None and form.layout.dim == 0)) and call.single_rows(n)
-
-
-def _agree(heard: CrossEntropy, told: CrossEntropy) -> bool:
-    """Tell whether the graph tells of the very call that was heard."""
-    same = told.target.data_ptr() == heard.target.data_ptr()
-    return same and told.input.shape == heard.input.shape and told.ignore_index == heard.ignore_index
 
 
 def _plain_steps(names: Collection[str]) -> str:
