@@ -485,7 +485,7 @@ def test_one_of_so_many_consecutive_batches_is_drawn() -> None:
     # Every place in turn by chance: data in a fixed order would else never measure some examples.
     assert min(sum(place) for place in zip(*runs, strict=True)) > 10
     again = Pace(4)
-    again.load_state_dict({"every": 4, "added": None, "batches": 100})
+    again.load_state_dict({"every": 4, "dynamics": None, "added": None, "batches": 100})
     assert [again.due() for _ in range(300)] == drawn[100:]
 
 

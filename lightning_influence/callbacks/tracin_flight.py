@@ -84,10 +84,10 @@ class FlightRecorder:
         if not pending or visits is None or not visits.first_time(trainer.global_step):
             return
         rates = {
-            (number, place): rate * self._recording.step_sizes.summed
-            for number, stepping in enumerate(trainer.optimizers)
-            for place, (rate, _) in enumerate(optimizers.rates(stepping))
-            if optimizers.inner(stepping) is optimizers.inner(optimizer)
+            (number, place): optimizers.rate(group) * self._recording.step_sizes.summed
+            for number, stepping in enumerate(map(optimizers.inner, trainer.optimizers))
+            for place, group in enumerate(stepping.param_groups)
+            if stepping is optimizers.inner(optimizer)
         }
         for batch in pending:
             found = batch.visit.increments(rates) if batch.visit is not None and batch.visit.complete else None

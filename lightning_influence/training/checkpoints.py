@@ -85,12 +85,11 @@ class Checkpoint:
 
     def outline(self) -> Checkpoint:
         """Return the checkpoint without its tensors."""
-        return Checkpoint(self.step, {}, step_sizes=self.step_sizes, steps=self.steps, optimizer=self.optimizer)
+        return Checkpoint(parameters={}, **self.described())
 
     def described(self) -> dict[str, Any]:
         """Return what it stands for, in primitives."""
-        names = ("step", "step_sizes", "steps", "optimizer")
-        return {name: copy(getattr(self, name)) for name in names}
+        return {name: copy(getattr(self, name)) for name in ("step", "step_sizes", "steps", "optimizer")}
 
     @property
     def bytes(self) -> int:

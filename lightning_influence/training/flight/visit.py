@@ -145,7 +145,7 @@ class Visit:
         """Return ``Σ η gᵀ P g`` of every example, ``[n]``.
 
         Args:
-            rates: Parameter group to learning rate, see ``optimizers.rates``.
+            rates: Parameter group to learning rate, see ``optimizers.rate``.
         """
         assert self._scale is not None
         parts = [wide(squares) * (rates[group] * self._scale**2) for group, squares in self.squares.items()]
