@@ -17,8 +17,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.gradients.example_scores import ExampleScores
+from lightning_influence.training import heard_losses
 from lightning_influence.training.batch_record import BatchRecord
-from lightning_influence.training.loss_graph import LossGraph
 from lightning_influence.training.recording import Recording
 
 SIZE, CLASSES = 40, 3
@@ -112,7 +112,7 @@ def _train(path: Path, module: Switching) -> tuple[AuditReport, list[bool]]:
 def test_the_graph_is_relied_upon_once_it_has_agreed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report, heard = _train(tmp_path / "a", Switching())
     assert heard == [True] * 16 + [False] * 4 + ([True] * 2 + [False] * 18) * 2
-    monkeypatch.setattr(LossGraph, "AGREEING", 10**6)
+    monkeypatch.setattr(heard_losses, "_AGREEING", 10**6)
     all_heard, listened = _train(tmp_path / "b", Switching())
     assert all(listened)
     for name, values in all_heard.columns.items():

@@ -61,7 +61,7 @@ class BatchListener:
         self.batch = batch
         self.recording.gaps.batches += 1
         if batch.indices is None:
-            self.recording.record_unknown(batch)
+            self.recording.record_lost(batch)
             return
         # What the trace has seen has one length, which rows of several may be mistaken for.
         misread = batch.ragged and self._passes.source.collation.few_lengths
@@ -119,6 +119,6 @@ class BatchListener:
         if batch is None:
             return
         if batch.indices is not None and not batch.filed:
-            self.recording.record_skipped(batch)
+            self.recording.record_lost(batch)
         if self._flight is not None:
             self._flight.batch_ended(batch)

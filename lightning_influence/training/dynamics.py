@@ -125,6 +125,19 @@ class TrainingDynamics:
             batches[k].contradicted = True
         return _kept(rows, taken, torch.from_numpy(~np.isin(of, wrong)))
 
+    def relabelled(self, indices: Tensor, labels: Tensor) -> list[int]:
+        """Return the examples that had another label in training than when they were fetched again: it was not they.
+
+        Args:
+            indices: Dataset indices ``[n]``.
+            labels: When they were fetched, ``[n]``; negative ones are unknown.
+        """
+        if not self.checks_labels or "label" not in self.sums:
+            return []
+        trained = self.sums["label"][indices]
+        found: list[int] = indices[(trained >= 0) & (labels >= 0) & (trained != labels)].tolist()
+        return found
+
     def _add(self, rows: Tensor, taken: _Statistics) -> None:
         if "label" in taken:  # an ignored label leaves nothing to record, and nothing wrong with the example
             rows, taken = _kept(rows, taken, taken["label"] >= 0)

@@ -12,7 +12,11 @@ from lightning_influence.objective.scale import HeardTerms, TermKey
 from lightning_influence.objective.tap import calls_in
 from lightning_influence.objective.terms import TermForm, placed_calls, steady_terms
 from lightning_influence.training.batch_record import BatchRecord
-from lightning_influence.training.loss_graph import LossGraph, call_in_graph, trained_elements
+from lightning_influence.training.loss_graph import call_in_graph, trained_elements
+
+# To listen takes much longer than to read the graph. Once that has told of so many batches in a row what was heard, it
+# is relied upon, but for the first batches of every epoch; if it then fails to tell, it is not any more.
+_AGREEING, _AGAIN = 16, 2
 
 
 class HeardLosses:
@@ -27,7 +31,9 @@ class HeardLosses:
     def __init__(self) -> None:
         self.terms = HeardTerms()
         self.compiled = False
-        self._graph = LossGraph()
+        self._agreed = 0
+        self._failed = False
+        self._epoch = -1
 
     def needs_tap(self, epoch: int) -> bool:
         """Tell whether the calls of the next batch have to be heard.
@@ -35,7 +41,9 @@ class HeardLosses:
         Args:
             epoch: Of the batch.
         """
-        return not self.compiled and self._graph.needs_listening(epoch)
+        if epoch != self._epoch:
+            self._epoch, self._agreed = epoch, min(self._agreed, _AGREEING - _AGAIN)
+        return not self.compiled and (self._failed or self._agreed < _AGREEING)
 
     def read(
         self, batch: BatchRecord, loss: Tensor, calls: Sequence[LossCall] | None, forms: Mapping[TermKey, TermForm]
@@ -55,8 +63,7 @@ class HeardLosses:
         call = call_in_graph(loss)
         if call is not None and not all(_is_plain(call, n, form) for form in forms.values() or (None,)):
             call = None
-        if call is None:
-            self._graph.failed()
+        self._failed = self._failed or call is None
         if call is None or call.reduction != "mean" or call.class_weights is not None:
             self.terms.add(None)  # else this one is what was heard before, or it would not be relied upon
         return call
@@ -69,11 +76,13 @@ class HeardLosses:
         self.terms.add(steady_terms(placed, n))
         _, first, form = placed[0] if placed else (None, None, None)
         if isinstance(first, CrossEntropy) and first.reduction != "none" and _is_plain(first, n, form):
-            told = None if self._graph.given_up else call_in_graph(loss)
-            agreed = told is not None and _agree(first, told)
-            self._graph.compared(agreed)
-            return told if agreed else first  # what is told alike is computed together
-        self._graph.compared(False)
+            told = call_in_graph(loss)
+            if told is not None and _agree(first, told):
+                self._agreed += 1
+                return told  # what is told alike is computed together
+            self._agreed = 0
+            return first
+        self._agreed = 0
         if batch.ragged:  # only one row for each example is read then
             return None
         call = next((call for _, call, _ in placed if call.rows_match(n)), None)

@@ -12,41 +12,6 @@ from lightning_influence.objective.losses import CrossEntropy, LossCall
 _REDUCTIONS = ("none", "mean", "sum")
 
 
-class LossGraph:
-    """When the graph of a batch's loss can be relied upon to tell which call it is: then nothing has to listen.
-
-    To listen takes much longer than to read the graph. Once that has told of some batches in a row what was heard, it
-    is relied upon, but for the first batches of every epoch; if it then fails to tell, or keeps disagreeing, it is not
-    any more.
-    """
-
-    AGREEING, AGAIN, DISAGREEING = 16, 2, 64
-
-    def __init__(self) -> None:
-        self._agreed = self._disagreed = 0
-        self._epoch = -1
-
-    def needs_listening(self, epoch: int) -> bool:
-        """Tell whether the loss calls of the next batch have to be heard."""
-        if epoch != self._epoch:
-            self._epoch, self._agreed = epoch, min(self._agreed, self.AGREEING - self.AGAIN)
-        return self.given_up or self._agreed < self.AGREEING
-
-    @property
-    def given_up(self) -> bool:
-        """Whether it is no use to compare any more."""
-        return self._disagreed >= self.DISAGREEING
-
-    def compared(self, agrees: bool) -> None:
-        """Note whether the graph told what was heard."""
-        self._agreed = self._agreed + 1 if agrees else 0
-        self._disagreed += not agrees
-
-    def failed(self) -> None:
-        """Note that the graph was relied upon, and told nothing."""
-        self._disagreed = self.DISAGREEING
-
-
 def call_in_graph(loss: Tensor) -> CrossEntropy | None:
     """Return the softmax cross-entropy (or ``nll_loss``) that a loss is a multiple of, as its graph tells it.
 

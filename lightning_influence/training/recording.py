@@ -115,16 +115,14 @@ class Recording:
         """Keep a remark for the report, once."""
         self.notes += [] if remark in self.notes else [remark]
 
-    def record_unknown(self, batch: BatchRecord) -> None:
-        """Note a batch that counts for nobody."""
-        self.gaps.unknown[batch.reason] = self.gaps.unknown.get(batch.reason, 0) + 1
+    def record_lost(self, batch: BatchRecord) -> None:
+        """Note a batch whose examples are not known, or that had no loss."""
+        if batch.indices is None:
+            self.gaps.unknown[batch.reason] = self.gaps.unknown.get(batch.reason, 0) + 1
+        else:
+            self._note(batch)
+            self.gaps.skipped += 1
         self.losses.terms.add(None)  # there is a batch that nothing tells about
-
-    def record_skipped(self, batch: BatchRecord) -> None:
-        """Note a batch without a loss."""
-        self._note(batch)
-        self.gaps.skipped += 1
-        self.losses.terms.add(None)
 
     def record_batch(
         self,
@@ -169,10 +167,13 @@ class Recording:
         unfiled, self._unfiled = self._unfiled, []
         rows = torch.from_numpy(np.fromiter(chain.from_iterable(batch.indices or () for batch in unfiled), np.int64))
         self._seen.add("seen", rows, torch.ones(len(rows), dtype=torch.float64))
-        self.dynamics.flush()
-        self.gaps.contradicted = self.dynamics.contradicted_batches
-        if self.visits is not None:
-            self.visits.flush()  # once the labels have told which batches hold other examples
+        try:
+            self.dynamics.flush()
+            self.gaps.contradicted = self.dynamics.contradicted_batches
+            if self.visits is not None:
+                self.visits.flush()  # once the labels have told which batches hold other examples
+        except Exception as error:  # a statistic must never end a training run
+            self.fail("training dynamics are incomplete", error)
 
     # ----------------------------------------------------------------- passes
 
@@ -188,12 +189,7 @@ class Recording:
             return
         self._passes.append(step)
         self.flush()
-        if self.dynamics.checks_labels and "label" in self.dynamics.sums:
-            # Another label in training than fetched again: it was not they.
-            indices, fetched = scores.indices.cpu(), columns["label"].cpu()
-            trained = self.dynamics.sums["label"][indices]
-            differs = (trained >= 0) & (fetched >= 0) & (trained != fetched)
-            self.gaps.relabel(indices[differs].tolist())
+        self.gaps.relabel(self.dynamics.relabelled(scores.indices.cpu(), columns["label"].cpu()))
         if scores.features is not None:
             self.neighbours.add(scores.indices, scores.features, columns["label"])
 
