@@ -22,9 +22,9 @@ from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.objective.losses import CrossEntropy
 from lightning_influence.scores.pairs import pairwise_scores
+from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
-from lightning_influence.training.tracin import Increments
 
 PATIENCE = timedelta(seconds=60)
 
@@ -220,13 +220,15 @@ def epoch_end(rank: int) -> object:
     logits = torch.arange(12.0).reshape(4, 3).sin().requires_grad_() * (1 + rank)
     labels = torch.tensor([0, 1, 2, 0])
     call = CrossEntropy(F.cross_entropy(logits, labels), logits, labels, "mean")
-    own = list(range(4 * rank, 4 * rank + 4))
+    own = tuple(range(4 * rank, 4 * rank + 4))
+    assert recording.visits is not None
     counts = []
     for _ in range(2):
-        recording.record_batch(own, call.output, [call])
-        recording.record_visit(own, Increments(4, [(torch.ones(4), 0.5)], []))
+        batch = BatchRecord(own)
+        recording.record_batch(batch, call.output, [call])
+        recording.visits.add(batch, torch.full((4,), 0.5))
         counts.append(collectives(recording.synchronise))
-    columns = recording.columns(range(8))
+    columns = recording.columns(range(8))  # without a collective
     return counts, {name: values.tolist() for name, values in columns.items()}
 
 
