@@ -30,8 +30,8 @@ from lightning_influence.gradients.noise import ExampleNoise
 from lightning_influence.gradients.plain_autograd import Start, gradients_one_by_one
 from lightning_influence.objective.losses import known_losses
 from lightning_influence.objective.scale import LossScale, NoLossError
-from lightning_influence.objective.task import BatchLoss, Task, TaskError, run_tapped
-from lightning_influence.objective.terms import understand
+from lightning_influence.objective.task import Task, TaskError, run_tapped
+from lightning_influence.objective.terms import BatchLoss, understand
 
 Labels = Literal["true", "sampled", "exact"]
 NO_EXACT_LABELS = (
