@@ -49,9 +49,8 @@ class BlockCoordinates:
 
     def join_rows(self, rows: Mapping[str, Tensor], n: int, like: Tensor) -> Tensor:
         """Put per-example gradients ``[n, k, o, i]`` in line: ``[n, p]``; those of layers that are missing are zero."""
-        parts = [
-            rows[name].flatten(1) if name in rows else like.new_zeros((n, self.sizes[name])) for name in self.sizes
-        ]
+        sizes = self.sizes.items()
+        parts = [rows[name].flatten(1) if name in rows else like.new_zeros((n, size)) for name, size in sizes]
         return torch.cat(parts, 1)
 
     def split(self, line: Tensor) -> dict[str, Tensor]:
