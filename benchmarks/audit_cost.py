@@ -23,7 +23,7 @@ from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import inspect, roomy_batch_size
 from lightning_influence.scores.plan import InfluencePlan, influence_scores
-from lightning_influence.training.neighbours import disagreement
+from lightning_influence.training.neighbours import disagreement, nearest_labels
 
 STAGES = ("factors", "scores", "neighbours")
 
@@ -46,7 +46,8 @@ def audit(module: nn.Module, examples: TensorDataset) -> dict[str, float]:
     result = influence_scores(gradients, range(len(examples)), plan, features=True)
     start = time.perf_counter()
     assert result.scores.features is not None
-    disagreement(result.scores.features, result.scores.columns["label"])
+    labels = result.scores.columns["label"]
+    disagreement(nearest_labels(result.scores.features, labels), labels)
     return result.seconds | {"neighbours": time.perf_counter() - start}
 
 
