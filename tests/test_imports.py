@@ -48,7 +48,6 @@ TOO_LONG: dict[str, int] = {
     "curvature.solve.cg": 460,
     "gradients.capture": 442,
     "gradients.passes": 514,
-    "layers.per_sample": 447,
     "tensorboard.summary": 419,
     "training.flight.flight": 461,
     "training.recording": 572,

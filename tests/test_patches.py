@@ -18,6 +18,7 @@ from lightning_influence.layers import patches, per_sample
 from lightning_influence.layers.call import Layouts
 from lightning_influence.layers.convolution import ConvolutionCall
 from lightning_influence.layers.patches import Patches, laid_out
+from lightning_influence.layers.per_sample import forming
 from lightning_influence.layers.rows import rotate, second_moment
 
 EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
@@ -96,7 +97,7 @@ class TestPatches:
     @pytest.mark.parametrize("form", ["auto", "gram", "pixels", "form"])
     def test_norms(self, name: str, form: Any, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of one example at a time, of a few, of all at once."""
-        monkeypatch.setattr(per_sample, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(forming, "_CHUNK_ELEMENTS", elements)
         found, rows = case(name), dense(case(name))
         if form == "pixels" and math.isinf(found.gram_cost()):  # several images each
             form = "auto"

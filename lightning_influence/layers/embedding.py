@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_influence.layers.call import Call, Layouts
+from lightning_influence.layers.registry import reads
 from lightning_influence.layers.rows import OneHot
 from lightning_influence.layers.site import NotSeparableError, NotUnderstoodError, Site
 
@@ -25,6 +27,8 @@ class EmbeddingCall(Call):
     padding_idx: int | None = None
 
     matrix_roles = frozenset({"weight"})
+    kind = "embedding"
+    title = "an embedding"
 
     def rows(self, gradient: Tensor, n: int, layouts: Layouts) -> tuple[Tensor, OneHot]:
         """Return the gradients of the looked-up vectors ``[1, n, s, i]`` and the one-hot rows of their indices."""
@@ -95,6 +99,7 @@ def _looked_up(
     return vectors, OneHot(indices, size, kept=kept)
 
 
+@reads(F.embedding)
 def _read_embedding(site: Site) -> Call:
     a = site.bind("input weight padding_idx max_norm norm_type scale_grad_by_freq sparse")
     _check_embedding(a)
@@ -113,6 +118,7 @@ def _padding_idx(a: Mapping[str, Any]) -> int | None:
     return None if index is None else int(index) % len(a["weight"])
 
 
+@reads(Tensor.__getitem__)
 def _read_getitem(site: Site) -> Call:
     weight, index = site.args
     if isinstance(index, tuple) and len(index) == 1:
@@ -122,6 +128,7 @@ def _read_getitem(site: Site) -> Call:
     return EmbeddingCall(index.long() % len(weight), {"weight": weight})
 
 
+@reads(F.embedding_bag)
 def _read_embedding_bag(site: Site) -> Call:
     names = (
         "input weight offsets max_norm norm_type scale_grad_by_freq mode sparse per_sample_weights include_last_offset"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_influence.core.containers import map_tensors, tensors_in
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.core.precision import working
-from lightning_influence.layers.call import DirectCall, Layouts
+from lightning_influence.layers.call import Bound, DirectCall, Layouts
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,8 @@ class RepeatedCall(DirectCall):
     function: Callable[..., Tensor] = torch.clone
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
     argument_layouts: tuple[BatchLayout | None, ...] = ()
+
+    bounded_by: ClassVar[Bound] = "nothing"
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
