@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tracing import covered
 
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.gradients.capture import Capture
-from lightning_influence.gradients.coverage import cover
 from lightning_influence.layers import patches, per_sample
 from lightning_influence.layers.call import Layouts
 from lightning_influence.layers.convolution import ConvolutionCall
@@ -145,7 +145,7 @@ def test_padding_of_a_call(make: Callable[[], nn.Module]) -> None:
     """What a call says of its margins leaves nothing out."""
     layer = make().double()
     inputs = torch.randn(4, 4 if layer.groups > 1 else 3, *(7,) * (layer.weight.ndim - 2), dtype=torch.float64)
-    with Capture(cover(layer)) as capture:
+    with Capture(covered(layer, inputs)) as capture:
         with capture.forward():
             loss = layer(inputs).square().sum()
         capture.backward([loss], [torch.ones_like(loss)])

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
+from tracing import covered
 
 from lightning_influence.curvature import BLOCKS, CurvatureBlock, FactorExamples, fit
 from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.coverage import cover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.per_sample import forming, norms
@@ -443,7 +443,9 @@ class TestCost:
         net = nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 50), nn.ReLU(), nn.Linear(50, 5))
         dataset = TensorDataset(torch.randn(400, 60), torch.arange(400) % 5)
         source = ExampleSource(dataset, batch_size=400)
-        gradients = ExampleGradients(net, lambda m, b: F.cross_entropy(m(b[0]), b[1]), source, cover(net))
+        gradients = ExampleGradients(
+            net, lambda m, b: F.cross_entropy(m(b[0]), b[1]), source, covered(net, dataset.tensors[0])
+        )
         with largest_below(400 * 5 * 51):
             curvature = fit(gradients, name, range(400), examples=FactorExamples(400, 400), labels=("sampled", "exact"))
             query = {layer: torch.ones(block.shape) for layer, block in curvature.blocks.items()}

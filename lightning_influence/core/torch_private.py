@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,6 +12,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["TorchDispatchMode", "eagerly", "is_compiled", "meets_compiled", "set_version"]
+
+
+def versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Return how often each tensor was changed in place."""
+    return tuple([tensor._version for tensor in tensors])
 
 
 def set_version(tensor: Tensor, version: int) -> None:

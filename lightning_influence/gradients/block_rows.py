@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_influence.core.precision import working, working_dtype
+from lightning_influence.core.torch_private import versions
 from lightning_influence.gradients.trace import view_of
 from lightning_influence.layers.blocks import LayerError, MatrixBlock, ParameterBlock
-from lightning_influence.layers.call import Call, DirectCall, Layouts, MatrixCall
+from lightning_influence.layers.call import Call, Layouts, MatrixCall
 from lightning_influence.layers.embedding import EmbeddingCall
 from lightning_influence.layers.patches import Activations, Patches, laid_out
 from lightning_influence.layers.rows import Joined, OneHot, Rows, join
@@ -106,7 +107,7 @@ class Use:
     @property
     def changed(self) -> bool:
         """Whether a tensor whose values it needs was overwritten since."""
-        return tuple(tensor._version for tensor in self.call.inputs) != self.versions
+        return versions(self.call.inputs) != self.versions
 
 
 def rows_of(block: ParameterBlock, uses: Sequence[Use], n: int) -> list[RowsByDraw]:
@@ -177,8 +178,6 @@ def _matrix_rows(block: MatrixBlock, use: Use, draws: Sequence[Tensor | None], n
 
 def _direct_gradients(use: Use, draw: Tensor | None, n: int) -> dict[str, Tensor]:
     """Return per-example gradients ``[n, *shape]`` of what was passed, by role."""
-    # An embedding has a weight alone, which has rows.
-    assert isinstance(use.call, (MatrixCall, DirectCall))
     if draw is not None:
         return {role: use.call.direct(role, draw, n, use.layouts) for role in use.roles}
     like = next(gradient for gradient in use.output.gradients if gradient is not None)

@@ -79,16 +79,8 @@ class Call:
         """Return the smallest number of dimensions of an input with a batch."""
         return 1
 
-
-@dataclass(frozen=True, eq=False)
-class DirectCall(Call):
-    """A call whose parameters scale or shift: every example's own gradient is formed."""
-
-    bounded_by: ClassVar[Bound] = "gradient"
-
-    @abstractmethod
     def direct(self, role: str, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
-        """Return every example's own gradient of a parameter that scales or shifts: ``[n, *shape]``.
+        """Return every example's own gradient of a parameter that is no matrix: ``[n, *shape]``.
 
         Args:
             role: Of the parameter.
@@ -96,6 +88,14 @@ class DirectCall(Call):
             n: Number of examples.
             layouts: Where they are.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no parameter that scales or shifts")
+
+
+@dataclass(frozen=True, eq=False)
+class DirectCall(Call):
+    """A call whose parameters scale or shift: every example's own gradient is formed."""
+
+    bounded_by: ClassVar[Bound] = "gradient"
 
 
 @dataclass(frozen=True, eq=False)
