@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_influence.core.precision import working, working_dtype
-from lightning_influence.core.torch_private import versions
+from lightning_influence.core.torch_private import base_of, versions
 from lightning_influence.gradients.trace import view_of
 from lightning_influence.layers.blocks import LayerError, MatrixBlock, ParameterBlock
 from lightning_influence.layers.call import Call, Layouts, MatrixCall
@@ -49,7 +49,7 @@ class Output:
         into a view (``F.linear`` with a bias returns one for 3-D inputs) stands behind its base in the graph, and the
         view's own edge would be a dead end.
         """
-        base = output._base
+        base = base_of(output)
         if base is None or base.is_leaf or 0 in output.stride():  # a repeated tensor: its base adds up the examples
             return cls(get_gradient_edge(output))
         offset = int(output.storage_offset() - base.storage_offset())

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 from torch import nn
 
+from lightning_influence.core.torch_private import eager_name
 from lightning_influence.gradients.profiles import Profile
 from lightning_influence.gradients.trace import Trace
 from lightning_influence.layers.blocks import (
@@ -125,11 +126,11 @@ class _Survey:
         largest = math.inf if self.exact else _LARGEST_UNASKED
         for path, submodule in module.named_modules():
             for local, parameter in submodule.named_parameters(recurse=False):
-                self.owners.setdefault(id(parameter), []).append((_clean(path), submodule))
+                self.owners.setdefault(id(parameter), []).append((eager_name(path), submodule))
                 if parameter.requires_grad and trained is not None and id(parameter) not in trained:
                     self.untrained[id(parameter)] = parameter.numel()
                 elif parameter.requires_grad and id(parameter) not in self.profiles:
-                    name = _clean(f"{path}.{local}" if path else local)
+                    name = eager_name(f"{path}.{local}" if path else local)
                     self.profiles[id(parameter)] = Profile.of(name, parameter, trace, largest)
 
     def coverage(self, layers: Layers) -> Coverage:
@@ -244,8 +245,3 @@ class _Survey:
             hint = f"did you mean {close}?" if close else f"there are {known[:20] or 'none'}"
             raise LayerError(f"`layers=` names {listed}, which match no supported layer; {hint}")
         return kept
-
-
-def _clean(path: str) -> str:
-    """Drop what ``torch.compile`` puts into module paths, so that names are those of the eager model."""
-    return path.replace("_orig_mod.", "").removesuffix("._orig_mod").removesuffix("_orig_mod")

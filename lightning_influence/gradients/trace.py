@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_influence.core.layout import BatchLayout
+from lightning_influence.core.torch_private import base_of
 from lightning_influence.layers.call import Call, Layouts
 from lightning_influence.objective.scale import TermKey
 from lightning_influence.objective.terms import TermForm
@@ -36,7 +37,7 @@ def view_of(tensor: Tensor, parameter: Tensor) -> View | None:
     rows = len(parameter) if parameter.ndim else 1
     if tensor is parameter:
         return View(0, rows)
-    if tensor._base is not parameter or not parameter.ndim:
+    if base_of(tensor) is not parameter or not parameter.ndim:
         return None
     offset = tensor.storage_offset() - parameter.storage_offset()
     if tensor.ndim == parameter.ndim == 2 and not offset and tensor.stride() == parameter.stride()[::-1]:

@@ -30,10 +30,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_influence.core.precision import working
+from lightning_influence.core.torch_private import visible_attention
 from lightning_influence.gradients.block_rows import Output, Source, Use, check_batch, modified
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.trace import TracedUse
-from lightning_influence.gradients.watch import visible_attention
 from lightning_influence.layers.blocks import LayerError, ParameterBlock
 from lightning_influence.layers.call import Call, Layouts
 from lightning_influence.layers.linear import LinearCall
