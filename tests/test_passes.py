@@ -29,6 +29,7 @@ from lightning_influence.gradients.noise import ExampleNoise
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.trace import Trace
 from lightning_influence.gradients.verify import Inspection, VerificationError, inspect, looked_at, roomy_batch_size
+from lightning_influence.layers import per_sample
 from lightning_influence.objective.task import TaskError
 
 N, C = 21, 4
@@ -1163,7 +1164,7 @@ def test_batch_statistics_are_found_without_a_trace(name: str) -> None:
     task, shape, _ = WRONG[name]
     net, data = _net(), _data(shape=shape)
     with pytest.raises(VerificationError, match=DEPENDS):
-        inspect(_gradients(task, net, data, coverage=covered(net, data.tensors[0])), range(8))
+        inspect(_gradients(task, net, data, coverage=covered(net, _data().tensors[0])), range(8))
 
 
 @pytest.mark.parametrize("steps", [5, 8], ids=["fewer steps than examples", "as many steps as examples"])
@@ -1177,15 +1178,13 @@ def test_time_major_inputs(steps: int) -> None:
     untraced = _gradients(_time_major, net, data, coverage=cover(net, trace=Trace(failure="not tried")))
     assert untraced.coverage.one_by_one == {"0.weight", "0.bias", "2.weight", "2.bias"}
     inspect(untraced, range(8))
-    first, second = (
-        {
-            (parameter, index): value
-            for name, found in _collect(each, range(N)).items()
-            for index, block in found.items()
-            for parameter, value in each.coverage.blocks[name].to_parameters(block[0]).items()
-        }
-        for each in (gradients, untraced)
-    )
+    first: dict[str, Tensor] = {}
+    second: dict[str, Tensor] = {}
+    for each, found in ((gradients, first), (untraced, second)):
+        with closing(each.run(range(N), whole=True)) as batches:
+            for io in next(batches).layers():
+                formed = per_sample.formed(io.x, io.gs[0])
+                found.update(each.coverage.blocks[io.name].to_parameters(formed))
     assert first.keys() == second.keys()
     for key, value in first.items():
         torch.testing.assert_close(second[key], value, **EXACT)
