@@ -235,10 +235,9 @@ def kept(rows: Any, keep: Tensor) -> Any:
 def check_batch(name: str, use: Use, n: int) -> None:
     """Raise ``LayerError`` unless the examples are where they should be."""
     call, layouts = use.call, use.layouts
-    too_small = call.needs_input and call.input.ndim < call.batched_ndim()
     reached = next((g for g in use.output.gradients if g is not None), None)
     wrong = call.needs_input and call.examples_in_input and not layouts.input.fits(call.input.shape, n)
-    if too_small or wrong or (reached is not None and not layouts.output.fits(reached.shape, n)):
+    if wrong or (reached is not None and not layouts.output.fits(reached.shape, n)):
         raise LayerError(
             f"layer {name!r} got an input of shape {tuple(call.input.shape)} for a batch of {n} examples; one "
             "dimension has to hold the examples, alone or with the same number of rows for each, for its gradients to "

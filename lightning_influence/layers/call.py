@@ -52,6 +52,8 @@ class Call:
     """What messages call it."""
     takes_parts: ClassVar[bool] = False
     """Whether a matrix may be some rows of a parameter."""
+    examples_in_input: ClassVar[bool] = True
+    """Whether a dimension of the input holds the examples, as one of the output does."""
     bounded_by: ClassVar[Bound] = "nothing"
     """What tells, besides the output's gradient, whether squares of the example's gradient are finite."""
 
@@ -69,15 +71,6 @@ class Call:
     def inputs(self) -> tuple[Tensor, ...]:
         """Every tensor whose values enter the gradients."""
         return (self.input,) if self.needs_input else ()
-
-    @property
-    def examples_in_input(self) -> bool:
-        """Whether a dimension of the input holds the examples, as one of the output does."""
-        return True
-
-    def batched_ndim(self) -> int:
-        """Return the smallest number of dimensions of an input with a batch."""
-        return 1
 
     def direct(self, role: str, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
         """Return every example's own gradient of a parameter that is no matrix: ``[n, *shape]``.

@@ -43,10 +43,6 @@ class ConvolutionCall(MatrixCall):
         """As the weight of a convolution or a transposed one."""
         return "transposed convolution" if self.transposed else "convolution"
 
-    def batched_ndim(self) -> int:
-        """Return two more than the spatial dimensions."""
-        return 2 + len(self.stride)
-
     def activations(self, n: int, layouts: Layouts) -> Tensor:
         """``[n·m, c, ...] -> [groups, n, s, i]``: one row per output position."""
         return self.captured(n, layouts).laid_out()

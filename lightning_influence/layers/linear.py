@@ -28,10 +28,6 @@ class LinearCall(MatrixCall):
         """``"transposed"`` for ``[i, o]``."""
         return "transposed" if self.transposed else "linear"
 
-    def batched_ndim(self) -> int:
-        """Return 2."""
-        return 2
-
     def activations(self, n: int, layouts: Layouts) -> Tensor:
         """``[..., i] -> [1, n, s, i]``."""
         return layouts.input.by_example(working(self.input), n).reshape(1, n, -1, self.input.shape[-1])

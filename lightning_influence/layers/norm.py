@@ -35,10 +35,6 @@ class NormCall(DirectCall):
         """Whether there is a weight to scale with the normalised input."""
         return "weight" in self.parameters
 
-    def batched_ndim(self) -> int:
-        """Return one more than the normalised dimensions."""
-        return max(self.features + 1, 2)
-
     def direct(self, role: str, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
         """Return ``Σ g x̂`` for the weight and ``Σ g`` for the bias, over all positions."""
         scaled = gradient * self.normalise(self.input) if role == "weight" else gradient
