@@ -25,7 +25,7 @@ from lightning_influence.gradients.answering import answered
 from lightning_influence.gradients.calibration import measured_scale
 from lightning_influence.gradients.capture import Capture, LayerIO
 from lightning_influence.gradients.coverage import Coverage
-from lightning_influence.gradients.following import followed
+from lightning_influence.gradients.new_paths import followed
 from lightning_influence.gradients.noise import ExampleNoise
 from lightning_influence.gradients.plain_autograd import Start, gradients_one_by_one
 from lightning_influence.objective.losses import known_losses
