@@ -1003,7 +1003,7 @@ def test_drained_layers_are_the_same_and_are_let_go() -> None:
         expected = [(io.name, io.x.clone(), io.gs[0].clone()) for io in next(batches).layers()]
     with closing(gradients.run(range(8))) as batches:
         batch = next(batches)
-        captured = [weakref.ref(use.call.input) for _, use in batch.capture._order]
+        captured = [weakref.ref(use.call.input) for _, use in batch.capture._uses]
         for number, ((name, x, g), io) in enumerate(zip(expected, batch.drained(), strict=True)):
             assert all(tensor() is None for tensor in captured[: max(0, number - 1)]), "but for the layer before"
             assert captured[number]() is not None
