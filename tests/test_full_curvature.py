@@ -20,11 +20,11 @@ from lightning_influence.curvature import (
     IndefiniteError,
     SolverError,
     check_curvature,
+    choices,
     fit,
     fitted_bytes,
     full,
 )
-from lightning_influence.curvature import fit as fitting
 from lightning_influence.curvature.full import mean_eigenvalue
 from lightning_influence.curvature.solve.cg import cg
 from lightning_influence.curvature.solve.nystrom import nystrom_preconditioner
@@ -291,8 +291,8 @@ def test_a_solver_that_does_not_arrive_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_dense_matrix_that_does_not_fit_is_not_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem()
-    monkeypatch.setattr(fitting_module(), "fits", lambda size, device: False)
-    monkeypatch.setattr(fitting_module(), "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(choices, "fits", lambda size, device: False)
+    monkeypatch.setattr(choices, "available_bytes", lambda device: 1000)
     curvature = problem.fit("ggn", 0.05, solver="dense")
     assert any('1 kB are available: solver="nystrom" was taken instead' in note for note in curvature.notes)
     pairs = pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, range(N)).scores
@@ -350,10 +350,3 @@ def test_products_are_not_asked_for_more_than_the_parameters() -> None:
     product = GGNProduct(Problem().gradients, range(N))
     assert product.semidefinite
     assert product.to_dense().shape == (43, 43)
-
-
-def fitting_module() -> Any:
-    import sys
-
-    assert fitting is fit
-    return sys.modules["lightning_influence.curvature.fit"]

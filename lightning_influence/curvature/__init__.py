@@ -6,21 +6,20 @@ from lightning_influence.curvature.blocks.diagonal import DiagonalBlock
 from lightning_influence.curvature.blocks.ekfac import EKFACBlock
 from lightning_influence.curvature.blocks.identity import IdentityBlock
 from lightning_influence.curvature.blocks.kfac import KFACBlock, KroneckerBlock
-from lightning_influence.curvature.coordinates import BlockCoordinates
-from lightning_influence.curvature.curvature import BlockCurvature, Curvature, Scorer
-from lightning_influence.curvature.damping import Damping, DampingChoice, choose_damping
-from lightning_influence.curvature.fit import (
+from lightning_influence.curvature.choices import (
     FactorExamples,
     Fisher,
-    check_curvature,
     check_labels,
     check_solver,
     choose_labels,
     choose_solver,
     factor_examples,
-    fit,
     random_subset,
 )
+from lightning_influence.curvature.coordinates import BlockCoordinates
+from lightning_influence.curvature.curvature import BlockCurvature, Curvature, Scorer
+from lightning_influence.curvature.damping import Damping, DampingChoice, choose_damping
+from lightning_influence.curvature.fit import check_curvature, fit
 from lightning_influence.curvature.full import DenseCurvature, ImplicitCurvature, IterativeSolver, Solver
 from lightning_influence.curvature.products.flat import FlatParameters
 from lightning_influence.curvature.products.ggn import GGNProduct

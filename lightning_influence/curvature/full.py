@@ -8,6 +8,7 @@ Index legend: ``q`` vectors, ``n`` examples of a batch, ``p`` parameters, ``k, o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
@@ -109,8 +110,8 @@ class DenseCurvature(Curvature):
 
     def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
         """Return the matrix and what its coordinates are."""
-        about = {"kind": self.name, "damping": repr(self.dampings), "coordinates": repr(self.coordinates.shapes)}
-        return {self.name: ({"matrix": self.matrix}, about)}
+        about = self.about(json.dumps(self.dampings), json.dumps(self.weights))
+        return {self.name: ({"matrix": self.matrix}, about | {"coordinates": repr(self.coordinates.shapes)})}
 
 
 class ImplicitCurvature(Curvature):
@@ -192,8 +193,11 @@ class ImplicitCurvature(Curvature):
         return self.blocks.scorer(n)
 
     def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-        """Return the state of the block-diagonal curvature: there is no other."""
-        return self.blocks.tensors()
+        """Return the state of the block-diagonal curvature, and whose stand-in it is: there is no other."""
+        return {
+            name: (tensors, about | {"curvature": self.name})
+            for name, (tensors, about) in self.blocks.tensors().items()
+        }
 
     def _run(self, systems: Tensor) -> Solution:
         tolerance, steps = _TOLERANCES[self._solver], _MOST_STEPS[self._solver]

@@ -122,19 +122,27 @@ class CurvatureBlock(ABC):
         """Return ``relative`` times the mean eigenvalue of the block."""
         return relative * float(wide(self.diagonal()).mean())
 
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up a fitted state, instead of fitting: ``tensors`` of a block of the same shape."""
+        self._result, self._finished_passes = dict(tensors), self.passes
+
     @classmethod
-    def decomposed(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> tuple[int, ...]:
-        """Return the dimensions of the matrices of each group that an eigendecomposition is made of."""
-        return ()
+    @abstractmethod
+    def fitted_shapes(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> dict[str, tuple[int, ...]]:
+        """Return names and shapes of ``tensors``; what is called a basis, ``[k, m, m]``, takes a decomposition."""
+
+    @classmethod
+    def decomposed(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> list[int]:
+        """Return the dimensions of the matrices of each group that are decomposed."""
+        return [sizes[-1] for name, sizes in cls.fitted_shapes(shape, dense).items() if name.endswith("basis")]
 
     @classmethod
     def fitted_bytes(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> tuple[int, int]:
         """Return the memory that a block takes in float32, and what its fit takes besides, for a while."""
-        k, o, i = shape
-        sizes = cls.decomposed(shape, dense)
-        # Bases, in the place of moments, and eigenvalues; in float64 one matrix, its eigenvectors, LAPACK's two more.
-        kept = 4 * k * (sum(size**2 for size in sizes) + o * i) if cls.measures else 0
-        return kept, max((16 * (k + 1) * size**2 for size in sizes), default=0)
+        # Bases stand in the place of moments.
+        kept = 4 * sum(math.prod(sizes) for sizes in cls.fitted_shapes(shape, dense).values())
+        # In float64 one matrix, its eigenvectors, LAPACK's two more.
+        return kept, max((16 * (shape[0] + 1) * size**2 for size in cls.decomposed(shape, dense)), default=0)
 
     @abstractmethod
     def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:

@@ -32,10 +32,10 @@ class BlockGGN(EigenBlock):
     measures: ClassVar[tuple[Measure, ...]] = ("eigenvalues",)
 
     @classmethod
-    def decomposed(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> tuple[int, ...]:
-        """Return the dimension of the block."""
-        _, o, i = shape
-        return (o * i,)
+    def fitted_shapes(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> dict[str, tuple[int, ...]]:
+        """Return those of eigenvalues and eigenvectors."""
+        k, o, i = shape
+        return {"eigenvalues": (k, o * i), "basis": (k, o * i, o * i)}
 
     @property
     def basis(self) -> Tensor:
@@ -90,4 +90,4 @@ class BlockGGN(EigenBlock):
     def _finish(self, sums: dict[str, Tensor]) -> None:
         kept = sums["moment"].new_empty(0)  # device and type of what is kept
         eigenvalues, basis = eigendecomposition(exact(sums.pop("moment")).div_(exact(sums["examples"])))
-        self._result = {"eigenvalues": eigenvalues.clamp(min=0).to(kept), "basis": basis.to(kept)}
+        self._result = {"eigenvalues": eigenvalues.clamp(min=0).to(kept), "basis": basis.to(kept).contiguous()}

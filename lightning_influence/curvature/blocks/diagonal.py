@@ -21,11 +21,10 @@ class DiagonalBlock(EigenBlock):
     title: ClassVar[str] = "diagonal"
     measures: ClassVar[tuple[Measure, ...]] = ("eigenvalues",)
 
-    @property
-    def eigenvalues(self) -> Tensor:
-        """The mean squared gradients, ``[k, o, i]``."""
-        self._check_fitted()
-        return self._result["diagonal"]
+    @classmethod
+    def fitted_shapes(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> dict[str, tuple[int, ...]]:
+        """Return that of the diagonal, which is the eigenvalues."""
+        return {"eigenvalues": shape}
 
     def diagonal(self) -> Tensor:
         """Return the same."""
@@ -46,4 +45,4 @@ class DiagonalBlock(EigenBlock):
         return {"squares": per_sample.summed_squares(laid_out(xs), gs)}
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
-        self._result = {"diagonal": sums["squares"] / sums["examples"].to(sums["squares"].dtype)}
+        self._result = {"eigenvalues": sums["squares"] / sums["examples"].to(sums["squares"].dtype)}

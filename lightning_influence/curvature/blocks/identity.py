@@ -21,6 +21,11 @@ class IdentityBlock(CurvatureBlock):
     title: ClassVar[str] = "identity"
     measures: ClassVar[tuple[Measure, ...]] = ()
 
+    @classmethod
+    def fitted_shapes(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> dict[str, tuple[int, ...]]:
+        """Nothing is fitted."""
+        return {}
+
     def damping(self, relative: float = 0.0) -> float:
         """Return 0: the identity needs no damping, and scores are then plain inner products."""
         return 0.0

@@ -68,10 +68,15 @@ class KroneckerBlock(EigenBlock):
         return per_sample.rotated_scores(x, g, basis_x, basis_g, self._inverse(damping), query)
 
     @classmethod
-    def decomposed(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> tuple[int, ...]:
-        """Return the dimensions of the sides that have a dense basis."""
-        _, o, i = shape
-        return o * dense[0], i * dense[1]
+    def fitted_shapes(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> dict[str, tuple[int, ...]]:
+        """Return those of eigenvalues and dense bases."""
+        k, o, i = shape
+        shapes: dict[str, tuple[int, ...]] = {"eigenvalues": shape}
+        if dense[0]:
+            shapes["gradient_basis"] = (k, o, o)
+        if dense[1]:
+            shapes["activation_basis"] = (k, i, i)
+        return shapes
 
     def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
         basis_x, basis_g = self.basis
@@ -125,7 +130,7 @@ class KroneckerBlock(EigenBlock):
                 if len(uses) > 1:  # each use in proportion to the size of its other factor
                     whole = added(trace * moment for trace, moment in zip(traces[other], moments, strict=True))
                 basis = eigenvectors(whole)
-                self._result[f"{side}_basis"] = basis.to(kept)
+                self._result[f"{side}_basis"] = basis.to(kept).contiguous()
             if self.passes == 1:
                 diagonals[side] = [_diagonal_in(moment, basis) for moment in moments]
         if diagonals:  # otherwise they are measured
