@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,11 +15,13 @@ import reference as ref
 import torch
 import torch.nn.functional as F
 import trajectory_cases
+from models import Classifier, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
-from lightning_influence import Checkpoint, Influence
+from lightning_influence import AuditReport, Checkpoint, Influence, InfluenceAudit
 from lightning_influence.audit.relabel import LabelError
+from lightning_influence.audit.store.atomic import StoreError
 from lightning_influence.data.source import DataError
 from lightning_influence.gradients.verify import VerificationError
 from lightning_influence.influence import AlongTraining
@@ -78,7 +81,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 def test_influence_of_three_test_images_takes_five_lines_and_one_import(trained: Trained) -> None:
     program = """
-from lightning_influence import Checkpoint, Influence
+from lightning_influence import AuditReport, Checkpoint, Influence, InfluenceAudit
 influence = Influence(model, loss, train_set).fit("ekfac")
 top = influence.top(test_set, [3, 4, 5])
 """
@@ -356,7 +359,7 @@ class TestData:
             for data, size in ((trained.train_set, 7), (trained.test_set, 4))
         )
         influence = Influence(trained.net, loss, loader).fit("ggn", damping=DAMPING)
-        assert influence._examined.training.source.batch_size == 7
+        assert influence.training.source.batch_size == 7
         close(influence.pairs(asked, 2).scores, fitted.pairs(trained.test_set, 2).scores)
 
     def test_loader_that_draws_some_of_the_examples(self, trained: Trained) -> None:
@@ -390,7 +393,7 @@ class TestData:
         influence = trained.influence
         one, two = influence.fit("identity"), influence.fit("kfac")
         assert [one.curvature.name, two.curvature.name] == ["identity", "kfac"]
-        assert one._examined is two._examined, "calibrated once"
+        assert one.training is two.training, "calibrated once"
         with pytest.raises(RuntimeError, match="there is no curvature yet"):
             _ = influence.curvature
 
@@ -509,3 +512,68 @@ class TestErrors:
     def test_damping_that_follows_from_no_training_is_said(self, trained: Trained) -> None:
         notes = trained.influence.fit("ggn").notes
         assert any("no optimizer step was seen" in note for note in notes)
+
+    def test_weights_that_have_changed(self, trained: Trained) -> None:
+        net = copy.deepcopy(trained.net)
+        influence = Influence(net, F.cross_entropy, trained.train_set).fit("kfac")
+        with influence.remove(0).applied(net), pytest.raises(RuntimeError, match="weights have changed since"):
+            influence.scores()
+        before = influence.self_influence()
+        with torch.no_grad():
+            net[0].bias[0] += 1e-6
+        for use in (influence.self_influence, lambda: influence.top(trained.test_set, 0), lambda: influence.remove(0)):
+            with pytest.raises(RuntimeError, match="fit it again, or load the weights that are meant"):
+                use()
+        assert not torch.equal(influence.fit("kfac").self_influence(), before)
+
+    def test_come_before_a_pass_over_the_data(self, trained: Trained) -> None:
+        influence = trained.influence
+        with pytest.raises(RuntimeError):
+            influence.top(trained.test_set, 0)
+        with pytest.raises(ValueError, match="has no example"):
+            influence.along([Checkpoint.of(trained.net, 1)]).tracin(trained.test_set, 99)
+        assert "training" not in vars(influence)
+
+
+# ------------------------------------------------------------------------------------------------------------- on disk
+
+
+class TestDirectory:
+    @pytest.mark.parametrize("name", ["ekfac", "kfac", "diagonal", "identity", "block_ggn", "ggn"])
+    def test_saved_and_loaded(self, trained: Trained, tmp_path: Path, name: Any) -> None:
+        influence = Influence(trained.net, F.cross_entropy, trained.train_set, examples=range(2, N)).fit(name)
+        directory = influence.save(tmp_path / "fitted")
+        again = Influence.load(directory, trained.net, F.cross_entropy, trained.train_set)
+        assert again.examples == influence.examples
+        assert again.notes == influence.notes
+        assert torch.equal(again.self_influence(), influence.self_influence())
+        assert torch.equal(again.pairs(trained.test_set).scores, influence.pairs(trained.test_set).scores)
+        assert influence.save(directory).name == "fitted-v1"
+
+    def test_audit_of_a_run(self, tmp_path: Path) -> None:
+        module = Classifier()
+        audit = InfluenceAudit(dirpath=tmp_path / "influence")
+        make_trainer(tmp_path, callbacks=[audit]).fit(module, DataLoader(vectors(), batch_size=4))
+        influence = Influence.load(tmp_path / "influence", module, None, vectors(), batch_size=4)
+        report = AuditReport.load(tmp_path / "influence")
+        np.testing.assert_allclose(influence.self_influence(), report.columns["self_influence"], rtol=1e-5)
+        assert influence.along(report.checkpoints()).tracin(vectors(), 0).scores.shape == (1, len(vectors()))
+
+    def test_other_model_layers_or_weights(self, trained: Trained, tmp_path: Path) -> None:
+        directory = trained.influence.fit("kfac").save(tmp_path / "fitted")
+        load = partial(Influence.load, directory, loss=F.cross_entropy, train_set=trained.train_set)
+        with pytest.raises(ValueError, match="the factors are those of .* the covered layers are"):
+            load(trained.net, layers="2")
+        other = copy.deepcopy(trained.net)
+        with torch.no_grad():
+            other[2].weight[0, 0] += 1
+        with pytest.raises(ValueError, match="was fitted at other weights: load the checkpoint of that training"):
+            load(other)
+        with pytest.raises(StoreError, match="does not exist"):
+            Influence.load(tmp_path / "nowhere", trained.net, F.cross_entropy, trained.train_set)
+
+    def test_products_are_not_saved(self, trained: Trained, tmp_path: Path) -> None:
+        influence = trained.influence.fit("ggn", solver="cg")
+        with pytest.raises(ValueError, match=r'nothing of it can be saved: fit it with `solver="dense"`'):
+            influence.save(tmp_path / "fitted")
+        assert not (tmp_path / "fitted").exists()

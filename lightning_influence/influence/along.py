@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_influence.curvature import CurvatureName, Fisher
 from lightning_influence.gradients.example_scores import ExampleScores
-from lightning_influence.influence.examined import Examined
+from lightning_influence.influence.examined import ExaminedModel
 from lightning_influence.influence.inputs import Data, Indices, aligned
 from lightning_influence.scores.along.diff_in import diff_in_scores
 from lightning_influence.scores.along.source import At, source_scores
@@ -34,7 +34,7 @@ class AlongTraining:
         CheckpointError: If there is none, or they are not those of one run of this model.
     """
 
-    def __init__(self, examined: Examined, checkpoints: Sequence[Checkpoint]) -> None:
+    def __init__(self, examined: ExaminedModel, checkpoints: Sequence[Checkpoint]) -> None:
         check_together(checkpoints, examined.model)
         self._examined = examined
         self.checkpoints = checkpoints

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cached_property
 from typing import Any, get_args
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -26,8 +27,8 @@ Paired = tuple[ExampleGradients, list[int], ExampleGradients, list[int]]
 """Passes and indices of the training data, then of the queries."""
 
 
-class Examined:
-    """What all scores of a model take; arguments as for ``Influence``.
+class ExaminedModel:
+    """A trained model and its training data; arguments as for ``Influence``.
 
     Attributes:
         model: The model.
@@ -40,11 +41,12 @@ class Examined:
         model: nn.Module,
         loss: Loss | None,
         train_set: Data,
-        examples: Indices | None,
-        batch_size: int | None,
-        layers: Layers,
-        uncovered: Uncovered,
-        verify: bool,
+        *,
+        examples: Indices | None = None,
+        batch_size: int | None = None,
+        layers: Layers = None,
+        uncovered: Uncovered = "report",
+        verify: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"the model is a {type(model).__name__}; expected a torch module.")
@@ -85,12 +87,13 @@ class Examined:
         """Return passes over a test set, weighed as the training data, and the examples that are meant."""
         source, drawn = source_of(test_set)
         source.pass_batch_size = self._passes.source.pass_batch_size
-        return self.training.on(source), positions(indices, drawn, "test set")
+        chosen = positions(indices, drawn, "test set")  # before anything is computed
+        return self.training.on(source), chosen
 
     def paired(self, test_set: Data, indices: Indices | None = None) -> Paired:
         """Return what the functions of pairs take first."""
-        queries = self.queries(test_set, indices)
-        return self.training, self.examples, *queries
+        queries, chosen = self.queries(test_set, indices)
+        return self.training, self.examples, queries, chosen
 
     def plan(self, curvature: CurvatureName, *, fisher: Fisher = "auto", **options: Any) -> InfluencePlan:
         """Return how a curvature is fitted: labels, examples, damping; see ``InfluencePlan.make``."""
@@ -109,6 +112,14 @@ class Examined:
                 told = None if loss.primary is None else loss.primary.statistics(loss.n).get("label")
                 found |= {} if told is None else dict(zip(own, map(int, told.tolist()), strict=True))
         return {index: label for index, label in found.items() if label >= 0}
+
+    def checksum(self) -> str:
+        """Return what tells the weights that the model has now from others, on any device."""
+        result = 0
+        for value in self.model.state_dict().values():
+            if isinstance(value, torch.Tensor):
+                result = crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, result)
+        return f"{result:08x}"
 
     def __repr__(self) -> str:
         return f"{type(self.model).__name__}, {len(self.examples):,} training examples, {self.coverage.describe()}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -21,10 +22,11 @@ from lightning_influence.curvature import (
 )
 from lightning_influence.curvature.chain import Chain, curvature_chain
 from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
-from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered
 from lightning_influence.gradients.example_scores import ExampleScores
+from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.influence.along import AlongTraining
-from lightning_influence.influence.examined import Examined
+from lightning_influence.influence.directory import store_curvature, stored_curvature, stored_examples
+from lightning_influence.influence.examined import ExaminedModel
 from lightning_influence.influence.inputs import Data, Indices, Loss, aligned
 from lightning_influence.scores.along.dropout_masks import ip_ensemble
 from lightning_influence.scores.examples import mean_gradient, score_examples
@@ -37,11 +39,14 @@ from lightning_influence.scores.measurements import (
 from lightning_influence.scores.pairs import Normalisation, PairwiseScores, TopScores, pairwise_scores, top_scores
 from lightning_influence.training.checkpoints import Checkpoint
 
+Asked = tuple[ExampleGradients, list[int], Curvature, ExampleGradients, list[int]]
+"""Passes and indices of the training data, the curvature, then passes and indices of the queries."""
+
 # Examples that tell how much the damping matters.
 _SWEPT = 256
 
 
-class Influence:
+class Influence(ExaminedModel):
     """What training examples do to a trained model.
 
     The model is traced, and its per-example gradients are checked against autograd, on a few examples when the object
@@ -68,8 +73,7 @@ class Influence:
 
     Raises:
         TypeError, DataError, ValueError: For a loss, data or indices that are none.
-        TaskError: If the loss can't be computed on the training data.
-        LayerError: If no parameter is covered.
+        TaskError, LayerError: If the loss can't be computed on the training data, or no parameter is covered.
         VerificationError: If gradients disagree with autograd, or an example's loss depends on others.
 
     Example:
@@ -77,42 +81,50 @@ class Influence:
         >>> print(influence.top(test_set, [3, 14, 15]))
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss | None,
-        train_set: Data,
-        *,
-        examples: Indices | None = None,
-        batch_size: int | None = None,
-        layers: Layers = None,
-        uncovered: Uncovered = "report",
-        verify: bool = True,
-    ) -> None:
-        self._examined = Examined(model, loss, train_set, examples, batch_size, layers, uncovered, verify)
-        self._curvature: Curvature | None = None
+    _curvature: Curvature | None = None
+    _weights = ""
 
-    @property
-    def examples(self) -> list[int]:
-        """Indices of the training examples."""
-        return list(self._examined.examples)
+    @classmethod
+    def load(
+        cls, directory: str | os.PathLike[str], model: nn.Module, loss: Loss | None, train_set: Data, **settings: Any
+    ) -> Influence:
+        """Read back a fitted curvature that was saved, or that of an audit, ``<log_dir>/influence``.
 
-    @property
-    def coverage(self) -> Coverage:
-        """Which of the trainable parameters are understood."""
-        return self._examined.coverage
+        All but ``directory`` is as for the constructor, the model with the weights that the curvature was fitted at;
+        ``examples`` are those that were.
+
+        Raises:
+            StoreError: If there is none, or it is damaged.
+            ValueError: If it belongs to another model, other layers or other weights.
+        """
+        settings.setdefault("examples", stored_examples(directory))
+        loaded = cls(model, loss, train_set, **settings)
+        return loaded._with(stored_curvature(directory, loaded))
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the fitted curvature to a new directory and return its path, with a version suffix if it was taken.
+
+        Raises:
+            ValueError: If it is solved by products with the training data: there is nothing to keep.
+        """
+        return store_curvature(directory, self.curvature, self)
 
     @property
     def curvature(self) -> Curvature:
         """The fitted curvature.
 
         Raises:
-            RuntimeError: Before ``fit``.
+            RuntimeError: Before ``fit``, or if the model has other weights by now.
         """
         if self._curvature is None:
             raise RuntimeError(
                 'there is no curvature yet; `influence = influence.fit("ekfac")` returns an object that has one '
                 '("identity" for plain products of gradients).'
+            )
+        if self.checksum() != self._weights:
+            raise RuntimeError(
+                "the model's weights have changed since the curvature was fitted (more training, a checkpoint loaded, "
+                "an update applied): fit it again, or load the weights that are meant."
             )
         return self._curvature
 
@@ -120,9 +132,9 @@ class Influence:
     def notes(self) -> list[str]:
         """What a reader of the scores should know."""
         notes = [] if self._curvature is None else list(self._curvature.notes)
-        if not self._examined.inspection.tapped:
+        if not self.inspection.tapped:
             notes.append("no known loss call accounts for the whole loss: the Fisher is empirical")
-        if self._examined.inspection.random:
+        if self.inspection.random:
             notes.append("the loss draws random numbers in evaluation mode: scores hold for one draw")
         return notes
 
@@ -150,19 +162,17 @@ class Influence:
             history: What the optimizer did, see ``StepSizes.history``.
 
         Returns:
-            The same with the curvature; this object stays as it is.
+            The same with the curvature.
 
         Raises:
             ValueError, TaskError, IndefiniteError: If the curvature can't be had; with the way out.
         """
-        known = self._examined
-        plan = known.plan(
+        plan = self.plan(
             curvature, fisher=fisher, damping=damping, solver=solver, examples=factor_examples, history=history
         )
-        fitted = copy.copy(self)
-        fitted._curvature = plan.fit(known.training, known.examples)
-        fitted._curvature.notes[:0] = plan.damping.notes
-        return fitted
+        fitted = plan.fit(self.training, self.examples)
+        fitted.notes[:0] = plan.damping.notes
+        return self._with(fitted)
 
     def scores(self, indices: Indices | None = None, *, validation: Data | None = None) -> ExampleScores:
         """Return everything that the weights tell of training examples (all by default), in one pass.
@@ -170,27 +180,23 @@ class Influence:
         Columns ``loss``, ``predicted``, ``label``, ``grad_norm_squared``, ``finite``; once fitted ``self_influence``,
         and with ``validation`` data ``harm``: removing the example changes the mean loss on them by about ``-harm/N``.
         """
-        query = None
-        if validation is not None:
-            passes, every = self._examined.queries(validation)
-            query = self.curvature.solve(mean_gradient(passes, every, title="validation gradient"))
-        chosen = sorted(set(self._examined.chosen(indices)))
-        return score_examples(self._examined.training, chosen, curvature=self._curvature, query=query)
+        chosen, query = sorted(set(self.chosen(indices))), None
+        curvature = None if self._curvature is None and validation is None else self.curvature
+        if validation is not None and curvature is not None:
+            passes, every = self.queries(validation)
+            query = curvature.solve(mean_gradient(passes, every, title="validation gradient"))
+        return score_examples(self.training, chosen, curvature=curvature, query=query)
 
     def self_influence(self, indices: Indices | None = None) -> Tensor:
         """Return ``∇ℓᵀ (C + λ)⁻¹ ∇ℓ`` of training examples, ``[n]`` in the order of the indices (all by default)."""
         _ = self.curvature
-        return aligned(self.scores(indices), "self_influence", self._examined.chosen(indices))
+        return aligned(self.scores(indices), "self_influence", self.chosen(indices))
 
     def top(
         self, test_set: Data, indices: Indices | None = None, k: int = 10, *, normalise: Normalisation = "none"
     ) -> TopScores:
-        """Return the ``k`` strongest proponents and opponents of each query; see ``pairs``.
-
-        Memory does not grow with the training data.
-        """
-        training, examples, queries, chosen = self._examined.paired(test_set, indices)
-        return top_scores(training, examples, self.curvature, queries, chosen, k, normalise=normalise)
+        """Return the ``k`` strongest proponents and opponents of each query; arguments as for ``pairs``."""
+        return top_scores(*self._asked(test_set, indices), k, normalise=normalise)
 
     def pairs(
         self,
@@ -211,20 +217,17 @@ class Influence:
             by_layer: Whether to give each layer's part.
             path: An ``.npy`` file to put scores into that are too many for memory.
         """
-        training, examples, queries, chosen = self._examined.paired(test_set, indices)
-        return pairwise_scores(
-            training, examples, self.curvature, queries, chosen, normalise=normalise, by_layer=by_layer, path=path
-        )
+        return pairwise_scores(*self._asked(test_set, indices), normalise=normalise, by_layer=by_layer, path=path)
 
     def dropout_ensemble(
         self, test_set: Data, indices: Indices | None = None, *, masks: int = 10, seed: int = 0
     ) -> PairwiseScores:
         """Return inner products of gradients, the mean over ``masks`` sub-networks of a model with dropout."""
-        return ip_ensemble(*self._examined.paired(test_set, indices), masks=masks, seed=seed)
+        return ip_ensemble(*self.paired(test_set, indices), masks=masks, seed=seed)
 
     def along(self, checkpoints: Sequence[Checkpoint]) -> AlongTraining:
         """Return scores along the training, from checkpoints: an audit's, or ``Checkpoint.of(model, step, ...)``."""
-        return AlongTraining(self._examined, checkpoints)
+        return AlongTraining(self, checkpoints)
 
     def measure(
         self, test_set: Data, measurement: AnyMeasurement = "loss", indices: Indices | None = None
@@ -237,14 +240,11 @@ class Influence:
                 of the whole set.
             indices: Which of its examples; all by default.
         """
-        known = self._examined
-        return measurement_scores(
-            known.training, known.examples, self.curvature, *known.queries(test_set, indices), measurement
-        )
+        return measurement_scores(*self._asked(test_set, indices), measurement)
 
     def value(self, test_set: Data, measurement: AnyMeasurement = "loss", indices: Indices | None = None) -> float:
         """Return what is measured on a set, by forward passes only; see ``measure``."""
-        return measurement_value(*self._examined.queries(test_set, indices), measurement)
+        return measurement_value(*self.queries(test_set, indices), measurement)
 
     def remove(self, indices: Indices, *, leverage: bool = False, weight_decay: WeightDecay = 0.0) -> ParameterUpdate:
         """Return the change of the parameters that training without some examples makes, by one Newton step.
@@ -254,9 +254,9 @@ class Influence:
             leverage: Whether to take them out of the curvature, too: what a group needs.
             weight_decay: Coefficient of an L2 term in the loss, for all parameters or by name.
         """
-        known = self._examined
-        unlearner = Unlearner(known.training, self.curvature, known.examples, weight_decay=weight_decay)
-        return unlearner.newton_removal(known.chosen(indices), leverage=leverage)
+        curvature, chosen = self.curvature, self.chosen(indices)
+        unlearner = Unlearner(self.training, curvature, self.examples, weight_decay=weight_decay)
+        return unlearner.newton_removal(chosen, leverage=leverage)
 
     def repair(self, indices: Indices, labels: Indices) -> ParameterUpdate:
         """Return the change of the parameters that training with other labels makes, by one Newton step.
@@ -265,21 +265,31 @@ class Influence:
             indices: The examples.
             labels: A new label for each of them.
         """
-        known = self._examined
-        unlearner = Unlearner(known.training, self.curvature, known.examples, labels=known.labels)
-        return unlearner.label_repair(known.chosen(indices), [labels] if isinstance(labels, int) else labels)
+        curvature, chosen = self.curvature, self.chosen(indices)
+        unlearner = Unlearner(self.training, curvature, self.examples, labels=self.labels)
+        return unlearner.label_repair(chosen, [labels] if isinstance(labels, int) else labels)
 
     def damping_sweep(self) -> DampingSweep:
         """Return how much self-influence depends on the damping, from a few hundred examples."""
         blocks = self.curvature.blockwise
         if blocks is None:
             raise ValueError(f"{self.curvature.name} would have to be factorised anew for every damping.")
-        return damping_sweep(self._examined.training, random_subset(self.examples, _SWEPT, 0), blocks)
+        return damping_sweep(self.training, random_subset(self.examples, _SWEPT, 0), blocks)
 
     def chain(self) -> Chain:
         """Return what each approximation gives away, from the Hessian down to K-FAC; for small networks."""
-        return curvature_chain(self._examined.training, self.examples)
+        return curvature_chain(self.training, self.examples)
+
+    def _asked(self, test_set: Data, indices: Indices | None) -> Asked:
+        curvature = self.curvature  # before anything is computed
+        training, examples, queries, chosen = self.paired(test_set, indices)
+        return training, examples, curvature, queries, chosen
+
+    def _with(self, curvature: Curvature) -> Influence:
+        other = copy.copy(self)
+        other._curvature, other._weights = curvature, self.checksum()
+        return other
 
     def __repr__(self) -> str:
         fitted = "not fitted" if self._curvature is None else repr(self._curvature)
-        return f"Influence({self._examined!r}, {fitted})"
+        return f"Influence({super().__repr__()}; {fitted})"
