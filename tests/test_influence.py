@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -577,3 +578,32 @@ class TestDirectory:
         with pytest.raises(ValueError, match=r'nothing of it can be saved: fit it with `solver="dense"`'):
             influence.save(tmp_path / "fitted")
         assert not (tmp_path / "fitted").exists()
+
+
+def test_everything_that_is_printed_is_short(trained: Trained, fitted: Influence, run: trajectory_cases.Run) -> None:
+    ekfac = trained.influence.fit("ekfac", damping=0.5)
+    coverage = "100.0% of 39 trainable parameters in 2 layers"
+    model = f"Influence(Sequential, 20 training examples, {coverage}; "
+    for thing, text in (
+        (trained.influence, model + "not fitted)"),
+        (ekfac, model + "ekfac of 2 layers with damping 0.5, fitted on 20 examples)"),
+        (fitted.curvature, "ggn of 2 layers with damping 0.3, fitted on 20 examples"),
+        (trained.influence.coverage, f"Coverage({coverage})"),
+        (fitted.pairs(trained.test_set, [0, 1], by_layer=True), "PairwiseScores(2 queries x 20 examples, by 2 layers)"),
+        (trained.influence.scores(4), "ExampleScores(1 examples: grad_norm_squared, finite, loss, predicted, label)"),
+        (run.trained[0], "Checkpoint(step 4, 4 parameters, stands for 4 steps)"),
+    ):
+        assert repr(thing) == str(thing) == text
+    top = repr(fitted.top(trained.test_set, [2, 4], 5)).splitlines()
+    assert top[0] == "TopScores of 2 queries"
+    assert re.fullmatch(r"  2: proponents \d+ \(\+\S+\), .*, \.\.\.; opponents \d+ \(-\S+\), .*, \.\.\.", top[1])
+    assert len(repr(fitted.top(trained.train_set)).splitlines()) == 12
+    for thing, start in (
+        (fitted.measure(trained.test_set), "MeasurementScores(20 examples; measured "),
+        (fitted.remove(3), "removal of 1 of 20 examples: 4 parameters move by "),
+        (along(run, run.trained), "AlongTraining(3 checkpoints, steps 4 to 12)"),
+        (trained.influence.chain(), "step "),
+        (ekfac.damping_sweep(), "damping "),
+    ):
+        assert repr(thing).startswith(start)
+        assert "tensor(" not in repr(thing)

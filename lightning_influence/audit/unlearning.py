@@ -96,7 +96,7 @@ class ParameterUpdate:
                 for name, parameter in parameters.items():
                     parameter.copy_(before[name])
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"{self.title}: {len(self.changes)} parameters move by {self.norm:.3g}"]
         return "\n".join(lines + [f"  note  {note}" for note in self.notes])
 

@@ -20,3 +20,6 @@ class ExampleScores:
     indices: Tensor
     columns: dict[str, Tensor]
     features: Tensor | None
+
+    def __repr__(self) -> str:
+        return f"ExampleScores({len(self.indices):,} examples: {', '.join(self.columns)})"

@@ -111,4 +111,4 @@ class AlongTraining:
 
     def __repr__(self) -> str:
         steps = [checkpoint.step for checkpoint in getattr(self.checkpoints, "outlines", self.checkpoints)]
-        return f"AlongTraining({len(steps)} checkpoints, steps {steps[0]:,} to {steps[-1]:,}; {self._examined!r})"
+        return f"AlongTraining({len(steps)} checkpoints, steps {steps[0]:,} to {steps[-1]:,})"

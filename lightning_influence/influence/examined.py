@@ -11,7 +11,7 @@ from zlib import crc32
 import torch
 from torch import nn
 
-from lightning_influence.core.containers import _moved
+from lightning_influence.core.containers import map_tensors
 from lightning_influence.curvature import CurvatureName, Fisher, check_labels
 from lightning_influence.data.source import DataError
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered
@@ -125,7 +125,8 @@ class ExaminedModel:
         return f"{type(self.model).__name__}, {len(self.examples):,} training examples, {self.coverage.describe()}"
 
     def _to_device(self, batch: Any) -> Any:
-        return _moved(batch, next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
+        return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
 @contextmanager

@@ -29,10 +29,11 @@ from lightning_influence.influence.directory import store_curvature, stored_curv
 from lightning_influence.influence.examined import ExaminedModel
 from lightning_influence.influence.inputs import Data, Indices, Loss, aligned
 from lightning_influence.scores.along.dropout_masks import ip_ensemble
-from lightning_influence.scores.examples import mean_gradient, score_examples
+from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.measurements import (
     AnyMeasurement,
     MeasurementScores,
+    measurement_gradient,
     measurement_scores,
     measurement_value,
 )
@@ -184,7 +185,7 @@ class Influence(ExaminedModel):
         curvature = None if self._curvature is None and validation is None else self.curvature
         if validation is not None and curvature is not None:
             passes, every = self.queries(validation)
-            query = curvature.solve(mean_gradient(passes, every, title="validation gradient"))
+            query = curvature.solve(measurement_gradient(passes, every, "loss"))
         return score_examples(self.training, chosen, curvature=curvature, query=query)
 
     def self_influence(self, indices: Indices | None = None) -> Tensor:
