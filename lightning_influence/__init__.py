@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         EqualOpportunityGap,
         Margin,
     )
+    from lightning_influence.scores.pair_sums import mean_scores
     from lightning_influence.training.checkpoints import Checkpoint
     from lightning_influence.training.settings import TracIn
     from lightning_influence.training.step_sizes import StepSizes
@@ -45,6 +46,7 @@ _MODULES = {
     "Task": "lightning_influence.objective.task",
     "TracIn": "lightning_influence.training.settings",
     "TrainingStepTask": "lightning_influence.objective.task",
+    "mean_scores": "lightning_influence.scores.pair_sums",
     "tracin_scores": "lightning_influence.scores.along.tracin",
 }
 
@@ -66,6 +68,7 @@ __all__ = [
     "TracIn",
     "TrainingStepTask",
     "__version__",
+    "mean_scores",
     "tracin_scores",
 ]
 
