@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ class AlongTraining:
         segments: int = 3,
         curvature: CurvatureName = "ekfac",
         fisher: Fisher = "auto",
+        factor_examples: int | Literal["auto"] | None = "auto",
         weight_decay: float | Mapping[str, float] = 0.0,
         at: At = "checkpoints",
     ) -> PairwiseScores:
@@ -72,11 +74,12 @@ class AlongTraining:
             segments: Number of segments; three at most where there are fewer checkpoints.
             curvature: A block-diagonal approximation, fitted at the averaged weights of each segment.
             fisher: Labels for it, as for ``Influence.fit``.
+            factor_examples: Number of examples for it, as for ``Influence.fit``.
             weight_decay: Coefficient of an L2 term in the loss, or one by parameter name.
             at: Where the gradients of examples are taken: at the ``"checkpoints"``, or at their ``"average"``, one pass
                 a segment.
         """
-        plan = self._examined.plan(curvature, fisher=fisher)
+        plan = self._examined.plan(curvature, fisher=fisher, examples=factor_examples)
         return source_scores(
             *self._examined.paired(test_set, indices),
             self.checkpoints,
