@@ -105,6 +105,8 @@ class Influence(ExaminedModel):
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the fitted curvature to a new directory and return its path, with a version suffix if it was taken.
 
+        With several processes, call it on one.
+
         Raises:
             ValueError: If it is solved by products with the training data: there is nothing to keep.
         """
