@@ -41,10 +41,10 @@ from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
 from lightning_influence.curvature import (
+    SOLVERS,
     CurvatureName,
     Damping,
     Fisher,
-    IterativeSolver,
     Solver,
     check_curvature,
     check_labels,
@@ -145,7 +145,7 @@ class InfluenceAudit(Callback):
         check_choice("uncovered", uncovered, get_args(Uncovered))
         check_layers(layers)
         check_damping(damping)
-        check_choice("solver", solver, ("auto", "dense", *get_args(IterativeSolver)))
+        check_choice("solver", solver, ("auto", "dense", *SOLVERS))
         check_solver(curvature, solver)
         if factor_examples != "auto" and factor_examples is not None:
             check_count("factor_examples", factor_examples, '"auto", None for all examples')
@@ -386,7 +386,7 @@ class InfluenceAudit(Callback):
 
         Raises:
             RuntimeError: Before an audit is complete.
-            ValueError, IndefiniteError: As ``Unlearner.fitted``.
+            ValueError, IndefiniteError: As ``curvature.fit``.
 
         Example:
             >>> update = audit.unlearner().newton_removal(audit.report.candidates[:10], leverage=True)

@@ -10,13 +10,14 @@ from typing import Literal
 import torch
 
 from lightning_influence.core.memory import available_bytes, fits, readable
-from lightning_influence.curvature.full import Solver
 from lightning_influence.curvature.registry import LADDER, CurvatureName
+from lightning_influence.curvature.solve.solvers import SOLVERS
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.passes import NO_EXACT_LABELS, Labels
 from lightning_influence.objective.losses import known_losses
 from lightning_influence.objective.terms import TaskError
 
+Solver = Literal["auto", "dense", "cg", "nystrom", "pcg", "lissa"]
 Fisher = Literal["auto", "exact", "sampled", "empirical"]
 
 # Up to so many parameters the matrix is formed (float64: 134 MB), which gives exact self-influence of all examples.
@@ -109,16 +110,17 @@ def random_subset(indices: Sequence[int], size: int, seed: int) -> list[int]:
     return [index for index in indices if index in chosen]
 
 
-def check_solver(name: CurvatureName, solver: Solver) -> None:
+def check_solver(name: str, solver: Solver) -> None:
     """Refuse a solver that can't be had with a curvature.
 
     Raises:
         ValueError: For Nyström on what may have negative eigenvalues.
     """
     product = LADDER[name].product
-    if solver == "nystrom" and product is not None and not product.semidefinite:
+    needs = solver in SOLVERS and SOLVERS[solver].semidefinite
+    if needs and product is not None and not product.semidefinite:
         raise ValueError(
-            f'solver="nystrom" needs a curvature without negative eigenvalues, curvature={name!r} may have some: pass '
+            f'solver="{solver}" needs a curvature without negative eigenvalues, curvature={name!r} may have some: pass '
             '`solver="cg"` or "pcg", or `curvature="ggn"`.'
         )
 

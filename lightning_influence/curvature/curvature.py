@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_influence.core.precision import wide_zeros
 from lightning_influence.curvature.blocks.block import CurvatureBlock, Eigenbasis
-from lightning_influence.curvature.solve.cg import Solution
+from lightning_influence.curvature.solve.solution import Solution
 from lightning_influence.gradients.capture import LayerIO
 
 
@@ -171,11 +171,9 @@ class _BlockScorer(Scorer):
         return norms, inner
 
     def self_influence(self) -> Tensor:
-        parts = list(self._parts.values())
-        if not parts:
-            return torch.zeros(self._n, dtype=torch.float64)
-        total = wide_zeros(self._n, parts[0].device)
-        for part in parts:
+        device = next((part.device for part in self._parts.values()), torch.device("cpu"))
+        total = wide_zeros(self._n, device)
+        for part in self._parts.values():
             total += part
         return total
 

@@ -17,7 +17,7 @@ from lightning_influence.core.precision import working_dtype
 from lightning_influence.curvature.blocks.block import CurvatureBlock
 from lightning_influence.curvature.coordinates import BlockCoordinates
 from lightning_influence.curvature.curvature import BlockCurvature, Curvature
-from lightning_influence.curvature.full import DenseCurvature
+from lightning_influence.curvature.dense import DenseCurvature
 from lightning_influence.curvature.registry import LADDER
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.layers.blocks import ParameterBlock
@@ -57,7 +57,37 @@ def restored(files: Saved, coverage: Coverage) -> Curvature:
             f"curvature={name!r} was solved by products with the training data: nothing of it is stored but the "
             f'{kind} for self-influence. Fit it again; `solver="dense"` would have stored the matrix.'
         )
-    return _blockwise(name, files, coverage) if LADDER[name].product is None else _dense(name, files, coverage)
+    kept = next(iter(files.values()))[1]
+    labels, examples = json.loads(kept["labels"]), json.loads(kept["examples"])
+    product = LADDER[name].product
+    if product is None:
+        weights = {layer: about["weights"] for layer, (_, about) in files.items()}
+        dampings = {layer: float(about["damping"]) for layer, (_, about) in files.items()}
+    else:
+        weights, dampings = json.loads(kept["weights"]), json.loads(kept["damping"])
+    layers = coverage.blocks
+    if weights.keys() != layers.keys():
+        raise ValueError(
+            f"the factors are those of {sorted(weights)[:20]}, the covered layers are {sorted(layers)[:20]}: pass the "
+            f"model and the `layers=` that the curvature was fitted with, or {_AGAIN}."
+        )
+    curvature: Curvature
+    if product is None:
+        blocks = {layer: _restored_block(LADDER[name].block, block, files[layer][0]) for layer, block in layers.items()}
+        curvature = BlockCurvature(name, blocks, {layer: dampings[layer] for layer in layers}, labels, examples)
+    else:
+        coordinates = BlockCoordinates(layers)
+        like = next(iter(layers.values()))
+        found = _checked(name, files[name][0], {"matrix": (coordinates.size, coordinates.size)}, like)
+        curvature = DenseCurvature(name, found["matrix"], coordinates, dampings, labels, examples)
+    for layer, block in layers.items():
+        if weights[layer] != (now := checksum(block)):
+            raise ValueError(
+                f"the curvature was fitted at other weights of {layer!r} (their checksum was "
+                f"{weights[layer] or 'not noted'}, now it is {now}): load the checkpoint of that training, or {_AGAIN}."
+            )
+    curvature.weights = weights
+    return curvature
 
 
 def checksum(block: ParameterBlock) -> str:
@@ -68,70 +98,22 @@ def checksum(block: ParameterBlock) -> str:
     return f"{result:08x}"
 
 
-def _blockwise(name: str, files: Saved, coverage: Coverage) -> BlockCurvature:
-    blocks: dict[str, CurvatureBlock] = {}
-    kind = LADDER[name].block
-    _check_names(list(files), list(coverage.blocks))
-    for layer, block in coverage.blocks.items():
-        tensors, about = files[layer]
-        shapes = kind.fitted_shapes(block.shape, block.dense)
-        _check_tensors(layer, tensors, shapes, block)
-        _check_weights(layer, about["weights"], checksum(block))
-        blocks[layer] = kind(block.shape, block.dense)
-        blocks[layer].restore(_moved(tensors, block))
-    first = next(iter(files.values()))[1]
-    dampings = {layer: float(files[layer][1]["damping"]) for layer in blocks}
-    curvature = BlockCurvature(name, blocks, dampings, json.loads(first["labels"]), json.loads(first["examples"]))
-    curvature.weights = {layer: files[layer][1]["weights"] for layer in blocks}
-    return curvature
+def _restored_block(kind: type[CurvatureBlock], block: ParameterBlock, tensors: Mapping[str, Tensor]) -> CurvatureBlock:
+    result = kind(block.shape, block.dense)
+    result.restore(_checked(block.name, tensors, kind.fitted_shapes(block.shape, block.dense), block))
+    return result
 
 
-def _dense(name: str, files: Saved, coverage: Coverage) -> DenseCurvature:
-    _check_names(list(files), [name])
-    tensors, about = files[name]
-    coordinates = BlockCoordinates(coverage.blocks)
-    dampings, weights = json.loads(about["damping"]), json.loads(about["weights"])
-    _check_names(list(dampings), list(coverage.blocks))
-    block = next(iter(coverage.blocks.values()))
-    _check_tensors(name, tensors, {"matrix": (coordinates.size, coordinates.size)}, block)
-    for layer, own in coverage.blocks.items():
-        _check_weights(layer, weights[layer], checksum(own))
-    matrix = _moved(tensors, block)["matrix"]
-    labels, examples = json.loads(about["labels"]), json.loads(about["examples"])
-    curvature = DenseCurvature(name, matrix, coordinates, dampings, labels, examples)
-    curvature.weights = weights
-    return curvature
-
-
-def _moved(tensors: Mapping[str, Tensor], block: ParameterBlock) -> dict[str, Tensor]:
-    device = next(iter(block.parameters.values())).device
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def _check_names(found: list[str], expected: list[str]) -> None:
-    if sorted(found) != sorted(expected):
-        raise ValueError(
-            f"the factors are those of {sorted(found)[:20]}, the covered layers are {sorted(expected)[:20]}: pass the "
-            f"model and the `layers=` that the curvature was fitted with, or {_AGAIN}."
-        )
-
-
-def _check_tensors(
-    layer: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], block: ParameterBlock
-) -> None:
-    dtype = working_dtype(next(iter(block.parameters.values())).dtype)
+def _checked(
+    name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], block: ParameterBlock
+) -> dict[str, Tensor]:
+    """Return tensors on the device of a block's parameters, if they are those that it needs."""
+    like = next(iter(block.parameters.values()))
     found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-    expected = {key: (shape, dtype) for key, shape in shapes.items()}
+    expected = {key: (shape, working_dtype(like.dtype)) for key, shape in shapes.items()}
     if found != expected:
         raise ValueError(
-            f"the factors of {layer!r} are {found}; this model needs {expected}: pass the model that the curvature was "
+            f"the factors of {name!r} are {found}; this model needs {expected}: pass the model that the curvature was "
             f"fitted with, in its precision, or {_AGAIN}."
         )
-
-
-def _check_weights(layer: str, fitted: str, now: str) -> None:
-    if fitted != now:
-        raise ValueError(
-            f"the curvature was fitted at other weights of {layer!r} (their checksum was {fitted or 'not noted'}, now "
-            f"it is {now}): load the checkpoint of that training, or {_AGAIN}."
-        )
+    return {key: tensor.to(like.device) for key, tensor in tensors.items()}

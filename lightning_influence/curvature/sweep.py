@@ -76,7 +76,7 @@ def damping_sweep(
     ordered = tuple(sorted({1.0, *map(float, factors)}))
     reference = ordered.index(1.0)
     kept: list[int] = []
-    rows: list[Tensor] = []
+    rows = [wide_zeros((0, len(ordered)), gradients.device)]
     by_layer = wide_zeros(len(curvature.blocks), gradients.device)
     places = {name: place for place, name in enumerate(curvature.blocks)}
     with closing(gradients.run(indices, title=title)) as batches:
@@ -89,10 +89,9 @@ def damping_sweep(
                 by_layer[places[io.name]] += part[:, reference].sum()
             rows.append(total.masked_fill(~batch.finite.unsqueeze(1), torch.nan))
             kept.extend(batch.indices)
-    local = torch.cat(rows) if rows else wide_zeros((0, len(ordered)), gradients.device)
     own = torch.tensor(kept, dtype=torch.long, device=gradients.device)
     (by_layer,) = distributed.sum_across_processes([by_layer])
-    order, columns = distributed.gather_by_index(own, {"values": local})
+    order, columns = distributed.gather_by_index(own, {"values": torch.cat(rows)})
     values = exact(columns["values"]).cpu()
     finite = values[torch.isfinite(values).all(1)]
     if len(finite) < 2:
@@ -112,17 +111,13 @@ def damping_sweep(
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Return Spearman's correlation of two columns ``[n]``; 1 if neither says anything, 0 if one of them does not."""
-    first, second = (_ranks(column) for column in (a, b))
-    first, second = first - first.mean(), second - second.mean()
+    first, second = (ranks - ranks.mean() for ranks in map(_ranks, (a, b)))
     scale = float(first.norm() * second.norm())
-    if not scale:
-        return float(bool((first == second).all()))
-    return float(first @ second) / scale
+    return float(first @ second) / scale if scale else float(torch.equal(first, second))
 
 
 def _ranks(column: Tensor) -> Tensor:
     """Return ranks ``[n]``, ties sharing their mean."""
     _, inverse, counts = torch.unique(column, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    ranks: Tensor = (last - (counts.double() - 1) / 2)[inverse]
-    return ranks
+    ranks: Tensor = (counts.cumsum(0) - (counts - 1) / 2).double()
+    return ranks[inverse]
