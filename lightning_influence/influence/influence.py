@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_influence.audit.indices import integers
 from lightning_influence.audit.unlearning import ParameterUpdate, Unlearner, WeightDecay
 from lightning_influence.curvature import (
     Curvature,
@@ -270,7 +271,7 @@ class Influence(ExaminedModel):
         """
         curvature, chosen = self.curvature, self.chosen(indices)
         unlearner = Unlearner(self.training, curvature, self.examples, labels=self.labels)
-        return unlearner.label_repair(chosen, [labels] if isinstance(labels, int) else labels)
+        return unlearner.label_repair(chosen, integers(labels))
 
     def damping_sweep(self) -> DampingSweep:
         """Return how much self-influence depends on the damping, from a few hundred examples."""

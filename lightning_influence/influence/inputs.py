@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
+from lightning_influence.audit.indices import Indices as Many
+from lightning_influence.audit.indices import integers
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.example_scores import ExampleScores
 from lightning_influence.objective.task import Task, TrainingStepTask
@@ -21,7 +20,7 @@ from lightning_influence.objective.terms import TaskError
 
 Loss: TypeAlias = "Task | nn.Module | Callable[..., Tensor]"
 Data: TypeAlias = "Dataset[Any] | DataLoader[Any] | Sequence[Any]"
-Indices: TypeAlias = "int | Sequence[int] | Tensor | NDArray[Any]"
+Indices: TypeAlias = "int | Many"
 
 LOSSES = (
     "a function (model, batch) -> loss, a torch loss such as `nn.CrossEntropyLoss()` or `F.cross_entropy` for batches "
@@ -101,14 +100,9 @@ def positions(indices: Indices | None, known: Sequence[int], what: str) -> list[
     """
     if indices is None:
         return list(known)
-    values: Any = indices.tolist() if isinstance(indices, (Tensor, np.ndarray, np.generic)) else indices
-    values = list(values) if hasattr(values, "__iter__") else [values]
-    odd = [value for value in values if isinstance(value, bool) or not hasattr(value, "__index__")]
-    if odd:
-        raise ValueError(f"indices must be integers, got {odd[:5]}; a mask becomes indices by `mask.nonzero()`.")
-    if not values:
+    chosen = integers(indices)
+    if not chosen:
         raise ValueError(f"there is no index of the {what}; pass at least one, or None for all.")
-    chosen = [operator.index(value) for value in values]
     every = known if isinstance(known, range) else set(known)
     if outside := [index for index in chosen if index not in every]:
         raise ValueError(
