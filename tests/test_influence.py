@@ -493,6 +493,8 @@ class TestErrors:
         [
             ({"curvature": "kfak"}, "curvature='kfak'; expected one of 'ekfac', 'kfac'"),
             ({"fisher": "none"}, "fisher='none'; expected one of 'auto'"),
+            ({"curvature": "ggn", "solver": "gmres"}, "solver='gmres'; expected one of 'auto', 'dense', 'cg'"),
+            ({"curvature": "hessian", "solver": "nystrom"}, "needs a curvature without negative eigenvalues"),
             ({"damping": -1.0}, "damping=-1.0; expected a number >= 0"),
         ],
     )

@@ -14,11 +14,12 @@ from lightning_influence.influence.examined import ExaminedModel
 from lightning_influence.influence.inputs import Data, Indices, aligned
 from lightning_influence.scores.along.diff_in import diff_in_scores
 from lightning_influence.scores.along.source import At, source_scores
-from lightning_influence.scores.along.tracin import Steps, tracin_scores
+from lightning_influence.scores.along.tracin import tracin_scores
 from lightning_influence.scores.along.z0 import z0_scores, z0_self_influence
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.pairs import PairwiseScores
 from lightning_influence.training.checkpoints import Checkpoint, check_together
+from lightning_influence.training.step_sizes import block_step_sizes
 
 
 class AlongTraining:
@@ -50,8 +51,11 @@ class AlongTraining:
         total = torch.zeros(len(examples), dtype=torch.float64)
         for checkpoint in self.checkpoints:
             with checkpoint.loaded(training.module):
-                found = score_examples(training, examples, curvature=Steps.of(checkpoint, training), title="TracIn")
-            total += aligned(found, "self_influence", examples)
+                sizes = block_step_sizes(
+                    training.coverage.blocks, checkpoint.step_sizes, training.module, checkpoint.preconditioner
+                )
+                found = score_examples(training, examples, step_sizes=sizes, title="TracIn")
+            total += aligned(found, "tracin", examples)
         return total
 
     def source(

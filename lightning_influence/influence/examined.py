@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_influence.core.containers import map_tensors
-from lightning_influence.curvature import CurvatureName, Fisher, check_labels
+from lightning_influence.curvature import SOLVERS, CurvatureName, Fisher, Solver, check_labels, check_solver
 from lightning_influence.data.source import DataError
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered
 from lightning_influence.gradients.discover import discover
@@ -95,13 +95,19 @@ class ExaminedModel:
         queries, chosen = self.queries(test_set, indices)
         return self.training, self.examples, queries, chosen
 
-    def plan(self, curvature: CurvatureName, *, fisher: Fisher = "auto", **options: Any) -> InfluencePlan:
+    def plan(
+        self, curvature: CurvatureName, *, fisher: Fisher = "auto", solver: Solver = "auto", **options: Any
+    ) -> InfluencePlan:
         """Return how a curvature is fitted: labels, examples, damping; see ``InfluencePlan.make``."""
         check_choice("curvature", curvature, get_args(CurvatureName))
         check_choice("fisher", fisher, get_args(Fisher))
+        check_choice("solver", solver, ("auto", "dense", *SOLVERS))
+        check_solver(curvature, solver)
         seen, size = self.inspection, len(self.examples)
         check_labels(curvature, fisher, seen.tapped, seen.exact_draws)
-        return InfluencePlan.make(self.coverage, seen, size, curvature=curvature, fisher=fisher, **options)
+        return InfluencePlan.make(
+            self.coverage, seen, size, curvature=curvature, fisher=fisher, solver=solver, **options
+        )
 
     @cached_property
     def labels(self) -> dict[int, int]:
