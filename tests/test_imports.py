@@ -26,6 +26,7 @@ ROOMS = (
     ("curvature",),
     ("scores",),
     ("audit",),
+    ("influence",),
     ("tensorboard",),
     ("callbacks",),
 )
@@ -204,8 +205,8 @@ def test_public_name_can_be_imported(name: str) -> None:
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="module 'lightning_influence' has no attribute 'Influence'"):
-        _ = lightning_influence.Influence
+    with pytest.raises(AttributeError, match="module 'lightning_influence' has no attribute 'Novelty'"):
+        _ = lightning_influence.Novelty
 
 
 # --------------------------------------------------------------------------- the checker, on sources made for it

@@ -58,6 +58,9 @@ class Coverage:
         """Share of the trainable scalars that is covered, 0 to 1."""
         return self.covered_parameters / self.total_parameters if self.total_parameters else 0.0
 
+    def __repr__(self) -> str:
+        return f"Coverage({self.describe()})"
+
     def describe(self) -> str:
         """Return one line for logs: the share covered and what is left out."""
         line = f"{self.share:.1%} of {self.total_parameters:,} trainable parameters in {len(self.blocks)} layers"
