@@ -26,6 +26,10 @@ from lightning_influence.objective.task import Task, run_tapped
 from lightning_influence.objective.terms import BatchLoss, LossTerm, TaskError, TermForm, understand
 
 
+class TraceError(LayerError):
+    """The model can't be run on a few examples, which is how its use of parameters is found out."""
+
+
 def discover(
     module: nn.Module,
     task: Task,
@@ -138,7 +142,7 @@ def trace_model(
         except Exception as second:
             if is_out_of_memory(second):
                 raise
-            raise LayerError(
+            raise TraceError(
                 f"the model can't be run on two copies of an example ({type(second).__name__}: {second}), which is how "
                 "its use of parameters is found out. Its step has to take batches of any size: a size that is written "
                 "into the model has to come from its inputs."

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from lightning_influence.core.containers import map_tensors
+from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.curvature import SOLVERS, CurvatureName, Fisher, Solver, check_labels, check_solver
 from lightning_influence.data.source import DataError
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered
-from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.discover import TraceError, discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import VerificationError, inspect, roomy_batch_size
 from lightning_influence.influence.inputs import Data, Indices, Loss, check_choice, positions, source_of, task_of
@@ -140,10 +141,12 @@ def _first_batch() -> Iterator[None]:
     """Say what was tried when a user's loss fails on the first batch."""
     try:
         yield
-    except (DataError, LayerError, TaskError, VerificationError, ValueError, torch.OutOfMemoryError):
-        raise
     # Anything can go wrong in a user's code that meets its first batch here.
     except Exception as error:
+        known = isinstance(error, (DataError, LayerError, TaskError, VerificationError, ValueError))
+        if is_out_of_memory(error) or (known and not isinstance(error, TraceError)):
+            raise
+        error = error.__cause__ if isinstance(error, TraceError) and isinstance(error.__cause__, Exception) else error
         raise TaskError(
             f"the loss can't be computed on a batch of the training data ({type(error).__name__}: {error}). A function "
             "is called with (model, batch), the batch as the data set's examples are collated; a loss of "
