@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         EqualOpportunityGap,
         Margin,
     )
-    from lightning_influence.scores.pair_sums import mean_scores
+    from lightning_influence.scores.pairs import mean_scores
     from lightning_influence.training.checkpoints import Checkpoint
     from lightning_influence.training.settings import TracIn
     from lightning_influence.training.step_sizes import StepSizes
@@ -46,7 +46,7 @@ _MODULES = {
     "Task": "lightning_influence.objective.task",
     "TracIn": "lightning_influence.training.settings",
     "TrainingStepTask": "lightning_influence.objective.task",
-    "mean_scores": "lightning_influence.scores.pair_sums",
+    "mean_scores": "lightning_influence.scores.pairs",
     "tracin_scores": "lightning_influence.scores.along.tracin",
 }
 
