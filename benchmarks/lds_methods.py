@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence.curvature import Curvature, FactorExamples, fit
-from lightning_influence.curvature.solve.cg import Solution
+from lightning_influence.curvature.solve.solution import Solution
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit
+from lightning_influence.audit.ranking import rank
 from lightning_influence.audit.relabel import LabelError
-from lightning_influence.audit.report import rank
 from lightning_influence.audit.unlearning import Unlearner
 
 GIVEN = [0, 1, 2, 1, 0, 2, 1, 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -1080,7 +1081,7 @@ def test_the_report_in_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     announced = [line for line in caplog.messages if line.startswith("influence audit: ekfac on 2 layers")]
     assert len(announced) == 1
     assert "22 training examples, 6 validation examples; about" in announced[0]
-    assert "MB of extra memory" in announced[0]
+    assert re.search(r"[\d.]+ kB of extra memory", announced[0])
     assert "Influence audit of 22 training examples (complete)" in text
     assert "100.0% of 57 trainable parameters in 2 layers" in text
     assert str(Path(trainer.log_dir) / "influence") in text

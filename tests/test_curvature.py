@@ -28,7 +28,7 @@ from lightning_influence.curvature import (
     fit,
     random_subset,
 )
-from lightning_influence.curvature.blocks import kfac
+from lightning_influence.curvature.blocks import eigenvectors as decomposed
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.coverage import Coverage, cover
 from lightning_influence.gradients.discover import discover
@@ -566,14 +566,14 @@ class TestEigenvectors:
         rows[..., [1, 4, 7]] = 0
         moments = rows.transpose(1, 2) @ rows
         sizes: list[int] = []
-        whole = kfac.eigendecomposition
+        whole = decomposed.eigendecomposition
 
         def noted(matrices: Tensor) -> tuple[Tensor, Tensor]:
             sizes.append(matrices.shape[-1])
             return whole(matrices)
 
-        monkeypatch.setattr(kfac, "eigendecomposition", noted)
-        vectors = kfac.eigenvectors(moments)
+        monkeypatch.setattr(decomposed, "eigendecomposition", noted)
+        vectors = decomposed.eigenvectors(moments)
         assert sizes == [5]
         torch.testing.assert_close(vectors.transpose(1, 2) @ vectors, torch.eye(8).double().expand(2, 8, 8), **EXACT)
         inside = vectors.transpose(1, 2) @ moments @ vectors
@@ -582,7 +582,7 @@ class TestEigenvectors:
         torch.testing.assert_close(values, whole(moments)[0], rtol=0, atol=1e-10)
 
     def test_nothing_but_zeros(self) -> None:
-        assert torch.equal(kfac.eigenvectors(torch.zeros(1, 3, 3)), torch.eye(3).unsqueeze(0))
+        assert torch.equal(decomposed.eigenvectors(torch.zeros(1, 3, 3)), torch.eye(3).unsqueeze(0))
 
 
 class TestSampledLabels:
@@ -780,7 +780,7 @@ class TestContract:
     def test_unfitted(self, name: str) -> None:
         kind = BLOCKS[name]
         x, g = torch.randn(1, 6, 1, 4), torch.randn(1, 6, 1, 3)
-        for seen in range(kind.passes):
+        for seen in range(len(kind.measures)):
             block = kind((1, 3, 4))
             for _ in range(seen):
                 block.update(x, [g], 6)
@@ -793,14 +793,16 @@ class TestContract:
                 lambda b: b.damping(),
                 lambda b: b.to_dense(),
             ]
-            message = rf"{kind.__name__} needs {kind.passes} passes over the data and has seen {seen}; call `update`"
+            message = (
+                rf"{kind.__name__} needs {len(kind.measures)} passes over the data and has seen {seen}; call `update`"
+            )
             for use in uses:
                 with pytest.raises(RuntimeError, match=message):
                     use(block)
 
     def test_identity_needs_no_pass(self) -> None:
         block = IdentityBlock((2, 3, 4))
-        assert block.passes == 0
+        assert block.measures == ()
         assert block.damping() == 0.0
         v = torch.randn(5, 2, 3, 4)
         assert torch.equal(block.matvec(v), v)

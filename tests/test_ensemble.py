@@ -12,7 +12,8 @@ from models import Classifier, loader, make_trainer, vectors
 
 from lightning_influence import InfluenceAudit
 from lightning_influence.audit.ensemble import EnsembleError
-from lightning_influence.audit.report import AuditReport, rank
+from lightning_influence.audit.ranking import rank
+from lightning_influence.audit.report import AuditReport
 
 N = 6
 

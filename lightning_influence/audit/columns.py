@@ -1,39 +1,176 @@
-"""Columns of the scores table: names, meanings, units and signs, in one place."""
+"""Columns of an audit's tables, one row each: meaning and unit, and what ranking, ensemble and displays do with it."""
 
 from __future__ import annotations
 
-COLUMN_DESCRIPTIONS: dict[str, str] = {
-    "index": "position of the example in the training data set",
-    "label": "given label as a class number; -1 = unknown",
-    "predicted": "class the trained model predicts; -1 = unknown",
-    "suggested": "class with the largest mean predicted probability over the run plus mean share of the neighbours; "
-    "-1 = unknown",
-    "rank": "position by suspicion, 1 = most suspicious",
-    "candidate": "whether the example is proposed for review",
-    "finite": "whether every loss and gradient seen for the example was finite",
-    "times_seen": "how many times training saw the example",
-    "suspicion": "combined score, no unit; high = suspicious",
-    "loss_mean": "mean over epochs of the example's own loss, without class weights and label smoothing; "
-    "high = suspicious",
-    "loss_variance": "variance over epochs of the example's own loss, loss squared; high = suspicious",
-    "aum": "area under the margin: mean over epochs of the logit of the given label minus the largest other "
-    "logit; low = suspicious",
-    "el2n": "mean over epochs of the L2 norm of (predicted probabilities - target); high = suspicious",
-    "epochs_wrong": "epochs in which the predicted class was not the given label; high = suspicious",
-    "forgetting": "times the example went from predicted rightly to wrongly; high = suspicious",
-    "prob_margin": "mean predicted probability of the given label minus the largest mean of another label, "
-    "-1 to 1; low = suspicious",
-    "neighbour_disagreement": "share of the nearest training examples with another given label, mean over "
-    "epochs, 0 to 1; high = suspicious",
-    "loss": "the example's own loss under the trained model; high = suspicious",
-    "grad_norm_squared": "squared L2 norm of the gradient of the example's own loss; high = suspicious",
-    "self_influence": "score of the example on itself, at least 0: removing it raises its own loss by about "
-    "this divided by the number of training examples; high = suspicious",
-    "tracin": "TracIn self-influence: sum over checkpoints of the learning rates since the last one (over "
-    "1 - momentum) times the squared gradient norm; high = suspicious",
-    "harm": "minus the influence score on the mean validation loss; positive = training on the example "
-    "raises it; high = suspicious",
-}
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Columns = Mapping[str, NDArray[Any]]
+Merge = Literal["same", "mean", "sum", "vote", "all", "anew"]
+Place = Literal["table", "names", "histogram", "scalar"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the scores table.
+
+    Attributes:
+        name: Its name in the table.
+        meaning: What it is, with unit and sign.
+        direction: At which end of its scores an example is suspicious; None if it rates nobody. Columns with one are
+            measured against known label noise.
+        merge: What several runs make of it: it must be the ``"same"``, their ``"mean"``, ``"sum"`` or ``"vote"``, true
+            for ``"all"``, or computed ``"anew"`` by the ranking.
+        shown: Where, besides the files: in the ``"table"`` of candidates, in TensorBoard as a ``"histogram"`` at the
+            end or as a ``"scalar"``, its mean, at every epoch; as class ``"names"`` for numbers of classes.
+        ranks: The ranking is the sum of the z-scores of the columns with the smallest such number; None for no part
+            in it.
+        values: What computes it from the other columns, if nobody else fills it in; a ``KeyError`` for one of them that
+            an audit has not leaves it out.
+    """
+
+    name: str
+    meaning: str
+    direction: Literal["high", "low"] | None = None
+    merge: Merge = "mean"
+    shown: tuple[Place, ...] = ()
+    ranks: int | None = None
+    values: Callable[[Columns], NDArray[Any]] | None = None
+
+    @property
+    def description(self) -> str:
+        """What is stored with the column."""
+        return self.meaning + (f"; {self.direction} = suspicious" if self.direction else "")
+
+    def suspicion(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Return scores ``[n]`` such that high is suspicious."""
+        scores = np.asarray(values, dtype=np.float64)
+        return -scores if self.direction == "low" else scores
+
+
+COLUMNS: dict[str, Column] = {}
+"""The columns by name, in the order in which they are listed; `add` adds one."""
+
+
+def add(column: Column) -> None:
+    """Add a column to those that audits know from now on.
+
+    Raises:
+        ValueError: If there is one of this name.
+
+    Example:
+        >>> add(Column("loss_rise", "final loss minus its mean over the run", "high", values=loss_rise))
+    """
+    if column.name in COLUMNS:
+        raise ValueError(f"there is a column {column.name!r} already; give the new one another name.")
+    COLUMNS[column.name] = column
+
+
+def column_of(name: str) -> Column:
+    """Return what is known of a column; of an unknown one, that runs are averaged."""
+    return COLUMNS.get(name) or Column(name, "")
+
+
+def shown_in(place: Place, columns: Mapping[str, Any]) -> list[str]:
+    """Return the names of those columns that are shown in a place."""
+    return [name for name, column in COLUMNS.items() if place in column.shown and name in columns]
+
+
+def scored(columns: Columns) -> dict[str, NDArray[np.float64]]:
+    """Return the columns that rate examples and hold a number, such that high is suspicious."""
+    return {
+        name: column.suspicion(columns[name])
+        for name, column in COLUMNS.items()
+        if column.direction and name in columns and np.isfinite(columns[name]).any()
+    }
+
+
+def candidate_rows(columns: Columns, most: int | None = None) -> NDArray[np.int64]:
+    """Return the rows of the examples proposed for review, the most suspicious first."""
+    rows = np.flatnonzero(columns["candidate"])
+    return rows[np.argsort(columns["rank"][rows], kind="stable")][:most]
+
+
+for _column in (
+    Column("rank", "position by suspicion, 1 = most suspicious", merge="anew", shown=("table",)),
+    Column("index", "position of the example in the training data set", merge="same", shown=("table",)),
+    Column("label", "given label as a class number; -1 = unknown", merge="same", shown=("table", "names")),
+    Column("predicted", "class the trained model predicts; -1 = unknown", merge="vote", shown=("names",)),
+    Column(
+        "suggested",
+        "class with the largest mean probability over the run plus mean share of the neighbours; -1 = unknown",
+        merge="vote",
+        shown=("table", "names"),
+    ),
+    Column("suspicion", "sum of z-scores, no unit", "high", merge="anew", shown=("table",)),
+    Column("candidate", "whether the example is proposed for review", merge="anew"),
+    Column("finite", "whether every loss and gradient seen for the example was finite", merge="all"),
+    Column("times_seen", "how many times training saw the example", merge="sum"),
+    Column(
+        "loss_mean",
+        "mean over epochs of the example's own loss, without class weights and label smoothing",
+        "high",
+        shown=("scalar",),
+        ranks=2,
+    ),
+    Column("loss_variance", "variance over epochs of the example's own loss, loss squared", "high"),
+    Column(
+        "aum", "mean over epochs of the logit of the given label minus the largest other one", "low", shown=("scalar",)
+    ),
+    Column(
+        "el2n",
+        "mean over epochs of the L2 norm of (predicted probabilities - target)",
+        "high",
+        shown=("table", "scalar"),
+        ranks=1,
+    ),
+    Column("epochs_wrong", "epochs in which the predicted class was not the given label", "high"),
+    Column("forgetting", "times the example went from predicted rightly to wrongly", "high", shown=("scalar",)),
+    Column(
+        "neighbour_disagreement",
+        "share of the nearest training examples with another given label, mean over epochs, 0 to 1",
+        "high",
+        ranks=1,
+    ),
+    Column(
+        "prob_margin",
+        "mean probability of the given label minus the largest mean of another label, -1 to 1",
+        "low",
+        shown=("scalar",),
+        ranks=1,
+    ),
+    Column("loss", "the example's own loss under the trained model", "high", ranks=3),
+    Column("grad_norm_squared", "of the gradient of that loss, squared L2 norm", "high", shown=("histogram",), ranks=4),
+    Column(
+        "self_influence",
+        "score on itself, >= 0: removing the example raises its own loss by about this / number of training examples",
+        "high",
+        shown=("table", "histogram"),
+        ranks=3,
+    ),
+    Column(
+        "tracin",
+        "sum over checkpoints of step sizes since the last one, over 1 - momentum, times the squared gradient norm",
+        "high",
+        shown=("histogram",),
+        ranks=2,
+    ),
+    Column(
+        "harm",
+        "minus the influence on the mean validation loss; positive = training on the example raises it",
+        "high",
+        shown=("table",),
+    ),
+):
+    add(_column)
+
+INFLUENCE_ON = "influence_on_"
+"""Columns of the scores table that begin so, with the name of a measurement of the query set: its influence score.
+Positive: training on the example lowers the measurement; removing it from N raises it by about this divided by N."""
 
 PAIR_DESCRIPTIONS: dict[str, str] = {
     "number": "number of the query, from 1; the worst first",
@@ -52,27 +189,4 @@ PAIR_DESCRIPTIONS: dict[str, str] = {
     "predicted": "class the trained model predicts for it; -1 = unknown",
     "loss": "its loss under the trained model",
 }
-
-INFLUENCE_ON = "influence_on_"
-"""Columns of the scores table that begin so, with the name of a measurement of the query set: its influence score.
-Positive: training on the example lowers the measurement; removing it from N raises it by about this divided by N."""
-
-SCORE_COLUMNS = (
-    "suspicion",
-    "loss_mean",
-    "loss_variance",
-    "aum",
-    "el2n",
-    "epochs_wrong",
-    "forgetting",
-    "prob_margin",
-    "neighbour_disagreement",
-    "loss",
-    "grad_norm_squared",
-    "self_influence",
-    "tracin",
-    "harm",
-)
-"""Columns that rate how suspicious an example is. High = suspicious, except `LOW_IS_SUSPICIOUS`."""
-
-LOW_IS_SUSPICIOUS = frozenset({"aum", "prob_margin"})
+"""Columns of the table of pairs, one row a query and strong training example, with their meanings."""

@@ -13,13 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Columns = Mapping[str, NDArray[Any]]
-
-# Must agree; made anew by the ranking; voted on; added up. All others are averaged.
-_SAME = ("index", "label")
-_RANKED = ("suspicion", "rank", "candidate")
-_VOTED = ("predicted", "suggested")
-_COUNTED = ("times_seen",)
+from lightning_influence.audit.columns import COLUMNS, Columns, column_of
 
 
 class EnsembleError(ValueError):
@@ -27,12 +21,12 @@ class EnsembleError(ValueError):
 
 
 def merged_columns(members: Sequence[Columns]) -> tuple[dict[str, NDArray[Any]], list[str]]:
-    """Merge the columns of audits of the same data.
+    """Merge the columns of audits of the same data, each as its ``Column.merge`` says.
 
-    Scores are means over the runs that know them. An example is finite if it is in all runs. ``times_seen`` adds up.
-    ``predicted`` is a vote; so is ``suggested``, where a run's vote weighs as much as it is sure, ``|prob_margin|``:
-    with two classes that is the label with the larger mean probability. The mean of ``prob_margin`` is at most the
-    margin of the mean probabilities, as runs that contradict a label need not agree on another one.
+    Scores are means over the runs that know them. An example is finite if it is in all runs. A run's vote for a
+    suggested label weighs as much as the run is sure, ``|prob_margin|``: with two classes that is the label with the
+    larger mean probability. The mean of ``prob_margin`` is at most the margin of the mean probabilities, as runs that
+    contradict a label need not agree on another one.
 
     Args:
         members: Columns by name, ``[n]``, sorted by ``index``.
@@ -47,7 +41,7 @@ def merged_columns(members: Sequence[Columns]) -> tuple[dict[str, NDArray[Any]],
         raise EnsembleError(f"{len(members)} audits to merge; expected two at least.")
     common = set.intersection(*(set(member) for member in members))
     left_out = sorted(set.union(*(set(member) for member in members)) - common)
-    for name in _SAME:
+    for name in (name for name, column in COLUMNS.items() if column.merge == "same"):
         if name in left_out:
             raise EnsembleError(f"some audits have the column {name!r} and others have not; audit them alike.")
         for number, member in enumerate(members):
@@ -56,11 +50,8 @@ def merged_columns(members: Sequence[Columns]) -> tuple[dict[str, NDArray[Any]],
                     f"audit {number} has another column {name!r} than audit 0: it is about other examples or labels. "
                     "Merge audits of the same training data."
                 )
-    result: dict[str, NDArray[Any]] = {}
-    for name in members[0]:
-        if name in common and name not in _RANKED:
-            result[name] = _merged(name, members)
-    return result, left_out
+    names = [name for name in members[0] if name in common and column_of(name).merge != "anew"]
+    return {name: _merged(name, members) for name in names}, left_out
 
 
 def merged_manifest(
@@ -95,20 +86,17 @@ def merged_manifest(
 
 def _merged(name: str, members: Sequence[Columns]) -> NDArray[Any]:
     stacked = np.stack([member[name] for member in members])
-    if name in _SAME:
-        return np.asarray(stacked[0])
-    if name == "finite":
-        return np.asarray(stacked.astype(bool).all(0))
-    if name in _COUNTED:
-        return np.asarray(stacked.sum(0))
-    if name in _VOTED:
+    how = column_of(name).merge
+    if how == "vote":
         sure = name == "suggested" and all("prob_margin" in member for member in members)
         weights = np.abs([member["prob_margin"] for member in members]) if sure else np.ones(stacked.shape)
         return _vote(stacked.astype(np.int64), np.nan_to_num(weights))
-    values = stacked.astype(np.float64)
-    known = ~np.isnan(values)
-    total = np.where(known, values, 0.0).sum(0)
-    return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
+    if how == "mean":
+        values = stacked.astype(np.float64)
+        known = ~np.isnan(values)
+        total = np.where(known, values, 0.0).sum(0)
+        return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
+    return np.asarray(stacked[0] if how == "same" else stacked.astype(bool).all(0) if how == "all" else stacked.sum(0))
 
 
 def _vote(labels: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -116,11 +104,7 @@ def _vote(labels: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np
 
     -1 is no vote, and the result where there is none.
     """
-    best = np.full(labels.shape[1], -1, dtype=np.int64)
-    most = np.full(labels.shape[1], -np.inf)
-    for label in np.unique(labels[labels >= 0]):
-        chosen = labels == label
-        total = np.where(chosen, weights, 0.0).sum(0)
-        better = chosen.any(0) & (total > most)
-        best[better], most[better] = label, total[better]
-    return best
+    total = np.stack([np.where(labels == own, weights, 0.0).sum(0) for own in labels])
+    total[labels < 0] = -np.inf
+    best = np.where(total == total.max(0), labels, np.iinfo(np.int64).max)
+    return np.asarray(best.min(0))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence.audit.columns import INFLUENCE_ON
+from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.precision import wide_zeros
 from lightning_influence.curvature import Curvature
 from lightning_influence.gradients.passes import ExampleGradients
@@ -314,10 +315,12 @@ def _sides(top: TopScores, statistic: Statistic) -> list[tuple[str, Tensor, Tens
 def _run_on_queries() -> Iterator[None]:
     try:
         yield
-    except (MeasurementError, torch.OutOfMemoryError, MemoryError):
+    except MeasurementError:
         raise
     # Anything can go wrong in a user's task that meets another kind of batch.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise QueryError(
             f"queries: the training task can't be run on them ({type(error).__name__}: {error}). Queries need inputs "
             "and labels of the kind that the model was trained on."

@@ -7,16 +7,17 @@ set is the one place in its examples that always holds it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sized
+from itertools import chain, islice, zip_longest
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_influence.core.containers import Path, leaves
 from lightning_influence.core.isolation import left_alone
 
-Path = tuple[Any, ...]
 """Keys and positions that lead to a value in nested mappings, tuples and lists."""
 
 # Enough examples that no other number (a group, an id) agrees with all their labels by chance.
@@ -43,8 +44,8 @@ def find_label(dataset: Any, labels: Mapping[int, int]) -> Path:
             "all known labels are the same: that does not tell where labels lie; pass some of other classes."
         )
     paths: set[Path] | None = None
-    for index, leaves in fetched(dataset, [index for index, _ in _spread(labels)]):
-        found = {path for path, value in leaves.items() if as_label(value) == labels[index]}
+    for index, example in fetched(dataset, _spread(labels)):
+        found = {path for path, value in example.items() if as_label(value) == labels[index]}
         paths = found if paths is None else paths & found
     if not paths:
         raise LabelError(
@@ -65,7 +66,7 @@ def fetched(dataset: Any, indices: Iterable[int]) -> Iterator[tuple[int, dict[Pa
     """Yield examples, taken apart into path -> value; no random stream, the user's or the data set's, moves on."""
     with left_alone(dataset):
         for index in indices:
-            yield index, dict(_leaves(dataset[index], ()))
+            yield index, dict(leaves(dataset[index]))
 
 
 class Relabelled(Dataset[Any]):
@@ -85,7 +86,7 @@ class Relabelled(Dataset[Any]):
         outside = [index for index in labels if not 0 <= index < size]
         if outside:
             raise LabelError(f"there are no examples {outside[:10]}; the data set has {size}.")
-        odd = {index: label for index, label in labels.items() if not _is_integer(label)}
+        odd = {index: label for index, label in labels.items() if not isinstance(_number(label), int)}
         if odd:
             raise LabelError(f"new labels must be integers, got {dict(list(odd.items())[:5])}.")
         self.dataset = dataset
@@ -103,50 +104,33 @@ class Relabelled(Dataset[Any]):
         return _replaced(example, self.path, self.labels[position]) if position in self.labels else example
 
 
-def _spread(labels: Mapping[int, int]) -> list[tuple[int, int]]:
-    """Return some of the entries, every class among them."""
+def _spread(labels: Mapping[int, int]) -> list[int]:
+    """Return some of the indices, every class among them."""
     by_class: dict[int, list[int]] = {}
     for index, label in labels.items():
         by_class.setdefault(label, []).append(index)
-    chosen: list[tuple[int, int]] = []
-    for depth in range(max(map(len, by_class.values()))):
-        chosen += [(indices[depth], label) for label, indices in by_class.items() if depth < len(indices)]
-        if len(chosen) >= _LOOKED_AT:
-            break
-    return chosen[:_LOOKED_AT]
-
-
-def _leaves(value: Any, path: Path) -> list[tuple[Path, Any]]:
-    if isinstance(value, Mapping):
-        return [leaf for key, item in value.items() for leaf in _leaves(item, (*path, key))]
-    if isinstance(value, (tuple, list)):
-        return [leaf for place, item in enumerate(value) for leaf in _leaves(item, (*path, place))]
-    return [(path, value)]
+    in_turn = chain.from_iterable(zip_longest(*by_class.values()))
+    return list(islice((index for index in in_turn if index is not None), _LOOKED_AT))
 
 
 def as_label(value: Any) -> int | None:
     """Return a single whole number as an integer (targets of binary losses are floats), None for any other value."""
-    if isinstance(value, bool) or not (isinstance(value, (int, float)) or hasattr(value, "dtype")):
-        return None
+    number = _number(value)
+    return int(number) if number is not None and number % 1 == 0 else None
+
+
+def _number(value: Any) -> int | float | None:
+    """Return a single number of whatever library, None for any other value; a truth value is no number."""
     try:
-        number = value.item() if hasattr(value, "dtype") else value
+        plain = value.item() if hasattr(value, "item") else value
     except (RuntimeError, ValueError):  # more than one value
         return None
-    whole = isinstance(number, (int, float)) and not isinstance(number, bool) and number % 1 == 0
-    return int(number) if whole else None
-
-
-def _is_integer(value: Any) -> bool:
-    """Tell whether a value is an integer, of whatever library; a float is none, even if it is whole."""
-    plain = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-    return isinstance(plain, int) and not isinstance(plain, bool)
+    return plain if isinstance(plain, (int, float)) and not isinstance(plain, bool) else None
 
 
 def _replaced(example: Any, path: Path, label: int) -> Any:
     if not path:
-        if isinstance(example, Tensor):
-            return torch.full_like(example, label)
-        return type(example)(label)
+        return torch.full_like(example, label) if isinstance(example, Tensor) else type(example)(label)
     key, rest = path[0], path[1:]
     if isinstance(example, MutableMapping):
         changed = copy.copy(example)
@@ -154,7 +138,5 @@ def _replaced(example: Any, path: Path, label: int) -> Any:
         return changed
     if isinstance(example, Mapping):
         return {**example, key: _replaced(example[key], rest, label)}
-    items: Sequence[Any] = [
-        _replaced(item, rest, label) if place == key else item for place, item in enumerate(example)
-    ]
+    items = [_replaced(item, rest, label) if place == key else item for place, item in enumerate(example)]
     return type(example)(*items) if hasattr(example, "_fields") else type(example)(items)

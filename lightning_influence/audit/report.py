@@ -1,16 +1,9 @@
-"""The audit: which examples are suspicious, and the report that says so.
-
-The ranking follows what was measured (MNIST-5k and digits; MLP and CNN; 5 to 30 epochs; 10 to 30 % flips, symmetric
-and pairwise): the *trajectory* finds wrong labels, influence at the final weights alone does not, as a network that has
-memorised a wrong label is no longer surprised by it. How hard an example is to fit (EL2N), what its neighbours say, and
-how sure the run is of another label complement each other, so candidates are ranked by the sum of their z-scores. All
-columns stay in the table; influence earns its place there by saying which predictions an example harms.
-"""
+"""The report of an audit: its tables and its manifest, in memory or on disk."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,34 +13,25 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from lightning_influence.audit import acting, ensemble
-from lightning_influence.audit.columns import COLUMN_DESCRIPTIONS, LOW_IS_SUSPICIOUS, PAIR_DESCRIPTIONS
+from lightning_influence.audit.columns import PAIR_DESCRIPTIONS, Columns, candidate_rows
+from lightning_influence.audit.ranking import ingredients, rank
 from lightning_influence.audit.relabel import Relabelled
-from lightning_influence.audit.store.encoding import check_manifest
-from lightning_influence.audit.store.store import AuditStore, StoreError
+from lightning_influence.audit.store.atomic import StoreError
+from lightning_influence.audit.store.store import AuditStore
+from lightning_influence.audit.summary import summary
 from lightning_influence.training.checkpoints import Checkpoint
 
-Columns = Mapping[str, NDArray[Any]]
-
-# The sum of z-scores of these, or of the first group that is present at all.
-_INGREDIENTS = (
-    ("el2n", "neighbour_disagreement", "prob_margin"),
-    ("loss_mean", "tracin"),
-    ("self_influence", "loss"),
-    ("grad_norm_squared",),
-)
-# Columns that every audit has.
-_NEEDED = {"index": "iu", "rank": "iu", "candidate": "b", "finite": "b"}
-# Without class decisions there is no label to contradict; the most suspicious share is proposed instead.
-_FALLBACK_SHARE = 0.05
+# Columns that every audit has, interrupted ones included.
+_NEEDED = ("index", "rank", "candidate", "finite")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AuditReport:
     """What an audit found, in memory or read back from its directory.
 
     Attributes:
         columns: Column name to array ``[n]``, one row per training example, sorted by dataset index. See
-            ``columns.COLUMN_DESCRIPTIONS`` for meanings, units and signs.
+            ``columns.COLUMNS`` for meanings, units and signs.
         manifest: Status, arguments, versions, coverage, timings and notes.
         directory: Where it lies on disk, if anywhere.
         pairs: If there were queries: column name to array, one row per query and strong proponent or opponent. See
@@ -73,16 +57,21 @@ class AuditReport:
             StoreError: If the directory holds no readable audit.
         """
         store = AuditStore.open(directory)
-        columns, pairs = store.read_scores(), store.read_pairs()
-        _check_table(columns, _NEEDED, COLUMN_DESCRIPTIONS, store)
-        if pairs is not None:
-            _check_table(pairs, PAIR_DESCRIPTIONS, PAIR_DESCRIPTIONS, store)
-        manifest = store.manifest
+        report = cls(store.read_scores(), store.manifest, store.directory, store.read_pairs())
+        for table, needed in ((report.columns, _NEEDED), (report.pairs, PAIR_DESCRIPTIONS)):
+            if table is not None and (missing := [name for name in needed if name not in table]):
+                raise StoreError(
+                    f"{store.directory} holds a table that is none of an audit: the columns {missing} are missing. Run "
+                    "the audit again."
+                )
         try:
-            check_manifest(manifest)
-        except ValueError as error:
-            raise StoreError(f"{store.directory / 'manifest.json'} can't be read: {error}.") from error
-        return cls(columns, manifest, store.directory, pairs)
+            str(report)
+        except Exception as error:  # of a manifest that somebody else wrote, anything may have another form
+            raise StoreError(
+                f"{store.directory / 'manifest.json'} can't be read: it is not what an audit writes "
+                f"({type(error).__name__}: {error})."
+            ) from error
+        return report
 
     @classmethod
     def ensemble(cls, reports: Sequence[AuditReport]) -> AuditReport:
@@ -131,9 +120,7 @@ class AuditReport:
     @property
     def candidates(self) -> NDArray[np.int64]:
         """Dataset indices of the examples proposed for review, the most suspicious first."""
-        flagged = self.columns["candidate"].astype(bool)
-        order = np.argsort(self.columns["rank"][flagged], kind="stable")
-        return np.asarray(self.columns["index"][flagged][order], dtype=np.int64)
+        return np.asarray(self.columns["index"][candidate_rows(self.columns)], dtype=np.int64)
 
     @property
     def nonfinite(self) -> NDArray[np.int64]:
@@ -220,160 +207,9 @@ class AuditReport:
             self.columns, dataset, self.candidates.tolist(), indices=indices, min_margin=min_margin, size=size
         )
 
+    def __repr__(self) -> str:
+        where = f", {str(self.directory)!r}" if self.directory else ""
+        return f"AuditReport({len(self):,} examples, {len(self.candidates):,} candidates, {self.status}{where})"
+
     def __str__(self) -> str:
-        """Return the summary table."""
         return summary(self)
-
-
-def _check_table(table: Columns, needed: Iterable[str], known: Iterable[str], store: AuditStore) -> None:
-    """Raise ``StoreError`` if a table is none of an audit, whoever wrote it."""
-    missing = [name for name in needed if name not in table]
-    numbers = [name for name in known if name in table and name != "kind"]
-    wrong = [name for name in numbers if table[name].dtype.kind not in _NEEDED.get(name, "biuf")]
-    if missing or wrong:
-        found = f"the columns {missing} are missing" if missing else f"{wrong[0]} is {table[wrong[0]].dtype}"
-        raise StoreError(f"{store.directory} holds a table that is none of an audit: {found}. Run the audit again.")
-
-
-def rank(columns: Columns) -> dict[str, NDArray[Any]]:
-    """Add the audit's own columns to the scores.
-
-    Args:
-        columns: Score columns ``[n]``, with ``index``.
-
-    Returns:
-        A new mapping with ``suspicion``, ``rank`` (1 = most suspicious), ``candidate`` and ``finite`` added.
-        Candidates are the examples whose suggested label (of run and neighbours together, see ``columns``) differs from
-        the given one; without class decisions, the most suspicious 5 %. Examples that are not finite rank
-        last.
-
-    Raises:
-        ValueError: If there is no column to rank by.
-    """
-    result = dict(columns)
-    size = len(columns["index"])
-    finite = columns.get("finite", np.ones(size, dtype=bool)).astype(bool)
-    suspicion = np.where(finite, _suspicion(columns, finite), np.nan)
-    order = np.lexsort((columns["index"], -np.nan_to_num(suspicion, nan=-np.inf)))
-    ranks = np.empty(size, dtype=np.int64)
-    ranks[order] = np.arange(1, size + 1)
-    if "suggested" in columns and "label" in columns:
-        known = (columns["suggested"] >= 0) & (columns["label"] >= 0)
-        candidate = finite & known & (columns["suggested"] != columns["label"])
-    else:
-        candidate = finite & (ranks <= np.ceil(_FALLBACK_SHARE * finite.sum()))
-    return result | {"suspicion": suspicion, "rank": ranks, "candidate": candidate, "finite": finite}
-
-
-def ingredients(columns: Columns) -> tuple[str, ...]:
-    """Return the names of the columns that the ranking combines."""
-    for group in _INGREDIENTS:
-        present = tuple(name for name in group if name in columns and np.isfinite(columns[name]).any())
-        if present:
-            return present
-    raise ValueError(f"nothing to rank by: none of {sum(_INGREDIENTS, ())} among the columns {sorted(columns)}.")
-
-
-def _suspicion(columns: Columns, finite: NDArray[Any]) -> NDArray[np.float64]:
-    total = np.zeros(len(finite))
-    for name in ingredients(columns):
-        values = columns[name].astype(np.float64)
-        usable = finite & np.isfinite(values)
-        centred = values - values[usable].mean() if usable.any() else values
-        spread = centred[usable].std() if usable.any() else 0.0
-        # An example that was never trained on says nothing: the mean, not an extreme.
-        z = np.where(usable, centred, 0.0) / (spread if spread > 0 else 1.0)
-        total += -z if name in LOW_IS_SUSPICIOUS else z
-    return total
-
-
-def summary(report: AuditReport, rows: int = 10) -> str:
-    """Return the report as a few lines of text: what was covered, what was found, where it lies.
-
-    Args:
-        report: The report.
-        rows: Number of candidates to list.
-    """
-    manifest = report.manifest
-    lines = [f"Influence audit of {len(report):,} training examples ({report.status})"]
-    if coverage := manifest.get("coverage"):
-        lines.append(f"  coverage    {coverage['summary']}")
-    if seconds := manifest.get("seconds"):
-        spent = ", ".join(f"{name} {_told(value, '.1f')} s" for name, value in seconds.items())
-        lines.append(f"  time        {spent}")
-    if swept := manifest.get("damping_sweep"):
-        pairs = zip(swept["factors"], swept["stability"], strict=False)
-        told = ", ".join(
-            f"{_told(stability, '.2f')} with {_told(factor, 'g')} x" for factor, stability in pairs if factor != 1
-        )
-        lines.append(f"  damping     rank correlation of self_influence: {told} (on {swept['examples']} examples)")
-    for note in manifest.get("notes", ()):
-        lines.append(f"  note        {note}")
-    bad = report.nonfinite
-    if len(bad):
-        listed = ", ".join(map(str, bad[:10])) + (" ..." if len(bad) > 10 else "")
-        lines.append(f"  non-finite  {len(bad)} examples, left out of the factors: {listed}")
-    candidates = report.candidates
-    share = len(candidates) / max(len(report), 1)
-    ranked_by = " + ".join(manifest.get("ranked_by", ()))
-    lines.append(f"  candidates  {len(candidates):,} ({share:.1%}){f' ranked by {ranked_by}' if ranked_by else ''}")
-    lines += _table(report, candidates[:rows])
-    lines += _queries(report)
-    if detection := manifest.get("detection"):
-        lines.append("  against the known label noise (recall: share found in the first 10 %)")
-        lines.append(f"    {'column':<24}{'AUROC':>8}{'AP':>8}{'recall':>8}")
-        for name, values in detection.items():
-            numbers = "".join(_told(values[key], "8.3f") for key in ("auroc", "average_precision", "recall_at"))
-            lines.append(f"    {name:<24}{numbers}")
-    if report.directory is not None:
-        lines.append(f"  saved in    {report.directory}")
-    return "\n".join(lines)
-
-
-def _told(value: float | None, form: str) -> str:
-    """Return a number as text; in a manifest that was read, null stands for NaN."""
-    return format(float("nan") if value is None else value, form)
-
-
-def _queries(report: AuditReport, named: int = 3) -> list[str]:
-    """Return a line for every query, with its strongest proponents and opponents."""
-    about = report.manifest.get("queries")
-    if not about:
-        return []
-    lines = [f"  queries     {about['title']}"]
-    if "value" in about:
-        lines[0] += f"; {about['measurement']} of all {about['examples']:,}: {_told(about['value'], '.4g')}"
-    pairs = report.pairs
-    if pairs is None:
-        return lines
-    for number in np.unique(pairs["number"]):
-        own = pairs["number"] == number
-        first = int(np.flatnonzero(own)[0])
-        told = f"    #{int(pairs['query'][first])}"
-        if pairs["query_label"][first] >= 0:
-            told += f" given {int(pairs['query_label'][first])}, predicted {int(pairs['query_predicted'][first])}"
-        told += f", {about['per_query']} {pairs['measured'][first]:.3g}"
-        for kind in ("proponent", "opponent"):
-            rows = np.flatnonzero(own & (pairs["kind"] == kind))[:named]
-            strongest = ", ".join(f"{int(pairs['index'][row])} ({pairs['score'][row]:+.3g})" for row in rows)
-            told += f"; {kind}s {strongest or 'none'}"
-        lines.append(told)
-    return lines
-
-
-def _table(report: AuditReport, indices: NDArray[np.int64]) -> list[str]:
-    names = [
-        name
-        for name in ("rank", "index", "label", "suggested", "suspicion", "el2n", "self_influence", "harm")
-        if name in report.columns
-    ]
-    if not len(indices):
-        return []
-    titles = {"label": "given"}
-    lines = ["    " + "".join(f"{titles.get(name, name):>15}" for name in names)]
-    position = {int(index): row for row, index in enumerate(report.columns["index"])}
-    for index in indices:
-        row = position[int(index)]
-        cells = [report.columns[name][row] for name in names]
-        lines.append("    " + "".join(f"{cell:>15.4g}" for cell in cells))
-    return lines

@@ -39,6 +39,8 @@ def unlearner_maker(
     labels = {index: int(label) for index, label in pairs if label >= 0}
 
     def make(curvature: CurvatureName) -> Unlearner:
-        return Unlearner.fitted(later, planned(curvature), examples, labels=labels, weight_decay=weight_decay)
+        passes = later.calibrate(examples)
+        fitted = planned(curvature).fit(passes, examples)
+        return Unlearner(passes, fitted, examples, labels=labels, weight_decay=weight_decay)
 
     return make

@@ -20,9 +20,9 @@ from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
 from lightning_influence.curvature import (
+    SOLVERS,
     CurvatureName,
     Fisher,
-    IterativeSolver,
     check_curvature,
     check_labels,
     check_solver,
@@ -48,7 +48,7 @@ def check_arguments(audit: InfluenceAudit) -> None:
     check_choice("uncovered", audit.uncovered, get_args(Uncovered))
     check_layers(audit.layers)
     check_damping(audit.damping)
-    check_choice("solver", audit.solver, ("auto", "dense", *get_args(IterativeSolver)))
+    check_choice("solver", audit.solver, ("auto", "dense", *SOLVERS))
     check_solver(audit.curvature, audit.solver)
     if audit.factor_examples != "auto" and audit.factor_examples is not None:
         check_count("factor_examples", audit.factor_examples, '"auto", None for all examples')

@@ -26,8 +26,11 @@ from torch.utils.data import (
 
 from lightning_influence.callbacks.display import progress_of
 from lightning_influence.core import distributed
-from lightning_influence.core.isolation import isolated_rng, kept, left_alone
-from lightning_influence.core.reachable import Found, is_users, shallow
+from lightning_influence.core.containers import tensors_in
+from lightning_influence.core.isolation import kept, left_alone
+from lightning_influence.core.origin import is_users
+from lightning_influence.core.random_streams import isolated_rng
+from lightning_influence.core.reachable import Found, shallow
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.passes import ExampleGradients
@@ -288,13 +291,8 @@ def example_images(dataset: Any, indices: list[int]) -> torch.Tensor | None:
 
 def _image_in(example: Any) -> torch.Tensor | None:
     """Find the first ``[c, h, w]`` or ``[h, w]`` tensor of an example."""
-    if isinstance(example, torch.Tensor):
-        image = example.unsqueeze(0) if example.ndim == 2 else example
-        is_image = image.ndim == 3 and image.shape[0] in (1, 3, 4) and min(image.shape[1:]) >= 4
-        return image.float().cpu() if is_image else None
-    if isinstance(example, dict):
-        example = list(example.values())
-    if isinstance(example, (list, tuple)):
-        found = (_image_in(item) for item in example)
-        return next((item for item in found if item is not None), None)
+    for tensor in tensors_in(example):
+        image = tensor.unsqueeze(0) if tensor.ndim == 2 else tensor
+        if image.ndim == 3 and image.shape[0] in (1, 3, 4) and min(image.shape[1:]) >= 4:
+            return image.float().cpu()
     return None

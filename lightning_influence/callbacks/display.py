@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -18,8 +18,6 @@ Advance = Callable[[int], Any]
 
 # Bars of trainers whose display has failed: it stays off, or every batch would fail again.
 _BROKEN: WeakSet[Any] = WeakSet()
-# Rows of ours that a trainer's rich display holds, hidden: removing one would shift those that the trainer counts on.
-_HIDDEN: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -36,28 +34,6 @@ def tolerated(what: str, said: set[str]) -> Iterator[None]:
         if what not in said:
             said.add(what)
             rank_zero_warn(f"influence audit: {what} failed, all else goes on ({type(error).__name__}: {error})")
-
-
-class TolerantWriter:
-    """A logger's event-file writer each of whose calls may fail alone.
-
-    Args:
-        logger: A TensorBoard logger.
-        said: What has been said to have failed.
-    """
-
-    def __init__(self, logger: Any, said: set[str]) -> None:
-        self._logger = logger
-        self._said = said
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        """Return the writer's method of this name."""
-
-        def call(*args: Any, **kwargs: Any) -> None:
-            with tolerated(f"{name} of {type(self._logger).__name__}", self._said):
-                getattr(self._logger.experiment, name)(*args, **kwargs)
-
-        return call
 
 
 def progress_of(trainer: Trainer) -> Progress | None:
@@ -120,14 +96,11 @@ def _in_rich(bar: Any, title: str, examples: int) -> tuple[Advance, Callable[[],
     if display is None or not display.live.is_started:
         display, own = Display(console=console, transient=True), True
         display.start()
-    hidden = _HIDDEN.setdefault(display, [])
-    row = hidden.pop() if hidden else display.add_task(title, total=examples)
-    display.reset(row, total=examples, description=title, visible=True)
+    row = display.add_task(title, total=examples)
 
     def close() -> None:
         with suppress(KeyError):
-            display.update(row, visible=False)
-        hidden.append(row)
+            display.update(row, visible=False)  # to remove it would shift the rows that the trainer counts on
         if own:
             display.stop()
 

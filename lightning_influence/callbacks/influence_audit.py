@@ -227,7 +227,7 @@ class InfluenceAudit(RunHooks):
 
         Raises:
             RuntimeError: Before an audit is complete.
-            ValueError, IndefiniteError: As ``Unlearner.fitted``.
+            ValueError, IndefiniteError: As ``curvature.fit``.
 
         Example:
             >>> update = audit.unlearner().newton_removal(audit.report.candidates[:10], leverage=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_influence.audit import report as audit
-from lightning_influence.audit.columns import LOW_IS_SUSPICIOUS, SCORE_COLUMNS
+from lightning_influence.audit.columns import scored
+from lightning_influence.audit.ranking import ingredients
 from lightning_influence.core import isolation
 from lightning_influence.curvature import Curvature
 from lightning_influence.gradients.coverage import listed
@@ -36,7 +35,7 @@ def audit_described(
         "dataset_size": len(gradients.source),
         "nonfinite": columns["index"][~columns["finite"]],
         "fingerprint": _fingerprint(gradients, columns),
-        "ranked_by": list(audit.ingredients(columns)),
+        "ranked_by": list(ingredients(columns)),
         "coverage": {
             "share": coverage.share,
             "summary": coverage.describe(),
@@ -61,13 +60,8 @@ def audit_described(
 
 def detection_of(columns: Columns, mislabelled: NDArray[Any]) -> dict[str, dict[str, float]]:
     """Tell how well each score finds the labels that are known to be wrong."""
-    result = {}
     truth = torch.from_numpy(mislabelled)
-    for name in SCORE_COLUMNS:
-        if name in columns and np.isfinite(columns[name]).any():
-            scores = torch.from_numpy(columns[name].astype(np.float64))
-            result[name] = mislabel_detection(-scores if name in LOW_IS_SUSPICIOUS else scores, truth)
-    return result
+    return {name: mislabel_detection(torch.from_numpy(scores), truth) for name, scores in scored(columns).items()}
 
 
 def _fingerprint(gradients: ExampleGradients, columns: Columns) -> dict[str, str]:

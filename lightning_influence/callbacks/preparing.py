@@ -20,7 +20,8 @@ from torch.utils.data import default_collate
 from lightning_influence.audit.store.store import AuditStore, StoreError
 from lightning_influence.callbacks import bridge
 from lightning_influence.core import distributed, isolation
-from lightning_influence.core.isolation import seed_everything, unchanged, untouched
+from lightning_influence.core.isolation import unchanged, untouched
+from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.core.reachable import Walk
 from lightning_influence.core.snapshot import StateError
 from lightning_influence.core.torch_private import is_compiled, meets_compiled
@@ -110,7 +111,7 @@ def _step_is_compiled(
     try:
         with isolation.untouched(module, task):
             ((_, batch),) = source.batches(chosen, len(chosen))
-            isolation.seed_everything(0)
+            seed_everything(0)
             with meets_compiled() as met, surroundings["forward_context"]():
                 task(module, surroundings["to_device"](batch))
             return met.found

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_influence.audit.queries import Columns, Queries, QueryPairs, QuerySearch
 from lightning_influence.callbacks import bridge
 from lightning_influence.core import distributed
+from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.curvature import Curvature, SolverError
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.coverage import Coverage
@@ -86,10 +86,10 @@ class QueryReport:
             return
         try:
             self.asked.measured.measure([(queries.with_scale(None), chosen) for queries, chosen in sets])
-        except torch.OutOfMemoryError:
-            raise
         # A user's function may raise anything, and so may a task that meets another kind of batch.
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise MisconfigurationException(
                 f"InfluenceAudit(queries=...): {self.asked.measured.name} can't be measured on the query set: {error}"
             ) from error

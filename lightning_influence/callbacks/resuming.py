@@ -11,8 +11,7 @@ from typing import Any, Protocol
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_influence.audit.report import AuditReport
-from lightning_influence.audit.store.encoding import jsonable
-from lightning_influence.audit.store.store import AuditStore, StoreError
+from lightning_influence.audit.store.store import AuditStore, StoreError, jsonable
 from lightning_influence.callbacks import bridge
 from lightning_influence.training.recording import Recording
 
@@ -129,7 +128,7 @@ def finished_report(
     except StoreError:
         return None
     manifest = report.manifest
-    same = manifest.get("arguments") == jsonable(arguments, "arguments") and manifest.get("step") == step
+    same = manifest.get("arguments") == jsonable(arguments) and manifest.get("step") == step
     same = same and (not detects or "detection" in manifest)
     return report if same and report.status == "complete" else None
 

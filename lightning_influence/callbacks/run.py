@@ -17,6 +17,7 @@ from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.afterwards import MakeUnlearner, unlearner_maker
 from lightning_influence.callbacks.batch_indices import KnownBatch
+from lightning_influence.callbacks.keeping import keep_checkpoint, take_over_checkpoints
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
@@ -106,7 +107,7 @@ class AuditRun:
     def take_over(self, trainer: Trainer) -> None:
         """Take over the checkpoints that a run which is resumed has kept."""
         if self.tracin is not None:
-            self.reporter.take_over_checkpoints(self.tracin, self.recording, trainer.global_step)
+            take_over_checkpoints(self.reporter.store, self.tracin, self.recording, trainer.global_step)
         self.recording.directory = str(self.reporter.directory or "")
 
     def catch_up(self, trainer: Trainer, module: LightningModule) -> None:
@@ -270,7 +271,7 @@ class AuditRun:
             preconditioner=preconditioners(trainer.optimizers, module),
             optimizer=", ".join(sorted(taken.optimizers)),
         )
-        self.reporter.keep_checkpoint(checkpoint, tracin, self.recording)
+        keep_checkpoint(self.reporter.store, checkpoint, tracin, self.recording)
         return checkpoint
 
     # ---------------------------------------------------------------- the end

@@ -1,48 +1,52 @@
-"""Tensors in nested containers."""
+"""Nested containers: what arguments, results, batches and examples are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
+Path: TypeAlias = tuple[Any, ...]
+"""Keys and positions that lead to a value in nested mappings, tuples and lists."""
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in arguments or results: in sequences and mappings, too."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
+_DEEPEST = 16  # a list may hold itself
+
+
+def children(node: Any) -> Iterable[tuple[Any, Any]] | None:
+    """Return keys and items of a mapping, list or tuple; None for anything else."""
+    if isinstance(node, (tuple, list)):
+        return enumerate(node)
+    return node.items() if isinstance(node, Mapping) else None
+
+
+def leaves(node: Any, path: Path = (), depth: int = _DEEPEST) -> Iterator[tuple[Path, Any]]:
+    """Yield what is no container, with its path; containers beyond a depth are not looked into."""
+    items = children(node) if depth else None
+    if items is None:
+        yield path, node
+    else:
+        for key, item in items:
+            yield from leaves(item, (*path, key), depth - 1)
+
+
+def tensors_in(node: Any) -> Iterator[Tensor]:
+    """Yield the tensors in arguments or results."""
+    if isinstance(node, Tensor):  # a step asks this of every call: directly, which takes half the time
+        yield node
+    else:
+        for _, item in children(node) or ():
             yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Return arguments with every tensor replaced, in the order of ``tensors_in``."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)([map_tensors(function, item) for item in value])
-    if isinstance(value, Mapping):
-        return {key: map_tensors(function, item) for key, item in value.items()}
-    return value
-
-
-_T = TypeVar("_T")
-
-
-def _moved(batch: _T, device: torch.device) -> _T:
-    moved: Any = batch
-    if isinstance(batch, Tensor):
-        moved = batch.to(device)
-    elif isinstance(batch, Mapping):
-        moved = {key: _moved(value, device) for key, value in batch.items()}
-    elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        moved = type(batch)(*(_moved(value, device) for value in batch))
-    elif isinstance(batch, (list, tuple)):
-        moved = type(batch)(_moved(value, device) for value in batch)
-    return cast("_T", moved)
+def map_tensors(function: Callable[[Tensor], Tensor], node: Any) -> Any:
+    """Return nested containers with every tensor replaced, in the order of ``tensors_in``."""
+    if isinstance(node, Tensor):
+        return function(node)
+    items = children(node)
+    if items is None:
+        return node
+    mapped = {key: map_tensors(function, item) for key, item in items}
+    if isinstance(node, Mapping):
+        return mapped
+    return type(node)(*mapped.values()) if hasattr(node, "_fields") else type(node)(list(mapped.values()))

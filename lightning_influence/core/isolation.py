@@ -7,64 +7,21 @@ memory bank, a meter, a counter in a closure) are the same objects with the same
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import nn
 
+from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.core.reachable import Found, Walk
 from lightning_influence.core.snapshot import Snapshot
 from lightning_influence.core.torch_private import eagerly
 
 # Containers of data sets with more items are not looked into.
 LONGEST_OF_DATA = 1_000
-
-
-@contextmanager
-def isolated_rng() -> Iterator[None]:
-    """Restore the random streams of Python, NumPy and torch (CPU and every initialised accelerator)."""
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
-    cpu_state = torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    mps_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(cpu_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
-        if mps_state is not None:
-            torch.mps.set_rng_state(mps_state)
-
-
-def seed_generator(generator: Any, seed: int) -> None:
-    """Put a random generator of any kind at the start of the stream of ``seed``."""
-    if isinstance(generator, torch.Generator):
-        generator.manual_seed(seed)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = type(generator.bit_generator)(seed).state
-    else:
-        generator.seed(seed % 2**32)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global streams; use under ``isolated_rng``."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    # `torch.manual_seed` formats a stack trace for an accelerator that may not be there: 0.4 ms each time.
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
-    if torch.backends.mps.is_available():
-        torch.mps.manual_seed(seed)
 
 
 @contextmanager
@@ -112,8 +69,8 @@ def untouched(module: nn.Module, *others: object) -> Iterator[None]:
     reached = list(Walk([("", module), *((getattr(other, "__name__", "task"), other) for other in others)]))
     with ExitStack() as guards:
         guards.enter_context(isolated_rng())
-        guards.enter_context(_evaluating([found.value for found in reached if isinstance(found.value, nn.Module)]))
-        guards.enter_context(_frozen(reached))
+        for kind, flag in ((nn.Module, "training"), (nn.Parameter, "requires_grad")):
+            guards.enter_context(_turned_off([one.value for one in reached if isinstance(one.value, kind)], flag))
         guards.enter_context(kept(module, reached))
         guards.enter_context(torch.inference_mode(False))
         guards.enter_context(torch.enable_grad())
@@ -158,28 +115,14 @@ def hidden_parameters(root: nn.Module) -> list[nn.Parameter]:
 
 
 @contextmanager
-def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Put every module in eval mode and give each its own mode back (a frozen BatchNorm stays frozen)."""
-    modes = [(module, module.training) for module in modules]
+def _turned_off(things: list[Any], flag: str) -> Iterator[None]:
+    """Put every module in eval mode, or freeze every parameter; each gets what it had (a frozen BatchNorm) back."""
+    before = [(thing, getattr(thing, flag)) for thing in things]
     try:
         # The attribute instead of .eval(): a LightningModule may override train()/eval() with side effects.
-        for module in modules:
-            module.training = False
+        for thing in things:
+            setattr(thing, flag, False)
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _frozen(reached: list[Found]) -> Iterator[None]:
-    """Clear ``requires_grad`` of every parameter: backward passes then compute no weight gradients."""
-    parameters = [found.value for found in reached if isinstance(found.value, nn.Parameter)]
-    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for thing, value in before:
+            setattr(thing, flag, value)

@@ -78,18 +78,13 @@ def settle_order(layout: BatchLayout, tensor: Tensor, n: int) -> Order | None:
     Returns:
         None if the values do not tell (all examples alike, or noise on all of them).
     """
-    values = tensor.detach()
-    values = wide(values) if values.is_floating_point() else values.long()
-    alike: list[Order] = []
+    values = wide(tensor.detach()) if tensor.is_floating_point() else tensor.detach().long()
+    finite = values[torch.isfinite(values)].abs()
+    scale = float(finite.max()) if len(finite) and tensor.is_floating_point() else 0.0  # numbers of tokens have none
     orders: tuple[Order, Order] = ("major", "minor")
+    alike: list[Order] = []
     for order in orders:
         rows = BatchLayout(layout.dim, order).by_example(values, n)
-        first, last = rows[0], rows[-1]
-        if values.is_floating_point():
-            scale = float(values[torch.isfinite(values)].abs().max()) if bool(torch.isfinite(values).any()) else 0.0
-            same = torch.allclose(first, last, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
-        else:
-            same = torch.equal(first, last)
-        if same:
+        if torch.allclose(rows[0], rows[-1], rtol=1e-3 if scale else 0, atol=1e-4 * scale, equal_nan=True):
             alike.append(order)
     return alike[0] if len(alike) == 1 else None

@@ -8,6 +8,7 @@ import torch
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED")
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -22,6 +23,14 @@ def fits(size: float, device: torch.device) -> bool:
     """Tell whether ``size`` bytes can be taken; yes where the system does not tell."""
     available = available_bytes(device)
     return available is None or size <= available
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory has run out: no fault of the task or the data that it came up with."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # Plain ones: the allocator of the host, and those of other accelerators and libraries.
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _OUT_OF_MEMORY)
 
 
 def readable(size: float) -> str:

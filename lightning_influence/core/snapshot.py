@@ -15,16 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_influence.core.reachable import BUFFERS, GENERATORS, SHARED, Found, is_stream
-from lightning_influence.core.states import (
-    ArrayState,
-    BytesState,
-    Contents,
-    GeneratorState,
-    State,
-    TensorState,
-    values_in,
-)
+from lightning_influence.core.origin import is_stream
+from lightning_influence.core.random_streams import GENERATORS
+from lightning_influence.core.reachable import BUFFERS, SHARED, Found
+from lightning_influence.core.states import Contents, State, TensorState, ValueState, values_in
 from lightning_influence.core.torch_private import TorchDispatchMode
 
 # Tensors beyond this are copied when they are first written to, not before, unless they are parameters.
@@ -72,8 +66,9 @@ class Snapshot:
 
     def _note(self, found: Found, data: bool) -> None:
         value = found.value
-        on_host = isinstance(value, Tensor) and value.device.type == "cpu"
-        if (on_host and value.is_shared()) or isinstance(value, SHARED):
+        if isinstance(value, SHARED) or (
+            isinstance(value, Tensor) and value.device.type == "cpu" and value.is_shared()
+        ):
             self.shared.add(found.path)
         if found.slots is not None:
             contents = Contents(found, found.slots)
@@ -85,17 +80,14 @@ class Snapshot:
             if is_lazy(value) or value.is_meta or (is_large and data):
                 return
             later = is_large and not isinstance(value, nn.Parameter) and value.layout == torch.strided
-            state = TensorState(found, value, copied=not later)
+            state = TensorState(found, copied=not later)
             self._states.append(state)
             if later:
                 self._unwritten.add(state)
-        elif isinstance(value, np.ndarray):
-            if not (isinstance(value, np.memmap) or (value.nbytes > _LARGE and data)):
-                self._states.append(ArrayState(found, value))
-        elif isinstance(value, GENERATORS):
-            self._states.append(GeneratorState(found, value))
-        elif isinstance(value, BUFFERS):
-            self._states.append(BytesState(found, value))
+        elif isinstance(value, (*GENERATORS, *BUFFERS)) or (
+            isinstance(value, np.ndarray) and not (isinstance(value, np.memmap) or (value.nbytes > _LARGE and data))
+        ):
+            self._states.append(ValueState(found))
 
     @property
     def watch(self) -> TorchDispatchMode | None:
@@ -146,7 +138,7 @@ class Snapshot:
                 self._moving[id(state)] = state
                 if not state.expected:
                     self.changed |= dict.fromkeys(changed)
-                if not (state.restore_numbers() if numbers else state.restore()):
+                if not state.restore(numbers=numbers):
                     lost += changed
         if lost:
             raise StateError(
@@ -161,7 +153,8 @@ class Snapshot:
             if not _is_one_way(value):
                 return value
             if id(value) not in copies:
-                copies[id(value)] = _copy(value) if _is_copyable(value) else _Stream(value, self._way_out)
+                copyable = isinstance(value, (Tensor, *_ITERATORS))
+                copies[id(value)] = _copy(value) if copyable else _Stream(value, self._way_out)
             return copies[id(value)]
 
         for contents in self._one_way:
@@ -169,11 +162,7 @@ class Snapshot:
 
 
 def _is_one_way(value: Any) -> bool:
-    return value.grad_fn is not None if isinstance(value, Tensor) else _is_copyable(value) or is_stream(value)
-
-
-def _is_copyable(value: Any) -> bool:
-    return isinstance(value, (Tensor, *_ITERATORS))
+    return value.grad_fn is not None if isinstance(value, Tensor) else isinstance(value, _ITERATORS) or is_stream(value)
 
 
 class _Stream(Iterator[Any]):

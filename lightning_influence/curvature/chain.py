@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -20,19 +21,14 @@ from lightning_influence.core.memory import available_bytes, fits, readable
 from lightning_influence.core.precision import exact
 from lightning_influence.curvature.coordinates import BlockCoordinates
 from lightning_influence.curvature.curvature import BlockCurvature
+from lightning_influence.curvature.dense import in_blocks
 from lightning_influence.curvature.fit import FactorExamples, fit
 from lightning_influence.curvature.products.ggn import GGNProduct
 from lightning_influence.curvature.products.hessian import HessianProduct
 from lightning_influence.curvature.products.product import CurvatureProduct
 from lightning_influence.gradients.passes import ExampleGradients, Labels
 
-TITLES = {
-    "hessian": "Hessian",
-    "ggn": "GGN",
-    "block_ggn": "block GGN",
-    "ekfac": "EK-FAC",
-    "kfac": "K-FAC",
-}
+TITLES = {"hessian": "Hessian", "ggn": "GGN", "block_ggn": "block GGN", "ekfac": "EK-FAC", "kfac": "K-FAC"}
 # Five float64 matrices, and what their products and decompositions take.
 _BYTES = 8 * 9
 # Leading eigenvectors hold this share of a block's trace.
@@ -79,7 +75,7 @@ class Chain:
         lines = [f"{'step':<24}{'error':>8}{'eigenvalues':>13}{'eigenbasis':>12}"]
         for step in self.steps:
             name = f"{TITLES[step.start]} -> {TITLES[step.end]}"
-            values, basis = _mean(step.eigenvalue_overlap), _mean(step.eigenbasis_overlap)
+            values, basis = fmean(step.eigenvalue_overlap.values()), fmean(step.eigenbasis_overlap.values())
             lines.append(f"{name:<24}{step.error:>8.3f}{values:>13.3f}{basis:>12.3f}")
         energy = ", ".join(f"{TITLES[name]} {self.off_block_energy[name]:.1%}" for name in ("hessian", "ggn"))
         return "\n".join([*lines, f"energy outside of the layers' blocks: {energy}"])
@@ -106,9 +102,11 @@ def curvature_chain(gradients: ExampleGradients, indices: Sequence[int], *, labe
             f"{readable(available_bytes(device) or 0)} are available on {device}; choose fewer layers "
             "(`discover(..., layers=[...])`)."
         )
+    kinds: dict[str, type[CurvatureProduct]] = {"hessian": HessianProduct, "ggn": GGNProduct}
+    parameters = coordinates.parameters
     matrices = {
-        "hessian": _dense(HessianProduct(gradients, indices, parameters=coordinates.parameters), coordinates),
-        "ggn": _dense(GGNProduct(gradients, indices, parameters=coordinates.parameters), coordinates),
+        name: exact(in_blocks(kind(gradients, indices, parameters=parameters), coordinates))
+        for name, kind in kinds.items()
     }
     blocks = coordinates.slices()
     matrices["block_ggn"] = torch.block_diag(*(matrices["ggn"][part, part] for part in blocks.values()))
@@ -134,11 +132,6 @@ def curvature_chain(gradients: ExampleGradients, indices: Sequence[int], *, labe
     return Chain(matrices, blocks, tuple(steps), energy)
 
 
-def _dense(product: CurvatureProduct, coordinates: BlockCoordinates) -> Tensor:
-    places = coordinates.places_in(product.flat)
-    return exact(product.to_dense(limit=coordinates.size)[places][:, places])
-
-
 def _spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues, the largest first, and eigenvectors in columns."""
     values, vectors = torch.linalg.eigh(matrix)
@@ -162,7 +155,3 @@ def _off_block_energy(matrix: Tensor, blocks: Mapping[str, slice]) -> float:
     inside = sum(float(matrix[part, part].square().sum()) for part in blocks.values())
     total = float(matrix.square().sum())
     return 1 - inside / total if total else 0.0
-
-
-def _mean(values: Mapping[str, float]) -> float:
-    return sum(values.values()) / len(values)

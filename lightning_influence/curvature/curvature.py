@@ -8,6 +8,7 @@ Index legend: ``n`` examples of a batch, ``k`` groups, ``o`` outputs, ``i`` inpu
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lightning_influence.core.precision import wide_zeros
 from lightning_influence.curvature.blocks.block import CurvatureBlock, Eigenbasis
-from lightning_influence.curvature.solve.cg import Solution
+from lightning_influence.curvature.solve.solution import Solution
 from lightning_influence.gradients.capture import LayerIO
 
 
@@ -53,6 +54,7 @@ class Curvature(ABC):
         labels: Which labels each pass over the data used; products with GGN and Hessian use none.
         examples: Number of examples that each pass, and the products, saw.
         notes: What a reader of its scores should know.
+        weights: Block name to a checksum of the weights that it was fitted at, see ``saved``.
         solves: How the iterative solver fared, one entry for each ``solve``; empty where solving is exact.
     """
 
@@ -64,6 +66,7 @@ class Curvature(ABC):
         self.labels = tuple(labels)
         self.examples = tuple(examples)
         self.notes: list[str] = []
+        self.weights: dict[str, str] = {}
         self.solves: list[Solution] = []
 
     @property
@@ -92,7 +95,18 @@ class Curvature(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-        """Return what the store keeps: file name -> tensors and text about them."""
+        """Return what the store keeps: file name -> tensors and text about them; ``saved.restored`` takes it back."""
+
+    def about(self, damping: str, weights: str) -> dict[str, str]:
+        """Return the text about stored tensors."""
+        return {
+            "curvature": self.name,
+            "kind": self.name,
+            "damping": damping,
+            "weights": weights,
+            "labels": json.dumps(self.labels),
+            "examples": json.dumps(self.examples),
+        }
 
 
 class BlockCurvature(Curvature):
@@ -131,11 +145,10 @@ class BlockCurvature(Curvature):
         return _BlockScorer(self, n)
 
     def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-        """Return the fitted state of every block that has one."""
+        """Return the fitted state of every block."""
         return {
-            name: (dict(block.tensors), {"kind": self.name, "damping": repr(self.dampings[name])})
+            name: (dict(block.tensors), self.about(repr(self.dampings[name]), self.weights.get(name, "")))
             for name, block in self.blocks.items()
-            if block.tensors
         }
 
 
@@ -152,11 +165,9 @@ class _BlockScorer(Scorer):
         return norms, inner
 
     def self_influence(self) -> Tensor:
-        parts = list(self._parts.values())
-        if not parts:
-            return torch.zeros(self._n, dtype=torch.float64)
-        total = wide_zeros(self._n, parts[0].device)
-        for part in parts:
+        device = next((part.device for part in self._parts.values()), torch.device("cpu"))
+        total = wide_zeros(self._n, device)
+        for part in self._parts.values():
             total += part
         return total
 

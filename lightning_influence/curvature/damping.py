@@ -13,7 +13,7 @@ does not come on top of the relative one, which is a heuristic of its own: there
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,47 +58,33 @@ def choose_damping(
     Raises:
         ValueError: If ``damping`` is none of these.
     """
-    if not isinstance(damping, str):
-        if isinstance(damping, bool) or not math.isfinite(damping) or damping < 0:
-            raise ValueError(f'damping={damping!r}; expected a number >= 0, "relative", "trainer" or "auto".')
-        return DampingChoice(absolute=float(damping), rule="absolute")
-    if damping not in ("auto", "relative", "trainer"):
+    number = isinstance(damping, (int, float)) and not isinstance(damping, bool) and 0 <= damping < math.inf
+    if not number and damping not in ("auto", "relative", "trainer"):
         raise ValueError(f'damping={damping!r}; expected a number >= 0, "relative", "trainer" or "auto".')
+    if not isinstance(damping, str):
+        return DampingChoice(absolute=float(damping), rule="absolute")
     rule = default if damping == "auto" else damping
     if rule == "relative":
         return DampingChoice()
-    reason = _no_trainer_damping(history)
-    if reason or history is None:
-        return DampingChoice(
-            notes=(
-                f"the damping is 0.1 of the mean eigenvalue: {reason}, so there is no damping that follows from the "
-                "training (1 / sum of step sizes). A number for `damping=` sets it.",
-            ),
+    if history is None or history.adaptive or not any(history.step_sizes.values()):
+        reason = "no optimizer step was seen"
+        if history is not None and any(history.step_sizes.values()):
+            reason = f"{', '.join(history.adaptive)} takes steps that are not multiples of the gradient"
+        note = (
+            f"the damping is 0.1 of the mean eigenvalue: {reason}, so there is no damping that follows from the "
+            "training (1 / sum of step sizes). A number for `damping=` sets it."
         )
+        return DampingChoice(notes=(note,))
     moved, decay = block_means(blocks, history.step_sizes), block_means(blocks, history.weight_decay)
     everywhere = sum(moved.values()) / len(moved)
     absolute = {name: 1 / (size or everywhere) + decay[name] for name, size in moved.items()}
     return DampingChoice(absolute=absolute, rule="trainer")
 
 
-def _no_trainer_damping(history: OptimizerHistory | None) -> str:
-    if history is None or not any(history.step_sizes.values()):
-        return "no optimizer step was seen"
-    if history.adaptive:
-        return f"{', '.join(history.adaptive)} takes steps that are not multiples of the gradient"
-    return ""
-
-
 def block_means(blocks: Mapping[str, ParameterBlock], values: Mapping[str, float]) -> dict[str, float]:
     """Return the mean over each block's scalars of what is known by parameter."""
-    return {name: _weighted(_pairs(block, values)) for name, block in blocks.items()}
-
-
-def _pairs(block: ParameterBlock, values: Mapping[str, float]) -> Iterable[tuple[float, int]]:
-    return [(values.get(name, 0.0), parameter.numel()) for name, parameter in block.parameters.items()]
-
-
-def _weighted(pairs: Iterable[tuple[float, int]]) -> float:
-    pairs = list(pairs)
-    total = sum(count for _, count in pairs)
-    return sum(value * count for value, count in pairs) / total if total else 0.0
+    sizes = {name: {p: value.numel() for p, value in block.parameters.items()} for name, block in blocks.items()}
+    return {
+        name: sum(values.get(p, 0.0) * count for p, count in counts.items()) / (sum(counts.values()) or 1)
+        for name, counts in sizes.items()
+    }

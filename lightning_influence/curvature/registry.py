@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -50,11 +51,19 @@ BLOCKS: dict[str, type[CurvatureBlock]] = {name: rung.block for name, rung in LA
 """The block-diagonal approximations."""
 
 
+def decompositions(name: str, block: ParameterBlock) -> list[tuple[int, int]]:
+    """Return ``(k, m)`` for every ``k`` matrices ``[m, m]`` that fitting a block decomposes."""
+    shapes = LADDER[name].block.fitted_shapes(block.shape, block.dense)
+    return [(shape[0], shape[-1]) for key, shape in shapes.items() if key.endswith("basis")]
+
+
 def fitted_bytes(name: str, blocks: Mapping[str, ParameterBlock]) -> int:
-    """Return the memory that a curvature takes while it is fitted, the work of its decompositions included."""
-    kind = LADDER[name].block
-    sizes = [kind.fitted_bytes(block.shape, block.dense) for block in blocks.values()]
-    return sum(kept for kept, _ in sizes) + max((working for _, working in sizes), default=0)
+    """Return the memory that a curvature takes in float32 while it is fitted, the work of its decompositions included.
+
+    One block is decomposed after the other.
+    """
+    kept, working = _bytes(name, blocks)
+    return sum(kept.values()) + max(working.values(), default=0)
 
 
 def check_memory(name: str, blocks: Mapping[str, ParameterBlock]) -> None:
@@ -68,14 +77,25 @@ def check_memory(name: str, blocks: Mapping[str, ParameterBlock]) -> None:
     needed = fitted_bytes(name, blocks)
     if available is None or needed <= available:
         return
-    kind = LADDER[name].block
-    by_size = sorted(blocks, key=lambda block: -sum(kind.fitted_bytes(blocks[block].shape, blocks[block].dense)))
-    largest = ", ".join(
-        f"{block} ({readable(sum(kind.fitted_bytes(blocks[block].shape, blocks[block].dense)))})"
-        for block in by_size[:3]
-    )
+    kept, working = _bytes(name, blocks)
+    sizes = {layer: kept[layer] + working[layer] for layer in blocks}
+    by_size = sorted(blocks, key=lambda layer: -sizes[layer])
+    largest = ", ".join(f"{layer} ({readable(sizes[layer])})" for layer in by_size[:3])
     raise ValueError(
         f"curvature={name!r} needs {readable(needed)} for {len(blocks)} layers, and {readable(available)} are "
         f'available on {device}; the largest: {largest}. Use `curvature="ggn"` (products only) or "diagonal", or leave '
         "layers out by `layers=`."
     )
+
+
+def _bytes(name: str, blocks: Mapping[str, ParameterBlock]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return what each block keeps (bases stand in the place of moments), and what its decomposition takes besides."""
+    kind = LADDER[name].block
+    shapes = {layer: kind.fitted_shapes(block.shape, block.dense) for layer, block in blocks.items()}
+    kept = {layer: 4 * sum(map(math.prod, each.values())) for layer, each in shapes.items()}
+    # In float64 one matrix, its eigenvectors, LAPACK's two more.
+    working = {
+        layer: max((16 * (k + 1) * size**2 for k, size in decompositions(name, block)), default=0)
+        for layer, block in blocks.items()
+    }
+    return kept, working

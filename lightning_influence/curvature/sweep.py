@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_influence.core import distributed
 from lightning_influence.core.precision import exact, wide_zeros
+from lightning_influence.core.ranks import average_ranks
 from lightning_influence.curvature.curvature import BlockCurvature
 from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
@@ -149,17 +150,6 @@ class Sweeper(Visitor):
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Return Spearman's correlation of two columns ``[n]``; 1 if neither says anything, 0 if one of them does not."""
-    first, second = (_ranks(column) for column in (a, b))
-    first, second = first - first.mean(), second - second.mean()
+    first, second = (ranks - ranks.mean() for ranks in map(average_ranks, (a, b)))
     scale = float(first.norm() * second.norm())
-    if not scale:
-        return float(bool((first == second).all()))
-    return float(first @ second) / scale
-
-
-def _ranks(column: Tensor) -> Tensor:
-    """Return ranks ``[n]``, ties sharing their mean."""
-    _, inverse, counts = torch.unique(column, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    ranks: Tensor = (last - (counts.double() - 1) / 2)[inverse]
-    return ranks
+    return float(first @ second) / scale if scale else float(torch.equal(first, second))

@@ -6,8 +6,9 @@ the examples that comes back in the batch (labels, padded texts, file names) tel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,24 +62,21 @@ class Link:
         if self.joined:
             return joined_scores(values, array_at(batch, self.batch))
         rows = rows_of(batch, self.batch, self.within)
-        return (
-            None
-            if rows is None
-            else np.array([[agreeing(v, r) for v in values] for r in rows]).reshape(-1, len(values))
-        )
+        if rows is None:
+            return None
+        return np.array([agreeing(value, row) for row in rows for value in values]).reshape(-1, len(values))
 
-    def in_order(self, values: Sequence[Any], batch: Any, places: Sequence[int]) -> bool:
+    def in_order(self, values: Sequence[Any], batch: Any, places: Iterable[int]) -> bool:
         """Tell whether there are as many rows as values, and those at some of the places hold them."""
-        if self.joined:
-            column = array_at(batch, self.batch)
-            starts = np.cumsum([0, *map(length_of, values)])
-            if column is None or not column.ndim or len(column) != starts[-1]:
-                return False
-            return all(agreeing(array_at(values[k]), column[starts[k] : starts[k + 1]]) >= 0 for k in places)
-        column = at(batch, self.batch)
-        if not hasattr(column, "__len__") or not getattr(column, "ndim", 1) or len(column) != len(values):
+        column: Any = array_at(batch, self.batch) if self.joined else at(batch, self.batch)
+        starts = [0, *accumulate(length_of(value) if self.joined else 1 for value in values)]
+        if not hasattr(column, "__len__") or not getattr(column, "ndim", 1) or len(column) != starts[-1]:
             return False
-        return all(agreeing(array_at(values[k]), array_at(column[k], self.within)) >= 0 for k in places)
+
+        def row(k: int) -> NDArray[Any] | None:
+            return column[starts[k] : starts[k + 1]] if self.joined else array_at(column[k], self.within)
+
+        return all(agreeing(array_at(values[k]), row(k)) >= 0 for k in places)
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,8 @@ class Collation:
             return straight
         if self.keeps_order and present:
             # A few rows of each batch: learning has looked at all of several.
-            places = sorted({0, len(present) // 2, len(present) - 1})
-            own = values if len(present) == len(items) else [[column[k] for k in present] for column in values]
+            places = {0, len(present) // 2, len(present) - 1}
+            own = [[column[k] for k in present] for column in values]
             if all(link.in_order(held, batch, places) for link, held in zip(self.links, own, strict=True)):
                 return straight
         total: NDArray[np.int64] | None = None
@@ -146,40 +144,30 @@ class Collating:
 
     def __call__(self, items: list[Any]) -> Any:
         """Collate a batch, or several."""
+        everything = range(len(items))
         if not self.apart:
-            return self._one(items)
+            return self._one(items, everything)
         # Those that are nothing go along with others: a collate function may not take them by themselves.
-        return [self._one([items[k] for k in part], part) for part in self._parts(items)]
+        parts = [part for part in self._parts(items) if any(items[k] is not None for k in part)]
+        return [self._one([items[k] for k in part], part) for part in parts]
 
-    def _one(self, items: list[Any], places: Sequence[int] | None = None) -> Collated:
-        collation = self.collation
-        present = [k for k, item in enumerate(items) if item is not None]
-        lengths = {collation.lengths_of(items[k]) for k in present} if collation.lengths else set()
+    def _one(self, items: list[Any], places: Sequence[int]) -> Collated:
         # Before the collate function, which may take the examples apart.
-        values = [_all_at(items, link.item) for link in collation.links]
+        lengths = {self.collation.lengths_of(item) for item in items if item is not None}
+        values = [[at(item, link.item) for item in items] for link in self.collation.links]
         kept = list(items)
-        if places is not None and not present:
-            return Collated(None, np.zeros(0, np.int64))
         data = self.collate_fn(items)
-        if data is None:
-            return Collated(None, np.zeros(0, np.int64))
-        order = collation.order(values, kept, data)
+        order = np.zeros(0, np.int64) if data is None else self.collation.order(values, kept, data)
         if isinstance(order, str):
             return Collated(data, None, order)
-        return Collated(data, order if places is None else np.array(places, np.int64)[order], "", len(lengths) > 1)
+        return Collated(data, np.array(places, np.int64)[order], "", data is not None and len(lengths) > 1)
 
     def _parts(self, items: list[Any]) -> list[list[int]]:
         """Share out the examples over batches whose number of rows tells of no other length than they have."""
-        everything = list(range(len(items)))
-        if not self.collation.lengths:
-            return [everything]
         lengths = [None if item is None else self.collation.lengths_of(item) for item in items]
         if self.collation.few_lengths:
-            groups: dict[Any, list[int]] = {}
-            for k in everything:
-                groups.setdefault(lengths[k], []).append(k)
-            return list(groups.values())
-        parts, waiting = [], [everything]
+            return [[k for k, own in enumerate(lengths) if own == length] for length in dict.fromkeys(lengths)]
+        parts, waiting = [], [list(range(len(items)))]
         while waiting:
             part = waiting.pop()
             own = [length for k in part if (length := lengths[k]) is not None]
@@ -189,15 +177,6 @@ class Collating:
             else:
                 parts.append(part)
         return parts
-
-
-def _all_at(items: Sequence[Any], path: Path) -> list[Any]:
-    if len(path) == 1:
-        try:
-            return [item[path[0]] for item in items]
-        except (TypeError, KeyError, IndexError):  # an example that is something else
-            pass
-    return [at(item, path) for item in items]
 
 
 def length_of(value: Any) -> int:

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Path = tuple[Any, ...]
+from lightning_influence.core.containers import Path, children
+
 _DEEPEST, _WIDEST = 4, 64
 _DEEPEST_TOLD = 16  # an object may hold itself
 _NUMBERS = (bool, int, float, np.number, np.bool_)
@@ -32,14 +33,12 @@ def array_at(node: Any, path: Path = ()) -> NDArray[Any] | None:
     """Return numbers or text at a path as an array, None for anything else."""
     value = at(node, path)
     if isinstance(value, Tensor):
-        try:
-            return value.numpy()
-        except (TypeError, RuntimeError):  # of another device, in a graph, without a type in NumPy
-            pass
         if value.layout != torch.strided or value.is_nested or value.is_quantized:
             return None
-        value = value.detach().cpu()
-        return np.asarray(value.float().numpy() if value.dtype == torch.bfloat16 else value.resolve_conj().numpy())
+        try:
+            return value.numpy(force=True)
+        except TypeError:  # bfloat16
+            return np.asarray(value.float().numpy(force=True))
     if isinstance(value, np.ndarray):
         return value
     if isinstance(value, (str, bytes, *_NUMBERS)) or (
@@ -49,13 +48,11 @@ def array_at(node: Any, path: Path = ()) -> NDArray[Any] | None:
     return None
 
 
-def _children(node: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(node, Mapping):
-        yield from list(node.items())[:_WIDEST]
-    elif isinstance(node, (list, tuple)):
-        yield from enumerate(node[:_WIDEST])
-    elif hasattr(node, "__dict__") and not isinstance(node, (type, Tensor, np.ndarray, torch.nn.Module)):
-        yield from list(vars(node).items())[:_WIDEST]
+def _held_by(node: Any) -> list[tuple[Any, Any]]:
+    """Return the entries of a container, or the attributes of an object."""
+    is_object = hasattr(node, "__dict__") and not isinstance(node, (type, Tensor, np.ndarray, torch.nn.Module))
+    items = children(node)
+    return list(items if items is not None else vars(node).items() if is_object else ())
 
 
 def parts(node: Any, depth: int = _DEEPEST) -> Iterator[Path]:
@@ -63,7 +60,7 @@ def parts(node: Any, depth: int = _DEEPEST) -> Iterator[Path]:
     if array_at(node) is not None:
         yield ()
     elif depth:
-        for key, child in _children(node):
+        for key, child in _held_by(node)[:_WIDEST]:
             yield from ((key, *rest) for rest in parts(child, depth - 1))
 
 
@@ -75,7 +72,7 @@ def columns(batch: Any, depth: int = _DEEPEST) -> Iterator[tuple[Path, Path]]:
     elif depth:
         if isinstance(batch, (list, tuple)) and batch:
             yield from (((), within) for within in parts(batch[0]))
-        for key, child in _children(batch):
+        for key, child in _held_by(batch)[:_WIDEST]:
             yield from (((key, *path), within) for path, within in columns(child, depth - 1))
 
 
@@ -125,23 +122,21 @@ def joined_scores(values: Sequence[NDArray[Any] | None], column: NDArray[Any] | 
     """Cut a column up into the values that lie end to end in it, ``[rows, n]`` as ``Link.scores``."""
     if column is None or not column.ndim:
         return None
+    left = {k: value for k, value in enumerate(values) if value is not None and value.ndim and len(value)}
     start, rows = 0, []
-    used: set[int] = set()
     while start < len(column):
-        for k, value in enumerate(values):
-            if k in used or value is None or value.ndim != column.ndim or not len(value):
-                continue
-            chunk = column[start : start + len(value)]
-            if chunk.shape == value.shape and agreeing(value, chunk) >= 0:
-                row = np.full(len(values), -1, np.int64)
-                row[k] = value.size
-                rows.append(row)
-                used.add(k)
-                start += len(value)
-                break
-        else:
+        k = next((k for k, value in left.items() if _starts_with(value, column[start:])), None)
+        if k is None:
             return None
+        value = left.pop(k)
+        rows.append(np.where(np.arange(len(values)) == k, value.size, -1))
+        start += len(value)
     return np.stack(rows) if rows else None
+
+
+def _starts_with(value: NDArray[Any], column: NDArray[Any]) -> bool:
+    chunk = column[: len(value)]
+    return chunk.shape == value.shape and agreeing(value, chunk) >= 0
 
 
 def copied(node: Any) -> Any:
@@ -165,10 +160,10 @@ def digest(node: Any) -> bytes:
 
 def _tell(node: Any, tell: Callable[[bytes], None], depth: int) -> None:
     tell(type(node).__qualname__.encode())
-    if isinstance(node, (Tensor, np.ndarray)) or hasattr(node, "__array_interface__"):  # an image
-        if isinstance(node, Tensor):
-            tell(str(node.dtype).encode())
-            node = node if node.layout == torch.strided or node.is_nested else node.detach().to_dense()
+    if isinstance(node, Tensor):
+        tell(str(node.dtype).encode())
+        node = node if node.layout == torch.strided or node.is_nested else node.detach().to_dense()
+    if isinstance(node, Tensor) or hasattr(node, "__array_interface__"):  # an array, an image
         array = array_at(node) if isinstance(node, Tensor) else np.asarray(node)
         if array is not None and array.dtype.hasobject:
             _tell(array.tolist(), tell, depth)
@@ -176,9 +171,9 @@ def _tell(node: Any, tell: Callable[[bytes], None], depth: int) -> None:
             tell(f"{array.dtype}{array.shape}".encode() + array.tobytes())
     elif isinstance(node, (str, bytes, complex, *_NUMBERS)):
         tell(repr(node).encode(errors="surrogatepass"))
-    elif depth and (isinstance(node, (Mapping, list, tuple)) or hasattr(node, "__dict__")):
-        held = node if isinstance(node, (Mapping, list, tuple)) else vars(node)
+    elif depth:
+        held = _held_by(node)
         tell(str(len(held)).encode())
-        for key, value in held.items() if isinstance(held, Mapping) else enumerate(held):
+        for key, value in held:
             tell(repr(key).encode(errors="surrogatepass"))
             _tell(value, tell, depth - 1)

@@ -34,12 +34,10 @@ def learn(fetch: Callable[[int], Any], size: int, collate_fn: Callable[[list[Any
     for count in _SIZES:
         try:
             items = [fetch(index) for index in chooser.sample(range(size), min(count, size))]
-            look = _Look(items, collate_fn) if any(item is not None for item in items) else None
+            looks += [_Look(items, collate_fn)] if any(item is not None for item in items) else []
         except Exception as error:  # broken examples that the sampler leaves out, sizes that are not collated
             failure = f" ({type(error).__name__}: {error})"
-            continue
-        if look is not None and look.batch is not None:
-            looks.append(look)
+    looks = [look for look in looks if look.batch is not None]
     if not looks:
         return Collation(note=f"the collate function made no batch of the examples that were looked at{failure}")
     lengths = _joined(looks)
@@ -56,18 +54,15 @@ def learn(fetch: Callable[[int], Any], size: int, collate_fn: Callable[[list[Any
         return Collation(_telling(straight, looks), True, paths, few)
     links = _consistent(candidates, looks)
     orders = [look.order(links) for look in looks]
-    known = [order for order in orders if not isinstance(order, str)]
+    known = [order for order in orders if not isinstance(order, str)] if links else []
     name = getattr(collate_fn, "__qualname__", type(collate_fn).__name__)
-    if (
-        links
-        and len(known) == len(looks)
-        and any(len(order) > len(look.items) for order, look in zip(known, looks, strict=True))
-    ):
-        raise DataError(
-            f"the collate function {name} makes several rows of one example: an example then has several losses in a "
-            "batch. Repeat examples by the sampler instead, or make them in the step (where verification looks at it)."
-        )
-    if links and len(known) == len(orders):
+    if len(known) == len(looks):
+        if any(len(order) > len(look.items) for order, look in zip(known, looks, strict=True)):
+            raise DataError(
+                f"the collate function {name} makes several rows of one example: an example then has several losses in "
+                "a batch. Repeat examples by the sampler instead, or make them in the step (where verification looks "
+                "at it)."
+            )
         return Collation(links, all(bool((np.diff(order) > 0).all()) for order in known), paths, few)
     alone = {look.alone(collate_fn) for look in looks}
     if "moved" in alone or (links and not straight):
@@ -93,16 +88,28 @@ class _Look:
         self.items = [copied(item) for item in items]
         self.batch = collate_fn(list(items))
 
+    def column(self, path: Path) -> list[NDArray[Any] | None]:
+        """Return what a part is in each example."""
+        return self.values.get(path) or [None] * len(self.items)
+
     def length(self, path: Path, k: int) -> int:
         """Return how many rows a part of an example has."""
-        return length_of(self.values[path][k])
+        return length_of(self.column(path)[k])
 
     def in_order(self, link: Link) -> bool:
         """Tell whether a part comes back in the order of the examples."""
-        if link.item not in self.values:
-            return False
-        own = [self.values[link.item][k] for k in self.present]
+        own = self._present(link)
         return link.in_order(own, self.batch, range(len(own)))
+
+    def lies_joined(self, link: Link) -> bool:
+        """Tell whether the part of every example has rows that lie end to end in the batch."""
+        own = self._present(link)
+        scores = None if any(value is None or not value.ndim for value in own) else link.scores(own, self.batch)
+        return scores is not None and len(scores) == len(own)
+
+    def _present(self, link: Link) -> list[NDArray[Any] | None]:
+        column = self.column(link.item)
+        return [column[k] for k in self.present]
 
     def told_apart(self, links: Sequence[Link]) -> int:
         """Count neighbours that differ in any of these parts."""
@@ -111,9 +118,7 @@ class _Look:
 
     def met(self, link: Link) -> bool:
         """Tell whether every row has something that one of the examples has."""
-        values = self.values.get(link.item)
-        if values is None:
-            return False
+        values = self.column(link.item)
         if link.joined:
             return link.scores(values, self.batch) is not None
         rows = rows_of(self.batch, link.batch, link.within)
@@ -121,7 +126,7 @@ class _Look:
 
     def order(self, links: Sequence[Link]) -> NDArray[np.int64] | str:
         """Return the order that links tell."""
-        values = [self.values[link.item] for link in links]
+        values = [self.column(link.item) for link in links]
         return Collation(tuple(links), keeps_order=False).order(values, self.items, self.batch)
 
     def alone(self, collate_fn: Callable[[list[Any]], Any]) -> str:
@@ -132,14 +137,13 @@ class _Look:
             return ""
         straight, found = list(range(len(single))), set()
         for path, within in columns(self.batch):
-            rows = rows_of(self.batch, path, within)
-            if rows is None or len(rows) != len(single):
-                continue
             own = [held[0] if (held := rows_of(batch, path, within)) else None for batch in single]
-            scores = np.array([[agreeing(value, row) for value in own] for row in rows])
-            best = [np.flatnonzero((row >= 0) & (row == row.max())) for row in scores]
+            scores = Link((), path, within).scores(own, self.batch)
+            if scores is None or len(scores) != len(single):
+                continue
+            best = [np.flatnonzero((row >= 0) & (row == row.max())).tolist() for row in scores]
             if all(len(places) == 1 for places in best):
-                order = [int(places[0]) for places in best]
+                order = sum(best, [])
                 found.add("kept" if order == straight else "moved" if sorted(order) == straight else "")
         return "kept" if "kept" in found else "moved" if "moved" in found else ""
 
@@ -152,43 +156,30 @@ def _candidates(looks: Sequence[_Look]) -> list[Link]:
 
 def _joined(looks: Sequence[_Look]) -> list[Link]:
     """Return the parts whose rows lie end to end in every batch, and are not one row for each example."""
-    found = []
-    for path, within in columns(looks[0].batch):
-        for item in looks[0].values if not within else ():
-            link = Link(item, path, joined=True)
-            if all(_lies_joined(look, link) for look in looks) and any(
-                look.length(item, k) != 1 for look in looks for k in look.present
-            ):
-                found.append(link)
-    return found
-
-
-def _lies_joined(look: _Look, link: Link) -> bool:
-    values = look.values.get(link.item)
-    own = [] if values is None else [values[k] for k in look.present]
-    if not own or any(value is None or not value.ndim for value in own):
-        return False
-    scores = link.scores(own, look.batch)
-    return scores is not None and len(scores) == len(own)
+    own = [path for path, within in columns(looks[0].batch) if not within]
+    links = [Link(item, path, joined=True) for path in own for item in looks[0].values]
+    return [
+        link
+        for link in links
+        if all(look.lies_joined(link) for look in looks)
+        and any(look.length(link.item, k) != 1 for look in looks for k in look.present)
+    ]
 
 
 def _consistent(candidates: Sequence[Link], looks: Sequence[_Look]) -> tuple[Link, ...]:
     """Return links that agree with each other in every look, those that tell most first."""
     matches = {}
     for link in candidates:
-        scores = [link.scores(look.values[link.item], look.batch) for look in looks if link.item in look.values]
-        if len(scores) == len(looks) and all(s is not None for s in scores):
-            matches[link] = [s >= 0 for s in scores if s is not None]
+        scores = [link.scores(look.column(link.item), look.batch) for look in looks]
+        if all(own is not None for own in scores):
+            matches[link] = [own >= 0 for own in scores if own is not None]
     kept: list[Link] = []
     total: list[NDArray[np.bool_]] = []
     for link in sorted(matches, key=lambda link: sum(int(match.sum()) for match in matches[link])):
         own = matches[link]
-        if not total:
-            new = own
-        elif all(a.shape == b.shape for a, b in zip(total, own, strict=True)):
-            new = [a & b for a, b in zip(total, own, strict=True)]
-        else:
+        if any(a.shape != b.shape for a, b in zip(total, own, strict=bool(total))):
             continue
+        new = [a & b for a, b in zip(total, own, strict=True)] if total else own
         tells_more = not total or any((a != b).any() for a, b in zip(new, total, strict=True))
         if tells_more and all(bool(match.any(1).all()) for match in new):
             kept.append(link)

@@ -7,8 +7,9 @@ from typing import Any, cast
 
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from lightning_influence.core.isolation import LONGEST_OF_DATA, isolated_rng, seed_everything, seed_generator, unchanged
-from lightning_influence.core.reachable import GENERATORS, Walk
+from lightning_influence.core.isolation import LONGEST_OF_DATA, unchanged
+from lightning_influence.core.random_streams import GENERATORS, Stream, isolated_rng, seed_everything, stream_of
+from lightning_influence.core.reachable import Walk
 from lightning_influence.core.snapshot import Snapshot
 from lightning_influence.data.collation import DataError
 from lightning_influence.data.contents import copied, digest
@@ -24,22 +25,16 @@ class _Rewinding:
         self._owner = owner
         self._everything = everything
         self._state: Snapshot | None = None
-        self._generators: list[Any] = []
+        self.streams: list[Stream] = []
 
     def __call__(self) -> Snapshot:
         """Put it back."""
         if self._state is None:
             reached = list(Walk([("", self._owner)], LONGEST_OF_DATA))
-            self._generators = [found.value for found in reached if isinstance(found.value, GENERATORS)]
+            self.streams = [stream_of(found.value) for found in reached if isinstance(found.value, GENERATORS)]
             self._state = Snapshot(reached, data=True)
         self._state.rewind(numbers=not self._everything)
         return self._state
-
-    def seed(self, seed: int) -> None:
-        """Start every random stream anew."""
-        seed_everything(seed)
-        for generator in self._generators:
-            seed_generator(generator, seed)
 
 
 class Repeatable(Dataset[Any]):
@@ -59,7 +54,9 @@ class Repeatable(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         state = self._rewind()
-        self._rewind.seed(index)
+        seed_everything(index)
+        for stream in self._rewind.streams:
+            stream.seed(index)
         example = self.dataset[index]
         # It may be a view of what is about to be put back.
         return copied(example) if state.moves_memory else example

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, cast
 
 from torch.utils.data import (
@@ -19,7 +20,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_influence.core.isolation import isolated_rng, unchanged
+from lightning_influence.core.isolation import unchanged
+from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.data.collation import Collated, Collating, Collation, is_plain
 from lightning_influence.data.collation import DataError as DataError
 from lightning_influence.data.contents import digest
@@ -41,6 +43,9 @@ class ExampleSource:
         collate_fn: Turns a list of examples into a batch, as for ``DataLoader``.
         num_workers: Worker processes of each pass.
         worker_init_fn: As for ``DataLoader``.
+        multiprocessing_context: As for ``DataLoader``.
+        pin_memory: As for ``DataLoader``.
+        sequential: Whether training takes the examples in their own order, instead of in a random one.
 
     Attributes:
         missing: Dataset indices of examples that no batch held so far, with the reason.
@@ -57,6 +62,9 @@ class ExampleSource:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
         worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        pin_memory: bool = False,
+        sequential: bool = False,
     ) -> None:
         if isinstance(dataset, IterableDataset) or not (
             hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
@@ -71,14 +79,13 @@ class ExampleSource:
         self.collate_fn = collate_fn
         self.num_workers = num_workers
         self.worker_init_fn = worker_init_fn
-        self.multiprocessing_context: Any = None
-        self.pin_memory = False
-        self.sequential = False  # whether training takes them in their own order: else in a random one
+        self.sequential = sequential
+        self._of_workers = {"worker_init_fn": worker_init_fn, "multiprocessing_context": multiprocessing_context}
+        self._pin_memory = pin_memory
         # What passes have found fetches to change in the data set, and put back.
         self.changed: dict[str, None] = {}
         self._rewinding: bool | None = None
         self.missing: dict[int, str] = {}
-        self._collation: Collation | None = None
 
     @classmethod
     def from_loader(cls, loader: Any, batch_size: int | None = None) -> ExampleSource:
@@ -104,22 +111,21 @@ class ExampleSource:
                 "examples have no index. Let the DataLoader make the batches (`batch_size=` or `batch_sampler=`)."
             )
         size = batch_size or loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
-        source = cls(
+        return cls(
             loader.dataset,
             batch_size=int(size),
             collate_fn=loader.collate_fn,
             num_workers=loader.num_workers,
             worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            pin_memory=loader.pin_memory,
+            sequential=type(getattr(loader.batch_sampler, "sampler", None)) is SequentialSampler,
         )
-        source.multiprocessing_context = loader.multiprocessing_context
-        source.pin_memory = loader.pin_memory
-        source.sequential = type(getattr(loader.batch_sampler, "sampler", None)) is SequentialSampler
-        return source
 
     @property
     def plain(self) -> bool:
-        """Whether all examples are tensors of the same shapes, batched as they are."""
-        return self._stored
+        """Whether batches are rows of tensors: one look-up each, instead of one for every example and a stack."""
+        return type(self.dataset) is TensorDataset and self.collate_fn in (None, default_collate)
 
     def __len__(self) -> int:
         """Return the number of examples of the dataset."""
@@ -142,7 +148,7 @@ class ExampleSource:
         if len(plan) > 1 and len(plan[-1]) == 1 and size > 2:
             # A lone last example would meet steps that `squeeze()` the batch away; the one before keeps it company.
             plan[-1].insert(0, plan[-2].pop())
-        if self._stored and not self.num_workers and not self.pin_memory:
+        if self.plain and not self.num_workers and not self._pin_memory:
             tensors = cast("TensorDataset", self.dataset).tensors
             for chosen in plan:
                 yield chosen, [tensor[chosen] for tensor in tensors]
@@ -150,29 +156,25 @@ class ExampleSource:
         if not plan:
             return
         workers = min(self.num_workers, len(plan) // 2)
-        plain = is_plain(self.collate_fn)
-        collate_fn = self.collate_fn
-        if not plain:
-            collate_fn = Collating(RepeatableCollate(self._collate), self.collation, apart=True)
+        in_order = is_plain(self.collate_fn)
         loader: DataLoader[Any] = DataLoader(
             self.repeatable(indices),
             batch_sampler=plan,
-            collate_fn=collate_fn,
+            collate_fn=self.collate_fn
+            if in_order
+            else Collating(RepeatableCollate(self._collate), self.collation, apart=True),
             num_workers=workers,
-            worker_init_fn=self.worker_init_fn if workers else None,
-            multiprocessing_context=self.multiprocessing_context if workers else None,
-            pin_memory=self.pin_memory,
+            pin_memory=self._pin_memory,
+            **self._of_workers if workers else {},
         )
-        with ExitStack() as guards:
-            if not (plain and is_deterministic(self.dataset)):
-                guards.enter_context(self._unchanged())
+        with nullcontext() if in_order and is_deterministic(self.dataset) else self._unchanged():
             # Around each fetch: whoever asks for batches may draw between them.
             with isolated_rng():
                 fetching = iter(loader)
             for chosen in plan:
                 with isolated_rng():
                     batch = next(fetching)
-                if plain:
+                if in_order:
                     yield chosen, batch
                 else:
                     yield from self._known(chosen, batch)
@@ -204,19 +206,17 @@ class ExampleSource:
             twice = [[_digest_of(fetch, index) for index in chosen] for _ in range(2)]
         return [one if one == two else None for one, two in zip(*twice, strict=True)]
 
-    @property
+    @cached_property
     def collation(self) -> Collation:
         """What the collate function does with its examples; looked at once.
 
         Raises:
             DataError: If it reorders them in a way that can't be followed.
         """
-        if self._collation is None:
-            self._collation = Collation()
-            if not is_plain(self.collate_fn) and len(self):
-                with self.fetching() as fetch:
-                    self._collation = learn(fetch, len(self), self._collate)
-        return self._collation
+        if is_plain(self.collate_fn) or not len(self):
+            return Collation()
+        with self.fetching() as fetch:
+            return learn(fetch, len(self), self._collate)
 
     @property
     def _collate(self) -> Callable[[list[Any]], Any]:
@@ -226,8 +226,7 @@ class ExampleSource:
         """Return the examples that make one batch together, in the order in which it holds them."""
         if is_plain(self.collate_fn):
             return list(indices)
-        with isolated_rng():
-            return max((own for own, _ in self.batches(indices, len(indices))), key=len, default=[])
+        return max((own for own, _ in self.batches(indices, len(indices))), key=len, default=[])
 
     def steady(self, indices: Sequence[int], start: int, size: int) -> list[int]:
         """Return a few examples that come in their order, also with a copy of the first at the end.
@@ -270,11 +269,6 @@ class ExampleSource:
         if self._rewinding is None:
             self._rewinding = needs_everything(self.dataset, indices, self.num_workers)
         return Repeatable(self.dataset, everything=self._rewinding)
-
-    @property
-    def _stored(self) -> bool:
-        """Whether batches are rows of tensors: one look-up each, instead of one for every example and a stack."""
-        return type(self.dataset) is TensorDataset and self.collate_fn in (None, default_collate)
 
 
 def _digest_of(fetch: Callable[[int], Any], index: int) -> bytes | None:

@@ -11,7 +11,7 @@ import operator
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_influence.core.containers import leaves
 from lightning_influence.data.collation import Collated, Collating, Collation
 
 # Batches without anything that a weak reference can point to.
 _HELD = 4
-_DEEPEST = 8
 # Version and place of a tensor's memory.
 _Written: TypeAlias = tuple[int, int]
 
@@ -180,18 +180,18 @@ class Registry:
 
     def add(self, batch: Any, drawn: Drawn) -> None:
         """Note a batch."""
-        leaves = list(_leaves(batch, 0))
-        if not leaves:
+        made_of = _leaves(batch)
+        if not made_of:
             if batch is not None:
                 self._held.append((batch, drawn))
             return
-        key, known = id(leaves[0]), self._known
+        key, known = id(made_of[0]), self._known
 
         def forget(reference: Any) -> None:
             if key in known and known[key][0][0] is reference:
                 del known[key]
 
-        known[key] = [weakref.ref(leaves[0], forget), *map(weakref.ref, leaves[1:])], _written(leaves), drawn
+        known[key] = [weakref.ref(made_of[0], forget), *map(weakref.ref, made_of[1:])], _written(made_of), drawn
 
     def find(self, batch: Any) -> Drawn | None:
         """Return what was drawn for a batch; None unless it is made of the very same things, in their order.
@@ -199,31 +199,20 @@ class Registry:
         Nor if all of it was written to since: its rows may be others, or in another order. In batches that are only
         scaled, labels stay as they are.
         """
-        leaves = list(_leaves(batch, 0))
-        if not leaves:
+        made_of = _leaves(batch)
+        if not made_of:
             return next((drawn for held, drawn in self._held if held is batch), None)
-        references, written, drawn = self._known.get(id(leaves[0]), ([], [], None))
-        if len(references) != len(leaves):
-            return None
-        same = all(reference() is leaf for reference, leaf in zip(references, leaves, strict=True))
-        rewritten = bool(written) and all(map(operator.ne, written, _written(leaves)))
+        references, written, drawn = self._known.get(id(made_of[0]), ([], [], None))
+        same = [id(reference()) for reference in references] == [id(part) for part in made_of]
+        rewritten = bool(written) and all(map(operator.ne, written, _written(made_of)))
         return drawn if same and not rewritten else None
 
 
-def _written(leaves: list[Any]) -> list[_Written]:
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+def _written(made_of: list[Any]) -> list[_Written]:
+    tensors = [part for part in made_of if isinstance(part, Tensor) and not part.is_inference()]
     return [(tensor._version, tensor.data_ptr() if tensor.layout is torch.strided else 0) for tensor in tensors]
 
 
-def _leaves(batch: Any, depth: int) -> Iterator[Any]:
-    """Yield what a batch is made of and a weak reference can point to: tensors first of all."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping) and depth < _DEEPEST:
-        for value in batch.values():
-            yield from _leaves(value, depth + 1)
-    elif isinstance(batch, (list, tuple)) and depth < _DEEPEST:
-        for value in batch:
-            yield from _leaves(value, depth + 1)
-    elif type(batch).__weakrefoffset__:
-        yield batch
+def _leaves(batch: Any) -> list[Any]:
+    """Return what a batch is made of and a weak reference can point to."""
+    return [leaf for _, leaf in leaves(batch) if type(leaf).__weakrefoffset__]

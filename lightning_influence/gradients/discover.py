@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_influence.core.isolation import hidden_parameters, rewind, seed_everything, untouched
+from lightning_influence.core.isolation import hidden_parameters, rewind, untouched
 from lightning_influence.core.layout import BatchLayout, Order, find_layout
+from lightning_influence.core.memory import is_out_of_memory
+from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.core.snapshot import StateError
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered, cover
@@ -119,10 +121,12 @@ def trace_model(
                     tracer.trace.forms = term_forms(small, large)
                 if not tracer.trace.ambiguous:
                     break
-    except (torch.OutOfMemoryError, StateError, NoLossError):
+    except (StateError, NoLossError):
         raise
     # Whatever goes wrong in a user's step on a tiny batch: layers used in the standard way are understood without.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return Trace(failure=f"{type(error).__name__}: {error}")
     return tracer.trace
 

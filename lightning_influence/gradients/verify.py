@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_influence.core.isolation import isolated_rng
 from lightning_influence.core.precision import wide
+from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.plain_autograd import batch_gradients
 from lightning_influence.layers import per_sample

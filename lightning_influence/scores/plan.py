@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.curvature import (
     LADDER,
     Curvature,
@@ -26,6 +27,7 @@ from lightning_influence.curvature import (
     choose_damping,
     choose_labels,
     choose_solver,
+    decompositions,
     factor_examples,
     fit,
     random_subset,
@@ -136,12 +138,8 @@ class InfluencePlan:
 
     def decomposition_seconds(self, coverage: Coverage) -> float:
         """Return a guess of the time of the eigendecompositions: cubic, and 0.6 s for 1,569 rows on two CPU cores."""
-        kind = LADDER[self.curvature].block
-        return sum(
-            1.6e-10 * block.shape[0] * size**3
-            for block in coverage.blocks.values()
-            for size in kind.decomposed(block.shape, block.dense)
-        )
+        blocks = coverage.blocks.values()
+        return sum(1.6e-10 * k * size**3 for block in blocks for k, size in decompositions(self.curvature, block))
 
 
 @dataclass(eq=False)
@@ -249,10 +247,10 @@ def _validation_query(
     watching = {} if companion is None else {"watching": companion.on_validation}
     try:
         mean = mean_loss_gradient(sets, title="validation gradient", **watching)
-    except torch.OutOfMemoryError:
-        raise
     # Anything can go wrong in a user's training_step that meets another kind of batch.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = "the loss of the training task can't be computed on the validation batches"
         return None, [f"no harm column: {reason} ({type(error).__name__}: {error})"]
     try:

@@ -192,7 +192,7 @@ def _visit(queries: ExampleGradients, indices: list[int], visitor: _Counted) -> 
         visit(queries, indices, [visitor], title="queries", everywhere=True)
     # Anything can go wrong in a user's task that meets another kind of batch.
     except Exception as error:
-        if _out_of_memory(error):
+        if memory.is_out_of_memory(error):
             raise
         failed = indices[visitor.done : visitor.done + queries.source.pass_batch_size]
         raise QueryError(
@@ -240,8 +240,3 @@ class _Formed(_Counted):
         # Zeros are made only where they are needed: they are as large as gradients.
         found = {n: reached[n] if n in reached else like.new_zeros(shape) for n, shape in self._shapes.items()}
         return found, torch.cat(self._finite)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # On the host torch raises a plain RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)

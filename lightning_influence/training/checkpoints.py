@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
+
+from lightning_influence.core.weights import swapped
 
 
 class CheckpointError(ValueError):
@@ -121,13 +122,8 @@ class Checkpoint:
         """
         self.check(module)
         places = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        values = {**self.parameters, **self.buffers}
-        before = {name: places[name].detach().clone() for name in values}
-        try:
-            _write(places, values)
+        with swapped(places, {**self.parameters, **self.buffers}):
             yield
-        finally:
-            _write(places, before)
 
 
 def check_together(checkpoints: Sequence[Checkpoint], module: nn.Module) -> None:
@@ -170,12 +166,6 @@ def one_too_many(steps: Sequence[int]) -> int:
     before = [0, *steps]
     gaps = [steps[place + 1] - before[place] for place in range(len(steps) - 1)]
     return gaps.index(min(gaps))
-
-
-def _write(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            places[name].copy_(value)
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -5,44 +5,49 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from lightning_influence.audit.columns import COLUMN_DESCRIPTIONS
+from lightning_influence.audit.columns import COLUMNS, candidate_rows, column_of
 from lightning_influence.audit.store.atomic import check_readable
-from lightning_influence.audit.store.encoding import Column, cell, checked
 from lightning_influence.core.memory import available_bytes
 
 _CHECKSUM = "lightning_influence.crc32"
 _ENTRY_BYTES = 8
-_CANDIDATE_ORDER = ("rank", "index", "label", "predicted", "suggested", "suspicion", *COLUMN_DESCRIPTIONS)
-_LABEL_COLUMNS = ("label", "predicted", "suggested")
+# Spreadsheets run cells that start with these as formulas (OWASP "CSV injection"); the wide forms count in
+# Japanese and Chinese locales.
+_FORMULA_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 
 
-def table_of(columns: Mapping[str, Column], meanings: Mapping[str, str], about: Mapping[str, str]) -> pa.Table:
-    """Return columns as a table for parquet; see ``AuditStore.write_scores``.
+def write_table(
+    handle: BinaryIO, columns: Mapping[str, ArrayLike], meanings: Mapping[str, str], about: Mapping[str, str]
+) -> None:
+    """Write columns as parquet.
 
     Args:
-        columns: Name to values ``[N]``.
+        handle: The file.
+        columns: Name to values ``[n]``.
         meanings: Column name to what is stored with it.
         about: What is stored with the table.
     """
-    arrays = checked(columns)
-    fields, data = [], []
-    for name, array in arrays.items():
-        data.append(pa.array(array, type=pa.string() if array.dtype == object else None))
-        meaning = meanings.get(name)
-        fields.append(pa.field(name, data[-1].type, metadata={"description": meaning} if meaning else None))
-    told = {**about, _CHECKSUM: str(_checksum(arrays))}
-    return pa.Table.from_arrays(data, schema=pa.schema(fields, metadata=told))
+    arrays = {name: pa.array(np.asarray(values)) for name, values in columns.items()}
+    fields = [
+        pa.field(name, array.type, metadata={"description": meanings[name]} if meanings.get(name) else None)
+        for name, array in arrays.items()
+    ]
+    table = pa.Table.from_arrays(list(arrays.values()), schema=pa.schema(fields))
+    table = table.replace_schema_metadata({**about, _CHECKSUM: str(_checksum(_arrays(table)))})
+    pq.write_table(table, handle, write_page_checksum=True)
 
 
 def read_table(path: Path) -> dict[str, NDArray[Any]]:
@@ -55,37 +60,48 @@ def read_table(path: Path) -> dict[str, NDArray[Any]]:
         if room is not None and _ENTRY_BYTES * entries > room:
             raise ValueError(f"it claims {entries:,} entries, more than fit into memory")
         table = file.read()
-    arrays = {name: np.array(table[name].to_numpy()) for name in table.column_names}
+    arrays = _arrays(table)
     # Pages have checksums of their own; names, types and numbers of rows have not.
-    checksum = (table.schema.metadata or {}).get(_CHECKSUM.encode())
-    if len(arrays) < len(table.column_names) or checksum not in (None, str(_checksum(arrays)).encode()):
+    if (table.schema.metadata or {}).get(_CHECKSUM.encode()) not in (None, str(_checksum(arrays)).encode()):
         raise ValueError("its columns do not have the checksum that they were written with")
     return arrays
 
 
-def packed_candidates(
-    columns: Mapping[str, Column], label_names: Sequence[str] | Mapping[int, str] | None = None
-) -> bytes:
+def candidates_csv(columns: Mapping[str, ArrayLike], label_names: Sequence[str] | None = None) -> bytes:
     """Return the candidates as CSV; see ``AuditStore.write_candidates``."""
-    arrays = checked(columns)
-    if missing := {"rank", "candidate"} - arrays.keys():
-        raise ValueError(f"candidates need the columns rank and candidate; missing: {sorted(missing)}.")
-    rows = np.flatnonzero(arrays.pop("candidate"))
-    rows = rows[np.argsort(arrays["rank"][rows], kind="stable")]
-    names = dict(label_names if isinstance(label_names, Mapping) else enumerate(label_names or ()))
-    table: dict[str, Iterable[str]] = {}
-    for name in dict.fromkeys((*(known for known in _CANDIDATE_ORDER if known in arrays), *arrays)):
+    arrays = {name: np.asarray(values) for name, values in columns.items()}
+    rows = candidate_rows(arrays)
+    cells: dict[str, list[str]] = {}
+    for name in dict.fromkeys((*(known for known in COLUMNS if known in arrays), *arrays)):
+        if name == "candidate":
+            continue
         values = arrays[name][rows].tolist()
-        table[name] = map(cell, values)
-        if label_names is not None and name in _LABEL_COLUMNS and arrays[name].dtype.kind in "iu":
-            if unnamed := set(values) - names.keys() - {-1}:
-                raise ValueError(f"column {name!r}: `label_names` lacks the labels {sorted(unnamed)}.")
-            table[f"{name}_name"] = [cell(names[label]) if label != -1 else "" for label in values]
+        cells[name] = [_cell(value) for value in values]
+        if label_names is not None and "names" in column_of(name).shown:
+            named = dict(enumerate(label_names))
+            cells[f"{name}_name"] = [_cell(named.get(label, "")) for label in values]
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\r\n")
-    writer.writerow(map(cell, table))
-    writer.writerows(zip(*table.values(), strict=True))
+    writer.writerow(map(_cell, cells))
+    writer.writerows(zip(*cells.values(), strict=True))
     return text.getvalue().encode("utf-8", errors="backslashreplace")
+
+
+def _cell(value: Any) -> str:
+    """Return a value as text that no spreadsheet runs as a formula."""
+    if isinstance(value, str):
+        # Spreadsheets drop blanks, control characters and byte order marks before they look for a formula.
+        seen = next((place for place, char in enumerate(value) if unicodedata.category(char)[0] not in "CZ"), 0)
+        return f"'{value}" if value.startswith(_FORMULA_STARTS) or value[seen:].startswith(_FORMULA_STARTS) else value
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return str(value)
+
+
+def _arrays(table: pa.Table) -> dict[str, NDArray[Any]]:
+    return {name: np.array(table[name].to_numpy()) for name in table.column_names}
 
 
 def _checksum(arrays: Mapping[str, NDArray[Any]]) -> int:

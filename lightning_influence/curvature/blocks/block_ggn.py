@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.precision import exact
-from lightning_influence.curvature.blocks.block import EigenBlock, Measure
-from lightning_influence.curvature.blocks.kfac import eigendecomposition
+from lightning_influence.curvature.blocks.block import CurvatureBlock, Measure, Shape, Sides
+from lightning_influence.curvature.blocks.eigenvectors import eigendecomposition
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.patches import Activations, laid_out
 from lightning_influence.layers.rows import Rows
@@ -19,46 +19,34 @@ from lightning_influence.layers.rows import Rows
 _CHUNK = 2**22
 
 
-class BlockGGN(EigenBlock):
+class BlockGGN(CurvatureBlock):
     """``C = mean over examples of Σ_draws vec(G) vec(G)ᵀ``, all correlations within the block.
 
     With the exact expectation over labels this is the block of the generalised Gauss-Newton matrix for softmax
     cross-entropy, squared and binary losses. ``[k, o·i, o·i]``: it grows with the square of the layer, its
-    eigendecomposition with the cube; ``fitted_bytes`` tells before.
+    eigendecomposition with the cube; ``registry.fitted_bytes`` tells before.
     """
 
-    passes: ClassVar[int] = 1
     title: ClassVar[str] = "block GGN"
     measures: ClassVar[tuple[Measure, ...]] = ("eigenvalues",)
 
     @classmethod
-    def decomposed(cls, shape: tuple[int, int, int], dense: tuple[bool, bool]) -> tuple[int, ...]:
-        """Return the dimension of the block."""
-        _, o, i = shape
-        return (o * i,)
+    def fitted_shapes(cls, shape: Shape, dense: Sides) -> dict[str, tuple[int, ...]]:
+        """Return those of eigenvalues and eigenvectors."""
+        k, o, i = shape
+        return {"eigenvalues": (k, o * i), "basis": (k, o * i, o * i)}
 
     @property
     def basis(self) -> Tensor:
         """``Q: [k, o·i, o·i]``, eigenvectors in columns."""
-        self._check_fitted()
-        return self._result["basis"]
+        return self.tensors["basis"]
 
     def diagonal(self) -> Tensor:
         """Return the diagonal in the parameter basis, ``[k, o, i]``."""
         return (self.basis.square() @ self.eigenvalues.unsqueeze(-1)).reshape(self.shape)
 
-    def to_dense(self) -> Tensor:
-        """Return the block as dense matrices ``[k, o·i, o·i]``."""
-        return (self.basis * self.eigenvalues.unsqueeze(-2)) @ self.basis.transpose(-1, -2)
-
-    def self_influence(self, x: Tensor, g: Rows, damping: float) -> Tensor:
-        """Return ``Σ (Qᵀ vec(G_n))² / (lam + damping)``."""
-        inverse = self._inverse(damping)
-        parts = [(square * inverse.unsqueeze(1)).sum((0, 2)) for square in self._rotated_squares(x, g)]
-        return torch.cat(parts)
-
     def self_influences(self, x: Tensor, g: Rows, dampings: Sequence[float]) -> Tensor:
-        """Return self-influence for many dampings, ``[n, d]``: the rotation is done once."""
+        """Return ``Σ (Qᵀ vec(G_n))² / (lam + damping)`` for every damping, ``[n, d]``: the rotation is done once."""
         inverses = torch.stack([self._inverse(damping) for damping in dampings], -1)  # kpd
         parts = [(square @ inverses).sum(0) for square in self._rotated_squares(x, g)]  # knp, kpd -> knd
         return torch.cat(parts)
@@ -90,4 +78,4 @@ class BlockGGN(EigenBlock):
     def _finish(self, sums: dict[str, Tensor]) -> None:
         kept = sums["moment"].new_empty(0)  # device and type of what is kept
         eigenvalues, basis = eigendecomposition(exact(sums.pop("moment")).div_(exact(sums["examples"])))
-        self._result = {"eigenvalues": eigenvalues.clamp(min=0).to(kept), "basis": basis.to(kept)}
+        self.tensors = {"eigenvalues": eigenvalues.clamp(min=0).to(kept), "basis": basis.to(kept).contiguous()}

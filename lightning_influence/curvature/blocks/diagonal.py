@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from lightning_influence.curvature.blocks.block import EigenBlock, Measure
-from lightning_influence.layers import per_sample
-from lightning_influence.layers.patches import Activations, laid_out
-from lightning_influence.layers.rows import Rows
+from lightning_influence.curvature.blocks.block import Measure, Shape, Sides
+from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
 
 
-class DiagonalBlock(EigenBlock):
-    """``C = diag(mean over examples of G²)``."""
+class DiagonalBlock(KroneckerBlock):
+    """``C = diag(mean over examples of G²)``: eigenvalues measured in the basis of the parameters."""
 
-    passes: ClassVar[int] = 1
-    title: ClassVar[str] = "diagonal"
     measures: ClassVar[tuple[Measure, ...]] = ("eigenvalues",)
+    title: ClassVar[str] = "diagonal"
 
-    @property
-    def eigenvalues(self) -> Tensor:
-        """The mean squared gradients, ``[k, o, i]``."""
-        self._check_fitted()
-        return self._result["diagonal"]
-
-    def diagonal(self) -> Tensor:
-        """Return the same."""
-        return self.eigenvalues
-
-    def self_influence(self, x: Tensor, g: Rows, damping: float) -> Tensor:
-        """Return ``Σ G_n² / (diagonal + damping)``."""
-        return per_sample.weighted_squares(x, g, self._inverse(damping))
-
-    def self_influences(self, x: Tensor, g: Rows, dampings: Sequence[float]) -> Tensor:
-        """Return self-influence for many dampings, ``[n, d]``: gradients are formed once."""
-        return per_sample.weighted_squares(x, g, torch.stack([self._inverse(damping) for damping in dampings]))
-
-    def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
-        return v * scales
-
-    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
-        return {"squares": per_sample.summed_squares(laid_out(xs), gs)}
-
-    def _finish(self, sums: dict[str, Tensor]) -> None:
-        self._result = {"diagonal": sums["squares"] / sums["examples"].to(sums["squares"].dtype)}
+    @classmethod
+    def fitted_shapes(cls, shape: Shape, dense: Sides) -> dict[str, tuple[int, ...]]:
+        """Return that of the eigenvalues; there is no other basis."""
+        return {"eigenvalues": shape}

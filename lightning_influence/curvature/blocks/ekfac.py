@@ -8,31 +8,26 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_influence.curvature.blocks.block import Measure
-from lightning_influence.curvature.blocks.kfac import KroneckerBlock
-from lightning_influence.layers import per_sample
-from lightning_influence.layers.patches import Activations, laid_out
+from lightning_influence.curvature.blocks.kfac import KFACBlock
+from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
+from lightning_influence.layers.patches import Activations
 from lightning_influence.layers.rows import Rows
 
 
-class EKFACBlock(KroneckerBlock):
-    """K-FAC's basis, with eigenvalues re-measured in it: ``lam = mean over examples of (Q_Bᵀ G_n Q_A)²``.
+class EKFACBlock(KFACBlock):
+    """K-FAC's basis, with eigenvalues re-measured in it: the diagonal of the curvature in that basis is exact.
 
-    The diagonal of the curvature in that basis is exact. The second pass must not reuse the label draw of the
-    first: the eigenvectors have adapted to it, and eigenvalues measured with it come out biased.
+    The second pass must not reuse the label draw of the first: the eigenvectors have adapted to it, and eigenvalues
+    measured with it come out biased.
     """
 
-    passes: ClassVar[int] = 2
-    title: ClassVar[str] = "EK-FAC"
     measures: ClassVar[tuple[Measure, ...]] = ("covariances", "eigenvalues")
+    title: ClassVar[str] = "EK-FAC"
 
     def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
-        if not self._finished_passes:
-            return super()._contributions(xs, gs, examples)
-        return {"squares": per_sample.rotated_squares(laid_out(xs), gs, *self.basis)}
+        kind = KroneckerBlock if self._finished_passes else KFACBlock
+        return kind._contributions(self, xs, gs, examples)
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
-        if not self._finished_passes:
-            super()._finish(sums)
-        else:
-            squares = sums["squares"]
-            self._result["eigenvalues"] = squares / sums["examples"].to(squares.dtype)
+        kind = KroneckerBlock if self._finished_passes else KFACBlock
+        kind._finish(self, sums)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.blocks.block import CurvatureBlock, Measure
+from lightning_influence.curvature.blocks.block import CurvatureBlock, Measure, Shape, Sides
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.patches import Activations
 from lightning_influence.layers.rows import Rows
@@ -17,9 +17,18 @@ from lightning_influence.layers.rows import Rows
 class IdentityBlock(CurvatureBlock):
     """``C = I``. Damping only rescales: ``(1 + λ)⁻¹``."""
 
-    passes: ClassVar[int] = 0
-    title: ClassVar[str] = "identity"
     measures: ClassVar[tuple[Measure, ...]] = ()
+    title: ClassVar[str] = "identity"
+
+    @classmethod
+    def fitted_shapes(cls, shape: Shape, dense: Sides) -> dict[str, tuple[int, ...]]:
+        """Nothing is fitted."""
+        return {}
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Ones, ``[k, o, i]``; no data have told a type."""
+        return torch.ones(()).expand(self.shape)
 
     def damping(self, relative: float = 0.0) -> float:
         """Return 0: the identity needs no damping, and scores are then plain inner products."""
@@ -31,26 +40,34 @@ class IdentityBlock(CurvatureBlock):
 
     def solve(self, v: Tensor, damping: float) -> Tensor:
         """Return ``v / (1 + damping)``."""
-        self._check_damping(damping, torch.ones(1))
+        self.check_damping(damping)
         return v / (1 + damping)
 
     def apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
         """Return ``f(1) v``."""
-        return v * function(v.new_ones(()))
+        return self._scaled(v, function(v.new_ones(())))
 
     def diagonal(self) -> Tensor:
         """Return ones, ``[k, o, i]``."""
-        return torch.ones(self.shape)
-
-    def self_influence(self, x: Tensor, g: Rows, damping: float) -> Tensor:
-        """Return ``‖G_n‖² / (1 + damping)``."""
-        self._check_damping(damping, torch.ones(1))
-        return per_sample.squared_norms(x, g) / (1 + damping)
+        return self.eigenvalues
 
     def self_influences(self, x: Tensor, g: Rows, dampings: Sequence[float]) -> Tensor:
-        """Return self-influence for many dampings, ``[n, d]``."""
-        norms = self.self_influence(x, g, 0.0)
+        """Return ``‖G_n‖² / (1 + damping)`` for every damping, ``[n, d]``."""
+        for damping in dampings:
+            self.check_damping(damping)
+        norms = per_sample.squared_norms(x, g)
         return torch.stack([norms / (1 + damping) for damping in dampings], 1)
+
+    def scores(
+        self, x: Tensor, g: Rows, damping: float, query: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return squared gradient norm, self-influence, and inner product with ``query``, each ``[n]``."""
+        influence = self.self_influence(x, g, damping)
+        inner = None if query is None else per_sample.inner_products(x, g, query)
+        return influence * (1 + damping), influence, inner
+
+    def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
+        return v * scales
 
     def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         return {}

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_influence.core import distributed
+from lightning_influence.core.containers import map_tensors
 from lightning_influence.core.isolation import untouched
+from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.precision import largest_norm
 from lightning_influence.curvature.products.flat import FlatParameters
 from lightning_influence.curvature.solve.spectrum import Matvec
@@ -212,7 +214,7 @@ class CurvatureProduct(ABC):
     def _batches(self) -> Iterator[tuple[int, Any]]:
         """Yield this process's batches; a step may change what it is given."""
         if self._stored is not None:
-            yield from ((n, _copied(batch)) for n, batch in self._stored)
+            yield from ((n, map_tensors(torch.clone, batch)) for n, batch in self._stored)
         else:
             yield from ((len(indices), batch) for indices, batch in self._load(self._own))
 
@@ -261,7 +263,7 @@ class CurvatureProduct(ABC):
                 size = _bytes(batch)
                 left = -1 if size is None else left - size
                 if left >= 0:
-                    stored.append((len(found), _copied(batch)))
+                    stored.append((len(found), map_tensors(torch.clone, batch)))
                 else:
                     stored.clear()
                 gradient = self._summed_gradient(batch, len(found))
@@ -362,9 +364,9 @@ class CurvatureProduct(ABC):
             try:
                 found: tuple[Tensor, ...] = torch.func.vmap(once)(*vectors)
                 return found
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 # Custom kernels, random recomputation: what can't be vectorised still works one by one. If the reason
                 # is another, the same error comes up there.
                 self._vectorised = False
@@ -410,14 +412,3 @@ def _bytes(batch: Any) -> int | None:
         return None
     parts = [_bytes(value) for value in (batch.values() if isinstance(batch, dict) else batch)]
     return None if None in parts else sum(part or 0 for part in parts)
-
-
-def _copied(batch: Any) -> Any:
-    """Copy a batch that ``_bytes`` has a size for."""
-    if isinstance(batch, Tensor):
-        return batch.clone()
-    if isinstance(batch, dict):
-        return {key: _copied(value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(_copied, batch))
-    return type(batch)(map(_copied, batch)) if isinstance(batch, (list, tuple)) else batch

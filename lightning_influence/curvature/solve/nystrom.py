@@ -18,7 +18,7 @@ from lightning_influence.curvature.solve.spectrum import Matvec
 _ATTEMPTS = 5
 
 
-def nystrom_preconditioner(matvec: Matvec, like: Tensor, rank: int, damping: float, *, seed: int = 0) -> Matvec:
+def nystrom_preconditioner(matvec: Matvec, like: Tensor, rank: int, damping: float) -> Matvec:
     """Return a product with ``P⁻¹``, close to ``(C + λ)⁻¹`` up to a factor.
 
     ``P⁻¹ = I + U (diag((σ_r + λ) / (σ + λ)) - I) Uᵀ`` with the eigenvectors ``U: [r, p]`` and eigenvalues ``σ`` of the
@@ -29,15 +29,12 @@ def nystrom_preconditioner(matvec: Matvec, like: Tensor, rank: int, damping: flo
         like: A tensor ``[..., p]`` whose last dimension, dtype and device the vectors take.
         rank: ``r``; twice the number of eigenvalues above ``λ`` leaves nothing to wish for.
         damping: Absolute λ.
-        seed: Seed of the sketch, the same on every process.
 
     Raises:
-        ValueError: If ``rank`` is below 1, or the matrix is not positive semidefinite within rounding.
+        ValueError: If the matrix is not positive semidefinite within rounding.
     """
-    if rank < 1:
-        raise ValueError(f"rank is {rank}; expected at least 1.")
     size = like.shape[-1]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)  # the same on every process
     random = torch.randn((size, min(rank, size)), generator=generator).to(like.device)
     sketch = torch.linalg.qr(exact(random))[0].T  # rp, orthonormal rows
     image = exact(matvec(sketch.to(like)))

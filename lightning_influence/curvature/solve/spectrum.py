@@ -23,6 +23,8 @@ Matvec = Callable[[Tensor], Tensor]
 _CHUNK = 2**22
 # Roundings of the largest eigenvalue by which others are off at least, in however small a matrix.
 _ROUNDINGS = 10.0
+# Relative error of an extreme eigenvalue that will do.
+_PRECISION = 1e-2
 # Estimates of the smallest eigenvalue are too large; within this share of what would be singular, it is computed.
 _SUSPICIOUS = 0.01
 
@@ -45,15 +47,7 @@ class Eigenvalue(NamedTuple):
     rounding: float
 
 
-def largest_eigenvalue(
-    matvec: Matvec,
-    like: Tensor,
-    *,
-    max_steps: int = 50,
-    tolerance: float = 1e-2,
-    resolution: float = 0.0,
-    seed: int = 0,
-) -> Eigenvalue:
+def largest_eigenvalue(matvec: Matvec, like: Tensor, *, max_steps: int = 50, resolution: float = 0.0) -> Eigenvalue:
     """Estimate the (algebraically) largest eigenvalue by Lanczos iteration: a product a step, memory of three vectors.
 
     The basis is not orthogonalised again: eigenvalues then come out more than once, the extreme ones no worse for it
@@ -63,9 +57,7 @@ def largest_eigenvalue(
         matvec: The symmetric matrix.
         like: A tensor ``[..., p]`` whose last dimension, dtype and device the vectors take.
         max_steps: Most products.
-        tolerance: Relative error that will do.
-        resolution: Absolute error that will do.
-        seed: Seed of the random start, the same on every device and process.
+        resolution: Absolute error that will do; a relative one of 1 % does in any case.
 
     Returns:
         The estimate and its error.
@@ -73,28 +65,44 @@ def largest_eigenvalue(
     Raises:
         ValueError: If a product is non-finite.
     """
-    return _extreme(matvec, like, max_steps, seed, lambda e: e.error <= max(tolerance * abs(e.value), resolution))
+    p = like.shape[-1]
+    # The same on every device and process.
+    v = torch.randn(1, p, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    v = v / row_norms(v).to(v.dtype)[:, None]
+    before = torch.zeros_like(v)
+    diagonal: list[float] = []
+    beside: list[float] = []
+    while True:
+        w = matvec(v)
+        if beside:
+            w = w - beside[-1] * before
+        alpha = float(row_products(w, v))
+        w = w - alpha * v
+        # Once more: the part that rounding leaves would grow from step to step.
+        w = w - row_products(w, v).to(w.dtype)[:, None] * v
+        beta = float(row_norms(w))
+        if not (math.isfinite(alpha) and math.isfinite(beta)):
+            raise ValueError("a product has non-finite entries; leave out the examples that cause them.")
+        diagonal.append(alpha)
+        off = torch.tensor(beside, dtype=torch.float64)
+        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
+        eigenvalues, vectors = torch.linalg.eigh(tridiagonal)
+        noise = rounding(len(diagonal), float(eigenvalues.abs().max()), v.dtype)
+        found = Eigenvalue(float(eigenvalues[-1]), max(beta * abs(float(vectors[-1, -1])), noise), noise)
+        enough = found.error <= max(_PRECISION * abs(found.value), resolution)
+        if beta <= noise or len(diagonal) >= min(max_steps, p) or enough:
+            return found
+        beside.append(beta)
+        before, v = v, w / beta
 
 
-def smallest_eigenvalue(
-    matvec: Matvec,
-    like: Tensor,
-    *,
-    max_steps: int = 100,
-    tolerance: float = 1e-2,
-    resolution: float = 0.0,
-    seed: int = 0,
-) -> Eigenvalue:
+def smallest_eigenvalue(matvec: Matvec, like: Tensor, *, max_steps: int = 100, resolution: float = 0.0) -> Eigenvalue:
     """Estimate the (algebraically) smallest eigenvalue, see ``largest_eigenvalue``."""
-    found = largest_eigenvalue(
-        lambda v: -matvec(v), like, max_steps=max_steps, tolerance=tolerance, resolution=resolution, seed=seed
-    )
+    found = largest_eigenvalue(lambda v: -matvec(v), like, max_steps=max_steps, resolution=resolution)
     return found._replace(value=-found.value)
 
 
-def require_positive_definite(
-    matvec: Matvec, like: Tensor, damping: float, *, max_steps: int = 100, seed: int = 0
-) -> Eigenvalue:
+def require_positive_definite(matvec: Matvec, like: Tensor, damping: float, *, max_steps: int = 100) -> Eigenvalue:
     """Refuse a curvature that this damping does not make positive definite: the Hessian of a network, usually.
 
     Args:
@@ -102,7 +110,6 @@ def require_positive_definite(
         like: See ``largest_eigenvalue``.
         damping: Absolute λ.
         max_steps: Most products. What they do not find is let pass.
-        seed: Seed of the random start.
 
     Returns:
         The smallest eigenvalue as far as it is known.
@@ -112,7 +119,7 @@ def require_positive_definite(
         ValueError: If a product is non-finite, or ``damping`` is no number >= 0.
     """
     check_damping(damping)
-    smallest = smallest_eigenvalue(matvec, like, max_steps=max_steps, resolution=0.1 * damping, seed=seed)
+    smallest = smallest_eigenvalue(matvec, like, max_steps=max_steps, resolution=0.1 * damping)
     if smallest.value + damping <= smallest.rounding:
         raise IndefiniteError(indefinite_reason(smallest.value, damping, smallest.rounding, smallest.error))
     return smallest
@@ -168,42 +175,6 @@ def indefinite_reason(value: float, damping: float, noise: float = 0.0, error: f
         f"positive definite. Raise `damping` above {max(noise, error) - value:.4g} at least, or use the GGN, which has "
         "no negative eigenvalues."
     )
-
-
-def _extreme(
-    matvec: Matvec, like: Tensor, max_steps: int, seed: int, enough: Callable[[Eigenvalue], bool]
-) -> Eigenvalue:
-    """Return the largest eigenvalue of the tridiagonal matrix that Lanczos iteration makes of ``matvec``."""
-    p = like.shape[-1]
-    if max_steps < 1 or p < 1:
-        raise ValueError(f"max_steps is {max_steps} and p is {p}; expected at least 1.")
-    generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(1, p, generator=generator).to(like.device, like.dtype)
-    v = v / row_norms(v).to(v.dtype)[:, None]
-    before = torch.zeros_like(v)
-    diagonal: list[float] = []
-    beside: list[float] = []
-    while True:
-        w = matvec(v)
-        if beside:
-            w = w - beside[-1] * before
-        alpha = float(row_products(w, v))
-        w = w - alpha * v
-        # Once more: the part that rounding leaves would grow from step to step.
-        w = w - row_products(w, v).to(w.dtype)[:, None] * v
-        beta = float(row_norms(w))
-        if not (math.isfinite(alpha) and math.isfinite(beta)):
-            raise ValueError("a product has non-finite entries; leave out the examples that cause them.")
-        diagonal.append(alpha)
-        off = torch.tensor(beside, dtype=torch.float64)
-        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
-        eigenvalues, vectors = torch.linalg.eigh(tridiagonal)
-        noise = rounding(len(diagonal), float(eigenvalues.abs().max()), v.dtype)
-        found = Eigenvalue(float(eigenvalues[-1]), max(beta * abs(float(vectors[-1, -1])), noise), noise)
-        if beta <= noise or len(diagonal) >= min(max_steps, p) or enough(found):
-            return found
-        beside.append(beta)
-        before, v = v, w / beta
 
 
 def check_damping(damping: float) -> None:

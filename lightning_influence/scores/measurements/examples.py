@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_influence.core.containers import map_tensors, tensors_in
 from lightning_influence.objective.losses import known_losses
 from lightning_influence.objective.terms import BatchLoss
 from lightning_influence.scores.measurements.base import MeasurementError, Statistic
@@ -129,8 +130,9 @@ class AdversarialLoss(Loss):
         return _replaced(batch, clean, changed.detach())
 
     def _attacked(self, batch: Any) -> Tensor:
-        found = _first_floating(batch) if self.inputs is None else self.inputs(batch)
-        if not isinstance(found, Tensor) or not found.is_floating_point() or not _holds(batch, found):
+        held = list(tensors_in(batch))
+        found = self.inputs(batch) if self.inputs is not None else next(filter(Tensor.is_floating_point, held), None)
+        if not isinstance(found, Tensor) or not found.is_floating_point() or not any(found is own for own in held):
             raise MeasurementError(
                 f"{self.name}: found no tensor to attack in a batch of type {type(batch).__name__}; expected a tensor "
                 "of floating-point numbers in it, within lists, tuples or dicts. `inputs=` may say which of several."
@@ -157,28 +159,5 @@ def log_odds(name: str, loss: BatchLoss, positive: int | None = None) -> Tensor:
     return found
 
 
-def _first_floating(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value if value.is_floating_point() else None
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return next((found for item in items if (found := _first_floating(item)) is not None), None)
-
-
-def _holds(value: Any, tensor: Tensor) -> bool:
-    if value is tensor:
-        return True
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return any(_holds(item, tensor) for item in items)
-
-
-def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
-    """Return nested containers with one tensor in place of another."""
-    if value is old:
-        return new
-    if isinstance(value, Mapping):
-        return {key: _replaced(item, old, new) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_replaced(item, old, new) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_replaced(item, old, new) for item in value)
-    return value
+def _replaced(batch: Any, old: Tensor, new: Tensor) -> Any:
+    return map_tensors(lambda tensor: new if tensor is old else tensor, batch)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed
-from lightning_influence.core.isolation import isolated_rng
+from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import ExampleColumns, in_order
 from lightning_influence.objective.terms import BatchLoss

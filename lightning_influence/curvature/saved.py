@@ -1,0 +1,119 @@
+"""Fitted curvature put away and taken up again: tensors and text for a store, and a curvature equal to the last bit.
+
+What is put away comes from ``Curvature.tensors``: file name -> tensors and text about them, a file for each block, or
+one for a dense matrix. The files themselves are the store's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from lightning_influence.core.precision import working_dtype
+from lightning_influence.curvature.blocks.block import CurvatureBlock
+from lightning_influence.curvature.coordinates import BlockCoordinates
+from lightning_influence.curvature.curvature import BlockCurvature, Curvature
+from lightning_influence.curvature.dense import DenseCurvature
+from lightning_influence.curvature.registry import LADDER
+from lightning_influence.gradients.coverage import Coverage
+from lightning_influence.layers.blocks import ParameterBlock
+
+Saved = Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]]
+"""File name to tensors and text."""
+
+_TEXT = ("curvature", "kind", "damping", "weights", "labels", "examples")
+_AGAIN = "fit the curvature again"
+
+
+def restored(files: Saved, coverage: Coverage) -> Curvature:
+    """Return the curvature that was put away, on the device of the parameters.
+
+    Its solutions and scores are those of the original, bit for bit. GGN and Hessian come back if their matrix was
+    formed; of those that were solved by products nothing is kept.
+
+    Args:
+        files: What ``Curvature.tensors`` gave.
+        coverage: The layers of the model, with the weights that the curvature was fitted at.
+
+    Raises:
+        ValueError: If there are none, they belong to another model, other layers or other weights, or can't be made
+            a curvature of; with the way out.
+    """
+    if not files:
+        raise ValueError(f"there are no factors, expected some for {list(coverage.blocks)[:5]}: {_AGAIN}.")
+    for file, (_, about) in files.items():
+        if missing := [key for key in _TEXT if key not in about]:
+            raise ValueError(f"the factors of {file!r} say nothing of {missing}, as in earlier versions: {_AGAIN}.")
+    kinds = {(about["curvature"], about["kind"]) for _, about in files.values()}
+    (name, kind), *others = sorted(kinds)
+    if others or kind not in LADDER:
+        raise ValueError(f"the factors are of {sorted(kinds)}; expected one of {', '.join(LADDER)}: {_AGAIN}.")
+    if name != kind:
+        raise ValueError(
+            f"curvature={name!r} was solved by products with the training data: nothing of it is stored but the "
+            f'{kind} for self-influence. Fit it again; `solver="dense"` would have stored the matrix.'
+        )
+    kept = next(iter(files.values()))[1]
+    labels, examples = json.loads(kept["labels"]), json.loads(kept["examples"])
+    product = LADDER[name].product
+    if product is None:
+        weights = {layer: about["weights"] for layer, (_, about) in files.items()}
+        dampings = {layer: float(about["damping"]) for layer, (_, about) in files.items()}
+    else:
+        weights, dampings = json.loads(kept["weights"]), json.loads(kept["damping"])
+    layers = coverage.blocks
+    if weights.keys() != layers.keys():
+        raise ValueError(
+            f"the factors are those of {sorted(weights)[:20]}, the covered layers are {sorted(layers)[:20]}: pass the "
+            f"model and the `layers=` that the curvature was fitted with, or {_AGAIN}."
+        )
+    curvature: Curvature
+    if product is None:
+        blocks = {layer: _restored_block(LADDER[name].block, block, files[layer][0]) for layer, block in layers.items()}
+        curvature = BlockCurvature(name, blocks, {layer: dampings[layer] for layer in layers}, labels, examples)
+    else:
+        coordinates = BlockCoordinates(layers)
+        like = next(iter(layers.values()))
+        found = _checked(name, files[name][0], {"matrix": (coordinates.size, coordinates.size)}, like)
+        curvature = DenseCurvature(name, found["matrix"], coordinates, dampings, labels, examples)
+    for layer, block in layers.items():
+        if weights[layer] != (now := checksum(block)):
+            raise ValueError(
+                f"the curvature was fitted at other weights of {layer!r} (their checksum was "
+                f"{weights[layer] or 'not noted'}, now it is {now}): load the checkpoint of that training, or {_AGAIN}."
+            )
+    curvature.weights = weights
+    return curvature
+
+
+def checksum(block: ParameterBlock) -> str:
+    """Return what tells the weights of a block from others, on any device."""
+    result = 0
+    for parameter in block.parameters.values():
+        result = crc32(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, result)
+    return f"{result:08x}"
+
+
+def _restored_block(kind: type[CurvatureBlock], block: ParameterBlock, tensors: Mapping[str, Tensor]) -> CurvatureBlock:
+    result = kind(block.shape, block.dense)
+    result.restore(_checked(block.name, tensors, kind.fitted_shapes(block.shape, block.dense), block))
+    return result
+
+
+def _checked(
+    name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], block: ParameterBlock
+) -> dict[str, Tensor]:
+    """Return tensors on the device of a block's parameters, if they are those that it needs."""
+    like = next(iter(block.parameters.values()))
+    found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+    expected = {key: (shape, working_dtype(like.dtype)) for key, shape in shapes.items()}
+    if found != expected:
+        raise ValueError(
+            f"the factors of {name!r} are {found}; this model needs {expected}: pass the model that the curvature was "
+            f"fitted with, in its precision, or {_AGAIN}."
+        )
+    return {key: tensor.to(like.device) for key, tensor in tensors.items()}

@@ -1,0 +1,89 @@
+"""The iterative solvers by name: what each makes of a system, how far it goes, and what it needs.
+
+A solver of one's own is a function ``(system, g, tolerance, steps) -> Solution`` and an entry in ``SOLVERS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from lightning_influence.curvature.solve.cg import cg
+from lightning_influence.curvature.solve.lissa import lissa
+from lightning_influence.curvature.solve.nystrom import nystrom_preconditioner
+from lightning_influence.curvature.solve.solution import Solution
+from lightning_influence.curvature.solve.spectrum import Matvec
+
+# A sketch of so many vectors pays from so many systems on: it costs a product of that many vectors, and on a digits
+# network (trainer damping) it took 13 steps a system where plain CG took 35.
+_RANK = 80
+_WORTH_A_SKETCH = 8
+
+
+@dataclass(eq=False)
+class System:
+    """``C + λ``, as a solver meets it.
+
+    Attributes:
+        matvec: Multiplies ``[q, p]`` by ``C``.
+        damping: Absolute λ.
+        blocks: Multiplies by the inverse of a block-diagonal ``C + λ``.
+        batches: Yields the curvature of random batches, without end.
+        like: ``[p]``, for size, dtype and device.
+    """
+
+    matvec: Matvec
+    damping: float
+    blocks: Matvec
+    batches: Callable[[], Iterator[Matvec]]
+    like: Tensor
+
+    @cached_property
+    def sketch(self) -> Matvec:
+        """Multiplies by something close to the inverse, made of one product; for all solves."""
+        return nystrom_preconditioner(self.matvec, self.like, _RANK, self.damping)
+
+
+@dataclass(frozen=True)
+class IterativeSolver:
+    """One solver.
+
+    Attributes:
+        solve: Solves a system for ``g: [q, p]``, to a relative residual, in at most so many steps.
+        tolerance: Where to stop: influence scores need no more.
+        steps: Most steps.
+        semidefinite: Whether it needs a curvature without negative eigenvalues.
+    """
+
+    solve: Callable[[System, Tensor, float, int], Solution]
+    tolerance: float = 1e-4
+    steps: int = 1000
+    semidefinite: bool = False
+
+
+def _cg(system: System, g: Tensor, tolerance: float, steps: int, preconditioner: Matvec | None = None) -> Solution:
+    return cg(system.matvec, g, system.damping, preconditioner=preconditioner, tolerance=tolerance, max_steps=steps)
+
+
+def _nystrom(system: System, g: Tensor, tolerance: float, steps: int) -> Solution:
+    return _cg(system, g, tolerance, steps, system.sketch if len(g) >= _WORTH_A_SKETCH else None)
+
+
+def _pcg(system: System, g: Tensor, tolerance: float, steps: int) -> Solution:
+    return _cg(system, g, tolerance, steps, system.blocks)
+
+
+def _lissa(system: System, g: Tensor, tolerance: float, steps: int) -> Solution:
+    return lissa(system.batches(), g, system.damping, matvec=system.matvec, steps=steps, tolerance=tolerance)
+
+
+SOLVERS: dict[str, IterativeSolver] = {
+    "cg": IterativeSolver(_cg),
+    "nystrom": IterativeSolver(_nystrom, semidefinite=True),
+    "pcg": IterativeSolver(_pcg),
+    # Random batches do not reach as far.
+    "lissa": IterativeSolver(_lissa, tolerance=1e-2, steps=2000),
+}

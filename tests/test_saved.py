@@ -1,0 +1,101 @@
+"""Curvature that was written to disk and read back: equal to the last bit, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_curvature import CLASSES, NETS, N
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lightning_influence.audit.store.factors import read_factors
+from lightning_influence.audit.store.store import AuditStore
+from lightning_influence.curvature import BLOCKS, Curvature, FactorExamples, fit
+from lightning_influence.curvature.saved import restored
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.scores.examples import mean_gradient, score_examples
+
+
+def problem(net: str = "mlp", dtype: torch.dtype = torch.float64, **options: Any) -> ExampleGradients:
+    torch.manual_seed(0)
+    module, inputs = NETS[net]()
+    # Dead inputs and units, whose rows are no part of any decomposition.
+    inputs = inputs.to(dtype).clamp(min=0) if inputs.is_floating_point() else inputs
+    source = ExampleSource(TensorDataset(inputs, torch.arange(N) % CLASSES), batch_size=5)
+
+    def task(module: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    module = module.to(dtype).eval()
+    return ExampleGradients(module, task, source, discover(module, task, source, **options))
+
+
+def fitted(gradients: ExampleGradients, name: Any, **options: Any) -> Curvature:
+    return fit(gradients, name, range(N), examples=FactorExamples(N, N), labels=("exact", "exact"), **options)
+
+
+def through_disk(curvature: Curvature, tmp_path: Path) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+    store = AuditStore.create(tmp_path / "influence")
+    for file, (tensors, about) in curvature.tensors().items():
+        store.write_factors(file, tensors, about)
+    return read_factors(store.directory)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("name", [*BLOCKS, "ggn"])
+def test_equal_to_the_last_bit(name: str, net: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    gradients = problem(net, dtype)
+    curvature = fitted(gradients, name)
+    back = restored(through_disk(curvature, tmp_path), gradients.coverage)
+    assert (back.name, back.dampings, back.labels) == (name, curvature.dampings, curvature.labels)
+    assert (back.examples, back.weights) == (curvature.examples, curvature.weights)
+    assert (back.blockwise is None) == (curvature.blockwise is None)
+    mean = mean_gradient(gradients, range(N))
+    query, again = curvature.solve(mean), back.solve(mean)
+    for layer, vector in query.items():
+        assert torch.equal(vector, again[layer])
+    expected = score_examples(gradients, range(N), curvature=curvature, query=query).columns
+    found = score_examples(gradients, range(N), curvature=back, query=again).columns
+    for column in ("self_influence", "harm"):
+        assert torch.equal(expected[column], found[column])
+    if name != "identity":
+        assert not torch.allclose(found["self_influence"], found["grad_norm_squared"])
+
+
+def test_refused(tmp_path: Path) -> None:
+    gradients = problem()
+    files = through_disk(fitted(gradients, "ekfac"), tmp_path)
+
+    def refused(match: str, files: Any = files, coverage: Any = gradients.coverage) -> None:
+        with pytest.raises(ValueError, match=match):
+            restored(files, coverage)
+
+    refused(r"there are no factors, expected some for \['0', '2', '4'\]: fit the curvature again", {})
+    refused(r"those of \['0', '2', '4'\], the covered layers are \['0', '4'\]: pass the model and the `layers=`",
+            coverage=problem(layers=["0", "4"]).coverage)  # fmt: skip
+    refused(r"those of \['0', '2'\], the covered", {name: files[name] for name in ("0", "2")})
+    refused(r"of '0' are \{.*torch.float64.* needs \{.*torch.float32.*in its precision",
+            coverage=problem(dtype=torch.float32).coverage)  # fmt: skip
+    old = {name: (tensors, {"kind": "ekfac", "damping": about["damping"]}) for name, (tensors, about) in files.items()}
+    refused(r"of '0' say nothing of \['curvature', 'weights', 'labels', 'examples'\], as in earlier versions", old)
+    mixed = files | {"2": (files["2"][0], files["2"][1] | {"kind": "kfac", "curvature": "kfac"})}
+    refused(r"the factors are of \[\('ekfac', 'ekfac'\), \('kfac', 'kfac'\)\]; expected one of identity", mixed)
+    short = files | {"2": ({"eigenvalues": files["2"][0]["eigenvalues"]}, files["2"][1])}
+    refused(r"of '2' are \{'eigenvalues': .*needs \{.*'gradient_basis'", short)
+    with torch.no_grad():
+        gradients.module.get_parameter("2.weight")[0, 0] += 1e-9
+    refused(r"other weights of '2' \(their checksum was \w{8}, now it is \w{8}\): load the checkpoint of that training")
+
+
+def test_products_are_not_kept(tmp_path: Path) -> None:
+    gradients = problem()
+    files = through_disk(fitted(gradients, "ggn", solver="cg"), tmp_path)
+    with pytest.raises(ValueError, match=r"curvature='ggn' was solved by products .* but the ekfac for self-influence"):
+        restored(files, gradients.coverage)
