@@ -107,9 +107,6 @@ class _DenseScorer(Scorer):
         }
         return curvature.self_influence(curvature.coordinates.join(rows))
 
-    def parts(self) -> dict[str, Tensor]:
-        return {}
-
 
 def dense_matrix(
     product: CurvatureProduct, gradients: ExampleGradients, indices: Sequence[int], coordinates: BlockCoordinates

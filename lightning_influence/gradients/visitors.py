@@ -102,6 +102,9 @@ class ExampleScores:
     columns: dict[str, Tensor]
     features: Tensor | None
 
+    def __repr__(self) -> str:
+        return f"ExampleScores({len(self.indices):,} examples: {', '.join(self.columns)})"
+
 
 class ExampleColumns:
     """Columns of numbers by example, put together over batches and, once, over processes.
