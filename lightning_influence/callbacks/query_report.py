@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -96,8 +97,8 @@ class QueryReport:
 
     def begin(
         self, trainer: Trainer, gradients: ExampleGradients, indices: Sequence[int], validation: QuerySets
-    ) -> None:
-        """Get ready for the passes at the end of training."""
+    ) -> QueryReport:
+        """Get ready to look at the passes at the end of training."""
         module: Any = gradients.module
         with self._or_give_up():
             self._sets = self._queries(trainer, module, gradients.task, gradients.coverage, validation)
@@ -106,6 +107,7 @@ class QueryReport:
                 self._search = QuerySearch(gradients, indices, self._sets, self.asked)
             else:
                 self._give_up("there are no validation examples to choose them from; pass a DataLoader as `queries=`")
+        return self
 
     def on_validation(self, number: int) -> Sequence[Visitor]:
         """Look at the validation examples, if the queries are among them."""
@@ -123,10 +125,12 @@ class QueryReport:
             visitors = self._search.on_training(curvature)
         return visitors
 
-    def find(self, columns: Columns) -> Columns:
-        """Return the columns that the queries add to the scores table, once the passes are over."""
+    def find(self, columns: Columns, seconds: dict[str, float]) -> Columns:
+        """Return what the queries add to the scores table, once the passes are over; add the time that it took."""
+        start = time.perf_counter()
         with self._or_give_up():
             self.pairs = None if self._search is None else self._search.result(columns)
+        seconds["queries"] += time.perf_counter() - start
         self._search = None  # it holds gradients
         if self.pairs is None:
             return {}
