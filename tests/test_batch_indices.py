@@ -736,7 +736,7 @@ def test_a_batch_with_other_labels_than_before_counts_for_nobody(tracin: Any, tm
     if tracin == "step":
         assert audit._recording is not None
         assert audit._recording.visits is not None
-        assert audit._recording.visits.sums["tracin_visits"].tolist() == expected
+        assert audit._recording.visits.sums["visits"].tolist() == expected
 
 
 def test_labels_that_are_drawn_anew_lose_nothing(tmp_path: Path) -> None:

@@ -106,3 +106,23 @@ def test_every_column_says_what_it_is() -> None:
         assert name == column.name
         assert column.meaning
         assert column.direction in (None, "high", "low")
+
+
+def test_what_is_printed_is_short_and_tells_examples_apart() -> None:
+    """An index of six digits once was 1.235e+05."""
+    columns = {"index": np.arange(123_450, 123_470), "loss_mean": np.arange(20.0)}
+    report = AuditReport(rank(columns), {"status": "complete"})
+    assert repr(report) == "AuditReport(20 examples, 1 candidates, complete)"
+    rows = str(report).splitlines()
+    assert rows[-2].split() == ["rank", "index", "suspicion"]
+    assert rows[-1].split() == ["1", "123469", "1.648"]
+
+
+def test_nothing_to_rank_by_is_no_error() -> None:
+    """Before the first epoch ends, or where no loss is finite any more; what is there is worth keeping."""
+    for columns in ({}, {"loss_mean": np.full(3, np.nan), "finite": np.zeros(3, dtype=bool)}):
+        ranked = rank({"index": np.array([4, 5, 6]), **columns})
+        assert ranked["rank"].tolist() == [1, 2, 3]
+        assert not ranked["candidate"].any()
+        assert np.isnan(ranked["suspicion"]).all()
+        assert "0 (0.0%)" in str(AuditReport(ranked))

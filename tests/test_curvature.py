@@ -890,15 +890,13 @@ class TestFit:
 
     def test_subset_is_random_and_its_factors_are_those_of_its_members(self) -> None:
         problem = Problem("cnn")
-        subset = random_subset(range(N), 6, seed=3)
+        subset = random_subset(range(N), 6, seed=0)
         assert subset == sorted(subset)
         assert len(set(subset)) == 6
         assert subset != list(range(6)), "the first six instead of a random six"
-        assert random_subset(range(N), 6, seed=3) == subset
+        assert random_subset(range(N), 6, seed=0) == subset
         assert len({tuple(random_subset(range(N), 6, seed=seed)) for seed in range(20)}) > 10
-        curvature = fit(
-            problem.gradients, "kfac", range(N), examples=FactorExamples(6, 6), labels=("true", "true"), seed=3
-        )
+        curvature = fit(problem.gradients, "kfac", range(N), examples=FactorExamples(6, 6), labels=("true", "true"))
         whole = fit(problem.gradients, "kfac", subset, examples=EVERY, labels=("true", "true"))
         for layer, block in curvature.blocks.items():
             torch.testing.assert_close(block.to_dense(), whole.blocks[layer].to_dense(), **EXACT)

@@ -119,9 +119,6 @@ class TestHistory:
         second.record(optimizer)
         first.record(optimizer)
         assert second.history() == first.history()
-        # Checkpoints of version 0.1 know of the last steps only.
-        second.load_state_dict({"step_sizes": {"weight": 1.0}, "steps": 2})
-        assert second.history() == OptimizerHistory({}, {}, (), 0)
 
 
 # -------------------------------------------------------------------------------------------------- the callback

@@ -22,9 +22,9 @@ from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.objective.losses import CrossEntropy
 from lightning_influence.scores.pairs import pairwise_scores
+from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
-from lightning_influence.training.tracin import Increments
 
 PATIENCE = timedelta(seconds=60)
 
@@ -37,7 +37,6 @@ def test_alone_without_a_process_group() -> None:
     assert distributed.share(range(3, 6)) == [3, 4, 5]
     assert distributed.any_process(True) is True
     assert distributed.any_process(False) is False
-    distributed.barrier()
 
 
 def test_sum_alone_is_the_tensor_itself() -> None:
@@ -182,15 +181,6 @@ def any_flags(rank: int) -> object:
     return [distributed.any_process(flag) for flag in (False, rank == 0, rank == 1, True)]
 
 
-def wait_for_the_slow_one(rank: int) -> object:
-    distributed.barrier()
-    started = time.monotonic()
-    if rank == 1:
-        time.sleep(0.5)
-    distributed.barrier()
-    return time.monotonic() - started
-
-
 def collectives(run: Callable[[], object]) -> int:
     """Count what the processes wait for each other in."""
     counted = [0]
@@ -230,13 +220,15 @@ def epoch_end(rank: int) -> object:
     logits = torch.arange(12.0).reshape(4, 3).sin().requires_grad_() * (1 + rank)
     labels = torch.tensor([0, 1, 2, 0])
     call = CrossEntropy(F.cross_entropy(logits, labels), logits, labels, "mean")
-    own = list(range(4 * rank, 4 * rank + 4))
+    own = tuple(range(4 * rank, 4 * rank + 4))
+    assert recording.visits is not None
     counts = []
     for _ in range(2):
-        recording.record_batch(own, call.output, [call])
-        recording.record_visit(own, Increments(4, [(torch.ones(4), 0.5)], []))
+        batch = BatchRecord(own)
+        recording.record_batch(batch, call.output, [call])
+        recording.visits.add(batch, torch.full((4,), 0.5))
         counts.append(collectives(recording.synchronise))
-    columns = recording.columns(range(8))
+    columns = recording.columns(range(8))  # without a collective
     return counts, {name: values.tolist() for name, values in columns.items()}
 
 
@@ -282,7 +274,6 @@ STEPS: tuple[Callable[[int], object], ...] = (
     gather_different_dtypes,
     gather_wrong_on_one_rank,
     any_flags,
-    wait_for_the_slow_one,
 )
 
 
@@ -414,7 +405,3 @@ def test_gather_fault_of_one_rank_is_raised_on_both(both: list[dict[str, Any]]) 
 
 def test_any_process_answers_alike(both: list[dict[str, Any]]) -> None:
     assert [rank["any_flags"] for rank in both] == [[False, True, True, True]] * 2
-
-
-def test_barrier_waits_for_the_slow_one(both: list[dict[str, Any]]) -> None:
-    assert both[0]["wait_for_the_slow_one"] >= 0.4

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_influence.objective.losses import read_call
 from lightning_influence.training import dynamics, loss_graph
+from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.dynamics import TrainingDynamics
 
 SIZE, CLASSES = 17, 4
@@ -52,7 +53,7 @@ def _visits(batches: int = 40, seed: int = 0, never: Sequence[int] = (3,)) -> li
 def _recorded(visits: Sequence[Visit], size: int = SIZE) -> TrainingDynamics:
     recorded = TrainingDynamics(size)
     for indices, statistics in visits:
-        recorded.record(indices, statistics)
+        recorded.record(BatchRecord(tuple(indices)), statistics)
     return recorded
 
 
@@ -120,12 +121,11 @@ def test_looking_in_between_changes_nothing() -> None:
     visits = _visits()
     recorded = TrainingDynamics(SIZE)
     for number, visit in enumerate(visits):
-        recorded.record(*visit)
+        recorded.record(BatchRecord(tuple(visit[0])), visit[1])
         if number % 7 == 0:
             _assert_columns(recorded.columns(), _by_hand(visits[: number + 1]))
-            recorded.take(recorded.addends())
+            recorded.sums.take(recorded.sums.addends())
     _assert_columns(recorded.columns(), _by_hand(visits))
-    _assert_columns(recorded.gathered().columns(), _by_hand(visits))
 
 
 def test_examples_that_were_never_seen_are_unknown() -> None:
@@ -145,7 +145,6 @@ def test_examples_that_were_never_seen_are_unknown() -> None:
 
 def test_nothing_recorded_is_no_columns() -> None:
     assert TrainingDynamics(SIZE).columns() == {}
-    assert TrainingDynamics(SIZE).gathered().columns() == {}
     assert TrainingDynamics(SIZE).state_dict() == {}
 
 
@@ -177,7 +176,7 @@ def test_forgetting_is_from_right_to_wrong(wrong: list[int], events: int) -> Non
     for one in wrong:
         # The other example is always wrong: it must not be mixed up.
         statistics = _statistics(2, generator) | {"wrong": torch.tensor([1.0, one])}
-        recorded.record([0, 1], statistics)
+        recorded.record(BatchRecord((0, 1)), statistics)
     assert recorded.columns()["forgetting"].tolist() == [0, events]
     assert recorded.columns()["epochs_wrong"].tolist() == [len(wrong), sum(wrong)]
 
@@ -205,7 +204,7 @@ def test_an_ignored_label_is_not_a_loss_that_is_not_finite() -> None:
     call = read_call(F.cross_entropy, (logits, target), {}, F.cross_entropy(logits, target))
     assert call is not None
     recorded = TrainingDynamics(SIZE)
-    recorded.record([7, 8, 9, 10], call.statistics(4))
+    recorded.record(BatchRecord((7, 8, 9, 10)), call.statistics(4))
     columns = recorded.columns()
     assert columns["times_seen"][7:11].tolist() == [1, 0, 1, 0]
     assert columns["label"][7:11].tolist() == [1, -1, 0, -1]
@@ -239,11 +238,11 @@ def test_small_differences_of_large_losses_have_a_variance() -> None:
     recorded = TrainingDynamics(1)
     for number in range(200):
         loss = torch.tensor([1001.0 if number % 2 else 999.0])
-        recorded.record([0], {"loss": loss, "el2n": loss})
+        recorded.record(BatchRecord((0,)), {"loss": loss, "el2n": loss})
     assert float(recorded.columns()["loss_variance"]) == pytest.approx(1.0, rel=1e-6)
     constant = TrainingDynamics(1)
     for _ in range(50):
-        constant.record([0], {"loss": torch.tensor([0.1]), "el2n": torch.zeros(1)})
+        constant.record(BatchRecord((0,)), {"loss": torch.tensor([0.1]), "el2n": torch.zeros(1)})
     assert 0 <= float(constant.columns()["loss_variance"]) < 1e-12
 
 
@@ -264,9 +263,7 @@ def test_what_is_recorded_is_not_changed() -> None:
     indices, statistics = _visits()[0]
     copies = {name: value.clone() for name, value in statistics.items()}
     recorded = TrainingDynamics(SIZE)
-    given = list(indices)
-    recorded.record(given, statistics)
-    given.reverse()  # the caller's list may be used again
+    recorded.record(BatchRecord(tuple(indices)), statistics)
     statistics["extra"] = torch.zeros(())
     _assert_columns(recorded.columns(), _by_hand([(indices, copies)]))
     assert all(torch.equal(statistics[name], value) for name, value in copies.items())
@@ -276,7 +273,7 @@ def test_what_is_recorded_is_not_changed() -> None:
 def test_the_number_of_indices_must_be_that_of_examples(count: int) -> None:
     statistics = _statistics(3, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=rf"3 examples in the batch, but {count} dataset indices"):
-        TrainingDynamics(SIZE).record(list(range(count)), statistics)
+        TrainingDynamics(SIZE).record(BatchRecord(tuple(range(count))), statistics)
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints
@@ -289,10 +286,12 @@ def test_going_on_from_a_checkpoint(split: int) -> None:
     torch.save(_recorded(visits[:split]).state_dict(), file)
     file.seek(0)
     resumed = TrainingDynamics(SIZE)
-    resumed.record(*visits[0])  # what a run had before it was told to go on from elsewhere
+    resumed.record(
+        BatchRecord(tuple(visits[0][0])), visits[0][1]
+    )  # what a run had before it was told to go on from elsewhere
     resumed.load_state_dict(torch.load(file, weights_only=True))
     for visit in visits[split:]:
-        resumed.record(*visit)
+        resumed.record(BatchRecord(tuple(visit[0])), visit[1])
     _assert_columns(resumed.columns(), _by_hand(visits))
 
 
@@ -305,35 +304,15 @@ def test_a_state_holds_tensors_only_and_does_not_go_on_changing() -> None:
     first, second = TrainingDynamics(SIZE), TrainingDynamics(SIZE)
     first.load_state_dict(state)
     for visit in visits[20:]:
-        recorded.record(*visit)
-        first.record(*visit)
+        recorded.record(BatchRecord(tuple(visit[0])), visit[1])
+        first.record(BatchRecord(tuple(visit[0])), visit[1])
     recorded.flush()
     first.flush()
     second.load_state_dict(state)
     _assert_columns(second.columns(), _by_hand(visits[:20]))
 
 
-def test_a_state_of_other_data_is_refused() -> None:
-    state = _recorded(_visits()).state_dict()
-    other = TrainingDynamics(SIZE + 5)
-    with pytest.raises(ValueError, match=rf"of {SIZE} examples, the data set has {SIZE + 5}.*start a new run"):
-        other.load_state_dict(state)
-    assert other.columns() == {}
-
-
 # -------------------------------------------------------------------------------------- what the graph tells of a loss
-
-
-class _Picked(torch.nn.Module):
-    """Logits of which some are picked, as many as there are examples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = torch.nn.Linear(3, CLASSES)
-
-    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        logits: Tensor = self.linear(torch.tanh(x))
-        return logits if rows is None else logits[rows]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -369,14 +348,3 @@ def test_a_graph_that_tells_less(loss: Any) -> None:
     """A penalty, other losses, rounded logits; and a checkpoint, which would run the loss once more to tell."""
     x, y = torch.randn(6, CLASSES, requires_grad=True), torch.zeros(6, dtype=torch.long)
     assert loss_graph.call_in_graph(loss(x, y)) is None
-
-
-def test_the_history_of_logits() -> None:
-    net, x = _Picked(), torch.randn(5, 3)
-    history = loss_graph.History.of(net(x))
-    assert history is not None
-    assert history.is_of(net(x[:2]))
-    assert not history.is_of(net(x, torch.tensor([0, 0, 1, 1, 2])))
-    assert not history.is_of(net(x.requires_grad_() * 2))
-    assert loss_graph.History.of(net(x.detach(), torch.tensor([0, 1]))) is None
-    assert loss_graph.History.of(net(x.detach()) + net(x.detach())) is None

@@ -220,7 +220,8 @@ def test_coordinates_are_a_permutation_of_the_parameters() -> None:
     by_parameter = {}
     for name, block in coordinates.blocks.items():
         by_parameter |= block.to_parameters(vectors[name])
-    assert torch.equal(flat.flatten(by_parameter)[:, places], line)
+    in_line = torch.cat([by_parameter[name].flatten(1) for name in flat.parameters], 1)
+    assert torch.equal(in_line[:, places], line)
     with pytest.raises(ValueError, match="expected the same parameters"):
         coordinates.places_in(FlatParameters.of(problem.net, ["0.weight"]))
 

@@ -28,10 +28,12 @@ from lightning_influence import AuditReport, InfluenceAudit, TracIn
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.block_rows import Output, Use
 from lightning_influence.gradients.discover import discover
+from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.flight.flight import Flight
-from lightning_influence.training.flight.known_calls import Row
 from lightning_influence.training.flight.pace import Pace
-from lightning_influence.training.tracin import Increments, VisitSums
+from lightning_influence.training.flight.step_norms import StepNorms
+from lightning_influence.training.flight.visit import Visit
+from lightning_influence.training.tracin import VisitSums
 
 N = 11
 
@@ -183,8 +185,17 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, CLASSES))
 
 
+def shared() -> nn.Module:
+    """One weight is used twice: its squares are not the sum of those of its uses."""
+    inner = nn.Linear(6, 6, bias=False)
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.Tanh(), inner, nn.Dropout(0.0), nn.ReLU(inplace=True), inner, nn.Linear(6, CLASSES)
+    )
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], TensorDataset]]] = {
     "mlp": (mlp, vectors),
+    "shared": (shared, vectors),
     "convolutions": (Convolutions, pictures),
     "words": (Words, sentences),
     "tied": (lambda: Words(tied=True), sentences),
@@ -269,6 +280,20 @@ def test_accumulated_batches_count_with_the_step_they_go_into(accumulate: int, t
     pilot, data = Pilot(mlp(), groups), vectors()
     report = fly(tmp_path, pilot, data, accumulate_grad_batches=accumulate)
     assert len({tuple(seen.rates.items()) for seen in pilot.seen}) == 2 * -(-3 // accumulate)
+    close(report, pilot.replayed(data))
+
+
+def test_a_backward_pass_with_a_graph_of_its_own(tmp_path: Path) -> None:
+    """Gradients are part of a graph then, where they are measured, too."""
+
+    class SecondOrder(Pilot):
+        def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            loss.backward(create_graph=True)
+
+    torch.manual_seed(1)
+    pilot, data = SecondOrder(shared(), groups), vectors()
+    with pytest.warns(UserWarning, match="Using backward"):
+        report = fly(tmp_path, pilot, data)
     close(report, pilot.replayed(data))
 
 
@@ -418,12 +443,10 @@ def test_manual_optimization_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_failure_ends_the_recording_and_not_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_influence.training.flight import flight as in_flight
-
     def fail(*_: Any) -> Tensor:
         raise ArithmeticError("out of numbers")
 
-    monkeypatch.setattr(in_flight, "_single_rows", fail)
+    monkeypatch.setattr(StepNorms, "of_uses", fail)
     with pytest.warns(UserWarning, match="TracIn in flight is incomplete.*out of numbers"):
         report = fly(tmp_path, Pilot(mlp(), sgd), vectors())
     assert report.status == "complete"
@@ -462,7 +485,7 @@ def test_one_of_so_many_consecutive_batches_is_drawn() -> None:
     # Every place in turn by chance: data in a fixed order would else never measure some examples.
     assert min(sum(place) for place in zip(*runs, strict=True)) > 10
     again = Pace(4)
-    again.load_state_dict({"every": 4, "added": None, "batches": 100})
+    again.load_state_dict({"every": 4, "dynamics": None, "added": None, "batches": 100})
     assert [again.due() for _ in range(300)] == drawn[100:]
 
 
@@ -517,7 +540,6 @@ def test_what_a_measurement_leaves_to_the_next_batch_is_not_taken_for_its_cost()
 
 
 def test_what_the_first_batches_take_longer_is_not_taken_for_the_cost_of_all() -> None:
-    """Their calls are watched, which takes longer than to read their graphs."""
     pace, measured = Pace(1, 0.1), 0
     while pace.timing:
         due = pace.due()
@@ -546,42 +568,6 @@ def test_a_budget_is_kept_where_measurements_disagree() -> None:
     assert pace.added == pytest.approx(0.6, abs=0.1)
 
 
-def test_other_settings_by_name_are_read_anew() -> None:
-    """Calls are known again by their arguments: a norm with another ``eps`` normalises otherwise."""
-    x = torch.randn(4, 5)
-
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.eps = nn.LayerNorm(5), 1e-5
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.layer_norm(x, (5,), weight=self.norm.weight, bias=self.norm.bias, eps=self.eps)
-
-    def task(module: nn.Module, batch: Any) -> Tensor:
-        return module(batch[0]).square().sum(1).mean()
-
-    net = Named()
-    flight = Flight(
-        discover(net, task, ExampleSource(TensorDataset(x), batch_size=4)), [torch.optim.SGD(net.parameters(), lr=1.0)]
-    )
-    same, other = 1e-5, 2.0
-    for net.eps in (same, same, other, other, same):
-        tap = flight.tap(4)
-        tap.start()
-        loss = task(net, (x,))
-        tap.stop()
-        tap.forget()
-        flight.start(range(4), 4.0, loss)
-        loss.backward()
-        visit = flight.finish()
-        assert visit is not None
-        found = Increments.joined([visit.increments({(0, 0): 1.0})])
-        own = [torch.autograd.grad(task(net, (x[k : k + 1],)), list(net.parameters())) for k in range(4)]
-        expected = torch.stack([torch.stack([g.square().sum() for g in each]).sum() for each in own])
-        torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-6)
-
-
 class Twice(nn.Sequential):
     """The same weights twice."""
 
@@ -594,9 +580,63 @@ def once() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
 
 
+def mean_square(module: nn.Module, batch: Any) -> Tensor:
+    return module(batch[0]).flatten(1).square().mean()
+
+
+def flight_of(net: nn.Module, x: Tensor) -> Flight:
+    coverage = discover(net, mean_square, ExampleSource(TensorDataset(x), batch_size=len(x)))
+    return Flight(coverage, [torch.optim.SGD(net.parameters(), lr=0.1)])
+
+
+def watched(flight: Flight, net: nn.Module, x: Tensor) -> tuple[Visit, Tensor]:
+    visit, tap = flight.watch(len(x))
+    tap.start()
+    loss = mean_square(net, (x,))
+    tap.stop()
+    tap.forget()
+    visit.start(float(len(x)))
+    return visit, loss
+
+
+def test_a_second_backward_pass_is_no_second_visit() -> None:
+    """The first has let go of the gradients: an error in a hook would end the backward pass, and training."""
+    net, x = once(), torch.randn(4, 6)
+    found = []
+    for passes in (1, 2):
+        visit, loss = watched(flight_of(net, x), net, x)
+        for _ in range(passes):
+            loss.backward(retain_graph=True)
+        visit.finish()
+        assert visit.complete
+        found.append(visit.increments({(0, 0): 0.1}))
+    assert torch.equal(*found)
+
+
+def test_a_backward_pass_before_that_of_training_is_no_visit() -> None:
+    net, x = once(), torch.randn(4, 6)
+    flight = flight_of(net, x)
+    visit, loss = watched(flight, net, x)
+    visit.finish()
+    first = visit.increments({(0, 0): 1.0})
+    assert first.tolist() == [0.0] * 4, "no gradient has come by"
+    visit, tap = flight.watch(4)
+    tap.start()
+    loss = mean_square(net, (x,))
+    torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)  # a gradient penalty, say
+    tap.stop()
+    tap.forget()
+    visit.start(4.0)
+    loss.backward()
+    visit.finish()
+    own = [torch.autograd.grad(mean_square(net, (x[k : k + 1],)), list(net.parameters())) for k in range(4)]
+    expected = torch.stack([torch.stack([g.square().sum() for g in each]).sum() for each in own])
+    torch.testing.assert_close(visit.increments({(0, 0): 1.0}), expected.double(), rtol=1e-4, atol=1e-8)
+
+
 def ours() -> list[object]:
     """What we keep of calls and their gradients, and all tensors."""
-    return [o for o in gc.get_objects() if type(o) in (Output, Row, Use, Tensor)]
+    return [o for o in gc.get_objects() if type(o) in (Output, Use, Tensor)]
 
 
 @pytest.mark.parametrize("make", [once, Twice])
@@ -607,49 +647,33 @@ def test_the_graph_keeps_nothing_for_us(shape: tuple[int, ...], make: Callable[[
     If that holds the graph in turn, only the garbage collector ends both, a layer at a time: of weights that are used
     twice, hundreds of batches were kept with their activations and gradients.
     """
-    net = make()
-    x = torch.randn(shape)
-
-    def task(module: nn.Module, batch: Any) -> Tensor:
-        return module(batch[0]).flatten(1).square().mean()
-
-    coverage = discover(net, task, ExampleSource(TensorDataset(x), batch_size=4))
-    flight = Flight(coverage, [torch.optim.SGD(net.parameters(), lr=0.1)])
+    net, x = make(), torch.randn(shape)
+    flight = flight_of(net, x)
 
     def run(backward: bool = True) -> Tensor:
-        if flight.needs_tap:
-            tap = flight.tap(4)
-            tap.start()
-            loss = task(net, (x,))
-            tap.stop()
-            tap.forget()
-        else:
-            flight.without_tap(4)
-            loss = task(net, (x,))
-        flight.start(range(4), 4.0, loss)
+        visit, loss = watched(flight, net, x)
         if backward:
             loss.backward()
-            assert flight.finish() is not None
+            visit.finish()
+            assert visit.complete
+        visit.let_go()
         return loss
 
-    for _ in range(20):  # the second time the calls are known, in the end all rows are told by the graph
-        run()
+    run()
     assert flight.missing == {}
-    assert flight.needs_tap is (len(shape) == 3)
     net.zero_grad()
     gc.collect()
     gc.disable()
     try:
         before = len(ours())
         loss = run()
-        held = [o for o in ours() if (isinstance(o, Output) and o.gradients) or (isinstance(o, Row) and o.held)]
+        held = [o for o in ours() if isinstance(o, Output) and o.gradients]
         assert held == []
         assert loss.grad_fn is not None, "the graph is still there"
-        for backward in (True, False, True, False):
+        for backward in (True, False, False, True):
             loss = run(backward)
         del loss, held
         net.zero_grad()
-        flight.clear()
         assert len(ours()) == before
     finally:
         gc.enable()
@@ -657,17 +681,18 @@ def test_the_graph_keeps_nothing_for_us(shape: tuple[int, ...], make: Callable[[
 
 def test_sums_of_visits() -> None:
     sums = VisitSums(4)
-    lengths = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([1.0, 0.5, 1.0])
-    sums.add([0, 1, 1], Increments(3, [(torch.tensor([0.0, 1.0, 2.0]), 0.5)], [(*lengths, 0.5, 0.5)]))
-    sums.add([0, 2], None)
-    # 1/2 (1 + 1); 1/2 + 1/4 1/2 (4 + 1), and 1 + 1/2 (1 + 1)
+    sums.add(BatchRecord((0, 1, 1)), torch.tensor([1.0, 1.125, 2.0]))
+    sums.add(BatchRecord((0, 2)), None)
+    sums.add(BatchRecord((0, 3), contradicted=True), torch.ones(2))  # who knows whose they are
     assert sums.values().tolist()[:2] == [2.0, 3.125]
     assert sums.values().isnan().tolist() == [False, False, True, False]
     assert sums.unmeasured.tolist() == [False, False, True, False]
+    assert [sums.first_time(step) for step in (0, 1, 1, 0, 2)] == [True, True, False, False, True]
     again = VisitSums(4)
     again.load_state_dict(sums.state_dict())
-    again.add([2], Increments(1, [(torch.tensor([4.0]), 1.0)], []))
+    again.add(BatchRecord((2,)), torch.tensor([4.0]))
     assert again.values().tolist() == [2.0, 3.125, 8.0, 0.0]
+    assert not again.first_time(2)
 
 
 @pytest.mark.parametrize(

@@ -688,6 +688,20 @@ def test_what_an_object_holds_is_as_before(name: str, error: type[Exception] | N
     assert len(changes_in(model)) >= 1
 
 
+def test_slots_that_a_subclass_covers_are_not_asked_for() -> None:
+    class Covered(Slotted):
+        __slots__ = ("never",)
+        rows = property(lambda self: 1 / 0, lambda self, value: 1 / 0)  # type: ignore[assignment]
+
+        def __init__(self) -> None:
+            self.never = self.sometimes = 1
+
+    value = Covered()
+    with untouched(Holder(held=[value])):
+        value.never = value.sometimes = 2
+    assert (value.never, value.sometimes) == (1, 1)
+
+
 def test_what_a_hook_has_gathered_is_as_before() -> None:
     model, gathered = Holder(), [torch.zeros(1, 2)]
     model.layer.register_forward_hook(lambda module, inputs, output: gathered.append(output))

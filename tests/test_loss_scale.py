@@ -340,7 +340,7 @@ def test_sums_have_gradients_of_the_examples_own_losses() -> None:
     net = _net()
     passes = _passes(lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="sum"), net=net)
     assert passes.scale is not None
-    assert not passes.scale.of_mean
+    assert list(passes.scale.values()) == [1.0]
     with closing(passes.run(range(N))) as batches:
         values = torch.cat([batch.loss.values for batch in batches if batch.loss.values is not None])
     x, y, *_ = _data().tensors

@@ -14,22 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.objective.losses import (
-    AbsoluteError,
-    BinaryCrossEntropy,
-    BinaryProbabilities,
-    CrossEntropy,
-    Divergence,
-    HuberError,
-    LossCall,
-    NormalLikelihood,
-    PoissonLikelihood,
-    SmoothAbsoluteError,
-    SquaredError,
-    known_loss,
-    known_losses,
-    read_call,
-)
+from lightning_influence.objective.losses import CrossEntropy, LossCall, known_loss, known_losses, read_call
+from lightning_influence.objective.losses.binary import BinaryCrossEntropy, BinaryProbabilities
+from lightning_influence.objective.losses.divergence import Divergence
+from lightning_influence.objective.losses.normal import NormalLikelihood
+from lightning_influence.objective.losses.poisson import PoissonLikelihood
+from lightning_influence.objective.losses.regression import AbsoluteError, HuberError, SmoothAbsoluteError, SquaredError
 
 N = 6
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
@@ -360,19 +350,18 @@ def test_terms_and_own_losses(name: str, reduction: str) -> None:
 def test_the_reference_replaces_the_batch(name: str) -> None:
     """With a reference the scale no longer depends on the rest of the batch."""
     case = CASES[name]
-    for reduction, reference in (("mean", 1.75), ("sum", 32.0)):
-        call, logits, _, derivative = case.call(reduction)
-        _, target, kwargs = case.make()
-        terms, share = book_terms(case, logits, target, kwargs)
-        own = float(share.sum()) / N if reduction == "mean" else float(N)
-        assert call.batch_reference(N) == pytest.approx(own, rel=1e-12)
-        weight = COEFFICIENT * (1 / reference if reduction == "mean" else reference)
-        assert float(call.scale(derivative, N, reference)) == pytest.approx(weight, rel=1e-12)
+    call, logits, _, derivative = case.call("mean")
+    _, target, kwargs = case.make()
+    terms, share = book_terms(case, logits, target, kwargs)
+    assert call.mean_weight(N) == pytest.approx(float(share.sum()) / N, rel=1e-12)
+    assert float(call.scale(derivative, N)) == pytest.approx(COEFFICIENT * N / float(share.sum()), rel=1e-12)
+    assert float(call.scale(derivative, N, 1.75)) == pytest.approx(COEFFICIENT / 1.75, rel=1e-12)
+    call, _, _, derivative = case.call("sum")
+    assert float(call.scale(derivative, N)) == pytest.approx(COEFFICIENT * N, rel=1e-12)
     call, _, _, derivative = case.call("none")
-    assert call.batch_reference(N) == 1.0
     weights = N * derivative
     placed = weights.movedim(case.class_dim, 1) if case.function is F.kl_div else weights
-    assert torch.equal(call.scale(derivative, N, 7.0), placed)
+    assert torch.equal(call.scale(derivative, N), placed)
 
 
 @pytest.mark.parametrize(
@@ -394,9 +383,9 @@ def test_the_reference_replaces_the_batch(name: str) -> None:
     ],
 )
 def test_which_means_depend_on_their_batch(name: str, varies: bool) -> None:
-    assert CASES[name].call("mean")[0].scale_varies(N) is varies
-    assert CASES[name].call("sum")[0].scale_varies(N)
-    assert not CASES[name].call("none")[0].scale_varies(N)
+    assert (CASES[name].call("mean")[0].steady_divisor(N, alone=True) is None) is varies
+    assert CASES[name].call("sum")[0].steady_divisor(N, alone=True) is None
+    assert CASES[name].call("none")[0].steady_divisor(N, alone=True) is None
 
 
 @pytest.mark.parametrize(("rows", "n", "match"), [(12, 6, True), (12, 12, True), (12, 5, False), (4, 8, False)])
@@ -427,7 +416,7 @@ def test_exact_gradients_are_a_root_of_the_hessian(name: str, reduction: str) ->
     assert draws == (None if several_decisions else logits.numel() // N)
     if draws is None:
         return
-    columns = [to_logits(case, column, logits) for column in call.exact_gradients(call.scale(derivative, N), N)]
+    columns = [to_logits(case, column, logits) for ((_, column), *_) in call.exact(call.scale(derivative, N), N)]
     assert len(columns) == draws
     flat = torch.stack(columns).reshape(draws, N, -1)
     for n, hessian in enumerate(book_hessians(case, logits, reduction)):
@@ -474,7 +463,7 @@ def test_sampled_gradients_have_the_hessian_as_their_second_moment(name: str, re
     for n, (call, scale) in enumerate(zip(calls, scales, strict=True)):
         shape = call.noise_shape(copies)
         noise = torch.from_numpy(generator.random((copies, *shape))).clamp(1e-16, 1 - 1e-16)
-        gradient = call.sampled_gradient(scale, noise)
+        ((_, gradient), *_) = call.sampled(scale, noise)
         assert gradient.shape == call.input.shape
         own = logits.detach()[n * rows : (n + 1) * rows]
         at_logits = to_logits(case, gradient, own.repeat(copies, *[1] * (own.ndim - 1))).reshape(copies, -1)
@@ -497,7 +486,7 @@ def test_labels_are_drawn_by_their_part_of_the_curvature() -> None:
     call = read_call(F.cross_entropy, (logits, torch.zeros(2000, dtype=torch.long)), {}, torch.zeros(()))
     assert call is not None
     noise = ((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000).unsqueeze(1)
-    gradients = call.sampled_gradient(torch.ones((), dtype=torch.float64), noise)
+    ((_, gradients),) = call.sampled(torch.ones((), dtype=torch.float64), noise)
     labels = gradients.abs().argmax(1)
     parts = torch.tensor([0.19, 0.234, 0.196], dtype=torch.float64) / 0.62
     assert ((torch.bincount(labels) - 2000 * parts).abs() <= 2).all()
@@ -512,7 +501,7 @@ def test_a_model_without_doubt_has_no_curvature() -> None:
     call = read_call(F.cross_entropy, (logits, torch.zeros(1, dtype=torch.long)), {}, torch.zeros(()))
     assert call is not None
     for noise in (1e-16, 0.3, 1 - 1e-16):
-        gradient = call.sampled_gradient(torch.ones(()), torch.full((1, 1), noise, dtype=torch.float64))
+        ((_, gradient), *_) = call.sampled(torch.ones(()), torch.full((1, 1), noise, dtype=torch.float64))
         assert gradient.tolist() == [[0.0, 0.0, 0.0]]
 
 
@@ -540,7 +529,7 @@ def test_noise_at_its_ends_gives_finite_gradients(dtype: torch.dtype) -> None:
         call = read_call(function, (values, target), {}, torch.zeros(()))
         assert call is not None
         shape = (2, *call.noise_shape(2))
-        gradient = call.sampled_gradient(scale, noise.view(2, *[1] * (len(shape) - 1)).expand(shape))
+        ((_, gradient), *_) = call.sampled(scale, noise.view(2, *[1] * (len(shape) - 1)).expand(shape))
         assert bool(gradient.isfinite().all())
         assert gradient.shape == logits.shape
 
@@ -552,8 +541,8 @@ def test_a_negative_weight_is_refused(function: Callable[..., Tensor]) -> None:
     call = read_call(function, (logits, target), {}, torch.zeros(()))
     assert call is not None
     for ask in (
-        lambda: call.sampled_gradient(torch.tensor(-0.25), torch.full((4, *call.noise_shape(4)), 0.5)),
-        lambda: list(call.exact_gradients(torch.tensor(-0.25), len(call.input))),
+        lambda: call.sampled(torch.tensor(-0.25), torch.full((4, *call.noise_shape(4)), 0.5)),
+        lambda: list(call.exact(torch.tensor(-0.25), len(call.input))),
     ):
         with pytest.raises(ValueError, match=r'negative weight \(-0\.\d+\).*fisher="empirical"'):
             ask()
@@ -564,7 +553,7 @@ def test_a_negative_class_weight_is_refused() -> None:
     call = read_call(F.cross_entropy, (logits, target, weight), {}, torch.zeros(()))
     assert call is not None
     with pytest.raises(ValueError, match=r"negative weight \(-2\)"):
-        list(call.exact_gradients(torch.tensor(1.0), len(call.input)))
+        list(call.exact(torch.tensor(1.0), len(call.input)))
 
 
 # ---------------------------------------------------------------------------------------------------- statistics
@@ -703,8 +692,8 @@ def test_an_impossible_class_leaves_the_loss_finite(function: Callable[..., Tens
     torch.testing.assert_close(statistics["loss"], expected)
     torch.testing.assert_close(statistics["margin"], torch.tensor([-1.0, -0.5]))
     noise = torch.tensor([[0.99], [0.01]], dtype=torch.float64)
-    assert bool(call.sampled_gradient(torch.ones(()), noise).isfinite().all())
-    assert all(bool(column.isfinite().all()) for column in call.exact_gradients(torch.ones(()), len(call.input)))
+    assert bool(call.sampled(torch.ones(()), noise)[0][1].isfinite().all())
+    assert all(bool(column.isfinite().all()) for ((_, column),) in call.exact(torch.ones(()), len(call.input)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -814,7 +803,7 @@ def test_what_is_not_understood_is_not_read() -> None:
     assert known_loss(F.cross_entropy)
     assert not known_loss(F.soft_margin_loss)
     assert not known_loss(torch.add)
-    assert known_losses().startswith("F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits")
+    assert known_losses().startswith("F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.cross_entropy")
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
@@ -939,7 +928,7 @@ def test_outliers_have_no_curvature_in_a_huber_loss() -> None:
     for function, inside in ((F.huber_loss, 1.0), (F.smooth_l1_loss, 1.0)):
         call = read_call(function, (z, t), {}, torch.zeros(()))
         assert call is not None
-        gradient = call.sampled_gradient(torch.ones((), dtype=torch.float64), noise)
+        ((_, gradient), *_) = call.sampled(torch.ones((), dtype=torch.float64), noise)
         assert gradient[:, 1].tolist() == [0.0, 0.0]
         assert gradient[:, 0].tolist() == pytest.approx([1.2815515655446 * inside] * 2)
 

@@ -14,6 +14,10 @@ from lightning_influence.training import neighbours
 from lightning_influence.training.neighbours import NeighbourRecord, disagreement, nearest_labels
 
 
+def shares_of(features: Tensor, labels: Tensor, **options: int) -> Tensor:
+    return disagreement(nearest_labels(features, labels, **options), labels)
+
+
 def _clusters(n: int = 120, classes: int = 4, dimension: int = 6, spread: float = 0.3) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     centres = 3 * torch.randn(classes, dimension, generator=generator)
@@ -61,14 +65,14 @@ def _assert_shares(found: Tensor, expected: tuple[np.ndarray, np.ndarray], most_
 @pytest.mark.parametrize("spread", [0.3, 3.0])
 def test_shares_are_those_of_the_nearest(k: int, spread: float) -> None:
     features, labels = _clusters(spread=spread)
-    _assert_shares(disagreement(features, labels, neighbours=k), _by_hand(features, labels, k), most_ties=3)
+    _assert_shares(shares_of(features, labels, neighbours=k), _by_hand(features, labels, k), most_ties=3)
 
 
 def test_the_number_of_rows_looked_at_together_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = _clusters(spread=2.0)
-    whole = disagreement(features, labels)
+    whole = shares_of(features, labels)
     monkeypatch.setattr(neighbours, "_CHUNK_ELEMENTS", 7 * len(labels) + 3)
-    assert torch.equal(disagreement(features, labels), whole)
+    assert torch.equal(shares_of(features, labels), whole)
 
 
 def test_flipped_labels_stand_out() -> None:
@@ -77,21 +81,21 @@ def test_flipped_labels_stand_out() -> None:
     flipped = torch.zeros(120, dtype=torch.bool)
     flipped[::10] = True
     noisy = torch.where(flipped, (labels + 1) % 4, labels)
-    shares = disagreement(features, noisy, neighbours=10)
+    shares = shares_of(features, noisy, neighbours=10)
     assert float(shares[flipped].min()) > 0.6
     assert float(shares[~flipped].max()) < 0.5
     assert float(mislabel_detection(shares, flipped)["auroc"]) == 1.0
-    assert float(disagreement(features, labels, neighbours=10).max()) == 0.0
+    assert float(shares_of(features, labels, neighbours=10).max()) == 0.0
 
 
 def test_distances_do_not_depend_on_scale_or_offset() -> None:
     """Cosines of centred features: a common offset, such as positive activations have, says nothing."""
     features, labels = _clusters(spread=2.0)
-    plain = disagreement(features, labels)
-    _assert_shares(disagreement(4 * features + 50, labels), _by_hand(features, labels, 20), most_ties=5)
+    plain = shares_of(features, labels)
+    _assert_shares(shares_of(4 * features + 50, labels), _by_hand(features, labels, 20), most_ties=5)
     offset = torch.zeros(6)
     offset[0] = 1000.0
-    shifted = disagreement(features.double() + offset, labels)
+    shifted = shares_of(features.double() + offset, labels)
     assert float((shifted - plain).abs().mean()) < 0.01
 
 
@@ -100,11 +104,11 @@ def test_unknown_labels_and_features_are_neither_rated_nor_counted() -> None:
     features[3, 2] = torch.nan
     features[50] = torch.inf
     labels[[10, 80]] = -1
-    found = disagreement(features, labels, neighbours=7)
+    found = shares_of(features, labels, neighbours=7)
     assert found.isnan().nonzero().squeeze(1).tolist() == [3, 10, 50, 80]
     _assert_shares(found, _by_hand(features, labels, 7), most_ties=3)
     kept = [n for n in range(120) if n not in (3, 10, 50, 80)]
-    assert torch.equal(found[kept], disagreement(features[kept], labels[kept], neighbours=7))
+    assert torch.equal(found[kept], shares_of(features[kept], labels[kept], neighbours=7))
 
 
 @pytest.mark.parametrize("known", [[], [5]])
@@ -112,27 +116,27 @@ def test_without_two_known_examples_everything_is_unknown(known: list[int]) -> N
     features, labels = _clusters()
     only = torch.full_like(labels, -1)
     only[known] = labels[known]
-    assert bool(disagreement(features, only).isnan().all())
-    assert disagreement(features[:0], labels[:0]).shape == (0,)
+    assert bool(shares_of(features, only).isnan().all())
+    assert shares_of(features[:0], labels[:0]).shape == (0,)
 
 
 def test_two_examples_are_each_others_neighbours() -> None:
     features = torch.tensor([[0.0, 1.0], [2.0, 5.0]])
-    assert disagreement(features, torch.tensor([0, 1])).tolist() == [1.0, 1.0]
-    assert disagreement(features, torch.tensor([1, 1])).tolist() == [0.0, 0.0]
+    assert shares_of(features, torch.tensor([0, 1])).tolist() == [1.0, 1.0]
+    assert shares_of(features, torch.tensor([1, 1])).tolist() == [0.0, 0.0]
 
 
 def test_beyond_a_limit_neighbours_come_from_a_subset(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = _clusters(spread=2.0)
     labels[7] = -1
     monkeypatch.setattr(neighbours, "_MAX_REFERENCES", 40)
-    found = disagreement(features, labels, neighbours=5, seed=3)
+    found = shares_of(features, labels, neighbours=5, seed=3)
     chosen = torch.randperm(119, generator=torch.Generator().manual_seed(3))[:40].tolist()
     _assert_shares(found, _by_hand(features, labels, 5, chosen), most_ties=3)
-    assert not torch.equal(found.nan_to_num(), disagreement(features, labels, neighbours=5, seed=4).nan_to_num())
-    assert torch.equal(found.nan_to_num(), disagreement(features, labels, neighbours=5, seed=3).nan_to_num())
+    assert not torch.equal(found.nan_to_num(), shares_of(features, labels, neighbours=5, seed=4).nan_to_num())
+    assert torch.equal(found.nan_to_num(), shares_of(features, labels, neighbours=5, seed=3).nan_to_num())
     monkeypatch.setattr(neighbours, "_MAX_REFERENCES", 2)
-    few = disagreement(features, labels, neighbours=5)
+    few = shares_of(features, labels, neighbours=5)
     assert set(few[~few.isnan()].unique().tolist()) <= {0.0, 1.0}, "one of two is the example itself, or is left out"
 
 
@@ -141,7 +145,7 @@ def test_nothing_is_changed_and_no_random_number_is_drawn(monkeypatch: pytest.Mo
     features, labels = _clusters()
     copies = features.clone(), labels.clone()
     before = torch.get_rng_state()
-    disagreement(features, labels)
+    shares_of(features, labels)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(features, copies[0])
     assert torch.equal(labels, copies[1])
@@ -152,11 +156,11 @@ def test_features_without_any_direction_have_neighbours() -> None:
     features = torch.zeros(12, 3)
     features[:6, 0], features[6:, 0] = 1.0, -1.0
     labels = torch.tensor([0] * 6 + [1] * 6)
-    assert disagreement(features, labels, neighbours=5).tolist() == [0.0] * 12
+    assert shares_of(features, labels, neighbours=5).tolist() == [0.0] * 12
     # One example right at the mean is nobody's nearest neighbour.
     features = torch.cat([features, torch.zeros(1, 3)])
-    assert disagreement(features, torch.cat([labels, torch.tensor([2])]), neighbours=5).tolist() == [0.0] * 12 + [1.0]
-    same = disagreement(torch.ones(12, 3), labels, neighbours=11)
+    assert shares_of(features, torch.cat([labels, torch.tensor([2])]), neighbours=5).tolist() == [0.0] * 12 + [1.0]
+    same = shares_of(torch.ones(12, 3), labels, neighbours=11)
     torch.testing.assert_close(same, torch.full((12,), 6 / 11))
 
 
@@ -164,7 +168,7 @@ def test_features_without_any_direction_have_neighbours() -> None:
 def test_any_precision_of_features(dtype: torch.dtype) -> None:
     features, labels = _clusters(spread=2.0)
     rounded = features.to(dtype)
-    _assert_shares(disagreement(rounded, labels), _by_hand(rounded, labels, 20), most_ties=5)
+    _assert_shares(shares_of(rounded, labels), _by_hand(rounded, labels, 20), most_ties=5)
 
 
 def test_the_record_of_several_passes() -> None:
@@ -190,7 +194,7 @@ def test_the_record_of_several_passes() -> None:
     torch.testing.assert_close(found[3:], expected, rtol=0, atol=1e-6)
     assert not found[:3].any()
     assert found[3:, 4].sum() == 0, "a class that nobody has"
-    shares = torch.stack([disagreement(features, given).double() for given in (early, unknown)]).nanmean(0)
+    shares = torch.stack([shares_of(features, given).double() for given in (early, unknown)]).nanmean(0)
     assert record.disagreement is not None
     torch.testing.assert_close(record.disagreement[3:], shares, rtol=0, atol=1e-6)
     assert record.disagreement[:3].isnan().all()

@@ -115,3 +115,8 @@ def test_class_names_are_only_text() -> None:
     assert not any(character in written.split("\n", 4)[4] for character in "<>`*[]")
     for line in written.splitlines():
         assert line.count("|") in (0, 7), "a name must not end a cell"
+
+
+def test_the_order_of_the_rows_does_not_matter() -> None:
+    order = np.random.default_rng(0).permutation(26)
+    assert queries_markdown({name: values[order] for name, values in pairs().items()}) == queries_markdown(pairs())

@@ -17,7 +17,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.gradients.visitors import ExampleScores
-from lightning_influence.training.flight.reliance import Reliance
+from lightning_influence.training import heard_losses
+from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.recording import Recording
 
 SIZE, CLASSES = 40, 3
@@ -35,7 +36,7 @@ def recording(own: float) -> tuple[Recording, torch.Tensor]:
     probabilities[0] = torch.tensor([1 - own, own, 0.0])
     record = Recording(SIZE, nn.Linear(2, CLASSES))
     statistics = {"loss": torch.ones(SIZE), "label": given, "probabilities": probabilities}
-    record.dynamics.record(range(SIZE), statistics)
+    record.dynamics.record(BatchRecord(tuple(range(SIZE))), statistics)
     columns = {"label": given, "loss": torch.ones(SIZE), "finite": torch.ones(SIZE, dtype=torch.bool)}
     record.add_pass(1, ExampleScores(torch.arange(SIZE), columns, features))
     return record, given
@@ -60,7 +61,7 @@ def test_without_a_pass_the_run_speaks_alone() -> None:
     record = Recording(2, nn.Linear(2, CLASSES))
     probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]])
     record.dynamics.record(
-        [0, 1], {"loss": torch.ones(2), "label": torch.tensor([1, 2]), "probabilities": probabilities}
+        BatchRecord((0, 1)), {"loss": torch.ones(2), "label": torch.tensor([1, 2]), "probabilities": probabilities}
     )
     columns = record.columns([0, 1])
     assert columns["suggested"].tolist() == [0, 2]
@@ -100,8 +101,8 @@ def _train(path: Path, module: Switching) -> tuple[AuditReport, list[bool]]:
     class Watch(pl.Callback):
         def on_before_zero_grad(self, *_: Any) -> None:
             assert audit._run is not None
-            assert audit._run._listening is not None
-            heard.append(audit._run._listening[0] is not None)
+            assert audit._run.listener.batch is not None
+            heard.append(audit._run.listener.batch.tap is not None)
 
     make_trainer(path, callbacks=[audit, Watch()], max_epochs=3).fit(module, loader(data, 3))
     assert audit.report is not None
@@ -111,7 +112,7 @@ def _train(path: Path, module: Switching) -> tuple[AuditReport, list[bool]]:
 def test_the_graph_is_relied_upon_once_it_has_agreed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report, heard = _train(tmp_path / "a", Switching())
     assert heard == [True] * 16 + [False] * 4 + ([True] * 2 + [False] * 18) * 2
-    monkeypatch.setattr(Reliance, "AGREEING", 10**6)
+    monkeypatch.setattr(heard_losses, "_AGREEING", 10**6)
     all_heard, listened = _train(tmp_path / "b", Switching())
     assert all(listened)
     for name, values in all_heard.columns.items():
@@ -134,7 +135,7 @@ def test_a_loss_that_changes_in_the_middle_of_an_epoch_costs_one_batch(tmp_path:
 def test_what_is_missing_is_part_of_the_state() -> None:
     """A recording that was given up is not taken up again by a resumed run, and says why."""
     before, after = Recording(5, nn.Linear(2, 2)), Recording(5, nn.Linear(2, 2))
-    before.untapped_batches, before.failed_passes = 3, [1, 4]
+    before.gaps.untapped, before.gaps.failed_passes = 3, [1, 4]
     before.notes.append("no checkpoints were kept")
     with pytest.warns(UserWarning, match="training dynamics are incomplete"):
         before.fail("training dynamics are incomplete", ValueError("odd"))

@@ -14,15 +14,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence.objective.losses import (
-    AbsoluteError,
-    BinaryCrossEntropy,
-    CrossEntropy,
-    HuberError,
-    PoissonLikelihood,
-    SmoothAbsoluteError,
-    SquaredError,
-)
+from lightning_influence.objective.losses import CrossEntropy
+from lightning_influence.objective.losses.binary import BinaryCrossEntropy
+from lightning_influence.objective.losses.poisson import PoissonLikelihood
+from lightning_influence.objective.losses.regression import AbsoluteError, HuberError, SmoothAbsoluteError, SquaredError
 from lightning_influence.objective.scale import LossScale, ScaleTally
 from lightning_influence.objective.tap import LossTap
 from lightning_influence.objective.task import BatchLoss, TaskError, TrainingStepTask, evaluate

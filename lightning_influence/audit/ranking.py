@@ -31,16 +31,14 @@ def rank(columns: Columns) -> dict[str, NDArray[Any]]:
         A new mapping with ``suspicion``, ``rank`` (1 = most suspicious), ``candidate`` and ``finite`` added, and the
         columns that are computed from others. Candidates are the examples whose suggested label (of run and neighbours
         together, see ``columns``) differs from the given one; without class decisions, the most suspicious 5 %.
-        Examples that are not finite rank last.
-
-    Raises:
-        ValueError: If there is no column to rank by.
+        Examples that are not finite rank last. With nothing to rank by, ``suspicion`` is NaN and the order that of the
+        data set.
     """
     result = dict(columns)
     _add_computed(result)
     size = len(result["index"])
     finite = result.get("finite", np.ones(size, dtype=bool)).astype(bool)
-    suspicion = np.where(finite, _suspicion(result, finite), np.nan)
+    suspicion = np.where(finite & bool(ingredients(result)), _suspicion(result, finite), np.nan)
     order = np.lexsort((result["index"], -np.nan_to_num(suspicion, nan=-np.inf)))
     ranks = np.empty(size, dtype=np.int64)
     ranks[order] = np.arange(1, size + 1)
@@ -48,20 +46,17 @@ def rank(columns: Columns) -> dict[str, NDArray[Any]]:
         known = (result["suggested"] >= 0) & (result["label"] >= 0)
         candidate = finite & known & (result["suggested"] != result["label"])
     else:
-        candidate = finite & (ranks <= np.ceil(_FALLBACK_SHARE * finite.sum()))
+        candidate = np.isfinite(suspicion) & (ranks <= np.ceil(_FALLBACK_SHARE * finite.sum()))
     return result | {"suspicion": suspicion, "rank": ranks, "candidate": candidate, "finite": finite}
 
 
 def ingredients(columns: Columns) -> tuple[str, ...]:
-    """Return the names of the columns that the ranking combines: the first group of which one is there."""
+    """Return the names of the columns that the ranking combines: of the first group of which one is there."""
     groups: dict[int, list[str]] = {}
     for name, column in COLUMNS.items():
         if column.ranks is not None and name in columns and np.isfinite(columns[name]).any():
             groups.setdefault(column.ranks, []).append(name)
-    if not groups:
-        known = [name for name, column in COLUMNS.items() if column.ranks is not None]
-        raise ValueError(f"nothing to rank by: none of {known} among the columns {sorted(columns)}.")
-    return tuple(groups[min(groups)])
+    return tuple(groups[min(groups)]) if groups else ()
 
 
 def _add_computed(columns: dict[str, NDArray[Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,26 +13,12 @@ from lightning_influence.callbacks.preparing import errors_as_misconfiguration
 from lightning_influence.data.collation import is_plain
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.data.tagging import Tagging
+from lightning_influence.training.batch_record import BatchRecord
 
 _ELSEWHERE = (
     "the training loop got other objects than the DataLoader made (merged, cut, copied, moved or overwritten batches, "
     "or a loader of its own kind)"
 )
-
-
-@dataclass(frozen=True)
-class KnownBatch:
-    """What is known of a training batch.
-
-    Attributes:
-        indices: Dataset indices of its examples, in their order; None if they are not known.
-        reason: Why not.
-        ragged: Whether its examples have several lengths and lie end to end.
-    """
-
-    indices: tuple[int, ...] | None
-    reason: str = _ELSEWHERE
-    ragged: bool = False
 
 
 class BatchIndexRecorder:
@@ -52,7 +37,7 @@ class BatchIndexRecorder:
         self.source: ExampleSource | None = None
         self._loader: DataLoader[Any] | None = None
         self._tagging: Tagging | None = None
-        self._found = KnownBatch(None)
+        self._found = BatchRecord(None, _ELSEWHERE)
         self._undo: list[tuple[Any, str]] = []
 
     def attach(self, trainer: Trainer) -> None:
@@ -86,7 +71,7 @@ class BatchIndexRecorder:
             owner.__dict__.pop(name, None)
         self._undo = []
         self._leave()
-        self.source, self._found = None, KnownBatch(None)
+        self.source, self._found = None, BatchRecord(None, _ELSEWHERE)
 
     def source_of(self, loader: Any) -> ExampleSource:
         """Return the examples of a loader.
@@ -98,27 +83,27 @@ class BatchIndexRecorder:
             return ExampleSource.from_loader(loader)
         return self.source
 
-    def next(self) -> KnownBatch:
+    def next(self) -> BatchRecord:
         """Return what is known of the batch that the training loop got last. Call once per batch."""
-        found, self._found = self._found, KnownBatch(None)
+        found, self._found = self._found, BatchRecord(None, _ELSEWHERE)
         return found
 
-    def _look_up(self, batch: Any) -> KnownBatch:
+    def _look_up(self, batch: Any) -> BatchRecord:
         drawn = None if self._tagging is None else self._tagging.registry.find(batch)
         if drawn is None:
-            return KnownBatch(None)
+            return BatchRecord(None, _ELSEWHERE)
         if not isinstance(drawn.indices, bytes):
             raise MisconfigurationException(
                 f"InfluenceAudit: the training sampler yields {drawn.indices!r}; expected lists of integer dataset "
                 "indices, which scores can be filed under."
             )
         if drawn.reason:
-            return KnownBatch(None, drawn.reason)
+            return BatchRecord(None, drawn.reason)
         indices = np.frombuffer(drawn.indices, np.int64)
         if self.source is not None and (indices < 0).any():  # counted from the end
             indices = np.where(indices < 0, indices + len(self.source), indices)
         own = indices if drawn.order is None else indices[drawn.order]
-        return KnownBatch(tuple(own.tolist()), "", drawn.ragged)
+        return BatchRecord(tuple(own.tolist()), ragged=drawn.ragged)
 
     def _follow(self, loader: object) -> None:
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader is self._loader:

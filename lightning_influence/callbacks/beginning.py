@@ -105,7 +105,7 @@ def _begun(
     queries = None if audit.queries is None else QueryReport(audit.queries)
     around = bridge.surroundings(trainer, module)
     with bridge.aside(trainer):
-        recording.compiled = bool(preparing.compiled_parts(module, task, source, first, tracin, around))
+        recording.losses.compiled = bool(preparing.compiled_parts(module, task, source, first, tracin, around))
         trace = trace_model(module, task, source, indices=first, **around)
         passes = TrainingPasses(source, task, trace, audit.layers, audit.uncovered)
         gradients = passes.gradients(trainer, module)

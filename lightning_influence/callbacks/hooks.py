@@ -38,34 +38,34 @@ class RunHooks(Callback):
         if self._run is None:
             self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
         if self._run is not None:
-            self._run.batch_started(trainer, pl_module, known)
+            self._run.listener.batch_started(trainer, pl_module, known)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Stop listening: the loss is there."""
         if self._run is not None:
-            self._run.before_zero_grad()
+            self._run.listener.before_zero_grad()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """File what the training pass itself said about each example."""
         if self._run is not None:
-            self._run.before_backward(trainer, loss)
+            self._run.listener.before_backward(trainer, loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take what the backward pass said about each example's gradient."""
         if self._run is not None:
-            self._run.after_backward()
+            self._run.listener.after_backward()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop listening if there was no backward pass."""
         if self._run is not None:
-            self._run.batch_ended()
+            self._run.listener.batch_ended()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Note the learning rates that are really used."""
         if self._run is not None:
-            self._run.before_step(trainer, optimizer)
+            self._run.listener.before_step(trainer, optimizer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a TracIn checkpoint; the last one is part of the final pass."""
@@ -76,7 +76,7 @@ class RunHooks(Callback):
         """Undo everything and keep what was recorded so far."""
         self._recorder.detach()
         if self._run is not None:
-            self._run.stop_listening()
+            self._run.listener.stop()
             if self.report is None:
                 self._run.interrupt(trainer, repr(exception))
                 rank_zero_info(
@@ -88,4 +88,4 @@ class RunHooks(Callback):
         """Undo everything."""
         self._recorder.detach()
         if self._run is not None:
-            self._run.stop_listening()
+            self._run.listener.stop()

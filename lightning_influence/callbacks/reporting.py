@@ -119,15 +119,7 @@ class Reporter:
         if self.store is None or not (due or took <= _PARTIAL_SHARE * (start - written)):
             return
         with tolerated(f"writing the table so far to {self.directory}", self._said):
-            table = columns()
-            try:
-                table = rank(table)
-            except ValueError:  # nothing to rank by yet: the columns alone are worth keeping
-                table = table | {
-                    "rank": np.arange(1, len(table["index"]) + 1),
-                    "candidate": np.zeros(len(table["index"]), dtype=bool),
-                }
-            self.store.write_scores(table)
+            self.store.write_scores(rank(columns()))
             self.store.write_manifest(self._manifest | {"status": status, "error": error})
         self._partial = time.perf_counter(), time.perf_counter() - start
 

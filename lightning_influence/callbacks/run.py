@@ -5,19 +5,16 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.afterwards import MakeUnlearner, unlearner_maker
-from lightning_influence.callbacks.batch_indices import KnownBatch
 from lightning_influence.callbacks.keeping import keep_checkpoint, take_over_checkpoints
+from lightning_influence.callbacks.listening import BatchListener
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
@@ -27,7 +24,6 @@ from lightning_influence.curvature import CurvatureName
 from lightning_influence.data.source import ExampleSource, same_data
 from lightning_influence.gradients.coverage import Coverage, listed
 from lightning_influence.gradients.verify import Inspection
-from lightning_influence.objective.tap import TrainingTap
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.plan import InfluencePlan, influence_scores
 from lightning_influence.training.checkpoints import Checkpoint
@@ -35,23 +31,6 @@ from lightning_influence.training.optimizers import preconditioners
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
 from lightning_influence.training.step_sizes import StepSize, block_step_sizes
-
-_Hook = TypeVar("_Hook", bound=Callable[..., None])
-
-
-def _timed(hook: _Hook) -> _Hook:
-    """Let a budget of time know how long training stood still; without one nothing is timed."""
-
-    @wraps(hook)
-    def timed(self: AuditRun, *args: Any) -> None:
-        if self.flight is None or not self.recording.pace.timing:
-            hook(self, *args)
-            return
-        start = time.perf_counter()
-        hook(self, *args)
-        self.flight.spent += time.perf_counter() - start
-
-    return cast(_Hook, timed)
 
 
 @dataclass(frozen=True)
@@ -86,6 +65,7 @@ class AuditRun:
         make_unlearner: What the finished audit can still do, once it is.
         finished: Whether it is, and its report computed.
         digests: What a few examples hold, if the data may be loaded again.
+        listener: Hears the batches.
     """
 
     recording: Recording
@@ -100,9 +80,9 @@ class AuditRun:
     make_unlearner: MakeUnlearner | None = None
     finished: bool = False
     digests: Sequence[bytes | None] = ()
-    _tap: TrainingTap = field(default_factory=TrainingTap, init=False)
-    # From the start of a batch to its first backward pass; a second one of the same step is not a second visit.
-    _listening: tuple[TrainingTap | None, KnownBatch] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.listener = BatchListener(self.recording, self.passes, self.flight)
 
     def take_over(self, trainer: Trainer) -> None:
         """Take over the checkpoints that a run which is resumed has kept."""
@@ -128,87 +108,11 @@ class AuditRun:
             self.digests = source.digests()
             self.recording.start_again(len(source), epoch)
 
-    # ---------------------------------------------------------------- a batch
-
-    @_timed
-    def batch_started(self, trainer: Trainer, module: LightningModule, known: KnownBatch) -> None:
-        """Listen for the losses of the examples, if it is known which they are."""
-        self.stop_listening()
-        self.recording.batches += 1
-        if known.indices is None:
-            self.recording.record_unknown(known.reason)
-            return
-        indices = known.indices
-        listens = self.recording.listens(trainer.current_epoch)
-        # What the trace has seen has one length, which rows of several may be mistaken for.
-        misread = known.ragged and self.passes.source.collation.few_lengths
-        measures = self.flight is not None and not misread
-        tap = self.flight.tap(trainer, module, indices, listens=listens) if self.flight and measures else None
-        if tap is None and listens:
-            tap = self._tap
-        if tap is not None:
-            tap.start()
-        self._listening = tap, known
-
-    def stop_listening(self) -> None:
-        """Leave training alone again, and forget what was heard."""
-        listening, self._listening = self._listening, None
-        if listening is None:
-            return
-        tap, _ = listening
-        if tap is not None:
-            tap.stop()
-            tap.forget()
-
-    @_timed
-    def before_zero_grad(self) -> None:
-        """Hear no more, and keep what was heard: zeroing asks torch twice about every parameter."""
-        if self._listening is not None and self._listening[0] is not None:
-            self._listening[0].stop()
-
-    @_timed
-    def before_backward(self, trainer: Trainer, loss: Tensor) -> None:
-        """File what the training pass itself said about each example."""
-        listening, recording, forms = self._listening, self.recording, self.passes.trace.forms
-        if listening is not None:
-            tap, known = listening
-            indices = known.indices or ()
-            if tap is not None:
-                tap.stop()
-            # In flight a tap is there for other reasons, too: what it heard of the loss is read if it has to be.
-            relied = not recording.listens(trainer.current_epoch)
-            if not (relied and recording.record_graph(indices, loss, forms, last=tap is None)) and tap is not None:
-                recording.record_batch(indices, loss, tap.taken(), forms, ragged=known.ragged)
-            self.stop_listening()
-            if self.flight is not None:
-                self.flight.before_backward(trainer, indices, loss)
-
-    @_timed
-    def after_backward(self) -> None:
-        """Take what the backward pass said about each example's gradient."""
-        if self.flight is not None:
-            self.flight.after_backward()
-
-    def batch_ended(self) -> None:
-        """Stop listening if there was no backward pass: the step may have returned no loss."""
-        if self._listening is not None and self._listening[1].indices is not None:
-            self.recording.record_skipped(self._listening[1].indices)
-        self.stop_listening()
-        if self.flight is not None:
-            self.flight.batch_ended()
-
-    @_timed
-    def before_step(self, trainer: Trainer, optimizer: object) -> None:
-        """Note the learning rates that are really used."""
-        self.recording.record_step(optimizer)
-        if self.flight is not None:
-            self.flight.before_step(trainer, optimizer)
-
     # --------------------------------------------------------------- an epoch
 
     def epoch_ended(self, trainer: Trainer, module: LightningModule) -> None:
         """Add a TracIn checkpoint, if one is due; training goes on if that fails."""
-        self.stop_listening()  # a batch that `on_train_batch_start` skipped has no end
+        self.listener.stop()  # a batch that `on_train_batch_start` skipped has no end
         if bridge.is_dry_run(trainer):
             return
         try:
@@ -216,7 +120,7 @@ class AuditRun:
         except Exception:
             if distributed.world_size() > 1:
                 raise  # the others would wait for this process at the next collective
-            self.recording.failed_passes.append(trainer.current_epoch)
+            self.recording.gaps.failed_passes.append(trainer.current_epoch)
             rank_zero_warn(
                 f"the influence audit's pass at the end of epoch {trainer.current_epoch} failed; training goes on.\n"
                 f"{traceback.format_exc()}"
@@ -247,7 +151,7 @@ class AuditRun:
         with bridge.aside(trainer):
             # Weighed as training weighs: by what it has drawn, not by what it could draw.
             drawn = self.recording.seen_indices() or indices
-            gradients = self.passes.scaled(trainer, module, drawn, self.recording.heard)
+            gradients = self.passes.scaled(trainer, module, drawn, self.recording.losses.terms)
             scores = score_examples(
                 gradients,
                 indices,
@@ -299,6 +203,7 @@ class AuditRun:
             return self._finish(trainer, module)
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
+        self.recording.synchronise()
         audited = self._indices(trainer, last=True)
         indices = self._unmissed(audited)
         if bridge.is_dry_run(trainer):
@@ -308,7 +213,7 @@ class AuditRun:
             return None
         recording, reporter, inspection = self.recording, self.reporter, self.inspection
         start = time.perf_counter()
-        gradients = self.passes.scaled(trainer, module, indices, recording.heard)
+        gradients = self.passes.scaled(trainer, module, indices, recording.losses.terms)
         indices = self._unmissed(indices)
         scaling = time.perf_counter() - start
         history = recording.step_sizes.history()

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
 from lightning_influence.callbacks import bridge
 from lightning_influence.gradients.coverage import Layers, cover, listed_reasons
 from lightning_influence.gradients.trace import Trace
-from lightning_influence.objective.tap import TrainingTap
 from lightning_influence.training import optimizers
-from lightning_influence.training.flight.flight import Flight, Visit
+from lightning_influence.training.batch_record import BatchRecord
+from lightning_influence.training.flight.flight import Flight
 from lightning_influence.training.recording import Recording
-from lightning_influence.training.tracin import Increments
 
 
 class FlightRecorder:
@@ -28,9 +25,6 @@ class FlightRecorder:
         module: The model.
         layers: Layers to measure, as the argument of ``TracIn``.
         trace: How the model uses its parameters.
-
-    Attributes:
-        spent: Seconds that all recording has taken in the running batch, in between what training does.
 
     Raises:
         LayerError: If there are no such layers.
@@ -45,93 +39,70 @@ class FlightRecorder:
         self._layers = layers
         self._trace = trace
         self._flight: Flight | None = None
-        self._trainable: list[int] = []
-        # Visits of the batches since the last step: it is theirs.
-        self._pending: list[tuple[Sequence[int], Visit | None]] = []
-        self._due = self._measuring = False  # the running batch; until the end of its first backward pass
-        self._started: float | None = None
-        self.spent = 0.0
+        self._groups: list[list[int]] = []  # ids of the parameters that it was made for
+        self._pending: list[BatchRecord] = []  # since the last step: it is theirs
 
-    def tap(
-        self, trainer: Trainer, module: LightningModule, indices: Sequence[int], *, listens: bool
-    ) -> TrainingTap | None:
-        """Return a loss tap that watches the layers in the next batch.
+    def batch_started(self, trainer: Trainer, module: LightningModule, batch: BatchRecord) -> None:
+        """Have the layers watched in a batch, if it is to be measured."""
+        batch.started = time.perf_counter()
+        batch.measured = self._recording.pace.due() and not self._recording.failed
+        if batch.measured and batch.indices is not None:
+            batch.visit, batch.tap = self._current(trainer, module).watch(len(batch.indices))
 
-        None if the batch is not measured, or its graph will tell.
+    def _current(self, trainer: Trainer, module: LightningModule) -> Flight:
+        groups = [group["params"] for o in trainer.optimizers for group in optimizers.inner(o).param_groups]
+        trained = [[id(parameter) for parameter in group if parameter.requires_grad] for group in groups]
+        if self._flight is None or trained != self._groups:  # callbacks thaw layers during training
+            coverage = cover(module, self._layers, trace=self._trace, trained=bridge.trained(trainer, module))
+            self._flight, self._groups = Flight(coverage, trainer.optimizers), trained
+        return self._flight
 
-        Args:
-            trainer: The trainer.
-            module: The model.
-            indices: Of the examples of the batch.
-            listens: Whether there is a tap anyway.
-        """
-        self._started = time.perf_counter()
-        self._due = self._measuring = self._recording.pace.due() and not self._recording.failed
-        if not self._due:
-            return None
-        groups = [group for optimizer in trainer.optimizers for group in optimizers.inner(optimizer).param_groups]
-        trainable = [id(p) for group in groups for p in group["params"] if p.requires_grad]
-        if self._flight is None or trainable != self._trainable:  # callbacks thaw layers during training
-            trained = bridge.trained(trainer, module)
-            coverage = cover(module, self._layers, trace=self._trace, trained=trained)
-            self._flight, self._trainable = Flight(coverage, trainer.optimizers), trainable
-        if listens or self._flight.needs_tap:
-            return self._flight.tap(len(indices))
-        self._flight.without_tap(len(indices))
-        return None
-
-    def before_backward(self, trainer: Trainer, indices: Sequence[int], loss: Tensor) -> None:
+    def before_backward(self, trainer: Trainer, batch: BatchRecord) -> None:
         """Get ready for the backward pass of a batch."""
-        if self._measuring and self._flight is not None:
+        if batch.visit is not None:
             # Gradients of a sum are those of the examples' own losses, those of a mean a part of them.
-            n = 1 if self._trace.sums else len(indices)
-            scale = n * trainer.accumulate_grad_batches / bridge.loss_scale(trainer)
-            try:
-                self._flight.start(indices, scale, loss)
-            except Exception as error:  # training goes on
-                self._recording.fail("TracIn in flight is incomplete", error)
-        self._pending.append((indices, None))
+            n = 1 if self._trace.sums else batch.visit.n
+            batch.visit.start(n * trainer.accumulate_grad_batches / bridge.loss_scale(trainer))
+        self._pending.append(batch)
 
-    def after_backward(self) -> None:
+    def after_backward(self, batch: BatchRecord) -> None:
         """Take what the backward pass has told."""
-        if not self._measuring or self._flight is None:
+        if batch.visit is None:
             return
-        self._measuring = False
         try:
-            visit = self._flight.finish()
-        except Exception as error:
+            batch.visit.finish()
+        except Exception as error:  # training goes on
+            batch.visit = None
             self._recording.fail("TracIn in flight is incomplete", error)
-            return
-        if self._pending and visit is not None and visit.complete:
-            self._pending[-1] = (self._pending[-1][0], visit)
 
     def before_step(self, trainer: Trainer, optimizer: object) -> None:
         """File the batches that the next step of the optimizer is made of."""
         pending, self._pending = self._pending, []
+        visits = self._recording.visits
         if self._flight is not None:
-            self._flight.stepped()
-        if not pending or not self._recording.first_time(trainer.global_step):
+            self._flight.norms.stepped()
+        if not pending or visits is None or not visits.first_time(trainer.global_step):
             return
         rates = {
-            (number, place): rate * self._recording.step_sizes.summed
-            for number, stepping in enumerate(trainer.optimizers)
-            for place, (rate, _) in enumerate(optimizers.rates(stepping))
-            if optimizers.inner(stepping) is optimizers.inner(optimizer)
+            (number, place): optimizers.rate(group) * self._recording.step_sizes.summed
+            for number, stepping in enumerate(map(optimizers.inner, trainer.optimizers))
+            for place, group in enumerate(stepping.param_groups)
+            if stepping is optimizers.inner(optimizer)
         }
-        for indices, visit in pending:
-            found = None if visit is None else visit.increments(rates)
-            if found is not None and bridge.has_loss_scaler(trainer):
-                # A gradient scaler that reached too high: this step is not taken.
-                found = found if bool(torch.isfinite(Increments.joined([found])).all()) else None
-            self._recording.record_visit(indices, found)
+        for batch in pending:
+            found = batch.visit.increments(rates) if batch.visit is not None and batch.visit.complete else None
+            batch.visit = None
+            # A gradient scaler that reached too high: this step is not taken.
+            if found is not None and bridge.has_loss_scaler(trainer) and not bool(torch.isfinite(found).all()):
+                found = None
+            visits.add(batch, found)
 
-    def batch_ended(self) -> None:
+    def batch_ended(self, batch: BatchRecord) -> None:
         """Note how long the batch took."""
-        if self._started is not None and not self._recording.failed:
-            self._recording.pace.took(self._due, time.perf_counter() - self._started, self.spent)
-        self._started, self._measuring, self.spent = None, False, 0.0
-        if self._flight is not None:
-            self._flight.clear()
+        if batch.started is not None and not self._recording.failed:
+            self._recording.pace.took(batch.measured, time.perf_counter() - batch.started, batch.paused)
+        if batch.visit is not None:
+            batch.visit.let_go()
 
     def notes(self) -> list[str]:
         """Return what a reader of the scores should know."""

@@ -183,12 +183,6 @@ def gather_objects(item: _Item) -> list[_Item]:
     return found
 
 
-def barrier() -> None:
-    """Wait until every process has arrived here."""
-    # NCCL's own barrier has to guess the device; a value that was reduced and read has waited for everyone.
-    any_process(False)
-
-
 def _in_process_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 

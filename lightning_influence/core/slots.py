@@ -55,10 +55,11 @@ def attributes(owner: Any, names: Iterable[str]) -> Slots:
 
 
 def slot_names(kind: type) -> list[str]:
-    """Return the attributes that ``__slots__`` make."""
+    """Return the attributes that ``__slots__`` make, without those that a subclass has put something else over."""
     bases = [base for base in kind.__mro__ if "__slots__" in vars(base) and base.__module__ != "builtins"]
     members = types.MemberDescriptorType
-    return [name for base in bases for name, slot in vars(base).items() if isinstance(slot, members)]
+    slots = [(name, slot) for base in bases for name, slot in vars(base).items() if isinstance(slot, members)]
+    return [name for name, slot in slots if getattr(kind, name, None) is slot]
 
 
 def some_globals(scope: dict[str, Any], names: frozenset[str]) -> Slots:

@@ -239,7 +239,7 @@ def _access(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any] | None]
     if isinstance(value, BUFFERS):
         return lambda: bytes(value), write
     if value.nbytes > _LARGE_ARRAY:
-        return lambda: zlib.crc32(value.tobytes()), None
+        return lambda: zlib.crc32(np.ascontiguousarray(value).view(np.uint8).reshape(-1).data), None
     return value.copy, write
 
 

@@ -14,7 +14,6 @@ from lightning_influence.curvature.coordinates import BlockCoordinates
 from lightning_influence.curvature.curvature import BlockCurvature, Curvature
 from lightning_influence.curvature.dense import DenseCurvature, dense_matrix
 from lightning_influence.curvature.implicit import ImplicitCurvature, mean_eigenvalue
-from lightning_influence.curvature.products.product import CurvatureProduct
 from lightning_influence.curvature.registry import LADDER, CurvatureName, check_memory
 from lightning_influence.curvature.saved import checksum
 from lightning_influence.curvature.solve.spectrum import IndefiniteError, check_damping
@@ -60,15 +59,18 @@ def fit(
         TaskError: If GGN or Hessian are not defined for the loss, or the model can't be differentiated twice.
     """
     blocks = gradients.coverage.blocks
-    if isinstance(damping, Mapping) and (missing := blocks.keys() - damping.keys()):
-        raise ValueError(f"damping has no entry for {sorted(missing)}; expected one for every covered layer.")
+    dampings = None
+    if damping is not None:
+        given = damping if isinstance(damping, Mapping) else dict.fromkeys(blocks, damping)
+        if missing := blocks.keys() - given.keys():
+            raise ValueError(f"damping has no entry for {sorted(missing)}; expected one for every covered layer.")
+        dampings = {layer: given[layer] for layer in blocks}
     check_memory(name, blocks)
-    make = LADDER[name].product
     curvature: Curvature
-    if make is None:
-        curvature = _fit_blocks(gradients, name, indices, examples, labels, damping)
+    if LADDER[name].product is None:
+        curvature = _fit_blocks(gradients, name, indices, examples, labels, dampings)
     else:
-        curvature = _fit_full(gradients, name, make, indices, examples, labels, damping, solver)
+        curvature = _fit_full(gradients, name, indices, examples, labels, dampings, solver)
     curvature.weights = {layer: checksum(block) for layer, block in blocks.items()}
     return curvature
 
@@ -97,7 +99,7 @@ def _fit_blocks(
     indices: Sequence[int],
     examples: FactorExamples,
     labels: tuple[Labels, Labels],
-    damping: float | Mapping[str, float] | None,
+    dampings: Mapping[str, float] | None,
 ) -> BlockCurvature:
     kind = LADDER[name].block
     covered = gradients.coverage.blocks
@@ -116,9 +118,10 @@ def _fit_blocks(
         # Another draw for each pass: eigenvalues measured with that of their basis come out biased.
         with closing(gradients.run(subset, which, draw=1 + number, title=f"{kind.title} {measure}")) as batches:
             for batch in batches:
-                counted += batch.counted
+                usable = batch.counted
+                counted += usable
                 for io in batch.drained():
-                    blocks[io.name].update(io.activations, io.gs, batch.counted)
+                    blocks[io.name].update(io.activations, io.gs, usable)
         # Layers that the forward pass never reached have an all-zero gradient: their curvature is zero too.
         for layer, block in blocks.items():
             for x, g in covered[layer].no_rows(working_dtype(like.dtype), like.device):
@@ -130,38 +133,34 @@ def _fit_blocks(
                     f"the curvature of {layer!r} can't be decomposed: {error} Leave it out by `layers=`, or use "
                     '`curvature="diagonal"`.'
                 ) from error
-    dampings = {}
+    if dampings is None:
+        # A layer without any gradient has no scale of its own; its scores are zero with any damping.
+        dampings = {layer: block.damping() or float(bool(kind.measures)) for layer, block in blocks.items()}
     for layer, block in blocks.items():
-        if damping is None:
-            # A layer without any gradient has no scale of its own; its scores are zero with any damping.
-            dampings[layer] = block.damping() or float(bool(kind.measures))
-        else:
-            dampings[layer] = damping[layer] if isinstance(damping, Mapping) else damping
-            block.check_damping(dampings[layer])
+        block.check_damping(dampings[layer])
     return BlockCurvature(name, blocks, dampings, [chosen[measure][0] for measure in kind.measures], used)
 
 
 def _fit_full(
     gradients: ExampleGradients,
     name: str,
-    make: type[CurvatureProduct],
     indices: Sequence[int],
     examples: FactorExamples,
     labels: tuple[Labels, Labels],
-    damping: float | Mapping[str, float] | None,
+    dampings: Mapping[str, float] | None,
     solver: Solver,
 ) -> Curvature:
     check_solver(name, solver)
     coordinates = BlockCoordinates(gradients.coverage.blocks)
-    if damping is not None:
-        dampings = {layer: damping[layer] if isinstance(damping, Mapping) else damping for layer in coordinates.blocks}
-        for value in dampings.values():
-            check_damping(value)
+    for value in (dampings or {}).values():
+        check_damping(value)
+    make = LADDER[name].product
+    assert make is not None
     subset = random_subset(indices, len(indices) if examples.products is None else examples.products, 0)
     product = make(gradients, subset, parameters=coordinates.parameters)
     chosen, notes = choose_solver(solver, coordinates.size, product.flat.device, semidefinite=product.semidefinite)
     matrix = dense_matrix(product, gradients, subset, coordinates) if chosen == "dense" else None
-    if damping is None:
+    if dampings is None:
         mean = mean_eigenvalue(product, product.gradient) if matrix is None else float(wide(matrix.diagonal()).mean())
         if mean <= 0:
             raise IndefiniteError(

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import default_collate, default_convert
 
-from lightning_influence.data.contents import Path, agreeing, array_at, at, digest, joined_scores, rows_of
+from lightning_influence.core.containers import Path
+from lightning_influence.data.contents import array_at, at, digest, rows_of
+from lightning_influence.data.matching import agreeing, joined_scores, pair_scores
 
 _PLAIN = (default_collate, default_convert)
 
@@ -62,9 +64,7 @@ class Link:
         if self.joined:
             return joined_scores(values, array_at(batch, self.batch))
         rows = rows_of(batch, self.batch, self.within)
-        if rows is None:
-            return None
-        return np.array([agreeing(value, row) for row in rows for value in values]).reshape(-1, len(values))
+        return None if rows is None else pair_scores(values, rows)
 
     def in_order(self, values: Sequence[Any], batch: Any, places: Iterable[int]) -> bool:
         """Tell whether there are as many rows as values, and those at some of the places hold them."""

@@ -1,10 +1,10 @@
-"""What examples and batches hold: parts of nested containers, and whether a row of a batch is that of an example."""
+"""What examples and batches hold: parts of nested containers, rows of columns, and their digest."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -83,60 +83,6 @@ def rows_of(batch: Any, path: Path, within: Path = ()) -> list[NDArray[Any] | No
         return [array_at(row, within) for row in column]
     array = array_at(column)
     return None if array is None or not array.ndim or within else [np.asarray(row) for row in array]
-
-
-def agreeing(value: NDArray[Any] | None, row: NDArray[Any] | None) -> int:
-    """Return how many scalars a row has in common with the value that it may have been padded or cut from.
-
-    Returns:
-        -1 if it has not been made from that value.
-    """
-    if value is None or row is None or value.ndim != row.ndim or (value.dtype.kind in "US") != (row.dtype.kind in "US"):
-        return -1
-    if value.dtype != row.dtype and row.dtype.kind == "f":
-        value = value.astype(row.dtype)  # as collating has rounded it
-    if value.shape == row.shape:
-        return value.size if _equal(value, row) else -1
-    common = tuple(min(a, b) for a, b in zip(value.shape, row.shape, strict=True))
-    if 0 in common:
-        return 0 if value.size == 0 else -1
-    for part in (tuple(slice(0, size) for size in common), tuple(slice(-size, None) for size in common)):
-        if _equal(value[part], row[part]):
-            if common != value.shape:  # cut
-                return int(np.prod(common))
-            outside = np.ones(row.shape, bool)
-            outside[part] = False
-            padding = row[outside]
-            if _equal(padding, np.full_like(padding, padding[0])):
-                return value.size
-    return -1
-
-
-def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    if a.dtype.kind == "f":
-        return bool(((a == b) | ((a != a) & (b != b))).all())
-    return bool(np.array_equal(a, b))
-
-
-def joined_scores(values: Sequence[NDArray[Any] | None], column: NDArray[Any] | None) -> NDArray[np.int64] | None:
-    """Cut a column up into the values that lie end to end in it, ``[rows, n]`` as ``Link.scores``."""
-    if column is None or not column.ndim:
-        return None
-    left = {k: value for k, value in enumerate(values) if value is not None and value.ndim and len(value)}
-    start, rows = 0, []
-    while start < len(column):
-        k = next((k for k, value in left.items() if _starts_with(value, column[start:])), None)
-        if k is None:
-            return None
-        value = left.pop(k)
-        rows.append(np.where(np.arange(len(values)) == k, value.size, -1))
-        start += len(value)
-    return np.stack(rows) if rows else None
-
-
-def _starts_with(value: NDArray[Any], column: NDArray[Any]) -> bool:
-    chunk = column[: len(value)]
-    return chunk.shape == value.shape and agreeing(value, chunk) >= 0
 
 
 def copied(node: Any) -> Any:

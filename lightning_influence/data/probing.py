@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_influence.core.containers import Path
 from lightning_influence.data.collation import Collation, DataError, Link, length_of
-from lightning_influence.data.contents import Path, agreeing, array_at, columns, copied, parts, rows_of
+from lightning_influence.data.contents import array_at, columns, copied, parts, rows_of
+from lightning_influence.data.matching import agreeing
 
 _SIZES = (8, 7, 5, 3, 2, 16)  # of the batches that are looked at
 _ENOUGH_PAIRS = 8  # told apart: by chance alone, examples hardly keep their order then
@@ -51,7 +53,7 @@ def learn(fetch: Callable[[int], Any], size: int, collate_fn: Callable[[list[Any
     straight = [link for link in candidates if all(look.in_order(link) for look in looks)]
     told, pairs = sum(look.told_apart(straight) for look in looks), sum(len(look.present) - 1 for look in looks)
     if straight and told >= min(_ENOUGH_PAIRS, pairs):
-        return Collation(_telling(straight, looks), True, paths, few)
+        return Collation(_consistent(straight, looks), True, paths, few)
     links = _consistent(candidates, looks)
     orders = [look.order(links) for look in looks]
     known = [order for order in orders if not isinstance(order, str)] if links else []
@@ -75,7 +77,7 @@ def learn(fetch: Callable[[int], Any], size: int, collate_fn: Callable[[list[Any
         "nothing that the collate function returns is as it was in the examples: its rows are taken to be in the order "
         "in which the examples were drawn"
     )
-    return Collation(_telling(straight, looks), True, paths, few, "" if told or "kept" in alone else unknown)
+    return Collation(_consistent(straight, looks), True, paths, few, "" if told or "kept" in alone else unknown)
 
 
 class _Look:
@@ -96,20 +98,19 @@ class _Look:
         """Return how many rows a part of an example has."""
         return length_of(self.column(path)[k])
 
+    def scores(self, link: Link) -> NDArray[np.int64] | None:
+        """Return what rows have in common with examples, ``[rows, n]``."""
+        return link.scores(self.column(link.item), self.batch)
+
     def in_order(self, link: Link) -> bool:
         """Tell whether a part comes back in the order of the examples."""
-        own = self._present(link)
-        return link.in_order(own, self.batch, range(len(own)))
+        column = self.column(link.item)
+        return link.in_order([column[k] for k in self.present], self.batch, range(len(self.present)))
 
     def lies_joined(self, link: Link) -> bool:
         """Tell whether the part of every example has rows that lie end to end in the batch."""
-        own = self._present(link)
-        scores = None if any(value is None or not value.ndim for value in own) else link.scores(own, self.batch)
-        return scores is not None and len(scores) == len(own)
-
-    def _present(self, link: Link) -> list[NDArray[Any] | None]:
-        column = self.column(link.item)
-        return [column[k] for k in self.present]
+        scores = self.scores(link)
+        return scores is not None and len(scores) == len(self.present)
 
     def told_apart(self, links: Sequence[Link]) -> int:
         """Count neighbours that differ in any of these parts."""
@@ -118,11 +119,8 @@ class _Look:
 
     def met(self, link: Link) -> bool:
         """Tell whether every row has something that one of the examples has."""
-        values = self.column(link.item)
-        if link.joined:
-            return link.scores(values, self.batch) is not None
-        rows = rows_of(self.batch, link.batch, link.within)
-        return bool(rows) and all(any(agreeing(v, row) >= 0 for v in values) for row in rows or ())
+        scores = self.scores(link)
+        return scores is not None and len(scores) > 0 and bool((scores >= 0).any(1).all())
 
     def order(self, links: Sequence[Link]) -> NDArray[np.int64] | str:
         """Return the order that links tell."""
@@ -167,15 +165,20 @@ def _joined(looks: Sequence[_Look]) -> list[Link]:
 
 
 def _consistent(candidates: Sequence[Link], looks: Sequence[_Look]) -> tuple[Link, ...]:
-    """Return links that agree with each other in every look, those that tell most first."""
+    """Return the few links that agree with each other in every look and tell as much as all: small ones if they do."""
     matches = {}
     for link in candidates:
-        scores = [link.scores(look.column(link.item), look.batch) for look in looks]
+        scores = [look.scores(link) for look in looks]
         if all(own is not None for own in scores):
             matches[link] = [own >= 0 for own in scores if own is not None]
     kept: list[Link] = []
     total: list[NDArray[np.bool_]] = []
-    for link in sorted(matches, key=lambda link: sum(int(match.sum()) for match in matches[link])):
+
+    def cost(link: Link) -> tuple[int, int]:
+        sizes = [value.size for look in looks for value in look.column(link.item) if value is not None]
+        return sum(int(match.sum()) for match in matches[link]), max(sizes, default=0)
+
+    for link in sorted(matches, key=cost):
         own = matches[link]
         if any(a.shape != b.shape for a, b in zip(total, own, strict=bool(total))):
             continue
@@ -185,21 +188,3 @@ def _consistent(candidates: Sequence[Link], looks: Sequence[_Look]) -> tuple[Lin
             kept.append(link)
             total = new
     return tuple(kept)
-
-
-def _telling(links: Sequence[Link], looks: Sequence[_Look]) -> tuple[Link, ...]:
-    """Return the few links that tell as much as all of them: small ones if they do."""
-
-    def told(chosen: Sequence[Link]) -> int:
-        return sum(look.told_apart(chosen) for look in looks)
-
-    def cost(link: Link) -> tuple[int, int]:
-        return -told([link]), max(
-            (v.size for look in looks for v in look.values[link.item] if v is not None), default=0
-        )
-
-    chosen: list[Link] = []
-    for link in sorted(links, key=cost):
-        if not chosen or told([*chosen, link]) > told(chosen):
-            chosen.append(link)
-    return tuple(chosen)

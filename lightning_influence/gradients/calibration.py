@@ -39,7 +39,7 @@ def measured_scale(
         losses: ``ExampleGradients.losses`` of passes that weigh every batch on its own.
         source: The examples.
         indices: Of those to visit.
-        of_mean: See ``LossScale``.
+        of_mean: See ``ScaleTally.scale``.
     """
     size = source.batch_size
     if source.plain and len(indices) > size and of_mean is not False:

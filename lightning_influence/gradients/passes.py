@@ -180,7 +180,7 @@ class ExampleGradients:
 
         Args:
             indices: Dataset indices.
-            of_mean: See ``LossScale``; by default as the terms are.
+            of_mean: See ``ScaleTally.scale``; by default as the terms are.
         """
         return self if self._scale.measure is None else self.with_scale(self._measured(indices, of_mean))
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -81,14 +82,9 @@ def calling_place() -> Place:
 
 @dataclass(frozen=True, eq=False)
 class LossScale(Mapping[TermKey, float]):
-    """Term to its reference: mean divisor per example (means), or batch size (sums); see ``LossTerm.correction``.
+    """Term to its reference: mean divisor per example (means), or batch size (sums); see ``LossTerm.correction``."""
 
-    Attributes:
-        of_mean: Whether the batch loss is on average the mean of ``ℓ``; else it is their sum.
-    """
-
-    _references: Mapping[TermKey, float] = field(default_factory=dict)
-    of_mean: bool = True
+    _references: Mapping[TermKey, float]
 
     def __getitem__(self, key: TermKey) -> float:
         """Return the reference of a term.
@@ -186,17 +182,15 @@ class ScaleTally:
 
     def add(self, n: int, terms: Sequence[TermShare]) -> None:
         """Add a batch of ``n`` examples."""
-        self.examples += n
-        at_place: dict[tuple[str, Place], int] = {}
-        for key, reference, sums, among_counted in terms:
-            entry = _Entry(reference * n, sums, reference, among_counted) if reference else _Entry(sums=sums)
-            self.entries.setdefault(key, _Entry()).add(entry)
-            at_place[key[:2]] = at_place.get(key[:2], 0) + 1
-        for place, count in at_place.items():
-            self.counts.setdefault(place, set()).add(count)
+        entries = {
+            key: _Entry(reference * n, sums, reference, among_counted) if reference else _Entry(sums=sums)
+            for key, reference, sums, among_counted in terms
+        }
+        at_place = Counter((key.kind, key.place) for key in entries)
+        self.merge(ScaleTally(n, entries, {place: {count} for place, count in at_place.items()}))
 
     def merge(self, other: ScaleTally) -> None:
-        """Add what another process has seen."""
+        """Add what other batches say."""
         self.examples += other.examples
         for key, entry in other.entries.items():
             self.entries.setdefault(key, _Entry()).add(entry)
@@ -208,7 +202,8 @@ class ScaleTally:
 
         Args:
             batch_size: Of training.
-            of_mean: See ``LossScale``; by default whether some term is no sum.
+            of_mean: Whether the batch loss is on average the mean of ``ℓ``, else their sum; by default whether some
+                term is no sum.
 
         Raises:
             ScaleError: If calls at one place can't be told apart.
@@ -222,14 +217,13 @@ class ScaleTally:
                 )
         if of_mean is None:
             of_mean = not all(entry.sums for entry in self.entries.values())
-        references: dict[TermKey, float] = {}
-        for key, entry in self.entries.items():
-            if entry.sums:
-                references[key] = float(batch_size if of_mean else 1)
-            else:
-                divisor = entry.divisor(self.examples, alone=len(self.entries) == 1)
-                references[key] = divisor * (1 if of_mean else batch_size)
-        return LossScale(references, of_mean)
+        alone, unit = len(self.entries) == 1, 1 if of_mean else batch_size
+        return LossScale(
+            {
+                key: float(batch_size / unit if entry.sums else unit * entry.divisor(self.examples, alone=alone))
+                for key, entry in self.entries.items()
+            }
+        )
 
 
 @dataclass
@@ -255,7 +249,7 @@ class HeardTerms:
         if not self.steady:
             return None
         unit = 1 if of_mean else batch_size
-        return LossScale({key: divisor * unit for key, divisor in self.steady}, of_mean)
+        return LossScale({key: divisor * unit for key, divisor in self.steady})
 
     @classmethod
     def joined(cls, parts: Sequence[HeardTerms]) -> HeardTerms:

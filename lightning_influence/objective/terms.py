@@ -7,8 +7,10 @@ scaled such that the batch loss is the mean of ``ℓ``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.autograd.graph import GradientEdge
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.objective.losses import LossCall, single
 from lightning_influence.objective.scale import LossScale, TaskError, TermKey, TermShare
+from lightning_influence.objective.tap import edges_below
 
 __all__ = ["BatchLoss", "LossTerm", "TaskError", "TermForm", "placed_calls", "steady_terms", "understand"]
 
@@ -97,9 +100,9 @@ class LossTerm:
         """
         if self.sums:
             return float(n)
-        if self.form is None or self.call.reduction == "mean":
-            return self.call.batch_reference(n)
-        return 1.0 if not self.factor else 1 / (n * self.factor)
+        if self.call.reduction == "mean":
+            return self.call.mean_weight(n)
+        return 1 / (n * self.factor) if self.form is not None and self.factor else 1.0
 
     def share(self, n: int) -> TermShare:
         """Return what this batch says about the scale of the term."""
@@ -165,14 +168,8 @@ class BatchLoss:
         Args:
             noise: Given the shape for one example, returns uniform numbers ``[n, *shape]``, fresh at each call.
         """
-        inputs, gradients = [], []
-        for term in self.terms:
-            drawn = noise(term.call.noise_shape(self.n))
-            for tensor, gradient in term.call.sampled(term.scale(self.n), drawn):
-                if tensor.requires_grad:
-                    inputs.append(tensor)
-                    gradients.append(_like(gradient, tensor))
-        return inputs, gradients
+        each = [term.call.sampled(term.scale(self.n), noise(term.call.noise_shape(self.n))) for term in self.terms]
+        return _in_graph(chain.from_iterable(each))
 
     def exact_draws(self) -> int | None:
         """Return the number of backward passes of ``exact_outputs``, or None if there is no closed form."""
@@ -183,8 +180,7 @@ class BatchLoss:
         """Yield logits and gradients whose outer products add up to the exact Fisher (GGN) of every example."""
         for term in self.terms:
             for column in term.call.exact(term.scale(self.n), self.n):
-                own = [(tensor, gradient) for tensor, gradient in column if tensor.requires_grad]
-                yield [tensor for tensor, _ in own], [_like(gradient, tensor) for tensor, gradient in own]
+                yield _in_graph(column)
 
 
 def placed_calls(
@@ -196,12 +192,12 @@ def placed_calls(
         calls: In the order in which they were made.
         forms: See ``discover.term_forms``; a call without one has its examples side by side.
     """
-    met: dict[tuple[str, Any], int] = {}
+    met: Counter[tuple[str, Any]] = Counter()
     found: list[tuple[TermKey, LossCall, TermForm | None]] = []
     for call in calls:
         what = type(call).__name__, call.place
-        key = TermKey(*what, met.get(what, 0))
-        met[what] = key.occurrence + 1
+        key = TermKey(*what, met[what])
+        met[what] += 1
         form = forms.get(key)
         found.append((key, call if form is None else call.placed(form.layout, follow=form.follow), form))
     return found
@@ -271,21 +267,20 @@ def _seen(
         return ()
     reductions = [_reduction_of(loss, call) if call.reduction == "none" else None for call in calls]
     wanted: list[Any] = [call.output for call in calls]
-    wanted += [reduction.edge for reduction in reductions if reduction is not None]
+    wanted += [reduction[0] for reduction in reductions if reduction is not None]
     found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
     at_reductions = iter(found[len(calls) :])
-    factors: list[Tensor | None] = []
+    used: list[tuple[LossCall, Tensor, Tensor | None]] = []
     for call, coefficient, reduction in zip(calls, found, reductions, strict=False):
         factor = coefficient if call.reduction == "sum" else None
         if reduction is not None:
             at_reduction = next(at_reductions)
-            factor = None if at_reduction is None else at_reduction / reduction.count
-        factors.append(factor)
-    own = [k for k in range(len(calls)) if found[k] is not None]
+            factor = None if at_reduction is None else at_reduction / reduction[1]
+        if coefficient is not None:
+            used.append((call, coefficient, factor))
     terms: list[LossTerm] = []
-    for k, (key, call, form) in zip(own, placed_calls([calls[k] for k in own], forms), strict=True):
-        coefficient, factor, reduction = found[k], factors[k], reductions[k]
-        assert coefficient is not None
+    placed = placed_calls([call for call, _, _ in used], forms)
+    for (key, call, form), (_, coefficient, factor) in zip(placed, used, strict=True):
         if call.reduction == "none" and call.rows_match(n):
             call = call.counting(coefficient != 0)
         if form is not None and form.elementwise:
@@ -304,37 +299,17 @@ def _divided(coefficient: Tensor, n: int) -> Tensor:
     return counted[0] if alike else torch.tensor(1 / n)
 
 
-@dataclass(frozen=True)
-class _Reduction:
-    """Where element losses become one number: the place in the graph, and what is divided by there."""
-
-    edge: GradientEdge
-    count: int
-
-
-def _reduction_of(loss: Tensor, call: LossCall) -> _Reduction | None:
-    """Find the operation that made one number of a call's elements, if there is just one."""
-    # The graph between the loss and the call, upside down.
+def _reduction_of(loss: Tensor, call: LossCall) -> tuple[GradientEdge, int] | None:
+    """Find the operation that made one number of a call's elements, if there is just one, and what it divides by."""
     target: Any = call.output.grad_fn
-    users: dict[Any, list[tuple[Any, int]]] = {}
-    waiting: list[Any] = [loss.grad_fn]
-    seen: set[Any] = {loss.grad_fn}
-    while waiting:
-        node = waiting.pop()
-        if node is None or node is target:
-            continue
-        for following, number in node.next_functions:
-            if following is None:
-                continue
-            users.setdefault(following, []).append((node, number))
-            if following not in seen:
-                seen.add(following)
-                waiting.append(following)
+    users: dict[Any, list[tuple[Any, int]]] = defaultdict(list)
+    for node, following, number in edges_below(loss, {target}):
+        users[following].append((node, number))
     found: dict[Any, int] = {}
     above, met = [target], {target}
     while above:
         below = above.pop()
-        for node, number in users.get(below, []):
+        for node, number in users[below]:
             if not node._input_metadata[0].shape:
                 found[node] = math.prod(below._input_metadata[number].shape)
             elif node not in met:
@@ -343,8 +318,10 @@ def _reduction_of(loss: Tensor, call: LossCall) -> _Reduction | None:
     if len(found) != 1:
         return None
     ((node, count),) = found.items()
-    return _Reduction(GradientEdge(node, 0), count if node.name().startswith("Mean") else 1)
+    return GradientEdge(node, 0), count if node.name().startswith("Mean") else 1
 
 
-def _like(gradient: Tensor, tensor: Tensor) -> Tensor:
-    return gradient.to(tensor.dtype)
+def _in_graph(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors that take part in a gradient, and their gradients."""
+    own = [(tensor, gradient) for tensor, gradient in pairs if tensor.requires_grad]
+    return [tensor for tensor, _ in own], [gradient.to(tensor.dtype) for tensor, gradient in own]

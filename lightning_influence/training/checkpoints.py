@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -84,7 +86,11 @@ class Checkpoint:
 
     def outline(self) -> Checkpoint:
         """Return the checkpoint without its tensors."""
-        return Checkpoint(self.step, {}, step_sizes=self.step_sizes, steps=self.steps, optimizer=self.optimizer)
+        return Checkpoint(parameters={}, **self.described())
+
+    def described(self) -> dict[str, Any]:
+        """Return what it stands for, in primitives."""
+        return {name: copy(getattr(self, name)) for name in ("step", "step_sizes", "steps", "optimizer")}
 
     @property
     def bytes(self) -> int:

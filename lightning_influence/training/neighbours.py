@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ _MAX_REFERENCES = 10_000
 _CHUNK_ELEMENTS = 2**24
 # Votes are kept up to this many scalars (400 MB).
 _VOTE_BUDGET = 10**8
+_STATE = ("disagreement", "passes", "votes")
 
 
 def nearest_labels(features: Tensor, labels: Tensor, *, neighbours: int = 20, seed: int = 0) -> Tensor:
@@ -57,19 +57,20 @@ def nearest_labels(features: Tensor, labels: Tensor, *, neighbours: int = 20, se
     return result
 
 
-def disagreement(features: Tensor, labels: Tensor, *, neighbours: int = 20, seed: int = 0) -> Tensor:
+def disagreement(nearest: Tensor, labels: Tensor) -> Tensor:
     """Return the share of each example's nearest neighbours that carry another label.
 
     Args:
-        features: See ``nearest_labels``.
-        labels: See ``nearest_labels``.
-        neighbours: See ``nearest_labels``.
-        seed: See ``nearest_labels``.
+        nearest: See ``nearest_labels``.
+        labels: The examples' own, ``[n]``.
 
     Returns:
         ``[n]`` between 0 and 1; NaN for unknown labels and non-finite features.
     """
-    return _shares(nearest_labels(features, labels, neighbours=neighbours, seed=seed), labels)
+    if not nearest.shape[1]:
+        return torch.full((len(labels),), torch.nan, device=labels.device)
+    shares = (nearest != labels.unsqueeze(1)).float().mean(1)
+    return shares.masked_fill(nearest[:, 0] < 0, torch.nan)
 
 
 class NeighbourRecord:
@@ -94,7 +95,7 @@ class NeighbourRecord:
             labels: ``[n]`` integers.
         """
         nearest = nearest_labels(features, labels)
-        shares = _shares(nearest, labels).cpu().double()
+        shares = disagreement(nearest, labels).cpu().double()
         known = shares.isfinite()
         rows = indices.cpu()[known]
         self._disagreement[rows] += shares[known]
@@ -121,22 +122,8 @@ class NeighbourRecord:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint."""
-        return {
-            "disagreement": self._disagreement.clone(),
-            "disagreement_count": self._passes.clone(),
-            "votes": self._votes.clone(),
-        }
+        return dict(zip(_STATE, (self._disagreement.clone(), self._passes.clone(), self._votes.clone()), strict=True))
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; one of an earlier version has no votes."""
-        self._disagreement = state["disagreement"].clone()
-        self._passes = state["disagreement_count"].clone()
-        self._votes = state.get("votes", torch.zeros(self.size, 0)).clone()
-
-
-def _shares(nearest: Tensor, labels: Tensor) -> Tensor:
-    """Return the share of neighbours with another label, ``[n]``; NaN where they are unknown."""
-    if not nearest.shape[1]:
-        return torch.full((len(labels),), torch.nan, device=labels.device)
-    shares = (nearest != labels.unsqueeze(1)).float().mean(1)
-    return shares.masked_fill(nearest[:, 0] < 0, torch.nan)
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
+        self._disagreement, self._passes, self._votes = (state[name].clone() for name in _STATE)

@@ -49,11 +49,6 @@ def is_understood(optimizer: Any) -> bool:
     return _kind(inner(optimizer)) is not None
 
 
-def rates(optimizer: Any) -> list[tuple[float, list[Tensor]]]:
-    """Return, for every parameter group, how far a constant gradient (times ``P``) moves its parameters per step."""
-    return [(rate(group), group["params"]) for group in inner(optimizer).param_groups]
-
-
 def rate(group: Mapping[str, Any]) -> float:
     """Return how far a constant gradient (times ``P``) moves the parameters of a group per step."""
     momentum, dampening = float(group.get("momentum") or 0.0), float(group.get("dampening") or 0.0)

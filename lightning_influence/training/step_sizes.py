@@ -45,96 +45,73 @@ class StepSizes:
     Attributes:
         summed: Number of examples whose own losses add up to a batch loss; 1 where that is their mean. As many times
             the rate of a sum is the rate of the mean that makes the same steps, and a part of its L2 term.
+        steps: Number of steps since the last checkpoint.
+        sums: Parameter name to the sum of its learning rates since then.
+        optimizers: Names of all that have stepped.
+        unknown: Those of which it is not known how they turn gradients into steps.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.summed = 1
-        self._names = {id(p): name for name, p in module.named_parameters()}
         self.steps = 0
-        self._sums: dict[str, float] = {}
+        self.sums: dict[str, float] = {}
+        self.optimizers: set[str] = set()
+        self.unknown: set[str] = set()
+        self._names = {id(p): name for name, p in module.named_parameters()}
         self._totals: dict[str, float] = {}
         self._weight_decay: dict[str, float] = {}
         self._adaptive: set[str] = set()
         self._all_steps = 0
-        self.optimizers: set[str] = set()
-        self.unknown: set[str] = set()
-        self._met: set[type] = set()  # optimizers that are in these sets
-        # Rates and L2 coefficients wait for being shared out to each of the parameters that they are for.
-        self._waiting: dict[tuple[str, ...], tuple[float, float]] = {}
-
-    @property
-    def sums(self) -> dict[str, float]:
-        """Parameter name to the sum of its learning rates since the last checkpoint."""
-        self._share_out()
-        return self._sums
 
     def record(self, optimizer: Any) -> None:
         """Add the current learning rates of one optimizer, just before it steps."""
         self.steps += 1
         self._all_steps += 1
         optimizer = optimizers.inner(optimizer)
-        if type(optimizer) not in self._met:
-            self._meet(optimizer)
-        names, waiting = self._names, self._waiting
+        kind = type(optimizer).__name__
+        self.optimizers.add(kind)
+        self.unknown |= set() if optimizers.is_understood(optimizer) else {kind}
+        self._adaptive |= set() if isinstance(optimizer, torch.optim.SGD) else {kind}
         for group in optimizer.param_groups:
-            known = tuple([names[id(p)] for p in group["params"] if p.requires_grad and id(p) in names])
-            before, _ = waiting.get(known, (0.0, 0.0))
+            rate = optimizers.rate(group) * self.summed
             decay = optimizers.l2_coefficient(optimizer, group) / self.summed
-            waiting[known] = before + optimizers.rate(group) * self.summed, decay
-
-    def _meet(self, optimizer: Any) -> None:
-        self._met.add(type(optimizer))
-        name = type(optimizer).__name__
-        self.optimizers.add(name)
-        if not optimizers.is_understood(optimizer):
-            self.unknown.add(name)
-        if not isinstance(optimizer, torch.optim.SGD):
-            self._adaptive.add(name)
-
-    def _share_out(self) -> None:
-        waiting, self._waiting = self._waiting, {}
-        for names, (rate, decay) in waiting.items():
-            for name in names:
-                self._sums[name] = self._sums.get(name, 0.0) + rate
-                self._totals[name] = self._totals.get(name, 0.0) + rate
-                self._weight_decay[name] = decay
+            for parameter in group["params"]:
+                name = self._names.get(id(parameter))
+                if name is not None and parameter.requires_grad:
+                    self.sums[name] = self.sums.get(name, 0.0) + rate
+                    self._totals[name] = self._totals.get(name, 0.0) + rate
+                    self._weight_decay[name] = decay
 
     def history(self) -> OptimizerHistory:
         """Return what the optimizers have done since the start of training."""
-        self._share_out()
-        return OptimizerHistory(
-            dict(self._totals), dict(self._weight_decay), tuple(sorted(self._adaptive)), self._all_steps
-        )
+        adaptive = tuple(sorted(self._adaptive))
+        return OptimizerHistory(dict(self._totals), dict(self._weight_decay), adaptive, self._all_steps)
+
+    def take(self) -> dict[str, float]:
+        """Return the sums since the last call and start again."""
+        taken, self.sums, self.steps = self.sums, {}, 0
+        return taken
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, in primitives."""
         return {
-            "step_sizes": dict(self.sums),
+            "sums": dict(self.sums),
             "steps": self.steps,
-            "total_step_sizes": dict(self._totals),
+            "totals": dict(self._totals),
             "weight_decay": dict(self._weight_decay),
-            "adaptive": sorted(self._adaptive),
             "all_steps": self._all_steps,
             "optimizers": sorted(self.optimizers),
-            "unknown_optimizers": sorted(self.unknown),
+            "unknown": sorted(self.unknown),
+            "adaptive": sorted(self._adaptive),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; one of an earlier version does not know the totals."""
-        self._sums, self._waiting = dict(state["step_sizes"]), {}
-        self.steps = state["steps"]
-        self._totals = dict(state.get("total_step_sizes", {}))
-        self._weight_decay = dict(state.get("weight_decay", {}))
-        self._adaptive = set(state.get("adaptive", ()))
-        self._all_steps = state.get("all_steps", 0)
-        self._met = set()
-        self.optimizers = set(state.get("optimizers", ()))
-        self.unknown = set(state.get("unknown_optimizers", ()))
-
-    def take(self) -> dict[str, float]:
-        """Return the sums since the last call and start again."""
-        taken, self._sums, self.steps = self.sums, {}, 0
-        return taken
+        """Go on from a checkpoint."""
+        self.sums, self._totals = dict(state["sums"]), dict(state["totals"])
+        self._weight_decay = dict(state["weight_decay"])
+        self.steps, self._all_steps = state["steps"], state["all_steps"]
+        self.optimizers, self.unknown = set(state["optimizers"]), set(state["unknown"])
+        self._adaptive = set(state["adaptive"])
 
 
 def block_step_sizes(

@@ -9,28 +9,33 @@ optimizer whose update is not known counts as plain, with its learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, groupby
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Batches of scores in flight that wait for being added up.
-_FLUSH_EVERY = 64
+from lightning_influence.training.batch_record import BatchRecord
+from lightning_influence.training.example_sums import ExampleSums
 
 
 class TracInScores:
-    """Running TracIn self-influence of every example.
+    """Running TracIn self-influence of every example, from passes at checkpoints.
 
     Args:
         size: Number of examples of the data set.
+
+    Attributes:
+        late: Number of examples that came in a later pass than the first.
     """
 
     def __init__(self, size: int) -> None:
         self.values = torch.zeros(size, dtype=torch.float64)
         self.checkpoints: list[int] = []
+        self._fewest = 0  # examples that a pass has scored
+        self.late = 0
 
     def add(self, step: int, indices: Iterable[int], increments: Tensor) -> bool:
         """Add one checkpoint's part; a step that was added before (a resumed run) is left alone.
@@ -38,52 +43,27 @@ class TracInScores:
         Returns:
             Whether it was added.
         """
+        self._fewest = min(self._fewest or len(increments), len(increments))
+        self.late = max(self.late, len(increments) - self._fewest)
         if step in self.checkpoints:
             return False
         self.checkpoints.append(step)
         self.values[torch.as_tensor(list(indices))] += increments.cpu().double()
         return True
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums and what they are of."""
+        return {
+            "values": self.values.clone(),
+            "checkpoints": list(self.checkpoints),
+            "fewest": self._fewest,
+            "late": self.late,
+        }
 
-@dataclass(frozen=True, eq=False)
-class Increments:
-    """What a batch adds in flight: ``Σ η s + Σ g² (η x² + η')`` per example, not yet added up.
-
-    Attributes:
-        n: Number of examples.
-        squares: Squared norms ``s: [n]``, each with its ``η``.
-        lengths: Of linear maps with a row per example: lengths of inputs and output gradients, ``[n]`` each, and ``η``
-            of weight and bias.
-    """
-
-    n: int
-    squares: Sequence[tuple[Tensor, float]]
-    lengths: Sequence[tuple[Tensor, Tensor, float, float]]
-
-    @staticmethod
-    def joined(batches: Sequence[Increments]) -> Tensor:
-        """Add up each of several batches, and lay them end to end, float64; one by one it takes as long as a step."""
-        parts = []
-        for n, run in groupby(batches, lambda batch: batch.n):
-            alike = list(run)
-            total = torch.zeros(len(alike), n, dtype=torch.float64)
-            if squares := [(k, *entry) for k, batch in enumerate(alike) for entry in batch.squares]:
-                of, s, rates = zip(*squares, strict=True)
-                total.index_add_(0, torch.tensor(of), _stacked(s) * _column(rates))
-            if lengths := [(k, *entry) for k, batch in enumerate(alike) for entry in batch.lengths]:
-                of, x, g, weights, biases = zip(*lengths, strict=True)
-                inner = _stacked(x).square_().mul_(_column(weights)).add_(_column(biases))
-                total.index_add_(0, torch.tensor(of), inner.mul_(_stacked(g).square_()))
-            parts.append(total.flatten())
-        return torch.cat(parts)
-
-
-def _stacked(rows: Sequence[Tensor]) -> Tensor:
-    return torch.stack(tuple(rows)).cpu().double()
-
-
-def _column(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).unsqueeze(1)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.values, self.checkpoints = state["values"].clone(), list(state["checkpoints"])
+        self._fewest, self.late = state["fewest"], state["late"]
 
 
 class VisitSums:
@@ -98,67 +78,53 @@ class VisitSums:
     """
 
     def __init__(self, size: int) -> None:
-        self.sums = {
-            name: torch.zeros(size, dtype=torch.float64) for name in ("tracin", "tracin_visits", "tracin_measured")
-        }
-        # What all processes knew when they last told each other; the rest of the sums is this process's own.
-        self._common = {name: value.clone() for name, value in self.sums.items()}
-        # Increments wait on their device: copying each one at once would make a GPU wait in every step.
-        self._waiting: list[tuple[Sequence[int], Increments | None]] = []
+        self.sums = ExampleSums(size, "tracin", "visits", "measured")
+        self._next_step = 0  # optimizer steps before this one are in the sums
+        # They wait on their device: copying each one at once would make a GPU wait in every step.
+        self._waiting: list[tuple[BatchRecord, Tensor | None]] = []
 
-    def add(self, indices: Sequence[int], increments: Increments | None) -> None:
-        """Add one batch.
+    def first_time(self, step: int) -> bool:
+        """Tell whether the sums lack an optimizer step, which is in them from now on."""
+        new = step >= self._next_step
+        self._next_step = max(self._next_step, step + 1)
+        return new
+
+    def add(self, batch: BatchRecord, increments: Tensor | None) -> None:
+        """Add one batch, once it is known whether it is contradicted.
 
         Args:
-            indices: Dataset indices; one that is there twice was trained on twice.
-            increments: ``η ‖g‖²``; None if the batch was not measured.
+            batch: An example that is in it twice was trained on twice.
+            increments: ``η ‖g‖²``, ``[n]``; None if the batch was not measured.
         """
-        self._waiting.append((indices, increments))
-        if len(self._waiting) >= _FLUSH_EVERY:
-            self.flush()
+        self._waiting.append((batch, increments))
 
     def flush(self) -> None:
-        """Add the waiting batches to the sums."""
+        """Add the waiting batches to the sums, but for those that hold other examples, as their labels have told."""
         waiting, self._waiting = self._waiting, []
-        measured = [(rows, values) for rows, values in waiting if values is not None]
-        for name, batches in (
-            ("tracin_visits", [rows for rows, _ in waiting]),
-            ("tracin_measured", [r for r, _ in measured]),
-        ):
-            rows = torch.from_numpy(np.fromiter(chain.from_iterable(batches), np.int64))
-            self.sums[name].index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
-        if measured:
-            # The rows of the measured batches: those of the last round of the loop.
-            self.sums["tracin"].index_add_(0, rows, Increments.joined([values for _, values in measured]))
-
-    def addends(self) -> list[Tensor]:
-        """Return what is to be summed over the processes, each of which has seen its own part of the batches."""
-        self.flush()
-        return [value - self._common[name] for name, value in sorted(self.sums.items())]
-
-    def take(self, totals: Sequence[Tensor]) -> None:
-        """Take over what all processes have seen: the sums of their ``addends``."""
-        added = zip(sorted(self.sums), totals, strict=True)
-        self.load_state_dict({name: self._common[name] + total for name, total in added})
+        visits = [(batch.indices or (), values) for batch, values in waiting if not batch.contradicted]
+        measured = [(indices, values) for indices, values in visits if values is not None]
+        for name, batches in (("visits", visits), ("measured", measured)):
+            rows = torch.from_numpy(np.fromiter(chain.from_iterable(indices for indices, _ in batches), np.int64))
+            self.sums.add(name, rows, torch.ones(len(rows), dtype=torch.float64))
+        if measured:  # whose rows are those of the last round of the loop
+            self.sums.add("tracin", rows, torch.cat([values.cpu() for _, values in measured]))
 
     def values(self) -> Tensor:
         """Return the scores, ``[size]``; NaN for examples that were trained on but never measured."""
         self.flush()
-        visits, measured = self.sums["tracin_visits"], self.sums["tracin_measured"]
+        visits, measured = self.sums["visits"], self.sums["measured"]
         return torch.where(visits > 0, self.sums["tracin"] * visits / measured, 0.0)
 
     @property
     def unmeasured(self) -> Tensor:
         """Examples that were trained on but never measured, ``[size]`` bool."""
-        return (self.sums["tracin_visits"] > 0) & (self.sums["tracin_measured"] == 0)
+        return (self.sums["visits"] > 0) & (self.sums["measured"] == 0)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return tensors only, for a Lightning checkpoint."""
-        self.flush()
-        return {name: value.clone() for name, value in self.sums.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums, and how far they go."""
+        return {"sums": self.sums.state_dict(), "next_step": self._next_step}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.sums = {name: state[name].clone() for name in self.sums}
-        self._common = {name: value.clone() for name, value in self.sums.items()}
-        self._waiting = []
+        self.sums.load_state_dict(state["sums"])
+        self._next_step = state["next_step"]

@@ -28,11 +28,7 @@ def packed_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     """A safetensors file; any strides, device or sharing of storage will do."""
     # Not `save_file`: that goes through a temporary file of its own, which a killed writer would leave behind, and
     # makes it readable for the owner only.
-    # Safetensors wants a storage for each, and would lose a pending conjugation or minus sign.
-    apart = {
-        name: tensor.detach().cpu().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
+    apart = _separate(tensors)
     return safetensors.torch.save(apart, metadata={**metadata, _CHECKSUM: str(_checksum(apart, metadata))})
 
 
@@ -59,6 +55,18 @@ def load_outline(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             for name in handle.keys()  # noqa: SIM118
         }
     return tensors, {name: value for name, value in metadata.items() if name != _CHECKSUM}
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no storage, which safetensors demands; copies only what has to be."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        # Safetensors saves the bytes as they lie and would lose a pending conjugation or minus sign.
+        flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        result[name] = flat.clone() if flat.untyped_storage().data_ptr() in seen else flat
+        seen.add(result[name].untyped_storage().data_ptr())
+    return result
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:

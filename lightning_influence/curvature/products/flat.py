@@ -70,28 +70,6 @@ class FlatParameters:
         """Device of the flat vector."""
         return next(iter(self.parameters.values())).device
 
-    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Put tensors ``[..., *parameter.shape]`` in line: ``[..., p]``.
-
-        Raises:
-            ValueError: If the names are not those of the parameters, or a shape does not end like its parameter's.
-        """
-        if tensors.keys() != self.parameters.keys():
-            raise ValueError(
-                f"missing {sorted(self.parameters.keys() - tensors.keys())}, not among the parameters "
-                f"{sorted(tensors.keys() - self.parameters.keys())}; expected one tensor for each parameter."
-            )
-        rows = []
-        for name, parameter in self.parameters.items():
-            value = tensors[name]
-            before = value.ndim - parameter.ndim
-            if before < 0 or value.shape[before:] != parameter.shape:
-                raise ValueError(
-                    f"{name} has the shape {tuple(value.shape)}; expected [..., *{tuple(parameter.shape)}]."
-                )
-            rows.append(value.reshape(*value.shape[:before], parameter.numel()).to(self.device, self.dtype))
-        return torch.cat(rows, -1)
-
     def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
         """Cut ``[..., p]`` up into views ``[..., *parameter.shape]``, by name.
 

@@ -21,18 +21,11 @@ class HessianProduct(CurvatureProduct):
 
     semidefinite: ClassVar[bool] = False
 
-    def _check(self, loss: BatchLoss) -> None:
-        return None
-
     def _outputs(self, loss: BatchLoss) -> tuple[list[Tensor], list[Tensor]]:
         return objective(loss)
 
     def _linearise(self, loss: BatchLoss) -> Callable[[Tensor], Tensor]:
-        tensors = list(self.flat.parameters.values())
-        outputs, weights = objective(loss)
-        gradient = self._line(
-            torch.autograd.grad(outputs, tensors, weights, create_graph=True, allow_unused=True, materialize_grads=True)
-        )
+        gradient = self._twice.gradient(*objective(loss), create_graph=True)
         if not gradient.requires_grad:  # the loss is linear in the parameters
             return torch.zeros_like
-        return lambda v: self._line(self._pull_back([gradient], tensors, [v]), 1)
+        return lambda v: self._twice.gradients([gradient], [v])

@@ -9,26 +9,23 @@ Index legend: ``q`` vectors multiplied at a time, ``p`` parameters, ``n`` exampl
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from lightning_influence.core import distributed
-from lightning_influence.core.containers import map_tensors
-from lightning_influence.core.isolation import untouched
-from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.precision import largest_norm
 from lightning_influence.curvature.products.flat import FlatParameters
+from lightning_influence.curvature.products.held_batches import HeldBatches, saved_bytes
+from lightning_influence.curvature.products.second_derivatives import SecondDerivatives
 from lightning_influence.curvature.solve.spectrum import Matvec
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.objective.terms import BatchLoss, TaskError
+from lightning_influence.objective.terms import BatchLoss
 
 # Batches are kept in memory if all of them together take no more than this.
 _HOLD = 2**28
@@ -37,14 +34,6 @@ _ROOM = 2**28
 _MOST_VECTORS = 256
 # A dense float64 matrix of so many parameters takes 1.2 GB, and solving with it as much again.
 _LARGEST_DENSE = 12_000
-
-# Share of a gradient that the check of second derivatives may miss: half precision rounds.
-_TOLERANCE = 0.05
-_WAY_OUT = (
-    "Use a curvature made of first derivatives (`ekfac`), write the operation in terms of others that can, or choose "
-    "`parameters` that come after it."
-)
-_NO_SECOND_DERIVATIVE = ("derivative for", "once_differentiable", "double backward", "differentiate twice")
 
 
 class CurvatureProduct(ABC):
@@ -95,14 +84,10 @@ class CurvatureProduct(ABC):
                 raise ValueError(f"{name} is {value}; expected at least {least}.")
         self.flat = FlatParameters.of(gradients.module, parameters)
         self._gradients = gradients
-        # Also those that were not chosen: the loss of a batch may depend on none that were.
-        chosen = {id(parameter) for parameter in self.flat.parameters.values()}
-        self._trainable = [p for p in gradients.module.parameters() if p.requires_grad or id(p) in chosen]
+        self._twice = SecondDerivatives(gradients, self.flat)
         self._batch_size = batch_size or gradients.source.pass_batch_size
         self._hold_bytes = hold_bytes
         self._chunk = chunk
-        self._vectorised = True
-        self._stored: list[tuple[int, Any]] | None = None
         _ = gradients.scale  # measured before anything is frozen
         total, bad, overflow = self._look(distributed.share(indices))
         if distributed.any_process(overflow):
@@ -120,12 +105,14 @@ class CurvatureProduct(ABC):
         if not self.examples:
             raise ValueError("no example counts: all losses or gradients are non-finite, or there are no examples.")
         self.gradient = total / self.examples
-        self._verify()
+        with self._twice.possible():
+            for n, batch in islice(self._batches(), 1):
+                self._twice.verify(*self._outputs(gradients.forward(batch, n)))
 
     @property
     def held(self) -> bool:
         """Whether the batches are kept between products."""
-        return self._stored is not None
+        return self._kept.complete
 
     def __call__(self, v: Tensor) -> Tensor:
         """Multiply: ``[q, p] -> [q, p]`` or ``[p] -> [p]``; the same on every process.
@@ -134,7 +121,7 @@ class CurvatureProduct(ABC):
             ValueError: If the shape is another, or a product of a finite vector is not finite.
             TaskError: If an operation of the model can't be differentiated twice.
         """
-        return self._product(v, self._batches(), self.examples)
+        return self._product(v, self._batches, self.examples)
 
     def random_batches(self, size: int, *, seed: int = 0) -> Iterator[Matvec]:
         """Yield, without end, the curvature of random batches, for ``solvers.lissa``.
@@ -151,7 +138,8 @@ class CurvatureProduct(ABC):
         while True:
             order = torch.randperm(self.examples, generator=generator).tolist()
             for start in range(0, self.examples - size + 1, size):
-                yield self._of([self._indices[position] for position in order[start : start + size]])
+                own = distributed.share([self._indices[position] for position in order[start : start + size]])
+                yield partial(self._product, batches=partial(self._loaded, own), examples=size)
 
     def to_dense(self, *, limit: int = _LARGEST_DENSE) -> Tensor:
         """Return the matrix ``[p, p]``, made symmetric; one pass over the data, ``p`` vectors through each batch.
@@ -168,8 +156,7 @@ class CurvatureProduct(ABC):
         matrix = self(torch.eye(p, dtype=self.flat.dtype, device=self.flat.device))
         return (matrix + matrix.T) / 2
 
-    @abstractmethod
-    def _check(self, loss: BatchLoss) -> None:
+    def _check(self, loss: BatchLoss) -> None:  # noqa: B027 - any loss will do unless a curvature says otherwise
         """Raise if the curvature is not defined for this loss."""
 
     @abstractmethod
@@ -180,26 +167,19 @@ class CurvatureProduct(ABC):
     def _linearise(self, loss: BatchLoss) -> Callable[[Tensor], Tensor]:
         """Return the product ``[q, p] -> [q, p]`` for one batch, summed over its examples."""
 
-    def _of(self, indices: list[int]) -> Matvec:
-        def product(v: Tensor) -> Tensor:
-            own = distributed.share(indices)
-            return self._product(v, ((len(found), batch) for found, batch in self._load(own)), len(indices))
-
-        return product
-
-    def _product(self, v: Tensor, batches: Iterator[tuple[int, Any]], examples: int) -> Tensor:
-        p = self.flat.size
+    def _product(self, v: Tensor, batches: Callable[[], Iterable[tuple[int, Any]]], examples: int) -> Tensor:
+        p, chunk = self.flat.size, self._chunk or _MOST_VECTORS
         if v.ndim not in (1, 2) or v.shape[-1] != p:
             raise ValueError(f"vectors have the shape {tuple(v.shape)}; expected [q, {p}] or [{p}].")
         vectors = v.detach().to(self.flat.device, self.flat.dtype).reshape(-1, p)
         total = torch.zeros_like(vectors)
         if len(vectors):
-            with self._pass():
-                for n, batch in batches:
-                    multiply = self._linearise(self._evaluate(batch, n))
-                    for start in range(0, len(vectors), self._chunk or _MOST_VECTORS):
-                        part = slice(start, start + (self._chunk or _MOST_VECTORS))
-                        total[part] += multiply(vectors[part])
+            with self._twice.possible():
+                for n, batch in batches():
+                    # Seeded alike every time, or a step with random numbers would make another matrix in each product.
+                    multiply = self._linearise(self._gradients.forward(batch, n))
+                    for start in range(0, len(vectors), chunk):
+                        total[start : start + chunk] += multiply(vectors[start : start + chunk])
         (total,) = distributed.sum_across_processes([total])
         result = total / examples
         # Not for vectors that are non-finite themselves: those come from a solver, which knows what to do.
@@ -211,42 +191,12 @@ class CurvatureProduct(ABC):
             )
         return result.reshape(v.shape).to(v.device, v.dtype)
 
-    def _batches(self) -> Iterator[tuple[int, Any]]:
-        """Yield this process's batches; a step may change what it is given."""
-        if self._stored is not None:
-            yield from ((n, map_tensors(torch.clone, batch)) for n, batch in self._stored)
-        else:
-            yield from ((len(indices), batch) for indices, batch in self._load(self._own))
+    def _batches(self) -> Iterable[tuple[int, Any]]:
+        """Return this process's batches with their numbers of examples."""
+        return self._kept if self.held else self._loaded(self._own)
 
-    def _load(self, indices: Sequence[int]) -> Iterator[tuple[list[int], Any]]:
-        return self._gradients.source.batches(indices, self._batch_size)
-
-    def _evaluate(self, batch: Any, n: int) -> BatchLoss:
-        # Seeded alike in every product, or a step with random numbers would make another matrix every time.
-        return self._gradients.forward(batch, n)
-
-    @contextmanager
-    def _pass(self) -> Iterator[None]:
-        """Isolation, gradients of the chosen parameters, and kernels that can be differentiated twice."""
-        module = self._gradients.module
-        with ExitStack() as guards:
-            guards.enter_context(untouched(module, self._gradients.task))
-            guards.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if any(isinstance(part, nn.RNNBase) for part in module.modules()):
-                guards.enter_context(torch.backends.cudnn.flags(enabled=False))
-            guards.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
-            for parameter in self._trainable:
-                parameter.requires_grad_(True)
-            try:
-                yield
-            except RuntimeError as error:
-                if any(phrase in str(error) for phrase in _NO_SECOND_DERIVATIVE):
-                    raise TaskError(
-                        "an operation of the model can't be differentiated twice, which the products of GGN and "
-                        f"Hessian need ({error}). {_WAY_OUT}"
-                    ) from error
-                raise
+    def _loaded(self, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        return ((len(found), batch) for found, batch in self._gradients.source.batches(indices, self._batch_size))
 
     def _look(self, own: list[int]) -> tuple[Tensor, list[int], bool]:
         """Keep this process's batches if they fit.
@@ -255,123 +205,43 @@ class CurvatureProduct(ABC):
             The sum of the gradients, the non-finite examples, and whether a sum is non-finite without any of these.
         """
         total = torch.zeros(self.flat.size, dtype=self.flat.dtype, device=self.flat.device)
-        stored: list[tuple[int, Any]] = []
-        left = self._hold_bytes
+        self._kept = HeldBatches(self._hold_bytes)
         suspicious: list[int] = []
-        with self._pass():
-            for found, batch in self._load(own):
-                size = _bytes(batch)
-                left = -1 if size is None else left - size
-                if left >= 0:
-                    stored.append((len(found), map_tensors(torch.clone, batch)))
-                else:
-                    stored.clear()
+        with self._twice.possible():
+            for found, batch in self._gradients.source.batches(own, self._batch_size):
+                self._kept.add(len(found), batch)
                 gradient = self._summed_gradient(batch, len(found))
                 if gradient is None:
                     suspicious += found
                 else:
                     total += gradient
-        if not suspicious:
-            self._stored = stored if left >= 0 else None
-            return total, [], False
-        bad = [index for index in suspicious if not self._is_finite(index)]
+            # Two copies: steps that squeeze their batch, or take its statistics, can't run a single example.
+            bad = [
+                index
+                for index in suspicious
+                if any(self._summed_gradient(batch, n) is None for n, batch in self._loaded([index] * 2))
+            ]
         if not bad:
-            return total, [], True
+            return total, [], bool(suspicious)
         excluded = set(bad)
         total, more, overflow = self._look([index for index in own if index not in excluded])
         return total, bad + more, overflow
 
-    def _verify(self) -> None:
-        """Try on one batch whether the way back can itself be differentiated in what it starts with.
-
-        It is linear in that, so its derivative in the direction of the start is the result itself. Custom kernels may
-        cut the second way back, and autograd then takes the rest for the whole without a word.
-
-        Raises:
-            TaskError: If a part of a gradient is missing in its derivative.
-        """
-        with self._pass():
-            for n, batch in islice(self._batches(), 1):
-                outputs, starts = self._outputs(self._evaluate(batch, n))
-                starts = [start.detach().requires_grad_(True) for start in starts]
-                tensors = list(self.flat.parameters.values())
-                gradients = torch.autograd.grad(
-                    outputs, tensors, starts, create_graph=True, allow_unused=True, materialize_grads=True
-                )
-                missing = {}
-                for name, gradient in zip(self.flat.parameters, gradients, strict=True):
-                    size = torch.linalg.vector_norm(gradient.detach(), dtype=self.flat.dtype)
-                    if not float(size):
-                        continue
-                    found = 0.0
-                    if gradient.requires_grad:
-                        unit = (gradient.detach() / size).to(gradient.dtype)
-                        parts = torch.autograd.grad(
-                            gradient, starts, unit, retain_graph=True, allow_unused=True, materialize_grads=True
-                        )
-                        pairs = zip(parts, starts, strict=True)
-                        found = sum(float((part * start.detach()).sum() / size) for part, start in pairs)
-                    if not abs(found - 1) <= _TOLERANCE:
-                        missing[name] = found
-                if missing:
-                    listed = ", ".join(f"{name} ({share:.0%} found)" for name, share in list(missing.items())[:8])
-                    raise TaskError(
-                        "the gradients of these parameters can't be differentiated again, though autograd raises no "
-                        f"error: {listed}. A custom `autograd.Function` or fused kernel in the model has a backward "
-                        "that autograd can't follow. " + _WAY_OUT
-                    )
-
-    def _is_finite(self, index: int) -> bool:
-        with self._pass():
-            # Two copies: steps that squeeze their batch, or take its statistics, can't run a single example.
-            return all(self._summed_gradient(batch, len(found)) is not None for found, batch in self._load([index] * 2))
-
     def _summed_gradient(self, batch: Any, n: int) -> Tensor | None:
         """Return the gradient of the batch, summed over its examples, or None if it or a loss is non-finite."""
-        with ExitStack() as counting:
-            saved = None if self._chunk else counting.enter_context(_saved_bytes(self.flat))
-            loss = self._evaluate(batch, n)
-        if saved is not None:
+        if self._chunk:
+            loss = self._gradients.forward(batch, n)
+        else:
+            with saved_bytes(self.flat.parameters.values()) as saved:
+                loss = self._gradients.forward(batch, n)
             # Twice, because the way back through the way back holds about as much again.
             self._chunk = max(1, min(_MOST_VECTORS, _ROOM // max(2 * sum(saved.values()), 1)))
         self._check(loss)
-        tensors = list(self.flat.parameters.values())
-        outputs, weights = objective(loss)
-        gradient = self._line(torch.autograd.grad(outputs, tensors, weights, allow_unused=True, materialize_grads=True))
+        gradient = self._twice.gradient(*objective(loss))
         finite = gradient.norm() <= largest_norm(gradient.dtype)  # a product squares it
         if loss.values is not None:
             finite = finite & torch.isfinite(loss.values).all()
         return gradient if bool(finite) else None
-
-    def _line(self, tensors: Sequence[Tensor], batched: int = 0) -> Tensor:
-        """Put gradients in line, ``[p]``, or ``[q, p]`` if ``batched`` is 1."""
-        # Gradients of sparse embeddings are sparse.
-        rows = [tensor.to_dense().reshape(*tensor.shape[:batched], -1).to(self.flat.dtype) for tensor in tensors]
-        return torch.cat(rows, batched)
-
-    def _pull_back(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """Return vector-Jacobian products: for vectors ``[q, *output.shape]``, ``[q, *input.shape]``."""
-
-        def once(*rows: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(
-                outputs, inputs, rows, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-
-        q = len(vectors[0])
-        if q > 1 and self._vectorised:
-            try:
-                found: tuple[Tensor, ...] = torch.func.vmap(once)(*vectors)
-                return found
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                # Custom kernels, random recomputation: what can't be vectorised still works one by one. If the reason
-                # is another, the same error comes up there.
-                self._vectorised = False
-        columns = zip(*(once(*(value[row] for value in vectors)) for row in range(q)), strict=True)
-        return tuple(torch.stack(column) for column in columns)
 
 
 def objective(loss: BatchLoss) -> tuple[list[Tensor], list[Tensor]]:
@@ -382,33 +252,3 @@ def objective(loss: BatchLoss) -> tuple[list[Tensor], list[Tensor]]:
     if all(term.correction(loss.n) == 1 for term in loss.terms):
         return [loss.loss], [torch.full_like(loss.loss, float(loss.n))]
     return loss.true_outputs()
-
-
-@contextmanager
-def _saved_bytes(flat: FlatParameters) -> Iterator[dict[int, int]]:
-    """Count what operations save for the way back, by storage, without the parameters."""
-    sizes: dict[int, int] = {}
-    known = {parameter.untyped_storage().data_ptr() for parameter in flat.parameters.values()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        # The tensor itself would make a cycle with the operation that it comes from.
-        return tensor.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield sizes
-
-
-def _bytes(batch: Any) -> int | None:
-    """Return the size of a batch of tensors in plain containers, None for anything that might not be copied well."""
-    if type(batch) is Tensor:
-        return batch.numel() * batch.element_size() if batch.layout == torch.strided else None
-    if batch is None or isinstance(batch, (str, bytes, int, float)):
-        return 0
-    plain = type(batch) in (dict, list, tuple) or (isinstance(batch, tuple) and hasattr(batch, "_fields"))
-    if not plain:
-        return None
-    parts = [_bytes(value) for value in (batch.values() if isinstance(batch, dict) else batch)]
-    return None if None in parts else sum(part or 0 for part in parts)

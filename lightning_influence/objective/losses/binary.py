@@ -3,44 +3,65 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.objective.losses.base import ElementwiseLoss, decisions, single
+from lightning_influence.objective.losses.base import single
+from lightning_influence.objective.losses.elementwise import ElementwiseLoss
+from lightning_influence.objective.losses.registry import reads
 
 # What F.binary_cross_entropy takes for the smallest p (1 - p) in its own gradient.
 _SMALLEST = 1e-12
 
 
+@reads(F.binary_cross_entropy_with_logits)
 @dataclass(frozen=True, eq=False)
-class _Binary(ElementwiseLoss):
-    """Outputs that are probabilities or logits of them, ``input`` and ``target``: ``[r, ...]``."""
+class BinaryCrossEntropy(ElementwiseLoss):
+    """``F.binary_cross_entropy_with_logits`` of logits ``input`` and ``target``, both ``[r, ...]``."""
 
-    @abstractmethod
+    pos_weight: Tensor | None = None
+
+    def losses(self, predictions: Tensor) -> Tensor:
+        """Return ``[r, ...]``."""
+        weight = self.pos_weight
+        return F.binary_cross_entropy_with_logits(predictions, self.target, pos_weight=weight, reduction="none")
+
     def probabilities(self) -> Tensor:
         """Return the probabilities, in working precision, detached."""
+        return self.values().sigmoid()
 
-    @abstractmethod
     def logits(self) -> Tensor:
         """Return the logits, in working precision, detached."""
+        return self.values()
 
-    @abstractmethod
+    def graph_logits(self) -> Tensor:
+        """Return the logits in the graph."""
+        return self.input
+
     def slope(self) -> Tensor | float:
         """Return what ``p - t`` is multiplied with in the gradient, unweighted, detached."""
+        return 1.0
+
+    def curvature(self) -> Tensor:
+        """Return ``p (1 - p)``."""
+        probabilities = self.probabilities()
+        return probabilities * (1 - probabilities)
+
+    def factors(self) -> Tensor | None:
+        """Return the element weights times those of the labels."""
+        if self.pos_weight is None:
+            return self.element_weights
+        of_labels = self.pos_weight * self.target + 1 - self.target
+        return of_labels if self.element_weights is None else of_labels * self.element_weights
 
     def sampled_gradient(self, scale: Tensor, noise: Tensor) -> Tensor:
         """Return the gradient for outcomes drawn from the model, times the square root of ``scale`` and weights."""
         probabilities = self.probabilities()
         sampled = (self.at_elements(noise).to(probabilities) < probabilities).to(probabilities.dtype)
-        return (probabilities - sampled) * self.slope() * self._root(scale)
-
-    @abstractmethod
-    def graph_logits(self) -> Tensor:
-        """Return the logits in the graph."""
+        return (probabilities - sampled) * self.slope() * self.root(scale)
 
     def log_odds(self, n: int, positive: int | None = None) -> Tensor | None:
         """Return the logit of the given label, or of class 0 or 1."""
@@ -56,80 +77,34 @@ class _Binary(ElementwiseLoss):
     def statistics(self, n: int) -> dict[str, Tensor]:
         """Return means over the example's outputs, and the class decision if it has just one output."""
         logits, probabilities, target = self.logits(), self.probabilities(), self.target.detach()
-        counted = self._counted()
-        plain = F.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="none")
-        result = {
-            "loss": self._mean(plain, counted, n),
-            "margin": self._mean(logits * (2 * target - 1), counted, n),
+        counted, given = self.counted(), target > 0.5
+        values = {
+            "loss": F.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="none"),
+            "margin": logits * (2 * target - 1),
             # times sqrt(2): the distance of the two-class probability vectors, as for softmax
-            "el2n": self._mean((probabilities - target).abs() * math.sqrt(2), counted, n),
-            "wrong": self._mean(((logits > 0) != (target > 0.5)).to(logits.dtype), counted, n),
+            "el2n": (probabilities - target).abs() * math.sqrt(2),
+            "wrong": ((logits > 0) != given).to(logits.dtype),
         }
-        shares = self.shares(n)
-        if single(shares.shape):
-            found = {
-                "predicted": (logits > 0).long(),
-                "label": (target > 0.5).long().masked_fill(~counted, -1),
-                "probabilities": torch.stack([1 - probabilities, probabilities], -1),
-            }
-            result |= decisions(found, shares)
-        return result
+        decided = {
+            "predicted": (logits > 0).long(),
+            "label": given.long().masked_fill(~counted, -1),
+            "probabilities": torch.stack([1 - probabilities, probabilities], -1),
+        }
+        return self._averaged(n, counted, values, decided)
 
 
+@reads(F.binary_cross_entropy)
 @dataclass(frozen=True, eq=False)
-class BinaryCrossEntropy(_Binary):
-    """``F.binary_cross_entropy_with_logits``."""
-
-    pos_weight: Tensor | None = None
-
-    def plain(self) -> Tensor:
-        """Return ``[r, ...]``."""
-        return F.binary_cross_entropy_with_logits(self.input, self.target, pos_weight=self.pos_weight, reduction="none")
-
-    def probabilities(self) -> Tensor:
-        """Return ``sigmoid(input)``."""
-        return self.values().sigmoid()
-
-    def logits(self) -> Tensor:
-        """Return the input."""
-        return self.values()
-
-    def graph_logits(self) -> Tensor:
-        """Return the input."""
-        return self.input
-
-    def slope(self) -> float:
-        """Return 1."""
-        return 1.0
-
-    def curvature(self) -> Tensor:
-        """Return ``p (1 - p)``."""
-        probabilities = self.probabilities()
-        return probabilities * (1 - probabilities)
-
-    def _counted(self) -> Tensor:
-        counted = super()._counted()
-        if self.pos_weight is None:
-            return counted
-        return counted & (self.pos_weight * self.target + 1 - self.target != 0)
-
-    def _root(self, values: Tensor) -> Tensor:
-        if self.pos_weight is not None:
-            values = values * (self.pos_weight * self.target + 1 - self.target)
-        return super()._root(values)
-
-
-@dataclass(frozen=True, eq=False)
-class BinaryProbabilities(_Binary):
+class BinaryProbabilities(BinaryCrossEntropy):
     """``F.binary_cross_entropy``: ``input`` are probabilities.
 
     The curvature is the Fisher information ``1 / (p (1 - p))``: the Hessian by the probability depends on the label
     and counts the sigmoid before it for curved. Carried back through a sigmoid it is that of the logistic loss.
     """
 
-    def plain(self) -> Tensor:
+    def losses(self, predictions: Tensor) -> Tensor:
         """Return ``[r, ...]``."""
-        return F.binary_cross_entropy(self.input, self.target, reduction="none")
+        return F.binary_cross_entropy(predictions, self.target, reduction="none")
 
     def probabilities(self) -> Tensor:
         """Return the input."""

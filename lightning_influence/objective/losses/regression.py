@@ -2,78 +2,55 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.objective.losses.base import ElementwiseLoss
-from lightning_influence.objective.losses.picking import Picking, find_picking
+from lightning_influence.objective.losses.base import LossCall
+from lightning_influence.objective.losses.elementwise import ElementwiseLoss
+from lightning_influence.objective.losses.registry import reads
 
 
 @dataclass(frozen=True, eq=False)
 class _Residual(ElementwiseLoss):
-    """A function of ``input - target``, both ``[r, ...]``."""
+    """A function of ``input - target``, both ``[r, ...]``; either may be the prediction, or both."""
 
     @property
-    def in_graph(self) -> bool:
-        """Whether input or target takes part in a gradient: either may be the prediction, or both."""
-        return self.input.requires_grad or self.target.requires_grad
+    def predictions(self) -> tuple[Tensor, ...]:
+        """Input and target."""
+        return self.input, self.target
 
-    def picking(self) -> Picking | None:
-        """Return where the rows were picked from."""
-        return find_picking(self.input if self.input.requires_grad else self.target)
-
-    def sampled(self, scale: Tensor, noise: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return the gradients of input and target: opposite ones."""
-        gradient = self.sampled_gradient(scale, noise)
-        return [(self.input, gradient), (self.target, -gradient)]
-
-    def exact(self, scale: Tensor, n: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Yield the columns of ``exact_gradients`` for input and target."""
-        for column in self.exact_gradients(scale, n):
-            yield [(self.input, column), (self.target, -column)]
+    def signed(self) -> list[tuple[Tensor, float]]:
+        """Return input and target: opposite ones."""
+        return [(self.input, 1.0), (self.target, -1.0)]
 
     def residual(self) -> Tensor:
         """Return ``input - target``, in working precision, detached."""
         return self.values() - self.target.detach()
 
-    @abstractmethod
-    def of_residual(self, residual: Tensor) -> Tensor:
-        """Return the loss terms ``[r, ...]`` of given residuals."""
 
-    def plain(self) -> Tensor:
-        """Return ``[r, ...]``."""
-        return self.of_residual(self.input - self.target)
-
-    def statistics(self, n: int) -> dict[str, Tensor]:
-        """Return the loss and the size of the residual (as EL2N)."""
-        residual = self.residual()
-        return {
-            "loss": self._mean(self.of_residual(residual), self._counted(), n),
-            "el2n": self._distance(residual, n),
-        }
-
-
+@reads(F.mse_loss)
 @dataclass(frozen=True, eq=False)
 class SquaredError(_Residual):
     """``F.mse_loss``. Its Hessian is 2 per element (not 1), the Fisher that of normal noise of variance 1/2."""
 
     weighted_mean: ClassVar[bool] = True
 
-    def of_residual(self, residual: Tensor) -> Tensor:
+    def losses(self, predictions: Tensor) -> Tensor:
         """Return ``[r, ...]``."""
-        return residual.square()
+        return (predictions - self.target).square()
 
     def curvature(self) -> Tensor:
         """Return 2."""
         return torch.full_like(self.values(), 2)
 
 
+@reads(F.l1_loss)
 @dataclass(frozen=True, eq=False)
 class AbsoluteError(_Residual):
     """``F.l1_loss``.
@@ -85,9 +62,9 @@ class AbsoluteError(_Residual):
 
     weighted_mean: ClassVar[bool] = True
 
-    def of_residual(self, residual: Tensor) -> Tensor:
+    def losses(self, predictions: Tensor) -> Tensor:
         """Return ``[r, ...]``."""
-        return residual.abs()
+        return (predictions - self.target).abs()
 
     def curvature(self) -> Tensor:
         """Return 1."""
@@ -95,9 +72,10 @@ class AbsoluteError(_Residual):
 
     def sampled_gradient(self, scale: Tensor, noise: Tensor) -> Tensor:
         """Return ``± sqrt(scale)``: the target is above or below the prediction with probability 1/2 each."""
-        return self.at_elements(torch.where(noise < 0.5, -1.0, 1.0)) * self._root(scale)
+        return self.at_elements(torch.where(noise < 0.5, -1.0, 1.0)) * self.root(scale)
 
 
+@reads(F.huber_loss)
 @dataclass(frozen=True, eq=False)
 class HuberError(_Residual):
     """``F.huber_loss``: squared up to ``delta``, linear beyond.
@@ -107,8 +85,9 @@ class HuberError(_Residual):
 
     delta: float = 1.0
 
-    def of_residual(self, residual: Tensor) -> Tensor:
+    def losses(self, predictions: Tensor) -> Tensor:
         """Return ``[r, ...]``."""
+        residual = predictions - self.target
         return F.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=self.delta)
 
     def curvature(self) -> Tensor:
@@ -117,17 +96,39 @@ class HuberError(_Residual):
         return (residual.abs() <= self.delta).to(residual.dtype)
 
 
+@reads(F.smooth_l1_loss)
 @dataclass(frozen=True, eq=False)
 class SmoothAbsoluteError(_Residual):
     """``F.smooth_l1_loss`` with ``beta > 0``: the Huber loss over ``beta``."""
 
     beta: float = 1.0
 
-    def of_residual(self, residual: Tensor) -> Tensor:
+    @classmethod
+    def read(cls, output: Tensor, arguments: dict[str, Any]) -> LossCall | None:
+        """Return the call; with ``beta=0`` torch takes it for the absolute error."""
+        return super().read(output, arguments) if arguments["beta"] else AbsoluteError.read(output, arguments)
+
+    def losses(self, predictions: Tensor) -> Tensor:
         """Return ``[r, ...]``."""
+        residual = predictions - self.target
         return F.smooth_l1_loss(residual, torch.zeros_like(residual), reduction="none", beta=self.beta)
 
     def curvature(self) -> Tensor:
         """Return ``1 / beta`` up to ``beta``, 0 beyond."""
         residual = self.residual()
         return (residual.abs() < self.beta).to(residual.dtype) / self.beta
+
+
+def all_arguments(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a call that a torch function mode has intercepted, with the one torch loses.
+
+    ``F.l1_loss`` of torch 2.13 hands its ``weight`` to no mode: the mode would run it without. It still stands in the
+    frame of the intercepted call.
+    """
+    if function is not F.l1_loss or "weight" in kwargs:
+        return kwargs
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code is not F.l1_loss.__code__:
+        frame = frame.f_back
+    weight = frame.f_locals.get("weight") if frame.f_code is F.l1_loss.__code__ else None
+    return kwargs if weight is None else {**kwargs, "weight": weight}

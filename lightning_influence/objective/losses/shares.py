@@ -9,7 +9,7 @@ Index legend: ``n`` examples, ``m`` rows of one example, ``...`` further positio
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,27 +18,6 @@ from lightning_influence.core.layout import BatchLayout
 
 SIDE_BY_SIDE = BatchLayout(0, "major")
 """Rows first, those of one example side by side; one row per example is the plain case."""
-
-
-class Shares(Protocol):
-    """A way to share elements out over the examples.
-
-    Attributes:
-        shape: Shape ``[m, ...]`` of one example's share.
-    """
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape ``[m, ...]`` of one example's share, padded to that of the largest."""
-        ...
-
-    def gather(self, values: Tensor, fill: float = 0) -> Tensor:
-        """Bring element values to their examples: ``[n, m, ...]``; shares with fewer rows are filled up."""
-        ...
-
-    def scatter(self, parts: Tensor) -> Tensor:
-        """Bring ``[n, m, ...]`` to the places of the elements."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -57,12 +36,12 @@ class EvenShares:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``[m, ...]``."""
+        """Shape ``[m, ...]`` of one example's share."""
         rest = [size for dim, size in enumerate(self.elements) if dim != self.layout.dim]
         return (self.elements[self.layout.dim] // self.n, *rest)
 
     def gather(self, values: Tensor, fill: float = 0) -> Tensor:
-        """Bring element values to their examples; nothing is missing, so ``fill`` is not used."""
+        """Bring element values to their examples, ``[n, m, ...]``; nothing is missing, so ``fill`` is not used."""
         return self.layout.by_example(values, self.n)
 
     def scatter(self, parts: Tensor) -> Tensor:
@@ -91,12 +70,12 @@ class PickedShares:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``[m, ...]`` of the largest share."""
+        """Shape ``[m, ...]`` of the largest share."""
         rest = [size for dim, size in enumerate(self.elements) if dim != self.dim]
         return (int(self.place.max()) + 1 if len(self.place) else 0, *rest)
 
     def gather(self, values: Tensor, fill: float = 0) -> Tensor:
-        """Bring element values to their examples."""
+        """Bring element values to their examples, ``[n, m, ...]``; smaller shares are filled up."""
         moved = values.movedim(self.dim, 0)
         parts = moved.new_full((self.n, self.shape[0], *moved.shape[1:]), fill)
         return parts.index_put((self.owner, self.place), moved)
@@ -104,6 +83,9 @@ class PickedShares:
     def scatter(self, parts: Tensor) -> Tensor:
         """Bring ``[n, m, ...]`` to the places of the elements."""
         return parts[self.owner, self.place].movedim(0, self.dim)
+
+
+Shares: TypeAlias = EvenShares | PickedShares
 
 
 def share_out(elements: torch.Size, layout: BatchLayout, n: int) -> EvenShares | None:

@@ -6,11 +6,9 @@ import math
 import random
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
-# The first batches of a run warm up, and are watched, which later ones may do without. Then as many turns are timed
+# The first batches of a run warm up, and are listened to, which later ones may do without. Then as many turns are timed
 # with a measurement as without: together so many batches that what is computed once for many is among them. The first
 # of a turn do not count: what a measurement holds more of the memory, the next batch has to ask for again, and would
 # look slower than the measured one.
@@ -20,21 +18,6 @@ IN_A_ROW, SETTLING = 8, 2
 _TIMED = IN_A_ROW - SETTLING
 # Of the budget, if the training dynamics leave less of it.
 _LEAST_ROOM = 0.1
-
-
-@dataclass(eq=False)
-class _Turn:
-    """Batches in a row, all of them measured or none.
-
-    Attributes:
-        measured: Whether they were.
-        seconds: Of every batch.
-        recording: Those of them in which training stood still while something was recorded.
-    """
-
-    measured: bool
-    seconds: list[float] = field(default_factory=list)
-    recording: list[float] = field(default_factory=list)
 
 
 class Pace:
@@ -59,7 +42,8 @@ class Pace:
         self.dynamics: float | None = None
         self.added: float | None = None
         self._batches = 0
-        self._turns: list[_Turn] = []
+        # Of batches in a row, all of them measured or none: seconds, and those of them spent on recording.
+        self._turns: list[tuple[bool, list[tuple[float, float]]]] = []
 
     @property
     def timing(self) -> bool:
@@ -86,16 +70,15 @@ class Pace:
         settling = (self._batches - 1) % IN_A_ROW < SETTLING
         if not self.timing or self.budget is None or self._batches <= _WARM_UP or settling:
             return
-        if not self._turns or self._turns[-1].measured is not measured:
-            self._turns.append(_Turn(measured))
-        self._turns[-1].seconds.append(seconds)
-        self._turns[-1].recording.append(recording)
-        others = [turn for turn in self._turns if not turn.measured]
-        if min(len(others), len(self._turns) - len(others)) < _TURNS or len(self._turns[-1].seconds) < _TIMED:
+        if not self._turns or self._turns[-1][0] is not measured:
+            self._turns.append((measured, []))
+        self._turns[-1][1].append((seconds, recording))
+        others = [turn for measured, turn in self._turns if not measured]
+        if min(len(others), len(self._turns) - len(others)) < _TURNS or len(self._turns[-1][1]) < _TIMED:
             return
-        plain = statistics.median(s - r for turn in others for s, r in zip(turn.seconds, turn.recording, strict=True))
+        plain = statistics.median(seconds - recording for turn in others for seconds, recording in turn)
         # A mean: what is computed for many batches at once takes long, and seldom.
-        self.dynamics = statistics.mean(chain.from_iterable(turn.recording for turn in others)) / plain
+        self.dynamics = statistics.mean(recording for turn in others for _, recording in turn) / plain
         self.added = max(0.0, self._longer() / plain)
         room = max(self.budget - self.dynamics, _LEAST_ROOM * self.budget)
         self.every = max(self.every, math.ceil(self.added / room - 1e-9))
@@ -107,11 +90,11 @@ class Pace:
         Each turn is compared with its neighbours, as machines are faster at one time than at another, and the upper
         quartile taken: where they disagree, the budget is to be kept.
         """
-        medians = [statistics.median(turn.seconds) for turn in self._turns]
+        medians = [statistics.median(seconds for seconds, _ in turn) for _, turn in self._turns]
         differences = [
             medians[place] - statistics.mean(medians[max(0, place - 1) : place] + medians[place + 1 : place + 2])
-            for place, turn in enumerate(self._turns)
-            if turn.measured
+            for place, (measured, _) in enumerate(self._turns)
+            if measured
         ]
         return statistics.quantiles(differences, n=4)[-1]
 
@@ -136,5 +119,6 @@ class Pace:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, at its pace: another machine's may be another."""
-        self.every, self.added, self._batches = state["every"], state["added"], state["batches"]
-        self.dynamics = state.get("dynamics")
+        self.every, self.dynamics, self.added, self._batches = (
+            state[name] for name in ("every", "dynamics", "added", "batches")
+        )

@@ -1,0 +1,121 @@
+"""The curvature of a loss in the predictions, from which labels, columns and products follow.
+
+Index legend: ``q`` changes multiplied at a time, ``r`` rows, ``c`` classes, ``...`` further positions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_influence.objective.losses.shares import Shares
+
+
+@dataclass(frozen=True, eq=False)
+class OutputCurvature(ABC):
+    """Curvature of the examples' own losses in a signed sum of tensors of one shape, no two examples of it together.
+
+    Attributes:
+        tensors: The tensors, in the graph of the model, and their signs.
+    """
+
+    tensors: list[tuple[Tensor, float]]
+
+    @abstractmethod
+    def multiply(self, change: Tensor) -> Tensor:
+        """Multiply changes of the sum, ``[q, *shape]``."""
+
+    @abstractmethod
+    def columns(self, shares: Shares) -> Iterator[Tensor]:
+        """Yield the columns of a square root of every example's part, each shaped like the sum."""
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal(OutputCurvature):
+    """A number for each element.
+
+    Attributes:
+        root: Its square root, with a dimension for each of the elements of the loss.
+    """
+
+    root: Tensor
+
+    def multiply(self, change: Tensor) -> Tensor:
+        """Multiply ``[q, *shape]``."""
+        return change * self.root.square().view(change.shape[1:])
+
+    def columns(self, shares: Shares) -> Iterator[Tensor]:
+        """Yield one column for each element of an example, everything else 0 in it."""
+        parts = shares.gather(self.root)
+        flat = parts.flatten(1)
+        for k in range(flat.shape[1]):
+            column = torch.zeros_like(flat)
+            column[:, k] = flat[:, k]
+            yield shares.scatter(column.view(parts.shape)).view(self.tensors[0][0].shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Softmax(OutputCurvature):
+    """``m (diag(p) - p pᵀ)`` for each decision.
+
+    Attributes:
+        probabilities: ``p: [r, c, ...]``.
+        root: Square root of ``m: [r, ...]``.
+    """
+
+    probabilities: Tensor
+    root: Tensor
+
+    def multiply(self, change: Tensor) -> Tensor:
+        """Multiply ``[q, r, c, ...]``."""
+        p = self.probabilities
+        return p * (change - (p * change).sum(2, keepdim=True)) * self.root.square().unsqueeze(1)
+
+    def columns(self, shares: Shares) -> Iterator[Tensor]:
+        """Yield ``sqrt(m p_c) (p - onehot(c))`` for every class ``c``, where each example makes one decision."""
+        for c in range(self.probabilities.shape[1]):
+            column = self.probabilities.clone()
+            column[:, c] -= 1
+            yield column * (self.root * self.probabilities[:, c].sqrt()).unsqueeze(1)
+
+    def drawn(self, sign: Tensor, uniform: Tensor) -> Tensor:
+        """Return ``sign sqrt(m p_c / q_c) (p - onehot(c))``, class ``c`` drawn with probability ``q_c``.
+
+        Classes are drawn in proportion to their part of the trace of ``diag(p) - p pᵀ``, ``p_c ‖p - onehot(c)‖²``, and
+        weighted back. For a model that is sure of itself, labels drawn from ``p`` (Kunstner et al. 2019, 1905.12558)
+        nearly always give a gradient of nearly nothing, and rarely a large one; these have the same second moment and
+        always the same length.
+
+        Args:
+            sign: ``[r, ...]``, makes the mean zero, so that several decisions of an example stay independent.
+            uniform: In (0, 1), ``[r, ...]``.
+        """
+        p = self.probabilities
+        lengths = 1 - 2 * p + p.square().sum(1, keepdim=True)
+        cumulative = (p * lengths.clamp(min=0)).cumsum(1)
+        # The last class takes what rounding leaves below 1.
+        label = (cumulative < uniform.unsqueeze(1) * cumulative[:, -1:]).sum(1, keepdim=True).clamp_(max=p.shape[1] - 1)
+        # p_c / q_c, where the model leaves anything open.
+        length = lengths.gather(1, label)
+        weight = torch.where(length > 0, cumulative[:, -1:] / length, 0).sqrt()
+        gradient = p.scatter_add(1, label, -torch.ones_like(p))
+        return gradient * (sign.unsqueeze(1) * weight * self.root.unsqueeze(1))
+
+
+def root_of(values: Tensor) -> Tensor:
+    """Return square roots of weights.
+
+    Raises:
+        ValueError: If one is negative.
+    """
+    if bool((values < 0).any()):
+        raise ValueError(
+            f"a loss term enters the batch loss with a negative weight ({float(values.min()):.3g}); the Fisher and the "
+            'GGN need weights >= 0. Use `fisher="empirical"` or the Hessian, or a `task=` whose loss leaves that term '
+            "out."
+        )
+    return values.sqrt()

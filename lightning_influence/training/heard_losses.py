@@ -1,0 +1,112 @@
+"""Which known call the loss of a training batch is made of, by what was heard or by the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_influence.objective.losses import CrossEntropy, LossCall
+from lightning_influence.objective.scale import HeardTerms, TermKey
+from lightning_influence.objective.tap import calls_in
+from lightning_influence.objective.terms import TermForm, placed_calls, steady_terms
+from lightning_influence.training.batch_record import BatchRecord
+from lightning_influence.training.loss_graph import call_in_graph, trained_elements
+
+# To listen takes much longer than to read the graph. Once that has told of so many batches in a row what was heard, it
+# is relied upon, but for the first batches of every epoch; if it then fails to tell, it is not any more.
+_AGREEING, _AGAIN = 16, 2
+
+
+class HeardLosses:
+    """Reads the losses of a run.
+
+    Attributes:
+        terms: What they have told of their scale.
+        compiled: Whether training runs compiled code: what watches its calls would have it compiled anew, perhaps
+            otherwise.
+    """
+
+    def __init__(self) -> None:
+        self.terms = HeardTerms()
+        self.compiled = False
+        self._agreed = 0
+        self._failed = False
+        self._epoch = -1
+
+    def needs_tap(self, epoch: int) -> bool:
+        """Tell whether the calls of the next batch have to be heard.
+
+        Args:
+            epoch: Of the batch.
+        """
+        if epoch != self._epoch:
+            self._epoch, self._agreed = epoch, min(self._agreed, _AGREEING - _AGAIN)
+        return not self.compiled and (self._failed or self._agreed < _AGREEING)
+
+    def read(
+        self, batch: BatchRecord, loss: Tensor, calls: Sequence[LossCall] | None, forms: Mapping[TermKey, TermForm]
+    ) -> LossCall | None:
+        """Return the call that tells of the examples, None if there is no such.
+
+        Args:
+            batch: The batch.
+            loss: Before the backward pass.
+            calls: What was heard; None if nothing has listened: then its graph tells.
+            forms: See ``discover.term_forms``.
+        """
+        n = len(batch.indices or ())
+        return self._in_graph(loss, n, forms) if calls is None else self._first(batch, loss, n, calls, forms)
+
+    def _in_graph(self, loss: Tensor, n: int, forms: Mapping[TermKey, TermForm]) -> LossCall | None:
+        call = call_in_graph(loss)
+        if call is not None and not all(_is_plain(call, n, form) for form in forms.values() or (None,)):
+            call = None
+        self._failed = self._failed or call is None
+        if call is None or call.reduction != "mean" or call.class_weights is not None:
+            self.terms.add(None)  # else this one is what was heard before, or it would not be relied upon
+        return call
+
+    def _first(
+        self, batch: BatchRecord, loss: Tensor, n: int, calls: Sequence[LossCall], forms: Mapping[TermKey, TermForm]
+    ) -> LossCall | None:
+        placed = placed_calls(calls_in(loss, calls), forms)
+        self.terms.terms.update(key for key, call, _ in placed if call.rows_match(n))
+        self.terms.add(steady_terms(placed, n))
+        _, first, form = placed[0] if placed else (None, None, None)
+        if isinstance(first, CrossEntropy) and first.reduction != "none" and _is_plain(first, n, form):
+            told = call_in_graph(loss)
+            if told is not None and _agree(first, told):
+                self._agreed += 1
+                return told  # what is told alike is computed together
+            self._agreed = 0
+            return first
+        self._agreed = 0
+        if batch.ragged:  # only one row for each example is read then
+            return None
+        call = next((call for _, call, _ in placed if call.rows_match(n)), None)
+        return None if call is None else trained_elements(loss, call)
+
+    def start_again(self) -> None:
+        """Forget the terms of other data."""
+        self.terms = HeardTerms()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the terms, in primitives."""
+        return self.terms.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.terms = HeardTerms.of_state(state)
+
+
+def _is_plain(call: CrossEntropy, n: int, form: TermForm | None) -> bool:
+    """Tell whether a cross-entropy has one row for each of ``n`` examples, in their order."""
+    return n > 0 and (form is None or (form.layout is not None and form.layout.dim == 0)) and call.single_rows(n)
+
+
+def _agree(heard: CrossEntropy, told: CrossEntropy) -> bool:
+    """Tell whether the graph tells of the very call that was heard."""
+    same = told.target.data_ptr() == heard.target.data_ptr()
+    return same and told.input.shape == heard.input.shape and told.ignore_index == heard.ignore_index

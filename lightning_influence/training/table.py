@@ -1,0 +1,72 @@
+"""The table of a run: one row per example, one column per score that training and the passes tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_influence.core.precision import exact
+from lightning_influence.gradients.visitors import ExampleScores
+from lightning_influence.training.dynamics import TrainingDynamics
+from lightning_influence.training.neighbours import NeighbourRecord
+from lightning_influence.training.tracin import TracInScores, VisitSums
+
+
+def table(
+    indices: Sequence[int],
+    dynamics: TrainingDynamics,
+    tracin: TracInScores,
+    visits: VisitSums | None,
+    neighbours: NeighbourRecord,
+    scores: ExampleScores | None = None,
+) -> dict[str, NDArray[Any]]:
+    """Return all columns for some examples.
+
+    Args:
+        indices: Dataset indices, ``n`` of them.
+        dynamics: Of the run.
+        tracin: From passes at checkpoints.
+        visits: In flight, if that is how TracIn is computed.
+        neighbours: What they have said.
+        scores: Of the final pass, over the same examples.
+
+    Returns:
+        Column name to ``[n]``.
+    """
+    rows = torch.as_tensor(list(indices), dtype=torch.long)
+    columns: dict[str, Tensor] = {"index": rows}
+    columns |= {name: values[rows] for name, values in dynamics.columns().items()}
+    finite = torch.ones(len(rows), dtype=torch.bool)
+    if tracin.checkpoints:
+        columns["tracin"] = tracin.values[rows]
+        finite &= torch.isfinite(columns["tracin"])
+    if visits is not None:
+        columns["tracin"] = visits.values()[rows]
+        finite &= torch.isfinite(columns["tracin"]) | visits.unmeasured[rows]
+    if (disagreement := neighbours.disagreement) is not None:
+        columns["neighbour_disagreement"] = disagreement[rows]
+    if (probabilities := dynamics.mean_probabilities()) is not None:
+        # Where a network soon knows wrong labels by heart, its mean prediction stands up for them; its features
+        # are slower to forget what the examples look like.
+        belief = probabilities[rows] + neighbours.votes(probabilities.shape[1])[rows]
+        columns["suggested"] = torch.where(columns["suggested"] < 0, -1, belief.nan_to_num().argmax(1))
+    if "nonfinite" in dynamics.sums:
+        finite &= dynamics.sums["nonfinite"][rows] == 0
+    if scores is not None:
+        final = {
+            name: (exact(values) if values.is_floating_point() else values).cpu()
+            for name, values in scores.columns.items()
+            if name != "tracin"
+        }
+        finite &= final.pop("finite")
+        columns |= final
+        if "suggested" not in columns and "predicted" in columns:
+            # No mean over the run was kept (too many classes): the final prediction will have to do.
+            columns["suggested"] = columns["predicted"]
+    columns["finite"] = finite
+    return {name: np.asarray(values) for name, values in columns.items()}
