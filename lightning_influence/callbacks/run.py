@@ -223,7 +223,7 @@ class AuditRun:
 
         plan = planned(self.curvature)
         bridge.set_up_validation(trainer)
-        validation = bridge.validation_queries(trainer, module, self.passes.task, gradients.coverage)
+        validation = bridge.validation_queries(trainer, gradients)
         asked = sum(len(examples) for _, examples in validation)
         reporter.tell(lambda: reporter.announce(plan, gradients, inspection, len(indices), asked))
         sizes = self._last_step_sizes(trainer, module, gradients.coverage)
