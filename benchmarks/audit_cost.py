@@ -18,12 +18,9 @@ from networks import NETWORKS, data, task, train
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.discover import discover
-from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.verify import inspect, roomy_batch_size
-from lightning_influence.scores.plan import InfluencePlan, influence_scores
-from lightning_influence.training.neighbours import disagreement
+from lightning_influence import Influence
+from lightning_influence.scores.plan import influence_scores
+from lightning_influence.training.neighbours import disagreement, nearest_labels
 
 STAGES = ("factors", "scores", "neighbours")
 
@@ -38,15 +35,12 @@ def plain_pass(module: nn.Module, examples: TensorDataset) -> None:
 
 def audit(module: nn.Module, examples: TensorDataset) -> dict[str, float]:
     """Fit factors and score every example, as the callback does; return the seconds of each stage."""
-    source = ExampleSource(examples, batch_size=32)
-    gradients = ExampleGradients(module, task, source, discover(module, task, source))
-    inspection = inspect(gradients, range(32))
-    source.pass_batch_size = roomy_batch_size(inspection)
-    plan = InfluencePlan.make(gradients.coverage, inspection, len(examples))
-    result = influence_scores(gradients, range(len(examples)), plan, features=True)
+    influence = Influence(module, task, examples, batch_size=32)
+    result = influence_scores(influence.training, influence.examples, influence.plan("ekfac"), features=True)
     start = time.perf_counter()
     assert result.scores.features is not None
-    disagreement(result.scores.features, result.scores.columns["label"])
+    labels = result.scores.columns["label"]
+    disagreement(nearest_labels(result.scores.features, labels), labels)
     return result.seconds | {"neighbours": time.perf_counter() - start}
 
 

@@ -28,15 +28,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence.curvature import FactorExamples, fit
-from lightning_influence.curvature.curvature import Curvature
-from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.discover import discover
-from lightning_influence.gradients.passes import ExampleGradients, Labels
-from lightning_influence.gradients.verify import inspect, roomy_batch_size
+from lightning_influence import Influence
+from lightning_influence.curvature import Fisher
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.pairs import pairwise_scores
-from lightning_influence.scores.plan import InfluencePlan, influence_scores
+from lightning_influence.scores.plan import influence_scores
 
 TRAINING_BATCH = 32
 # What the peers are given: they hold gradients of all examples of a batch. The fastest of 16, 64 and 256 (MLP), of 32,
@@ -106,19 +102,16 @@ class Setting:
         held = networks.data(self.spec.network, 5000)
         return TensorDataset(*(tensor[-self.spec.queries :].clone() for tensor in held.tensors))
 
-    def gradients(self, data: TensorDataset, *, common: bool = False) -> ExampleGradients:
-        """Return our passes over some data, ready to run, with the batch size that the callback takes.
+    def influence(self, data: TensorDataset, *, common: bool = False) -> Influence:
+        """Return our door to the network, trained on some data, with the batch size that the callback takes.
 
         Args:
             data: The examples.
             common: Leave out the layers that kronfluence does not know (norms, position embeddings).
         """
-        source = ExampleSource(data, batch_size=TRAINING_BATCH)
         known = [kind for kind in COMMON if any(isinstance(module, kind) for module in self.net.modules())]
-        coverage = discover(self.net, networks.task, source, layers=known if common else None)
-        gradients = ExampleGradients(self.net, networks.task, source, coverage)
-        source.pass_batch_size = roomy_batch_size(inspect(gradients, range(TRAINING_BATCH)))
-        return gradients
+        layers = known if common else None
+        return Influence(self.net, networks.task, data, batch_size=TRAINING_BATCH, layers=layers)
 
 
 def first(data: TensorDataset, count: int) -> TensorDataset:
@@ -156,24 +149,16 @@ def kronfluence_self(setting: Setting) -> Entry:
 
 def our_self(setting: Setting) -> Entry:
     """The same work: labels sampled once for each pass, every example in every pass, the same layers."""
-    timed, compared = (setting.gradients(data, common=True) for data in (setting.data, setting.compared))
+    timed, compared = (setting.influence(data, common=True) for data in (setting.data, setting.compared))
     return Entry(
-        lambda: self_influence(timed, fitted(timed, "sampled")),
-        lambda: self_influence(compared, fitted(compared, "true")),
+        lambda: fitted(timed, "sampled").self_influence(), lambda: fitted(compared, "empirical").self_influence()
     )
 
 
 def our_default_self(setting: Setting) -> Entry:
     """Self-influence as the callback gets it: all layers, exact Fisher for the eigenvalues, factors from a subset."""
-    gradients = setting.gradients(setting.data)
-    inspection = inspect(gradients, range(TRAINING_BATCH))
-
-    def run() -> None:
-        plan = InfluencePlan.make(gradients.coverage, inspection, len(setting.data))
-        curvature = fit(gradients, plan.curvature, range(len(setting.data)), examples=plan.examples, labels=plan.labels)
-        self_influence(gradients, curvature)
-
-    return Entry(run)
+    influence = setting.influence(setting.data)
+    return Entry(lambda: influence.fit().self_influence())
 
 
 def floor_of_self(setting: Setting) -> Entry:
@@ -182,9 +167,8 @@ def floor_of_self(setting: Setting) -> Entry:
     The stages are these parts, and ``defaults``: the seconds that are left where factors are fitted on the subset that
     the callback takes.
     """
-    gradients = setting.gradients(setting.data, common=True)
-    whole, count = setting.gradients(setting.data), len(setting.data)
-    examples = InfluencePlan.make(whole.coverage, inspect(whole, range(TRAINING_BATCH)), count).examples
+    gradients, count = setting.influence(setting.data, common=True).training, len(setting.data)
+    examples = setting.influence(setting.data).plan("ekfac").examples
     layers = live_layers(gradients)
     matrices = [moment for layer in layers for moment in layer.moments]
     bare_pass = BarePass(setting.net, COMMON, gradients.source.pass_batch_size)
@@ -214,15 +198,9 @@ def summed(stages: Mapping[str, float], **others: float) -> Mapping[str, Any]:
     return {"seconds": sum(stages.values()), "stages": {**stages, **others}}
 
 
-def fitted(gradients: ExampleGradients, labels: Labels) -> Curvature:
+def fitted(influence: Influence, fisher: Fisher) -> Influence:
     """Return EK-FAC from every example, in both passes."""
-    count = len(gradients.source)
-    return fit(gradients, "ekfac", range(count), examples=FactorExamples(count, count), labels=(labels, labels))
-
-
-def self_influence(gradients: ExampleGradients, curvature: Curvature) -> Tensor:
-    """Score every example."""
-    return score_examples(gradients, range(len(gradients.source)), curvature=curvature).columns["self_influence"]
+    return influence.fit("ekfac", fisher=fisher, factor_examples=None)
 
 
 # ------------------------------------------------------------------ TracIn self-influence of a checkpoint
@@ -239,19 +217,18 @@ def captum_tracin(setting: Setting) -> Entry:
 
 
 def our_tracin(setting: Setting) -> Entry:
-    timed, compared = (setting.gradients(data) for data in (setting.data, setting.compared))
+    timed, compared = (setting.influence(data) for data in (setting.data, setting.compared))
     sizes = dict.fromkeys(timed.coverage.blocks, (1.0, 1.0))
 
-    def score(gradients: ExampleGradients) -> Tensor:
-        count = len(gradients.source)
-        return score_examples(gradients, range(count), step_sizes=sizes).columns["tracin"]
+    def score(influence: Influence) -> Tensor:
+        return score_examples(influence.training, influence.examples, step_sizes=sizes).columns["tracin"]
 
     return Entry(lambda: score(timed), lambda: score(compared))
 
 
 def floor_of_tracin(setting: Setting) -> Entry:
     """One bare pass."""
-    bare_pass = BarePass(setting.net, COMMON, setting.gradients(setting.data).source.pass_batch_size)
+    bare_pass = BarePass(setting.net, COMMON, setting.influence(setting.data).training.source.pass_batch_size)
     return Entry(lambda: bare_pass(setting.data), lambda: bare_pass(setting.compared))
 
 
@@ -270,20 +247,18 @@ def kronfluence_pairs(setting: Setting) -> Entry:
 
 
 def our_pairs(setting: Setting) -> Entry:
-    queries = setting.gradients(setting.queries(), common=True)
-    timed, compared = (setting.gradients(data, common=True) for data in (setting.data, setting.compared))
-    curvature = fitted(compared, "true")
+    timed, compared = (setting.influence(data, common=True) for data in (setting.data, setting.compared))
+    curvature, queries = fitted(compared, "empirical").curvature, compared.queries(setting.queries())
 
-    def score(gradients: ExampleGradients) -> Tensor:
-        count = len(gradients.source)
-        return pairwise_scores(gradients, range(count), curvature, queries, range(setting.spec.queries)).scores
+    def score(influence: Influence) -> Tensor:
+        return pairwise_scores(influence.training, influence.examples, curvature, *queries).scores
 
     return Entry(lambda: score(timed), lambda: score(compared))
 
 
 def floor_of_pairs(setting: Setting) -> Entry:
     """One bare pass, the gradients of examples, and their products with those of queries, layer by layer."""
-    gradients = setting.gradients(setting.data, common=True)
+    gradients = setting.influence(setting.data, common=True).training
     layers = live_layers(gradients)
     products = Products([layer.weights for layer in layers], setting.spec.queries)
     bare_pass = BarePass(setting.net, COMMON, gradients.source.pass_batch_size)
@@ -307,13 +282,11 @@ def audit(setting: Setting) -> Entry:
 
     def score(data: TensorDataset) -> Mapping[str, float]:
         start = time.perf_counter()
-        source = ExampleSource(data, batch_size=TRAINING_BATCH)
-        gradients = ExampleGradients(setting.net, networks.task, source, discover(setting.net, networks.task, source))
-        inspection = inspect(gradients, range(TRAINING_BATCH))
-        source.pass_batch_size = roomy_batch_size(inspection)
+        influence = setting.influence(data)
+        gradients = influence.training
         looked = time.perf_counter() - start
-        plan = InfluencePlan.make(gradients.coverage, inspection, len(data))
-        return {"look": looked, **influence_scores(gradients, range(len(data)), plan, features=True).seconds}
+        plan = influence.plan("ekfac")
+        return {"look": looked, **influence_scores(gradients, influence.examples, plan, features=True).seconds}
 
     def warm_up() -> None:
         score(setting.compared)

@@ -87,7 +87,7 @@ class Alternating(InfluenceAudit):
         recording = self._recording
         assert recording is not None
         assert self._run is not None
-        self.in_flight = self._run.flight
+        self.in_flight, self.measured = self._run.listener.flight, False
         flush = recording.dynamics.flush
 
         def timed() -> None:
@@ -104,22 +104,24 @@ class Alternating(InfluenceAudit):
         now = self.clock()
         settled = (self.batches - 1) % IN_A_ROW >= SETTLING
         if self.batches > _WARM_UP and settled and batch_idx and not self.pace.timing:
-            due = self.in_flight is None or self.way != "in flight" or self.in_flight._due
+            due = self.in_flight is None or self.way != "in flight" or self.measured
             self.steps[self.way, due].append(now - self.before)
         self.batches += 1
         self.before = self.clock()
         assert self._run is not None
-        self._run.flight = self.in_flight if self.way == "in flight" else None
+        listener = self._run.listener
+        listener.flight = self.in_flight if self.way == "in flight" else None
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.measured = listener.batch is not None and listener.batch.measured
         if self.way == "nothing":
-            self._run.stop_listening()
+            listener.stop()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Record it if this batch is recorded."""
         if self.way != "nothing":
             super().on_before_optimizer_step(trainer, pl_module, optimizer)
         elif self.in_flight is not None and self.in_flight._flight is not None:
-            self.in_flight._flight.stepped()
+            self.in_flight._flight.norms.stepped()
 
     def on_train_epoch_end(self, *_: Any) -> None:
         """Do nothing."""

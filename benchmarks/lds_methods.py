@@ -15,19 +15,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence.curvature import Curvature, FactorExamples, fit
+from lightning_influence import Checkpoint, Influence
 from lightning_influence.curvature.solve.solution import Solution
-from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.discover import discover
-from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.verify import inspect
-from lightning_influence.scores.along.diff_in import diff_in_scores
-from lightning_influence.scores.along.dropout_masks import ip_ensemble
-from lightning_influence.scores.along.source import source_scores
-from lightning_influence.scores.along.z0 import z0_scores
-from lightning_influence.scores.pairs import pairwise_scores
-from lightning_influence.scores.plan import InfluencePlan
-from lightning_influence.training.checkpoints import Checkpoint
 
 MODELS = 3
 
@@ -88,11 +77,15 @@ class Setting:
             before = step
         return run
 
-    def gradients(self, data: Data, net: nn.Module | None = None) -> ExampleGradients:
-        """Return passes over some data, through the network as it is, or another one."""
-        net = self.net if net is None else net
-        source = ExampleSource(TensorDataset(*data), batch_size=256)
-        return ExampleGradients(net, task, source, discover(net, task, source))
+    def influence(self, net: nn.Module | None = None, labels: Tensor | None = None) -> Influence:
+        """Return the door to the network as it is, or to another one, trained on these labels or on others."""
+        data = TensorDataset(self.data[0], self.data[1] if labels is None else labels)
+        return Influence(self.net if net is None else net, task, data, batch_size=256)
+
+    @property
+    def asked(self) -> TensorDataset:
+        """The queries."""
+        return TensorDataset(*self.queries)
 
 
 def digits() -> Setting:
@@ -150,27 +143,17 @@ class Row:
     remark: Callable[[], str] = lambda: ""
 
 
-def influence(curvature: Any, *, plan: bool = False, normalise: Any = "none", **options: Any) -> Row:
+def influence(curvature: Any, *, planned: bool = False, normalise: Any = "none", **options: Any) -> Row:
     """Return a row of ours: factors from all examples and all labels, or as the callback plans them."""
     solves: list[Solution] = []
-    damping = options.pop("damping", lambda setting: None)
+    damping = options.pop("damping", lambda setting: "relative")
     name = options.pop("name")
 
     def scores(setting: Setting) -> Tensor:
-        gradients = setting.gradients(setting.data)
-        everything = range(setting.examples)
-        examples, labels = FactorExamples(setting.examples, setting.examples), ("exact", "exact")
-        if plan:
-            planned = InfluencePlan.make(gradients.coverage, inspect(gradients, everything), setting.examples)
-            examples, labels = planned.examples, planned.labels
-        fitted: Curvature = fit(
-            gradients, curvature, everything, examples=examples, labels=labels, damping=damping(setting), **options
-        )
-        queries = setting.gradients(setting.queries)
-        found = pairwise_scores(
-            gradients, everything, fitted, queries, range(len(setting.queries[1])), normalise=normalise
-        )
-        solves.extend(fitted.solves)
+        plan = {} if planned else {"fisher": "exact", "factor_examples": None}
+        fitted = setting.influence().fit(curvature, damping=damping(setting), **plan, **options)
+        found = fitted.pairs(setting.asked, normalise=normalise)
+        solves.extend(fitted.curvature.solves)
         return found.scores
 
     def remark() -> str:
@@ -198,7 +181,7 @@ OURS = [
     influence("diagonal", name="diagonal"),
     influence("kfac", name="K-FAC, exact Fisher"),
     influence("ekfac", name="EK-FAC, exact Fisher"),
-    influence("ekfac", name="**EK-FAC, defaults**", plan=True),
+    influence("ekfac", name="**EK-FAC, defaults**", planned=True),
     influence("block_ggn", name="block GGN, trainer damping", damping=trainer),
     influence("ggn", name="**GGN, trainer damping, PCG with a Nyström sketch**", damping=trainer, solver="nystrom"),
     influence("ggn", name="the same by plain CG", damping=trainer, solver="cg"),
@@ -233,27 +216,18 @@ DATTRI = [
 ]
 
 
-def pairs(setting: Setting, net: nn.Module | None = None) -> tuple[Any, ...]:
-    """Return what all methods take first: passes and indices of the training data, and of the queries."""
-    train, queries = (setting.gradients(data, net) for data in (setting.data, setting.queries))
-    return train, range(setting.examples), queries, range(len(setting.queries[1]))
-
-
 def tracin(setting: Setting) -> Tensor:
     """TracInCP over ten checkpoints; every one stands for as many steps of the same size."""
-    total = torch.zeros(len(setting.queries[1]), setting.examples, dtype=torch.float64)
-    for checkpoint in setting.run():
-        with checkpoint.loaded(setting.net):
-            total += OURS[0].scores(setting)
-    return total
+    return setting.influence().along(setting.run()).tracin(setting.asked).scores
 
 
 def source(name: str, **options: Any) -> Row:
     """Return a row of SOURCE: step sizes and L2 term are those of the training."""
 
     def scores(setting: Setting) -> Tensor:
-        decay, labels = setting.recipe.weight_decay, ("exact", "exact")
-        return source_scores(*pairs(setting), setting.run(), labels=labels, weight_decay=decay, **options).scores
+        along, decay = setting.influence().along(setting.run()), setting.recipe.weight_decay
+        exact: dict[str, Any] = {"fisher": "exact", "factor_examples": None}
+        return along.source(setting.asked, weight_decay=decay, **exact, **options).scores
 
     return Row(name, scores)
 
@@ -261,7 +235,7 @@ def source(name: str, **options: Any) -> Row:
 def masked(setting: Setting) -> Tensor:
     """IP over sub-networks: dropout after every activation, of a network trained without."""
     net = nn.Sequential(*(Dropped() if isinstance(module, nn.GELU) else module for module in setting.net))
-    return ip_ensemble(*pairs(setting, net), masks=10).scores
+    return setting.influence(net).dropout_ensemble(setting.asked, masks=10).scores
 
 
 class Dropped(nn.GELU):
@@ -279,7 +253,7 @@ TRAJECTORY = [
     source("SOURCE, EK-FAC, 3 segments, at averaged weights", at="average"),
     source("SOURCE, K-FAC, 3 segments", curvature="kfac"),
     source("SOURCE, block GGN, 3 segments", curvature="block_ggn"),
-    Row("Z0-Inf, 10 checkpoints (losses only)", lambda s: z0_scores(*pairs(s), s.run()).scores),
-    Row("Diff-In, 10 checkpoints (second order only)", lambda s: diff_in_scores(*pairs(s), s.run()).scores),
+    Row("Z0-Inf, 10 checkpoints (losses only)", lambda s: s.influence().along(s.run()).z0(s.asked).scores),
+    Row("Diff-In, 10 checkpoints (second order only)", lambda s: s.influence().along(s.run()).diff_in(s.asked).scores),
     Row("IP over 10 dropout masks (p = 0.1, trained without)", masked),
 ]

@@ -36,13 +36,14 @@ def main() -> None:
     setting = digits()
     setting.train_full()
     setting.become(0)
-    gradients, everything = setting.gradients(setting.data), range(setting.examples)
+    influence, everything = setting.influence(), range(setting.examples)
+    gradients = influence.training
     coordinates = BlockCoordinates(gradients.coverage.blocks)
     product = GGNProduct(gradients, everything, parameters=coordinates.parameters)
     places = coordinates.places_in(product.flat)
     matrix = product.to_dense(limit=coordinates.size).double()[places][:, places]
     identity = fit(gradients, "identity", everything, examples=FactorExamples(1, 1), labels=("true", "true"))
-    prepared = next(iter(prepared_queries(identity, setting.gradients(setting.queries), [list(range(QUERIES))])))
+    prepared = next(iter(prepared_queries(identity, influence.queries(setting.asked)[0], [list(range(QUERIES))])))
     systems = coordinates.join(prepared.vectors).double()
     ekfac = fit(
         gradients,

@@ -29,12 +29,8 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence.audit.unlearning import Unlearner
-from lightning_influence.curvature import Curvature, FactorExamples, IndefiniteError, fit
-from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.discover import discover
-from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.scores.examples import score_examples
+from lightning_influence import Influence
+from lightning_influence.curvature import Damping, IndefiniteError
 
 SIZES = (1, 10, 100)
 FLIPS = (10, 100)
@@ -48,18 +44,18 @@ class Method:
     """A rung of the ladder with its damping rule.
 
     Attributes:
-        damping: Of a setting; None for the relative one.
+        damping: Of a setting.
         leverage: Whether to take the removed examples out of the curvature.
     """
 
     title: str
     curvature: Any
-    damping: Callable[[Setting], float | None]
+    damping: Callable[[Setting], Damping]
     leverage: tuple[bool, ...] = (False, True)
 
 
-def _relative(setting: Setting) -> None:
-    return None
+def _relative(setting: Setting) -> Damping:
+    return "relative"
 
 
 def _trainer(setting: Setting) -> float:
@@ -175,24 +171,17 @@ class Removals:
             order_seeds=orders,
         )
 
-    def unlearners(self, full: Parameters, labels: Tensor, method: Method) -> Iterator[Unlearner]:
+    def fitted(self, full: Parameters, labels: Tensor, method: Method) -> Iterator[Influence]:
         """Yield what removes examples from every model; ``setting.net`` is that model meanwhile."""
-        count = self.setting.examples
         for model in range(self.seeds):
             load(self.setting.net, full, model)
-            gradients = self.setting.gradients((self.setting.data[0], labels))
-            fitted = fit(
-                gradients,
+            yield self.setting.influence(labels=labels).fit(
                 method.curvature,
-                range(count),
-                examples=FactorExamples(count, count),
-                labels=("exact", "exact"),
+                fisher="exact",
+                factor_examples=None,
                 damping=method.damping(self.setting),
-                **({"solver": "dense"} if method.curvature in ("ggn", "hessian") else {}),
+                solver="dense" if method.curvature in ("ggn", "hessian") else "auto",
             )
-            known = dict(enumerate(labels.tolist()))
-            decay = self.setting.recipe.weight_decay
-            yield Unlearner(gradients, fitted, range(count), labels=known, weight_decay=decay)
 
     def stacked(self, models: list[nn.Module]) -> Parameters:
         """Put the models' parameters together."""
@@ -204,9 +193,8 @@ class Removals:
     def most_influential(self, full: Parameters) -> Tensor:
         """Return the examples by EK-FAC self-influence, the mean over starts, largest first."""
         total = torch.zeros(self.setting.examples, dtype=torch.float64)
-        for unlearner in self.unlearners(full, self.setting.data[1], METHODS[1]):
-            found = score_examples(unlearner.gradients, range(self.setting.examples), curvature=unlearner.curvature)
-            total += found.columns["self_influence"]
+        for influence in self.fitted(full, self.setting.data[1], METHODS[1]):
+            total += influence.self_influence()
         return total.argsort(descending=True)
 
 
@@ -233,6 +221,7 @@ def removals(setting: Setting, test: Data, seeds: int, methods: Sequence[Method]
         "most self-influential": both.most_influential(full),
     }
     groups = {(kind, size): order[:size].tolist() for kind, order in orders.items() for size in SIZES}
+    decay = setting.recipe.weight_decay
     lines: dict[tuple[str, int], list[str]] = {}
     measured: dict[tuple[str, int], tuple[Outcome, Outcome]] = {}
     for (kind, size), removed in groups.items():
@@ -247,14 +236,14 @@ def removals(setting: Setting, test: Data, seeds: int, methods: Sequence[Method]
         lines[kind, size].append(line(f"{size} {kind}", "trained on all, in another order", before, reordered, again))
     for method in methods:
         results: dict[tuple[str, int, bool], list[nn.Module] | str] = {}
-        for unlearner in both.unlearners(full, labels, method):
+        for influence in both.fitted(full, labels, method):
             for key, removed in groups.items():
                 for leverage in method.leverage:
                     done = results.setdefault((*key, leverage), [])
                     if isinstance(done, str):
                         continue
                     try:
-                        update = unlearner.newton_removal(removed, leverage=leverage)
+                        update = influence.remove(removed, leverage=leverage, weight_decay=decay)
                     except IndefiniteError:
                         results[(*key, leverage)] = "not positive definite"
                         continue
@@ -291,8 +280,8 @@ def repairs(setting: Setting, test: Data, seeds: int, methods: Sequence[Method])
         for method in methods:
             done: list[nn.Module] = []
             try:
-                for unlearner in both.unlearners(full, noisy, method):
-                    update = unlearner.label_repair(flipped.tolist(), labels[flipped].tolist())
+                for influence in both.fitted(full, noisy, method):
+                    update = influence.repair(flipped, labels[flipped])
                     done.append(update.applied_to_copy(setting.net))
             except IndefiniteError:
                 yield f"| {size} flipped | {method.title} | not positive definite | | | | | | | | |"
@@ -326,24 +315,15 @@ def regressions() -> Iterator[str]:
     for title, inputs, targets, count, net, loss, curvature in problems:
         data, test = (inputs[:count], targets[:count]), (inputs[count:], targets[count:])
         full = minimised(net.double(), loss, data)
-        source = ExampleSource(TensorDataset(*data), batch_size=256)
-        gradients = ExampleGradients(full, loss, source, discover(full, loss, source))
+        influence = Influence(full, loss, TensorDataset(*data), batch_size=256)
         start, before = vector(full), each_loss(full, loss, test)
         for size in SIZES:
             removed = list(range(size))
             best = minimised(net, loss, (data[0][size:], data[1][size:]))
-            fitted: Curvature = fit(
-                gradients,
-                curvature,
-                range(count),
-                examples=FactorExamples(count, count),
-                labels=("exact", "exact"),
-                damping=L2 * (count - size) / count,
-            )
-            unlearner = Unlearner(gradients, fitted, range(count), weight_decay=L2)
+            fitted = influence.fit(curvature, fisher="exact", factor_examples=None, damping=L2 * (count - size) / count)
             way, errors, changes = vector(best) - start, [], torch.zeros(0)
             for leverage in (False, True):
-                made = unlearner.newton_removal(removed, leverage=leverage).applied_to_copy(full)
+                made = fitted.remove(removed, leverage=leverage, weight_decay=L2).applied_to_copy(full)
                 errors.append(float((vector(made) - vector(best)).norm() / way.norm()))
                 changes = each_loss(made, loss, test) - before
             agreement = correlation(changes, each_loss(best, loss, test) - before)

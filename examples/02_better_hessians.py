@@ -20,10 +20,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence.curvature.chain import TITLES, Chain, curvature_chain
-from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.discover import discover
-from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence import Influence
+from lightning_influence.curvature.chain import TITLES, Chain
 
 COLOURS = dict(zip(TITLES, ("#1b1b3a", "#3d5a98", "#2a9d8f", "#e9a23b", "#c8553d"), strict=True))
 
@@ -54,14 +52,9 @@ def digits() -> TensorDataset:
 
 def chain_of(module: Digits, data: TensorDataset) -> Chain:
     """Compute the chain, in float64: the smallest eigenvalues are part of the picture."""
-
-    def task(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(net(batch[0]), batch[1])
-
     inputs, labels = data.tensors
     net = module.net.double().eval()
-    source = ExampleSource(TensorDataset(inputs.double(), labels), batch_size=200)
-    return curvature_chain(ExampleGradients(net, task, source, discover(net, task, source)), range(len(labels)))
+    return Influence(net, F.cross_entropy, TensorDataset(inputs.double(), labels), batch_size=200).chain()
 
 
 def draw(chain: Chain, path: Path) -> None:

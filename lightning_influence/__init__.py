@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_influence.audit.queries import Queries
     from lightning_influence.audit.report import AuditReport
     from lightning_influence.callbacks import InfluenceAudit
+    from lightning_influence.influence import Influence
     from lightning_influence.metrics import LinearDatamodelingScore, MislabelDetection
     from lightning_influence.objective.task import Task, TrainingStepTask
     from lightning_influence.scores.along.tracin import tracin_scores
@@ -22,23 +23,30 @@ if TYPE_CHECKING:
         EqualOpportunityGap,
         Margin,
     )
+    from lightning_influence.scores.pair_sums import mean_scores
+    from lightning_influence.training.checkpoints import Checkpoint
     from lightning_influence.training.settings import TracIn
+    from lightning_influence.training.step_sizes import StepSizes
 
     __version__: str
 
 _MODULES = {
     "AdversarialLoss": "lightning_influence.scores.measurements",
     "AuditReport": "lightning_influence.audit.report",
+    "Checkpoint": "lightning_influence.training.checkpoints",
     "DemographicParityGap": "lightning_influence.scores.measurements",
     "EqualOpportunityGap": "lightning_influence.scores.measurements",
+    "Influence": "lightning_influence.influence",
     "InfluenceAudit": "lightning_influence.callbacks",
     "LinearDatamodelingScore": "lightning_influence.metrics",
     "Margin": "lightning_influence.scores.measurements",
     "MislabelDetection": "lightning_influence.metrics",
     "Queries": "lightning_influence.audit.queries",
+    "StepSizes": "lightning_influence.training.step_sizes",
     "Task": "lightning_influence.objective.task",
     "TracIn": "lightning_influence.training.settings",
     "TrainingStepTask": "lightning_influence.objective.task",
+    "mean_scores": "lightning_influence.scores.pair_sums",
     "tracin_scores": "lightning_influence.scores.along.tracin",
 }
 
@@ -46,17 +54,21 @@ _MODULES = {
 __all__ = [
     "AdversarialLoss",
     "AuditReport",
+    "Checkpoint",
     "DemographicParityGap",
     "EqualOpportunityGap",
+    "Influence",
     "InfluenceAudit",
     "LinearDatamodelingScore",
     "Margin",
     "MislabelDetection",
     "Queries",
+    "StepSizes",
     "Task",
     "TracIn",
     "TrainingStepTask",
     "__version__",
+    "mean_scores",
     "tracin_scores",
 ]
 

@@ -26,7 +26,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_influence import InfluenceAudit, Margin, Queries, TracIn, tracin_scores
+from lightning_influence import Influence, InfluenceAudit, Margin, Queries, TracIn, tracin_scores
 from lightning_influence.audit.unlearning import newton_removal
 from lightning_influence.core import precision
 from lightning_influence.curvature import FactorExamples, fit
@@ -342,7 +342,25 @@ def chain(device: torch.device) -> dict[str, Any]:
     return {"errors": [step.error for step in found.steps], **found.matrices}
 
 
+def door(device: torch.device) -> dict[str, Any]:
+    """Batches of the host, a model of the device."""
+    torch.manual_seed(0)
+    net, examples = mlp().to(device), data(5)
+    influence = Influence(net, F.cross_entropy, DataLoader(examples, batch_size=4)).fit("kfac", fisher="empirical")
+    top = influence.top(examples, [3, 1], 2)
+    with tempfile.TemporaryDirectory() as directory:
+        saved = influence.save(f"{directory}/fitted")
+        again = Influence.load(saved, net, F.cross_entropy, examples)
+    return {
+        "self-influence": influence.self_influence(),
+        "again": again.self_influence(),
+        "top": top.proponent_scores,
+        "repaired": influence.repair(0, 2).norm,
+    }
+
+
 CASES: dict[str, Case] = {
+    "door": door,
     "default": audited(),
     "step": audited(tracin="step"),
     "step, Adam": audited(tracin=TracIn("step", every_n_steps=2), optimizer=adam),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_influence.core.layout import BatchLayout
+from lightning_influence.objective.scale import LossScale, TermKey
+from lightning_influence.objective.task import Task, run_tapped
+from lightning_influence.objective.terms import BatchLoss, TermForm, understand
 
 N, S, E, C = 12, 5, 4, 3
 PAD = -100
@@ -19,6 +22,18 @@ Loss = Callable[[Any, Batch], Tensor]
 # Their stubs do not have the argument `weight` yet.
 mse_loss: Callable[..., Tensor] = F.mse_loss
 l1_loss: Callable[..., Tensor] = F.l1_loss
+
+
+def evaluate(
+    task: Task,
+    module: nn.Module,
+    batch: Any,
+    n: int,
+    scale: LossScale | None = None,
+    forms: Mapping[TermKey, TermForm] | None = None,
+) -> BatchLoss:
+    """Run a task on one batch of `n` examples under the tap, and tell what its loss is made of."""
+    return understand(*run_tapped(task, module, batch), n, scale, forms)
 
 
 def sequences(n: int = N, steps: int = S) -> Batch:

@@ -359,3 +359,55 @@ def test_rows_picked_by_their_values(how: str) -> None:
         for name, value in found(passes(net, **options)).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
     assert passes(net, uncovered="exact").coverage.share == 1.0
+
+
+class LoopsOverExamples(nn.Module):
+    """A network that is called for every example alone, or whose outputs are gone through one by one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "layers":
+            return torch.stack([self.body(each) for each in x])
+        return torch.stack([each * 2 for each in self.body(x)])
+
+
+def test_a_loop_over_the_outputs_of_examples_is_followed() -> None:
+    """Other calls for another size of the batch, but with parameters the same ones."""
+    coverage = assert_exact(LoopsOverExamples("outputs"))
+    assert coverage.trace.failure is None
+    assert not coverage.one_by_one
+
+
+def test_a_model_that_cannot_be_traced_is_scored_one_example_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other calls with parameters for another size of the batch: right where that is affordable, else refused."""
+    coverage = assert_exact(LoopsOverExamples("layers"))
+    assert (
+        coverage.one_by_one == coverage.blocks.keys() == {f"body.{k}.{p}" for k in (0, 2) for p in ("weight", "bias")}
+    )
+    assert coverage.describe().endswith(
+        "traced: NotUnderstoodError: the model makes other calls for another size of the batch)"
+    )
+    monkeypatch.setattr("lightning_influence.gradients.coverage._LARGEST_UNASKED", 34)
+    with pytest.raises(
+        LayerError, match=r"its 35 trainable parameters .* one example at a time.* unasked for more than 34"
+    ):
+        passes(LoopsOverExamples("layers"))
+    for options in ({"uncovered": "exact"}, {"layers": "body.2"}):
+        net = LoopsOverExamples("layers")
+        own, expected = found(passes(net, **options)), alone(net)
+        assert own.keys() == {name for name in expected if name.startswith(options.get("layers", ""))}
+        for name, value in own.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_size_of_the_batch_that_is_written_into_the_model_is_refused() -> None:
+    class Fixed(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input.view(3, 4))
+
+    with pytest.raises(LayerError, match=r"can't be run on two copies .*'\[3, 4\]' is invalid.* batches of any size"):
+        passes(Fixed(4, 3))

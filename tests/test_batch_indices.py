@@ -29,8 +29,9 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
-from lightning_influence.data.collation import Collating
+from lightning_influence.data.collation import Collating, DataError
 from lightning_influence.data.probing import learn
+from lightning_influence.data.source import ExampleSource
 from lightning_influence.data.tagging import Drawn, Registry
 
 SIZE = 22
@@ -519,6 +520,14 @@ def test_an_order_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     loader = DataLoader(Plain(), 5, shuffle=True, collate_fn=numbers_lost)
     with pytest.raises(MisconfigurationException, match="numbers_lost puts examples in an order of its own.*number"):
         make_trainer(tmp_path, callbacks=[audit]).fit(Classifier(), loader)
+
+
+def test_what_was_refused_is_refused_again() -> None:
+    """The second look at the same source took it for a collate function that keeps the order."""
+    source = ExampleSource(Plain(), batch_size=5, collate_fn=numbers_lost)
+    for _ in range(2):
+        with pytest.raises(DataError, match="in an order of its own"):
+            _ = source.collation
 
 
 def image(index: int) -> Any:

@@ -38,6 +38,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
+from tracing import covered
 
 from lightning_influence import AuditReport, InfluenceAudit, Queries, TracIn
 from lightning_influence.audit.store.store import AuditStore
@@ -45,7 +46,6 @@ from lightning_influence.callbacks.bridge import check_strategy
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.coverage import cover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import inspect
 from lightning_influence.scores.examples import score_examples
@@ -1046,7 +1046,10 @@ def test_the_wait_that_is_announced_counts_the_passes() -> None:
     net = Classifier().net
     source = ExampleSource(vectors(), batch_size=5)
     gradients = ExampleGradients(
-        net, lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]), source, cover(net)
+        net,
+        lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]),
+        source,
+        covered(net, vectors().tensors[0]),
     )
     inspection = inspect(gradients, range(22))
     plan = InfluencePlan.make(gradients.coverage, inspection, 22)
@@ -1135,7 +1138,8 @@ def test_generators_of_the_data_set_are_left_alone_and_belong_to_the_example(tmp
     for batch_size in (4, 11):
         torch.manual_seed(0)
         source = ExampleSource(_Drawing(), batch_size=batch_size)
-        gradients = ExampleGradients(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), source, cover(model))
+        coverage = covered(model, vectors().tensors[0])
+        gradients = ExampleGradients(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), source, coverage)
         scores.append(score_examples(gradients, range(22)).columns["grad_norm_squared"])
     # Kept in float64, but computed in float32; other noise would be a tenth of it.
     torch.testing.assert_close(*scores, rtol=1e-5, atol=0)

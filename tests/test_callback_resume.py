@@ -295,6 +295,17 @@ def test_the_state_is_tensors_and_primitives(tmp_path: Path, straight: Any) -> N
     check_same(audit.report, straight())
 
 
+def test_a_state_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "first", epochs=1, audits=[InfluenceAudit()])
+    path = tmp_path / "first" / "kept" / "step=5.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    for state in checkpoint["callbacks"].values():
+        state.pop("parts", None)
+    torch.save(checkpoint, path)
+    with pytest.raises(MisconfigurationException, match="an earlier version of lightning-influence.*new run"):
+        run(tmp_path / "second", epochs=2, audits=[InfluenceAudit()], ckpt_path=path)
+
+
 @pytest.mark.parametrize("size", [20, 25])
 def test_a_data_set_of_another_size(size: int, tmp_path: Path) -> None:
     run(tmp_path / "first", epochs=1, audits=[InfluenceAudit()])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from tracing import covered
 
 from lightning_influence.curvature import (
     BLOCKS,
@@ -30,7 +31,7 @@ from lightning_influence.curvature import (
 )
 from lightning_influence.curvature.blocks import eigenvectors as decomposed
 from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.coverage import Coverage, cover
+from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.layers import per_sample
@@ -912,16 +913,19 @@ class TestFit:
     def test_subset_sizes(self) -> None:
         """Two rows for every dimension of the widest factor, 512 or 1,024 examples, never more than there are."""
         net = nn.Sequential(nn.Conv2d(64, 128, 3), nn.Flatten(), nn.Linear(128 * 36, 2000), nn.Linear(2000, 10))
-        coverage, positions = cover(net), {"0": 36, "2": 1, "3": 1}
+        inputs = torch.randn(4, 64, 8, 8)
+        coverage, positions = covered(net, inputs), {"0": 36, "2": 1, "3": 1}
         assert factor_examples(coverage, positions, 10, 10**6) == FactorExamples(2 * 4609, 410 - 1, 8192)
         assert factor_examples(coverage, positions, 1, 10**6) == FactorExamples(2 * 4609, 512, 8192)
         assert factor_examples(coverage, positions, 1000, 10**6).eigenvalues == 256
         assert factor_examples(coverage, positions, 10, 300) == FactorExamples(300, 300, 300)
-        small = cover(net, ["0"])
+        small = covered(net, inputs, layers=["0"])
         assert factor_examples(small, positions, 10, 10**6).covariances == 512
         assert factor_examples(small, {"0": 1}, 10, 10**6).covariances == 2 * 577
         assert factor_examples(small, {"0": 2}, 1, 10**6) == FactorExamples(577, 512, 8192)
-        assert factor_examples(cover(net, ["3"]), {"3": 1}, 1, 10**6) == FactorExamples(4002, 1024, 8192)
+        assert factor_examples(covered(net, inputs, layers=["3"]), {"3": 1}, 1, 10**6) == FactorExamples(
+            4002, 1024, 8192
+        )
 
     def test_eigenvalues_are_measured_where_the_basis_is_known(self) -> None:
         """Rounding picks the eigenvectors of a null space, so no gradient may lie in it when eigenvalues are measured.
@@ -929,7 +933,8 @@ class TestFit:
         With eigenvalues from 14 examples in the basis of 9, scores of the CNN in test_invariance differed by 8 % from
         one batch size to the next; the other way round by 3e-15.
         """
-        coverage, positions = cover(nn.Sequential(nn.Linear(100, 50), nn.Linear(50, 200))), {"0": 1, "1": 1}
+        net = nn.Sequential(nn.Linear(100, 50), nn.Linear(50, 200))
+        coverage, positions = covered(net, torch.randn(4, 100)), {"0": 1, "1": 1}
         for draws in (1, 3, 20):
             for size in (100, 700, 10**6):
                 chosen = factor_examples(coverage, positions, draws, size)
@@ -981,15 +986,13 @@ class Spare(nn.Module):
 
 @pytest.mark.parametrize("name", BLOCKS)
 class TestLayersWithoutGradients:
-    @pytest.mark.parametrize("traced", [True, False])
-    def test_score_nothing(self, name: Any, traced: bool) -> None:
-        """A trace leaves out what it has not seen; without one, it stays, with a gradient of zero."""
+    def test_score_nothing(self, name: Any) -> None:
+        """A trace leaves out what it has not seen; what no gradient reaches stays, with a gradient of zero."""
         net = Spare().double()
         inputs, targets = torch.randn(N, 4).double(), torch.arange(N) % CLASSES
-        gradients = passes(net, inputs, targets, coverage=None if traced else cover(net))
+        gradients = passes(net, inputs, targets)
         curvature = fit(gradients, name, range(N), examples=EVERY, labels=("exact", "exact"))
-        without = ["ignored"] if traced else ["spare", "ignored", "table", "norm", "tied_table"]
-        assert list(curvature.blocks) == ["used", *without]
+        assert list(curvature.blocks) == ["used", "ignored"]
         query = curvature.solve(mean_gradient(gradients, range(N)))
         scores = score_examples(gradients, range(N), curvature=curvature, query=query).columns
         alone = passes(net.used, inputs, targets)
@@ -999,12 +1002,10 @@ class TestLayersWithoutGradients:
         torch.testing.assert_close(scores["self_influence"], expected["self_influence"], **EXACT)
         torch.testing.assert_close(scores["grad_norm_squared"], expected["grad_norm_squared"], **EXACT)
         assert torch.isfinite(scores["harm"]).all()
-        for layer in without:
-            block = curvature.blocks[layer]
-            assert not query[layer].any()
-            if name != "identity":
-                assert not block.to_dense().any()
-                assert curvature.dampings[layer] == 1.0
+        assert not query["ignored"].any()
+        if name != "identity":
+            assert not curvature.blocks["ignored"].to_dense().any()
+            assert curvature.dampings["ignored"] == 1.0
 
 
 class Rooted(nn.Module):

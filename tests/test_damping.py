@@ -14,19 +14,19 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, Validated, loader, make_trainer, vectors
 from torch import Tensor, nn
+from tracing import covered
 
 from lightning_influence import InfluenceAudit
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.core import memory
 from lightning_influence.curvature import LADDER, OptimizerHistory, choose_damping
-from lightning_influence.gradients.coverage import cover
 from lightning_influence.training.step_sizes import StepSizes
 
 SGD = OptimizerHistory({"0.weight": 8.0, "0.bias": 2.0, "2.weight": 4.0, "2.bias": 4.0}, {"0.weight": 0.5}, (), 10)
 
 
 def blocks() -> Any:
-    return cover(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2))).blocks
+    return covered(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)), torch.randn(4, 3)).blocks
 
 
 class TestRule:

@@ -21,7 +21,7 @@ from lightning_influence.core import precision
 CASES = [
     *("default", "step", "step, Adam", "worst", "margin", "class weights", "cnn", "cnn, step", "transformer"),
     *("picked tokens, step", "binary", "absolute", "gaussian", "exact", "solvers", "trajectories", "measured", "chain"),
-    "stepped",
+    *("stepped", "door"),
     *(f"audit {name}" for name in ("identity", "diagonal", "kfac", "ekfac", "block_ggn", "ggn", "hessian")),
     *(f"pairs {name}" for name in ("identity", "diagonal", "kfac", "ekfac", "block_ggn", "ggn", "nystrom")),
 ]

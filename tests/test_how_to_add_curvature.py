@@ -18,7 +18,7 @@ from lightning_influence.curvature.blocks.eigenvectors import eigendecomposition
 from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
 from lightning_influence.curvature.registry import Rung
 from lightning_influence.curvature.saved import restored
-from lightning_influence.curvature.solve.solution import SOLVED, UNSOLVED, Damped, Ends, Solution, normalised
+from lightning_influence.curvature.solve.solution import SOLVED, UNSOLVED, Run, Solution
 from lightning_influence.curvature.solve.solvers import IterativeSolver, System
 from lightning_influence.curvature.solve.spectrum import row_norms, row_products
 from lightning_influence.layers.rows import second_moment
@@ -48,24 +48,23 @@ class FOOF(KroneckerBlock):
 
 def steepest_descent(system: System, g: Tensor, tolerance: float, steps: int) -> Solution:
     """Go down the gradient as far as the quadratic falls."""
-    b, norms = normalised(g, system.damping)
-    operator, ends = Damped(system.matvec, system.damping), Ends(norms)
-    x, r = torch.zeros_like(b), b
+    run = Run(system.matvec, g, system.damping)
+    x, r = torch.zeros_like(g), run.b
     for _ in range(steps):
         going = row_norms(r) > tolerance
         if not bool(going.any()):
             break
-        length = row_products(r, r) / row_products(r, operator(r))
+        length = row_products(r, r) / row_products(r, run(r))
         x = x + torch.where(going, length, 0).to(r)[:, None] * r
-        r = b - operator(x)
-        ends.steps += going
-    ends.residual = row_norms(r)
-    ends.kinds = torch.where(ends.residual <= tolerance, SOLVED, UNSOLVED)
+        r = run.b - run(x)
+        run.steps += going
+    run.residual = row_norms(r)
+    run.kinds = torch.where(run.residual <= tolerance, SOLVED, UNSOLVED)
 
     def why(kind: int, value: float, residual: float, steps: int) -> str:
         return f"not converged: the relative residual is {residual:.2g} after {steps} steps; raise `damping`."
 
-    return ends.solution(g, x, norms, operator, why)
+    return run.solution(x, why)
 
 
 @pytest.mark.parametrize("part", [FOOF, steepest_descent])

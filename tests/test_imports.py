@@ -26,6 +26,7 @@ ROOMS = (
     ("curvature",),
     ("scores",),
     ("audit",),
+    ("influence",),
     ("tensorboard",),
     ("callbacks",),
 )
@@ -39,13 +40,8 @@ MAY_WATCH_FUNCTIONS = {"gradients.watch", "gradients.calibration", "objective.ta
 
 MOST_LINES, MOST_OF_A_CLASS = 400, 250
 # What is larger still. Entries may go, and numbers may fall; none may be added.
-TOO_LONG: dict[str, int] = {
-    "gradients.capture": 442,
-    "layers.per_sample": 447,
-}
-TOO_LARGE: dict[str, int] = {
-    "gradients.capture.Capture": 302,
-}
+TOO_LONG: dict[str, int] = {}
+TOO_LARGE: dict[str, int] = {}
 
 HOOK = re.compile(r"register_(\w+_)?hook")
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -209,8 +205,8 @@ def test_public_name_can_be_imported(name: str) -> None:
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="module 'lightning_influence' has no attribute 'Influence'"):
-        _ = lightning_influence.Influence
+    with pytest.raises(AttributeError, match="module 'lightning_influence' has no attribute 'Novelty'"):
+        _ = lightning_influence.Novelty
 
 
 # --------------------------------------------------------------------------- the checker, on sources made for it

@@ -19,11 +19,8 @@ from kronfluence.task import Task
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence.curvature import Curvature, CurvatureName, EKFACBlock, FactorExamples, fit
-from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.coverage import cover
-from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.scores.examples import score_examples
+from lightning_influence import Influence
+from lightning_influence.curvature import Curvature, CurvatureName, EKFACBlock
 
 N, CLASSES = 60, 5
 
@@ -83,11 +80,9 @@ def theirs(net: nn.Module, dataset: TensorDataset, folder: Path) -> tuple[dict[s
 
 
 def ours(net: nn.Module, dataset: TensorDataset, name: CurvatureName = "ekfac") -> tuple[Curvature, dict[str, Tensor]]:
-    gradients = ExampleGradients(
-        net, lambda m, b: F.cross_entropy(m(b[0]), b[1]), ExampleSource(dataset, batch_size=16), cover(net)
-    )
-    curvature = fit(gradients, name, range(N), examples=FactorExamples(N, N), labels=("true", "true"))
-    return curvature, score_examples(gradients, range(N), curvature=curvature).columns
+    influence = Influence(net, F.cross_entropy, dataset, batch_size=16)
+    influence = influence.fit(name, fisher="empirical", factor_examples=None)
+    return influence.curvature, influence.scores().columns
 
 
 @pytest.mark.filterwarnings("ignore:.*GradScaler.*:FutureWarning")

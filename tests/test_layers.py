@@ -19,11 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
+from tracing import covered
 
 from lightning_influence.core.isolation import untouched
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.capture import Capture
-from lightning_influence.gradients.coverage import Coverage, Layers, cover
+from lightning_influence.gradients.coverage import Coverage, Layers
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import VerificationError, inspect
@@ -232,7 +233,8 @@ class TestEveryVariant:
         }
         for layout, value in inputs.items():
             # One batch that keeps the layout: a copy per example would bring it in order.
-            gradients = passes(net, value, targets, batch_size=EXAMPLES, task=partial(with_input, value))
+            options = {"task": partial(with_input, value), "coverage": covered(net, value)}
+            gradients = passes(net, value, targets, batch_size=EXAMPLES, **options)
             found = captured(gradients)["0"]
             x, g = ref.layer_inputs_and_output_gradients(net, "0", cross_entropy, value, targets)
             torch.testing.assert_close(found[0], x, **EXACT, msg=about(layout))
@@ -274,13 +276,13 @@ class TestEveryVariant:
         torch.testing.assert_close(
             found, expected.transpose(0, 1).reshape(found.shape) if frozen == "weight" else expected, **EXACT
         )
-        for coverage in (gradients.coverage, cover(net)):
-            assert list(coverage.blocks) == [name]
-            assert coverage.blocks[name].shape == block_shape
-            assert coverage.share == 1.0
-            assert {key: id(value) for key, value in coverage.blocks[name].parameters.items()} == {
-                f"0.{trained}": id(getattr(net[0], trained))
-            }
+        coverage = gradients.coverage
+        assert list(coverage.blocks) == [name]
+        assert coverage.blocks[name].shape == block_shape
+        assert coverage.share == 1.0
+        assert {key: id(value) for key, value in coverage.blocks[name].parameters.items()} == {
+            f"0.{trained}": id(getattr(net[0], trained))
+        }
 
     @pytest.mark.parametrize("name", ["plain", "no bias", "groups", "depthwise, two outputs each"])
     def test_block_and_parameters_are_the_same_numbers(self, name: str) -> None:
@@ -291,7 +293,8 @@ class TestEveryVariant:
         self.check_layout(module, "conv", False)
 
     def check_layout(self, module: nn.Conv2d, name: str, bias: bool) -> None:
-        block = cover(nn.ModuleDict({name: module})).blocks[name]
+        net = nn.Sequential(OrderedDict({name: module}))
+        block = covered(net, torch.randn(4, 4, 6, 6).double()).blocks[name]
         own = {
             f"{name}.{key}": torch.randn(2, 3, *p.shape).double()
             for key, p in module.named_parameters()
@@ -714,8 +717,10 @@ class TestCapture:
             module(batch[0])
             raise ZeroDivisionError("in the middle of a pass")
 
+        with pytest.raises(LayerError, match="copies of an example .ZeroDivisionError: in the middle"):
+            passes(net, *data((4, 6, 7)), task=fails)
         with pytest.raises(ZeroDivisionError, match="in the middle"):
-            captured(passes(net, *data((4, 6, 7)), task=fails))
+            captured(passes(net, *data((4, 6, 7)), task=fails, coverage=gradients.coverage))
         assert not [module for module in net.modules() if module._forward_hooks or module._forward_pre_hooks]
         assert all(module.training for module in net.modules())
         assert not torch._C._len_torch_function_stack()
@@ -791,28 +796,25 @@ class TestCapture:
         net = Grid().double()
         for batch_size in (3, 4):
             assert_gradients(net, *data((4,)), batch_size=batch_size)
-            # Without a trace, the layer is taken to be used in the standard way.
-            gradients = passes(net, *data((4,)), batch_size=batch_size, coverage=cover(net))
-            with pytest.raises(
-                LayerError, match=r"'first' got an input of shape \(.*\) for a batch of \d examples; .*by"
-            ):
-                captured(gradients)
 
     def test_image_without_the_batch(self) -> None:
         net = nn.Sequential(nn.Unflatten(0, (4, 1)), nn.Flatten(1, 2), nn.Conv2d(4, 4, 3), Flat())
-        with pytest.raises(LayerError, match=r"'2' got an input of shape \(4, 6, 7\) for a batch of 4 examples"):
-            captured(passes(net.double(), *data((6, 7), 4), batch_size=4, task=lambda m, b: m(b[0]).mean()), 4)
+        with pytest.raises(
+            LayerError, match=r"run on two copies of an example \(.*sizes \[4, 1\] .*batches of any size"
+        ):
+            passes(net.double(), *data((6, 7), 4), batch_size=4, task=lambda m, b: m(b[0]).mean())
 
     def test_no_layer_is_called(self) -> None:
         net = nn.Sequential(nn.Linear(4, CLASSES)).double()
         leaf = torch.ones((), requires_grad=True)
-        gradients = passes(net, *data((4,)), task=lambda module, batch: leaf * batch[0].mean())
+        coverage = covered(net, data((4,))[0])
+        gradients = passes(net, *data((4,)), task=lambda module, batch: leaf * batch[0].mean(), coverage=coverage)
         with pytest.raises(LayerError, match="no covered layer was called in the forward pass"):
             captured(gradients)
 
     def test_outside_of_a_pass_nothing_is_kept(self) -> None:
         net = nn.Sequential(nn.Linear(4, CLASSES))
-        with Capture(cover(net)) as capture:
+        with Capture(covered(net, torch.randn(4, 4))) as capture:
             net(torch.randn(2, 4))
             assert capture.order == []
             with capture.forward():
@@ -835,6 +837,13 @@ class Own(nn.Linear):
 
 class Renamed(nn.Linear):
     """A subclass that computes what its parent computes."""
+
+
+class Last(nn.GRU):
+    """The last state of a recurrent layer, which runs all of its steps in one function."""
+
+    def forward(self, input: Tensor) -> Any:
+        return super().forward(input.unsqueeze(0))[1][0]
 
 
 class Distances(nn.Linear):
@@ -872,30 +881,24 @@ class Attends(nn.Module):
 class TestCoverage:
     def test_shares_and_reasons(self) -> None:
         net = nn.Sequential(
-            nn.Linear(4, 4), nn.BatchNorm1d(4), Renamed(4, 4), nn.Bilinear(2, 2, 2), nn.RNNCell(2, 1), nn.Linear(4, 2)
+            nn.Linear(4, 4), nn.BatchNorm1d(4), Renamed(4, 4), Last(4, 1), nn.Linear(1, 2).requires_grad_(False)
         )
-        net[5].requires_grad_(False)
-        coverage = cover(net)
+        coverage = covered(net, torch.randn(4, 4))
         assert list(coverage.blocks) == ["0", "1", "2"]
-        assert coverage.uncovered == {
-            "3.weight": "Bilinear is not supported",
-            "3.bias": "Bilinear is not supported",
-            "4.weight_ih": "RNNCell is not supported",
-            "4.weight_hh": "RNNCell is not supported",
-            "4.bias_ih": "RNNCell is not supported",
-            "4.bias_hh": "RNNCell is not supported",
-        }
-        assert (coverage.covered_parameters, coverage.total_parameters) == (48, 48 + 10 + 5)
-        assert coverage.share == 48 / 63
+        names = ["3.weight_ih_l0", "3.weight_hh_l0", "3.bias_ih_l0", "3.bias_hh_l0"]
+        assert coverage.uncovered == dict.fromkeys(names, "used by gru, which is not a supported function")
+        assert (coverage.covered_parameters, coverage.total_parameters) == (48, 48 + 21)
+        assert coverage.share == 48 / 69
         assert coverage.describe() == (
-            "76.2% of 63 trainable parameters in 3 layers; not covered: "
-            "3.weight, 3.bias, 4.weight_ih, 4.weight_hh, 4.bias_ih, 4.bias_hh"
+            "69.6% of 69 trainable parameters in 3 layers; not covered: "
+            "3.weight_ih_l0, 3.weight_hh_l0, 3.bias_ih_l0, 3.bias_hh_l0"
         )
 
     def test_long_lists_are_cut(self) -> None:
-        net = nn.Sequential(nn.Linear(2, 2), *(nn.Bilinear(2, 1, 2) for _ in range(5)))
-        assert cover(net).describe().endswith("3.weight, 3.bias and 4 more")
-        assert cover(net[:1]).describe() == "100.0% of 6 trainable parameters in 1 layers"
+        net = nn.Sequential(nn.Linear(2, 2), Last(2, 2), Last(2, 2))
+        inputs = torch.randn(4, 2)
+        assert covered(net, inputs).describe().endswith("2.weight_ih_l0, 2.weight_hh_l0 and 2 more")
+        assert covered(net[:1], inputs).describe() == "100.0% of 6 trainable parameters in 1 layers"
 
     def test_what_is_found_to_be_used_counts(self) -> None:
         """A layer's type says nothing about what its subclass does with it; the trace does."""
@@ -913,13 +916,13 @@ class TestCoverage:
         net = Tied().double()
         inputs, targets = torch.arange(2 * EXAMPLES).reshape(EXAMPLES, 2) % CLASSES, data((4,))[1]
         assert_gradients(net, inputs, targets)
-        for coverage in (cover(net), passes(net, inputs, targets).coverage):
-            assert {name: list(block.parameters) for name, block in coverage.blocks.items()} == {
-                "words": ["words.weight"],
-                "one": ["one.weight", "one.bias"],
-                "other.bias": ["other.bias"],
-            }
-            assert (coverage.covered_parameters, coverage.total_parameters) == (36, 36)
+        coverage = passes(net, inputs, targets).coverage
+        assert {name: list(block.parameters) for name, block in coverage.blocks.items()} == {
+            "words": ["words.weight"],
+            "one": ["one.weight", "one.bias"],
+            "other.bias": ["other.bias"],
+        }
+        assert (coverage.covered_parameters, coverage.total_parameters) == (36, 36)
 
     def test_frozen_sharing_does_no_harm(self) -> None:
         net = Tied().double()
@@ -927,11 +930,11 @@ class TestCoverage:
         net.words.weight.requires_grad_(False)
         inputs, targets = torch.arange(2 * EXAMPLES).reshape(EXAMPLES, 2) % CLASSES, data((4,))[1]
         assert_gradients(net, inputs, targets)
-        for coverage in (cover(net), passes(net, inputs, targets).coverage):
-            assert {name: list(block.parameters) for name, block in coverage.blocks.items()} == {
-                "one.bias": ["one.bias"],
-                "other.bias": ["other.bias"],
-            }
+        coverage = passes(net, inputs, targets).coverage
+        assert {name: list(block.parameters) for name, block in coverage.blocks.items()} == {
+            "one.bias": ["one.bias"],
+            "other.bias": ["other.bias"],
+        }
 
     @pytest.mark.parametrize(
         "change",
@@ -944,13 +947,8 @@ class TestCoverage:
         ids=["weight_norm", "spectral_norm", "orthogonal", "prune"],
     )
     def test_reparametrised_layers(self, change: Callable[[nn.Module], nn.Module]) -> None:
-        """What is trained is not what meets the input: without a trace, nothing is known about it."""
+        """What is trained is not what meets the input."""
         net = nn.Sequential(change(nn.Linear(4, 4)), nn.Linear(4, CLASSES)).double().eval()
-        coverage = cover(net)
-        assert list(coverage.blocks) == ["0.bias", "1"]
-        names = [name for name, _ in net.named_parameters() if name.startswith("0.") and name != "0.bias"]
-        assert list(coverage.uncovered) == names
-        assert coverage.share < 0.6
         inputs, targets = data((4,))
         with torch.no_grad():
             net(inputs)  # a pruned layer keeps the product of its last forward pass, which can be copied now
@@ -965,8 +963,8 @@ class TestCoverage:
             "attention.out_proj": ["attention.out_proj.weight", "attention.out_proj.bias"],
             "head": ["head.weight", "head.bias"],
         }
-        for coverage in (cover(net), passes(net, *data((3, 4))).coverage):
-            assert {name: list(block.parameters) for name, block in coverage.blocks.items()} == expected
+        coverage = passes(net, *data((3, 4))).coverage
+        assert {name: list(block.parameters) for name, block in coverage.blocks.items()} == expected
 
     @pytest.mark.parametrize(
         ("patterns", "expected"),
@@ -983,8 +981,8 @@ class TestCoverage:
     )
     def test_layers_by_name(self, patterns: Any, expected: list[str]) -> None:
         body = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
-        net = nn.ModuleDict({"body": body, "head": nn.Linear(2, 2)})
-        coverage = cover(net, patterns)
+        net = nn.Sequential(OrderedDict(body=body, head=nn.Linear(2, 2)))
+        coverage = covered(net, torch.randn(4, 2), layers=patterns)
         assert list(coverage.blocks) == expected
         others = {name for name, _ in net.named_parameters() if name.rpartition(".")[0] not in expected}
         assert coverage.uncovered == dict.fromkeys(others, "left out by `layers=`")
@@ -996,37 +994,38 @@ class TestCoverage:
             (["typo"], ["typo"], "there are ['body.0', 'head']"),
             (["body.0", "typo"], ["typo"], "there are ['body.0', 'head']"),
             (["body.0", "typo", "body.1"], ["typo", "body.1"], "did you mean ['body.0']?"),
-            ([nn.RNN, "head"], ["RNN"], "there are ['body.0', 'head']"),
+            ([Last, "head"], ["Last"], "there are ['body.0', 'head']"),
         ],
     )
     def test_pattern_without_a_layer(self, patterns: Any, missing: list[str], hint: str) -> None:
         """The message has to name what there is, not what the other patterns matched."""
-        net = nn.ModuleDict({"body": nn.Sequential(nn.Linear(2, 2), nn.RNN(2, 2)), "head": nn.Linear(2, 2)})
+        body = nn.Sequential(nn.Linear(2, 2), Last(2, 2))
+        net = nn.Sequential(OrderedDict(body=body, head=nn.Linear(2, 2)))
         with pytest.raises(LayerError) as error:
-            cover(net, patterns)
+            covered(net, torch.randn(4, 2), layers=patterns)
         assert f"`layers=` names {missing}, which match no supported layer; {hint}" in str(error.value)
 
     @pytest.mark.parametrize(
         ("net", "found"),
         [
-            (nn.Sequential(nn.RNN(3, 2), nn.Bilinear(1, 1, 1)), "Bilinear is not supported; RNN is not supported"),
+            (Last(2, 2), "used by gru, which is not a supported function"),
             (nn.Sequential(nn.Linear(2, 2).requires_grad_(False)), "no parameter requires a gradient"),
             (nn.Tanh(), "no parameter requires a gradient"),
         ],
     )
     def test_nothing_to_cover(self, net: nn.Module, found: str) -> None:
         with pytest.raises(LayerError, match=rf"no trainable parameter whose .* are understood\. Found: {found}\."):
-            cover(net)
+            covered(net, torch.randn(4, 2))
 
     def test_layer_that_is_the_model(self) -> None:
         net = nn.Linear(4, CLASSES).double()
-        assert list(cover(net).blocks) == [""]
+        assert list(covered(net, data((4,))[0]).blocks) == [""]
         assert_right(net, *data((4,)))
 
     def test_modes_of_coverage_do_not_touch_the_model(self) -> None:
         net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         before: Mapping[str, Tensor] = {name: value.clone() for name, value in net.state_dict().items()}
-        cover(net)
+        covered(net, torch.randn(4, 2))
         assert net.state_dict().keys() == before.keys()
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
         assert all(p.requires_grad for p in net.parameters())

@@ -12,6 +12,7 @@ import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
+from loss_cases import evaluate
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -21,7 +22,7 @@ from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import inspect
 from lightning_influence.objective.scale import HeardTerms, LossScale, ScaleError, TermKey, calling_place
-from lightning_influence.objective.task import Task, evaluate
+from lightning_influence.objective.task import Task
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.pairs import pairwise_scores, top_scores
 

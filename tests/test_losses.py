@@ -922,6 +922,18 @@ def test_the_divergence_of_a_batch_may_be_divided_by_its_rows() -> None:
         torch.testing.assert_close(values, expected, **EXACT)
 
 
+def test_log_odds_of_a_divergence_are_those_of_the_likeliest_given_class() -> None:
+    log_p = torch.randn(N, 4, generator=_generator(), dtype=torch.float64).log_softmax(1)
+    target = torch.rand(N, 4, generator=_generator(), dtype=torch.float64).softmax(1)
+    call = read_call(F.kl_div, (log_p, target), {}, torch.zeros(()))
+    assert call is not None
+    for positive in (None, 2):
+        odds = call.log_odds(N, positive)
+        p = log_p.exp()[torch.arange(N), target.argmax(1) if positive is None else positive]
+        assert odds is not None
+        torch.testing.assert_close(odds, (p / (1 - p)).log(), **EXACT)
+
+
 def test_outliers_have_no_curvature_in_a_huber_loss() -> None:
     z, t = torch.tensor([[0.0, 5.0], [0.0, -5.0]], dtype=torch.float64), torch.full((2, 2), 0.5, dtype=torch.float64)
     noise = torch.full((2, 1, 2), 0.9, dtype=torch.float64)

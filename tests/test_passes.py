@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
+from tracing import covered
 
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients import passes
@@ -27,8 +28,9 @@ from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.noise import ExampleNoise
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.plain_autograd import batch_gradients
+from lightning_influence.gradients.trace import Trace
 from lightning_influence.gradients.verify import Inspection, VerificationError, inspect, looked_at, roomy_batch_size
-from lightning_influence.layers.blocks import LayerError
+from lightning_influence.layers import per_sample
 from lightning_influence.objective.task import TaskError
 
 N, C = 21, 4
@@ -407,12 +409,12 @@ def test_after_calibration_an_example_weighs_the_same_in_every_batch(name: str, 
     net, data = _net(), _data()
     source = ExampleSource.from_loader(DataLoader(data, batch_size=8, shuffle=True))
     source.pass_batch_size = batch_size
-    gradients = ExampleGradients(net, task, source, cover(net))
+    gradients = ExampleGradients(net, task, source, discover(net, task, source))
     found = _collect(gradients, range(N))
     _assert_reference(found, net, lambda z, y: own(z, y).sum(), data)
     sampled = _collect(gradients, range(N), "sampled", draw=1)
     # Passes over other data (here the same, one by one) take the scale over.
-    one_by_one = ExampleGradients(net, task, ExampleSource(data, batch_size=1), cover(net)).like(gradients)
+    one_by_one = ExampleGradients(net, task, ExampleSource(data, batch_size=1), gradients.coverage).like(gradients)
     _assert_same(sampled, _collect(one_by_one, range(N), "sampled", draw=1))
     _assert_same(_collect(gradients, range(N), "exact"), _collect(one_by_one, range(N), "exact"))
     expected = torch.stack([own(net(x[None]), y[None]).sum().detach() for x, y in zip(*data.tensors, strict=True)])
@@ -1001,7 +1003,7 @@ def test_drained_layers_are_the_same_and_are_let_go() -> None:
         expected = [(io.name, io.x.clone(), io.gs[0].clone()) for io in next(batches).layers()]
     with closing(gradients.run(range(8))) as batches:
         batch = next(batches)
-        captured = [weakref.ref(use.call.input) for _, use in batch.capture._order]
+        captured = [weakref.ref(use.call.input) for _, use in batch.capture._uses]
         for number, ((name, x, g), io) in enumerate(zip(expected, batch.drained(), strict=True)):
             assert all(tensor() is None for tensor in captured[: max(0, number - 1)]), "but for the layer before"
             assert captured[number]() is not None
@@ -1159,25 +1161,34 @@ def test_wrong_gradients_are_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["batch statistics", "batch statistics of images"])
 def test_batch_statistics_are_found_without_a_trace(name: str) -> None:
-    """Where the two tiny batches could not be run."""
+    """Where the two tiny batches had none."""
     task, shape, _ = WRONG[name]
-    net = _net()
+    net, data = _net(), _data(shape=shape)
     with pytest.raises(VerificationError, match=DEPENDS):
-        inspect(_gradients(task, net, _data(shape=shape), coverage=cover(net)), range(8))
+        inspect(_gradients(task, net, data, coverage=covered(net, _data().tensors[0])), range(8))
 
 
 @pytest.mark.parametrize("steps", [5, 8], ids=["fewer steps than examples", "as many steps as examples"])
 def test_time_major_inputs(steps: int) -> None:
-    """Two tiny batches tell where the examples are; without them, a layer that is used so is refused."""
+    """Two tiny batches tell where the examples are; without them, they are run one at a time."""
     data, net = _data(shape=(steps, 3)), _net()
     gradients = _gradients(_time_major, net, data)
     _assert_reference(
         _collect(gradients, range(N)), net, F.cross_entropy, data, forward=lambda net, x: net(x.transpose(0, 1)).mean(0)
     )
-    with pytest.raises(
-        (VerificationError, LayerError), match=r"dimension has to hold the examples|batch is not the first"
-    ):
-        inspect(_gradients(_time_major, net, data, coverage=cover(net)), range(8))
+    untraced = _gradients(_time_major, net, data, coverage=cover(net, trace=Trace(failure="not tried")))
+    assert untraced.coverage.one_by_one == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    inspect(untraced, range(8))
+    first: dict[str, Tensor] = {}
+    second: dict[str, Tensor] = {}
+    for each, found in ((gradients, first), (untraced, second)):
+        with closing(each.run(range(N), whole=True)) as batches:
+            for io in next(batches).layers():
+                formed = per_sample.formed(io.x, io.gs[0])
+                found.update(each.coverage.blocks[io.name].to_parameters(formed))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, **EXACT)
 
 
 def test_more_of_a_mean_is_not_taken_for_a_sum() -> None:

@@ -10,14 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tracing import covered
 
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.gradients.capture import Capture
-from lightning_influence.gradients.coverage import cover
 from lightning_influence.layers import patches, per_sample
 from lightning_influence.layers.call import Layouts
 from lightning_influence.layers.convolution import ConvolutionCall
 from lightning_influence.layers.patches import Patches, laid_out
+from lightning_influence.layers.per_sample import forming
 from lightning_influence.layers.rows import rotate, second_moment
 
 EXACT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
@@ -96,7 +97,7 @@ class TestPatches:
     @pytest.mark.parametrize("form", ["auto", "gram", "pixels", "form"])
     def test_norms(self, name: str, form: Any, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of one example at a time, of a few, of all at once."""
-        monkeypatch.setattr(per_sample, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(forming, "_CHUNK_ELEMENTS", elements)
         found, rows = case(name), dense(case(name))
         if form == "pixels" and math.isinf(found.gram_cost()):  # several images each
             form = "auto"
@@ -144,7 +145,7 @@ def test_padding_of_a_call(make: Callable[[], nn.Module]) -> None:
     """What a call says of its margins leaves nothing out."""
     layer = make().double()
     inputs = torch.randn(4, 4 if layer.groups > 1 else 3, *(7,) * (layer.weight.ndim - 2), dtype=torch.float64)
-    with Capture(cover(layer)) as capture:
+    with Capture(covered(layer, inputs)) as capture:
         with capture.forward():
             loss = layer(inputs).square().sum()
         capture.backward([loss], [torch.ones_like(loss)])

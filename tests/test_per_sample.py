@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
+from tracing import covered
 
 from lightning_influence.curvature import BLOCKS, CurvatureBlock, FactorExamples, fit
 from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.coverage import cover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.layers import per_sample
+from lightning_influence.layers.per_sample import forming, norms
 from lightning_influence.layers.rows import Joined, OneHot, Rows, compact, join, rotate, second_moment
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.pairs import pairwise_scores
@@ -56,7 +57,7 @@ CASES = [(shape, layout) for shape in SHAPES for layout in LAYOUTS]
 @pytest.fixture(params=[None, 1, 37], ids=["all at once", "one at a time", "a few at a time"])
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param is not None:
-        monkeypatch.setattr(per_sample, "_CHUNK_ELEMENTS", request.param)
+        monkeypatch.setattr(forming, "_CHUNK_ELEMENTS", request.param)
 
 
 def io(
@@ -121,7 +122,7 @@ class TestAgainstFormedGradients:
         for x, (g,), _, case in cases():
             chunks = list(per_sample.gradients(x, g))
             close(torch.cat(chunks, 1), dense(x, g), case)
-            limit = max(per_sample._CHUNK_ELEMENTS, chunks[0][:, :1].numel())
+            limit = max(forming._CHUNK_ELEMENTS, chunks[0][:, :1].numel())
             assert all(0 < chunk.numel() <= limit for chunk in chunks), case
 
     def test_summed_gradient(self) -> None:
@@ -442,7 +443,9 @@ class TestCost:
         net = nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 50), nn.ReLU(), nn.Linear(50, 5))
         dataset = TensorDataset(torch.randn(400, 60), torch.arange(400) % 5)
         source = ExampleSource(dataset, batch_size=400)
-        gradients = ExampleGradients(net, lambda m, b: F.cross_entropy(m(b[0]), b[1]), source, cover(net))
+        gradients = ExampleGradients(
+            net, lambda m, b: F.cross_entropy(m(b[0]), b[1]), source, covered(net, dataset.tensors[0])
+        )
         with largest_below(400 * 5 * 51):
             curvature = fit(gradients, name, range(400), examples=FactorExamples(400, 400), labels=("sampled", "exact"))
             query = {layer: torch.ones(block.shape) for layer, block in curvature.blocks.items()}
@@ -458,7 +461,9 @@ class TestCost:
         self, monkeypatch: pytest.MonkeyPatch, s: int, i: int, o: int, formed: bool
     ) -> None:
         """Gram costs `s²(i + o)`, forming `s·i·o`: at 30 inputs and 20 outputs they meet at 12 positions."""
-        calls = self.count_calls(monkeypatch, "_formed")
+        calls: list[int] = []
+        in_buffer = norms.in_buffer
+        monkeypatch.setattr(norms, "in_buffer", lambda *args: calls.append(1) or in_buffer(*args))
         per_sample.squared_norms(torch.randn(1, 3, s, i), torch.randn(1, 3, s, o))
         assert bool(calls) == formed == (s**2 * (i + o) >= s * i * o)
 
@@ -480,21 +485,20 @@ class TestCost:
         x, gs = io((1, 3, s, i, o), LAYOUTS["rows"], draws)
         a, b = basis(1, i), basis(1, o)
         rotated = []
-        rotate = per_sample.rotate
 
         def noted(rows: Tensor, basis: Tensor | None) -> Tensor:
             rotated.append("x" if rows is x else "g")
             return rotate(rows, basis)
 
-        monkeypatch.setattr(per_sample, "rotate", noted)
+        monkeypatch.setattr("lightning_influence.layers.per_sample.rotated.rotate", noted)
         per_sample.rotated_squares(x, gs, a, b)
         assert "".join(rotated) == sides
         assert ("x" in sides, "g" in sides) == (s * i**2 <= draws * o * i**2, s * o**2 <= i * o**2)
 
     def test_formed_gradients_are_held_a_few_at_a_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """1,000 examples of 12,000 scalars: 48 MB at once, and every example more would add to it."""
-        monkeypatch.setattr(per_sample, "_CHUNK_ELEMENTS", 50_000)
-        monkeypatch.setattr(per_sample, "_CACHED_ELEMENTS", 50_000)
+        monkeypatch.setattr(forming, "_CHUNK_ELEMENTS", 50_000)
+        monkeypatch.setattr(forming, "_CACHED_ELEMENTS", 50_000)
         x, g = torch.randn(1, 1000, 20, 120), torch.randn(1, 1000, 20, 100)
         a, b = basis(1, 120).float(), basis(1, 100).float()
         with largest_below(x.numel() + 1):
@@ -503,14 +507,3 @@ class TestCost:
             for form in ("form_first", "rotate_first"):
                 per_sample.weighted_rotated_squares(x, g, a, b, torch.ones(1, 100, 120), form=form)
             per_sample.rotated_scores(x, g, a, b, torch.ones(1, 100, 120), torch.ones(1, 100, 120))
-
-    def count_calls(self, monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
-        calls: list[str] = []
-        function = getattr(per_sample, name)
-
-        def counted(*args: Any) -> Any:
-            calls.append(name)
-            return function(*args)
-
-        monkeypatch.setattr(per_sample, name, counted)
-        return calls

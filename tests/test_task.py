@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from loss_cases import evaluate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,7 +21,8 @@ from lightning_influence.objective.losses.poisson import PoissonLikelihood
 from lightning_influence.objective.losses.regression import AbsoluteError, HuberError, SmoothAbsoluteError, SquaredError
 from lightning_influence.objective.scale import LossScale, ScaleTally
 from lightning_influence.objective.tap import LossTap
-from lightning_influence.objective.task import BatchLoss, TaskError, TrainingStepTask, evaluate
+from lightning_influence.objective.task import TaskError, TrainingStepTask
+from lightning_influence.objective.terms import BatchLoss
 
 N, C = 8, 3
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

@@ -21,6 +21,7 @@ from loss_cases import (
     N,
     S,
     Tagger,
+    evaluate,
     head_of_picked,
     l1_loss,
     masked_mean,
@@ -37,7 +38,6 @@ from lightning_influence.gradients.discover import term_forms
 from lightning_influence.objective.losses import CrossEntropy
 from lightning_influence.objective.scale import LossScale, ScaleTally, TermKey
 from lightning_influence.objective.tap import LossTap, calls_in
-from lightning_influence.objective.task import evaluate
 from lightning_influence.objective.terms import BatchLoss, TermForm, placed_calls
 
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from tracing import covered
 
 from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.coverage import cover
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.layers import per_sample
@@ -143,7 +143,7 @@ def test_a_step_size_is_how_far_a_constant_gradient_moves_the_weights(options: d
 def test_step_sizes_of_layers() -> None:
     net = _conv_net()
     net[4].bias.requires_grad_(False)
-    blocks = cover(net).blocks
+    blocks = covered(net, torch.randn(4, 2, 6, 6).double()).blocks
     sums = {"0.weight": 1.0, "0.bias": 2.0, "2.weight": 3.0, "4.weight": 4.0}
     sizes = block_step_sizes(blocks, sums, net)
     assert sizes == {"0": (1.0, 2.0), "2": (3.0, 0.0), "4": (4.0, 0.0)}

@@ -13,6 +13,20 @@ from torch import Tensor
 Indices = Sequence[int] | Tensor | NDArray[Any]
 
 
+def integers(indices: int | Indices) -> list[int]:
+    """Return one index or many as integers.
+
+    Raises:
+        ValueError: If some are none.
+    """
+    values: Any = indices.tolist() if isinstance(indices, (Tensor, np.ndarray, np.generic)) else indices
+    values = list(values) if hasattr(values, "__iter__") else [values]
+    odd = [value for value in values if isinstance(value, bool) or not hasattr(value, "__index__")]
+    if odd:
+        raise ValueError(f"indices must be integers, got {odd[:5]}; a mask becomes indices by `mask.nonzero()`.")
+    return [operator.index(value) for value in values]
+
+
 def distinct(indices: Indices, known: Container[int], otherwise: str, expected: str) -> list[int]:
     """Return indices as integers.
 
@@ -25,11 +39,7 @@ def distinct(indices: Indices, known: Container[int], otherwise: str, expected: 
     Raises:
         ValueError: If some are no integers, not known, or named twice.
     """
-    values = indices.tolist() if isinstance(indices, (Tensor, np.ndarray)) else list(indices)
-    odd = [value for value in values if isinstance(value, bool) or not hasattr(value, "__index__")]
-    if odd:
-        raise ValueError(f"indices must be integers, got {odd[:5]}; a mask becomes indices by `mask.nonzero()`.")
-    chosen = [operator.index(value) for value in values]
+    chosen = integers(indices)
     strangers = [index for index in chosen if index not in known]
     if strangers or len(set(chosen)) != len(chosen):
         what = f"{strangers[:10]} are {otherwise}" if strangers else "some are named twice"

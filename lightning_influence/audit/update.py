@@ -62,7 +62,7 @@ class ParameterUpdate:
         with weights.swapped(parameters, self._changed(parameters)):
             yield
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"{self.title}: {len(self.changes)} parameters move by {self.norm:.3g}"]
         return "\n".join(lines + [f"  note  {note}" for note in self.notes])
 

@@ -12,12 +12,6 @@ from torch import Tensor, nn
 from lightning_influence.training.settings import Mode, TracIn
 
 
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of the allowed words."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, allowed))}.")
-
-
 def check_damping(damping: Any) -> None:
     """Raise ``ValueError`` unless the damping is a finite number > 0 or a rule."""
     if isinstance(damping, str) and damping in ("auto", "relative", "trainer"):

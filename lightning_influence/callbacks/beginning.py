@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge, preparing
-from lightning_influence.callbacks.arguments import check_choice, check_count, check_damping, check_layers, check_task
+from lightning_influence.callbacks.arguments import check_count, check_damping, check_layers, check_task
 from lightning_influence.callbacks.query_report import QueryReport, described
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.resuming import Restored, finished_report
@@ -32,6 +32,7 @@ from lightning_influence.gradients.coverage import Uncovered, listed_layers
 from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection, inspect, roomy_batch_size
+from lightning_influence.influence.inputs import check_choice
 from lightning_influence.objective.scale import NoLossError
 from lightning_influence.objective.task import Task, TrainingStepTask
 from lightning_influence.scores.plan import InfluencePlan

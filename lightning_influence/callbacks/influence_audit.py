@@ -16,7 +16,7 @@ from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.unlearning import Unlearner
 from lightning_influence.callbacks import bridge, preparing
-from lightning_influence.callbacks.arguments import check_choice, checked_indices, checked_tracin
+from lightning_influence.callbacks.arguments import checked_indices, checked_tracin
 from lightning_influence.callbacks.beginning import begun, check_arguments, complete_before, described_arguments
 from lightning_influence.callbacks.hooks import RunHooks
 from lightning_influence.callbacks.query_report import checked_queries
@@ -25,6 +25,7 @@ from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.core import distributed
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.gradients.coverage import Layers, Uncovered
+from lightning_influence.influence.inputs import check_choice
 from lightning_influence.objective.task import Task
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import Mode, TracIn

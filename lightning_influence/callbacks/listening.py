@@ -45,13 +45,14 @@ class BatchListener:
 
     Attributes:
         batch: The running batch.
+        flight: See the arguments.
     """
 
     def __init__(self, recording: Recording, passes: TrainingPasses, flight: FlightRecorder | None) -> None:
         self.recording = recording
         self.batch: BatchRecord | None = None
         self._passes = passes
-        self._flight = flight
+        self.flight = flight
         self._tap = TrainingTap()
 
     @_timed
@@ -65,8 +66,8 @@ class BatchListener:
             return
         # What the trace has seen has one length, which rows of several may be mistaken for.
         misread = batch.ragged and self._passes.source.collation.few_lengths
-        if self._flight is not None and not misread:
-            self._flight.batch_started(trainer, module, batch)
+        if self.flight is not None and not misread:
+            self.flight.batch_started(trainer, module, batch)
         if batch.tap is None and self.recording.losses.needs_tap(trainer.current_epoch):
             batch.tap = self._tap
         if batch.tap is not None:
@@ -96,21 +97,21 @@ class BatchListener:
             calls = batch.tap.taken()
         self.recording.record_batch(batch, loss, calls, self._passes.trace.forms)
         batch.let_go()
-        if self._flight is not None:
-            self._flight.before_backward(trainer, batch)
+        if self.flight is not None:
+            self.flight.before_backward(trainer, batch)
 
     @_timed
     def after_backward(self) -> None:
         """Take what the backward pass said about each example's gradient."""
-        if self._flight is not None and self.batch is not None:
-            self._flight.after_backward(self.batch)
+        if self.flight is not None and self.batch is not None:
+            self.flight.after_backward(self.batch)
 
     @_timed
     def before_step(self, trainer: Trainer, optimizer: object) -> None:
         """Note the learning rates that are really used."""
         self.recording.record_step(optimizer)
-        if self._flight is not None:
-            self._flight.before_step(trainer, optimizer)
+        if self.flight is not None:
+            self.flight.before_step(trainer, optimizer)
 
     def batch_ended(self) -> None:
         """Note a batch without a backward pass: the step may have returned no loss."""
@@ -120,5 +121,5 @@ class BatchListener:
             return
         if batch.indices is not None and not batch.filed:
             self.recording.record_lost(batch)
-        if self._flight is not None:
-            self._flight.batch_ended(batch)
+        if self.flight is not None:
+            self.flight.batch_ended(batch)

@@ -205,7 +205,13 @@ def check_known_noise(known_noise: Tensor | None, source: ExampleSource) -> None
 
 
 def warn_of_gaps(coverage: Coverage) -> None:
-    """Warn of parameters that every score lacks, unless they are few."""
+    """Warn of parameters that every score lacks, unless they are few, and of slow passes."""
+    if coverage.trace.failure is not None:
+        rank_zero_warn(
+            f"The model could not be traced ({coverage.trace.failure}): the gradients of its "
+            f"{coverage.covered_parameters:,} covered parameters are computed one example at a time, by a forward and "
+            "a backward pass for each, which takes many times as long. `layers=` makes it fewer."
+        )
     if coverage.share >= _COMPLETE:
         return
     rank_zero_warn(

@@ -92,10 +92,15 @@ def restore(recording: Recording, restored: Restored | None, trainer: Trainer) -
     """Take over what a checkpoint holds, and note what the columns will lack.
 
     Raises:
-        ValueError: If it was written for a data set of another size.
+        ValueError: If it was written for a data set of another size, or by a version that kept it otherwise.
     """
     step, epoch = trainer.global_step, trainer.current_epoch
     if restored is not None:
+        if "parts" not in restored.state:
+            raise ValueError(
+                "the checkpoint holds what an earlier version of lightning-influence has recorded. Resume with that "
+                "version, start a new run, or train on without an audit."
+            )
         recording.load_state_dict(restored.state, tracin=not restored.unlike)
         if restored.unlike and recording.wants_tracin:
             recording.notes.append(

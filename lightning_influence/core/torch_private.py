@@ -1,16 +1,91 @@
-"""Names of torch that it does not promise to keep: all that isolation needs of them is here."""
+"""Names of torch that it does not promise to keep: what the package needs of them is here, and tested one by one."""
 
 from __future__ import annotations
 
 import sys
+import types
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["TorchDispatchMode", "eagerly", "is_compiled", "meets_compiled", "set_version"]
+__all__ = [
+    "TorchDispatchMode",
+    "ahead_of",
+    "argument_of_caller",
+    "base_of",
+    "eager_name",
+    "eagerly",
+    "is_compiled",
+    "leave_mode",
+    "meets_compiled",
+    "saved",
+    "set_version",
+    "versions",
+    "visible_attention",
+]
+
+# The function, with a `has_torch_function` of its own that says no: the calls that it makes can be watched.
+visible_attention = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda arguments: False},
+    "multi_head_attention_forward",
+    F.multi_head_attention_forward.__defaults__,
+)
+
+
+def leave_mode(mode: TorchFunctionMode) -> None:
+    """Take a mode off the stack of function modes, from the middle if need be."""
+    above: list[TorchFunctionMode] = []
+    while torch._C._len_torch_function_stack():
+        found = _pop_mode()
+        if found is mode:
+            break
+        above.append(found)
+    for other in reversed(above):
+        _push_mode(other)
+
+
+def argument_of_caller(function: Callable[..., Any], name: str) -> Any:
+    """Return a local variable of the innermost running call of a function; None if there is none.
+
+    For arguments that a function of torch hands to no mode, ``weight`` of ``F.l1_loss``.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return frame.f_locals.get(name) if frame.f_code is function.__code__ else None
+
+
+def ahead_of(node: Any) -> tuple[tuple[Any, int], ...]:
+    """Return the nodes of the graph that a node hands gradients to, each with the number of the output there."""
+    found: tuple[tuple[Any, int], ...] = node.next_functions
+    return found
+
+
+def saved(node: Any, name: str) -> Any:
+    """Return what a node of the graph has saved for the backward pass."""
+    return getattr(node, f"_saved_{name}")
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """Return the tensor that another is a view of."""
+    return tensor._base
+
+
+def eager_name(path: str) -> str:
+    """Drop what ``torch.compile`` puts into module paths."""
+    return path.replace("_orig_mod.", "").removesuffix("._orig_mod").removesuffix("_orig_mod")
+
+
+def versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Return how often each tensor was changed in place."""
+    return tuple([tensor._version for tensor in tensors])
 
 
 def set_version(tensor: Tensor, version: int) -> None:

@@ -71,7 +71,7 @@ class Chain:
     steps: tuple[ChainStep, ...]
     off_block_energy: Mapping[str, float]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"{'step':<24}{'error':>8}{'eigenvalues':>13}{'eigenbasis':>12}"]
         for step in self.steps:
             name = f"{TITLES[step.start]} -> {TITLES[step.end]}"

@@ -47,6 +47,12 @@ class BlockCoordinates:
         """Put blocks ``[..., k, o, i]`` in line: ``[..., p]``."""
         return torch.cat([vectors[name].flatten(-3) for name in self.blocks], -1)
 
+    def join_rows(self, rows: Mapping[str, Tensor], n: int, like: Tensor) -> Tensor:
+        """Put per-example gradients ``[n, k, o, i]`` in line: ``[n, p]``; those of layers that are missing are zero."""
+        sizes = self.sizes.items()
+        parts = [rows[name].flatten(1) if name in rows else like.new_zeros((n, size)) for name, size in sizes]
+        return torch.cat(parts, 1)
+
     def split(self, line: Tensor) -> dict[str, Tensor]:
         """Cut ``[..., p]`` up into views ``[..., k, o, i]``."""
         parts = line.split(list(self.sizes.values()), -1)
@@ -79,7 +85,4 @@ def joined_gradients(batch: BatchGradients, coordinates: BlockCoordinates, draw:
         io.name: per_sample.formed(io.xs[draw % len(io.xs)], io.gs[draw % len(io.gs)])
         for io in batch.layers()
     }
-    like = next(iter(formed.values()))
-    for name in coordinates.shapes.keys() - formed.keys():  # layers that this batch did not reach
-        formed[name] = like.new_zeros((batch.loss.n, *coordinates.shapes[name]))
-    return coordinates.join(formed)
+    return coordinates.join_rows(formed, batch.loss.n, next(iter(formed.values())))

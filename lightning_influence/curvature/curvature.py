@@ -65,6 +65,12 @@ class Curvature(ABC):
         self.weights: dict[str, str] = {}
         self.solves: list[Solution] = []
 
+    def __repr__(self) -> str:
+        least, most = min(self.dampings.values(), default=0.0), max(self.dampings.values(), default=0.0)
+        damping = f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
+        fitted = f", fitted on {max(self.examples):,} examples" if any(self.examples) else ""
+        return f"{self.name} of {len(self.dampings)} layers with damping {damping}{fitted}"
+
     @property
     @abstractmethod
     def blockwise(self) -> BlockCurvature | None:

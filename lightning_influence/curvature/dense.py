@@ -100,12 +100,7 @@ class _DenseScorer(Scorer):
 
     def self_influence(self) -> Tensor:
         curvature = self._curvature
-        missing = curvature.matrix.new_zeros(())
-        rows = {
-            name: self._rows.get(name, missing.expand(self._n, *shape))
-            for name, shape in curvature.coordinates.shapes.items()
-        }
-        return curvature.self_influence(curvature.coordinates.join(rows))
+        return curvature.self_influence(curvature.coordinates.join_rows(self._rows, self._n, curvature.matrix))
 
 
 def dense_matrix(

@@ -37,7 +37,7 @@ def fit(
 
     Args:
         gradients: The passes.
-        name: Which approximation, see ``ladder``.
+        name: Which approximation, see ``registry``.
         indices: The training examples; random subsets of them are used.
         examples: Subset sizes.
         labels: Labels of the covariance and eigenvalue passes; approximations with one pass in the parameter basis

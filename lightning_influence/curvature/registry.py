@@ -1,4 +1,7 @@
-"""The approximations by name, from the identity to the exact Hessian, and what each one takes."""
+"""The approximations by name, from the identity to the exact Hessian, and what each one takes.
+
+One of your own is an entry in ``LADDER``, and in ``BLOCKS`` if it is block-diagonal and ``SOURCE`` should take it, too.
+"""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class DampingSweep:
     overlap: tuple[float, ...]
     layer_shares: dict[str, float]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = ["damping   rank correlation   same top 10 %"]
         rows = zip(self.factors, self.stability, self.overlap, strict=True)
         return "\n".join(lines + [f"{f:>6g} x   {s:>16.3f}   {o:>13.0%}" for f, s, o in rows])

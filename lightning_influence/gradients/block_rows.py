@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_influence.core.precision import working, working_dtype
+from lightning_influence.core.torch_private import base_of, versions
 from lightning_influence.gradients.trace import view_of
 from lightning_influence.layers.blocks import LayerError, MatrixBlock, ParameterBlock
-from lightning_influence.layers.call import Call, DirectCall, Layouts, MatrixCall
+from lightning_influence.layers.call import Call, Layouts, MatrixCall
 from lightning_influence.layers.embedding import EmbeddingCall
 from lightning_influence.layers.patches import Activations, Patches, laid_out
 from lightning_influence.layers.rows import Joined, OneHot, Rows, join
@@ -48,7 +49,7 @@ class Output:
         into a view (``F.linear`` with a bias returns one for 3-D inputs) stands behind its base in the graph, and the
         view's own edge would be a dead end.
         """
-        base = output._base
+        base = base_of(output)
         if base is None or base.is_leaf or 0 in output.stride():  # a repeated tensor: its base adds up the examples
             return cls(get_gradient_edge(output))
         offset = int(output.storage_offset() - base.storage_offset())
@@ -106,7 +107,7 @@ class Use:
     @property
     def changed(self) -> bool:
         """Whether a tensor whose values it needs was overwritten since."""
-        return tuple(tensor._version for tensor in self.call.inputs) != self.versions
+        return versions(self.call.inputs) != self.versions
 
 
 def rows_of(block: ParameterBlock, uses: Sequence[Use], n: int) -> list[RowsByDraw]:
@@ -177,8 +178,6 @@ def _matrix_rows(block: MatrixBlock, use: Use, draws: Sequence[Tensor | None], n
 
 def _direct_gradients(use: Use, draw: Tensor | None, n: int) -> dict[str, Tensor]:
     """Return per-example gradients ``[n, *shape]`` of what was passed, by role."""
-    # An embedding has a weight alone, which has rows.
-    assert isinstance(use.call, (MatrixCall, DirectCall))
     if draw is not None:
         return {role: use.call.direct(role, draw, n, use.layouts) for role in use.roles}
     like = next(gradient for gradient in use.output.gradients if gradient is not None)
@@ -236,10 +235,9 @@ def kept(rows: Any, keep: Tensor) -> Any:
 def check_batch(name: str, use: Use, n: int) -> None:
     """Raise ``LayerError`` unless the examples are where they should be."""
     call, layouts = use.call, use.layouts
-    too_small = call.needs_input and call.input.ndim < call.batched_ndim()
     reached = next((g for g in use.output.gradients if g is not None), None)
     wrong = call.needs_input and call.examples_in_input and not layouts.input.fits(call.input.shape, n)
-    if too_small or wrong or (reached is not None and not layouts.output.fits(reached.shape, n)):
+    if wrong or (reached is not None and not layouts.output.fits(reached.shape, n)):
         raise LayerError(
             f"layer {name!r} got an input of shape {tuple(call.input.shape)} for a batch of {n} examples; one "
             "dimension has to hold the examples, alone or with the same number of rows for each, for its gradients to "

@@ -11,7 +11,9 @@ from typing import Literal, TypeAlias
 
 from torch import nn
 
-from lightning_influence.gradients.trace import Trace, TracedUse
+from lightning_influence.core.torch_private import eager_name
+from lightning_influence.gradients.profiles import Profile
+from lightning_influence.gradients.trace import Trace
 from lightning_influence.layers.blocks import (
     LARGEST_VECTOR,
     ONE_HOT,
@@ -20,16 +22,13 @@ from lightning_influence.layers.blocks import (
     ParameterBlock,
     VectorBlock,
 )
-from lightning_influence.layers.convolution import ConvolutionCall
-from lightning_influence.layers.embedding import EmbeddingCall
-from lightning_influence.layers.linear import LinearCall
 
 Uncovered = Literal["report", "exact"]
 Layer: TypeAlias = "str | type[nn.Module]"
 Layers: TypeAlias = "Layer | Iterable[Layer] | None"
 
 # Gradients of so many scalars are formed for every example where there is no other way; larger ones only on request.
-_LARGEST_REPEATED = 2**20
+_LARGEST_UNASKED = 2**20
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,18 @@ class Coverage:
         """Share of the trainable scalars that is covered, 0 to 1."""
         return self.covered_parameters / self.total_parameters if self.total_parameters else 0.0
 
+    def __repr__(self) -> str:
+        return f"Coverage({self.describe()})"
+
     def describe(self) -> str:
         """Return one line for logs: the share covered and what is left out."""
         line = f"{self.share:.1%} of {self.total_parameters:,} trainable parameters in {len(self.blocks)} layers"
         if self.untrained_parameters:
             line += f" ({self.untrained_parameters:,} others are in no optimizer, and count as frozen)"
-        if self.trace.failure is not None:
-            line += f", taken to be used in the standard way (not traced: {self.trace.failure})"
         if self.one_by_one:
             line += f", one example at a time: {listed(sorted(self.one_by_one))}"
+        if self.trace.failure is not None:
+            line += f" (the model could not be traced: {self.trace.failure})"
         return f"{line}; not covered: {listed(list(self.uncovered))}" if self.uncovered else line
 
 
@@ -91,7 +93,7 @@ def cover(
     module: nn.Module,
     layers: Layers = None,
     *,
-    trace: Trace | None = None,
+    trace: Trace,
     uncovered: Uncovered = "report",
     trained: Container[int] | None = None,
 ) -> Coverage:
@@ -101,9 +103,9 @@ def cover(
         module: The model. Only parameters that require a gradient count.
         layers: What to keep: names of modules (with everything in them), of blocks or parameters, glob patterns, or
             types of modules; None keeps all.
-        trace: How the parameters are used, see ``discover``; without it, layers are taken to be used in the standard
-            way, and other parameters are not covered.
-        uncovered: ``"exact"`` covers all others by one backward pass per example.
+        trace: How the parameters are used, see ``discover``. All of a small model that could not be traced are covered
+            by one backward pass per example.
+        uncovered: ``"exact"`` covers all that are not understood by one backward pass per example.
         trained: Ids of the parameters that optimizers hold: others stay as they are, as if frozen. None for all.
 
     Returns:
@@ -112,185 +114,69 @@ def cover(
     Raises:
         LayerError: If nothing is covered, or an entry of ``layers`` matches nothing.
     """
-    return _Survey(module, trace or Trace(), uncovered, trained).coverage(layers, uncovered)
-
-
-@dataclass(eq=False)
-class _Profile:
-    """How one parameter is used, over all its uses."""
-
-    name: str
-    parameter: nn.Parameter
-    form: str | None = None  # of a matrix
-    groups: int = 1
-    kinds: set[str] = field(default_factory=set)
-    direct: bool = False
-    reason: str | None = None
-    partners: list[int | None] = field(default_factory=list)  # weights that it is the bias of, one per use
-    seen: bool = False
-
-    def matrix(self, form: str, groups: int = 1, kind: str = "linear") -> None:
-        """Note a use as a matrix."""
-        if self.form is not None and (self.form, self.groups) != (form, groups):
-            self.reason = f"used both as {self.form} and as {form}"
-        self.form, self.groups = form, groups
-        self.kinds.add(kind)
+    return _Survey(module, trace, uncovered, trained).coverage(layers)
 
 
 class _Survey:
     """Sorts the trainable parameters of a model into blocks."""
 
     def __init__(self, module: nn.Module, trace: Trace, uncovered: Uncovered, trained: Container[int] | None) -> None:
-        self.module = module
         self.trace = trace
         self.exact = uncovered == "exact"
-        self.largest_repeated: float = math.inf if self.exact else _LARGEST_REPEATED
-        self.profiles: dict[int, _Profile] = {}
+        self.profiles: dict[int, Profile] = {}
         self.owners: dict[int, list[tuple[str, nn.Module]]] = {}
         self.untrained: dict[int, int] = {}  # id to size
+        largest = math.inf if self.exact else _LARGEST_UNASKED
         for path, submodule in module.named_modules():
             for local, parameter in submodule.named_parameters(recurse=False):
-                self.owners.setdefault(id(parameter), []).append((_clean(path), submodule))
+                self.owners.setdefault(id(parameter), []).append((eager_name(path), submodule))
                 if parameter.requires_grad and trained is not None and id(parameter) not in trained:
                     self.untrained[id(parameter)] = parameter.numel()
                 elif parameter.requires_grad and id(parameter) not in self.profiles:
-                    name = _clean(f"{path}.{local}" if path else local)
-                    self.profiles[id(parameter)] = _Profile(name, parameter)
-        for profile in self.profiles.values():
-            self._look(profile)
+                    name = eager_name(f"{path}.{local}" if path else local)
+                    self.profiles[id(parameter)] = Profile.of(name, parameter, trace, largest)
 
-    def coverage(self, layers: Layers, uncovered: Uncovered) -> Coverage:
-        blocks = self._blocks()
-        slow = self._slow_blocks() if uncovered == "exact" else []
-        reasons = {p.name: p.reason for p in self.profiles.values() if p.reason is not None}
-        chosen = blocks + slow
-        for block in slow:
-            reasons = {name: reason for name, reason in reasons.items() if name not in block.parameters}
-        if layers is not None:
-            chosen = self._selected(chosen, listed_layers(layers))
-            kept = {name for block in chosen for name in block.parameters}
-            left = [name for block in blocks + slow for name in block.parameters if name not in kept]
-            reasons |= dict.fromkeys(left, "left out by `layers=`")
+    def coverage(self, layers: Layers) -> Coverage:
+        untraced = self.trace.failure is not None
+        slow = self._slow_blocks() if self.exact or untraced else []
+        blocks = self._blocks() + slow
+        chosen = blocks if layers is None else self._selected(blocks, listed_layers(layers))
+        size = sum(p.numel() for block in chosen for p in block.parameters.values())
+        if untraced and not self.exact and size > _LARGEST_UNASKED:
+            raise LayerError(
+                f"the model could not be traced ({self.trace.failure}): the gradients of its {size:,} trainable "
+                f"parameters would have to be computed one example at a time, which is not done unasked for more than "
+                f'{_LARGEST_UNASKED:,}. Pass `uncovered="exact"` to do so, or choose fewer by `layers=`.'
+            )
+        covered = {name for block in chosen for name in block.parameters}
+        of_slow = {name for block in slow for name in block.parameters}
+        reasons = {p.name: p.reason for p in self.profiles.values() if p.reason is not None and p.name not in of_slow}
+        left = [name for block in blocks for name in block.parameters if name not in covered]
+        reasons |= dict.fromkeys(left, "left out by `layers=`")
         if not chosen:
-            why = "; ".join(sorted(set(map(str, reasons.values())))) or "no parameter requires a gradient"
+            why = "; ".join(sorted(set(reasons.values()))) or "no parameter requires a gradient"
             way_out = ' Pass `uncovered="exact"` to compute them one example at a time.' if reasons else ""
             raise LayerError(
                 "the model has no trainable parameter whose per-example gradients are understood. Found: "
                 f"{why}.{way_out}"
             )
-        reasons |= dict.fromkeys(
+        order = [name for profile in self.profiles.values() if (name := profile.name) in reasons]
+        strangers = dict.fromkeys(
             self.trace.outside, "registered in no module, so neither saved nor found; assign it to one"
         )
-        order = {p.name: k for k, p in enumerate(self.profiles.values())}
         return Coverage(
             {block.name: block for block in chosen},
-            {name: str(reasons[name]) for name in sorted(reasons, key=lambda name: order.get(name, len(order)))},
-            sum(p.numel() for block in chosen for p in block.parameters.values()),
+            {name: reasons[name] for name in order} | strangers,
+            size,
             sum(p.parameter.numel() for p in self.profiles.values()),
             frozenset(block.name for block in slow) & {block.name for block in chosen},
             self.trace,
             sum(self.untrained.values()),
         )
 
-    # ------------------------------------------------------------- profiles
-
-    def _look(self, profile: _Profile) -> None:
-        uses = [use for use in self.trace.uses(profile.parameter) if use.kind != "penalty"]
-        met = [use for use in uses if use.kind != "shared"]
-        profile.seen = bool(met)
-        for use in met:
-            self._look_at_use(profile, use)
-        if profile.parameter.is_complex():
-            profile.reason = "complex numbers have no influence scores here"
-        elif not uses and self.trace.failure is not None and self.exact:
-            profile.reason = f"the model could not be traced ({self.trace.failure})"
-        elif not uses and self.trace.paths:
-            profile.reason = "took no part in the first batch"
-            if id(profile.parameter) in self.trace.without_gradients:
-                profile.reason = (
-                    "used without gradients only, under `torch.no_grad` or in a reentrant checkpoint (pass "
-                    "`use_reentrant=False`)"
-                )
-        elif not uses:
-            self._look_at_owner(profile)
-        elif not met and profile.reason is None:
-            profile.reason = "its values never meet the batch"
-        if profile.direct and profile.form not in (None, "linear"):
-            profile.reason = f"used both as {profile.form} and elementwise"
-
-    def _look_at_use(self, profile: _Profile, use: TracedUse) -> None:
-        if use.kind == "unknown" or use.call is None:
-            profile.reason = use.reason
-            return
-        if use.repeated_size > self.largest_repeated:
-            profile.reason = f"{use.reason}; its gradients of every example are too large to form unasked"
-        for role, sources in use.roles.items():
-            if id(profile.parameter) not in sources:
-                continue
-            view = use.views[role]
-            whole = view is not None and view.rows == len(profile.parameter) if profile.parameter.ndim else True
-            if role not in use.call.matrix_roles:
-                profile.direct = True
-                weights = use.roles.get("weight", ())
-                paired = role == "bias" and view is not None and len(weights) == 1 and _same_rows(use)
-                profile.partners.append(weights[0] if paired else None)
-            elif issubclass(use.call, EmbeddingCall) and view is not None and view.transposed:
-                profile.reason = "used transposed by an embedding"
-            elif issubclass(use.call, EmbeddingCall):
-                profile.matrix("linear", kind="embedding")
-                profile.reason = profile.reason or (None if whole else "used in parts by an embedding")
-            elif issubclass(use.call, ConvolutionCall):
-                profile.matrix("transposed convolution" if use.transposed else "convolution", use.groups)
-                profile.reason = profile.reason or (None if whole else "used in parts by a convolution")
-            else:
-                assert view is not None  # or the call would have been repeated for every example
-                across = use.transposed != view.transposed
-                profile.matrix("transposed" if across else "linear")
-                if across and not whole:
-                    profile.reason = "used in parts by a matrix product"
-
-    def _look_at_owner(self, profile: _Profile) -> None:
-        """Take a layer that was not seen at work to be used in the standard way."""
-        path, owner = self.owners[id(profile.parameter)][0]
-        local = profile.name.removeprefix(f"{path}." if path else "")
-        weight = next((p for n, p in owner.named_parameters(recurse=False) if n == "weight"), None)
-        reason = None
-        for _, each in self.owners[id(profile.parameter)]:
-            if dict(each.named_parameters(recurse=False)).get(local) is None and not isinstance(
-                each, nn.MultiheadAttention
-            ):
-                continue
-            if isinstance(each, (nn.Linear, nn.modules.conv._ConvNd)) and local == "bias":
-                profile.direct = True
-                profile.partners.append(id(weight) if weight is not None else None)
-            elif isinstance(each, nn.Linear) and local == "weight":
-                profile.matrix("linear")
-            elif isinstance(each, nn.modules.conv._ConvTransposeNd) and local == "weight":
-                profile.matrix("transposed convolution", each.groups)
-            elif isinstance(each, nn.modules.conv._ConvNd) and local == "weight":
-                profile.matrix("convolution", each.groups)
-            elif isinstance(each, (nn.Embedding, nn.EmbeddingBag)) and local == "weight":
-                profile.matrix("linear", kind="embedding")
-            elif isinstance(each, _SCALES) and local in ("weight", "bias"):
-                profile.direct = True
-                profile.partners.append(id(weight) if local == "bias" and weight is not None else None)
-            elif isinstance(each, nn.MultiheadAttention) and local.endswith("proj_weight"):
-                profile.matrix("linear")
-            elif isinstance(each, nn.MultiheadAttention):
-                profile.direct = True
-                packed = each.in_proj_weight if local == "in_proj_bias" else None
-                profile.partners.append(None if packed is None else id(packed))
-            else:
-                reason = f"{type(each).__name__} is not supported"
-        profile.reason = profile.reason or reason
-        if profile.form is None and not profile.direct and profile.reason is None:
-            profile.reason = "no supported use of it is known"
-
-    # --------------------------------------------------------------- blocks
-
     def _blocks(self) -> list[ParameterBlock]:
         understood = [p for p in self.profiles.values() if p.reason is None]
-        biases: dict[int, _Profile] = {}
+        biases: dict[int, Profile] = {}
         for profile in understood:
             partners = set(profile.partners)
             if profile.form is None and len(partners) == 1 and None not in partners:
@@ -362,25 +248,3 @@ class _Survey:
             hint = f"did you mean {close}?" if close else f"there are {known[:20] or 'none'}"
             raise LayerError(f"`layers=` names {listed}, which match no supported layer; {hint}")
         return kept
-
-
-_SCALES = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._NormBase,
-    nn.PReLU,
-)
-
-
-def _same_rows(use: TracedUse) -> bool:
-    """Tell whether a linear map takes the same rows of its weight and of its bias, if it takes only some."""
-    weight, bias = use.views.get("weight"), use.views.get("bias")
-    if use.call is not LinearCall or use.transposed or weight is None or bias is None or weight.transposed:
-        return True
-    return (weight.start, weight.rows) == (bias.start, bias.rows)
-
-
-def _clean(path: str) -> str:
-    """Drop what ``torch.compile`` puts into module paths, so that names are those of the eager model."""
-    return path.replace("_orig_mod.", "").removesuffix("._orig_mod").removesuffix("_orig_mod")

@@ -18,7 +18,8 @@ from lightning_influence.core.snapshot import StateError
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered, cover
 from lightning_influence.gradients.trace import Trace
-from lightning_influence.gradients.tracer import ShapeRecorder, Tracer
+from lightning_influence.gradients.tracer import Tracer
+from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.losses import LossCall
 from lightning_influence.objective.scale import NoLossError, TermKey
 from lightning_influence.objective.task import Task, run_tapped
@@ -85,37 +86,38 @@ def trace_model(
         forward_context: Wraps the forward passes (a Trainer's precision).
 
     Returns:
-        The trace; its ``failure`` says why if the model can't be run so.
+        The trace; its ``failure`` says why if that can't be followed.
 
     Raises:
         NoLossError: If there is no loss for them.
+        LayerError: If the model can't be run on two examples.
     """
     if not indices:
         return Trace(failure="there are no examples")
-    parameters = [p for p in module.parameters() if p.is_floating_point()]
+    parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
     hidden = hidden_parameters(module)
+
+    def run(watch: AbstractContextManager[Any], indices: list[int]) -> BatchLoss | None:
+        ((_, batch),) = source.batches(indices, len(indices))
+        rewind()
+        seed_everything(0)
+        with forward_context(), watch:
+            loss, calls = run_tapped(task, module, to_device(batch))
+        try:
+            return understand(loss, calls, len(indices))
+        except TaskError:  # raised again by the first pass
+            return None
+
     try:
         with untouched(module, task):
-            for parameter in parameters:
+            for parameter in parameters.values():
                 parameter.requires_grad_(True)
-
-            def run(watch: ShapeRecorder | Tracer, indices: list[int]) -> BatchLoss | None:
-                ((_, batch),) = source.batches(indices, len(indices))
-                rewind()
-                seed_everything(0)
-                with forward_context(), watch:
-                    loss, calls = run_tapped(task, module, to_device(batch))
-                try:
-                    return understand(loss, calls, len(indices))
-                except TaskError:  # raised again by the first pass
-                    return None
-
             # Examples that happen to have equal rows leave their order open: others are tried then.
             for start, size in ((0, 2), (2, 3), (5, 4)) if not whole else ((0, len(indices)),):
                 chosen = list(indices) if whole else source.steady(indices, start, size)
-                recorder = ShapeRecorder()
-                small = run(recorder, chosen)
-                tracer = Tracer(parameters, recorder.calls, (size, size + 1), hidden)
+                first = Tracer(parameters, (size, size + 1))
+                small = run(first, chosen)
+                tracer = Tracer(parameters, (size, size + 1), first.calls, hidden)
                 large = run(tracer, [*chosen, chosen[0]])
                 if small is not None and large is not None:
                     tracer.trace.forms = term_forms(small, large)
@@ -123,11 +125,25 @@ def trace_model(
                     break
     except (StateError, NoLossError):
         raise
-    # Whatever goes wrong in a user's step on a tiny batch: layers used in the standard way are understood without.
+    # Whatever goes wrong in a user's step on a tiny batch: its examples may still be run one at a time, as two copies.
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return Trace(failure=f"{type(error).__name__}: {error}")
+        failure = f"{type(error).__name__}: {error}"
+        try:
+            with untouched(module, task):
+                run(nullcontext(), [indices[0]] * 2)
+        except NoLossError:
+            raise
+        except Exception as second:
+            if is_out_of_memory(second):
+                raise
+            raise LayerError(
+                f"the model can't be run on two copies of an example ({type(second).__name__}: {second}), which is how "
+                "its use of parameters is found out. Its step has to take batches of any size: a size that is written "
+                "into the model has to come from its inputs."
+            ) from error
+        return Trace(failure=failure)
     return tracer.trace
 
 

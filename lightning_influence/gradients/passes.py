@@ -25,13 +25,13 @@ from lightning_influence.gradients.answering import answered
 from lightning_influence.gradients.calibration import measured_scale
 from lightning_influence.gradients.capture import Capture, LayerIO
 from lightning_influence.gradients.coverage import Coverage
-from lightning_influence.gradients.following import followed
+from lightning_influence.gradients.new_paths import followed
 from lightning_influence.gradients.noise import ExampleNoise
 from lightning_influence.gradients.plain_autograd import Start, gradients_one_by_one
 from lightning_influence.objective.losses import known_losses
 from lightning_influence.objective.scale import LossScale, NoLossError
-from lightning_influence.objective.task import BatchLoss, Task, TaskError, run_tapped
-from lightning_influence.objective.terms import understand
+from lightning_influence.objective.task import Task, TaskError, run_tapped
+from lightning_influence.objective.terms import BatchLoss, understand
 
 Labels = Literal["true", "sampled", "exact"]
 NO_EXACT_LABELS = (

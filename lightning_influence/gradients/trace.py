@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_influence.core.layout import BatchLayout
+from lightning_influence.core.torch_private import base_of
 from lightning_influence.layers.call import Call, Layouts
 from lightning_influence.objective.scale import TermKey
 from lightning_influence.objective.terms import TermForm
@@ -36,7 +37,7 @@ def view_of(tensor: Tensor, parameter: Tensor) -> View | None:
     rows = len(parameter) if parameter.ndim else 1
     if tensor is parameter:
         return View(0, rows)
-    if tensor._base is not parameter or not parameter.ndim:
+    if base_of(tensor) is not parameter or not parameter.ndim:
         return None
     offset = tensor.storage_offset() - parameter.storage_offset()
     if tensor.ndim == parameter.ndim == 2 and not offset and tensor.stride() == parameter.stride()[::-1]:
@@ -60,6 +61,8 @@ class TracedUse:
         function: The torch function.
         layouts: Where the examples are, for ``"batched"``.
         call: What the call does, for ``"batched"``.
+        form: How the matrix lies in its parameter, see ``MatrixBlock``.
+        groups: Number of groups of a convolution.
         roles: Role to the ids of the parameters that the tensor in it was made from.
         views: Role to the part of the parameter that it is; None if it was made from it by more than a view.
         arguments: For a function that is run once more for every example: where they are in its tensors.
@@ -72,7 +75,7 @@ class TracedUse:
     function: Callable[..., Any]
     layouts: Layouts = Layouts()
     call: type[Call] | None = None
-    transposed: bool = False
+    form: str = "linear"
     groups: int = 1
     roles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     views: Mapping[str, View | None] = field(default_factory=dict)
@@ -102,7 +105,7 @@ class Trace:
         forms: Where the examples of each term of the loss are, see ``discover.term_forms``.
         formless: Terms of the loss that tracing has told nothing about.
         outside: Shapes of trainable parameters that took part but are in no module, and the functions that used them.
-        failure: Why there is no trace: nothing but layers called in the standard way is understood then.
+        failure: Why there is no trace: all gradients have to be computed one example at a time then.
     """
 
     paths: dict[int, list[list[TracedUse]]] = field(default_factory=dict)
@@ -130,3 +133,43 @@ class Trace:
         for key, paths in other.paths.items():
             known = self.paths.setdefault(key, [])
             known.extend(path for path in paths if path not in known)
+
+
+class PathFinder:
+    """Finds the uses of parameters on the traced paths, as a forward pass goes along.
+
+    Args:
+        trace: The trace.
+        n: Number of examples in the batch, which helps to tell paths apart; None if unknown.
+    """
+
+    def __init__(self, trace: Trace, n: int | None) -> None:
+        self._trace, self._n = trace, n
+        # Id of a parameter to the number of its uses so far and the traced paths that began like this.
+        self._places: dict[int, tuple[int, list[list[TracedUse]]]] = {}
+
+    def next_use(self, function: Callable[..., Any], parameter: Tensor, output: Tensor) -> TracedUse | None:
+        """Return what the trace says of the next use of a parameter; None if no path goes on like this."""
+        key = id(parameter)
+        number, paths = self._places.get(key, (0, self._trace.paths.get(key, [])))
+        following = [
+            (path, use)
+            for path in paths
+            if (use := _use_at(path, number, function)) is not None and use.fits(output, self._n)
+        ]
+        if any(use.kind == "batched" for _, use in following):
+            # An output that has the examples where a batched use has them was not made without them.
+            following = [(path, use) for path, use in following if use.kind != "shared"]
+        if not following or any(use != following[0][1] for _, use in following):
+            return None
+        self._places[key] = number + 1, [path for path, _ in following]
+        return following[0][1]
+
+
+def _use_at(path: list[TracedUse], number: int, function: Callable[..., Any]) -> TracedUse | None:
+    """Return the use at a place of a path if it is by this function."""
+    if number < len(path):
+        return path[number] if path[number].function == function else None
+    # A loop that runs longer than in the trace: more of the same, if all of the same kind are alike.
+    same = [use for use in path if use.function == function]
+    return same[0] if same and path[-1].function == function and all(use == same[0] for use in same) else None

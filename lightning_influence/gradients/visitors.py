@@ -13,7 +13,7 @@ from lightning_influence.core import distributed
 from lightning_influence.core.precision import wide
 from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
-from lightning_influence.objective.task import BatchLoss
+from lightning_influence.objective.terms import BatchLoss
 
 
 class Visitor:

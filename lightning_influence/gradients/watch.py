@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.core.containers import tensors_in
+from lightning_influence.core.torch_private import visible_attention
 from lightning_influence.layers.registry import IN_PLACE
 from lightning_influence.objective.losses import all_arguments
 
@@ -62,15 +62,6 @@ class FunctionWatch(TorchFunctionMode, ABC):
             output: What it returned.
             before: The positional arguments with a copy of what the call has overwritten, if it has.
         """
-
-
-# The function, with a `has_torch_function` of its own that says no: the calls that it makes can be watched.
-visible_attention = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda arguments: False},
-    "multi_head_attention_forward",
-    F.multi_head_attention_forward.__defaults__,
-)
 
 
 def outputs_of(func: Callable[..., Any], args: Sequence[Any], output: Any) -> list[Tensor]:

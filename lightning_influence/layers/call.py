@@ -1,8 +1,8 @@
-"""Torch functions in which parameters meet the batch, and what each says about per-example gradients.
+"""What a call in which parameters meet the batch says about per-example gradients.
 
 A call turns its raw input and the gradient of its output into rows (activations ``x``, output gradients ``g``, see
 ``per_sample``) for parameters that form a matrix, or into every example's own gradient for parameters that scale or
-shift. ``reading`` recognises the calls.
+shift. Readers make them, see ``registry``.
 
 Index legend: ``k`` groups, ``n`` examples, ``m`` rows of an example that lie in one dimension with the examples, ``s``
 positions, ``i`` inputs, ``o`` outputs, ``c`` channels.
@@ -13,13 +13,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.layers.patches import Activations
+
+Bound: TypeAlias = Literal["input", "gradient", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,21 @@ class Call:
 
     matrix_roles: ClassVar[frozenset[str]] = frozenset()
     """Roles whose gradient is a sum of outer products; the others scale or shift."""
+    kind: ClassVar[str] = "linear"
+    """Of the rows: ``"linear"``, or ``"embedding"`` for one-hot ones."""
+    title: ClassVar[str] = "a function"
+    """What messages call it."""
+    takes_parts: ClassVar[bool] = False
+    """Whether a matrix may be some rows of a parameter."""
+    examples_in_input: ClassVar[bool] = True
+    """Whether a dimension of the input holds the examples, as one of the output does."""
+    bounded_by: ClassVar[Bound] = "nothing"
+    """What tells, besides the output's gradient, whether squares of the example's gradient are finite."""
+
+    @property
+    def form(self) -> str:
+        """How the matrix lies in its parameter, see ``MatrixBlock``."""
+        return "linear"
 
     @property
     def needs_input(self) -> bool:
@@ -55,23 +72,8 @@ class Call:
         """Every tensor whose values enter the gradients."""
         return (self.input,) if self.needs_input else ()
 
-    @property
-    def examples_in_input(self) -> bool:
-        """Whether a dimension of the input holds the examples, as one of the output does."""
-        return True
-
-    def batched_ndim(self) -> int:
-        """Return the smallest number of dimensions of an input with a batch."""
-        return 1
-
-
-@dataclass(frozen=True, eq=False)
-class DirectCall(Call):
-    """A call whose parameters scale or shift: every example's own gradient is formed."""
-
-    @abstractmethod
     def direct(self, role: str, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
-        """Return every example's own gradient of a parameter that scales or shifts: ``[n, *shape]``.
+        """Return every example's own gradient of a parameter that is no matrix: ``[n, *shape]``.
 
         Args:
             role: Of the parameter.
@@ -79,6 +81,14 @@ class DirectCall(Call):
             n: Number of examples.
             layouts: Where they are.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no parameter that scales or shifts")
+
+
+@dataclass(frozen=True, eq=False)
+class DirectCall(Call):
+    """A call whose parameters scale or shift: every example's own gradient is formed."""
+
+    bounded_by: ClassVar[Bound] = "gradient"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +96,7 @@ class MatrixCall(Call):
     """A call whose weight has a gradient ``Σ_s g_s x_sᵀ``."""
 
     matrix_roles = frozenset({"weight"})
+    bounded_by: ClassVar[Bound] = "input"
 
     @property
     def needs_input(self) -> bool:
@@ -132,3 +143,8 @@ def as_now(function: Callable[..., Tensor], like: Tensor) -> Callable[..., Tenso
             return function(*args, **kwargs)
 
     return run
+
+
+def over_positions(rows: Tensor) -> Tensor:
+    """Add up what belongs to each channel of an example, ``[n, m, c, ...] -> [n, c]``."""
+    return rows.flatten(3).sum((1, 3)) if rows.ndim > 3 else rows.sum(1)

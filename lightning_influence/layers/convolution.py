@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_influence.core.precision import working
 from lightning_influence.layers.call import Call, Layouts, MatrixCall
 from lightning_influence.layers.patches import Patches
+from lightning_influence.layers.registry import reads
 from lightning_influence.layers.site import Site
 
 
@@ -35,9 +36,12 @@ class ConvolutionCall(MatrixCall):
     groups: int = 1
     transposed: bool = False
 
-    def batched_ndim(self) -> int:
-        """Return two more than the spatial dimensions."""
-        return 2 + len(self.stride)
+    title = "a convolution"
+
+    @property
+    def form(self) -> str:
+        """As the weight of a convolution or a transposed one."""
+        return "transposed convolution" if self.transposed else "convolution"
 
     def activations(self, n: int, layouts: Layouts) -> Tensor:
         """``[n·m, c, ...] -> [groups, n, s, i]``: one row per output position."""
@@ -79,6 +83,7 @@ class ConvolutionCall(MatrixCall):
         return F.pad(images, sides) if any(sides) else images
 
 
+@reads(F.conv1d, F.conv2d, F.conv3d)
 def _read_convolution(site: Site) -> Call:
     a = site.bind("input weight bias stride padding dilation groups")
     roles = site.roles(a, "a convolution", weight="weight", bias="bias")
@@ -95,6 +100,7 @@ def _read_convolution(site: Site) -> Call:
     return ConvolutionCall(a["input"].detach(), roles, tuple(kernel), stride, padding, dilation, a["groups"] or 1)
 
 
+@reads(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 def _read_transposed_convolution(site: Site) -> Call:
     a = site.bind("input weight bias stride padding output_padding groups dilation")
     roles = site.roles(a, "a transposed convolution", weight="weight", bias="bias")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.core.containers import tensors_in
+from lightning_influence.core.containers import map_tensors, tensors_in
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.core.precision import working
-from lightning_influence.layers.call import Call, DirectCall, Layouts, as_now
-from lightning_influence.layers.site import NotUnderstoodError, Site, _Reader
+from lightning_influence.layers.call import Call, DirectCall, Layouts, as_now, over_positions
+from lightning_influence.layers.registry import IN_PLACE, reads
+from lightning_influence.layers.site import NotUnderstoodError, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +29,7 @@ class PReLUCall(DirectCall):
         rows = layouts.output.by_example(gradient * self.input.clamp(max=0), n)
         if self.parameters[role].numel() == 1:
             return rows.flatten(1).sum(1, keepdim=True)
-        return rows.flatten(3).sum((1, 3)) if rows.ndim > 3 else rows.sum(1)
+        return over_positions(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +40,7 @@ class ElementwiseCall(DirectCall):
         function: Out-of-place form.
         arguments: Its arguments, detached.
         position: Role to the place (index or name) of the parameter among them.
-        shifts: Whether the gradient is that of the output itself up to its sign: then no argument's value matters.
+        sign: Of the parameter where the function only adds or subtracts it: no argument's value matters then; else 0.
     """
 
     function: Callable[..., Tensor] = torch.add
@@ -97,42 +101,21 @@ def _reduced(gradient: Tensor, shape: torch.Size, n: int, layout: BatchLayout) -
     return rows.reshape((n, *shape))
 
 
+@reads(F.prelu, torch.prelu)
 def _read_prelu(site: Site) -> Call:
     a = site.bind("input weight")
     return PReLUCall(a["input"].detach(), site.roles(a, "prelu", weight="weight"))
 
 
-def _elementwise_reader(plain: Callable[..., Tensor], sign: int | None = None) -> _Reader:
-    """Make a reader of an elementwise function; ``sign`` that of its second argument if it adds or subtracts."""
-
-    def read(site: Site) -> Call:
-        args, kwargs, output = site.args, site.kwargs, site.output
-        places: list[int | str] = [k for k, value in enumerate(args) if site.is_parameter(value)]
-        places += [name for name, value in kwargs.items() if site.is_parameter(value)]
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if len(places) != 1 or output.shape != torch.broadcast_shapes(*(value.shape for value in tensors)):
-            raise NotUnderstoodError(f"in a call of {plain.__name__} that is not elementwise in it and the batch")
-        (place,) = places
-        parameter = args[place] if isinstance(place, int) else kwargs[place]
-        adds = 0
-        if sign is not None and kwargs.get("alpha", 1) == 1:
-            adds = 1 if place == 0 else sign
-        others = [value for value in tensors if value is not parameter]
-        detached = (
-            tuple(value.detach() if isinstance(value, Tensor) else value for value in args),
-            {
-                name: value.detach() if isinstance(value, Tensor) else value
-                for name, value in kwargs.items()
-                if name != "out"
-            },
-        )
-        raw = next((value for value in others if value.shape == output.shape), output).detach()
-        again = as_now(plain, output)
-        return ElementwiseCall(raw, {"weight": parameter}, again, ((), {}) if adds else detached, place, adds)
-
-    return read
-
-
+@reads(
+    Tensor.expand,
+    Tensor.expand_as,
+    Tensor.repeat,
+    Tensor.tile,
+    Tensor.broadcast_to,
+    torch.tile,
+    torch.broadcast_to,
+)
 def _read_expand(site: Site) -> Call:
     (parameter,) = site.parameters
     if parameter.ndim > site.output.ndim:
@@ -140,16 +123,55 @@ def _read_expand(site: Site) -> Call:
     return ExpandCall(site.output.detach(), {"weight": parameter})
 
 
-def _reversed_sub(self: Tensor, other: Any) -> Tensor:
-    result: Tensor = other - self
-    return result
+def _read_elementwise(plain: Callable[..., Tensor], sign: int | None, site: Site) -> Call:
+    """Read an elementwise function.
+
+    Args:
+        plain: Its out-of-place form.
+        sign: That of its second argument if it adds or subtracts.
+        site: The call.
+    """
+    arguments: dict[int | str, Any] = dict(enumerate(site.args)) | dict(site.kwargs)
+    places = [place for place, value in arguments.items() if site.is_parameter(value)]
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    output = site.output
+    if len(places) != 1 or output.shape != torch.broadcast_shapes(*(value.shape for value in tensors)):
+        raise NotUnderstoodError(f"in a call of {plain.__name__} that is not elementwise in it and the batch")
+    (place,) = places
+    parameter = arguments[place]
+    adds = sign is not None and site.kwargs.get("alpha", 1) == 1
+    detached = map_tensors(Tensor.detach, (site.args, {k: v for k, v in site.kwargs.items() if k != "out"}))
+    others = [value for value in tensors if value is not parameter]
+    return ElementwiseCall(
+        next((value for value in others if value.shape == output.shape), output).detach(),
+        {"weight": parameter},
+        as_now(plain, output),
+        ((), {}) if adds else detached,
+        place,
+        0 if not adds else 1 if place == 0 else sign or 0,
+    )
 
 
-def _reversed_div(self: Tensor, other: Any) -> Tensor:
-    result: Tensor = other / self
-    return result
+def _swapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    def swapped(self: Any, other: Any) -> Any:
+        return function(other, self)
+
+    return update_wrapper(swapped, function)
 
 
-def _reversed_pow(self: Tensor, other: Any) -> Tensor:
-    result: Tensor = other**self
-    return result
+def _register() -> None:
+    signs = {"add": 1, "sub": -1, "subtract": -1}
+    for name in ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow", "maximum",
+                 "minimum", "where", "lerp", "addcmul", "fmax", "fmin"):  # fmt: skip
+        plain = getattr(torch, name)
+        methods = [getattr(Tensor, method, None) for method in (name, f"__{name}__")]
+        in_place = [getattr(Tensor, method, None) for method in (f"{name}_", f"__i{name}__")]
+        functions = [function for function in (plain, *methods, *in_place) if function is not None]
+        reads(*functions)(partial(_read_elementwise, plain, signs.get(name)))
+        IN_PLACE.update(function for function in in_place if function is not None)
+    for method, operation in (("__rsub__", operator.sub), ("__rdiv__", operator.truediv), ("__rpow__", operator.pow)):
+        reads(getattr(Tensor, method))(partial(_read_elementwise, _swapped(operation), None))
+    reads(torch.rsub)(partial(_read_elementwise, torch.rsub, None))
+
+
+_register()

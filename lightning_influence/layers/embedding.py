@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_influence.layers.call import Call, Layouts
+from lightning_influence.layers.registry import reads
 from lightning_influence.layers.rows import OneHot
 from lightning_influence.layers.site import NotSeparableError, NotUnderstoodError, Site
 
@@ -25,6 +27,8 @@ class EmbeddingCall(Call):
     padding_idx: int | None = None
 
     matrix_roles = frozenset({"weight"})
+    kind = "embedding"
+    title = "an embedding"
 
     def rows(self, gradient: Tensor, n: int, layouts: Layouts) -> tuple[Tensor, OneHot]:
         """Return the gradients of the looked-up vectors ``[1, n, s, i]`` and the one-hot rows of their indices."""
@@ -38,50 +42,41 @@ class EmbeddingBagCall(EmbeddingCall):
     """Sums or means of looked-up vectors, one bag per row of the output.
 
     Attributes:
-        scales: Factor of every index in its bag, shaped like ``input`` (1 / size of the bag for means).
-        bags: For inputs with ``offsets``: the bag of every index. None if every row of ``input`` is a bag.
+        bags: The bag of every index.
+        scales: Factor of every index in its bag (1 / size of the bag for means); None for 1.
     """
 
+    bags: Tensor = torch.empty(0)
     scales: Tensor | None = None
-    bags: Tensor | None = None
 
-    @property
-    def examples_in_input(self) -> bool:
-        """Whether every row of the input is a bag."""
-        return self.bags is None
+    examples_in_input = False
 
     def rows(self, gradient: Tensor, n: int, layouts: Layouts) -> tuple[Tensor, OneHot]:
         """Return the gradients of the looked-up vectors ``[1, n, s, i]`` and the one-hot rows of their indices."""
-        size = len(self.parameters["weight"])
-        if self.bags is None:
-            indices, scales = self.input, self.scales
-            valid = torch.ones_like(indices, dtype=torch.bool)
-        else:
-            indices, scales, valid = self._padded(len(gradient))
+        indices, valid = (
+            self._padded(self.input, len(gradient)),
+            self._padded(torch.ones_like(self.bags).bool(), len(gradient)),
+        )
         # bl, bd -> bld
         vectors = gradient.unsqueeze(1).expand(-1, indices.shape[1], -1)
-        if scales is not None:
-            vectors = vectors * scales.unsqueeze(-1).to(vectors.dtype)
-        of_bags = layouts.output
-        picked = of_bags.by_example(indices, n).reshape(n, -1)
-        flat = of_bags.by_example(vectors, n).reshape(1, n, -1, gradient.shape[-1])
-        return _looked_up(picked, flat, size, self.padding_idx, of_bags.by_example(valid, n).reshape(n, -1))
+        if self.scales is not None:
+            vectors = vectors * self._padded(self.scales, len(gradient)).unsqueeze(-1).to(vectors.dtype)
+        indices, vectors, valid = (layouts.output.by_example(each, n) for each in (indices, vectors, valid))
+        return _looked_up(
+            indices.reshape(n, -1),
+            vectors.reshape(1, n, -1, gradient.shape[-1]),
+            len(self.parameters["weight"]),
+            self.padding_idx,
+            valid.reshape(n, -1),
+        )
 
-    def _padded(self, bags: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Lay bags of different sizes out as ``[bags, longest]``."""
-        assert self.bags is not None
+    def _padded(self, values: Tensor, bags: int) -> Tensor:
+        """Lay one value per index out as ``[bags, longest]``, zeros behind the shorter bags."""
         counts = torch.bincount(self.bags, minlength=bags)
-        longest = max(int(counts.max()), 1)
         starts = counts.cumsum(0) - counts
-        place = torch.arange(len(self.bags), device=self.bags.device) - starts[self.bags]
-        indices = self.input.new_zeros((bags, longest))
-        valid = torch.zeros_like(indices, dtype=torch.bool)
-        indices[self.bags, place], valid[self.bags, place] = self.input, True
-        if self.scales is None:
-            return indices, None, valid
-        scales = self.scales.new_zeros((bags, longest))
-        scales[self.bags, place] = self.scales
-        return indices, scales, valid
+        padded = values.new_zeros((bags, max(int(counts.max()), 1)))
+        padded[self.bags, torch.arange(len(self.bags), device=self.bags.device) - starts[self.bags]] = values
+        return padded
 
 
 def _looked_up(
@@ -95,6 +90,7 @@ def _looked_up(
     return vectors, OneHot(indices, size, kept=kept)
 
 
+@reads(F.embedding)
 def _read_embedding(site: Site) -> Call:
     a = site.bind("input weight padding_idx max_norm norm_type scale_grad_by_freq sparse")
     _check_embedding(a)
@@ -113,6 +109,7 @@ def _padding_idx(a: Mapping[str, Any]) -> int | None:
     return None if index is None else int(index) % len(a["weight"])
 
 
+@reads(Tensor.__getitem__)
 def _read_getitem(site: Site) -> Call:
     weight, index = site.args
     if isinstance(index, tuple) and len(index) == 1:
@@ -122,6 +119,7 @@ def _read_getitem(site: Site) -> Call:
     return EmbeddingCall(index.long() % len(weight), {"weight": weight})
 
 
+@reads(F.embedding_bag)
 def _read_embedding_bag(site: Site) -> Call:
     names = (
         "input weight offsets max_norm norm_type scale_grad_by_freq mode sparse per_sample_weights include_last_offset"
@@ -133,18 +131,15 @@ def _read_embedding_bag(site: Site) -> Call:
     mode = a["mode"] or "mean"
     if mode == "max":
         raise NotUnderstoodError("in an embedding bag with `mode='max'`")
-    ids, offsets, padding = a["input"].long(), a["offsets"], _padding_idx(a)
-    scales = None if a["per_sample_weights"] is None else a["per_sample_weights"].detach()
-    bags: Tensor | None = None
-    counted = (
-        torch.ones_like(ids, dtype=site.output.dtype) if padding is None else (ids != padding).to(site.output.dtype)
-    )
+    ids, padding, scales = a["input"].long(), _padding_idx(a), a["per_sample_weights"]
+    count = len(site.output)
     if ids.ndim == 1:
-        starts = (offsets[:-1] if a["include_last_offset"] else offsets).to(ids.device)
+        starts = (a["offsets"][:-1] if a["include_last_offset"] else a["offsets"]).to(ids.device)
         bags = torch.searchsorted(starts.contiguous(), torch.arange(len(ids), device=ids.device), right=True) - 1
-        sizes = torch.zeros(len(starts), dtype=site.output.dtype, device=ids.device).index_add_(0, bags, counted)[bags]
     else:
-        sizes = counted.sum(1, keepdim=True)
+        bags = torch.arange(count, device=ids.device).repeat_interleave(ids.shape[1])
+    ids = ids.flatten()
     if mode == "mean":
-        scales = counted / sizes.clamp(min=1)
-    return EmbeddingBagCall(ids, roles, padding, scales, bags)
+        counted = (torch.ones_like(ids) if padding is None else ids != padding).to(site.output.dtype)
+        scales = counted / counted.new_zeros(count).index_add_(0, bags, counted).clamp(min=1)[bags]
+    return EmbeddingBagCall(ids, roles, padding, bags, None if scales is None else scales.detach().flatten())

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_influence.core.precision import working
 from lightning_influence.layers.call import Call, Layouts, MatrixCall
+from lightning_influence.layers.registry import reads
 from lightning_influence.layers.site import NotUnderstoodError, Site
 
 
@@ -17,9 +20,13 @@ class LinearCall(MatrixCall):
 
     transposed: bool = False
 
-    def batched_ndim(self) -> int:
-        """Return 2."""
-        return 2
+    title = "a matrix product"
+    takes_parts = True
+
+    @property
+    def form(self) -> str:
+        """``"transposed"`` for ``[i, o]``."""
+        return "transposed" if self.transposed else "linear"
 
     def activations(self, n: int, layouts: Layouts) -> Tensor:
         """``[..., i] -> [1, n, s, i]``."""
@@ -30,6 +37,7 @@ class LinearCall(MatrixCall):
         return layouts.output.by_example(gradient, n).reshape(1, n, -1, gradient.shape[-1])
 
 
+@reads(F.linear)
 def _read_linear(site: Site) -> Call:
     a = site.bind("input weight bias")
     roles = site.roles(a, "linear", weight="weight", bias="bias")
@@ -38,6 +46,7 @@ def _read_linear(site: Site) -> Call:
     return LinearCall(a["input"].detach(), roles)
 
 
+@reads(torch.addmm, Tensor.addmm)
 def _read_addmm(site: Site) -> Call:
     a = site.bind("input mat1 mat2")
     roles = site.roles(a, "addmm", weight="mat2", bias="input")
@@ -48,6 +57,7 @@ def _read_addmm(site: Site) -> Call:
     return LinearCall(a["mat1"].detach(), roles, transposed=True)
 
 
+@reads(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 def _read_matmul(site: Site) -> Call:
     left, right = (*site.args, *site.kwargs.values())[:2]
     if site.is_parameter(left) or right.ndim != 2 or left.ndim < 2:

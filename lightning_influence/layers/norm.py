@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.layers.call import Call, DirectCall, Layouts
-from lightning_influence.layers.site import NotSeparableError, Site, _Reader
+from lightning_influence.layers.call import Bound, Call, DirectCall, Layouts, over_positions
+from lightning_influence.layers.registry import reads
+from lightning_influence.layers.site import NotSeparableError, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +28,12 @@ class NormCall(DirectCall):
     normalise: Callable[[Tensor], Tensor] = torch.clone
     features: int = 0
 
+    bounded_by: ClassVar[Bound] = "input"
+
     @property
     def needs_input(self) -> bool:
         """Whether there is a weight to scale with the normalised input."""
         return "weight" in self.parameters
-
-    def batched_ndim(self) -> int:
-        """Return one more than the normalised dimensions."""
-        return max(self.features + 1, 2)
 
     def direct(self, role: str, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
         """Return ``Σ g x̂`` for the weight and ``Σ g`` for the bias, over all positions."""
@@ -40,25 +42,23 @@ class NormCall(DirectCall):
         if self.features:
             shape = rows.shape[-self.features :]
             return rows.reshape(n, -1, *shape).sum(1)
-        return rows.flatten(3).sum((1, 3)) if rows.ndim > 3 else rows.sum(1)
+        return over_positions(rows)
 
 
-def _norm_reader(names: str, features: bool) -> _Reader:
-    def read(site: Site) -> Call:
-        a = site.bind(names)
-        function = site.function
-        roles = site.roles(a, function.__name__, weight="weight", bias="bias")
-        if a.get("training"):
-            raise NotSeparableError("in a batch norm that takes the statistics of the batch")
-        plain = {
-            name: value for name, value in a.items() if name not in ("input", "weight", "bias") and value is not None
-        }
+_SIGNATURES: dict[Callable[..., Any], str] = {
+    F.layer_norm: "input normalized_shape weight bias eps",
+    F.rms_norm: "input normalized_shape weight eps",
+    F.group_norm: "input num_groups weight bias eps",
+    F.instance_norm: "input running_mean running_var weight bias use_input_stats momentum eps",
+    F.batch_norm: "input running_mean running_var weight bias training momentum eps",
+}
 
-        def normalise(input: Tensor) -> Tensor:
-            result: Tensor = function(input, **plain)
-            return result
 
-        spans = len(a["normalized_shape"]) if features else 0
-        return NormCall(a["input"].detach(), roles, normalise, spans)
-
-    return read
+@reads(*_SIGNATURES)
+def _read_norm(site: Site) -> Call:
+    a = site.bind(_SIGNATURES[site.function])
+    roles = site.roles(a, site.function.__name__, weight="weight", bias="bias")
+    if a.get("training"):
+        raise NotSeparableError("in a batch norm that takes the statistics of the batch")
+    plain = {name: value for name, value in a.items() if name not in ("input", "weight", "bias") and value is not None}
+    return NormCall(a["input"].detach(), roles, partial(site.function, **plain), len(a.get("normalized_shape", ())))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_influence.core.containers import map_tensors, tensors_in
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.core.precision import working
-from lightning_influence.layers.call import DirectCall, Layouts
+from lightning_influence.layers.call import Bound, DirectCall, Layouts, as_now
+from lightning_influence.layers.site import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,18 @@ class RepeatedCall(DirectCall):
     function: Callable[..., Tensor] = torch.clone
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
     argument_layouts: tuple[BatchLayout | None, ...] = ()
+
+    bounded_by: ClassVar[Bound] = "nothing"
+
+    @classmethod
+    def of(cls, site: Site, layouts: tuple[BatchLayout | None, ...]) -> RepeatedCall:
+        """Make the call of a site; ``layouts`` tell where the examples are in each of its tensors."""
+        arguments = (tuple(site.args), dict(site.kwargs))
+        batched = [t for t, layout in zip(tensors_in(arguments), layouts, strict=True) if layout is not None]
+        distinct = list({id(tensor): tensor for tensor in site.parameters}.values())
+        roles = {f"argument {position}": tensor for position, tensor in enumerate(distinct)}
+        raw = (batched or distinct)[0].detach()
+        return cls(raw, roles, as_now(site.function, site.output), arguments, layouts)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:

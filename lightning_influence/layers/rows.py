@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_influence.layers.patches import Patches
@@ -136,8 +137,11 @@ def compact(x: Tensor, rows: OneHot) -> Tensor:
     """
     if rows.distinct or x.shape[2] == 1:
         return x
-    # nst: the first position t with the index of position s
-    first = (rows.indices.unsqueeze(2) == rows.indices.unsqueeze(1)).to(torch.uint8).argmax(2)
+    # Sorted, equal indices are neighbours: comparing every two positions would take the square of their number.
+    ids, order = rows.indices.sort(dim=1, stable=True)
+    starts = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+    starts = torch.where(starts, torch.arange(ids.shape[1], device=ids.device), 0).cummax(1).values
+    first = torch.empty_like(order).scatter_(1, order, order.gather(1, starts))
     place = first.view(1, *first.shape, 1).expand_as(x)
     return torch.zeros_like(x).scatter_add_(2, place, x)
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_influence.layers.call import Call
-
 
 class NotUnderstoodError(RuntimeError):
     """A function uses a parameter in a way that has no rows; the message says which."""
@@ -61,6 +59,3 @@ class Site:
             if argument not in roles.values() and self.is_parameter(value):
                 raise NotUnderstoodError(f"as the argument `{argument}` of {name}")
         return {role: bound[argument] for role, argument in roles.items() if self.is_parameter(bound.get(argument))}
-
-
-_Reader = Callable[[Site], Call]

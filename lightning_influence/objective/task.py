@@ -15,9 +15,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from lightning_influence.objective.losses import LossCall
-from lightning_influence.objective.scale import LossScale, NoLossError, TermKey
+from lightning_influence.objective.scale import NoLossError, TaskError
 from lightning_influence.objective.tap import LossTap
-from lightning_influence.objective.terms import BatchLoss, TaskError, TermForm, understand
 
 
 class Task(Protocol):
@@ -81,35 +80,6 @@ class TrainingStepTask:
                 "'loss'); return the loss, or pass `task=`, a function (module, batch) -> loss."
             )
         return result
-
-
-def evaluate(
-    task: Task,
-    module: nn.Module,
-    batch: Any,
-    n: int,
-    scale: LossScale | None = None,
-    forms: Mapping[TermKey, TermForm] | None = None,
-) -> BatchLoss:
-    """Run ``task`` on one batch under the tap.
-
-    Args:
-        task: The task.
-        module: The user's module.
-        batch: One batch of ``n`` examples, on the module's device.
-        n: Number of examples in the batch.
-        scale: That of the whole training set. With None, every term is scaled such that the batch loss is the mean
-            over this very batch.
-        forms: Where the examples of the terms are, see ``term_forms``; by default rows come first, those of one
-            example side by side.
-
-    Returns:
-        The loss and its known terms.
-
-    Raises:
-        TaskError: If the loss has the wrong shape or does not depend on the model.
-    """
-    return understand(*run_tapped(task, module, batch), n, scale, forms)
 
 
 def run_tapped(task: Task, module: nn.Module, batch: Any) -> tuple[Tensor, list[LossCall]]:

@@ -224,7 +224,20 @@ def understand(
     scale: LossScale | None = None,
     forms: Mapping[TermKey, TermForm] | None = None,
 ) -> BatchLoss:
-    """Tell what a loss is made of; see ``evaluate``, of which this is the second half."""
+    """Tell what a loss is made of.
+
+    Args:
+        loss: What a task returned for a batch.
+        calls: The known loss calls that it made, see ``run_tapped``.
+        n: Number of examples in the batch.
+        scale: That of the whole training set. With None, every term is scaled such that the batch loss is the mean
+            over this very batch.
+        forms: Where the examples of the terms are, see ``discover.term_forms``; by default rows come first, those of
+            one example side by side.
+
+    Raises:
+        TaskError: If the loss has the wrong shape or does not depend on the model.
+    """
     values: Tensor | None = None
     if loss.ndim == 1 and loss.shape[0] == n:
         values, loss = loss.detach(), loss.mean()

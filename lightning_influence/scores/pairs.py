@@ -39,6 +39,7 @@ from lightning_influence.scores.queries import (
 
 _SCORE_BYTES = 8
 _TITLE = "pairwise scores"
+_SHOWN = 10  # queries in a repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,10 @@ class PairwiseScores:
     scores: Tensor
     parts: dict[str, Tensor] | None = None
     notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        layers = f", by {len(self.parts)} layers" if self.parts else ""
+        return f"PairwiseScores({len(self.queries):,} queries x {len(self.examples):,} examples{layers})"
 
     def group(self, members: Sequence[int]) -> Tensor:
         """Return the influence of a group of training examples on every query, the sum over its members.
@@ -118,6 +123,17 @@ class TopScores:
         scores, rows = scores.masked_fill(unknown, torch.nan), rows.masked_fill(unknown, -1)
         (most, proponents), (least, opponents) = ((scores[k, :, :m], rows[k, :, :m]) for k, m in enumerate(kept))
         return cls(torch.tensor(list(queries)), proponents, most, opponents, -least, list(notes))
+
+    def __repr__(self) -> str:
+        columns = (self.queries, self.proponents, self.proponent_scores, self.opponents, self.opponent_scores)
+        rows = zip(*(column[:_SHOWN].tolist() for column in columns), strict=True)
+        lines = [f"  {q}: proponents {_named(p, high)}; opponents {_named(o, low)}" for q, p, high, o, low in rows]
+        more = ["  ..."] if len(self.queries) > _SHOWN else []
+        return "\n".join([f"TopScores of {len(self.queries):,} queries", *lines, *more])
+
+
+def _named(indices: Sequence[int], scores: Sequence[float]) -> str:
+    return ", ".join(f"{i} ({score:+.3g})" for i, score in zip(indices[:3], scores[:3], strict=True)) + ", ..."
 
 
 def pairwise_scores(
@@ -190,25 +206,10 @@ def top_scores(
     normalise: Normalisation = "none",
     query_bytes: int = QUERY_BYTES,
 ) -> TopScores:
-    """Find the strongest proponents and opponents of every query; memory does not grow with the training data.
-
-    Args:
-        gradients: Passes over the training data.
-        indices: The training examples; one that is named twice counts once.
-        curvature: The curvature, fitted on the training data.
-        queries: Passes over the queries' data.
-        query_indices: The queries.
-        count: Number of proponents and of opponents.
-        normalise: See ``pairwise_scores``.
-        query_bytes: See ``pairwise_scores``.
-
-    Returns:
-        The strongest of every query, on the host; the same on every process.
+    """Find the ``count`` strongest proponents and opponents of every query; memory does not grow with the data.
 
     Raises:
-        ValueError: As ``pairwise_scores``, and if ``count`` is less than 1.
-        QueryError: Before any training example is scored, if the training task can't be run on the queries.
-        SolverError: If an iterative solver did not reach its tolerance.
+        ValueError, QueryError, SolverError: As ``pairwise_scores``, and if ``count`` is less than 1.
     """
     _check(gradients, indices, curvature, queries, query_indices, normalise)
     if count < 1:

@@ -78,6 +78,10 @@ class Checkpoint:
             optimizer,
         )
 
+    def __repr__(self) -> str:
+        stands = f", stands for {self.steps:,} steps{f' of {self.optimizer}' if self.optimizer else ''}"
+        return f"Checkpoint(step {self.step:,}, {len(self.parameters)} parameters{stands if self.steps else ''})"
+
     def standing_for(self, earlier: Checkpoint) -> Checkpoint:
         """Return the checkpoint that stands for the steps of an earlier one, too, which is dropped."""
         names = {**earlier.step_sizes, **self.step_sizes}

@@ -67,8 +67,11 @@ class ExampleSums:
         """Take over what all processes have seen: the sums of their ``addends``."""
         for (name, _), total in zip(self._all(), totals, strict=False):
             before = self._common.get(name, torch.full_like(total, self._last.get(name, 0.0)))
-            known = torch.where(totals[-1] > 0, total / totals[-1].clamp(min=1), before) if name in self._last else None
-            self._columns[name] = before + total if known is None else known
+            if name in self._last:
+                visitors = totals[-1]
+                self._columns[name] = torch.where(visitors > 0, total / visitors.clamp(min=1), before)
+            else:
+                self._columns[name] = before + total
         self._common = self.state_dict()
 
     def _all(self) -> list[tuple[str, Tensor]]:

@@ -10,16 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.solve.solution import (
-    INDEFINITE,
-    SINGULAR,
-    SOLVED,
-    UNSOLVED,
-    Damped,
-    Ends,
-    Solution,
-    normalised,
-)
+from lightning_influence.curvature.solve.solution import INDEFINITE, SINGULAR, SOLVED, UNSOLVED, Run, Solution
 from lightning_influence.curvature.solve.spectrum import Matvec, rounding, row_norms, row_products
 
 # A restart from the true residual that does not halve it shows that rounding, not the number of steps, is the limit.
@@ -60,20 +51,18 @@ def cg(
     Raises:
         ValueError: If ``g`` is non-finite or of the wrong shape, or ``damping`` is no number >= 0.
     """
-    b, norms = normalised(g, damping)
-    operator = Damped(matvec, damping)
-    x, ends = torch.zeros_like(b), Ends(norms)
-    active = norms.nonzero()[:, 0]
-    r = b[active]
-    first = True
+    run = Run(matvec, g, damping)
+    x = torch.zeros_like(run.b)
+    active = run.residual.nonzero()[:, 0]
+    r, first = run.b[active], True
     while len(active):
-        start = ends.residual[active]
-        sweep = _sweep(operator, preconditioner, x[active], r, tolerance, max_steps - ends.steps[active])
-        r = b[active] - operator(sweep.x)
+        start = run.residual[active]
+        sweep = _sweep(run, preconditioner, x[active], r, tolerance, max_steps - run.steps[active])
+        r = run.b[active] - run(sweep.x)
         found = row_norms(r)
         kept = found <= (_LARGEST_GROWTH if first else start)
         now = torch.where(kept, found, start)
-        steps = ends.steps[active] + sweep.steps
+        steps = run.steps[active] + sweep.steps
         # The later ones tell more.
         kinds = torch.where(now > _WORTHWHILE * start, _STALLED, SOLVED)
         kinds = torch.where(steps >= max_steps, _EXHAUSTED, kinds)
@@ -81,8 +70,8 @@ def cg(
         kinds = torch.where(sweep.kinds != SOLVED, sweep.kinds, kinds)
         kinds = torch.where(now <= tolerance, SOLVED, kinds)
         x[active] = torch.where(kept[:, None], sweep.x, x[active])
-        ends.steps[active], ends.kinds[active] = steps, kinds
-        ends.values[active], ends.residual[active] = sweep.values, now
+        run.steps[active], run.kinds[active] = steps, kinds
+        run.values[active], run.residual[active] = sweep.values, now
         going = ((now > tolerance) & (kinds == SOLVED)).nonzero()[:, 0]
         active, r, first = active[going], r[going], False
 
@@ -99,7 +88,7 @@ def cg(
             f"{damping:.3g}, or `tolerance`, or compute in float64."
         )
 
-    return ends.solution(g, x, norms, operator, why)
+    return run.solution(x, why)
 
 
 class _Sweep(NamedTuple):
@@ -111,9 +100,7 @@ class _Sweep(NamedTuple):
     values: Tensor
 
 
-def _sweep(
-    operator: Damped, preconditioner: Matvec | None, x: Tensor, r: Tensor, tolerance: float, budget: Tensor
-) -> _Sweep:
+def _sweep(run: Run, preconditioner: Matvec | None, x: Tensor, r: Tensor, tolerance: float, budget: Tensor) -> _Sweep:
     """Run until the recursion's residual is small, the budget (``[q]`` steps) is used up, or something breaks."""
     ends = _Sweep(x.clone(), torch.zeros_like(budget), torch.zeros_like(budget), torch.zeros_like(row_norms(r)))
     # Of the systems still running: their numbers, solutions, directions, and rᵀz of the step before.
@@ -123,7 +110,7 @@ def _sweep(
         z = r if preconditioner is None else preconditioner(r)
         rz = row_products(r, z)
         d = z + (rz / before).to(d.dtype)[:, None] * d
-        ad = operator(d)
+        ad = run(d)
         curvature = row_products(d, ad)
         unsuitable = ~(rz > 0)
         # By rounding alone it may be positive where there is none.
@@ -139,7 +126,7 @@ def _sweep(
         kinds = torch.where(indefinite, INDEFINITE, kinds)
         ends.kinds[live] = torch.where(unsuitable, _PRECONDITIONER, kinds)
         ends.values[live] = torch.where(
-            curvature.abs() <= noise, -operator.damping, curvature / row_products(d, d) - operator.damping
+            curvature.abs() <= noise, -run.damping, curvature / row_products(d, d) - run.damping
         )
         ends.steps[live] += 1
         # The one thing in a step that waits for the device: who goes on.

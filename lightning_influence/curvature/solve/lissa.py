@@ -12,15 +12,7 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.solve.solution import (
-    INDEFINITE,
-    SOLVED,
-    UNSOLVED,
-    Damped,
-    Ends,
-    Solution,
-    normalised,
-)
+from lightning_influence.curvature.solve.solution import INDEFINITE, SOLVED, UNSOLVED, Run, Solution
 from lightning_influence.curvature.solve.spectrum import Matvec, largest_eigenvalue, row_norms, smallest_eigenvalue
 
 # Steps between two looks at whether any system is left: the device need not be waited for in every step.
@@ -68,38 +60,36 @@ def lissa(
         ValueError: If ``g`` is non-finite or of the wrong shape, ``damping`` is no number >= 0, or ``C + λ`` has no
             positive eigenvalue.
     """
-    b, norms = normalised(g, damping)
-    operator = Damped(matvec, damping)
+    run = Run(matvec, g, damping)
     stream = iter(matvecs)
     first = list(islice(stream, min(steps, _BATCHES_TO_LOOK_AT)))
     if step_size is None:
-        step_size = _MARGIN * _step_bound([operator.plain, *first], g, damping)
-    v, average, ends = torch.zeros_like(b), torch.zeros_like(b), Ends(norms)
-    alive = torch.ones_like(norms, dtype=torch.bool)
-    averaged = 0
+        step_size = _MARGIN * _step_bound([run.plain, *first], g, damping)
+    v, average, averaged = torch.zeros_like(g), torch.zeros_like(g), 0
+    alive = torch.ones_like(run.kinds, dtype=torch.bool)
     for step, product in enumerate(islice(chain(first, stream), steps), 1):
-        moved = v - step_size * (product(v) + damping * v - b)
+        moved = v - step_size * (product(v) + damping * v - run.b)
         longest = _OVERSHOOT * min(step * step_size, 1 / damping if damping else math.inf)
         # Decided on the device: nothing has to wait for it, and no infinity ever enters the next product.
         alive = alive & (row_norms(moved) <= longest)
         v = torch.where(alive[:, None], moved, v)
-        ends.steps += alive
+        run.steps += alive
         if step > steps // 2:
             averaged += 1
             average += (v - average) / averaged
         if step % _LOOK == 0 and not bool(alive.any()):
             break
-    residual = row_norms(b - operator(v))
+    residual = row_norms(run.b - run(v))
     if averaged:
-        other = row_norms(b - operator(average))
+        other = row_norms(run.b - run(average))
         better = alive & (other < residual)
         v, residual = torch.where(better[:, None], average, v), torch.where(better, other, residual)
-    ends.residual = residual
-    ends.kinds = torch.where(alive, torch.where(residual <= tolerance, SOLVED, _SLOW), _DIVERGED)
+    run.residual = residual
+    run.kinds = torch.where(alive, torch.where(residual <= tolerance, SOLVED, _SLOW), _DIVERGED)
     if not bool(alive.all()):
-        kind, value = _why_diverged(operator, g)
-        ends.kinds = torch.where(alive, ends.kinds, kind)
-        ends.values = torch.where(alive, ends.values, value)
+        kind, value = _why_diverged(run)
+        run.kinds = torch.where(alive, run.kinds, kind)
+        run.values = torch.where(alive, run.values, value)
 
     def why(kind: int, value: float, residual: float, steps: int) -> str:
         if kind == _DIVERGED:
@@ -114,7 +104,7 @@ def lissa(
             f"batches, or raise `damping`, now {damping:.3g}."
         )
 
-    return ends.solution(g, v, norms, operator, why)
+    return run.solution(v, why)
 
 
 def _step_bound(matvecs: Iterable[Matvec], g: Tensor, damping: float) -> float:
@@ -128,10 +118,10 @@ def _step_bound(matvecs: Iterable[Matvec], g: Tensor, damping: float) -> float:
     return 1 / (max(largest, 0.0) + damping)
 
 
-def _why_diverged(operator: Damped, g: Tensor) -> tuple[int, float]:
+def _why_diverged(run: Run) -> tuple[int, float]:
     """Tell a negative eigenvalue, which no step size helps against, from a step that is too long."""
-    smallest = smallest_eigenvalue(operator.plain, g, max_steps=30, resolution=0.1 * operator.damping)
-    if smallest.value < -operator.damping - smallest.error:
+    smallest = smallest_eigenvalue(run.plain, run.b, max_steps=30, resolution=0.1 * run.damping)
+    if smallest.value < -run.damping - smallest.error:
         return INDEFINITE, smallest.value
-    largest = largest_eigenvalue(operator.plain, g)
+    largest = largest_eigenvalue(run.plain, run.b)
     return _DIVERGED, largest.value + largest.error

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_influence.core.precision import wide_dtype
 from lightning_influence.curvature.solve.spectrum import Matvec, check_damping, indefinite_reason, row_norms
 
 SOLVED, INDEFINITE, SINGULAR, UNSOLVED = range(4)
@@ -69,12 +68,44 @@ class Solution:
         return self.solution
 
 
-class Damped:
-    """``C + λ`` that counts its products."""
+class Run:
+    """One solver's run on many systems: the product with ``C + λ``, and how each system ends.
 
-    def __init__(self, matvec: Matvec, damping: float) -> None:
-        self._matvec, self.damping = matvec, damping
-        self.products = 0
+    Args:
+        matvec: Multiplies ``[q, p]`` by ``C``.
+        g: ``[q, p]``.
+        damping: Absolute λ.
+
+    Attributes:
+        b: The systems at unit length (zero rows as they are): no scale can overflow then.
+        steps: Iterations, ``[q]``; none at first.
+        kinds: ``SOLVED``, or why not, ``[q]``.
+        values: An eigenvalue, where the reason needs one, ``[q]``.
+        residual: Relative residual, ``[q]``; that of a solution of zero at first.
+        products: Number of products so far.
+
+    Raises:
+        ValueError: If ``g`` is non-finite or of the wrong shape, or ``damping`` is no number >= 0.
+    """
+
+    def __init__(self, matvec: Matvec, g: Tensor, damping: float) -> None:
+        if g.ndim != 2 or not g.is_floating_point():
+            raise ValueError(
+                f"g has the shape {tuple(g.shape)} and dtype {g.dtype}; expected floating point [q, p], one system per "
+                "row."
+            )
+        bad = (~torch.isfinite(g).all(1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise ValueError(f"g has non-finite entries in the rows {bad[:10]}; leave those examples out.")
+        check_damping(damping)
+        self.damping, self.products = damping, 0
+        self._matvec, self._g, norms = matvec, g, row_norms(g)
+        self._norms = norms
+        self.b = g / torch.where(norms > 0, norms, 1).to(g.dtype)[:, None]
+        self.steps = torch.zeros_like(norms, dtype=torch.int64)
+        self.kinds = torch.zeros_like(self.steps)
+        self.values = torch.zeros_like(norms)
+        self.residual = (norms > 0).to(norms.dtype)
 
     def plain(self, v: Tensor) -> Tensor:
         """Multiply by ``C``."""
@@ -88,78 +119,25 @@ class Damped:
         """Multiply by ``C + λ``."""
         return self.plain(v) + self.damping * v
 
-
-class Ends:
-    """How each system ended, ``[q]`` each, from no step and a solution of zero on.
-
-    Attributes:
-        steps: Iterations.
-        kinds: ``SOLVED``, or why not.
-        values: An eigenvalue, where the reason needs one.
-        residual: Relative residual.
-    """
-
-    def __init__(self, norms: Tensor) -> None:
-        self.steps = torch.zeros_like(norms, dtype=torch.int64)
-        self.kinds = torch.zeros_like(self.steps)
-        self.values = torch.zeros_like(norms)
-        self.residual = (norms > 0).to(norms.dtype)
-
-    def solution(
-        self,
-        g: Tensor,
-        x: Tensor,
-        norms: Tensor,
-        operator: Damped,
-        why: Callable[[int, float, float, int], str],
-    ) -> Solution:
+    def solution(self, x: Tensor, why: Callable[[int, float, float, int], str]) -> Solution:
         """Undo the normalisation and put everything into words.
 
         Args:
-            g: ``[q, p]``.
-            x: Solutions for ``g`` at unit length.
-            norms: Lengths of ``g``.
-            operator: ``C + λ``.
+            x: Solutions for ``b``.
             why: What to say of a solver's own kind, value, residual and steps; a colon ends the name of the kind.
         """
-        v = (x * norms[:, None].to(x.dtype)).to(g.device, g.dtype)
+        v = (x * self._norms[:, None].to(x.dtype)).to(self._g)
         finite = torch.isfinite(v).all(1)
         v = torch.where(finite[:, None], v, 0)
-        finite = finite.to(self.kinds.device)
         kinds, residual = torch.where(finite, self.kinds, SINGULAR), torch.where(finite, self.residual, 1)
 
         def reason(kind: int, value: float, residual: float, steps: int) -> str:
             if kind == INDEFINITE:
-                return indefinite_reason(value, operator.damping)
+                return indefinite_reason(value, self.damping)
             if kind == SINGULAR:
-                damping = f"{operator.damping:.3g}"
+                damping = f"{self.damping:.3g}"
                 return f"singular: with damping {damping} the solution grows beyond all bounds; raise `damping`."
             return "" if kind == SOLVED else why(kind, value, residual, steps)
 
         ends = zip(kinds.tolist(), self.values.tolist(), residual.tolist(), self.steps.tolist(), strict=True)
-        return Solution(
-            v,
-            (kinds == SOLVED).to(g.device),
-            self.steps.to(g.device),
-            residual.to(g.device, wide_dtype(g.device)),
-            tuple(reason(*end) for end in ends),
-            operator.products,
-        )
-
-
-def normalised(g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Return systems at unit length (zero rows as they are), and their norms: no scale can overflow then.
-
-    Raises:
-        ValueError: If ``g`` is non-finite or of the wrong shape, or ``damping`` is no number >= 0.
-    """
-    if g.ndim != 2 or not g.is_floating_point():
-        raise ValueError(
-            f"g has the shape {tuple(g.shape)} and dtype {g.dtype}; expected floating point [q, p], one system per row."
-        )
-    bad = (~torch.isfinite(g).all(1)).nonzero()[:, 0].tolist()
-    if bad:
-        raise ValueError(f"g has non-finite entries in the rows {bad[:10]}; leave those examples out.")
-    check_damping(damping)
-    norms = row_norms(g)
-    return g / torch.where(norms > 0, norms, 1).to(g.dtype)[:, None], norms
+        return Solution(v, kinds == SOLVED, self.steps, residual, tuple(reason(*end) for end in ends), self.products)

@@ -47,6 +47,10 @@ class MeasurementScores:
     scores: Tensor
     measured: Measured
 
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count:,} in {group}" for group, count in self.measured.counts.items())
+        return f"MeasurementScores({len(self.indices):,} examples; measured {self.measured.value:.4g} of {counts})"
+
 
 def as_measurement(measurement: AnyMeasurement) -> Measurement:
     """Return a measurement by name, or made of a function ``(module, batch) -> number`` of the whole set.

@@ -21,9 +21,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_influence.core.torch_private import visible_attention
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.trace import TracedUse
-from lightning_influence.gradients.watch import visible_attention
 from lightning_influence.layers.blocks import ParameterBlock
 from lightning_influence.layers.call import Layouts
 from lightning_influence.layers.registry import IN_PLACE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,4 +150,4 @@ class Visit:
         """
         assert self._scale is not None
         parts = [wide(squares) * (rates[group] * self._scale**2) for group, squares in self.squares.items()]
-        return torch.stack(parts).sum(0) if parts else torch.zeros(self.n, dtype=torch.float64)
+        return reduce(torch.add, parts) if parts else torch.zeros(self.n, dtype=torch.float64)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning_influence.gradients.discover import trace_model
 from lightning_influence.layers.blocks import LayerError, NewPathError
-from lightning_influence.objective.task import BatchLoss
+from lightning_influence.objective.terms import BatchLoss
 
 if TYPE_CHECKING:
     from lightning_influence.gradients.passes import ExampleGradients

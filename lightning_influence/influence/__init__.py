@@ -1,0 +1,6 @@
+"""The public door: influence of training examples, without a Trainer."""
+
+from lightning_influence.influence.along import AlongTraining
+from lightning_influence.influence.influence import Influence
+
+__all__ = ["AlongTraining", "Influence"]

@@ -1,0 +1,55 @@
+"""A fitted curvature in a directory: that of ``Influence.save``, or of an audit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_influence.audit.store.factors import read_factors
+from lightning_influence.audit.store.store import AuditStore
+from lightning_influence.curvature import Curvature
+from lightning_influence.curvature.saved import restored
+from lightning_influence.influence.examined import ExaminedModel
+
+
+def stored_examples(directory: str | os.PathLike[str]) -> NDArray[np.int64]:
+    """Return the dataset indices of the training examples."""
+    return AuditStore.open(directory).read_scores()["index"]
+
+
+def stored_curvature(directory: str | os.PathLike[str], examined: ExaminedModel) -> Curvature:
+    """Return the curvature.
+
+    Raises:
+        ValueError: If it belongs to another model, other layers or other weights.
+    """
+    store = AuditStore.open(directory)
+    manifest, weights = store.manifest, examined.checksum()
+    if manifest.get("weights", weights) != weights:
+        raise ValueError(f"{store.directory} was fitted at other weights: load the checkpoint of that training.")
+    curvature = restored(read_factors(directory), examined.coverage)
+    curvature.notes += manifest.get("notes", [])
+    return curvature
+
+
+def store_curvature(directory: str | os.PathLike[str], curvature: Curvature, examined: ExaminedModel) -> Path:
+    """Write the curvature to a new directory.
+
+    Raises:
+        ValueError: If it is solved by products with the training data.
+    """
+    files = curvature.tensors()
+    if any(about["kind"] != about["curvature"] for _, about in files.values()):
+        raise ValueError(
+            f"{curvature.name} is solved by products with the training data, nothing of it can be saved: fit it with "
+            '`solver="dense"`, or again when it is needed.'
+        )
+    store = AuditStore.create(directory)
+    store.write_scores({"index": np.array(examined.examples)})
+    for name, (tensors, about) in files.items():
+        store.write_factors(name, tensors, about)
+    store.write_manifest({"status": "complete", "notes": curvature.notes, "weights": examined.checksum()})
+    return store.directory

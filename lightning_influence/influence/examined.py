@@ -1,0 +1,151 @@
+"""A model and its training data, looked at once: traced, verified, and calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import cached_property
+from typing import Any, get_args
+from zlib import crc32
+
+import torch
+from torch import nn
+
+from lightning_influence.core.containers import map_tensors
+from lightning_influence.curvature import SOLVERS, CurvatureName, Fisher, Solver, check_labels, check_solver
+from lightning_influence.data.source import DataError
+from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered
+from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.verify import VerificationError, inspect, roomy_batch_size
+from lightning_influence.influence.inputs import Data, Indices, Loss, check_choice, positions, source_of, task_of
+from lightning_influence.layers.blocks import LayerError
+from lightning_influence.objective.terms import TaskError
+from lightning_influence.scores.plan import InfluencePlan
+
+Paired = tuple[ExampleGradients, list[int], ExampleGradients, list[int]]
+"""Passes and indices of the training data, then of the queries."""
+
+
+class ExaminedModel:
+    """A trained model and its training data; arguments as for ``Influence``.
+
+    Attributes:
+        model: The model.
+        examples: Dataset indices of the training examples, sorted.
+        inspection: What one batch has shown.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | None,
+        train_set: Data,
+        *,
+        examples: Indices | None = None,
+        batch_size: int | None = None,
+        layers: Layers = None,
+        uncovered: Uncovered = "report",
+        verify: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"the model is a {type(model).__name__}; expected a torch module.")
+        check_choice("uncovered", uncovered, get_args(Uncovered))
+        task = task_of(model, loss)
+        source, drawn = source_of(train_set, batch_size)
+        self.model = model
+        self.examples = sorted(set(positions(examples, drawn, "training set")))
+        with _first_batch():
+            coverage = discover(
+                model,
+                task,
+                source,
+                indices=self.examples,
+                layers=layers,
+                uncovered=uncovered,
+                to_device=self._to_device,
+            )
+            self._passes = ExampleGradients(model, task, source, coverage)
+            self.inspection = inspect(self._passes, self.examples, verify=verify)
+        source.pass_batch_size = roomy_batch_size(self.inspection)
+
+    @property
+    def coverage(self) -> Coverage:
+        """Which of the trainable parameters are understood."""
+        return self._passes.coverage
+
+    @cached_property
+    def training(self) -> ExampleGradients:
+        """Passes over the training data, with the scale of their loss: to measure it may take a pass forward."""
+        return self._passes.calibrate(self.examples, of_mean=not self.coverage.trace.sums)
+
+    def chosen(self, indices: Indices | None) -> list[int]:
+        """Return training examples by index, all by default."""
+        return positions(indices, self.examples, "training set")
+
+    def queries(self, test_set: Data, indices: Indices | None = None) -> tuple[ExampleGradients, list[int]]:
+        """Return passes over a test set, weighed as the training data, and the examples that are meant."""
+        source, drawn = source_of(test_set)
+        source.pass_batch_size = self._passes.source.pass_batch_size
+        chosen = positions(indices, drawn, "test set")  # before anything is computed
+        return self.training.on(source), chosen
+
+    def paired(self, test_set: Data, indices: Indices | None = None) -> Paired:
+        """Return what the functions of pairs take first."""
+        queries, chosen = self.queries(test_set, indices)
+        return self.training, self.examples, queries, chosen
+
+    def plan(
+        self, curvature: CurvatureName, *, fisher: Fisher = "auto", solver: Solver = "auto", **options: Any
+    ) -> InfluencePlan:
+        """Return how a curvature is fitted: labels, examples, damping; see ``InfluencePlan.make``."""
+        check_choice("curvature", curvature, get_args(CurvatureName))
+        check_choice("fisher", fisher, get_args(Fisher))
+        check_choice("solver", solver, ("auto", "dense", *SOLVERS))
+        check_solver(curvature, solver)
+        seen, size = self.inspection, len(self.examples)
+        check_labels(curvature, fisher, seen.tapped, seen.exact_draws)
+        return InfluencePlan.make(
+            self.coverage, seen, size, curvature=curvature, fisher=fisher, solver=solver, **options
+        )
+
+    @cached_property
+    def labels(self) -> dict[int, int]:
+        """The given labels of the training examples, as far as the loss tells."""
+        found: dict[int, int] = {}
+        with closing(self.training.losses(self.examples, title="labels", everywhere=True)) as losses:
+            for own, loss in losses:
+                told = None if loss.primary is None else loss.primary.statistics(loss.n).get("label")
+                found |= {} if told is None else dict(zip(own, map(int, told.tolist()), strict=True))
+        return {index: label for index, label in found.items() if label >= 0}
+
+    def checksum(self) -> str:
+        """Return what tells the weights that the model has now from others, on any device."""
+        result = 0
+        for value in self.model.state_dict().values():
+            if isinstance(value, torch.Tensor):
+                result = crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, result)
+        return f"{result:08x}"
+
+    def __repr__(self) -> str:
+        return f"{type(self.model).__name__}, {len(self.examples):,} training examples, {self.coverage.describe()}"
+
+    def _to_device(self, batch: Any) -> Any:
+        device = next(self.model.parameters()).device
+        return map_tensors(lambda tensor: tensor.to(device), batch)
+
+
+@contextmanager
+def _first_batch() -> Iterator[None]:
+    """Say what was tried when a user's loss fails on the first batch."""
+    try:
+        yield
+    except (DataError, LayerError, TaskError, VerificationError, ValueError, torch.OutOfMemoryError):
+        raise
+    # Anything can go wrong in a user's code that meets its first batch here.
+    except Exception as error:
+        raise TaskError(
+            f"the loss can't be computed on a batch of the training data ({type(error).__name__}: {error}). A function "
+            "is called with (model, batch), the batch as the data set's examples are collated; a loss of "
+            "(outputs, targets) is passed as `nn.CrossEntropyLoss()` or another module."
+        ) from error

@@ -1,0 +1,299 @@
+"""Influence of training examples on a trained model: everything that takes no Trainer, behind one object."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lightning_influence.audit.indices import integers
+from lightning_influence.audit.unlearning import ParameterUpdate, Unlearner, WeightDecay
+from lightning_influence.curvature import (
+    Curvature,
+    CurvatureName,
+    Damping,
+    Fisher,
+    OptimizerHistory,
+    Solver,
+    random_subset,
+)
+from lightning_influence.curvature.chain import Chain, curvature_chain
+from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.visitors import ExampleScores
+from lightning_influence.influence.along import AlongTraining
+from lightning_influence.influence.directory import store_curvature, stored_curvature, stored_examples
+from lightning_influence.influence.examined import ExaminedModel
+from lightning_influence.influence.inputs import Data, Indices, Loss, aligned
+from lightning_influence.scores.along.dropout_masks import ip_ensemble
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.measurements import (
+    AnyMeasurement,
+    MeasurementScores,
+    measurement_gradient,
+    measurement_scores,
+    measurement_value,
+)
+from lightning_influence.scores.pairs import Normalisation, PairwiseScores, TopScores, pairwise_scores, top_scores
+from lightning_influence.training.checkpoints import Checkpoint
+
+Asked = tuple[ExampleGradients, list[int], Curvature, ExampleGradients, list[int]]
+"""Passes and indices of the training data, the curvature, then passes and indices of the queries."""
+
+# Examples that tell how much the damping matters.
+_SWEPT = 256
+
+
+class Influence(ExaminedModel):
+    """What training examples do to a trained model.
+
+    The model is traced, and its per-example gradients are checked against autograd, on a few examples when the object
+    is made. Nothing in it changes afterwards: ``fit`` returns another one, with a curvature. Model, data and random
+    streams are left as they are; the model is looked at in evaluation mode, at the weights that it has now.
+
+    Wherever data are asked for, that is a map-style data set or a ``DataLoader`` over one; indices are one index of the
+    data set, or many.
+
+    Args:
+        model: The trained model.
+        loss: What it was trained on: a function ``(model, batch) -> loss``; a loss of torch (``nn.CrossEntropyLoss()``,
+            ``F.cross_entropy``, any module), for batches ``(inputs, targets)``; or None for the ``training_step`` of a
+            ``LightningModule``.
+        train_set: The training data. Of a loader, batch size, collate function and workers are taken. Batches are moved
+            to the model's device.
+        examples: Indices of the examples that the model was trained on; by default all that there are, or that the
+            loader draws from.
+        batch_size: Of training, by default that of the loader, else 32. It matters for losses that are not plain means.
+        layers: What to look at: names of layers or parameters, glob patterns, or types of modules; all by default.
+        uncovered: ``"report"`` leaves out parameters whose per-example gradients have no closed form (see
+            ``coverage.uncovered``), ``"exact"`` computes them one example at a time.
+        verify: Whether to check the gradients.
+
+    Raises:
+        TypeError, DataError, ValueError: For a loss, data or indices that are none.
+        TaskError, LayerError: If the loss can't be computed on the training data, or no parameter is covered.
+        VerificationError: If gradients disagree with autograd, or an example's loss depends on others.
+
+    Example:
+        >>> influence = Influence(model, F.cross_entropy, train_set).fit("ekfac")
+        >>> print(influence.top(test_set, [3, 14, 15]))
+    """
+
+    _curvature: Curvature | None = None
+    _weights = ""
+
+    @classmethod
+    def load(
+        cls, directory: str | os.PathLike[str], model: nn.Module, loss: Loss | None, train_set: Data, **settings: Any
+    ) -> Influence:
+        """Read back a fitted curvature that was saved, or that of an audit, ``<log_dir>/influence``.
+
+        All but ``directory`` is as for the constructor, the model with the weights that the curvature was fitted at;
+        ``examples`` are those that were.
+
+        Raises:
+            StoreError: If there is none, or it is damaged.
+            ValueError: If it belongs to another model, other layers or other weights.
+        """
+        settings.setdefault("examples", stored_examples(directory))
+        loaded = cls(model, loss, train_set, **settings)
+        return loaded._with(stored_curvature(directory, loaded))
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write the fitted curvature to a new directory and return its path, with a version suffix if it was taken.
+
+        With several processes, call it on one.
+
+        Raises:
+            ValueError: If it is solved by products with the training data: there is nothing to keep.
+        """
+        return store_curvature(directory, self.curvature, self)
+
+    @property
+    def curvature(self) -> Curvature:
+        """The fitted curvature.
+
+        Raises:
+            RuntimeError: Before ``fit``, or if the model has other weights by now.
+        """
+        if self._curvature is None:
+            raise RuntimeError(
+                'there is no curvature yet; `influence = influence.fit("ekfac")` returns an object that has one '
+                '("identity" for plain products of gradients).'
+            )
+        if self.checksum() != self._weights:
+            raise RuntimeError(
+                "the model's weights have changed since the curvature was fitted (more training, a checkpoint loaded, "
+                "an update applied): fit it again, or load the weights that are meant."
+            )
+        return self._curvature
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the scores should know."""
+        notes = [] if self._curvature is None else list(self._curvature.notes)
+        if not self.inspection.tapped:
+            notes.append("no known loss call accounts for the whole loss: the Fisher is empirical")
+        if self.inspection.random:
+            notes.append("the loss draws random numbers in evaluation mode: scores hold for one draw")
+        return notes
+
+    def fit(
+        self,
+        curvature: CurvatureName = "ekfac",
+        *,
+        fisher: Fisher = "auto",
+        damping: Damping = "auto",
+        solver: Solver = "auto",
+        factor_examples: int | Literal["auto"] | None = "auto",
+        history: OptimizerHistory | None = None,
+    ) -> Influence:
+        """Fit a curvature at the weights that the model has now.
+
+        Args:
+            curvature: ``"ekfac"``, ``"kfac"``, ``"diagonal"``, ``"identity"``, ``"block_ggn"``, ``"ggn"`` or
+                ``"hessian"``.
+            fisher: Labels for it: ``"sampled"`` from the model, ``"exact"`` (their expectation), ``"empirical"``;
+                ``"auto"`` samples if the loss is known.
+            damping: A number λ, ``"relative"`` (0.1 of each block's mean eigenvalue), ``"trainer"`` (what the training
+                implies, which takes ``history``), or ``"auto"``: that of the curvature.
+            solver: For GGN and Hessian: ``"dense"``, ``"cg"``, ``"nystrom"``, ``"pcg"`` or ``"lissa"``.
+            factor_examples: Number of random examples to fit on; ``"auto"``: enough for every factor; None: all.
+            history: What the optimizer did, see ``StepSizes.history``.
+
+        Returns:
+            The same with the curvature.
+
+        Raises:
+            ValueError, TaskError, IndefiniteError: If the curvature can't be had; with the way out.
+        """
+        plan = self.plan(
+            curvature, fisher=fisher, damping=damping, solver=solver, examples=factor_examples, history=history
+        )
+        fitted = plan.fit(self.training, self.examples)
+        fitted.notes[:0] = plan.damping.notes
+        return self._with(fitted)
+
+    def scores(self, indices: Indices | None = None, *, validation: Data | None = None) -> ExampleScores:
+        """Return everything that the weights tell of training examples (all by default), in one pass.
+
+        Columns ``loss``, ``predicted``, ``label``, ``grad_norm_squared``, ``finite``; once fitted ``self_influence``,
+        and with ``validation`` data ``harm``: removing the example changes the mean loss on them by about ``-harm/N``.
+        """
+        chosen, query = sorted(set(self.chosen(indices))), None
+        curvature = None if self._curvature is None and validation is None else self.curvature
+        if validation is not None and curvature is not None:
+            passes, every = self.queries(validation)
+            query = curvature.solve(measurement_gradient(passes, every, "loss"))
+        return score_examples(self.training, chosen, curvature=curvature, query=query)
+
+    def self_influence(self, indices: Indices | None = None) -> Tensor:
+        """Return ``∇ℓᵀ (C + λ)⁻¹ ∇ℓ`` of training examples, ``[n]`` in the order of the indices (all by default)."""
+        _ = self.curvature
+        return aligned(self.scores(indices), "self_influence", self.chosen(indices))
+
+    def top(
+        self, test_set: Data, indices: Indices | None = None, k: int = 10, *, normalise: Normalisation = "none"
+    ) -> TopScores:
+        """Return the ``k`` strongest proponents and opponents of each query; arguments as for ``pairs``."""
+        return top_scores(*self._asked(test_set, indices), k, normalise=normalise)
+
+    def pairs(
+        self,
+        test_set: Data,
+        indices: Indices | None = None,
+        *,
+        normalise: Normalisation = "none",
+        by_layer: bool = False,
+        path: str | os.PathLike[str] | None = None,
+    ) -> PairwiseScores:
+        """Return the scores of all pairs, ``∇ℓ(q)ᵀ (C + λ)⁻¹ ∇ℓ(z)``, ``[q, n]``; positive for proponents.
+
+        Args:
+            test_set: Data of the queries.
+            indices: Which of them; all by default.
+            normalise: ``"relative"`` divides by the root of the training example's self-influence, ``"cosine"`` by the
+                query's, too.
+            by_layer: Whether to give each layer's part.
+            path: An ``.npy`` file to put scores into that are too many for memory.
+        """
+        return pairwise_scores(*self._asked(test_set, indices), normalise=normalise, by_layer=by_layer, path=path)
+
+    def dropout_ensemble(
+        self, test_set: Data, indices: Indices | None = None, *, masks: int = 10, seed: int = 0
+    ) -> PairwiseScores:
+        """Return inner products of gradients, the mean over ``masks`` sub-networks of a model with dropout."""
+        return ip_ensemble(*self.paired(test_set, indices), masks=masks, seed=seed)
+
+    def along(self, checkpoints: Sequence[Checkpoint]) -> AlongTraining:
+        """Return scores along the training, from checkpoints: an audit's, or ``Checkpoint.of(model, step, ...)``."""
+        return AlongTraining(self, checkpoints)
+
+    def measure(
+        self, test_set: Data, measurement: AnyMeasurement = "loss", indices: Indices | None = None
+    ) -> MeasurementScores:
+        """Return what is measured on a set, and the influence of every training example on it.
+
+        Args:
+            test_set: The set.
+            measurement: ``"loss"``, ``"margin"``, a gap or adversarial loss, or a function ``(model, batch) -> number``
+                of the whole set.
+            indices: Which of its examples; all by default.
+        """
+        return measurement_scores(*self._asked(test_set, indices), measurement)
+
+    def value(self, test_set: Data, measurement: AnyMeasurement = "loss", indices: Indices | None = None) -> float:
+        """Return what is measured on a set, by forward passes only; see ``measure``."""
+        return measurement_value(*self.queries(test_set, indices), measurement)
+
+    def remove(self, indices: Indices, *, leverage: bool = False, weight_decay: WeightDecay = 0.0) -> ParameterUpdate:
+        """Return the change of the parameters that training without some examples makes, by one Newton step.
+
+        Args:
+            indices: The examples.
+            leverage: Whether to take them out of the curvature, too: what a group needs.
+            weight_decay: Coefficient of an L2 term in the loss, for all parameters or by name.
+        """
+        curvature, chosen = self.curvature, self.chosen(indices)
+        unlearner = Unlearner(self.training, curvature, self.examples, weight_decay=weight_decay)
+        return unlearner.newton_removal(chosen, leverage=leverage)
+
+    def repair(self, indices: Indices, labels: Indices) -> ParameterUpdate:
+        """Return the change of the parameters that training with other labels makes, by one Newton step.
+
+        Args:
+            indices: The examples.
+            labels: A new label for each of them.
+        """
+        curvature, chosen = self.curvature, self.chosen(indices)
+        unlearner = Unlearner(self.training, curvature, self.examples, labels=self.labels)
+        return unlearner.label_repair(chosen, integers(labels))
+
+    def damping_sweep(self) -> DampingSweep:
+        """Return how much self-influence depends on the damping, from a few hundred examples."""
+        blocks = self.curvature.blockwise
+        if blocks is None:
+            raise ValueError(f"{self.curvature.name} would have to be factorised anew for every damping.")
+        return damping_sweep(self.training, random_subset(self.examples, _SWEPT, 0), blocks)
+
+    def chain(self) -> Chain:
+        """Return what each approximation gives away, from the Hessian down to K-FAC; for small networks."""
+        return curvature_chain(self.training, self.examples)
+
+    def _asked(self, test_set: Data, indices: Indices | None) -> Asked:
+        curvature = self.curvature  # before anything is computed
+        training, examples, queries, chosen = self.paired(test_set, indices)
+        return training, examples, curvature, queries, chosen
+
+    def _with(self, curvature: Curvature) -> Influence:
+        other = copy.copy(self)
+        other._curvature, other._weights = curvature, self.checksum()
+        return other
+
+    def __repr__(self) -> str:
+        fitted = "not fitted" if self._curvature is None else repr(self._curvature)
+        return f"Influence({super().__repr__()}; {fitted})"

@@ -1,0 +1,187 @@
+"""Squares of per-example gradients in a basis, where curvature is diagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.layers.per_sample.forming import in_buffer, scattered
+from lightning_influence.layers.per_sample.norms import squared_norms
+from lightning_influence.layers.per_sample.products import inner_products
+from lightning_influence.layers.rows import OneHot, Rows, added, compact, rotate
+
+RotationForm = Literal["auto", "rotate_first", "form_first"]
+
+
+def summed_squares(x: Tensor | Sequence[Tensor], gs: Sequence[Rows]) -> Tensor:
+    """Return the elementwise squares of the gradients, summed over examples and draws, ``[k, o, i]``."""
+    return rotated_squares(x, gs, None, None)
+
+
+def weighted_squares(x: Tensor, g: Rows, weights: Tensor) -> Tensor:
+    """Return ``Σ_koi weights_koi (G_kn)²_oi``, ``[n]``, for weights ``[k, o, i]``."""
+    return weighted_rotated_squares(x, g, None, None, weights)
+
+
+def rotated_squares(
+    x: Tensor | Sequence[Tensor],
+    gs: Sequence[Rows],
+    basis_x: Tensor | None,
+    basis_g: Tensor | None,
+    *,
+    form: RotationForm = "auto",
+) -> Tensor:
+    """Return the squares of the rotated gradients, summed over examples and draws.
+
+    Args:
+        x: Activations ``[k, n, s, i]``, or one per draw.
+        gs: Output gradients ``[k, n, s, o]``, one per draw, or one that all draws share.
+        basis_x: Orthonormal columns ``[k, i, i]``; None is the identity.
+        basis_g: Orthonormal columns ``[k, o, o]``; None is the identity, the only one for one-hot rows.
+        form: For tests only, see ``_rotated``.
+
+    Returns:
+        ``Σ_n Σ_draws (basis_gᵀ G_kn basis_x)²``, ``[k, o, i]`` (EK-FAC eigenvalues before the mean; George et al.
+        2018, 1806.03884).
+    """
+    if not isinstance(x, Tensor):
+        if len(x) > 1:
+            each = gs if len(gs) > 1 else [gs[0]] * len(x)
+            return added(rotated_squares(a, [g], basis_x, basis_g, form=form) for a, g in zip(x, each, strict=True))
+        x = x[0]
+    if isinstance(gs[0], OneHot):
+        rotated = rotate(x, basis_x)
+        return added(scattered(compact(rotated, g).square(), g) for g in gs if isinstance(g, OneHot))
+    if x.shape[2] == 1:
+        squares = added(rotate(_dense(g), basis_g)[:, :, 0].square() for g in gs)
+        # kno, kni -> koi
+        return squares.transpose(-1, -2) @ rotate(x, basis_x)[:, :, 0].square()
+    squares = added(chunk.square_().sum(1) for chunk in _rotated(x, gs, basis_x, basis_g, form))
+    return squares.transpose(-1, -2).contiguous()
+
+
+def weighted_rotated_squares(
+    x: Tensor,
+    g: Rows,
+    basis_x: Tensor | None,
+    basis_g: Tensor | None,
+    weights: Tensor,
+    *,
+    form: RotationForm = "auto",
+) -> Tensor:
+    """Return ``Σ_koi weights_koi (basis_gᵀ G_kn basis_x)²_oi`` for every example.
+
+    With ``weights = 1 / (eigenvalues + damping)`` this is the self-influence; nothing is ever rotated back.
+
+    Args:
+        x: Activations ``[k, n, s, i]``.
+        g: Output gradients ``[k, n, s, o]``.
+        basis_x: Orthonormal columns ``[k, i, i]``; None is the identity.
+        basis_g: Orthonormal columns ``[k, o, o]``; None is the identity, the only one for one-hot rows.
+        weights: ``[k, o, i]``, or many at a time: ``[d, k, o, i]``.
+        form: For tests only, see ``_rotated``.
+
+    Returns:
+        ``[n]``, or ``[n, d]``; the gradients are rotated once.
+    """
+    if weights.ndim == 3:
+        return weighted_rotated_squares(x, g, basis_x, basis_g, weights.unsqueeze(0), form=form).squeeze(1)
+    if isinstance(g, OneHot):
+        squares = compact(rotate(x, basis_x), g)[0].square()
+        return torch.stack([(squares * each[0][g.indices]).sum((1, 2)) for each in weights], 1)
+    if x.shape[2] == 1:
+        # kno, koi, kni -> n
+        of_g, of_x = rotate(_dense(g), basis_g)[:, :, 0].square(), rotate(x, basis_x)[:, :, 0].square()
+        return torch.stack([((of_g @ each) * of_x).sum((0, 2)) for each in weights], 1)
+    columns = _columns(weights)
+    chunks = _rotated(x, [g], basis_x, basis_g, form)
+    return torch.cat([(chunk.square_().flatten(2) @ columns).sum(0) for chunk in chunks])
+
+
+def rotated_scores(
+    x: Tensor,
+    g: Rows,
+    basis_x: Tensor | None,
+    basis_g: Tensor | None,
+    weights: Tensor,
+    vector: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what a scoring pass needs of every example, from one look at its rotated gradient.
+
+    Args:
+        x: Activations ``[k, n, s, i]``.
+        g: Output gradients ``[k, n, s, o]``.
+        basis_x: Orthonormal columns ``[k, i, i]``; None is the identity.
+        basis_g: Orthonormal columns ``[k, o, o]``; None is the identity, the only one for one-hot rows.
+        weights: ``[k, o, i]``, in the rotated basis.
+        vector: ``[k, o, i]``, in the parameter basis.
+
+    Returns:
+        ``(squared_norms, weighted_rotated_squares, inner_products)``, each ``[n]``, the last None without a vector.
+    """
+    if isinstance(g, OneHot) or x.shape[2] == 1:
+        inner = None if vector is None else inner_products(x, g, vector)
+        return squared_norms(x, g), weighted_rotated_squares(x, g, basis_x, basis_g, weights), inner
+    turned = None
+    if vector is not None:
+        turned = vector if basis_x is None else vector @ basis_x
+        turned = _columns((turned if basis_g is None else basis_g.transpose(-1, -2) @ turned).unsqueeze(0))
+    column = _columns(weights.unsqueeze(0))
+    norms, weighted, inners = [], [], []
+    for chunk in _rotated(x, [g], basis_x, basis_g, "auto"):
+        flat = chunk.flatten(2)
+        if turned is not None:
+            inners.append((flat @ turned).sum((0, 2)))
+        flat.square_()
+        norms.append(flat.sum((0, 2)))
+        weighted.append((flat @ column).sum((0, 2)))
+    return torch.cat(norms), torch.cat(weighted), torch.cat(inners) if inners else None
+
+
+def rotated_rows(x: Tensor, g: Rows, basis_x: Tensor | None, basis_g: Tensor | None) -> tuple[Tensor, Rows]:
+    """Return the activations and output gradients of the rotated gradients ``basis_gᵀ G_kn basis_x``.
+
+    Args:
+        x: Activations ``[k, n, s, i]``.
+        g: Output gradients ``[k, n, s, o]``.
+        basis_x: Orthonormal columns ``[k, i, i]``; None is the identity.
+        basis_g: Orthonormal columns ``[k, o, o]``; None is the identity, the only one for one-hot rows.
+    """
+    return rotate(x, basis_x), g if basis_g is None else rotate(_dense(g), basis_g)
+
+
+def _columns(matrices: Tensor) -> Tensor:
+    """Return ``[d, k, o, i]`` as columns ``[k, i·o, d]``, to multiply what ``_rotated`` yields."""
+    return matrices.transpose(-1, -2).flatten(2).permute(1, 2, 0)
+
+
+def _rotated(
+    x: Tensor, gs: Sequence[Rows], basis_x: Tensor | None, basis_g: Tensor | None, form: RotationForm
+) -> Iterator[Tensor]:
+    """Yield rotated gradients for every draw, a few examples at a time, ``[k, m, i, o]``: each valid until the next.
+
+    Either side is turned before the gradients are formed or after that, whichever is cheaper: per example, ``d`` draws
+    cost ``s·i²`` or ``d·o·i²`` multiplications on the side of the inputs, and ``d·s·o²`` or ``d·i·o²`` on the other.
+    """
+    s, i, o, d = x.shape[2], x.shape[3], gs[0].shape[3], len(gs)
+    x_first, g_first = (s <= d * o, s <= i) if form == "auto" else (form == "rotate_first",) * 2
+    if x_first:
+        x, basis_x = rotate(x, basis_x), None
+    for g in gs:
+        rows, after = g, basis_g
+        if g_first and basis_g is not None:
+            rows, after = rotate(_dense(g), basis_g), None
+        for chunk in in_buffer(x, rows):
+            if after is not None:
+                chunk = chunk @ after.unsqueeze(1)
+            yield chunk if basis_x is None else basis_x.transpose(-1, -2).unsqueeze(1) @ chunk
+
+
+def _dense(g: Rows) -> Tensor:
+    """Return rows that a basis can turn, or that are one position each: never one-hot ones."""
+    if isinstance(g, Tensor):
+        return g
+    raise TypeError(f"rows of type {type(g).__name__} have an identity basis and more than one position.")
