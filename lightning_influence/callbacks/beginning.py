@@ -118,8 +118,7 @@ def _begun(
         check_labels(audit.curvature, audit.fisher, inspection.tapped, inspection.exact_draws)
         _note_what_varies(recording, gradients, first, inspection, around, audit.task)
         if queries is not None:
-            validation = bridge.validation_queries(trainer, module, task, gradients.coverage)
-            queries.check(trainer, module, task, gradients.coverage, validation)
+            queries.check(trainer, gradients, bridge.validation_queries(trainer, gradients))
     source.pass_batch_size = roomy_batch_size(inspection)
     flight = None
     if tracin is not None and tracin.mode == "step":

@@ -24,7 +24,6 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from lightning_influence.callbacks.display import progress_of
 from lightning_influence.core import distributed
 from lightning_influence.core.containers import tensors_in
 from lightning_influence.core.isolation import kept, left_alone
@@ -32,10 +31,7 @@ from lightning_influence.core.origin import is_users
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.core.reachable import Found, shallow
 from lightning_influence.data.source import DataError, ExampleSource
-from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.objective.scale import LossScale
-from lightning_influence.objective.task import Task
 from lightning_influence.training.optimizers import inner
 
 
@@ -62,20 +58,6 @@ def surroundings(trainer: Trainer, module: LightningModule) -> Surroundings:
 
     own_precision = not isinstance(plugin, MixedPrecision)
     return {"to_device": to_device, "forward_context": plugin.forward_context if own_precision else nullcontext}
-
-
-def example_gradients(
-    trainer: Trainer,
-    module: LightningModule,
-    task: Task,
-    source: ExampleSource,
-    coverage: Coverage,
-    scale: LossScale | None = None,
-) -> ExampleGradients:
-    """Build the engine's passes with the trainer's surroundings and its progress bars."""
-    progress = progress_of(trainer)
-    around = surroundings(trainer, module)
-    return ExampleGradients(module, task, source, coverage, progress=progress, scale=scale, **around)
 
 
 def after_training(trainer: Trainer, gradients: ExampleGradients) -> ExampleGradients:
@@ -237,9 +219,7 @@ def set_up_validation(trainer: Trainer) -> None:
         trainer.training = True
 
 
-def validation_queries(
-    trainer: Trainer, module: LightningModule, task: Task, coverage: Coverage
-) -> list[tuple[ExampleGradients, list[int]]]:
+def validation_queries(trainer: Trainer, gradients: ExampleGradients) -> list[tuple[ExampleGradients, list[int]]]:
     """Return the validation data as queries, if there are any whose examples can be visited by index."""
     loaders: Any = trainer.val_dataloaders
     if isinstance(loaders, DataLoader):
@@ -263,7 +243,7 @@ def validation_queries(
             continue
         limit = len(source) if batches >= len(loader) else int(batches) * source.batch_size * trainer.world_size
         if limit:
-            queries.append((example_gradients(trainer, module, task, source, coverage), list(range(limit))))
+            queries.append((gradients.on(source), list(range(limit))))
     return queries
 
 

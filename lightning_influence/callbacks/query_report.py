@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -18,10 +19,8 @@ from lightning_influence.core import distributed
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.curvature import Curvature, SolverError
 from lightning_influence.data.source import DataError, ExampleSource
-from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import Visitor
-from lightning_influence.objective.task import Task
 from lightning_influence.scores.measurements import MeasurementError, QuerySets
 from lightning_influence.scores.queries import QueryError
 from lightning_influence.tensorboard.query_sheets import write_queries
@@ -66,21 +65,14 @@ class QueryReport:
         self._search: QuerySearch | None = None
         self._validated = False  # whether the queries are validation examples
 
-    def check(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        task: Task,
-        coverage: Coverage,
-        validation: QuerySets,
-    ) -> None:
+    def check(self, trainer: Trainer, gradients: ExampleGradients, validation: QuerySets) -> None:
         """Take the measurement once before the first step, so that nothing fails after hours of training.
 
         Raises:
             MisconfigurationException: If the loader can't be visited by index, or the measurement can't be made on
                 the query set.
         """
-        sets = self._queries(trainer, module, task, coverage, validation)
+        sets = self._queries(trainer, gradients, validation)
         # A dry run sees a few examples only, which need not have all that the measurement asks for.
         if not self.asked.of_set or not sets or bridge.is_dry_run(trainer):
             return
@@ -96,16 +88,16 @@ class QueryReport:
 
     def begin(
         self, trainer: Trainer, gradients: ExampleGradients, indices: Sequence[int], validation: QuerySets
-    ) -> None:
-        """Get ready for the passes at the end of training."""
-        module: Any = gradients.module
+    ) -> QueryReport:
+        """Get ready to look at the passes at the end of training."""
         with self._or_give_up():
-            self._sets = self._queries(trainer, module, gradients.task, gradients.coverage, validation)
+            self._sets = self._queries(trainer, gradients, validation)
             self._validated = self._sets is validation
             if self._sets:
                 self._search = QuerySearch(gradients, indices, self._sets, self.asked)
             else:
                 self._give_up("there are no validation examples to choose them from; pass a DataLoader as `queries=`")
+        return self
 
     def on_validation(self, number: int) -> Sequence[Visitor]:
         """Look at the validation examples, if the queries are among them."""
@@ -123,10 +115,12 @@ class QueryReport:
             visitors = self._search.on_training(curvature)
         return visitors
 
-    def find(self, columns: Columns) -> Columns:
-        """Return the columns that the queries add to the scores table, once the passes are over."""
+    def find(self, columns: Columns, seconds: dict[str, float]) -> Columns:
+        """Return what the queries add to the scores table, once the passes are over; add the time that it took."""
+        start = time.perf_counter()
         with self._or_give_up():
             self.pairs = None if self._search is None else self._search.result(columns)
+        seconds["queries"] += time.perf_counter() - start
         self._search = None  # it holds gradients
         if self.pairs is None:
             return {}
@@ -153,9 +147,7 @@ class QueryReport:
                 step=step,
             )
 
-    def _queries(
-        self, trainer: Trainer, module: LightningModule, task: Task, coverage: Coverage, validation: QuerySets
-    ) -> QuerySets:
+    def _queries(self, trainer: Trainer, gradients: ExampleGradients, validation: QuerySets) -> QuerySets:
         if not isinstance(self.asked.which, DataLoader):
             return validation
         try:
@@ -165,7 +157,7 @@ class QueryReport:
         size = min(len(source), self.asked.count) if bridge.is_dry_run(trainer) else len(source)
         if not size:
             raise MisconfigurationException("InfluenceAudit(queries=...): the loader's dataset is empty.")
-        return [(bridge.example_gradients(trainer, module, task, source, coverage), list(range(size)))]
+        return [(gradients.on(source), list(range(size)))]
 
     @contextmanager
     def _or_give_up(self) -> Iterator[None]:

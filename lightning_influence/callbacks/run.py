@@ -223,16 +223,13 @@ class AuditRun:
 
         plan = planned(self.curvature)
         bridge.set_up_validation(trainer)
-        validation = bridge.validation_queries(trainer, module, self.passes.task, gradients.coverage)
+        validation = bridge.validation_queries(trainer, gradients)
         asked = sum(len(examples) for _, examples in validation)
         reporter.tell(lambda: reporter.announce(plan, gradients, inspection, len(indices), asked))
-        step_sizes = self._last_step_sizes(trainer, module, gradients.coverage)
+        sizes = self._last_step_sizes(trainer, module, gradients.coverage)
         with bridge.aside(trainer):
-            if self.queries is not None:
-                self.queries.begin(trainer, gradients, indices, validation)
-            result = influence_scores(
-                gradients, indices, plan, queries=validation, step_sizes=step_sizes, companion=self.queries
-            )
+            guest = self.queries and self.queries.begin(trainer, gradients, indices, validation)
+            result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=sizes, companion=guest)
         result.seconds["loss scale"] = scaling
         if self.flight is not None:
             result.notes.extend(self.flight.notes())
@@ -242,10 +239,8 @@ class AuditRun:
         columns = recording.columns(indices, result.scores)
         self.make_unlearner = unlearner_maker(trainer, gradients, planned, columns, history.weight_decay)
         if self.queries is not None:
-            start = time.perf_counter()
             with bridge.aside(trainer):
-                columns |= self.queries.find(columns)
-            result.seconds["queries"] += time.perf_counter() - start
+                columns |= self.queries.find(columns, result.seconds)
         self.finished = True
         if not trainer.is_global_zero:
             return Finished(None, lambda: None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.display import progress_of
 from lightning_influence.core import distributed
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.coverage import Layers, Uncovered, cover
@@ -51,7 +52,9 @@ class TrainingPasses:
         coverage = cover(
             module, self.layers, trace=self.trace, uncovered=self.uncovered, trained=bridge.trained(trainer, module)
         )
-        return bridge.example_gradients(trainer, module, self.task, self.source, coverage, scale)
+        around = bridge.surroundings(trainer, module)
+        progress = progress_of(trainer)
+        return ExampleGradients(module, self.task, self.source, coverage, progress=progress, scale=scale, **around)
 
     def scaled(
         self, trainer: Trainer, module: LightningModule, indices: Sequence[int], heard: HeardTerms

@@ -40,10 +40,6 @@ class Scorer(ABC):
     def self_influence(self) -> Tensor:
         """Return ``gᵀ (C + λ)⁻¹ g`` of every example, ``[n]`` in the widest type, once all blocks have been added."""
 
-    @abstractmethod
-    def parts(self) -> dict[str, Tensor]:
-        """Return self-influence by block, ``[n]`` each, for every block; empty where it is no sum over blocks."""
-
 
 class Curvature(ABC):
     """A curvature of the mean loss, with its damping: ``C + λ``.
@@ -176,8 +172,3 @@ class _BlockScorer(Scorer):
         for part in self._parts.values():
             total += part
         return total
-
-    def parts(self) -> dict[str, Tensor]:
-        like = next(iter(self._parts.values()), torch.zeros(0))
-        # A layer that this batch's forward pass did not reach has no part in it.
-        return {name: self._parts.get(name, like.new_zeros(self._n)) for name in self._curvature.blocks}

@@ -102,9 +102,6 @@ class _DenseScorer(Scorer):
         curvature = self._curvature
         return curvature.self_influence(curvature.coordinates.join_rows(self._rows, self._n, curvature.matrix))
 
-    def parts(self) -> dict[str, Tensor]:
-        return {}
-
 
 def dense_matrix(
     product: CurvatureProduct, gradients: ExampleGradients, indices: Sequence[int], coordinates: BlockCoordinates

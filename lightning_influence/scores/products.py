@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_influence.core import distributed
@@ -141,13 +142,13 @@ class StrongestPairs(_Pairs):
     ) -> None:
         super().__init__(prepared, curvature, normalise)
         self._count = count
-        size, device = 2 * len(prepared.self_influence), prepared.self_influence.device
-        self._best = _nothing(size, device)
+        scores = wide_zeros((2 * len(prepared.self_influence), 0), prepared.self_influence.device)
+        self._best = scores, scores.long()
 
     def _take(self, indices: list[int], scores: Tensor) -> None:
         signed = torch.cat([scores[:, 0].T, -scores[:, 0].T])  # opponents are found as proponents of the negative
         rows = torch.tensor(indices, device=scores.device).expand(len(signed), -1)
-        self._best = _merged(self._best, signed, rows, self._count)
+        self._best = _strongest(torch.cat([self._best[0], signed], 1), torch.cat([self._best[1], rows], 1), self._count)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return scores of proponents and of opponents, and the examples' indices, ``[2, q, count]``, on the host.
@@ -163,30 +164,17 @@ def _length(squared: Tensor) -> Tensor:
     return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt().masked_fill(squared < 0, torch.nan)
 
 
-def _nothing(queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    values = wide_zeros((queries, 0), device)
-    return values, torch.zeros((queries, 0), dtype=torch.long, device=device)
-
-
-def _merged(best: tuple[Tensor, Tensor], scores: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Merge scores ``[q, n]`` of further examples into the best so far; of equal ones the first stay."""
-    values, known = torch.cat([best[0], scores], 1), torch.cat([best[1], rows], 1)
-    values = values.masked_fill(values.isnan(), -torch.inf)
-    values, places = values.sort(dim=1, descending=True, stable=True)
-    return values[:, :count], known.gather(1, places[:, :count])
+def _strongest(scores: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest scores ``[q, count]`` and their examples; of equal ones those that come first."""
+    scores, places = scores.masked_fill(scores.isnan(), -torch.inf).sort(dim=1, descending=True, stable=True)
+    return scores[:, :count], rows.gather(1, places[:, :count])
 
 
 def _over_processes(best: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
     """Merge what the processes have found: ``[q, count]`` on the host, padded with scores of -inf."""
-    queries, device = len(best[0]), best[0].device
-    values = torch.full((queries, count), -torch.inf, dtype=best[0].dtype, device=device)
-    rows = torch.full((queries, count), -1, dtype=torch.long, device=device)
-    values[:, : best[0].shape[1]], rows[:, : best[1].shape[1]] = best
-    own = distributed.rank() * queries + torch.arange(queries, device=device)
-    _, gathered = distributed.gather_by_index(own, {"values": values, "rows": rows})
-    merged, known = (
-        gathered[name].view(-1, queries, count).transpose(0, 1).reshape(queries, -1) for name in ("values", "rows")
-    )
-    known, order = known.sort(dim=1)
-    top = _merged(_nothing(queries, device), merged.gather(1, order), known, count)
-    return top[0].cpu(), top[1].cpu()
+    found = distributed.gather_objects((best[0].cpu(), best[1].cpu()))
+    scores, rows = (torch.cat([part[place] for part in found], 1) for place in (0, 1))
+    rows, order = rows.sort(dim=1)
+    scores, rows = _strongest(scores.gather(1, order), rows, count)
+    missing = 0, count - rows.shape[1]
+    return F.pad(scores, missing, value=-torch.inf), F.pad(rows, missing, value=-1)

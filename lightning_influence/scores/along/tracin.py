@@ -54,16 +54,26 @@ def tracin_scores(
         >>> tracin_scores(training, range(1000), validation, range(10), report.checkpoints())
     """
     check_together(checkpoints, gradients.module)
-    blocks, device = gradients.coverage.blocks, gradients.device
+    blocks = gradients.coverage.blocks
     total = PairSum(gradients, indices, queries, query_indices, layers=list(blocks) if by_layer else ())
     for checkpoint in checkpoints:
         with checkpoint.loaded(gradients.module):
-            scales = {name: value.to(device) for name, value in checkpoint.preconditioner.items()}
-            sizes = block_step_sizes(blocks, checkpoint.step_sizes, gradients.module, scales)
+            sizes = checkpoint_step_sizes(checkpoint, gradients)
             for rows, asked in total.prepared():
                 steps = {name: _step(blocks[name], sizes[name], vector) for name, vector in asked.vectors.items()}
                 total.add(rows, asked.turned(steps))
     return total.result()
+
+
+def checkpoint_step_sizes(checkpoint: Checkpoint, gradients: ExampleGradients) -> dict[str, StepSize]:
+    """Return ``η P`` of every block for the steps that a checkpoint stands for, see ``block_step_sizes``.
+
+    Args:
+        checkpoint: The checkpoint.
+        gradients: Passes over the model.
+    """
+    scales = {name: value.to(gradients.device) for name, value in checkpoint.preconditioner.items()}
+    return block_step_sizes(gradients.coverage.blocks, checkpoint.step_sizes, gradients.module, scales)
 
 
 def _step(block: ParameterBlock, size: StepSize, vector: Tensor) -> Tensor:
