@@ -253,7 +253,7 @@ def solved(name: str, **options: Any) -> Case:
         curvature = fit(own, name, range(16), examples=EVERY, labels=("sampled", "sampled"), **options)
         found = pairwise_scores(own, range(16), curvature, own, [0, 3], normalise="cosine")
         best = top_scores(own, range(16), curvature, own, [0, 3], 3)
-        scores = score_examples(own, range(16), curvature=curvature, features=True, parts=name in BLOCKWISE)
+        scores = score_examples(own, range(16), curvature=curvature, features=True)
         kept = {"pairs": found.scores, "best": best.proponent_scores, **scores.columns}
         if isinstance(curvature, BlockCurvature) and name != "identity":
             kept["sweep"] = damping_sweep(own, range(16), curvature).self_influence

@@ -36,7 +36,13 @@ STANDS_ALONE = "metrics"
 MAY_IMPORT_LIGHTNING = {"callbacks", "cli"}
 MAY_COMMUNICATE = {"core.distributed"}
 # Watching, but for dropout masks, which stand in for the call: a sub-network is no matter of looking on.
-MAY_WATCH_FUNCTIONS = {"gradients.watch", "gradients.calibration", "objective.tap", "scores.along.dropout_masks"}
+MAY_WATCH_FUNCTIONS = {
+    "core.torch_private",
+    "gradients.watch",
+    "gradients.calibration",
+    "objective.tap",
+    "scores.along.dropout_masks",
+}
 
 MOST_LINES, MOST_OF_A_CLASS = 400, 250
 # What is larger still. Entries may go, and numbers may fall; none may be added.

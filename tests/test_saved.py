@@ -19,7 +19,8 @@ from lightning_influence.curvature.saved import restored
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.scores.examples import mean_gradient, score_examples
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.measurements import mean_gradient
 
 
 def problem(net: str = "mlp", dtype: torch.dtype = torch.float64, **options: Any) -> ExampleGradients:

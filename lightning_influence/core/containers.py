@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Path: TypeAlias = tuple[Any, ...]
 """Keys and positions that lead to a value in nested mappings, tuples and lists."""
@@ -50,3 +50,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], node: Any) -> Any:
     if isinstance(node, Mapping):
         return mapped
     return type(node)(*mapped.values()) if hasattr(node, "_fields") else type(node)(list(mapped.values()))
+
+
+def mover(module: nn.Module) -> Callable[[Any], Any]:
+    """Return what moves the tensors of a batch to the device of a module."""
+    return lambda batch: map_tensors(lambda tensor: tensor.to(next(module.parameters()).device), batch)

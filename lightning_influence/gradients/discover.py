@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_influence.core.containers import mover
 from lightning_influence.core.isolation import hidden_parameters, rewind, untouched
 from lightning_influence.core.layout import BatchLayout, Order, find_layout
 from lightning_influence.core.memory import is_out_of_memory
@@ -38,7 +39,7 @@ def discover(
     indices: Sequence[int] | None = None,
     layers: Layers = None,
     uncovered: Uncovered = "report",
-    to_device: Callable[[Any], Any] = lambda batch: batch,
+    to_device: Callable[[Any], Any] | None = None,
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Coverage:
     """Trace a model on one tiny batch and find the parameters whose per-example gradients are understood.
@@ -51,7 +52,7 @@ def discover(
         layers: What to keep, see ``layers.cover``.
         uncovered: ``"report"`` leaves other parameters out, with the reason; ``"exact"`` computes their gradients one
             example at a time.
-        to_device: Moves a batch to the module's device.
+        to_device: Moves a batch to the module's device; by default tensors in nested containers are moved.
         forward_context: Wraps the forward passes (a Trainer's precision).
 
     Returns:
@@ -72,7 +73,7 @@ def trace_model(
     *,
     indices: Sequence[int],
     whole: bool = False,
-    to_device: Callable[[Any], Any] = lambda batch: batch,
+    to_device: Callable[[Any], Any] | None = None,
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Trace:
     """Run a model on batches of two and of three examples and follow its parameters.
@@ -86,7 +87,7 @@ def trace_model(
         source: Its examples.
         indices: The first few of them are run.
         whole: Whether to run all of them as one batch instead.
-        to_device: Moves a batch to the module's device.
+        to_device: Moves a batch to the module's device; by default tensors in nested containers are moved.
         forward_context: Wraps the forward passes (a Trainer's precision).
 
     Returns:
@@ -101,12 +102,14 @@ def trace_model(
     parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
     hidden = hidden_parameters(module)
 
+    moved = to_device or mover(module)
+
     def run(watch: AbstractContextManager[Any], indices: list[int]) -> BatchLoss | None:
         ((_, batch),) = source.batches(indices, len(indices))
         rewind()
         seed_everything(0)
         with forward_context(), watch:
-            loss, calls = run_tapped(task, module, to_device(batch))
+            loss, calls = run_tapped(task, module, moved(batch))
         try:
             return understand(loss, calls, len(indices))
         except TaskError:  # raised again by the first pass

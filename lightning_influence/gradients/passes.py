@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.core import distributed
-from lightning_influence.core.containers import map_tensors
+from lightning_influence.core.containers import mover
 from lightning_influence.core.isolation import rewind, untouched
 from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.data.source import ExampleSource
@@ -151,7 +151,7 @@ class ExampleGradients:
         self.coverage = coverage
         self.seed = seed
         self.quantity: Quantity | None = None
-        self.to_device = to_device or (lambda batch: map_tensors(lambda tensor: tensor.to(self.device), batch))
+        self.to_device = to_device or mover(module)
         self._progress = progress or _silent
         self.forward_context = forward_context
         measure = partial(self._measured, range(len(source)))

@@ -11,7 +11,6 @@ from zlib import crc32
 import torch
 from torch import nn
 
-from lightning_influence.core.containers import map_tensors
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.curvature import SOLVERS, CurvatureName, Fisher, Solver, check_labels, check_solver
 from lightning_influence.data.source import DataError
@@ -64,7 +63,6 @@ class ExaminedModel:
                 indices=self.examples,
                 layers=layers,
                 uncovered=uncovered,
-                to_device=self._to_device,
             )
             self._passes = ExampleGradients(model, task, source, coverage)
             self.inspection = inspect(self._passes, self.examples, verify=verify)
@@ -130,10 +128,6 @@ class ExaminedModel:
 
     def __repr__(self) -> str:
         return f"{type(self.model).__name__}, {len(self.examples):,} training examples, {self.coverage.describe()}"
-
-    def _to_device(self, batch: Any) -> Any:
-        device = next(self.model.parameters()).device
-        return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
 @contextmanager
