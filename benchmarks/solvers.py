@@ -41,7 +41,7 @@ def main() -> None:
     coordinates = BlockCoordinates(gradients.coverage.blocks)
     product = GGNProduct(gradients, everything, parameters=coordinates.parameters)
     places = coordinates.places_in(product.flat)
-    matrix = product.to_dense(limit=coordinates.size).double()[places][:, places]
+    matrix = product.to_dense().double()[places][:, places]
     identity = fit(gradients, "identity", everything, examples=FactorExamples(1, 1), labels=("true", "true"))
     prepared = next(iter(prepared_queries(identity, influence.queries(setting.asked)[0], [list(range(QUERIES))])))
     systems = coordinates.join(prepared.vectors).double()

@@ -84,8 +84,11 @@ def test_refused(tmp_path: Path) -> None:
     refused(r"those of \['0', '2'\], the covered", {name: files[name] for name in ("0", "2")})
     refused(r"of '0' are \{.*torch.float64.* needs \{.*torch.float32.*in its precision",
             coverage=problem(dtype=torch.float32).coverage)  # fmt: skip
-    old = {name: (tensors, {"kind": "ekfac", "damping": about["damping"]}) for name, (tensors, about) in files.items()}
-    refused(r"of '0' say nothing of \['curvature', 'weights', 'labels', 'examples'\], as in earlier versions", old)
+    old = {name: (tensors, {"kind": "ekfac", "damping": "0.1"}) for name, (tensors, _) in files.items()}
+    refused(
+        r"of '0' say nothing of \['curvature', 'dampings', 'weights', 'labels', 'examples'\], as in earlier versions",
+        old,
+    )
     mixed = files | {"2": (files["2"][0], files["2"][1] | {"kind": "kfac", "curvature": "kfac"})}
     refused(r"the factors are of \[\('ekfac', 'ekfac'\), \('kfac', 'kfac'\)\]; expected one of identity", mixed)
     short = files | {"2": ({"eigenvalues": files["2"][0]["eigenvalues"]}, files["2"][1])}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence.core import torch_private
 
@@ -72,9 +73,22 @@ def test_nodes_of_the_graph(name: str) -> None:
         assert same or signed, gone(f"{name}._saved_{attribute} ({found!r} for {value!r})")
 
 
+def test_shapes_of_nodes() -> None:
+    node: Any = rows().split([1, 3])[0].grad_fn
+    assert (torch_private.shape_of(node), torch_private.shape_of(node, 1)) == ((1, 3), (3, 3)), gone(
+        "Node._input_metadata"
+    )
+
+
 def test_what_is_saved_can_be_packed() -> None:
-    node: Any = F.nll_loss(rows(), INDEX.repeat(2)).grad_fn
+    def loss() -> Any:
+        return F.nll_loss(rows(), INDEX.repeat(2)).grad_fn
+
+    node = loss()
     assert hasattr(node._raw_saved_self, "unpack_hook"), gone("_raw_saved_self.unpack_hook")
+    assert not torch_private.is_packed(node, "self")
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert torch_private.is_packed(loss(), "self"), gone("_raw_saved_self.unpack_hook")
 
 
 def test_attention_whose_calls_can_be_watched() -> None:
@@ -136,9 +150,12 @@ def test_views_and_versions() -> None:
     tensor = torch.zeros(3)
     assert torch_private.base_of(tensor[1:]) is tensor, gone("Tensor._base")
     assert torch_private.base_of(tensor) is None
+    assert [torch_private.is_view(t) for t in (tensor[1:], tensor)] == [True, False], gone("Tensor._is_view")
+    first = torch_private.version(tensor)
     before = torch_private.versions([tensor])
     tensor.add_(1)
     assert torch_private.versions([tensor]) != before, gone("Tensor._version")
+    assert torch_private.version(tensor) == first + 1, gone("Tensor._version")
     torch_private.set_version(tensor, *before)
     assert torch_private.versions([tensor]) == before, gone("torch._C._autograd._unsafe_set_version_counter")
 
@@ -178,3 +195,17 @@ def test_dispatch_mode() -> None:
     with Mode() as mode:
         torch.ones(1).add(1)
     assert mode.seen == 2, gone("torch.utils._python_dispatch.TorchDispatchMode")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_loaders(workers: int) -> None:
+    """These are used where batches are tagged, in ``data/tagging.py``."""
+    loader: Any = DataLoader(TensorDataset(torch.arange(4)), batch_size=2, num_workers=workers)
+    assert hasattr(DataLoader, "_get_iterator"), gone("DataLoader._get_iterator")
+    iterator = loader._get_iterator()
+    assert hasattr(type(iterator), "_next_data"), gone(f"{type(iterator).__name__}._next_data")
+    assert workers or hasattr(iterator._dataset_fetcher, "fetch"), gone("_SingleProcessDataLoaderIter._dataset_fetcher")
+    assert torch.equal(iterator._next_data()[0], torch.tensor([0, 1])), gone("_next_data")
+    kind: Any = torch.utils.data._DatasetKind
+    assert isinstance(inspect.getattr_static(kind, "create_fetcher"), staticmethod), gone("_DatasetKind.create_fetcher")
+    assert hasattr(torch.utils.data._utils.worker, "_worker_loop"), gone("_worker_loop")

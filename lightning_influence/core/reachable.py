@@ -136,7 +136,7 @@ class Walk:
             if name.endswith("_hooks") and isinstance(table, dict)
             for key, hook in table.items()
         ]
-        for name, value in (*owned, *module._modules.items(), *attributes, *hooks):
+        for name, value in (*owned, *module.named_children(), *attributes, *hooks):
             self._go_on(f"{path}.{name}" if path else name, value, expected)
         self._go_on(path, type(module), expected)
 

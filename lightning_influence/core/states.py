@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_influence.core.random_streams import GENERATORS, stream_of
 from lightning_influence.core.reachable import BUFFERS, Found
 from lightning_influence.core.slots import Slots
-from lightning_influence.core.torch_private import set_version
+from lightning_influence.core.torch_private import is_view, set_version, version
 
 # Nobody sees the first write to an array: larger ones are not copied, only compared.
 _LARGE_ARRAY = 2**24
@@ -125,7 +125,7 @@ class TensorState(State):
         self._leaf = self._tensor.grad_fn is None
         # Passes freeze parameters, and thaw what they differentiate: that is theirs to put back.
         self._flag = None if isinstance(self._tensor, nn.Parameter) else self._tensor.requires_grad
-        self._version = None if self._tensor.is_inference() else self._tensor._version
+        self._version = None if self._tensor.is_inference() else version(self._tensor)
         self.memory = self._tensor.data  # held: `.data =` would free it
         self._values = self.memory.clone() if copied else None
         self._sums = None if copied else _sums(self.memory)
@@ -145,7 +145,7 @@ class TensorState(State):
         """Put it back."""
         tensor = self._tensor
         if self._leaf and tensor.grad_fn is not None:
-            if tensor._is_view():
+            if is_view(tensor):
                 return False
             tensor.detach_()
         if self._moved():
@@ -156,7 +156,7 @@ class TensorState(State):
                 self.memory.copy_(self._values)
         if self._leaf and self._flag is not None:
             tensor.requires_grad_(self._flag)
-        if self._version is not None and tensor._version != self._version:
+        if self._version is not None and version(tensor) != self._version:
             # Else a graph that training has kept would be refused for a change that is none.
             set_version(tensor, self._version)
         return same or self._values is not None
@@ -175,7 +175,7 @@ class TensorState(State):
         if self.memory.shape != self._values.shape:
             return False
         if self.memory.layout != torch.strided:
-            return self._version == self._tensor._version
+            return self._version == version(self._tensor)
         return torch.equal(_bits(self.memory), _bits(self._values))
 
 

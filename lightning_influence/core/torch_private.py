@@ -22,10 +22,14 @@ __all__ = [
     "eager_name",
     "eagerly",
     "is_compiled",
+    "is_packed",
+    "is_view",
     "leave_mode",
     "meets_compiled",
     "saved",
     "set_version",
+    "shape_of",
+    "version",
     "versions",
     "visible_attention",
 ]
@@ -73,6 +77,21 @@ def saved(node: Any, name: str) -> Any:
     return getattr(node, f"_saved_{name}")
 
 
+def is_packed(node: Any, name: str) -> bool:
+    """Tell whether to ask a node for what it has saved would compute it: recomputed, or on another device."""
+    return getattr(node, f"_raw_saved_{name}").unpack_hook is not None
+
+
+def shape_of(node: Any, number: int = 0) -> torch.Size:
+    """Return the shape of an output of a node of the graph."""
+    return torch.Size(node._input_metadata[number].shape)
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a view of another."""
+    return tensor._is_view()
+
+
 def base_of(tensor: Tensor) -> Tensor | None:
     """Return the tensor that another is a view of."""
     return tensor._base
@@ -81,6 +100,11 @@ def base_of(tensor: Tensor) -> Tensor | None:
 def eager_name(path: str) -> str:
     """Drop what ``torch.compile`` puts into module paths."""
     return path.replace("_orig_mod.", "").removesuffix("._orig_mod").removesuffix("_orig_mod")
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place."""
+    return tensor._version
 
 
 def versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,10 +21,13 @@ from lightning_influence.curvature.solve.solution import Solution
 from lightning_influence.gradients.capture import LayerIO
 
 
-class Scorer(ABC):
+class Scorer:
     """Adds up one batch's scores, block by block: each block is laid out once, in ``BatchGradients.layers``."""
 
-    @abstractmethod
+    def __init__(self, curvature: Curvature, n: int) -> None:
+        self._curvature, self._n = curvature, n
+        self._parts: dict[str, Tensor] = {}
+
     def add(self, io: LayerIO, query: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Take one block's activations and output gradients.
 
@@ -35,10 +38,12 @@ class Scorer(ABC):
         Returns:
             The block's part of the squared gradient norms ``[n]``, and of the inner products with ``query``.
         """
+        norms, self._parts[io.name], inner = self._curvature.scores(io, query)
+        return norms, inner
 
-    @abstractmethod
     def self_influence(self) -> Tensor:
         """Return ``gᵀ (C + λ)⁻¹ g`` of every example, ``[n]`` in the widest type, once all blocks have been added."""
+        return self._curvature.self_influence(self._parts, self._n)
 
 
 class Curvature(ABC):
@@ -91,24 +96,31 @@ class Curvature(ABC):
         """
         return None
 
-    @abstractmethod
     def scorer(self, n: int) -> Scorer:
         """Return what adds up the scores of one batch of ``n`` examples."""
+        return Scorer(self, n)
+
+    @abstractmethod
+    def scores(self, io: LayerIO, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what one block of a batch adds: see ``Scorer.add``, and in between what ``self_influence`` takes."""
+
+    def self_influence(self, parts: Mapping[str, Tensor], n: int) -> Tensor:
+        """Put the blocks' parts together, ``[n]``: here they add up."""
+        device = next((part.device for part in parts.values()), torch.device("cpu"))
+        return sum(parts.values(), wide_zeros(n, device))
 
     @abstractmethod
     def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
         """Return what the store keeps: file name -> tensors and text about them; ``saved.restored`` takes it back."""
 
-    def about(self, damping: str, weights: str) -> dict[str, str]:
-        """Return the text about stored tensors."""
-        return {
-            "curvature": self.name,
-            "kind": self.name,
-            "damping": damping,
-            "weights": weights,
-            "labels": json.dumps(self.labels),
-            "examples": json.dumps(self.examples),
+    def about(self, layers: Collection[str]) -> dict[str, str]:
+        """Return the text about stored tensors, those of some layers."""
+        own = {
+            "dampings": {layer: self.dampings[layer] for layer in layers},
+            "weights": {layer: self.weights.get(layer, "") for layer in layers},
         }
+        told = own | {"labels": self.labels, "examples": self.examples}
+        return {"curvature": self.name, "kind": self.name, **{name: json.dumps(value) for name, value in told.items()}}
 
 
 class BlockCurvature(Curvature):
@@ -142,33 +154,10 @@ class BlockCurvature(Curvature):
         """Return where solving is elementwise for one block; None if there is no such basis."""
         return self.blocks[name].eigenbasis(self.dampings[name])
 
-    def scorer(self, n: int) -> Scorer:
-        """Return what adds up the scores of one batch of ``n`` examples."""
-        return _BlockScorer(self, n)
+    def scores(self, io: LayerIO, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return squared gradient norms, self-influence and inner products with ``query`` within one block."""
+        return self.blocks[io.name].scores(io.x, io.gs[0], self.dampings[io.name], query)
 
     def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
         """Return the fitted state of every block."""
-        return {
-            name: (dict(block.tensors), self.about(repr(self.dampings[name]), self.weights.get(name, "")))
-            for name, block in self.blocks.items()
-        }
-
-
-class _BlockScorer(Scorer):
-    def __init__(self, curvature: BlockCurvature, n: int) -> None:
-        self._curvature = curvature
-        self._n = n
-        self._parts: dict[str, Tensor] = {}
-
-    def add(self, io: LayerIO, query: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        block, damping = self._curvature.blocks[io.name], self._curvature.dampings[io.name]
-        norms, influence, inner = block.scores(io.x, io.gs[0], damping, query)
-        self._parts[io.name] = influence
-        return norms, inner
-
-    def self_influence(self) -> Tensor:
-        device = next((part.device for part in self._parts.values()), torch.device("cpu"))
-        total = wide_zeros(self._n, device)
-        for part in self._parts.values():
-            total += part
-        return total
+        return {name: (dict(block.tensors), self.about([name])) for name, block in self.blocks.items()}

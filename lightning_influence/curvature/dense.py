@@ -5,7 +5,6 @@ Index legend: ``n`` examples of a batch, ``p`` parameters, ``k, o, i`` a block's
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from lightning_influence.core import distributed
 from lightning_influence.core.precision import exact, wide_zeros
 from lightning_influence.curvature.coordinates import BlockCoordinates, joined_gradients
-from lightning_influence.curvature.curvature import Curvature, Scorer
+from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.curvature.products.product import CurvatureProduct
 from lightning_influence.curvature.solve.spectrum import IndefiniteError, factorised, indefinite_reason
 from lightning_influence.gradients.capture import LayerIO
@@ -71,36 +70,23 @@ class DenseCurvature(Curvature):
         solved = torch.cholesky_solve(columns, self._factor).T.reshape(line.shape)
         return self.coordinates.split(solved.to(line))
 
-    def scorer(self, n: int) -> Scorer:
-        """Return what adds up the scores of one batch of ``n`` examples."""
-        return _DenseScorer(self, n)
+    def scores(self, io: LayerIO, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return squared gradient norms, the gradients themselves, and inner products with ``query``."""
+        formed = per_sample.formed(io.x, io.gs[0])
+        flat = formed.flatten(1)
+        inner = None if query is None else flat @ query.flatten().to(flat.dtype)
+        return flat.square().sum(1), formed, inner
 
-    def self_influence(self, gradients: Tensor) -> Tensor:
-        """Return ``‖L⁻¹ g‖²`` for ``g: [n, p]``, where ``C + λ = L Lᵀ``."""
+    def self_influence(self, parts: Mapping[str, Tensor], n: int) -> Tensor:
+        """Return ``‖L⁻¹ g‖²`` of every example, where ``C + λ = L Lᵀ``."""
+        gradients = self.coordinates.join_rows(parts, n, self.matrix)
         solved: Tensor = torch.linalg.solve_triangular(self._factor, exact(gradients).T, upper=False)
         return solved.square().sum(0)
 
     def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
         """Return the matrix and what its coordinates are."""
-        about = self.about(json.dumps(self.dampings), json.dumps(self.weights))
-        return {self.name: ({"matrix": self.matrix}, about | {"coordinates": repr(self.coordinates.shapes)})}
-
-
-class _DenseScorer(Scorer):
-    def __init__(self, curvature: DenseCurvature, n: int) -> None:
-        self._curvature = curvature
-        self._n = n
-        self._rows: dict[str, Tensor] = {}
-
-    def add(self, io: LayerIO, query: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        formed = self._rows[io.name] = per_sample.formed(io.x, io.gs[0])
-        flat = formed.flatten(1)
-        inner = None if query is None else flat @ query.flatten().to(flat.dtype)
-        return flat.square().sum(1), inner
-
-    def self_influence(self) -> Tensor:
-        curvature = self._curvature
-        return curvature.self_influence(curvature.coordinates.join_rows(self._rows, self._n, curvature.matrix))
+        about = self.about(self.dampings) | {"coordinates": repr(self.coordinates.shapes)}
+        return {self.name: ({"matrix": self.matrix}, about)}
 
 
 def dense_matrix(
@@ -117,7 +103,7 @@ def dense_matrix(
 def in_blocks(product: CurvatureProduct, coordinates: BlockCoordinates) -> Tensor:
     """Return the matrix ``[p, p]`` of products, in block coordinates."""
     places = coordinates.places_in(product.flat)
-    return product.to_dense(limit=coordinates.size)[places][:, places]
+    return product.to_dense()[places][:, places]
 
 
 def _outer_products(

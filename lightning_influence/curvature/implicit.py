@@ -15,11 +15,12 @@ from torch import Tensor
 
 from lightning_influence.core.precision import wide
 from lightning_influence.curvature.coordinates import BlockCoordinates
-from lightning_influence.curvature.curvature import BlockCurvature, Curvature, Scorer
+from lightning_influence.curvature.curvature import BlockCurvature, Curvature
 from lightning_influence.curvature.products.product import CurvatureProduct
 from lightning_influence.curvature.solve.solution import SolverError
 from lightning_influence.curvature.solve.solvers import SOLVERS, System
 from lightning_influence.curvature.solve.spectrum import Matvec, require_positive_definite
+from lightning_influence.gradients.capture import LayerIO
 
 # A solution that missed its tolerance but not this one is used, and the scores' notes say so.
 _ACCEPTED = 0.1
@@ -100,9 +101,9 @@ class ImplicitCurvature(Curvature):
             self.notes.append(note)
         return self.coordinates.split(found.solution.reshape(line.shape))
 
-    def scorer(self, n: int) -> Scorer:
-        """Return what adds up the scores of one batch; self-influence is that of the block-diagonal curvature."""
-        return self.blocks.scorer(n)
+    def scores(self, io: LayerIO, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the scores of one block; self-influence is that of the block-diagonal curvature."""
+        return self.blocks.scores(io, query)
 
     def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
         """Return the state of the block-diagonal curvature, and whose stand-in it is: there is no other."""

@@ -25,7 +25,7 @@ from lightning_influence.layers.blocks import ParameterBlock
 Saved = Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]]
 """File name to tensors and text."""
 
-_TEXT = ("curvature", "kind", "damping", "weights", "labels", "examples")
+_TEXT = ("curvature", "kind", "dampings", "weights", "labels", "examples")
 _AGAIN = "fit the curvature again"
 
 
@@ -57,24 +57,21 @@ def restored(files: Saved, coverage: Coverage) -> Curvature:
             f"curvature={name!r} was solved by products with the training data: nothing of it is stored but the "
             f'{kind} for self-influence. Fit it again; `solver="dense"` would have stored the matrix.'
         )
-    kept = next(iter(files.values()))[1]
-    labels, examples = json.loads(kept["labels"]), json.loads(kept["examples"])
-    product = LADDER[name].product
-    if product is None:
-        weights = {layer: about["weights"] for layer, (_, about) in files.items()}
-        dampings = {layer: float(about["damping"]) for layer, (_, about) in files.items()}
-    else:
-        weights, dampings = json.loads(kept["weights"]), json.loads(kept["damping"])
+    told = [{key: json.loads(about[key]) for key in _TEXT[2:]} for _, about in files.values()]
+    labels, examples = told[0]["labels"], told[0]["examples"]
+    weights: dict[str, str] = {layer: value for each in told for layer, value in each["weights"].items()}
     layers = coverage.blocks
     if weights.keys() != layers.keys():
         raise ValueError(
             f"the factors are those of {sorted(weights)[:20]}, the covered layers are {sorted(layers)[:20]}: pass the "
             f"model and the `layers=` that the curvature was fitted with, or {_AGAIN}."
         )
+    every = {layer: value for each in told for layer, value in each["dampings"].items()}
+    dampings = {layer: every[layer] for layer in layers}
     curvature: Curvature
-    if product is None:
+    if LADDER[name].product is None:
         blocks = {layer: _restored_block(LADDER[name].block, block, files[layer][0]) for layer, block in layers.items()}
-        curvature = BlockCurvature(name, blocks, {layer: dampings[layer] for layer in layers}, labels, examples)
+        curvature = BlockCurvature(name, blocks, dampings, labels, examples)
     else:
         coordinates = BlockCoordinates(layers)
         like = next(iter(layers.values()))

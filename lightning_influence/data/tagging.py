@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence.core.containers import leaves
+from lightning_influence.core.torch_private import version
 from lightning_influence.data.collation import Collated, Collating, Collation
 
 # Batches without anything that a weak reference can point to.
@@ -210,7 +211,7 @@ class Registry:
 
 def _written(made_of: list[Any]) -> list[_Written]:
     tensors = [part for part in made_of if isinstance(part, Tensor) and not part.is_inference()]
-    return [(tensor._version, tensor.data_ptr() if tensor.layout is torch.strided else 0) for tensor in tensors]
+    return [(version(tensor), tensor.data_ptr() if tensor.layout is torch.strided else 0) for tensor in tensors]
 
 
 def _leaves(batch: Any) -> list[Any]:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode
 
+from lightning_influence.core.torch_private import ahead_of, leave_mode
 from lightning_influence.objective.losses import LossCall, all_arguments, known_loss, read_call
 from lightning_influence.objective.scale import calling_place
 
@@ -39,14 +39,7 @@ class LossTap(TorchFunctionMode):
         if not self._listening:
             return
         self._listening = False
-        above: list[TorchFunctionMode] = []
-        while torch._C._len_torch_function_stack():
-            mode = _pop_mode()
-            if mode is self:
-                break
-            above.append(mode)
-        for mode in reversed(above):
-            _push_mode(mode)
+        leave_mode(self)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -110,7 +103,7 @@ def edges_below(loss: Tensor, ends: Container[Any]) -> Iterator[tuple[Any, Any, 
     seen = {loss.grad_fn}
     while waiting:
         node = waiting.pop()
-        for following, number in () if node is None or node in ends else node.next_functions:
+        for following, number in () if node is None or node in ends else ahead_of(node):
             if following is not None:
                 yield node, following, number
                 if following not in seen:

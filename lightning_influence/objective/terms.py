@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_influence.core.layout import BatchLayout
+from lightning_influence.core.torch_private import shape_of
 from lightning_influence.objective.losses import LossCall, single
 from lightning_influence.objective.scale import LossScale, TaskError, TermKey, TermShare
 from lightning_influence.objective.tap import edges_below
@@ -323,8 +324,8 @@ def _reduction_of(loss: Tensor, call: LossCall) -> tuple[GradientEdge, int] | No
     while above:
         below = above.pop()
         for node, number in users[below]:
-            if not node._input_metadata[0].shape:
-                found[node] = math.prod(below._input_metadata[number].shape)
+            if not shape_of(node):
+                found[node] = math.prod(shape_of(below, number))
             elif node not in met:
                 met.add(node)
                 above.append(node)

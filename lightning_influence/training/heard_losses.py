@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_influence.objective.losses import CrossEntropy, LossCall
+from lightning_influence.objective.losses import LossCall
 from lightning_influence.objective.scale import HeardTerms, TermKey
 from lightning_influence.objective.tap import calls_in
 from lightning_influence.objective.terms import TermForm, placed_calls, steady_terms
@@ -64,7 +64,7 @@ class HeardLosses:
         if call is not None and not all(_is_plain(call, n, form) for form in forms.values() or (None,)):
             call = None
         self._failed = self._failed or call is None
-        if call is None or call.reduction != "mean" or call.class_weights is not None:
+        if call is None or call.steady_divisor(n, alone=True) is None:
             self.terms.add(None)  # else this one is what was heard before, or it would not be relied upon
         return call
 
@@ -75,7 +75,7 @@ class HeardLosses:
         self.terms.terms.update(key for key, call, _ in placed if call.rows_match(n))
         self.terms.add(steady_terms(placed, n))
         _, first, form = placed[0] if placed else (None, None, None)
-        if isinstance(first, CrossEntropy) and first.reduction != "none" and _is_plain(first, n, form):
+        if first is not None and first.reduction != "none" and _is_plain(first, n, form):
             told = call_in_graph(loss)
             if told is not None and _agree(first, told):
                 self._agreed += 1
@@ -101,12 +101,11 @@ class HeardLosses:
         self.terms = HeardTerms.of_state(state)
 
 
-def _is_plain(call: CrossEntropy, n: int, form: TermForm | None) -> bool:
-    """Tell whether a cross-entropy has one row for each of ``n`` examples, in their order."""
+def _is_plain(call: LossCall, n: int, form: TermForm | None) -> bool:
+    """Tell whether a class decision has one row for each of ``n`` examples, in their order."""
     return n > 0 and (form is None or (form.layout is not None and form.layout.dim == 0)) and call.single_rows(n)
 
 
-def _agree(heard: CrossEntropy, told: CrossEntropy) -> bool:
+def _agree(heard: LossCall, told: LossCall) -> bool:
     """Tell whether the graph tells of the very call that was heard."""
-    same = told.target.data_ptr() == heard.target.data_ptr()
-    return same and told.input.shape == heard.input.shape and told.ignore_index == heard.ignore_index
+    return told.target.data_ptr() == heard.target.data_ptr() and told.input.shape == heard.input.shape

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.core.torch_private import ahead_of, is_packed, saved
 from lightning_influence.objective.losses import CrossEntropy, LossCall
 
 _REDUCTIONS = ("none", "mean", "sum")
 
 
-def call_in_graph(loss: Tensor) -> CrossEntropy | None:
+def call_in_graph(loss: Tensor) -> LossCall | None:
     """Return the softmax cross-entropy (or ``nll_loss``) that a loss is a multiple of, as its graph tells it.
 
     Its ``input`` are the log-probabilities that the backward pass needs. None if the loss is anything else, has no hard
@@ -23,19 +24,19 @@ def call_in_graph(loss: Tensor) -> CrossEntropy | None:
     if node is None or node.name() != "NllLossBackward0":
         return None
     try:
-        packed = node._raw_saved_self.unpack_hook is not None or node._raw_saved_target.unpack_hook is not None
+        packed = is_packed(node, "self") or is_packed(node, "target")
     except AttributeError:  # older versions of torch do not tell
         return None
     # Logits of lower precision are not what was rounded.
-    if packed or node._saved_self.dtype not in (torch.float32, torch.float64):
+    if packed or saved(node, "self").dtype not in (torch.float32, torch.float64):
         return None
-    ignored = node._saved_ignore_index
+    ignored = saved(node, "ignore_index")
     return CrossEntropy(
         loss,
-        node._saved_self,
-        node._saved_target,
-        _REDUCTIONS[node._saved_reduction],
-        class_weights=node._saved_weight,
+        saved(node, "self"),
+        saved(node, "target"),
+        _REDUCTIONS[saved(node, "reduction")],
+        class_weights=saved(node, "weight"),
         ignore_index=ignored - 2**64 if ignored >= 2**63 else ignored,  # nodes tell negative numbers wrapped around
         log_probabilities=True,
     )
@@ -57,13 +58,13 @@ def _is_plain_mean(loss: Tensor, elements: Tensor) -> bool:
     """Tell whether a loss is a multiple of the mean or sum of elements, of which none can be left out then."""
     node = _behind_factors(loss)
     whole = node is not None and node.name() in ("MeanBackward0", "SumBackward0")
-    return whole and node.next_functions[0][0] is elements.grad_fn
+    return whole and ahead_of(node)[0][0] is elements.grad_fn
 
 
 def _behind_factors(loss: Tensor) -> Any:
     """Return the node of what a loss is a multiple of: trainers divide it, or scale it."""
     node: Any = loss.grad_fn
     while node is not None and node.name() in ("DivBackward0", "MulBackward0"):
-        factors = [following for following, _ in node.next_functions if following is not None]
+        factors = [following for following, _ in ahead_of(node) if following is not None]
         node = factors[0] if len(factors) == 1 else None
     return node

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_influence.core import distributed
 from lightning_influence.core.precision import largest_norm
 from lightning_influence.curvature.products.flat import FlatParameters
-from lightning_influence.curvature.products.held_batches import HeldBatches, saved_bytes
+from lightning_influence.curvature.products.held_batches import bytes_of, copied, saved_bytes
 from lightning_influence.curvature.products.second_derivatives import SecondDerivatives
 from lightning_influence.curvature.solve.spectrum import Matvec
 from lightning_influence.gradients.passes import ExampleGradients
@@ -32,8 +32,6 @@ _HOLD = 2**28
 # What the graph of a batch keeps alive, times the vectors that are sent through it together, may take so much.
 _ROOM = 2**28
 _MOST_VECTORS = 256
-# A dense float64 matrix of so many parameters takes 1.2 GB, and solving with it as much again.
-_LARGEST_DENSE = 12_000
 
 
 class CurvatureProduct(ABC):
@@ -44,15 +42,13 @@ class CurvatureProduct(ABC):
     every product. Processes share the examples. The batch size makes no difference beyond rounding.
 
     Batches are held from the first pass on, as they were loaded, if they consist of tensors in lists, tuples and dicts
-    and all of this process's together take at most ``hold_bytes``; else the data set is read for every product.
+    and all of this process's together take at most 256 MB; else the data set is read for every product.
 
     Args:
         gradients: Supplies model, task, examples, device and loss scale. Its coverage does not matter here.
         indices: Dataset indices of the examples.
         parameters: Names of the parameters; by default all that are trainable.
         batch_size: Examples in a batch; by default that of the source's passes.
-        hold_bytes: Memory that held batches may take.
-        chunk: Vectors sent through the graph of a batch together; by default so many that they take about 256 MB.
 
     Attributes:
         flat: The parameters.
@@ -76,18 +72,12 @@ class CurvatureProduct(ABC):
         *,
         parameters: Iterable[str] | None = None,
         batch_size: int | None = None,
-        hold_bytes: int = _HOLD,
-        chunk: int | None = None,
     ) -> None:
-        for name, value, least in (("batch_size", batch_size, 1), ("chunk", chunk, 1), ("hold_bytes", hold_bytes, 0)):
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; expected at least {least}.")
         self.flat = FlatParameters.of(gradients.module, parameters)
         self._gradients = gradients
         self._twice = SecondDerivatives(gradients, self.flat)
         self._batch_size = batch_size or gradients.source.pass_batch_size
-        self._hold_bytes = hold_bytes
-        self._chunk = chunk
+        self._chunk: int | None = None  # vectors sent through the graph of a batch together, once that is known
         _ = gradients.scale  # measured before anything is frozen
         total, bad, overflow = self._look(distributed.share(indices))
         if distributed.any_process(overflow):
@@ -112,7 +102,7 @@ class CurvatureProduct(ABC):
     @property
     def held(self) -> bool:
         """Whether the batches are kept between products."""
-        return self._kept.complete
+        return self._kept is not None
 
     def __call__(self, v: Tensor) -> Tensor:
         """Multiply: ``[q, p] -> [q, p]`` or ``[p] -> [p]``; the same on every process.
@@ -141,19 +131,9 @@ class CurvatureProduct(ABC):
                 own = distributed.share([self._indices[position] for position in order[start : start + size]])
                 yield partial(self._product, batches=partial(self._loaded, own), examples=size)
 
-    def to_dense(self, *, limit: int = _LARGEST_DENSE) -> Tensor:
-        """Return the matrix ``[p, p]``, made symmetric; one pass over the data, ``p`` vectors through each batch.
-
-        Raises:
-            ValueError: If there are more than ``limit`` parameters.
-        """
-        p = self.flat.size
-        if p > limit:
-            raise ValueError(
-                f"a dense matrix of {p} parameters takes {p * p * 8 / 1e9:.1f} GB in float64; solve with `cg`, choose "
-                f"fewer `parameters`, or raise `limit`, now {limit}."
-            )
-        matrix = self(torch.eye(p, dtype=self.flat.dtype, device=self.flat.device))
+    def to_dense(self) -> Tensor:
+        """Return the matrix ``[p, p]``, made symmetric; one pass over the data, ``p`` vectors through each batch."""
+        matrix = self(torch.eye(self.flat.size, dtype=self.flat.dtype, device=self.flat.device))
         return (matrix + matrix.T) / 2
 
     def _check(self, loss: BatchLoss) -> None:  # noqa: B027 - any loss will do unless a curvature says otherwise
@@ -193,7 +173,9 @@ class CurvatureProduct(ABC):
 
     def _batches(self) -> Iterable[tuple[int, Any]]:
         """Return this process's batches with their numbers of examples."""
-        return self._kept if self.held else self._loaded(self._own)
+        if self._kept is None:
+            return self._loaded(self._own)
+        return ((n, copied(batch)) for n, batch in self._kept)  # a step may change what it is given
 
     def _loaded(self, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
         return ((len(found), batch) for found, batch in self._gradients.source.batches(indices, self._batch_size))
@@ -205,11 +187,16 @@ class CurvatureProduct(ABC):
             The sum of the gradients, the non-finite examples, and whether a sum is non-finite without any of these.
         """
         total = torch.zeros(self.flat.size, dtype=self.flat.dtype, device=self.flat.device)
-        self._kept = HeldBatches(self._hold_bytes)
+        self._kept: list[tuple[int, Any]] | None = []
+        room: float = _HOLD
         suspicious: list[int] = []
         with self._twice.possible():
             for found, batch in self._gradients.source.batches(own, self._batch_size):
-                self._kept.add(len(found), batch)
+                room -= bytes_of(batch)
+                if self._kept is None or room < 0:
+                    self._kept = None
+                else:
+                    self._kept.append((len(found), copied(batch)))
                 gradient = self._summed_gradient(batch, len(found))
                 if gradient is None:
                     suspicious += found

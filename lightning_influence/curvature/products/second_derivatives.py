@@ -117,12 +117,14 @@ class SecondDerivatives:
         gradients = _back(outputs, self._tensors, starts, create_graph=True)
         missing = []
         for name, gradient in zip(self._flat.parameters, gradients, strict=True):
-            size = torch.linalg.vector_norm(gradient.detach(), dtype=self._flat.dtype)
-            if not float(size):
+            detached = gradient.detach().to(self._flat.dtype)
+            largest = torch.linalg.vector_norm(detached, torch.inf)
+            if not float(largest):
                 continue
+            size = largest * torch.linalg.vector_norm(detached / largest)  # squares of huge entries overflow
             found = 0.0
             if gradient.requires_grad:
-                unit = (gradient.detach() / size).to(gradient.dtype)
+                unit = (detached / size).to(gradient.dtype)
                 parts = _back([gradient], starts, [unit], retain_graph=True)
                 found = sum(float((part * at.detach()).sum() / size) for part, at in zip(parts, starts, strict=True))
             if not abs(found - 1) <= _TOLERANCE:

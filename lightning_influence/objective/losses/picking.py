@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.core.layout import BatchLayout
+from lightning_influence.core.torch_private import ahead_of, saved, shape_of
 
 
 class Rows(NamedTuple):
@@ -57,7 +58,7 @@ class Picking:
         rows: Rows | None = Rows(layout.dim, owner)
         before = self.source
         for node, number in self.steps:
-            step = _Step(node, number, before, _shape(node, number))
+            step = _Step(node, number, before, shape_of(node, number))
             rows = None if rows is None else _MOVES[node.name()](step, rows)
             before = step.after
         return rows
@@ -96,23 +97,20 @@ def _reorders(node: Any) -> bool:
     """Tell whether all rows were picked, each once: sorted sequences brought back into the order of the batch."""
     if node.name() != "IndexSelectBackward0":
         return False
-    index, size = node._saved_index, node._saved_self_sym_sizes[node._saved_dim % len(node._saved_self_sym_sizes)]
+    index, sizes = saved(node, "index"), saved(node, "self_sym_sizes")
+    size = sizes[saved(node, "dim") % len(sizes)]
     return index.numel() == size and torch.equal(index.sort().values, torch.arange(size, device=index.device))
 
 
 def _row_input(node: Any, number: int) -> tuple[Any, int] | None:
     """The input whose rows are those of the output: the only one of its shape, or the one that the table names."""
     if node.name() in _ROW_INPUT:
-        found, output = node.next_functions[_ROW_INPUT[node.name()]]
+        found, output = ahead_of(node)[_ROW_INPUT[node.name()]]
         return None if found is None else (found, output)
-    reached = [(found, output) for found, output in node.next_functions if found is not None]
-    if len(node.next_functions) > 1:
-        reached = [place for place in reached if _shape(*place) == _shape(node, number)]
+    reached = [(found, output) for found, output in ahead_of(node) if found is not None]
+    if len(ahead_of(node)) > 1:
+        reached = [place for place in reached if shape_of(*place) == shape_of(node, number)]
     return reached[0] if len(reached) == 1 else None
-
-
-def _shape(node: Any, number: int) -> torch.Size:
-    return torch.Size(node._input_metadata[number].shape)
 
 
 # ----------------------------------------------------------------------------------------- steps through the graph
@@ -128,7 +126,7 @@ class _Step(NamedTuple):
 
     def saved(self, name: str) -> int:
         """Return a saved number."""
-        return _signed(getattr(self.node, f"_saved_{name}"))
+        return _signed(saved(self.node, name))
 
     @property
     def dim(self) -> int:
@@ -195,7 +193,7 @@ def _one_dimension(owners: Tensor) -> Rows | None:
 def _permuted(step: _Step, rows: Rows) -> Rows | None:
     dims = list(range(len(step.before)))
     if step.node.name() == "PermuteBackward0":
-        dims = [_signed(dim) % len(dims) for dim in step.node._saved_dims]
+        dims = [_signed(dim) % len(dims) for dim in saved(step.node, "dims")]
     else:
         first, second = (0, 1) if step.node.name() == "TBackward0" else (step.saved("dim0"), step.saved("dim1"))
         dims[first], dims[second] = dims[second], dims[first]
@@ -215,14 +213,14 @@ def _taken(step: _Step, rows: Rows) -> Rows | None:
 
 
 def _split(step: _Step) -> slice:
-    start = step.number * step.node._saved_split_size
+    start = step.number * saved(step.node, "split_size")
     return slice(start, start + step.after[step.dim])
 
 
 def _indexed(step: _Step, rows: Rows) -> Rows | None:
     indices: list[slice | Tensor] = []
     sizes: list[int] = []
-    for index in step.node._saved_indices:
+    for index in saved(step.node, "indices"):
         mask = index is not None and index.dtype in (torch.bool, torch.uint8)
         indices.append(slice(None) if index is None else index.cpu().bool() if mask else index.cpu())
         sizes += [1] if index is None else step.before[len(sizes) :][: index.ndim if mask else 1]
@@ -233,16 +231,16 @@ def _indexed(step: _Step, rows: Rows) -> Rows | None:
 
 
 def _masked(step: _Step, rows: Rows) -> Rows | None:
-    mask = step.node._saved_mask.cpu()
+    mask = saved(step.node, "mask").cpu()
     if torch.broadcast_shapes(step.before, mask.shape) != step.before:
         return None
     return Rows(0, _spread(rows, step.before)[mask.expand(step.before)])
 
 
 def _packed(step: _Step, rows: Rows) -> Rows | None:
-    if rows.dim != (0 if step.node._saved_batch_first else 1):
+    if rows.dim != (0 if saved(step.node, "batch_first") else 1):
         return None
-    return Rows(0, torch.cat([rows.owner[: int(size)] for size in step.node._saved_result1]))
+    return Rows(0, torch.cat([rows.owner[: int(size)] for size in saved(step.node, "result1")]))
 
 
 _ELEMENTWISE = """
@@ -253,15 +251,15 @@ _VIEWS = "Alias ReshapeAlias Squeeze UnsafeView Unsqueeze View"
 # Which input of a matrix product or a norm has the rows.
 _ROW_INPUT = {"AddmmBackward0": 1, "MmBackward0": 0, "LinearBackward0": 0, "NativeLayerNormBackward0": 0}
 _TAKEN: dict[str, Callable[[_Step], Any]] = {
-    "SliceBackward0": lambda step: slice(step.saved("start"), step.saved("end"), step.node._saved_step),
+    "SliceBackward0": lambda step: slice(step.saved("start"), step.saved("end"), saved(step.node, "step")),
     "SplitBackward0": _split,
-    "IndexSelectBackward0": lambda step: step.node._saved_index.cpu(),
+    "IndexSelectBackward0": lambda step: saved(step.node, "index").cpu(),
 }
 _PICKS: dict[str, Callable[[Any], Sequence[int]]] = {
-    "IndexBackward0": lambda node: node._saved_self_sym_sizes,
-    "IndexSelectBackward0": lambda node: node._saved_self_sym_sizes,
-    "MaskedSelectBackward0": lambda node: node._saved_self.shape,
-    "PackPaddedSequenceBackward0": lambda node: node._saved_input_sym_sizes,
+    "IndexBackward0": lambda node: saved(node, "self_sym_sizes"),
+    "IndexSelectBackward0": lambda node: saved(node, "self_sym_sizes"),
+    "MaskedSelectBackward0": lambda node: saved(node, "self").shape,
+    "PackPaddedSequenceBackward0": lambda node: saved(node, "input_sym_sizes"),
 }
 _MOVES: dict[str, _Move] = {
     **{f"{name}Backward{k}": _kept for name in _ELEMENTWISE.split() for k in range(2)},

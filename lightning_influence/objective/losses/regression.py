@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_influence.core.torch_private import argument_of_caller
 from lightning_influence.objective.losses.base import LossCall
 from lightning_influence.objective.losses.elementwise import ElementwiseLoss
 from lightning_influence.objective.losses.registry import reads
@@ -127,8 +127,5 @@ def all_arguments(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[
     """
     if function is not F.l1_loss or "weight" in kwargs:
         return kwargs
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code is not F.l1_loss.__code__:
-        frame = frame.f_back
-    weight = frame.f_locals.get("weight") if frame.f_code is F.l1_loss.__code__ else None
+    weight = argument_of_caller(F.l1_loss, "weight")
     return kwargs if weight is None else {**kwargs, "weight": weight}

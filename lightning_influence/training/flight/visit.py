@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.precision import wide
+from lightning_influence.core.torch_private import versions
 from lightning_influence.gradients.block_rows import Output, Source, Use, check_batch, modified
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.layers.call import Call, Layouts
@@ -63,13 +64,13 @@ class Visit:
             self._error = error
 
     def _watch(self, call: Call, layouts: Layouts, output: Tensor) -> None:
-        place, versions = Output.of(output), tuple([tensor._version for tensor in call.inputs])
+        place, before = Output.of(output), versions(call.inputs)
         blocks: dict[str, dict[str, Source]] = {}
         for role, tensor in call.parameters.items():
             name, parameter, block = self.flight.owners[id(tensor)]
             blocks.setdefault(block.name, {})[role] = Source(parameter, ((name, parameter),))
         for name, roles in blocks.items():
-            self._uses.setdefault(name, []).append(Use(call, layouts, place, versions, roles))
+            self._uses.setdefault(name, []).append(Use(call, layouts, place, before, roles))
             self._open[name] = self._open.get(name, 0) + 1
         key, number, names = object(), place.edge.output_nr, list(blocks)
         self._waiting[key] = place
