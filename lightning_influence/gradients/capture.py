@@ -164,15 +164,6 @@ class Capture:
         self._computed[name] = draws
 
     @property
-    def precise(self) -> bool:
-        """Whether everything captured has at least single precision."""
-        return all(
-            tensor is None or not tensor.is_floating_point() or tensor.dtype in (torch.float32, torch.float64)
-            for _, use in self._uses
-            for tensor in (use.call.input, *use.output.gradients)
-        )
-
-    @property
     def order(self) -> list[str]:
         """Names of the blocks used in the last forward pass, in order of their first use."""
         return list(dict.fromkeys(name for name, _ in self._uses))

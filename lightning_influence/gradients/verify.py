@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -14,10 +15,12 @@ from lightning_influence.core.precision import wide
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.plain_autograd import batch_gradients
+from lightning_influence.gradients.watch import PrecisionWatch, lower_precision
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.rows import held_bytes
 from lightning_influence.objective.scale import LossScale
 
+# By the lowest precision that takes part; `_COARSE` below single precision.
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3}
 _COARSE = 5e-2
 # Gradients below this share of the whole are rounding noise in a layer that hardly learns.
@@ -170,10 +173,13 @@ def _look(
     norms: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}
     start = time.perf_counter()
-    run = gradients.with_scale(scale).run(indices, everywhere=True, whole=True, step_seed=step_seed)
+    watch = PrecisionWatch()
+    run = (
+        gradients.with_scale(scale).within(lambda: watch).run(indices, everywhere=True, whole=True, step_seed=step_seed)
+    )
     with closing(run) as batches:
         item = next(batches)
-        loss, precise = item.loss, item.capture.precise
+        loss = item.loss
         for io in item.layers():
             positions[io.name] = io.x.shape[2]
             # As they lie in the capture, and the largest once more as it is worked on.
@@ -184,7 +190,7 @@ def _look(
             if keep:
                 alone = torch.eye(len(indices), dtype=io.x.dtype, device=io.x.device)[list(keep), None, :, None, None]
                 kept[io.name] = torch.stack([per_sample.summed_gradient(io.x * only, io.gs[0]) for only in alone])
-        dtype = next((block.dtype for block in sums.values()), torch.float32)
+        dtype = reduce(lower_precision, (block.dtype for block in sums.values()), watch.lowest)
         inspection = Inspection(
             positions,
             loss.tapped,
@@ -201,8 +207,8 @@ def _look(
             loss.values,
             item.finite,
             loss.scale,
-            _TOLERANCES[dtype] if precise else _COARSE,
-            _OWN_TOLERANCES[dtype] if precise else _COARSE,
+            _TOLERANCES.get(dtype, _COARSE),
+            _OWN_TOLERANCES.get(dtype, _COARSE),
             kept,
         )
 
@@ -231,7 +237,9 @@ def _compare(gradients: ExampleGradients, indices: list[int], look: _Look) -> fl
         errors[name] = float((mean - block).norm()) / floor
     wrong = {name: e for name, e in errors.items() if not e <= look.tolerance}
     if wrong:
-        listed = ", ".join(f"{name} ({e:.1%} off)" for name, e in sorted(wrong.items(), key=lambda item: -item[1])[:8])
+        listed = ", ".join(
+            f"{name} ({_percent(e)} off)" for name, e in sorted(wrong.items(), key=lambda item: -item[1])[:8]
+        )
         raise VerificationError(
             f"the per-example gradients do not add up to the gradient of the batch loss in: {listed}. Their parameters "
             "are used outside the layer's own forward (a functional call, a penalty on the weights in "
@@ -289,6 +297,10 @@ def _smallest(look: _Look, name: str) -> float:
     """Return the squared norm below which a block's gradient is rounding noise."""
     whole = float(torch.stack(list(look.norms.values())).sum(0).max())
     return max(1e-6 * float(look.norms[name].max()), _NEGLIGIBLE**2 * whole)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if not share < 1e-3 else f"{100 * share:.1g}%"
 
 
 def _copies(n: int) -> int:

@@ -6,8 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.core.containers import tensors_in
@@ -62,6 +63,47 @@ class FunctionWatch(TorchFunctionMode, ABC):
             output: What it returned.
             before: The positional arguments with a copy of what the call has overwritten, if it has.
         """
+
+
+class PrecisionWatch(FunctionWatch):
+    """Notes the lowest precision that takes part in a forward pass: a model of float64 may normalise in float32.
+
+    Attributes:
+        lowest: The type of lowest precision so far.
+    """
+
+    followed = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lowest = torch.float64
+
+    def after(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        before: tuple[Any, ...] | None,
+    ) -> None:
+        """Look at what the call made, unless it only hands on what the batch holds: that is exact in any type."""
+        for made in tensors_in(output):
+            dtype = lower_precision(self.lowest, made.dtype)
+            if dtype != self.lowest and (
+                made.requires_grad
+                or any(
+                    isinstance(given, nn.Parameter) or (given.is_floating_point() and given.dtype != dtype)
+                    for given in tensors_in((args, kwargs))
+                )
+            ):
+                self.lowest = dtype
+
+
+def lower_precision(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """Return the less precise of two real types; integers have no say."""
+    other = other.to_real() if other.is_complex else other
+    coarser = other.is_floating_point and torch.finfo(other).eps > torch.finfo(one).eps
+    return other if coarser else one
 
 
 def outputs_of(func: Callable[..., Any], args: Sequence[Any], output: Any) -> list[Tensor]:
