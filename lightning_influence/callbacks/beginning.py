@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,38 +18,30 @@ from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
-from lightning_influence.curvature import (
-    SOLVERS,
-    CurvatureName,
-    Fisher,
-    check_curvature,
-    check_labels,
-    check_solver,
-)
+from lightning_influence.curvature import check_curvature, check_labels
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.coverage import Uncovered, listed_layers
 from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection, inspect, roomy_batch_size
-from lightning_influence.influence.inputs import check_choice
+from lightning_influence.influence.inputs import check_choice, check_curvature_choices
 from lightning_influence.objective.scale import NoLossError
 from lightning_influence.objective.task import Task, TrainingStepTask
-from lightning_influence.scores.plan import InfluencePlan
 from lightning_influence.training.recording import Recording
 
 if TYPE_CHECKING:
     from lightning_influence.callbacks.influence_audit import InfluenceAudit
 
+FITTING = ("curvature", "fisher", "damping", "solver", "factor_examples")
+"""Arguments that say how a curvature is fitted."""
+
 
 def check_arguments(audit: InfluenceAudit) -> None:
     """Raise ``ValueError`` if an argument is out of range."""
-    check_choice("curvature", audit.curvature, get_args(CurvatureName))
-    check_choice("fisher", audit.fisher, get_args(Fisher))
+    check_curvature_choices(audit.curvature, audit.fisher, audit.solver)
     check_choice("uncovered", audit.uncovered, get_args(Uncovered))
     check_layers(audit.layers)
     check_damping(audit.damping)
-    check_choice("solver", audit.solver, ("auto", "dense", *SOLVERS))
-    check_solver(audit.curvature, audit.solver)
     if audit.factor_examples != "auto" and audit.factor_examples is not None:
         check_count("factor_examples", audit.factor_examples, '"auto", None for all examples')
     check_task(audit.task)
@@ -60,11 +51,7 @@ def described_arguments(audit: InfluenceAudit) -> dict[str, Any]:
     """Return the arguments in terms of JSON."""
     layers, task = audit.layers, audit.task
     return {
-        "curvature": audit.curvature,
-        "fisher": audit.fisher,
-        "damping": audit.damping,
-        "solver": audit.solver,
-        "factor_examples": audit.factor_examples,
+        **{name: getattr(audit, name) for name in FITTING},
         "tracin": None if audit.tracin is None else audit.tracin.described(),
         "layers": None if layers is None else [getattr(each, "__name__", each) for each in listed_layers(layers)],
         "uncovered": audit.uncovered,
@@ -132,14 +119,7 @@ def _begun(
         passes,
         inspection,
         Reporter(store, described_arguments(audit), known_noise, queries),
-        audit.curvature,
-        partial(
-            InfluencePlan.make,
-            fisher=audit.fisher,
-            damping=audit.damping,
-            examples=audit.factor_examples,
-            solver=audit.solver,
-        ),
+        {name: getattr(audit, name) for name in FITTING},
         tracin=tracin,
         flight=flight,
         queries=queries,

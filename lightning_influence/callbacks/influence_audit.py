@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -25,7 +25,7 @@ from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.core import distributed
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.gradients.coverage import Layers, Uncovered
-from lightning_influence.influence.inputs import check_choice
+from lightning_influence.influence import Influence
 from lightning_influence.objective.task import Task
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import Mode, TracIn
@@ -216,28 +216,34 @@ class InfluenceAudit(RunHooks):
             self.report = finished.report
             finished.publish()
 
-    def unlearner(self, curvature: CurvatureName = "ggn") -> Unlearner:
-        """Return what removes training examples from the model, or repairs their labels, by one Newton step.
+    def influence(self, curvature: CurvatureName = "ggn") -> Influence:
+        """Return everything else that can be asked of the model and its training data, as ``Influence`` does.
 
-        The curvature is fitted at the weights that the model has now, so load the weights that are meant first. With
-        several processes, call it on all of them.
+        The curvature is fitted with the audit's arguments, at the weights that the model has now, so load the weights
+        that are meant first. With several processes, call it on all of them.
 
         Args:
-            curvature: The GGN, with the audit's damping and solver, comes closest to retraining; Kronecker factors with
-                their relative damping, good for ranking, step far too wide (``benchmarks/unlearning.py``).
+            curvature: For removal and repair, the GGN comes closest to retraining; Kronecker factors with their
+                relative damping, good for ranking, step far too wide (``benchmarks/unlearning.py``).
 
         Raises:
             RuntimeError: Before an audit is complete.
-            ValueError, IndefiniteError: As ``curvature.fit``.
+            ValueError, IndefiniteError: As ``Influence.fit``.
 
         Example:
-            >>> update = audit.unlearner().newton_removal(audit.report.candidates[:10], leverage=True)
+            >>> update = audit.influence().remove(audit.report.candidates[:10], leverage=True)
             >>> cleaner = update.applied_to_copy(model)
         """
-        if self._run is None or self._run.make_unlearner is None:
+        if self._run is None or self._run.make_influence is None:
             raise RuntimeError("there is no complete audit to unlearn from; let `trainer.fit` end first.")
-        check_choice("curvature", curvature, get_args(CurvatureName))
-        return self._run.make_unlearner(curvature)
+        return self._run.make_influence().fit(**{**self._run.fitting, "curvature": curvature})
+
+    def unlearner(self, curvature: CurvatureName = "ggn") -> Unlearner:
+        """Return removal and repair alone; see ``influence``."""
+        found = self.influence(curvature)
+        return Unlearner(
+            found.training, found.curvature, found.examples, labels=found.labels, weight_decay=found.weight_decay
+        )
 
     # ------------------------------------------------------------------ state
 

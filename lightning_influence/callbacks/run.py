@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
-from lightning_influence.callbacks.afterwards import MakeUnlearner, unlearner_maker
 from lightning_influence.callbacks.keeping import keep_checkpoint, take_over_checkpoints
 from lightning_influence.callbacks.listening import BatchListener
 from lightning_influence.callbacks.query_report import QueryReport
@@ -20,12 +20,12 @@ from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
-from lightning_influence.curvature import CurvatureName
 from lightning_influence.data.source import ExampleSource, same_data
 from lightning_influence.gradients.coverage import Coverage, listed
 from lightning_influence.gradients.verify import Inspection
+from lightning_influence.influence import Influence
 from lightning_influence.scores.examples import score_examples
-from lightning_influence.scores.plan import InfluencePlan, influence_scores
+from lightning_influence.scores.plan import influence_scores
 from lightning_influence.training.checkpoints import Checkpoint
 from lightning_influence.training.optimizers import preconditioners
 from lightning_influence.training.recording import Recording
@@ -57,12 +57,11 @@ class AuditRun:
         passes: Extra passes over the training data.
         inspection: What one batch showed before the first step.
         reporter: Where the audit goes.
-        curvature: Approximation behind the scores.
-        make_plan: ``InfluencePlan.make`` with the callback's other arguments.
+        fitting: The callback's arguments that ``Influence.plan`` takes.
         tracin: How TracIn is computed; None for not at all.
         flight: TracIn in flight, if that is how.
         queries: What the audit is asked about.
-        make_unlearner: What the finished audit can still do, once it is.
+        make_influence: Returns what the finished audit can still do, once it is: nothing is held but references.
         finished: Whether it is, and its report computed.
         digests: What a few examples hold, if the data may be loaded again.
         listener: Hears the batches.
@@ -72,12 +71,11 @@ class AuditRun:
     passes: TrainingPasses
     inspection: Inspection
     reporter: Reporter
-    curvature: CurvatureName
-    make_plan: Callable[..., InfluencePlan]
+    fitting: Mapping[str, Any]
     tracin: TracIn | None = None
     flight: FlightRecorder | None = None
     queries: QueryReport | None = None
-    make_unlearner: MakeUnlearner | None = None
+    make_influence: Callable[[], Influence] | None = None
     finished: bool = False
     digests: Sequence[bytes | None] = ()
 
@@ -217,11 +215,7 @@ class AuditRun:
         indices = self._unmissed(indices)
         scaling = time.perf_counter() - start
         history = recording.step_sizes.history()
-
-        def planned(curvature: CurvatureName) -> InfluencePlan:
-            return self.make_plan(gradients.coverage, inspection, len(indices), curvature=curvature, history=history)
-
-        plan = planned(self.curvature)
+        plan = Influence.of(gradients, inspection, indices, history=history).plan(**self.fitting)
         bridge.set_up_validation(trainer)
         validation = bridge.validation_queries(trainer, gradients)
         asked = sum(len(examples) for _, examples in validation)
@@ -237,7 +231,10 @@ class AuditRun:
         indices = result.scores.indices.tolist()
         result.notes.extend(self._data_notes(trainer, audited, indices))
         columns = recording.columns(indices, result.scores)
-        self.make_unlearner = unlearner_maker(trainer, gradients, planned, columns, history.weight_decay)
+        later = bridge.after_training(trainer, gradients)
+        given = columns["label"].tolist() if "label" in columns else ()
+        labels = {index: label for index, label in zip(indices, given, strict=False) if label >= 0}
+        self.make_influence = lambda: Influence.of(later, inspection, indices, history=history, labels=labels)
         if self.queries is not None:
             with bridge.aside(trainer):
                 columns |= self.queries.find(columns, result.seconds)

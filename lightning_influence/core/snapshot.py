@@ -25,7 +25,7 @@ from lightning_influence.core.torch_private import TorchDispatchMode
 _LARGE = 2**20
 _EMPTY: tuple[Any, ...] = ([], (), range(0), {}, set(), "", b"")
 _ITERATORS: Any = (itertools.count, itertools.cycle, *(type(iter(empty)) for empty in _EMPTY))
-_OF_A_STEP = "Pass `task=`, a function (module, batch) -> loss that leaves it alone."
+_OF_A_STEP = "Pass `task=` (`loss=` of `Influence`), a function (module, batch) -> loss that leaves it alone."
 _OF_DATA = "Let the data set return the same for an index whatever it has returned before."
 # After so many batches, or examples, it is known what moves.
 _SURE = 3
