@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.arguments import check_count, check_damping, check_layers, check_task
 from lightning_influence.callbacks.query_report import QueryReport, described
 from lightning_influence.callbacks.reporting import Reporter
-from lightning_influence.callbacks.resuming import Restored, finished_report
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
-from lightning_influence.core import distributed
 from lightning_influence.curvature import check_curvature, check_labels
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.coverage import Uncovered, listed_layers
@@ -145,23 +141,3 @@ def _note_what_varies(
             "the loss depends on `batch_idx`, which is 0 in all passes: they are about the loss of batch 0; `task=` "
             "can take another one"
         )
-
-
-def complete_before(
-    restored: Restored | None, trainer: Trainer, arguments: Mapping[str, Any], detects: bool
-) -> tuple[bool, AuditReport | None]:
-    """Tell whether the audit was complete before training was resumed, and return it on rank zero.
-
-    Args:
-        restored: What the checkpoint holds of the audit.
-        trainer: The trainer.
-        arguments: The callback's arguments.
-        detects: Whether there are labels that are known to be wrong.
-    """
-    report: AuditReport | None = None
-    if trainer.is_global_zero:
-        report = finished_report(restored, arguments, trainer.global_step, detects=detects)
-    complete = distributed.any_process(report is not None)
-    if complete:
-        rank_zero_info(f"influence audit: it was complete before training was resumed.\n{report}")
-    return complete, report

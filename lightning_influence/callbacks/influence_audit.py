@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -17,7 +17,7 @@ from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.unlearning import Unlearner
 from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.arguments import checked_indices, checked_tracin
-from lightning_influence.callbacks.beginning import begun, check_arguments, complete_before, described_arguments
+from lightning_influence.callbacks.beginning import begun, check_arguments, described_arguments
 from lightning_influence.callbacks.hooks import RunHooks
 from lightning_influence.callbacks.query_report import checked_queries
 from lightning_influence.callbacks.resuming import Restored, as_at_the_end_of_training, restore, state_for
@@ -189,16 +189,12 @@ class InfluenceAudit(RunHooks):
                 f"max_steps={trainer.max_steps}, limit_train_batches={trainer.limit_train_batches})."
             )
             return
-        restored, before = self._restored, self._before[2]
-        if restored is None and before is not None and before.finished:
+        before = self._before[2]
+        if self._restored is None and before is not None and before.finished:
             self.report, self._recording, self._run = self._before
             rank_zero_info("influence audit: nothing was left to train; `report` is that of the fit before.")
             return
-        complete, report = complete_before(restored, trainer, described_arguments(self), self.known_noise is not None)
-        if complete:
-            self.report = report
-            return
-        rank_zero_info("influence audit: nothing was left to train, but there is no complete audit yet.")
+        rank_zero_info("influence audit: nothing was left to train; what was recorded until then is audited now.")
         with as_at_the_end_of_training(trainer, pl_module):
             try:
                 run = self._prepare(trainer, pl_module)
@@ -257,8 +253,6 @@ class InfluenceAudit(RunHooks):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over what an audit with other arguments has recorded: nearly all of it does not depend on them."""
-        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
-        audits = [callback for callback in callbacks if isinstance(callback, InfluenceAudit)]
-        self._restored = state_for(self, audits, checkpoint.get("callbacks") or {})
+        self._restored = state_for(self.state_key, checkpoint.get("callbacks") or {})
         if self._restored is not None:  # Lightning has just said that it is not
             rank_zero_info("influence audit: what an audit with other arguments has recorded is taken over.")
