@@ -16,8 +16,8 @@ from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.unlearning import Unlearner
 from lightning_influence.callbacks import bridge, preparing
-from lightning_influence.callbacks.arguments import checked_indices, checked_tracin
-from lightning_influence.callbacks.beginning import begun, check_arguments, described_arguments
+from lightning_influence.callbacks.arguments import Arguments, checked_indices, checked_tracin
+from lightning_influence.callbacks.beginning import begun
 from lightning_influence.callbacks.hooks import RunHooks
 from lightning_influence.callbacks.query_report import checked_queries
 from lightning_influence.callbacks.resuming import Restored, as_at_the_end_of_training, restore, state_for
@@ -110,20 +110,21 @@ class InfluenceAudit(RunHooks):
         dirpath: str | os.PathLike[str] | None = None,
         verify: bool = True,
     ) -> None:
-        self.curvature = curvature
-        self.fisher = fisher
-        self.damping = damping
-        self.solver = solver
-        self.factor_examples = factor_examples
-        self.tracin = checked_tracin(tracin)
-        self.layers = layers
-        self.uncovered = uncovered
-        self.task = task
-        self.queries = checked_queries(queries)
-        self.known_noise = checked_indices(known_noise)
-        self.dirpath = dirpath
-        self.verify = verify
-        check_arguments(self)
+        self.arguments = Arguments(
+            curvature,
+            fisher,
+            damping,
+            solver,
+            factor_examples,
+            checked_tracin(tracin),
+            layers,
+            uncovered,
+            task,
+            checked_queries(queries),
+            checked_indices(known_noise),
+            dirpath,
+            verify,
+        )
         super().__init__()
         self._key: str | None = None
         # What checkpoints keep: from a checkpoint until the size of the data is known, then of the run.
@@ -136,7 +137,7 @@ class InfluenceAudit(RunHooks):
         """Key of the callback's state in checkpoints: two audits of one run have two states."""
         if self._key is None:  # asked for at every hook
             # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
-            arguments = {name: value for name, value in described_arguments(self).items() if name != "verify"}
+            arguments = {name: value for name, value in self.arguments.described().items() if name != "verify"}
             self._key = self._generate_state_key(**arguments)
         return self._key
 
@@ -149,7 +150,7 @@ class InfluenceAudit(RunHooks):
         # Of an earlier fit: an error before training starts must not be filed under that one's audit.
         self._before = self.report, self._recording, self._run
         self.report = self._recording = self._run = self._restored = None
-        preparing.check_optimization(pl_module, self.task, self.tracin)
+        preparing.check_optimization(pl_module, self.arguments.task, self.arguments.tracin)
         bridge.check_strategy(trainer)
         preparing.warn_of_averaging(trainer, self)
         self._recorder.attach(trainer)
@@ -164,11 +165,11 @@ class InfluenceAudit(RunHooks):
         self._before = None, None, None
         with preparing.errors_as_misconfiguration():
             source = self._recorder.source_of(trainer.train_dataloader)
-            preparing.check_known_noise(self.known_noise, source)
-            self._recording = Recording(len(source), module, self.tracin)
+            preparing.check_known_noise(self.arguments.known_noise, source)
+            self._recording = Recording(len(source), module, self.arguments.tracin)
             restored, self._restored = self._restored, None
             restore(self._recording, restored, trainer)
-            self._run = begun(self, trainer, module, source, self._recording)
+            self._run = begun(self.arguments, trainer, module, source, self._recording)
             self._run.take_over(trainer)
         return self._run
 
@@ -209,8 +210,8 @@ class InfluenceAudit(RunHooks):
         finished = run.finish_or_warn(trainer, module)
         if finished is not None:
             # Before anything is written: what is computed is not lost to a disk or a logger.
-            self.report = finished.report
-            finished.publish()
+            self.report, publish = finished
+            publish()
 
     def influence(self, curvature: CurvatureName = "ggn") -> Influence:
         """Return everything else that can be asked of the model and its training data, as ``Influence`` does.
@@ -232,7 +233,7 @@ class InfluenceAudit(RunHooks):
         """
         if self._run is None or self._run.make_influence is None:
             raise RuntimeError("there is no complete audit to unlearn from; let `trainer.fit` end first.")
-        return self._run.make_influence().fit(**{**self._run.fitting, "curvature": curvature})
+        return self._run.make_influence().fit(**{**self._run.arguments.fitting, "curvature": curvature})
 
     def unlearner(self, curvature: CurvatureName = "ggn") -> Unlearner:
         """Return removal and repair alone; see ``influence``."""
@@ -245,7 +246,9 @@ class InfluenceAudit(RunHooks):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: tensors and primitives."""
-        return {} if self._recording is None else self._recording.state_dict()
+        if self._recording is None:
+            return {}
+        return self._recording.state_dict() | {"arguments": self.arguments.described()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the size of the data set is known."""
@@ -253,6 +256,6 @@ class InfluenceAudit(RunHooks):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over what an audit with other arguments has recorded: nearly all of it does not depend on them."""
-        self._restored = state_for(self.state_key, checkpoint.get("callbacks") or {})
+        self._restored = state_for(self.state_key, self.arguments.described(), checkpoint.get("callbacks") or {})
         if self._restored is not None:  # Lightning has just said that it is not
             rank_zero_info("influence audit: what an audit with other arguments has recorded is taken over.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_influence.callbacks import bridge
 from lightning_influence.training.recording import Recording
-
-# Arguments that TracIn depends on while it is recorded; all the rest is as well recorded with others.
-_OF_TRACIN = ("tracin", "layers", "uncovered", "task")
 
 
 @dataclass(frozen=True)
@@ -30,34 +26,29 @@ class Restored:
     unlike: tuple[str, ...] = ()
 
 
-def state_for(own: str, states: Mapping[Any, Any]) -> Restored | None:
+def state_for(own: str, arguments: Mapping[str, Any], states: Mapping[Any, Any]) -> Restored | None:
     """Find the state of an audit that had other arguments; None if there is none, or it is found by its key.
 
     That of those with the most of its settings of TracIn: everything but TracIn is the same in all of them.
 
     Args:
         own: Key of the audit.
+        arguments: Its arguments.
         states: Of all the checkpoint's callbacks, by key.
     """
-    kind = own.partition("{")[0] + "{"
-    keys = [key for key, state in states.items() if isinstance(key, str) and key.startswith(kind) and state]
-    if own in keys or not keys:
+    kind, settings = own.partition("{")[0] + "{", _of_tracin(arguments)
+    others = {key: state for key, state in states.items() if isinstance(key, str) and key.startswith(kind) and state}
+    if own in others or not others:
         return None
-    unlike, key = min(((_unlike(own, key), key) for key in keys), key=lambda found: len(found[0]))
-    return Restored(states[key], unlike)
-
-
-def _unlike(one: str, other: str) -> tuple[str, ...]:
-    """Return the settings of TracIn in which two keys differ."""
-    try:
-        settings, others = (ast.literal_eval(key[key.index("{") :]) for key in (one, other))
-    except (ValueError, SyntaxError):
-        return _OF_TRACIN
-    settings, others = _of_tracin(settings), _of_tracin(others)
-    return tuple(name for name in _OF_TRACIN if settings[name] != others[name])
+    found = []
+    for state in others.values():
+        theirs = _of_tracin(state.get("arguments", {}))
+        found.append(Restored(state, tuple(name for name in settings if settings[name] != theirs[name])))
+    return min(found, key=lambda each: len(each.unlike))
 
 
 def _of_tracin(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what TracIn depends on while it is recorded; all the rest is as well recorded with others."""
     tracin = arguments.get("tracin") or {}
     layers = tracin.get("layers") or arguments.get("layers")
     in_flight = tracin.get("mode") == "step"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.keeping import keep_checkpoint, take_over_checkpoints
 from lightning_influence.callbacks.listening import BatchListener
 from lightning_influence.callbacks.query_report import QueryReport
@@ -32,18 +32,8 @@ from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
 from lightning_influence.training.step_sizes import StepSize, block_step_sizes
 
-
-@dataclass(frozen=True)
-class Finished:
-    """An audit that is computed.
-
-    Attributes:
-        report: The audit; None on other ranks than zero.
-        publish: Writes it to files and loggers.
-    """
-
-    report: AuditReport | None
-    publish: Callable[[], None]
+Finished = tuple[AuditReport | None, Callable[[], None]]
+"""The audit, None on other ranks than zero, and what writes it to files and loggers."""
 
 
 @dataclass(eq=False)
@@ -57,8 +47,7 @@ class AuditRun:
         passes: Extra passes over the training data.
         inspection: What one batch showed before the first step.
         reporter: Where the audit goes.
-        fitting: The callback's arguments that ``Influence.plan`` takes.
-        tracin: How TracIn is computed; None for not at all.
+        arguments: Those of the callback.
         flight: TracIn in flight, if that is how.
         queries: What the audit is asked about.
         make_influence: Returns what the finished audit can still do, once it is: nothing is held but references.
@@ -71,8 +60,7 @@ class AuditRun:
     passes: TrainingPasses
     inspection: Inspection
     reporter: Reporter
-    fitting: Mapping[str, Any]
-    tracin: TracIn | None = None
+    arguments: Arguments
     flight: FlightRecorder | None = None
     queries: QueryReport | None = None
     make_influence: Callable[[], Influence] | None = None
@@ -84,17 +72,17 @@ class AuditRun:
 
     def take_over(self, trainer: Trainer) -> None:
         """Take over the checkpoints that a run which is resumed has kept."""
-        if self.tracin is not None:
-            take_over_checkpoints(self.reporter.store, self.tracin, self.recording, trainer.global_step)
+        if self.arguments.tracin is not None:
+            take_over_checkpoints(self.reporter.store, self.arguments.tracin, self.recording, trainer.global_step)
         self.recording.directory = str(self.reporter.directory or "")
 
     def catch_up(self, trainer: Trainer, module: LightningModule) -> None:
         """Make the last pass that a run which is resumed for more steps has postponed."""
-        if self.tracin is None or self.flight is not None:
+        if self.arguments.tracin is None or self.flight is not None:
             return
         if self.recording.postponed == trainer.global_step and self.recording.step_sizes.steps:
             with bridge.at_epoch(trainer, trainer.current_epoch - 1):
-                self._score_checkpoint(trainer, module, self.tracin)
+                self._score_checkpoint(trainer, module, self.arguments.tracin)
 
     def take_data(self, source: ExampleSource, epoch: int) -> None:
         """Go on with the examples of a loader that was loaded again, and say so if they are others."""
@@ -125,7 +113,7 @@ class AuditRun:
             )
 
     def _end_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        recording, tracin = self.recording, self.tracin
+        recording, tracin = self.recording, self.arguments.tracin
         recording.synchronise()
         due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
         if tracin is not None and due and recording.step_sizes.steps:
@@ -179,9 +167,11 @@ class AuditRun:
     # ---------------------------------------------------------------- the end
 
     def finish_or_warn(self, trainer: Trainer, module: LightningModule) -> Finished | None:
-        """As ``finish``; None, and a warning, if that fails."""
+        """Fit the curvature and score every example; None if there is nothing to audit, or if that fails."""
         try:
-            return self.finish(trainer, module)
+            self.reporter.write_partial(self.recording.local_columns, "recording")
+            with bridge.at_epoch(trainer, trainer.current_epoch - 1):
+                return self._finish(trainer, module)
         except Exception as error:
             # In one process the training that has just ended is worth more than the audit; with several, the others
             # would wait for this one at the next collective.
@@ -193,12 +183,6 @@ class AuditRun:
                 f"{self.reporter.directory}.\n{traceback.format_exc()}"
             )
             return None
-
-    def finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
-        """Fit the curvature and score every example; None if there is nothing to audit."""
-        self.reporter.write_partial(self.recording.local_columns, "recording")
-        with bridge.at_epoch(trainer, trainer.current_epoch - 1):
-            return self._finish(trainer, module)
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         self.recording.synchronise()
@@ -215,7 +199,7 @@ class AuditRun:
         indices = self._unmissed(indices)
         scaling = time.perf_counter() - start
         history = recording.step_sizes.history()
-        plan = Influence.of(gradients, inspection, indices, history=history).plan(**self.fitting)
+        plan = Influence.of(gradients, inspection, indices, history=history).plan(**self.arguments.fitting)
         bridge.set_up_validation(trainer)
         validation = bridge.validation_queries(trainer, gradients)
         asked = sum(len(examples) for _, examples in validation)
@@ -240,17 +224,17 @@ class AuditRun:
                 columns |= self.queries.find(columns, result.seconds)
         self.finished = True
         if not trainer.is_global_zero:
-            return Finished(None, lambda: None)
+            return None, lambda: None
         report = reporter.report(trainer.global_step, gradients, plan, inspection, result, columns, recording)
-        return Finished(report, lambda: reporter.publish(trainer, gradients, report, result.curvature))
+        return report, (lambda: reporter.publish(trainer, gradients, report, result.curvature))
 
     def _last_step_sizes(
         self, trainer: Trainer, module: LightningModule, coverage: Coverage
     ) -> dict[str, StepSize] | None:
         """Keep the last checkpoint; return its step sizes if the final pass is to add to TracIn."""
-        if self.tracin is None or not self.recording.step_sizes.steps:
+        if self.arguments.tracin is None or not self.recording.step_sizes.steps:
             return None
-        checkpoint = self._keep_checkpoint(trainer, module, self.tracin)
+        checkpoint = self._keep_checkpoint(trainer, module, self.arguments.tracin)
         return _step_sizes(checkpoint, coverage, module) if self.flight is None else None
 
     def interrupt(self, trainer: Trainer, error: str) -> None:
