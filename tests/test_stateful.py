@@ -310,22 +310,6 @@ def test_a_step_with_state(name: str, tmp_path: Path) -> None:
         assert path in notes[0]
 
 
-def test_a_step_that_writes_past_torch_to_what_is_large_is_refused(tmp_path: Path) -> None:
-    """Not copied for every pass, and no call of torch to copy it before: it is gone, but training has not begun."""
-
-    class Writes(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("visits", torch.zeros(2**19))
-
-        def extra(self, x: Tensor, logits: Tensor) -> float:
-            self.visits.numpy()[:3] += 1
-            return 0.0
-
-    with pytest.raises(MisconfigurationException, match=r"has changed visits, and it can't be put back .*`task=`"):
-        trained(Writes, vectors, tmp_path, InfluenceAudit())
-
-
 def test_every_batch_of_a_pass_starts_where_training_stands(tmp_path: Path) -> None:
     """Else the scores of later batches would be those of a teacher that has come closer."""
     found = []

@@ -1,39 +1,74 @@
-"""Checks of the callback's arguments: each error names the value and what is allowed."""
+"""The callback's arguments, checked: each error names the value and what is allowed."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_influence.audit.queries import Queries
+from lightning_influence.callbacks.query_report import described
+from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
+from lightning_influence.gradients.coverage import Layers, Uncovered, listed_layers
+from lightning_influence.influence.inputs import check_choice, check_curvature_choices
+from lightning_influence.objective.task import Task
 from lightning_influence.training.settings import Mode, TracIn
 
 
-def check_damping(damping: Any) -> None:
-    """Raise ``ValueError`` unless the damping is a finite number > 0 or a rule."""
-    if isinstance(damping, str) and damping in ("auto", "relative", "trainer"):
-        return
-    is_number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
-    if not is_number or not math.isfinite(damping) or damping <= 0:
-        raise ValueError(
-            f'damping={damping!r}; expected a number > 0, "relative" (0.1 times the mean eigenvalue), "trainer" '
-            '(1 / sum of step sizes) or "auto".'
-        )
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """Those of ``InfluenceAudit``.
 
+    Raises:
+        ValueError: If one is out of range.
+    """
 
-def check_task(task: object) -> None:
-    """Raise ``ValueError`` unless the task, if any, can be called."""
-    if task is not None and not callable(task):
-        raise ValueError(f"task={task!r} is not callable; expected a function (module, batch) -> loss.")
+    curvature: CurvatureName
+    fisher: Fisher
+    damping: Damping
+    solver: Solver
+    factor_examples: int | Literal["auto"] | None
+    tracin: TracIn | None
+    layers: Layers
+    uncovered: Uncovered
+    task: Task | None
+    queries: Queries | None
+    known_noise: Tensor | None
+    dirpath: str | os.PathLike[str] | None
+    verify: bool
 
+    def __post_init__(self) -> None:
+        check_curvature_choices(self.curvature, self.fisher, self.solver)
+        check_choice("uncovered", self.uncovered, get_args(Uncovered))
+        _check_layers(self.layers)
+        _check_damping(self.damping)
+        count: object = self.factor_examples
+        if count not in ("auto", None) and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise ValueError(f'factor_examples={count!r}; expected an integer >= 1, or "auto", None for all examples.')
+        if self.task is not None and not callable(self.task):
+            raise ValueError(f"task={self.task!r} is not callable; expected a function (module, batch) -> loss.")
 
-def check_count(name: str, value: object, otherwise: str) -> None:
-    """Raise ``ValueError`` unless ``value`` is an integer >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}; expected an integer >= 1, or {otherwise}.")
+    @property
+    def fitting(self) -> dict[str, Any]:
+        """Those that say how a curvature is fitted, for ``Influence.fit``."""
+        return {name: getattr(self, name) for name in ("curvature", "fisher", "damping", "solver", "factor_examples")}
+
+    def described(self) -> dict[str, Any]:
+        """Return them in terms of JSON."""
+        layers, task = self.layers, self.task
+        return self.fitting | {
+            "tracin": None if self.tracin is None else self.tracin.described(),
+            "layers": None if layers is None else [getattr(each, "__name__", each) for each in listed_layers(layers)],
+            "uncovered": self.uncovered,
+            "queries": described(self.queries),
+            "task": None if task is None else getattr(task, "__name__", type(task).__name__),
+            "verify": self.verify,
+        }
 
 
 def checked_tracin(value: object) -> TracIn | None:
@@ -63,7 +98,7 @@ def checked_indices(indices: Sequence[int] | Tensor | None) -> Tensor | None:
     return values
 
 
-def check_layers(layers: Any) -> None:
+def _check_layers(layers: Any) -> None:
     """Raise ``ValueError`` unless ``layers`` is None, or one or several names or types of modules."""
     entries = [] if layers is None else [layers] if isinstance(layers, (str, type)) else layers
     ok = isinstance(entries, Iterable) and (layers is None or len(entries := list(entries)) > 0)
@@ -71,4 +106,16 @@ def check_layers(layers: Any) -> None:
         raise ValueError(
             f"layers={layers!r}; expected None for everything, or names, glob patterns or types of modules, such as "
             '["encoder.*", torch.nn.Linear].'
+        )
+
+
+def _check_damping(damping: Any) -> None:
+    """Raise ``ValueError`` unless the damping is a finite number > 0 or a rule."""
+    if isinstance(damping, str) and damping in ("auto", "relative", "trainer"):
+        return
+    is_number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
+    if not is_number or not math.isfinite(damping) or damping <= 0:
+        raise ValueError(
+            f'damping={damping!r}; expected a number > 0, "relative" (0.1 times the mean eigenvalue), "trainer" '
+            '(1 / sum of step sizes) or "auto".'
         )

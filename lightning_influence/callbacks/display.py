@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from lightning.pytorch import Trainer
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_influence.gradients.passes import Progress
 
+_Result = TypeVar("_Result")
 Advance = Callable[[int], Any]
 """Called with a number of examples that are done."""
 
@@ -44,34 +45,24 @@ def progress_of(trainer: Trainer) -> Progress | None:
     # By name: the bars of `lightning` and of `pytorch_lightning` are different classes.
     rich = any(kind.__name__ == "RichProgressBar" for kind in type(bar).__mro__)
 
+    def tried(action: Callable[[], _Result]) -> _Result | None:
+        try:
+            return action()
+        except Exception:
+            _BROKEN.add(bar)
+            return None
+
     @contextmanager
     def shown(title: str, examples: int) -> Iterator[Advance]:
-        display = None
-        if bar not in _BROKEN:
-            with _ending_the_display(bar):
-                display = (_in_rich if rich else _in_tqdm)(bar, f"influence: {title}", examples)
-
-        def advance(done: int) -> None:
-            if display is not None and bar not in _BROKEN:
-                with _ending_the_display(bar):
-                    display[0](done)
-
+        make = _in_rich if rich else _in_tqdm
+        display = None if bar in _BROKEN else tried(lambda: make(bar, f"influence: {title}", examples))
+        advance, close = display or (lambda done: None, lambda: None)
         try:
-            yield advance
+            yield lambda done: None if bar in _BROKEN else tried(lambda: advance(done))
         finally:
-            if display is not None:
-                with _ending_the_display(bar):
-                    display[1]()
+            tried(close)
 
     return shown
-
-
-@contextmanager
-def _ending_the_display(bar: Any) -> Iterator[None]:
-    try:
-        yield
-    except Exception:
-        _BROKEN.add(bar)
 
 
 def _in_tqdm(bar: Any, title: str, examples: int) -> tuple[Advance, Callable[[], Any]] | None:

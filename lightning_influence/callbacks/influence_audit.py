@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -16,8 +16,8 @@ from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.unlearning import Unlearner
 from lightning_influence.callbacks import bridge, preparing
-from lightning_influence.callbacks.arguments import checked_indices, checked_tracin
-from lightning_influence.callbacks.beginning import begun, check_arguments, complete_before, described_arguments
+from lightning_influence.callbacks.arguments import Arguments, checked_indices, checked_tracin
+from lightning_influence.callbacks.beginning import begun
 from lightning_influence.callbacks.hooks import RunHooks
 from lightning_influence.callbacks.query_report import checked_queries
 from lightning_influence.callbacks.resuming import Restored, as_at_the_end_of_training, restore, state_for
@@ -25,7 +25,7 @@ from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.core import distributed
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.gradients.coverage import Layers, Uncovered
-from lightning_influence.influence.inputs import check_choice
+from lightning_influence.influence import Influence
 from lightning_influence.objective.task import Task
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import Mode, TracIn
@@ -110,20 +110,21 @@ class InfluenceAudit(RunHooks):
         dirpath: str | os.PathLike[str] | None = None,
         verify: bool = True,
     ) -> None:
-        self.curvature = curvature
-        self.fisher = fisher
-        self.damping = damping
-        self.solver = solver
-        self.factor_examples = factor_examples
-        self.tracin = checked_tracin(tracin)
-        self.layers = layers
-        self.uncovered = uncovered
-        self.task = task
-        self.queries = checked_queries(queries)
-        self.known_noise = checked_indices(known_noise)
-        self.dirpath = dirpath
-        self.verify = verify
-        check_arguments(self)
+        self.arguments = Arguments(
+            curvature,
+            fisher,
+            damping,
+            solver,
+            factor_examples,
+            checked_tracin(tracin),
+            layers,
+            uncovered,
+            task,
+            checked_queries(queries),
+            checked_indices(known_noise),
+            dirpath,
+            verify,
+        )
         super().__init__()
         self._key: str | None = None
         # What checkpoints keep: from a checkpoint until the size of the data is known, then of the run.
@@ -136,7 +137,7 @@ class InfluenceAudit(RunHooks):
         """Key of the callback's state in checkpoints: two audits of one run have two states."""
         if self._key is None:  # asked for at every hook
             # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
-            arguments = {name: value for name, value in described_arguments(self).items() if name != "verify"}
+            arguments = {name: value for name, value in self.arguments.described().items() if name != "verify"}
             self._key = self._generate_state_key(**arguments)
         return self._key
 
@@ -149,7 +150,7 @@ class InfluenceAudit(RunHooks):
         # Of an earlier fit: an error before training starts must not be filed under that one's audit.
         self._before = self.report, self._recording, self._run
         self.report = self._recording = self._run = self._restored = None
-        preparing.check_optimization(pl_module, self.task, self.tracin)
+        preparing.check_optimization(pl_module, self.arguments.task, self.arguments.tracin)
         bridge.check_strategy(trainer)
         preparing.warn_of_averaging(trainer, self)
         self._recorder.attach(trainer)
@@ -164,11 +165,11 @@ class InfluenceAudit(RunHooks):
         self._before = None, None, None
         with preparing.errors_as_misconfiguration():
             source = self._recorder.source_of(trainer.train_dataloader)
-            preparing.check_known_noise(self.known_noise, source)
-            self._recording = Recording(len(source), module, self.tracin)
+            preparing.check_known_noise(self.arguments.known_noise, source)
+            self._recording = Recording(len(source), module, self.arguments.tracin)
             restored, self._restored = self._restored, None
             restore(self._recording, restored, trainer)
-            self._run = begun(self, trainer, module, source, self._recording)
+            self._run = begun(self.arguments, trainer, module, source, self._recording)
             self._run.take_over(trainer)
         return self._run
 
@@ -189,16 +190,12 @@ class InfluenceAudit(RunHooks):
                 f"max_steps={trainer.max_steps}, limit_train_batches={trainer.limit_train_batches})."
             )
             return
-        restored, before = self._restored, self._before[2]
-        if restored is None and before is not None and before.finished:
+        before = self._before[2]
+        if self._restored is None and before is not None and before.finished:
             self.report, self._recording, self._run = self._before
             rank_zero_info("influence audit: nothing was left to train; `report` is that of the fit before.")
             return
-        complete, report = complete_before(restored, trainer, described_arguments(self), self.known_noise is not None)
-        if complete:
-            self.report = report
-            return
-        rank_zero_info("influence audit: nothing was left to train, but there is no complete audit yet.")
+        rank_zero_info("influence audit: nothing was left to train; what was recorded until then is audited now.")
         with as_at_the_end_of_training(trainer, pl_module):
             try:
                 run = self._prepare(trainer, pl_module)
@@ -213,37 +210,45 @@ class InfluenceAudit(RunHooks):
         finished = run.finish_or_warn(trainer, module)
         if finished is not None:
             # Before anything is written: what is computed is not lost to a disk or a logger.
-            self.report = finished.report
-            finished.publish()
+            self.report, publish = finished
+            publish()
 
-    def unlearner(self, curvature: CurvatureName = "ggn") -> Unlearner:
-        """Return what removes training examples from the model, or repairs their labels, by one Newton step.
+    def influence(self, curvature: CurvatureName = "ggn") -> Influence:
+        """Return everything else that can be asked of the model and its training data, as ``Influence`` does.
 
-        The curvature is fitted at the weights that the model has now, so load the weights that are meant first. With
-        several processes, call it on all of them.
+        The curvature is fitted with the audit's arguments, at the weights that the model has now, so load the weights
+        that are meant first. With several processes, call it on all of them.
 
         Args:
-            curvature: The GGN, with the audit's damping and solver, comes closest to retraining; Kronecker factors with
-                their relative damping, good for ranking, step far too wide (``benchmarks/unlearning.py``).
+            curvature: For removal and repair, the GGN comes closest to retraining; Kronecker factors with their
+                relative damping, good for ranking, step far too wide (``benchmarks/unlearning.py``).
 
         Raises:
             RuntimeError: Before an audit is complete.
-            ValueError, IndefiniteError: As ``curvature.fit``.
+            ValueError, IndefiniteError: As ``Influence.fit``.
 
         Example:
-            >>> update = audit.unlearner().newton_removal(audit.report.candidates[:10], leverage=True)
+            >>> update = audit.influence().remove(audit.report.candidates[:10], leverage=True)
             >>> cleaner = update.applied_to_copy(model)
         """
-        if self._run is None or self._run.make_unlearner is None:
+        if self._run is None or self._run.make_influence is None:
             raise RuntimeError("there is no complete audit to unlearn from; let `trainer.fit` end first.")
-        check_choice("curvature", curvature, get_args(CurvatureName))
-        return self._run.make_unlearner(curvature)
+        return self._run.make_influence().fit(**{**self._run.arguments.fitting, "curvature": curvature})
+
+    def unlearner(self, curvature: CurvatureName = "ggn") -> Unlearner:
+        """Return removal and repair alone; see ``influence``."""
+        found = self.influence(curvature)
+        return Unlearner(
+            found.training, found.curvature, found.examples, labels=found.labels, weight_decay=found.weight_decay
+        )
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: tensors and primitives."""
-        return {} if self._recording is None else self._recording.state_dict()
+        if self._recording is None:
+            return {}
+        return self._recording.state_dict() | {"arguments": self.arguments.described()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the size of the data set is known."""
@@ -251,8 +256,6 @@ class InfluenceAudit(RunHooks):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over what an audit with other arguments has recorded: nearly all of it does not depend on them."""
-        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
-        audits = [callback for callback in callbacks if isinstance(callback, InfluenceAudit)]
-        self._restored = state_for(self, audits, checkpoint.get("callbacks") or {})
+        self._restored = state_for(self.state_key, self.arguments.described(), checkpoint.get("callbacks") or {})
         if self._restored is not None:  # Lightning has just said that it is not
             rank_zero_info("influence audit: what an audit with other arguments has recorded is taken over.")

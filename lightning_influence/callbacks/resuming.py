@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_influence.audit.report import AuditReport
-from lightning_influence.audit.store.store import AuditStore, StoreError, jsonable
 from lightning_influence.callbacks import bridge
 from lightning_influence.training.recording import Recording
-
-# Arguments that TracIn depends on while it is recorded; all the rest is as well recorded with others.
-_OF_TRACIN = ("tracin", "layers", "uncovered", "task")
-
-
-class Audit(Protocol):
-    """The part of ``InfluenceAudit`` that is used here."""
-
-    @property
-    def state_key(self) -> str:
-        """Key of its state."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -41,45 +26,29 @@ class Restored:
     unlike: tuple[str, ...] = ()
 
 
-def state_for(audit: Audit, audits: Sequence[Audit], states: Mapping[Any, Any]) -> Restored | None:
+def state_for(own: str, arguments: Mapping[str, Any], states: Mapping[Any, Any]) -> Restored | None:
     """Find the state of an audit that had other arguments; None if there is none, or it is found by its key.
 
-    States whose audits are here go to those. Of the others, audits take those with the same settings of TracIn first,
-    then any: everything but TracIn is the same in all of them.
+    That of those with the most of its settings of TracIn: everything but TracIn is the same in all of them.
 
     Args:
-        audit: Whose state is looked for.
-        audits: All of the trainer, in order.
+        own: Key of the audit.
+        arguments: Its arguments.
         states: Of all the checkpoint's callbacks, by key.
     """
-    kind = type(audit).__qualname__ + "{"
-    keys = [key for key, state in states.items() if isinstance(key, str) and key.startswith(kind) and state]
-    waiting = [each for each in audits if each.state_key not in keys]
-    keys = [key for key in keys if key not in {each.state_key for each in audits}]
-    for alike in (True, False):
-        for each in list(waiting):
-            unlike = {key: _unlike(each.state_key, key) for key in keys}
-            key = next((key for key in keys if not (alike and unlike[key])), None)
-            if key is None:
-                continue
-            if each is audit:
-                return Restored(states[key], unlike[key])
-            waiting.remove(each)
-            keys.remove(key)
-    return None
-
-
-def _unlike(one: str, other: str) -> tuple[str, ...]:
-    """Return the settings of TracIn in which two keys differ."""
-    try:
-        settings, others = (ast.literal_eval(key[key.index("{") :]) for key in (one, other))
-    except (ValueError, SyntaxError):
-        return _OF_TRACIN
-    settings, others = _of_tracin(settings), _of_tracin(others)
-    return tuple(name for name in _OF_TRACIN if settings[name] != others[name])
+    kind, settings = own.partition("{")[0] + "{", _of_tracin(arguments)
+    others = {key: state for key, state in states.items() if isinstance(key, str) and key.startswith(kind) and state}
+    if own in others or not others:
+        return None
+    found = []
+    for state in others.values():
+        theirs = _of_tracin(state.get("arguments", {}))
+        found.append(Restored(state, tuple(name for name in settings if settings[name] != theirs[name])))
+    return min(found, key=lambda each: len(each.unlike))
 
 
 def _of_tracin(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what TracIn depends on while it is recorded; all the rest is as well recorded with others."""
     tracin = arguments.get("tracin") or {}
     layers = tracin.get("layers") or arguments.get("layers")
     in_flight = tracin.get("mode") == "step"
@@ -113,29 +82,6 @@ def restore(recording: Recording, restored: Restored | None, trainer: Trainer) -
             f"recording began after {step} steps, in epoch {epoch}: {epochs}the steps before it are missing in the "
             "training dynamics, tracin, and a damping that follows the trainer's learning rates"
         )
-
-
-def finished_report(
-    restored: Restored | None, arguments: Mapping[str, Any], step: int, *, detects: bool
-) -> AuditReport | None:
-    """Return the complete audit of a run that is resumed after its end, if it was made with the same arguments.
-
-    Args:
-        restored: The state of the audit in the checkpoint.
-        arguments: Those of now.
-        step: Number of steps of the run.
-        detects: Whether labels are now known to be wrong: a report without their detection is not the one asked for.
-    """
-    if restored is None or not restored.state.get("directory"):
-        return None
-    try:
-        report = AuditReport.load(AuditStore.open(restored.state["directory"]).directory)
-    except StoreError:
-        return None
-    manifest = report.manifest
-    same = manifest.get("arguments") == jsonable(arguments) and manifest.get("step") == step
-    same = same and (not detects or "detection" in manifest)
-    return report if same and report.status == "complete" else None
 
 
 @contextmanager

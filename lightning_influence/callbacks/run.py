@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
-from lightning_influence.callbacks.afterwards import MakeUnlearner, unlearner_maker
+from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.keeping import keep_checkpoint, take_over_checkpoints
 from lightning_influence.callbacks.listening import BatchListener
 from lightning_influence.callbacks.query_report import QueryReport
@@ -20,30 +20,20 @@ from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
-from lightning_influence.curvature import CurvatureName
 from lightning_influence.data.source import ExampleSource, same_data
 from lightning_influence.gradients.coverage import Coverage, listed
 from lightning_influence.gradients.verify import Inspection
+from lightning_influence.influence import Influence
 from lightning_influence.scores.examples import score_examples
-from lightning_influence.scores.plan import InfluencePlan, influence_scores
+from lightning_influence.scores.plan import influence_scores
 from lightning_influence.training.checkpoints import Checkpoint
 from lightning_influence.training.optimizers import preconditioners
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
 from lightning_influence.training.step_sizes import StepSize, block_step_sizes
 
-
-@dataclass(frozen=True)
-class Finished:
-    """An audit that is computed.
-
-    Attributes:
-        report: The audit; None on other ranks than zero.
-        publish: Writes it to files and loggers.
-    """
-
-    report: AuditReport | None
-    publish: Callable[[], None]
+Finished = tuple[AuditReport | None, Callable[[], None]]
+"""The audit, None on other ranks than zero, and what writes it to files and loggers."""
 
 
 @dataclass(eq=False)
@@ -57,12 +47,10 @@ class AuditRun:
         passes: Extra passes over the training data.
         inspection: What one batch showed before the first step.
         reporter: Where the audit goes.
-        curvature: Approximation behind the scores.
-        make_plan: ``InfluencePlan.make`` with the callback's other arguments.
-        tracin: How TracIn is computed; None for not at all.
+        arguments: Those of the callback.
         flight: TracIn in flight, if that is how.
         queries: What the audit is asked about.
-        make_unlearner: What the finished audit can still do, once it is.
+        make_influence: Returns what the finished audit can still do, once it is: nothing is held but references.
         finished: Whether it is, and its report computed.
         digests: What a few examples hold, if the data may be loaded again.
         listener: Hears the batches.
@@ -72,12 +60,10 @@ class AuditRun:
     passes: TrainingPasses
     inspection: Inspection
     reporter: Reporter
-    curvature: CurvatureName
-    make_plan: Callable[..., InfluencePlan]
-    tracin: TracIn | None = None
+    arguments: Arguments
     flight: FlightRecorder | None = None
     queries: QueryReport | None = None
-    make_unlearner: MakeUnlearner | None = None
+    make_influence: Callable[[], Influence] | None = None
     finished: bool = False
     digests: Sequence[bytes | None] = ()
 
@@ -86,17 +72,17 @@ class AuditRun:
 
     def take_over(self, trainer: Trainer) -> None:
         """Take over the checkpoints that a run which is resumed has kept."""
-        if self.tracin is not None:
-            take_over_checkpoints(self.reporter.store, self.tracin, self.recording, trainer.global_step)
+        if self.arguments.tracin is not None:
+            take_over_checkpoints(self.reporter.store, self.arguments.tracin, self.recording, trainer.global_step)
         self.recording.directory = str(self.reporter.directory or "")
 
     def catch_up(self, trainer: Trainer, module: LightningModule) -> None:
         """Make the last pass that a run which is resumed for more steps has postponed."""
-        if self.tracin is None or self.flight is not None:
+        if self.arguments.tracin is None or self.flight is not None:
             return
         if self.recording.postponed == trainer.global_step and self.recording.step_sizes.steps:
             with bridge.at_epoch(trainer, trainer.current_epoch - 1):
-                self._score_checkpoint(trainer, module, self.tracin)
+                self._score_checkpoint(trainer, module, self.arguments.tracin)
 
     def take_data(self, source: ExampleSource, epoch: int) -> None:
         """Go on with the examples of a loader that was loaded again, and say so if they are others."""
@@ -127,7 +113,7 @@ class AuditRun:
             )
 
     def _end_epoch(self, trainer: Trainer, module: LightningModule) -> None:
-        recording, tracin = self.recording, self.tracin
+        recording, tracin = self.recording, self.arguments.tracin
         recording.synchronise()
         due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
         if tracin is not None and due and recording.step_sizes.steps:
@@ -181,9 +167,11 @@ class AuditRun:
     # ---------------------------------------------------------------- the end
 
     def finish_or_warn(self, trainer: Trainer, module: LightningModule) -> Finished | None:
-        """As ``finish``; None, and a warning, if that fails."""
+        """Fit the curvature and score every example; None if there is nothing to audit, or if that fails."""
         try:
-            return self.finish(trainer, module)
+            self.reporter.write_partial(self.recording.local_columns, "recording")
+            with bridge.at_epoch(trainer, trainer.current_epoch - 1):
+                return self._finish(trainer, module)
         except Exception as error:
             # In one process the training that has just ended is worth more than the audit; with several, the others
             # would wait for this one at the next collective.
@@ -195,12 +183,6 @@ class AuditRun:
                 f"{self.reporter.directory}.\n{traceback.format_exc()}"
             )
             return None
-
-    def finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
-        """Fit the curvature and score every example; None if there is nothing to audit."""
-        self.reporter.write_partial(self.recording.local_columns, "recording")
-        with bridge.at_epoch(trainer, trainer.current_epoch - 1):
-            return self._finish(trainer, module)
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         self.recording.synchronise()
@@ -217,11 +199,7 @@ class AuditRun:
         indices = self._unmissed(indices)
         scaling = time.perf_counter() - start
         history = recording.step_sizes.history()
-
-        def planned(curvature: CurvatureName) -> InfluencePlan:
-            return self.make_plan(gradients.coverage, inspection, len(indices), curvature=curvature, history=history)
-
-        plan = planned(self.curvature)
+        plan = Influence.of(gradients, inspection, indices, history=history).plan(**self.arguments.fitting)
         bridge.set_up_validation(trainer)
         validation = bridge.validation_queries(trainer, gradients)
         asked = sum(len(examples) for _, examples in validation)
@@ -237,23 +215,26 @@ class AuditRun:
         indices = result.scores.indices.tolist()
         result.notes.extend(self._data_notes(trainer, audited, indices))
         columns = recording.columns(indices, result.scores)
-        self.make_unlearner = unlearner_maker(trainer, gradients, planned, columns, history.weight_decay)
+        later = bridge.after_training(trainer, gradients)
+        given = columns["label"].tolist() if "label" in columns else ()
+        labels = {index: label for index, label in zip(indices, given, strict=False) if label >= 0}
+        self.make_influence = lambda: Influence.of(later, inspection, indices, history=history, labels=labels)
         if self.queries is not None:
             with bridge.aside(trainer):
                 columns |= self.queries.find(columns, result.seconds)
         self.finished = True
         if not trainer.is_global_zero:
-            return Finished(None, lambda: None)
+            return None, lambda: None
         report = reporter.report(trainer.global_step, gradients, plan, inspection, result, columns, recording)
-        return Finished(report, lambda: reporter.publish(trainer, gradients, report, result.curvature))
+        return report, (lambda: reporter.publish(trainer, gradients, report, result.curvature))
 
     def _last_step_sizes(
         self, trainer: Trainer, module: LightningModule, coverage: Coverage
     ) -> dict[str, StepSize] | None:
         """Keep the last checkpoint; return its step sizes if the final pass is to add to TracIn."""
-        if self.tracin is None or not self.recording.step_sizes.steps:
+        if self.arguments.tracin is None or not self.recording.step_sizes.steps:
             return None
-        checkpoint = self._keep_checkpoint(trainer, module, self.tracin)
+        checkpoint = self._keep_checkpoint(trainer, module, self.arguments.tracin)
         return _step_sizes(checkpoint, coverage, module) if self.flight is None else None
 
     def interrupt(self, trainer: Trainer, error: str) -> None:

@@ -17,9 +17,6 @@ from torch import Tensor
 
 _Item = TypeVar("_Item")
 
-_NOT_SUMMABLE = (torch.bool, torch.uint8, torch.int8, torch.int16)
-# Tensors of up to so many scalars travel together: what a collective waits for costs more than what it carries.
-_TOGETHER = 2**20
 # What processes tell each other of a matrix at a time.
 _GATHER_BYTES = 2**26
 
@@ -50,30 +47,16 @@ def sum_across_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
             They are left as they are; without other processes they are themselves the result.
 
     Raises:
-        TypeError: If a dtype would wrap around (booleans and integers below 32 bits).
-        ValueError: If shapes or dtypes differ between processes. Both are raised on every process.
+        ValueError: If shapes or dtypes differ between processes; on every process.
     """
     _agree("sum_across_processes", [(value.dtype, tuple(value.shape)) for value in tensors])
-    for value in tensors:
-        if value.dtype in _NOT_SUMMABLE:
-            raise TypeError(
-                f"cannot sum a tensor of dtype {value.dtype} across processes: it would wrap around. "
-                "Convert it to torch.int64 first."
-            )
     if world_size() == 1:
         return list(tensors)
-    groups: dict[tuple[torch.dtype, int], list[int]] = {}
-    for place, value in enumerate(tensors):
-        # A large one by itself: its memory is free again once its owner lets go of it.
-        groups.setdefault((value.dtype, place if value.numel() > _TOGETHER else -1), []).append(place)
-    sums = list(tensors)
-    for places in groups.values():
-        device = _device_for(tensors[places[0]].device)
-        total = torch.cat([tensors[place].detach().to(device).reshape(-1) for place in places])
+    sums = []
+    for value in tensors:
+        total = _line(value.detach().to(_device_for(value.device)))
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
-        parts = total.split([tensors[place].numel() for place in places])
-        for place, part in zip(places, parts, strict=True):
-            sums[place] = part.view(tensors[place].shape).to(tensors[place].device)
+        sums.append(total.view(value.shape).to(value.device))
     return sums
 
 
@@ -94,16 +77,12 @@ def gather_by_index(indices: Tensor, values: Mapping[str, Tensor]) -> tuple[Tens
         the device it came from. One process gets its own tensors back where they are sorted and distinct already.
 
     Raises:
-        ValueError: If shapes or dtypes are not as above. Raised on every process, whosever the fault is.
+        ValueError: If names, dtypes or shapes differ between processes; on every process.
     """
-    fault = _fault(indices, values)
     names = sorted(values)
     columns = [indices, *(values[name] for name in names)]
-    layout = [] if fault else [(name, values[name].dtype, tuple(values[name].shape[1:])) for name in names]
-    faulty, counts = _agree("gather_by_index", layout, fault is not None, 0 if fault else len(indices))
-    if any(faulty):
-        raise ValueError(fault or "gather_by_index got unusable tensors on another rank; its error says which.")
-
+    layout = [(name, values[name].dtype, tuple(values[name].shape[1:])) for name in names]
+    counts = _agree("gather_by_index", layout, len(indices))
     if world_size() == 1:
         if bool((indices[1:] > indices[:-1]).all()):  # features of a large data set are not copied for nothing
             return indices, dict(values)
@@ -196,16 +175,16 @@ def _device_for(device: torch.device) -> torch.device:
     return device if device.type in served else torch.device(served[0])
 
 
-def _agree(function: str, layout: Sequence[object], fault: bool = False, count: int = 0) -> tuple[list[int], list[int]]:
-    """Tell each other about faults and counts; raise on every process if layouts differ: tensors would be mixed up."""
-    told = torch.tensor([int(fault), count, zlib.crc32(repr(layout).encode())])
-    faults, counts, checksums = torch.stack(_all_gather(told)).T.tolist()
-    if len(set(checksums)) > 1 and not any(faults):
+def _agree(function: str, layout: Sequence[object], count: int = 0) -> list[int]:
+    """Return every process's count; raise on every process if layouts differ: tensors would be mixed up."""
+    told = torch.tensor([count, zlib.crc32(repr(layout).encode())])
+    counts, checksums = torch.stack(_all_gather(told)).T.tolist()
+    if len(set(checksums)) > 1:
         raise ValueError(
             f"{function} needs the same tensors (names, dtypes, shapes) on every rank; rank {rank()} has "
             f"{layout}. A rank without examples passes zeros or empty tensors like those of the others."
         )
-    return faults, counts
+    return list(counts)
 
 
 def _all_gather(tensor: Tensor) -> list[Tensor]:
@@ -216,19 +195,6 @@ def _all_gather(tensor: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(local) for _ in range(world_size())]
     dist.all_gather(parts, local)
     return parts
-
-
-def _fault(indices: Tensor, values: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with this process's tensors, or nothing."""
-    if indices.dtype != torch.int64 or indices.ndim != 1:
-        return f"indices must be int64 of shape [n], got {indices.dtype} of shape {list(indices.shape)}."
-    for name, value in values.items():
-        if value.ndim == 0 or len(value) != len(indices):
-            return (
-                f"values[{name!r}] must have one row for each of the {len(indices)} indices, "
-                f"got shape {list(value.shape)}."
-            )
-    return None
 
 
 def _row_bytes(column: Tensor) -> int:

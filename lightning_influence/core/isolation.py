@@ -8,7 +8,7 @@ memory bank, a meter, a counter in a closure) are the same objects with the same
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -96,8 +96,7 @@ def kept(module: nn.Module, reached: list[Found]) -> Iterator[None]:
     snapshot = Snapshot(reached)
     _under_way.append(snapshot)
     try:
-        with snapshot.watch or nullcontext():
-            yield
+        yield
     finally:
         _under_way.remove(snapshot)
         try:

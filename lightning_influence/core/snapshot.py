@@ -19,13 +19,12 @@ from lightning_influence.core.origin import is_stream
 from lightning_influence.core.random_streams import GENERATORS
 from lightning_influence.core.reachable import BUFFERS, SHARED, Found
 from lightning_influence.core.states import Contents, State, TensorState, ValueState, values_in
-from lightning_influence.core.torch_private import TorchDispatchMode
 
-# Tensors beyond this are copied when they are first written to, not before, unless they are parameters.
-_LARGE = 2**20
+# Tensors and arrays of data beyond this are left alone; others beyond that are watched, not copied.
+_LARGE, _HUGE = 2**20, 2**28
 _EMPTY: tuple[Any, ...] = ([], (), range(0), {}, set(), "", b"")
 _ITERATORS: Any = (itertools.count, itertools.cycle, *(type(iter(empty)) for empty in _EMPTY))
-_OF_A_STEP = "Pass `task=`, a function (module, batch) -> loss that leaves it alone."
+_OF_A_STEP = "Pass `task=` (`loss=` of `Influence`), a function (module, batch) -> loss that leaves it alone."
 _OF_DATA = "Let the data set return the same for an index whatever it has returned before."
 # After so many batches, or examples, it is known what moves.
 _SURE = 3
@@ -57,7 +56,6 @@ class Snapshot:
         self._moving: dict[int, State] = {}  # found changed at least once
         self._one_way: list[Contents] = []
         self._batches = 0
-        self._unwritten = _CopyBeforeWrite()
         self._way_out = _OF_DATA if data else _OF_A_STEP
         with torch.inference_mode(False), torch.no_grad():
             for found in reached:
@@ -76,23 +74,13 @@ class Snapshot:
             if not isinstance(contents.kept, set) and any(map(_is_one_way, values_in(contents.kept))):
                 self._one_way.append(contents)
         elif isinstance(value, Tensor):
-            is_large = value.numel() * value.element_size() > _LARGE
-            if is_lazy(value) or value.is_meta or (is_large and data):
-                return
-            later = is_large and not isinstance(value, nn.Parameter) and value.layout == torch.strided
-            state = TensorState(found, copied=not later)
-            self._states.append(state)
-            if later:
-                self._unwritten.add(state)
+            size = value.numel() * value.element_size()
+            if not (is_lazy(value) or value.is_meta or (size > _LARGE and data)):
+                self._states.append(TensorState(found, copied=size <= _HUGE or isinstance(value, nn.Parameter)))
         elif isinstance(value, (*GENERATORS, *BUFFERS)) or (
             isinstance(value, np.ndarray) and not (isinstance(value, np.memmap) or (value.nbytes > _LARGE and data))
         ):
             self._states.append(ValueState(found))
-
-    @property
-    def watch(self) -> TorchDispatchMode | None:
-        """Context in which large tensors are copied before they are first written to; None if there are none."""
-        return self._unwritten if self._unwritten.waiting else None
 
     def rewind(self, *, numbers: bool = False) -> None:
         """Put back what changes, at the start of a batch: each of them starts where training stands.
@@ -142,8 +130,8 @@ class Snapshot:
                     lost += changed
         if lost:
             raise StateError(
-                f"an extra pass over the data has changed {', '.join(lost)}, and it can't be put back (it is large and "
-                f"was written to past torch, or it is a view that has joined a graph). {self._way_out}"
+                f"an extra pass over the data has changed {', '.join(lost)}, and it can't be put back (it is large, "
+                f"or a view that has joined a graph). {self._way_out}"
             )
 
     def _hand_out_copies(self) -> None:
@@ -191,32 +179,3 @@ def _copy(value: Any) -> Any:
         return copy.deepcopy(value) if isinstance(value, itertools.cycle) else copy.copy(value)
     except Exception:  # an iterator over something of the user's own
         return value
-
-
-class _CopyBeforeWrite(TorchDispatchMode):
-    """Copies tensors before torch first writes to their memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waiting: dict[int, list[TensorState]] = {}
-
-    def add(self, state: TensorState) -> None:
-        """Look after one more tensor."""
-        self.waiting.setdefault(state.memory.untyped_storage().data_ptr(), []).append(state)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Run the call, after a copy of what it overwrites."""
-        kwargs = kwargs or {}
-        schema = getattr(func, "_schema", None)
-        if self.waiting and schema is not None and schema.is_mutable:
-            for place, argument in enumerate(schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    value = args[place] if place < len(args) else kwargs.get(argument.name)
-                    for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                        self._copy(tensor)
-        return func(*args, **kwargs)
-
-    def _copy(self, tensor: Any) -> None:
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided:
-            for state in self.waiting.pop(tensor.untyped_storage().data_ptr(), ()):
-                state.copy()

@@ -24,7 +24,6 @@ from lightning_influence.core.torch_private import is_view, set_version, version
 _LARGE_ARRAY = 2**24
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_COLUMNS = 2**12
 
 
 class State(ABC):
@@ -116,7 +115,7 @@ class TensorState(State):
 
     Args:
         found: The tensor.
-        copied: Whether to copy its values at once; else only sums are kept until ``copy``.
+        copied: Whether to copy its values; else only the count of changes tells of some.
     """
 
     def __init__(self, found: Found, *, copied: bool) -> None:
@@ -128,12 +127,6 @@ class TensorState(State):
         self._version = None if self._tensor.is_inference() else version(self._tensor)
         self.memory = self._tensor.data  # held: `.data =` would free it
         self._values = self.memory.clone() if copied else None
-        self._sums = None if copied else _sums(self.memory)
-
-    def copy(self) -> None:
-        """Copy the values: they are about to change."""
-        if self._values is None:
-            self._values = self.memory.clone()
 
     def changed(self) -> list[str]:
         """Compare."""
@@ -170,12 +163,10 @@ class TensorState(State):
         return plain and not tensor.data.is_set_to(memory)
 
     def _same_values(self) -> bool:
-        if self._values is None:
-            return torch.equal(_sums(self.memory), self._sums)  # type: ignore[arg-type]
+        if self._values is None or self.memory.layout != torch.strided:
+            return self._version in (None, self._tensor._version)
         if self.memory.shape != self._values.shape:
             return False
-        if self.memory.layout != torch.strided:
-            return self._version == version(self._tensor)
         return torch.equal(_bits(self.memory), _bits(self._values))
 
 
@@ -185,16 +176,6 @@ def _bits(tensor: Tensor) -> Tensor:
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     kind = _INTEGERS.get(tensor.element_size())
     return tensor if kind is None or tensor.is_quantized else tensor.view(kind)
-
-
-def _sums(tensor: Tensor) -> Tensor:
-    """Return sums over rows and columns of a large tensor's bits; they tell rows in another order, too."""
-    words = _bits(tensor).reshape(-1)
-    if words.storage_offset() * words.element_size() % 8:
-        words = words.clone()
-    whole = words.numel() - words.numel() % (8 * _COLUMNS)
-    table = words[:whole].view(torch.int64).view(-1, _COLUMNS)  # wide ones: many times as fast
-    return torch.cat([table.sum(0), table.sum(1), words[whole:].to(torch.int64)])
 
 
 class ValueState(State):

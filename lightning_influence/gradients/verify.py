@@ -142,7 +142,8 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
         raise VerificationError(
             "the step draws random numbers of its own, other ones for one example than for a batch: gradients computed "
             f"one example at a time would not be those of training ({', '.join(sorted(gradients.coverage.one_by_one))}"
-            '). Leave these layers out with `uncovered="report"`, or pass `task=` without the randomness.'
+            '). Leave these layers out with `uncovered="report"`, or pass `task=` (`loss=` of `Influence`) without '
+            "the randomness."
         )
     error = _compare(gradients, indices, look)
     if len(indices) > 1:
@@ -243,8 +244,8 @@ def _compare(gradients: ExampleGradients, indices: list[int], look: _Look) -> fl
         raise VerificationError(
             f"the per-example gradients do not add up to the gradient of the batch loss in: {listed}. Their parameters "
             "are used outside the layer's own forward (a functional call, a penalty on the weights in "
-            "`training_step`), or the loss is not the mean over the batch. Freeze those layers, pass `task=` with the "
-            "plain loss, or accept the error with `verify=False`."
+            "`training_step`), or the loss is not the mean over the batch. Freeze those layers, pass `task=` (`loss=` "
+            "of `Influence`) with the plain loss, or accept the error with `verify=False`."
         )
     return max(errors.values(), default=0.0)
 
@@ -282,8 +283,8 @@ def _compare_alone(
                     "contrastive loss, a penalty on means over the batch), or the batch is not the first dimension of "
                     "the layers' inputs and the logits, or the batch loss is not the mean of the losses of its "
                     "examples alone and no known loss call was seen that would tell each one's part. Influence of "
-                    "single examples is not defined then; pass `task=`, a function (module, batch) -> one loss per "
-                    "example, or accept it with `verify=False`."
+                    "single examples is not defined then; pass `task=` (`loss=` of `Influence`), a function (module, "
+                    "batch) -> one loss per example, or accept it with `verify=False`."
                 )
 
 

@@ -83,7 +83,7 @@ class AlongTraining:
             at: Where the gradients of examples are taken: at the ``"checkpoints"``, or at their ``"average"``, one pass
                 a segment.
         """
-        plan = self._examined.plan(curvature, fisher=fisher, examples=factor_examples)
+        plan = self._examined.plan(curvature, fisher=fisher, factor_examples=factor_examples)
         return source_scores(
             *self._examined.paired(test_set, indices),
             self.checkpoints,

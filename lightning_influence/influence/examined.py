@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property
-from typing import Any, get_args
+from typing import Literal, TypeVar, get_args
 from zlib import crc32
 
 import torch
 from torch import nn
 
 from lightning_influence.core.memory import is_out_of_memory
-from lightning_influence.curvature import SOLVERS, CurvatureName, Fisher, Solver, check_labels, check_solver
+from lightning_influence.curvature import CurvatureName, Damping, Fisher, OptimizerHistory, Solver, check_labels
 from lightning_influence.data.source import DataError
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered
 from lightning_influence.gradients.discover import TraceError, discover
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.verify import VerificationError, inspect, roomy_batch_size
-from lightning_influence.influence.inputs import Data, Indices, Loss, check_choice, positions, source_of, task_of
+from lightning_influence.gradients.verify import Inspection, VerificationError, inspect, roomy_batch_size
+from lightning_influence.influence.inputs import (
+    Data,
+    Indices,
+    Loss,
+    check_choice,
+    check_curvature_choices,
+    positions,
+    source_of,
+    task_of,
+)
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.terms import TaskError
 from lightning_influence.scores.plan import InfluencePlan
 
+Examined = TypeVar("Examined", bound="ExaminedModel")
 Paired = tuple[ExampleGradients, list[int], ExampleGradients, list[int]]
 """Passes and indices of the training data, then of the queries."""
 
@@ -35,6 +45,8 @@ class ExaminedModel:
         examples: Dataset indices of the training examples, sorted.
         inspection: What one batch has shown.
     """
+
+    _history: OptimizerHistory | None = None
 
     def __init__(
         self,
@@ -53,20 +65,49 @@ class ExaminedModel:
         check_choice("uncovered", uncovered, get_args(Uncovered))
         task = task_of(model, loss)
         source, drawn = source_of(train_set, batch_size)
-        self.model = model
-        self.examples = sorted(set(positions(examples, drawn, "training set")))
+        chosen = sorted(set(positions(examples, drawn, "training set")))
         with _first_batch():
             coverage = discover(
                 model,
                 task,
                 source,
-                indices=self.examples,
+                indices=chosen,
                 layers=layers,
                 uncovered=uncovered,
             )
-            self._passes = ExampleGradients(model, task, source, coverage)
-            self.inspection = inspect(self._passes, self.examples, verify=verify)
-        source.pass_batch_size = roomy_batch_size(self.inspection)
+            passes = ExampleGradients(model, task, source, coverage)
+            inspection = inspect(passes, chosen, verify=verify)
+        source.pass_batch_size = roomy_batch_size(inspection)
+        self._put_together(passes, inspection, chosen)
+
+    @classmethod
+    def of(
+        cls: type[Examined],
+        passes: ExampleGradients,
+        inspection: Inspection,
+        examples: Sequence[int],
+        *,
+        history: OptimizerHistory | None = None,
+        labels: Mapping[int, int] | None = None,
+    ) -> Examined:
+        """Put one together of what is known already, as at the end of a run.
+
+        Args:
+            passes: Passes over the training data.
+            inspection: What one batch has shown.
+            examples: Dataset indices of the training examples, sorted.
+            history: What the optimizer did.
+            labels: Dataset index to given label; by default as far as the loss tells.
+        """
+        made = cls.__new__(cls)
+        made._put_together(passes, inspection, examples)
+        made._history = history
+        if labels is not None:
+            made.labels = labels
+        return made
+
+    def _put_together(self, passes: ExampleGradients, inspection: Inspection, examples: Sequence[int]) -> None:
+        self.model, self.examples, self.inspection, self._passes = passes.module, list(examples), inspection, passes
 
     @property
     def coverage(self) -> Coverage:
@@ -95,21 +136,33 @@ class ExaminedModel:
         return self.training, self.examples, queries, chosen
 
     def plan(
-        self, curvature: CurvatureName, *, fisher: Fisher = "auto", solver: Solver = "auto", **options: Any
+        self,
+        curvature: CurvatureName,
+        *,
+        fisher: Fisher = "auto",
+        damping: Damping = "auto",
+        solver: Solver = "auto",
+        factor_examples: int | Literal["auto"] | None = "auto",
+        history: OptimizerHistory | None = None,
     ) -> InfluencePlan:
         """Return how a curvature is fitted: labels, examples, damping; see ``InfluencePlan.make``."""
-        check_choice("curvature", curvature, get_args(CurvatureName))
-        check_choice("fisher", fisher, get_args(Fisher))
-        check_choice("solver", solver, ("auto", "dense", *SOLVERS))
-        check_solver(curvature, solver)
+        check_curvature_choices(curvature, fisher, solver)
         seen, size = self.inspection, len(self.examples)
         check_labels(curvature, fisher, seen.tapped, seen.exact_draws)
         return InfluencePlan.make(
-            self.coverage, seen, size, curvature=curvature, fisher=fisher, solver=solver, **options
+            self.coverage,
+            seen,
+            size,
+            curvature=curvature,
+            fisher=fisher,
+            damping=damping,
+            examples=factor_examples,
+            history=history or self._history,
+            solver=solver,
         )
 
     @cached_property
-    def labels(self) -> dict[int, int]:
+    def labels(self) -> Mapping[int, int]:
         """The given labels of the training examples, as far as the loss tells."""
         found: dict[int, int] = {}
         with closing(self.training.losses(self.examples, title="labels", everywhere=True)) as losses:

@@ -133,6 +133,11 @@ class Influence(ExaminedModel):
         return self._curvature
 
     @property
+    def weight_decay(self) -> WeightDecay:
+        """Coefficient of the L2 term in the loss of the run that an audit has followed, by parameter name."""
+        return {} if self._history is None else self._history.weight_decay
+
+    @property
     def notes(self) -> list[str]:
         """What a reader of the scores should know."""
         notes = [] if self._curvature is None else list(self._curvature.notes)
@@ -163,7 +168,7 @@ class Influence(ExaminedModel):
                 implies, which takes ``history``), or ``"auto"``: that of the curvature.
             solver: For GGN and Hessian: ``"dense"``, ``"cg"``, ``"nystrom"``, ``"pcg"`` or ``"lissa"``.
             factor_examples: Number of random examples to fit on; ``"auto"``: enough for every factor; None: all.
-            history: What the optimizer did, see ``StepSizes.history``.
+            history: What the optimizer did, see ``StepSizes.history``; by default as far as an audit has followed it.
 
         Returns:
             The same with the curvature.
@@ -172,7 +177,7 @@ class Influence(ExaminedModel):
             ValueError, TaskError, IndefiniteError: If the curvature can't be had; with the way out.
         """
         plan = self.plan(
-            curvature, fisher=fisher, damping=damping, solver=solver, examples=factor_examples, history=history
+            curvature, fisher=fisher, damping=damping, solver=solver, factor_examples=factor_examples, history=history
         )
         fitted = plan.fit(self.training, self.examples)
         fitted.notes[:0] = plan.damping.notes
@@ -250,15 +255,20 @@ class Influence(ExaminedModel):
         """Return what is measured on a set, by forward passes only; see ``measure``."""
         return measurement_value(*self.queries(test_set, indices), measurement)
 
-    def remove(self, indices: Indices, *, leverage: bool = False, weight_decay: WeightDecay = 0.0) -> ParameterUpdate:
+    def remove(
+        self, indices: Indices, *, leverage: bool = False, weight_decay: WeightDecay | None = None
+    ) -> ParameterUpdate:
         """Return the change of the parameters that training without some examples makes, by one Newton step.
 
         Args:
             indices: The examples.
             leverage: Whether to take them out of the curvature, too: what a group needs.
-            weight_decay: Coefficient of an L2 term in the loss, for all parameters or by name.
+            weight_decay: Coefficient of an L2 term in the loss, for all parameters or by name; by default that of the
+                run that an audit has followed, else none.
         """
         curvature, chosen = self.curvature, self.chosen(indices)
+        if weight_decay is None:
+            weight_decay = self.weight_decay
         unlearner = Unlearner(self.training, curvature, self.examples, weight_decay=weight_decay)
         return unlearner.newton_removal(chosen, leverage=leverage)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
 from lightning_influence.audit.indices import Indices as Many
 from lightning_influence.audit.indices import integers
+from lightning_influence.curvature import SOLVERS, CurvatureName, Fisher, Solver, check_solver
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.visitors import ExampleScores, in_order
 from lightning_influence.objective.task import Task, TrainingStepTask
@@ -115,6 +116,14 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise ``ValueError`` for an argument that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, choices))}.")
+
+
+def check_curvature_choices(curvature: CurvatureName, fisher: Fisher, solver: Solver) -> None:
+    """Raise ``ValueError`` for a curvature, labels or a solver that there are none of, or not together."""
+    check_choice("curvature", curvature, get_args(CurvatureName))
+    check_choice("fisher", fisher, get_args(Fisher))
+    check_choice("solver", solver, ("auto", "dense", *SOLVERS))
+    check_solver(curvature, solver)
 
 
 def aligned(scores: ExampleScores, column: str, indices: Sequence[int]) -> Tensor:

@@ -98,7 +98,7 @@ class LossScale(Mapping[TermKey, float]):
             raise ScaleError(
                 f"the loss has a term that the loss scale does not know, {key}: no batch that it was measured on had "
                 f"it (known: {known}). A loss that depends on more than its batch (chance, the epoch, a "
-                "counter) needs a `task=` that does not."
+                "counter) needs a `task=` (`loss=` of `Influence`) that does not."
             )
         return self._references[key]
 

@@ -58,14 +58,14 @@ class TrainingStepTask:
         step = getattr(module, "training_step", None)
         if step is None:
             raise TaskError(
-                f"{type(module).__name__} has no `training_step` to take the loss from; pass `task=`, a function "
-                "(module, batch) -> loss."
+                f"{type(module).__name__} has no `training_step` to take the loss from; pass `task=` (`loss=` of "
+                "`Influence`), a function (module, batch) -> loss."
             )
         signature = inspect.getfullargspec(step)
         if "dataloader_iter" in signature.args:
             raise TaskError(
                 "`training_step(dataloader_iter)` fetches its own batches, so a given batch can't be run again; "
-                "pass `task=`, a function (module, batch) -> loss."
+                "pass `task=` (`loss=` of `Influence`), a function (module, batch) -> loss."
             )
         # The trainer's own rule: a batch index is passed, by position, where a second positional argument can take it.
         own = signature.args[1:] if inspect.ismethod(step) else signature.args
@@ -77,7 +77,8 @@ class TrainingStepTask:
         if not isinstance(result, Tensor):
             raise (NoLossError if result is None else TaskError)(
                 f"`training_step` returned {type(result).__name__} instead of a loss tensor (or a dict with the key "
-                "'loss'); return the loss, or pass `task=`, a function (module, batch) -> loss."
+                "'loss'); return the loss, or pass `task=` (`loss=` of `Influence`), a function (module, batch) -> "
+                "loss."
             )
         return result
 

@@ -245,7 +245,7 @@ def understand(
     if loss.numel() != 1:
         raise TaskError(
             f"the loss of a batch of {n} examples has the shape {tuple(loss.shape)}; expected a scalar (their mean), "
-            f"or [{n}] from a `task=`."
+            f"or [{n}] from a `task=` (`loss=` of `Influence`)."
         )
     loss = loss.reshape(())
     if not loss.requires_grad:

@@ -36,8 +36,8 @@ class GGNProduct(CurvatureProduct):
             part = "has a part besides them (a penalty, an unknown loss)" if loss.terms else "has none of them"
             raise TaskError(
                 "the GGN needs a loss made of known calls (F.cross_entropy, F.mse_loss and the like); this one "
-                f"{part}. Leave penalties to the optimizer's weight decay and the damping, pass a `task=` with the "
-                "plain loss, or use the Hessian."
+                f"{part}. Leave penalties to the optimizer's weight decay and the damping, pass a `task=` (`loss=` of "
+                "`Influence`) with the plain loss, or use the Hessian."
             )
 
     def _outputs(self, loss: BatchLoss) -> tuple[list[Tensor], list[Tensor]]:

@@ -115,7 +115,8 @@ def root_of(values: Tensor) -> Tensor:
     if bool((values < 0).any()):
         raise ValueError(
             f"a loss term enters the batch loss with a negative weight ({float(values.min()):.3g}); the Fisher and the "
-            'GGN need weights >= 0. Use `fisher="empirical"` or the Hessian, or a `task=` whose loss leaves that term '
+            'GGN need weights >= 0. Use `fisher="empirical"` or the Hessian, or a `task=` (`loss=` of `Influence`) '
+            "whose loss leaves that term "
             "out."
         )
     return values.sqrt()

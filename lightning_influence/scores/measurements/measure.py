@@ -187,8 +187,8 @@ def single_values(statistic: Statistic, loss: BatchLoss) -> Tensor:
     if values is None:
         raise MeasurementError(
             f"the {statistic.name} of single examples is not known: the task returns the mean of the batch, and no "
-            "known loss call accounts for it. Pass a `task=` that returns one loss per example, or choose the queries "
-            "yourself."
+            "known loss call accounts for it. Pass a `task=` (`loss=` of `Influence`) that returns one loss per "
+            "example, or choose the queries yourself."
         )
     return values
 
