@@ -164,7 +164,7 @@ class TensorState(State):
 
     def _same_values(self) -> bool:
         if self._values is None or self.memory.layout != torch.strided:
-            return self._version in (None, self._tensor._version)
+            return self._version in (None, version(self._tensor))
         if self.memory.shape != self._values.shape:
             return False
         return torch.equal(_bits(self.memory), _bits(self._values))
