@@ -18,12 +18,13 @@ BENCH_INSTALL = $(subst $(PY),$(BENCH)/bin/python,$(INSTALL))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test size lint bench cost detection lds solvers unlearning fairness robustness clean
+.PHONY: help demo clean-and-retrain test test-quick size lint bench cost detection lds solvers unlearning fairness robustness clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
 	@echo 'make clean-and-retrain   act on the audit and train again, against an oracle that knows the flips'
 	@echo 'make test    run the test suite'
+	@echo 'make test-quick   a minute of it: the rooms, the public door, the callback on small nets, how to add things'
 	@echo 'make size    lines of code by room'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make bench   side by side with kronfluence and captum: time, memory, agreement (half an hour)'
@@ -47,6 +48,13 @@ clean-and-retrain: $(VENV)/.demo
 # A process for each core: with a thread each, they do not get into each other's way.
 test: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
+
+# What breaks most when something breaks: rooms and sizes, the door, whole audits, exactness of curvature and passes.
+QUICK := $(addprefix tests/test_,imports.py core.py docs.py influence.py columns.py visitors.py saved.py \
+	adding_a_layer.py how_to_add_curvature.py task.py sweep.py query_pairs.py callback_untouched.py)
+
+test-quick: $(VENV)/.dev
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal $(QUICK) $(PYTEST_ARGS)
 
 size:
 	@$(firstword $(PYTHON)) tests/size.py
