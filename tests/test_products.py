@@ -190,19 +190,11 @@ class TestFlatParameters:
         net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
         assert FlatParameters.of(net).dtype == torch.float64
 
-    def test_wrong_names_and_shapes(self) -> None:
-        net = nn.Linear(3, 2)
-        with pytest.raises(
-            ValueError, match=r"Linear has no parameters \['wieght'\]; expected names of .*weight, bias"
-        ):
-            FlatParameters.of(net, ["wieght"])
+    def test_wrong_names(self) -> None:
+        with pytest.raises(AttributeError, match="Linear has no attribute `wieght`"):
+            FlatParameters.of(nn.Linear(3, 2), ["wieght"])
         with pytest.raises(ValueError, match="Linear has no trainable parameter"):
             FlatParameters.of(nn.Linear(3, 2).requires_grad_(False))
-        with pytest.raises(ValueError, match="real parameters only, not for .*complex64"):
-            FlatParameters.of(nn.Linear(3, 2, dtype=torch.complex64))
-        flat = FlatParameters.of(net)
-        with pytest.raises(ValueError, match=r"vectors have the shape \(4, 7\); expected \[..., 8\]"):
-            flat.unflatten(torch.ones(4, 7))
 
 
 # ----------------------------------------------------------------------------------------------------------- products

@@ -169,8 +169,6 @@ class TestAllOfThem:
     @pytest.mark.parametrize(
         ("g", "damping", "message"),
         [
-            (torch.ones(P), 0.1, r"g has the shape \(30,\).*expected floating point \[q, p\]"),
-            (torch.ones(2, P, dtype=torch.int64), 0.1, "torch.int64; expected floating point"),
             (torch.tensor([[1.0] * P, [math.nan] * P]), 0.1, r"non-finite entries in the rows \[1\]; leave"),
             (torch.ones(2, P), -0.1, "damping is -0.1; expected a number >= 0"),
             (torch.ones(2, P), math.inf, "damping is inf; expected"),
@@ -288,10 +286,6 @@ class TestConjugateGradients:
         found = cg(lambda v: v * math.nan, right(), 0.1)
         assert found.reasons[0].startswith("non-finite: a product has non-finite entries")
         assert (found.solution == 0).all()
-
-    def test_wrong_arguments(self) -> None:
-        with pytest.raises(ValueError, match=r"matvec turned \(4, 30\) into \(4, 29\); expected the same shape"):
-            cg(lambda v: v[:, 1:], right(), 0.1)
 
 
 class TestLiSSA:

@@ -351,7 +351,7 @@ def test_an_ignored_label_is_no_loss_and_leaves_the_others_as_they_are() -> None
     net, (x, y) = _net(), _batch()
     own = evaluate(_task(LOSSES["ignored"][0]), net, (x, y), N)
     tally = ScaleTally()
-    tally.add(N, [term.share(N) for term in own.terms])
+    tally.add(N, {term.key: term.share(N) for term in own.terms})
     result = evaluate(_task(LOSSES["ignored"][0]), net, (x, y), N, tally.scale(N))
     z = net(x)
     expected = (y != 1) * _nll(z, y)

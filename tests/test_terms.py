@@ -340,7 +340,8 @@ def _calibrated(loss: Loss, net: nn.Module, batch: Batch, forms: dict[TermKey, T
     for start in range(0, N, BATCH_SIZE):
         part = taken(batch, range(start, min(start + BATCH_SIZE, N)))
         n = len(part["x"])
-        tally.add(n, [term.share(n) for term in evaluate(loss, net, part, n, forms=forms).terms])
+        terms = evaluate(loss, net, part, n, forms=forms).terms
+        tally.add(n, {term.key: term.share(n) for term in terms})
     return tally.scale(BATCH_SIZE)
 
 
@@ -416,7 +417,7 @@ def test_a_batch_in_which_nothing_counts() -> None:
         result = evaluate(loss, net, taken(batch, range(8, N)), 4, scale, forms)
         assert result.values is not None
         assert result.values.tolist() == [0.0] * 4
-        assert result.terms[0].share(4).reference == 0.0
+        assert result.terms[0].share(4).total == 0.0
         assert not bool(_gradients(result, net.head.weight).any())
 
 

@@ -31,13 +31,13 @@ NODES: dict[str, tuple[Callable[[], Tensor], dict[str, Any]]] = {
     "GatherBackward0": (lambda: rows().gather(1, INDEX[None]), {"dim": 1, "index": INDEX[None]}),
     "IndexSelectBackward0": (
         lambda: rows().index_select(0, INDEX),
-        {"dim": 0, "index": INDEX, "self_sym_sizes": (4, 3)},
+        {"dim": 0, "index": INDEX},
     ),
-    "IndexBackward0": (lambda: rows()[INDEX], {"self_sym_sizes": (4, 3)}),
+    "IndexBackward0": (lambda: rows()[INDEX], {}),
     "MaskedSelectBackward0": (lambda: rows().masked_select(torch.eye(4, 3).bool()), {"mask": torch.eye(4, 3).bool()}),
     "PackPaddedSequenceBackward0": (
         lambda: pack_padded_sequence(rows()[None], [4], batch_first=True).data,
-        {"batch_first": True, "input_sym_sizes": (1, 4, 3), "result1": torch.ones(4).long()},
+        {"batch_first": True, "result1": torch.ones(4).long()},
     ),
     "SelectBackward0": (lambda: rows().select(0, 1), {"dim": 0, "index": 1}),
     "SliceBackward0": (lambda: rows()[1:3], {"dim": 0, "start": 1, "end": 3, "step": 1}),
@@ -75,6 +75,8 @@ def test_nodes_of_the_graph(name: str) -> None:
 
 def test_shapes_of_nodes() -> None:
     node: Any = rows().split([1, 3])[0].grad_fn
+    leaf = torch.ones(2, 3).requires_grad_()
+    assert torch_private.shape_of(*torch_private.ahead_of((leaf * 1).grad_fn)[0]) == (2, 3), gone("AccumulateGrad")
     assert (torch_private.shape_of(node), torch_private.shape_of(node, 1)) == ((1, 3), (3, 3)), gone(
         "Node._input_metadata"
     )

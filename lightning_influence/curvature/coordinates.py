@@ -63,16 +63,7 @@ class BlockCoordinates:
         return torch.cat([like.new_full((size,), values[name]) for name, size in self.sizes.items()])
 
     def places_in(self, flat: FlatParameters) -> Tensor:
-        """Return where each coordinate lies in the flat vector of the same parameters, ``[p]`` int64.
-
-        Raises:
-            ValueError: If the parameters are others.
-        """
-        if set(flat.parameters) != set(self.parameters):
-            raise ValueError(
-                f"the flat vector holds {sorted(flat.parameters)}, the blocks {sorted(self.parameters)}; expected the "
-                "same parameters."
-            )
+        """Return where each coordinate lies in the flat vector of the same parameters, ``[p]`` int64."""
         numbers = flat.unflatten(torch.arange(flat.size, dtype=torch.float64))  # exact, also beyond 2²⁴
         blocks = {name: block.from_parameters(numbers) for name, block in self.blocks.items()}
         return self.join(blocks).round().long().to(flat.device)

@@ -53,7 +53,7 @@ def fit(
         The fitted curvature.
 
     Raises:
-        ValueError: If ``damping`` leaves a block singular, a block is missing in it, no example has finite gradients,
+        ValueError: If ``damping`` leaves a block singular, no example has finite gradients,
             or the memory does not suffice.
         IndefiniteError: If a Hessian has eigenvalues below ``-λ``.
         TaskError: If GGN or Hessian are not defined for the loss, or the model can't be differentiated twice.
@@ -62,8 +62,6 @@ def fit(
     dampings = None
     if damping is not None:
         given = damping if isinstance(damping, Mapping) else dict.fromkeys(blocks, damping)
-        if missing := blocks.keys() - given.keys():
-            raise ValueError(f"damping has no entry for {sorted(missing)}; expected one for every covered layer.")
         dampings = {layer: given[layer] for layer in blocks}
     check_memory(name, blocks)
     curvature: Curvature

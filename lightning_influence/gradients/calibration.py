@@ -56,7 +56,7 @@ def measured_scale(
     visited, tally = [index for batch in own for index in batch], ScaleTally()
     with closing(losses(visited, title="loss scale", everywhere=True, size=size)) as batches:
         for _, loss in batches:
-            tally.add(loss.n, [term.share(loss.n) for term in loss.terms])
+            tally.add(loss.n, {term.key: term.share(loss.n) for term in loss.terms})
     whole = ScaleTally()
     for part in distributed.gather_objects(tally):
         whole.merge(part)

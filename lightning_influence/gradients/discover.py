@@ -170,7 +170,7 @@ def term_forms(small: BatchLoss, large: BatchLoss) -> dict[TermKey, TermForm]:
         before = smaller.get(after.key)
         if before is None:
             continue
-        call, pickings = after.call, (before.call.picking(), after.call.picking())
+        call, pickings = after.call, (before.call.picking, after.call.picking)
         # A tensor that does not grow with the batch has no examples: rows looked up in it are the batch's own.
         follow = not (pickings[0] and pickings[1] and pickings[0].source == pickings[1].source)
         shapes = [

@@ -115,23 +115,6 @@ class LossScale(Mapping[TermKey, float]):
         return len(self._references)
 
 
-class TermShare(NamedTuple):
-    """What a batch says about the scale of one of its terms.
-
-    Attributes:
-        key: The term.
-        reference: Divisor per example, see ``LossTerm.batch_reference``; 0 if nothing in the batch counts.
-        sums: Whether the term is a sum over examples, whose divisor is the batch size.
-        among_counted: The divisor over the number of examples that count, where every one of them has one element and
-            the same weight; else None.
-    """
-
-    key: TermKey
-    reference: float
-    sums: bool
-    among_counted: float | None = None
-
-
 # A number that is the same in all batches so far; "any" before the first of them, None where they differ.
 _Same: TypeAlias = float | Literal["any"] | None
 
@@ -143,15 +126,24 @@ def _same(a: _Same, b: _Same) -> _Same:
 
 
 @dataclass(eq=False)
-class _Entry:
-    """A term in several batches: sum of the divisors, and what is the same in all of them."""
+class TermShare:
+    """What batches say about the scale of one of their terms; nothing by default: nothing in them counts.
+
+    Attributes:
+        total: Sum of the divisors.
+        sums: Whether the term is a sum over examples, whose divisor is the batch size.
+        reference: Divisor per example, see ``LossTerm.batch_reference``, if it is the same in all batches.
+        among_counted: The divisor over the number of examples that count, where every one of them has one element and
+            the same weight, if it is the same in all batches.
+    """
 
     total: float = 0.0
     sums: bool = False
     reference: _Same = "any"
     among_counted: _Same = "any"
 
-    def add(self, other: _Entry) -> None:
+    def add(self, other: TermShare) -> None:
+        """Add what other batches say."""
         self.total += other.total
         self.sums |= other.sums
         self.reference = _same(self.reference, other.reference)
@@ -178,23 +170,19 @@ class ScaleTally:
     """Adds up what the batches of a data set say about the scale of the terms."""
 
     examples: int = 0
-    entries: dict[TermKey, _Entry] = field(default_factory=dict)
+    entries: dict[TermKey, TermShare] = field(default_factory=dict)
     counts: dict[tuple[str, Place], set[int]] = field(default_factory=dict)
 
-    def add(self, n: int, terms: Sequence[TermShare]) -> None:
+    def add(self, n: int, terms: Mapping[TermKey, TermShare]) -> None:
         """Add a batch of ``n`` examples."""
-        entries = {
-            key: _Entry(reference * n, sums, reference, among_counted) if reference else _Entry(sums=sums)
-            for key, reference, sums, among_counted in terms
-        }
-        at_place = Counter((key.kind, key.place) for key in entries)
-        self.merge(ScaleTally(n, entries, {place: {count} for place, count in at_place.items()}))
+        at_place = Counter((key.kind, key.place) for key in terms)
+        self.merge(ScaleTally(n, dict(terms), {place: {count} for place, count in at_place.items()}))
 
     def merge(self, other: ScaleTally) -> None:
         """Add what other batches say."""
         self.examples += other.examples
         for key, entry in other.entries.items():
-            self.entries.setdefault(key, _Entry()).add(entry)
+            self.entries.setdefault(key, TermShare()).add(entry)
         for place, counts in other.counts.items():
             self.counts.setdefault(place, set()).update(counts)
 

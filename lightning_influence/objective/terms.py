@@ -109,10 +109,11 @@ class LossTerm:
         """Return what this batch says about the scale of the term."""
         weights = self.coefficient if self.call.reduction == "none" else self.call.weights()
         counted = weights[weights != 0].abs()
-        reference, among = (self.batch_reference(n) if len(counted) else 0.0), None
-        if reference and single(self.call.noise_shape(n)) and bool(counted.max() <= (1 + 1e-5) * counted.min()):
-            among = reference * n / len(counted)
-        return TermShare(self.key, reference, self.sums, among)
+        reference = self.batch_reference(n) if len(counted) else 0.0
+        if not reference:
+            return TermShare(sums=self.sums)
+        alike = single(self.call.noise_shape(n)) and bool(counted.max() <= (1 + 1e-5) * counted.min())
+        return TermShare(reference * n, self.sums, reference, reference * n / len(counted) if alike else None)
 
 
 @dataclass(frozen=True, eq=False)

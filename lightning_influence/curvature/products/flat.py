@@ -31,27 +31,19 @@ class FlatParameters:
             names: Names as in ``named_parameters()``, in any order; by default all that are trainable.
 
         Raises:
-            ValueError: If a name is unknown, nothing is chosen, or a parameter is not of real numbers.
+            AttributeError: If a name is unknown.
+            ValueError: If nothing is chosen.
         """
         every = dict(module.named_parameters())
-        if names is None:
-            chosen = {name: parameter for name, parameter in every.items() if parameter.requires_grad}
-        else:
-            wanted = set(names)
-            if wanted - every.keys():
-                raise ValueError(
-                    f"{type(module).__name__} has no parameters {sorted(wanted - every.keys())}; expected names of "
-                    f"`named_parameters()`: {', '.join(list(every)[:20])}."
-                )
-            chosen = {name: parameter for name, parameter in every.items() if name in wanted}
+        wanted = {name for name, p in every.items() if p.requires_grad} if names is None else set(names)
+        for name in wanted:
+            module.get_parameter(name)
+        chosen = {name: parameter for name, parameter in every.items() if name in wanted}
         if not chosen:
             raise ValueError(
                 f"{type(module).__name__} has no trainable parameter to take the curvature of; set `requires_grad`, or "
                 "name the `parameters`."
             )
-        odd = {name: value.dtype for name, value in chosen.items() if not value.is_floating_point()}
-        if odd:
-            raise ValueError(f"curvature is defined for real parameters only, not for {odd}; leave them out.")
         return cls(chosen)
 
     @property
@@ -71,13 +63,7 @@ class FlatParameters:
         return next(iter(self.parameters.values())).device
 
     def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Cut ``[..., p]`` up into views ``[..., *parameter.shape]``, by name.
-
-        Raises:
-            ValueError: If the last dimension is not ``p``.
-        """
-        if vectors.ndim == 0 or vectors.shape[-1] != self.size:
-            raise ValueError(f"vectors have the shape {tuple(vectors.shape)}; expected [..., {self.size}].")
+        """Cut ``[..., p]`` up into views ``[..., *parameter.shape]``, by name."""
         parts = vectors.split([parameter.numel() for parameter in self.parameters.values()], -1)
         return {
             name: part.unflatten(-1, parameter.shape) if parameter.ndim else part.squeeze(-1)

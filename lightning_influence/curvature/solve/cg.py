@@ -49,7 +49,7 @@ def cg(
         The solutions. A system that meets a direction ``d`` with ``dᵀ (C + λ) d <= 0`` keeps what it had by then.
 
     Raises:
-        ValueError: If ``g`` is non-finite or of the wrong shape, or ``damping`` is no number >= 0.
+        ValueError: If ``g`` is non-finite, or ``damping`` is no number >= 0.
     """
     run = Run(matvec, g, damping)
     x = torch.zeros_like(run.b)

@@ -57,7 +57,7 @@ def lissa(
         The solutions. A system that diverges keeps its last iterate that could still be one of a convergent run.
 
     Raises:
-        ValueError: If ``g`` is non-finite or of the wrong shape, ``damping`` is no number >= 0, or ``C + λ`` has no
+        ValueError: If ``g`` is non-finite, ``damping`` is no number >= 0, or ``C + λ`` has no
             positive eigenvalue.
     """
     run = Run(matvec, g, damping)

@@ -118,7 +118,7 @@ class CrossEntropy(LossCall):
     def single_rows(self, n: int) -> bool:
         """Tell whether the rows are those of ``n`` examples, one each and in their order, with one label each."""
         plain = self.input.ndim == 2 and len(self.input) == n and self.target.ndim == 1 and not self._soft
-        return plain and self._picking is None
+        return plain and self.picking is None
 
     def statistics(self, n: int) -> dict[str, Tensor]:
         """Return loss, margin (target logit minus the largest other), EL2N, wrong and the class decision."""

@@ -73,32 +73,29 @@ def find_picking(tensor: Tensor) -> Picking | None:
         None if no rows were picked.
     """
     steps: list[tuple[Any, int]] = []
-    picked, only_reordered = 0, True
+    picked, only_reordered, source = 0, True, torch.Size()
     node, number = tensor.grad_fn, tensor.output_nr
     while node is not None and node.name() in _MOVES:
         steps.append((node, number))
         following = _row_input(node, number)
-        # Rows looked up in a table of parameters are as many as the batch asks for: they are not picked from it.
-        of_parameter = following is not None and isinstance(getattr(following[0], "variable", None), nn.Parameter)
-        if node.name() in _PICKS and not of_parameter:
-            picked = len(steps)
-            only_reordered = only_reordered and _reorders(node)
         if following is None:
             break
+        # Rows looked up in a table of parameters are as many as the batch asks for: they are not picked from it.
+        if node.name() in _PICKS and not isinstance(getattr(following[0], "variable", None), nn.Parameter):
+            picked, source = len(steps), shape_of(*following)
+            only_reordered = only_reordered and _reorders(node, source)
         node, number = following
     # Sorted for packing and picked: followed from before the sort. Only put in order again: nothing was picked.
     if not picked or only_reordered:
         return None
-    steps = steps[:picked][::-1]
-    return Picking(torch.Size(_PICKS[steps[0][0].name()](steps[0][0])), steps)
+    return Picking(source, steps[:picked][::-1])
 
 
-def _reorders(node: Any) -> bool:
+def _reorders(node: Any, source: torch.Size) -> bool:
     """Tell whether all rows were picked, each once: sorted sequences brought back into the order of the batch."""
     if node.name() != "IndexSelectBackward0":
         return False
-    index, sizes = saved(node, "index"), saved(node, "self_sym_sizes")
-    size = sizes[saved(node, "dim") % len(sizes)]
+    index, size = saved(node, "index"), source[saved(node, "dim") % len(source)]
     return index.numel() == size and torch.equal(index.sort().values, torch.arange(size, device=index.device))
 
 
@@ -255,12 +252,7 @@ _TAKEN: dict[str, Callable[[_Step], Any]] = {
     "SplitBackward0": _split,
     "IndexSelectBackward0": lambda step: saved(step.node, "index").cpu(),
 }
-_PICKS: dict[str, Callable[[Any], Sequence[int]]] = {
-    "IndexBackward0": lambda node: saved(node, "self_sym_sizes"),
-    "IndexSelectBackward0": lambda node: saved(node, "self_sym_sizes"),
-    "MaskedSelectBackward0": lambda node: saved(node, "self").shape,
-    "PackPaddedSequenceBackward0": lambda node: saved(node, "input_sym_sizes"),
-}
+_PICKS = {"IndexBackward0", "IndexSelectBackward0", "MaskedSelectBackward0", "PackPaddedSequenceBackward0"}
 _MOVES: dict[str, _Move] = {
     **{f"{name}Backward{k}": _kept for name in _ELEMENTWISE.split() for k in range(2)},
     **{f"{name}Backward{k}": _viewed for name in _VIEWS.split() for k in range(4)},

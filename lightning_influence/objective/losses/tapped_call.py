@@ -80,12 +80,9 @@ class TappedCall:
             )
         return found
 
-    def picking(self) -> Picking | None:
-        """Return where the rows were picked from, if the batch picked them by index or mask."""
-        return self._picking
-
     @cached_property
-    def _picking(self) -> Picking | None:
+    def picking(self) -> Picking | None:
+        """Where the rows were picked from, if the batch picked them by index or mask."""
         return find_picking(next((tensor for tensor in self.predictions if tensor.requires_grad), self.input))
 
     def _located(self, n: int) -> Shares | None:
@@ -99,7 +96,7 @@ class TappedCall:
             return share_out(self.element_shape, SIDE_BY_SIDE, n)
         if self.layout is None:
             return None
-        picking = self._picking if self.follow else None
+        picking = self.picking if self.follow else None
         if picking is None:
             return share_out(self.element_shape, self.layout, n)
         found = picking.owners(self.layout, n)
