@@ -153,12 +153,7 @@ class Reporter:
         manifest = self._manifest | {"status": "complete", "step": step}
         manifest |= audit_described(gradients, plan, inspection, result, ranked)
         manifest["tracin_steps"] = recording.tracin.checkpoints
-        manifest["notes"] = [
-            *result.notes,
-            *notes_of(inspection),
-            *recording.remarks(),
-            *put_back(gradients),
-        ]
+        manifest["notes"] = [*result.notes, *notes_of(inspection), *recording.remarks(), *put_back(gradients)]
         if self.known_noise is not None:
             mislabelled = np.isin(ranked["index"], self.known_noise)
             if mislabelled.any() and not mislabelled.all():
