@@ -279,6 +279,24 @@ class TestUnlearner:
         plain = Unlearner(own.gradients, own.curvature, own.examples)
         assert plain.newton_removal([3]).norm != own.newton_removal([3]).norm
 
+    def test_all_else_is_an_influence(self, run: Any, digits: Any) -> None:
+        """The same object as without a Trainer, of what the run knows: its scores, weight decay, labels."""
+        audit, _, _ = run
+        data, true, flipped = digits
+        report, influence = audit.report, audit.influence("ekfac")
+        own = influence.self_influence(report.columns["index"].tolist())
+        np.testing.assert_allclose(own.numpy(), report.columns["self_influence"], rtol=1e-4)
+        assert influence.labels == dict(zip(report.columns["index"], report.columns["label"], strict=True))
+        assert influence.top(data, [0, 1], k=3).proponents.shape == (2, 3)
+        unlearner = audit.unlearner("ekfac")
+        for one, other in (
+            (influence.remove(flipped[:3]), unlearner.newton_removal(flipped[:3])),
+            (influence.repair(flipped[:3], true[flipped[:3]]), unlearner.label_repair(flipped[:3], true[flipped[:3]])),
+        ):
+            for name, change in one.changes.items():
+                torch.testing.assert_close(change, other.changes[name])
+        assert influence.remove([3], weight_decay=0.0).norm != influence.remove([3]).norm
+
     def test_repair_after_a_run(self, run: Any, digits: Any) -> None:
         audit, model, _ = run
         data, true, flipped = digits

@@ -86,7 +86,7 @@ def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None
     [[3, 1], (3, 1), torch.tensor([3, 1]), np.array([3, 1]), np.array([3, 1], dtype=np.uint8), range(1, 4, 2)],
 )
 def test_known_noise_in_every_form(indices: Any) -> None:
-    noise = InfluenceAudit(known_noise=indices).known_noise
+    noise = InfluenceAudit(known_noise=indices).arguments.known_noise
     assert noise is not None
     assert sorted(noise.tolist()) == [1, 3]
 

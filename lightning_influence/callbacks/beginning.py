@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -17,10 +16,9 @@ from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.curvature import check_curvature, check_labels
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import trace_model
-from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.verify import Inspection, inspect, roomy_batch_size
+from lightning_influence.gradients.verify import inspect, roomy_batch_size
 from lightning_influence.objective.scale import NoLossError
-from lightning_influence.objective.task import Task, TrainingStepTask
+from lightning_influence.objective.task import TrainingStepTask
 from lightning_influence.training.recording import Recording
 
 
@@ -54,19 +52,25 @@ def _begun(
 ) -> AuditRun:
     task, tracin = arguments.task or TrainingStepTask(), arguments.tracin
     queries = None if arguments.queries is None else QueryReport(arguments.queries)
-    around = bridge.surroundings(trainer, module)
     with bridge.aside(trainer):
-        recording.losses.compiled = bool(preparing.compiled_parts(module, task, source, first, tracin, around))
-        trace = trace_model(module, task, source, indices=first, **around)
+        trace = trace_model(module, task, source, indices=first, **bridge.surroundings(trainer, module))
         passes = TrainingPasses(source, task, trace, arguments.layers, arguments.uncovered)
         gradients = passes.gradients(trainer, module)
+        recording.losses.compiled = bool(preparing.compiled_parts(gradients, first, tracin))
         recording.step_sizes.summed = source.batch_size if trace.sums else 1
         if arguments.layers is None:
             preparing.warn_of_gaps(gradients.coverage)
         check_curvature(gradients, arguments.curvature, first)
         inspection = inspect(gradients, first, verify=arguments.verify)
         check_labels(arguments.curvature, arguments.fisher, inspection.tapped, inspection.exact_draws)
-        _note_what_varies(recording, gradients, first, inspection, around, arguments.task)
+        if preparing.labels_vary(gradients, first, inspection):
+            recording.dynamics.checks_labels = False
+            recording.note("examples have other labels each time: whether batches hold theirs was not checked")
+        if arguments.task is None and preparing.depends_on_batch_idx(gradients, first):
+            recording.note(
+                "the loss depends on `batch_idx`, which is 0 in all passes: they are about the loss of batch 0; "
+                "`task=` can take another one"
+            )
         if queries is not None:
             queries.check(trainer, gradients, bridge.validation_queries(trainer, gradients))
     source.pass_batch_size = roomy_batch_size(inspection)
@@ -87,23 +91,3 @@ def _begun(
         queries=queries,
         digests=source.digests() if getattr(trainer, "reload_dataloaders_every_n_epochs", 0) else (),
     )
-
-
-def _note_what_varies(
-    recording: Recording,
-    gradients: ExampleGradients,
-    indices: Sequence[int],
-    inspection: Inspection,
-    around: bridge.Surroundings,
-    task: Task | None,
-) -> None:
-    """Note losses that depend on more than the example."""
-    if preparing.labels_vary(gradients, indices, inspection):
-        recording.dynamics.checks_labels = False
-        recording.note("examples have other labels each time: whether batches hold theirs was not checked")
-    module: Any = gradients.module
-    if task is None and preparing.depends_on_batch_idx(module, gradients.source, indices, around):
-        recording.note(
-            "the loss depends on `batch_idx`, which is 0 in all passes: they are about the loss of batch 0; `task=` "
-            "can take another one"
-        )

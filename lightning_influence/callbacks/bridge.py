@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 from lightning_influence.core import distributed
-from lightning_influence.core.containers import tensors_in
+from lightning_influence.core.containers import leaves, tensors_in
 from lightning_influence.core.isolation import kept, left_alone
 from lightning_influence.core.origin import is_users
 from lightning_influence.core.random_streams import isolated_rng
@@ -221,14 +221,8 @@ def set_up_validation(trainer: Trainer) -> None:
 
 def validation_queries(trainer: Trainer, gradients: ExampleGradients) -> list[tuple[ExampleGradients, list[int]]]:
     """Return the validation data as queries, if there are any whose examples can be visited by index."""
-    loaders: Any = trainer.val_dataloaders
-    if isinstance(loaders, DataLoader):
-        loaders = [loaders]
-    if isinstance(loaders, dict):
-        loaders = list(loaders.values())
-    if not isinstance(loaders, (list, tuple)):
-        return []
     queries = []
+    loaders: Any = [] if trainer.val_dataloaders is None else [loader for _, loader in leaves(trainer.val_dataloaders)]
     for loader, batches in zip(loaders, trainer.num_val_batches, strict=False):
         try:
             source = ExampleSource.from_loader(loader)

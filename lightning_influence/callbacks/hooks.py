@@ -40,11 +40,6 @@ class RunHooks(Callback):
         if self._run is not None:
             self._run.listener.batch_started(trainer, pl_module, known)
 
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Stop listening: the loss is there."""
-        if self._run is not None:
-            self._run.listener.before_zero_grad()
-
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """File what the training pass itself said about each example."""
         if self._run is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -126,20 +127,17 @@ class InfluenceAudit(RunHooks):
             verify,
         )
         super().__init__()
-        self._key: str | None = None
         # What checkpoints keep: from a checkpoint until the size of the data is known, then of the run.
         self._restored: Restored | None = None
         self._recording: Recording | None = None
         self._before: tuple[AuditReport | None, Recording | None, AuditRun | None] = (None, None, None)
 
-    @property
+    @cached_property  # asked for at every hook
     def state_key(self) -> str:
         """Key of the callback's state in checkpoints: two audits of one run have two states."""
-        if self._key is None:  # asked for at every hook
-            # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
-            arguments = {name: value for name, value in self.arguments.described().items() if name != "verify"}
-            self._key = self._generate_state_key(**arguments)
-        return self._key
+        # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
+        arguments = {name: value for name, value in self.arguments.described().items() if name != "verify"}
+        return self._generate_state_key(**arguments)
 
     # ------------------------------------------------------------------ start
 

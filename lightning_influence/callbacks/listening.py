@@ -80,12 +80,6 @@ class BatchListener:
         self.batch = None
 
     @_timed
-    def before_zero_grad(self) -> None:
-        """Hear no more, and keep what was heard: zeroing asks torch twice about every parameter."""
-        if self.batch is not None and self.batch.tap is not None:
-            self.batch.tap.stop()
-
-    @_timed
     def before_backward(self, trainer: Trainer, loss: Tensor) -> None:
         """File what the training pass itself said about each example."""
         batch = self.batch

@@ -17,7 +17,6 @@ from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.metrics import mislabel_detection
 from lightning_influence.scores.plan import InfluencePlan, InfluenceScores
-from lightning_influence.training.recording import Recording
 
 Columns = dict[str, NDArray[Any]]
 
@@ -97,23 +96,7 @@ def _described(curvature: Curvature) -> dict[str, Any]:
     return described
 
 
-def notes_of(inspection: Inspection, recording: Recording, gradients: ExampleGradients) -> list[str]:
-    """Return what a reader should know of the data and the run."""
-    notes = []
-    if not inspection.tapped:
-        notes.append(
-            "no known loss call (F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.mse_loss) "
-            "accounts for the whole loss: empirical Fisher, and no predictions, margins or suggested labels from it"
-        )
-    notes += recording.remarks()
-    if inspection.random:
-        notes.append(
-            "`training_step` draws random numbers in eval mode: scores hold for one draw, and depend on batches"
-        )
-    return notes + _put_back(gradients)
-
-
-def _put_back(gradients: ExampleGradients) -> list[str]:
+def put_back(gradients: ExampleGradients) -> list[str]:
     """Return what extra passes would have changed."""
     own = [path for path in isolation.changes_in(gradients.module) if not path.endswith(_OF_LIGHTNING)]
     found = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -14,13 +14,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from lightning_influence.audit.store.store import AuditStore, StoreError
 from lightning_influence.callbacks import bridge
-from lightning_influence.core import distributed, isolation
-from lightning_influence.core.isolation import unchanged, untouched
+from lightning_influence.core import distributed
+from lightning_influence.core.isolation import rewind, unchanged, untouched
 from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.core.reachable import Walk
 from lightning_influence.core.snapshot import StateError
@@ -71,25 +71,16 @@ def check_optimization(module: LightningModule, task: Task | None, tracin: TracI
         )
 
 
-def compiled_parts(
-    module: LightningModule,
-    task: Task,
-    source: ExampleSource,
-    indices: Sequence[int],
-    tracin: TracIn | None,
-    surroundings: bridge.Surroundings,
-) -> list[str]:
+def compiled_parts(gradients: ExampleGradients, indices: Sequence[int], tracin: TracIn | None) -> list[str]:
     """Return what of a training step ``torch.compile`` has wrapped, as far as can be told without compiling anything.
 
     Raises:
         MisconfigurationException: If it is to be watched in flight: whatever watches it makes other graphs of it.
     """
-    found = [
-        reached.path or type(module).__name__
-        for reached in Walk([("", module), ("task", task)])
-        if is_compiled(reached.value)
-    ]
-    if not found and _step_is_compiled(module, task, source, indices, surroundings):
+    module = gradients.module
+    walk = Walk([("", module), ("task", gradients.task)])
+    found = [reached.path or type(module).__name__ for reached in walk if is_compiled(reached.value)]
+    if not found and _step_is_compiled(gradients, list(indices[:2])):
         found = ["something that it calls"]
     if found and tracin is not None and tracin.mode == "step":
         raise MisconfigurationException(
@@ -99,21 +90,14 @@ def compiled_parts(
     return found
 
 
-def _step_is_compiled(
-    module: LightningModule,
-    task: Task,
-    source: ExampleSource,
-    indices: Sequence[int],
-    surroundings: bridge.Surroundings,
-) -> bool:
+def _step_is_compiled(gradients: ExampleGradients, chosen: list[int]) -> bool:
     """Run the step once where it would have to compile what it has not run before."""
-    chosen = list(indices[:2])
     try:
-        with isolation.untouched(module, task):
-            ((_, batch),) = source.batches(chosen, len(chosen))
+        with untouched(gradients.module, gradients.task):
+            ((_, batch),) = gradients.source.batches(chosen, len(chosen))
             seed_everything(0)
-            with meets_compiled() as met, surroundings["forward_context"]():
-                task(module, surroundings["to_device"](batch))
+            with meets_compiled() as met, gradients.forward_context():
+                gradients.task(gradients.module, gradients.to_device(batch))
             return met.found
     except Exception:  # whatever a step makes of two examples: the look that comes next says so
         return False
@@ -147,32 +131,30 @@ def with_loss(
     around = bridge.surroundings(trainer, module)
 
     def run(batch: Any, chosen: list[int]) -> None:
-        _run_once(task, module, batch, around)
+        _run_once(task, module, batch, **around)
 
     with bridge.aside(trainer), untouched(module, task):
         return [k for chosen, _ in answered(source, indices, source.batch_size, run) for k in chosen]
 
 
-def _run_once(task: Task, module: LightningModule, batch: Any, around: bridge.Surroundings) -> Tensor:
-    isolation.rewind()
+def _run_once(
+    task: Task, module: nn.Module, batch: Any, to_device: Callable[[Any], Any], forward_context: Callable[[], Any]
+) -> Tensor:
+    rewind()
     seed_everything(0)
-    with around["forward_context"]():
-        loss, _ = run_tapped(task, module, around["to_device"](batch))
+    with forward_context():
+        loss, _ = run_tapped(task, module, to_device(batch))
     return loss
 
 
-def depends_on_batch_idx(
-    module: LightningModule, source: ExampleSource, indices: Sequence[int], surroundings: bridge.Surroundings
-) -> bool:
+def depends_on_batch_idx(gradients: ExampleGradients, indices: Sequence[int]) -> bool:
     """Tell whether two examples have another loss as other batches, though the same as the same batch once more."""
-    losses = []
+    module, around, losses = gradients.module, (gradients.to_device, gradients.forward_context), []
     try:
-        _, batch = next(iter(source.batches(indices[:2], 2)))
-        with untouched(module):
-            for batch_idx in (0, 0, 1, 2, 3):
-                with torch.no_grad():
-                    loss = _run_once(TrainingStepTask(batch_idx), module, deepcopy(batch), surroundings)
-                losses.append(float(loss.mean()))
+        _, batch = next(iter(gradients.source.batches(indices[:2], 2)))
+        with untouched(module), torch.no_grad():
+            for number in (0, 0, 1, 2, 3):
+                losses.append(float(_run_once(TrainingStepTask(number), module, deepcopy(batch), *around).mean()))
     except Exception:  # whatever a step makes of two examples: the look that comes next says so
         return False
     return losses[0] == losses[1] and not all(math.isclose(loss, losses[0], rel_tol=1e-4) for loss in losses)

@@ -127,8 +127,8 @@ class QueryReport:
         self.notes += self.pairs.notes
         return self.pairs.columns
 
-    def write(self, writers: Sequence[Any], gradients: ExampleGradients, step: int) -> None:
-        """Write table and pictures to event files."""
+    def write(self, writer: Any, gradients: ExampleGradients, step: int) -> None:
+        """Write table and pictures to an event file."""
         if self.pairs is None:
             return
 
@@ -136,16 +136,14 @@ class QueryReport:
             source = gradients.source if of is None else self._sets[of][0].source
             return bridge.example_images(source.dataset, indices)
 
-        names = bridge.label_names(gradients.source.dataset)
-        for writer in writers:
-            write_queries(
-                writer,
-                self.pairs.table,
-                images=images,
-                measured=self.pairs.about["per_query"],
-                label_names=names,
-                step=step,
-            )
+        write_queries(
+            writer,
+            self.pairs.table,
+            images=images,
+            measured=self.pairs.about["per_query"],
+            label_names=bridge.label_names(gradients.source.dataset),
+            step=step,
+        )
 
     def _queries(self, trainer: Trainer, gradients: ExampleGradients, validation: QuerySets) -> QuerySets:
         if not isinstance(self.asked.which, DataLoader):

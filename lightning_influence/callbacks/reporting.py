@@ -25,12 +25,13 @@ from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.display import tolerated
-from lightning_influence.callbacks.manifest import audit_described, detection_of, notes_of
+from lightning_influence.callbacks.manifest import audit_described, detection_of, put_back
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.core.memory import readable
 from lightning_influence.curvature import Curvature, fitted_bytes
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection
+from lightning_influence.influence.inputs import notes_of
 from lightning_influence.scores.plan import InfluencePlan, InfluenceScores
 from lightning_influence.tensorboard.candidate_sheets import write_candidates
 from lightning_influence.tensorboard.numbers import write_detection, write_histogram
@@ -152,7 +153,7 @@ class Reporter:
         manifest = self._manifest | {"status": "complete", "step": step}
         manifest |= audit_described(gradients, plan, inspection, result, ranked)
         manifest["tracin_steps"] = recording.tracin.checkpoints
-        manifest["notes"] = result.notes + notes_of(inspection, recording, gradients)
+        manifest["notes"] = [*result.notes, *notes_of(inspection), *recording.remarks(), *put_back(gradients)]
         if self.known_noise is not None:
             mislabelled = np.isin(ranked["index"], self.known_noise)
             if mislabelled.any() and not mislabelled.all():
@@ -228,7 +229,7 @@ class Reporter:
             self._in_tensorboard(trainer, "the detection curves", write)
         if queries is not None:
             self._in_tensorboard(
-                trainer, "the queries in TensorBoard", lambda writer: queries.write([writer], gradients, step)
+                trainer, "the queries in TensorBoard", lambda writer: queries.write(writer, gradients, step)
             )
         scalars = {f"seconds/{name.replace(' ', '_')}": value for name, value in manifest["seconds"].items()}
         scalars |= {f"detection/{name}_auroc": found["auroc"] for name, found in manifest.get("detection", {}).items()}

@@ -68,17 +68,14 @@ class TrainingPasses:
             heard: What the training batches have told of it: if that settles it, no pass is needed.
         """
         told, of_mean = HeardTerms.joined(distributed.gather_objects(heard)), not self.trace.sums
-        settled = told.scale(self.source.batch_size, of_mean=of_mean)
+        own = isinstance(self.task, TrainingStepTask)  # else what was heard is something else
+        settled = told.scale(self.source.batch_size, of_mean=of_mean) if own else None
         examples, scale = self._measured
-        scale = scale if examples == list(indices) else None
-        if not isinstance(self.task, TrainingStepTask):
-            settled = None  # what was heard is something else
         if settled is not None and settled.keys() == self.trace.forms.keys():  # passes are in evaluation mode
             scale = settled
-        elif scale is None or not told.terms <= self._heard:  # the step has other terms by now
+        elif examples != list(indices) or not told.terms <= self._heard:  # the step has other terms by now
             with bridge.aside(trainer):
                 scale = self.gradients(trainer, module).calibrate(indices, of_mean=of_mean).scale
             self._measured, self._heard = (list(indices), scale), set(told.terms)
-        own = isinstance(self.task, TrainingStepTask)
         self.lacking = told.terms - scale.keys() if own and scale is not None else set()
         return self.gradients(trainer, module, scale)

@@ -78,7 +78,7 @@ class ExaminedModel:
             passes = ExampleGradients(model, task, source, coverage)
             inspection = inspect(passes, chosen, verify=verify)
         source.pass_batch_size = roomy_batch_size(inspection)
-        self._put_together(passes, inspection, chosen)
+        self.model, self.examples, self.inspection, self._passes = model, chosen, inspection, passes
 
     @classmethod
     def of(
@@ -100,14 +100,11 @@ class ExaminedModel:
             labels: Dataset index to given label; by default as far as the loss tells.
         """
         made = cls.__new__(cls)
-        made._put_together(passes, inspection, examples)
-        made._history = history
+        made.model, made.examples, made.inspection = passes.module, list(examples), inspection
+        made._passes, made._history = passes, history
         if labels is not None:
             made.labels = labels
         return made
-
-    def _put_together(self, passes: ExampleGradients, inspection: Inspection, examples: Sequence[int]) -> None:
-        self.model, self.examples, self.inspection, self._passes = passes.module, list(examples), inspection, passes
 
     @property
     def coverage(self) -> Coverage:

@@ -28,7 +28,7 @@ from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.influence.along import AlongTraining
 from lightning_influence.influence.directory import store_curvature, stored_curvature, stored_examples
 from lightning_influence.influence.examined import ExaminedModel
-from lightning_influence.influence.inputs import Data, Indices, Loss, aligned
+from lightning_influence.influence.inputs import Data, Indices, Loss, aligned, notes_of
 from lightning_influence.scores.along.dropout_masks import ip_ensemble
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.measurements import (
@@ -140,12 +140,7 @@ class Influence(ExaminedModel):
     @property
     def notes(self) -> list[str]:
         """What a reader of the scores should know."""
-        notes = [] if self._curvature is None else list(self._curvature.notes)
-        if not self.inspection.tapped:
-            notes.append("no known loss call accounts for the whole loss: the Fisher is empirical")
-        if self.inspection.random:
-            notes.append("the loss draws random numbers in evaluation mode: scores hold for one draw")
-        return notes
+        return [*(() if self._curvature is None else self._curvature.notes), *notes_of(self.inspection)]
 
     def fit(
         self,

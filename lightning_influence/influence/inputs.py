@@ -14,7 +14,9 @@ from lightning_influence.audit.indices import Indices as Many
 from lightning_influence.audit.indices import integers
 from lightning_influence.curvature import SOLVERS, CurvatureName, Fisher, Solver, check_solver
 from lightning_influence.data.source import DataError, ExampleSource
+from lightning_influence.gradients.verify import Inspection
 from lightning_influence.gradients.visitors import ExampleScores, in_order
+from lightning_influence.objective.losses import known_losses
 from lightning_influence.objective.task import Task, TrainingStepTask
 from lightning_influence.objective.terms import TaskError
 
@@ -116,6 +118,19 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise ``ValueError`` for an argument that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, choices))}.")
+
+
+def notes_of(inspection: Inspection) -> list[str]:
+    """Return what a reader of the scores should know of the loss."""
+    notes = []
+    if not inspection.tapped:
+        notes.append(
+            "no known loss call accounts for the whole loss: the Fisher is empirical, and no predictions, margins or "
+            f"suggested labels come from it ({known_losses()} are known)"
+        )
+    if inspection.random:
+        notes.append("the loss draws random numbers in eval mode: scores hold for one draw, and depend on batches")
+    return notes
 
 
 def check_curvature_choices(curvature: CurvatureName, fisher: Fisher, solver: Solver) -> None:
