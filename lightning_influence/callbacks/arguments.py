@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_influence.training.settings import Mode, TracIn
 
@@ -28,12 +28,6 @@ def check_task(task: object) -> None:
     """Raise ``ValueError`` unless the task, if any, can be called."""
     if task is not None and not callable(task):
         raise ValueError(f"task={task!r} is not callable; expected a function (module, batch) -> loss.")
-
-
-def check_count(name: str, value: object, otherwise: str) -> None:
-    """Raise ``ValueError`` unless ``value`` is an integer >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r}; expected an integer >= 1, or {otherwise}.")
 
 
 def checked_tracin(value: object) -> TracIn | None:
@@ -61,14 +55,3 @@ def checked_indices(indices: Sequence[int] | Tensor | None) -> Tensor | None:
     if int(values.min()) < 0 or len(values.unique()) != len(values):
         raise ValueError("known_noise holds negative or repeated indices; expected distinct dataset indices >= 0.")
     return values
-
-
-def check_layers(layers: Any) -> None:
-    """Raise ``ValueError`` unless ``layers`` is None, or one or several names or types of modules."""
-    entries = [] if layers is None else [layers] if isinstance(layers, (str, type)) else layers
-    ok = isinstance(entries, Iterable) and (layers is None or len(entries := list(entries)) > 0)
-    if not ok or not all(isinstance(e, str) or (isinstance(e, type) and issubclass(e, nn.Module)) for e in entries):
-        raise ValueError(
-            f"layers={layers!r}; expected None for everything, or names, glob patterns or types of modules, such as "
-            '["encoder.*", torch.nn.Linear].'
-        )

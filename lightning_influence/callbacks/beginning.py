@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge, preparing
-from lightning_influence.callbacks.arguments import check_count, check_damping, check_layers, check_task
+from lightning_influence.callbacks.arguments import check_damping, check_task
 from lightning_influence.callbacks.query_report import QueryReport, described
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.resuming import Restored, finished_report
@@ -32,7 +32,7 @@ from lightning_influence.gradients.coverage import Uncovered, listed_layers
 from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection, inspect, roomy_batch_size
-from lightning_influence.influence.inputs import check_choice
+from lightning_influence.influence.inputs import check_choice, check_factor_examples, check_layers
 from lightning_influence.objective.scale import NoLossError
 from lightning_influence.objective.task import Task, TrainingStepTask
 from lightning_influence.scores.plan import InfluencePlan
@@ -51,8 +51,7 @@ def check_arguments(audit: InfluenceAudit) -> None:
     check_damping(audit.damping)
     check_choice("solver", audit.solver, ("auto", "dense", *SOLVERS))
     check_solver(audit.curvature, audit.solver)
-    if audit.factor_examples != "auto" and audit.factor_examples is not None:
-        check_count("factor_examples", audit.factor_examples, '"auto", None for all examples')
+    check_factor_examples(audit.factor_examples)
     check_task(audit.task)
 
 

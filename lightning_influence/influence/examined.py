@@ -19,7 +19,17 @@ from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered
 from lightning_influence.gradients.discover import TraceError, discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import VerificationError, inspect, roomy_batch_size
-from lightning_influence.influence.inputs import Data, Indices, Loss, check_choice, positions, source_of, task_of
+from lightning_influence.influence.inputs import (
+    Data,
+    Indices,
+    Loss,
+    check_choice,
+    check_layers,
+    check_model,
+    positions,
+    source_of,
+    task_of,
+)
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.terms import TaskError
 from lightning_influence.scores.plan import InfluencePlan
@@ -49,9 +59,9 @@ class ExaminedModel:
         uncovered: Uncovered = "report",
         verify: bool = True,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"the model is a {type(model).__name__}; expected a torch module.")
+        check_model(model)
         check_choice("uncovered", uncovered, get_args(Uncovered))
+        check_layers(layers)
         task = task_of(model, loss)
         source, drawn = source_of(train_set, batch_size)
         self.model = model
@@ -86,7 +96,7 @@ class ExaminedModel:
 
     def queries(self, test_set: Data, indices: Indices | None = None) -> tuple[ExampleGradients, list[int]]:
         """Return passes over a test set, weighed as the training data, and the examples that are meant."""
-        source, drawn = source_of(test_set)
+        source, drawn = source_of(test_set, collate_fn=self._passes.source.collate_fn)
         source.pass_batch_size = self._passes.source.pass_batch_size
         chosen = positions(indices, drawn, "test set")  # before anything is computed
         return self.training.on(source), chosen

@@ -23,12 +23,13 @@ from lightning_influence.curvature import (
 )
 from lightning_influence.curvature.chain import Chain, curvature_chain
 from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
+from lightning_influence.gradients.coverage import LEFT_OUT, listed_reasons
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.influence.along import AlongTraining
 from lightning_influence.influence.directory import store_curvature, stored_curvature, stored_examples
 from lightning_influence.influence.examined import ExaminedModel
-from lightning_influence.influence.inputs import Data, Indices, Loss, aligned
+from lightning_influence.influence.inputs import Data, Indices, Loss, aligned, check_count, check_factor_examples
 from lightning_influence.scores.along.dropout_masks import ip_ensemble
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.measurements import (
@@ -138,6 +139,11 @@ class Influence(ExaminedModel):
         notes = [] if self._curvature is None else list(self._curvature.notes)
         if not self.inspection.tapped:
             notes.append("no known loss call accounts for the whole loss: the Fisher is empirical")
+        if left := {name: why for name, why in self.coverage.uncovered.items() if why != LEFT_OUT}:
+            notes.append(
+                f"scores leave out {len(left)} trainable parameters, {listed_reasons(left, 3)}; "
+                '`uncovered="exact"` covers them, one example at a time'
+            )
         if self.inspection.random:
             notes.append("the loss draws random numbers in evaluation mode: scores hold for one draw")
         return notes
@@ -171,6 +177,9 @@ class Influence(ExaminedModel):
         Raises:
             ValueError, TaskError, IndefiniteError: If the curvature can't be had; with the way out.
         """
+        check_factor_examples(factor_examples)
+        if not isinstance(history, (OptimizerHistory, type(None))):
+            raise TypeError(f"history is a {type(history).__name__}; expected `StepSizes.history()` of the training.")
         plan = self.plan(
             curvature, fisher=fisher, damping=damping, solver=solver, examples=factor_examples, history=history
         )
@@ -200,6 +209,7 @@ class Influence(ExaminedModel):
         self, test_set: Data, indices: Indices | None = None, k: int = 10, *, normalise: Normalisation = "none"
     ) -> TopScores:
         """Return the ``k`` strongest proponents and opponents of each query; arguments as for ``pairs``."""
+        check_count("k", k)
         return top_scores(*self._asked(test_set, indices), k, normalise=normalise)
 
     def pairs(
@@ -276,6 +286,8 @@ class Influence(ExaminedModel):
     def damping_sweep(self) -> DampingSweep:
         """Return how much self-influence depends on the damping, from a few hundred examples."""
         blocks = self.curvature.blockwise
+        if self.curvature.name == "identity":
+            raise ValueError('the identity has no damping; fit a curvature that has, such as `influence.fit("ekfac")`.')
         if blocks is None:
             raise ValueError(f"{self.curvature.name} would have to be factorised anew for every damping.")
         return damping_sweep(self.training, random_subset(self.examples, _SWEPT, 0), blocks)
