@@ -692,6 +692,16 @@ class TestDirectory:
         with pytest.raises(StoreError, match="does not exist"):
             Influence.load(tmp_path / "nowhere", trained.net, F.cross_entropy, trained.train_set)
 
+    def test_other_data(self, trained: Trained, tmp_path: Path) -> None:
+        """As far as a few examples tell; what is appended is no other."""
+        directory = trained.influence.fit("kfac").save(tmp_path / "fitted")
+        (inputs, labels), load = trained.train_set.tensors, partial(Influence.load, directory, trained.net)
+        with pytest.raises(ValueError, match="was fitted on other data: pass the training data of then, or fit"):
+            load(F.cross_entropy, TensorDataset(inputs + 1, labels))
+        more = TensorDataset(torch.cat([inputs, inputs + 1]), torch.cat([labels, labels]))
+        assert len(load(F.cross_entropy, more).examples) == N
+        assert len(load(F.cross_entropy, list(zip(inputs, labels, strict=True)), examples=range(3)).examples) == 3
+
     def test_products_are_not_saved(self, trained: Trained, tmp_path: Path) -> None:
         influence = trained.influence.fit("ggn", solver="cg")
         with pytest.raises(ValueError, match=r'nothing of it can be saved: fit it with `solver="dense"`'):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property
 from typing import Any, get_args
@@ -137,6 +137,10 @@ class ExaminedModel:
             if isinstance(value, torch.Tensor):
                 result = crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, result)
         return f"{result:08x}"
+
+    def digests(self, examples: Sequence[int]) -> list[bytes | None]:
+        """Return what a few of some training examples hold, see ``ExampleSource.digests``."""
+        return self._passes.source.digests(examples)
 
     def __repr__(self) -> str:
         return f"{type(self.model).__name__}, {len(self.examples):,} training examples, {self.coverage.describe()}"

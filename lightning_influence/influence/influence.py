@@ -98,7 +98,7 @@ class Influence(ExaminedModel):
 
         Raises:
             StoreError: If there is none, or it is damaged.
-            ValueError: If it belongs to another model, other layers or other weights.
+            ValueError: If it belongs to another model, other layers, other weights or other data.
         """
         settings.setdefault("examples", stored_examples(directory))
         loaded = cls(model, loss, train_set, **settings)
