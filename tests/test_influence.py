@@ -26,7 +26,7 @@ from lightning_influence.audit.store.atomic import StoreError
 from lightning_influence.core.reachable import Walk
 from lightning_influence.data.source import DataError
 from lightning_influence.gradients.verify import VerificationError
-from lightning_influence.influence import AlongTraining
+from lightning_influence.influence import AlongTraining, progress
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.terms import TaskError
 from lightning_influence.scores.queries import QueryError
@@ -445,6 +445,20 @@ def test_notes_on_what_has_no_score(trained: Trained) -> None:
         assert found.notes == ["queries whose loss or gradients are not finite have no scores: 1, 3"]
     assert "  1: proponents none; opponents none" in repr(top).splitlines()
     assert re.fullmatch(r"  0: proponents \d+ \(\S+\), \d+ \(\S+\); opponents \d+ .*\)", repr(top).splitlines()[1])
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_long_passes_show_how_far_they_are(
+    trained: Trained, watched: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a screen, once they take two seconds."""
+    monkeypatch.setattr(progress, "_DELAY", 0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: watched, raising=False)
+    trained.influence.fit("identity").pairs(trained.test_set)
+    assert ("0/20 [" in capsys.readouterr().err) == watched
+    monkeypatch.setattr(progress, "_DELAY", 60)
+    trained.influence.fit("identity").pairs(trained.test_set)
+    assert not capsys.readouterr().err
 
 
 class Last(nn.Module):

@@ -30,6 +30,7 @@ from lightning_influence.influence.inputs import (
     source_of,
     task_of,
 )
+from lightning_influence.influence.progress import shown
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.terms import TaskError
 from lightning_influence.scores.plan import InfluencePlan
@@ -76,7 +77,7 @@ class ExaminedModel:
                 uncovered=uncovered,
                 to_device=self._to_device,
             )
-            self._passes = ExampleGradients(model, task, source, coverage)
+            self._passes = ExampleGradients(model, task, source, coverage, progress=shown)
             self.inspection = inspect(self._passes, self.examples, verify=verify)
         source.pass_batch_size = roomy_batch_size(self.inspection)
 
