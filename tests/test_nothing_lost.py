@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -564,9 +565,9 @@ def test_plain_bars_are_off_unless_somebody_watches(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     audit = InfluenceAudit()
-    monkeypatch.delitem(display.sys.modules, "ipykernel", raising=False)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     for watched in (False, True):
-        monkeypatch.setattr(display.sys.stderr, "isatty", lambda watched=watched: watched)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda watched=watched: watched)
         trainer = make_trainer(tmp_path, callbacks=[audit, TQDMProgressBar()], enable_progress_bar=True, logger=False)
         trainer.fit(Classifier(), loader(vectors()))
         assert ("influence: self-influence" in capfd.readouterr().err) == watched

@@ -291,7 +291,7 @@ def test_checkpoints_of_something_else_are_refused() -> None:
     gradients = passes(module, data)
     of_sgd, of_adam = Checkpoint.of(module, 1, optimizer="SGD"), Checkpoint.of(module, 2, optimizer="Adam")
     for checkpoints, message in (
-        ([], r"there is no checkpoint; train with .*keep_checkpoints"),
+        ([], r"there is no checkpoint; pass those .*keep_checkpoints"),
         ([of_sgd, of_adam], r"different optimizers \(step 1 with SGD, step 2 with Adam\)"),
         ([of_sgd, of_sgd], r"the steps \[1, 1\] repeat a step"),
         ([Checkpoint.of(nn.Linear(CLASSES, 2), 1)], "belongs to another model"),

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_influence.audit.queries import Queries
 from lightning_influence.callbacks.query_report import described
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.gradients.coverage import Layers, Uncovered, listed_layers
-from lightning_influence.influence.inputs import check_choice, check_curvature_choices
+from lightning_influence.influence.inputs import (
+    check_choice,
+    check_curvature_choices,
+    check_factor_examples,
+    check_layers,
+)
 from lightning_influence.objective.task import Task
 from lightning_influence.training.settings import Mode, TracIn
 
@@ -45,11 +50,9 @@ class Arguments:
     def __post_init__(self) -> None:
         check_curvature_choices(self.curvature, self.fisher, self.solver)
         check_choice("uncovered", self.uncovered, get_args(Uncovered))
-        _check_layers(self.layers)
+        check_layers(self.layers)
         _check_damping(self.damping)
-        count: object = self.factor_examples
-        if count not in ("auto", None) and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-            raise ValueError(f'factor_examples={count!r}; expected an integer >= 1, or "auto", None for all examples.')
+        check_factor_examples(self.factor_examples)
         if self.task is not None and not callable(self.task):
             raise ValueError(f"task={self.task!r} is not callable; expected a function (module, batch) -> loss.")
 
@@ -96,17 +99,6 @@ def checked_indices(indices: Sequence[int] | Tensor | None) -> Tensor | None:
     if int(values.min()) < 0 or len(values.unique()) != len(values):
         raise ValueError("known_noise holds negative or repeated indices; expected distinct dataset indices >= 0.")
     return values
-
-
-def _check_layers(layers: Any) -> None:
-    """Raise ``ValueError`` unless ``layers`` is None, or one or several names or types of modules."""
-    entries = [] if layers is None else [layers] if isinstance(layers, (str, type)) else layers
-    ok = isinstance(entries, Iterable) and (layers is None or len(entries := list(entries)) > 0)
-    if not ok or not all(isinstance(e, str) or (isinstance(e, type) and issubclass(e, nn.Module)) for e in entries):
-        raise ValueError(
-            f"layers={layers!r}; expected None for everything, or names, glob patterns or types of modules, such as "
-            '["encoder.*", torch.nn.Linear].'
-        )
 
 
 def _check_damping(damping: Any) -> None:

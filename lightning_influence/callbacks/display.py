@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_influence.gradients.passes import Progress
+from lightning_influence.influence.progress import is_watched
 
 _Result = TypeVar("_Result")
 Advance = Callable[[int], Any]
@@ -67,7 +67,7 @@ def progress_of(trainer: Trainer) -> Progress | None:
 
 def _in_tqdm(bar: Any, title: str, examples: int) -> tuple[Advance, Callable[[], Any]] | None:
     """Return a bar's ways to advance and to close; None if its output goes to no screen."""
-    if "ipykernel" not in sys.modules and not (sys.stderr is not None and sys.stderr.isatty()):
+    if not is_watched():
         return None
     from tqdm.auto import tqdm  # looks for a notebook when it is imported
 

@@ -109,7 +109,7 @@ def needs_everything(dataset: Dataset[Any], indices: Sequence[int], workers: int
 
 
 def is_deterministic(dataset: Any) -> bool:
-    """Tell whether a dataset surely hands out stored tensors; all others may draw random numbers for an example."""
+    """Tell whether a dataset surely hands out what it stores; all others may draw random numbers for an example."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
-    return type(dataset) is TensorDataset
+    return type(dataset) in (TensorDataset, list, tuple)

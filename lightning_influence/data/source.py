@@ -194,9 +194,14 @@ class ExampleSource:
         with isolated_rng(), self._unchanged():
             yield self.repeatable(range(len(self))).__getitem__
 
-    def digests(self) -> list[bytes | None]:
-        """Return what a few random examples hold, in short; None for those that are not the same twice."""
-        chosen = random.Random(0).sample(range(len(self)), min(_SAMPLE, len(self)))
+    def digests(self, indices: Sequence[int] | None = None) -> list[bytes | None]:
+        """Return what a few random examples hold, in short; None for those that are not the same twice.
+
+        Args:
+            indices: Dataset indices to choose from; all by default.
+        """
+        every = range(len(self)) if indices is None else indices
+        chosen = random.Random(0).sample(every, min(_SAMPLE, len(every)))
         with self.fetching() as fetch:
             twice = [[_digest_of(fetch, index) for index in chosen] for _ in range(2)]
         return [one if one == two else None for one, two in zip(*twice, strict=True)]

@@ -73,6 +73,10 @@ class Coverage:
         return f"{line}; not covered: {listed(list(self.uncovered))}" if self.uncovered else line
 
 
+LEFT_OUT = "left out by `layers=`"
+"""Why a parameter is not covered that could be."""
+
+
 def listed_layers(layers: Layer | Iterable[Layer]) -> list[Layer]:
     """Return one name or type, or several, as a list."""
     return [layers] if isinstance(layers, (str, type)) else list(layers)
@@ -152,7 +156,7 @@ class _Survey:
         of_slow = {name for block in slow for name in block.parameters}
         reasons = {p.name: p.reason for p in self.profiles.values() if p.reason is not None and p.name not in of_slow}
         left = [name for block in blocks for name in block.parameters if name not in covered]
-        reasons |= dict.fromkeys(left, "left out by `layers=`")
+        reasons |= dict.fromkeys(left, LEFT_OUT)
         if not chosen:
             why = "; ".join(sorted(set(reasons.values()))) or "no parameter requires a gradient"
             way_out = ' Pass `uncovered="exact"` to compute them one example at a time.' if reasons else ""

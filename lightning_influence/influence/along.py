@@ -11,14 +11,14 @@ from torch import Tensor
 from lightning_influence.curvature import CurvatureName, Fisher
 from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.influence.examined import ExaminedModel
-from lightning_influence.influence.inputs import Data, Indices, aligned
+from lightning_influence.influence.inputs import Data, Indices, aligned, check_factor_examples
 from lightning_influence.scores.along.diff_in import diff_in_scores
 from lightning_influence.scores.along.source import At, source_scores
 from lightning_influence.scores.along.tracin import tracin_scores
 from lightning_influence.scores.along.z0 import z0_scores, z0_self_influence
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.pairs import PairwiseScores
-from lightning_influence.training.checkpoints import Checkpoint, check_together
+from lightning_influence.training.checkpoints import Checkpoint, check_step_sizes, check_together
 from lightning_influence.training.step_sizes import block_step_sizes
 
 
@@ -47,6 +47,7 @@ class AlongTraining:
 
     def self_influence(self) -> Tensor:
         """Return TracIn of every training example on itself, ``Σ_t η_t ∇ℓ_tᵀ P_t ∇ℓ_t``, ``[n]``."""
+        check_step_sizes(self.checkpoints)
         training, examples = self._examined.training, self._examined.examples
         total = torch.zeros(len(examples), dtype=torch.float64)
         for checkpoint in self.checkpoints:
@@ -83,6 +84,7 @@ class AlongTraining:
             at: Where the gradients of examples are taken: at the ``"checkpoints"``, or at their ``"average"``, one pass
                 a segment.
         """
+        check_factor_examples(factor_examples)
         plan = self._examined.plan(curvature, fisher=fisher, factor_examples=factor_examples)
         return source_scores(
             *self._examined.paired(test_set, indices),

@@ -24,12 +24,17 @@ def stored_curvature(directory: str | os.PathLike[str], examined: ExaminedModel)
     """Return the curvature.
 
     Raises:
-        ValueError: If it belongs to another model, other layers or other weights.
+        ValueError: If it belongs to another model, other layers, other weights or other data.
     """
     store = AuditStore.open(directory)
     manifest, weights = store.manifest, examined.checksum()
     if manifest.get("weights", weights) != weights:
         raise ValueError(f"{store.directory} was fitted at other weights: load the checkpoint of that training.")
+    held = manifest.get("examples_hold")
+    if held is not None and any(a and b and a != b for a, b in zip(held, _held(store, examined), strict=True)):
+        raise ValueError(
+            f"{store.directory} was fitted on other data: pass the training data of then, or fit the curvature again."
+        )
     curvature = restored(read_factors(directory), examined.coverage)
     curvature.notes += manifest.get("notes", [])
     return curvature
@@ -51,5 +56,12 @@ def store_curvature(directory: str | os.PathLike[str], curvature: Curvature, exa
     store.write_scores({"index": np.array(examined.examples)})
     for name, (tensors, about) in files.items():
         store.write_factors(name, tensors, about)
-    store.write_manifest({"status": "complete", "notes": curvature.notes, "weights": examined.checksum()})
+    manifest = {"notes": curvature.notes, "weights": examined.checksum(), "examples_hold": _held(store, examined)}
+    store.write_manifest({"status": "complete", **manifest})
     return store.directory
+
+
+def _held(store: AuditStore, examined: ExaminedModel) -> list[str | None]:
+    """Return what a few of the training examples of then hold now, in short."""
+    examples = stored_examples(store.directory).tolist()
+    return [None if one is None else one.hex() for one in examined.digests(examples)]

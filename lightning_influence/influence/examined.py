@@ -24,10 +24,13 @@ from lightning_influence.influence.inputs import (
     Loss,
     check_choice,
     check_curvature_choices,
+    check_layers,
+    check_model,
     positions,
     source_of,
     task_of,
 )
+from lightning_influence.influence.progress import shown
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.terms import TaskError
 from lightning_influence.scores.plan import InfluencePlan
@@ -60,9 +63,9 @@ class ExaminedModel:
         uncovered: Uncovered = "report",
         verify: bool = True,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"the model is a {type(model).__name__}; expected a torch module.")
+        check_model(model)
         check_choice("uncovered", uncovered, get_args(Uncovered))
+        check_layers(layers)
         task = task_of(model, loss)
         source, drawn = source_of(train_set, batch_size)
         chosen = sorted(set(positions(examples, drawn, "training set")))
@@ -75,7 +78,7 @@ class ExaminedModel:
                 layers=layers,
                 uncovered=uncovered,
             )
-            passes = ExampleGradients(model, task, source, coverage)
+            passes = ExampleGradients(model, task, source, coverage, progress=shown)
             inspection = inspect(passes, chosen, verify=verify)
         source.pass_batch_size = roomy_batch_size(inspection)
         self.model, self.examples, self.inspection, self._passes = model, chosen, inspection, passes
@@ -122,7 +125,7 @@ class ExaminedModel:
 
     def queries(self, test_set: Data, indices: Indices | None = None) -> tuple[ExampleGradients, list[int]]:
         """Return passes over a test set, weighed as the training data, and the examples that are meant."""
-        source, drawn = source_of(test_set)
+        source, drawn = source_of(test_set, collate_fn=self._passes.source.collate_fn)
         source.pass_batch_size = self._passes.source.pass_batch_size
         chosen = positions(indices, drawn, "test set")  # before anything is computed
         return self.training.on(source), chosen
@@ -175,6 +178,10 @@ class ExaminedModel:
             if isinstance(value, torch.Tensor):
                 result = crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, result)
         return f"{result:08x}"
+
+    def digests(self, examples: Sequence[int]) -> list[bytes | None]:
+        """Return what a few of some training examples hold, see ``ExampleSource.digests``."""
+        return self._passes.source.digests(examples)
 
     def __repr__(self) -> str:
         return f"{type(self.model).__name__}, {len(self.examples):,} training examples, {self.coverage.describe()}"

@@ -23,12 +23,21 @@ from lightning_influence.curvature import (
 )
 from lightning_influence.curvature.chain import Chain, curvature_chain
 from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
+from lightning_influence.gradients.coverage import LEFT_OUT, listed_reasons
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.influence.along import AlongTraining
 from lightning_influence.influence.directory import store_curvature, stored_curvature, stored_examples
 from lightning_influence.influence.examined import ExaminedModel
-from lightning_influence.influence.inputs import Data, Indices, Loss, aligned, notes_of
+from lightning_influence.influence.inputs import (
+    Data,
+    Indices,
+    Loss,
+    aligned,
+    check_count,
+    check_factor_examples,
+    notes_of,
+)
 from lightning_influence.scores.along.dropout_masks import ip_ensemble
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.measurements import (
@@ -97,7 +106,7 @@ class Influence(ExaminedModel):
 
         Raises:
             StoreError: If there is none, or it is damaged.
-            ValueError: If it belongs to another model, other layers or other weights.
+            ValueError: If it belongs to another model, other layers, other weights or other data.
         """
         settings.setdefault("examples", stored_examples(directory))
         loaded = cls(model, loss, train_set, **settings)
@@ -140,7 +149,13 @@ class Influence(ExaminedModel):
     @property
     def notes(self) -> list[str]:
         """What a reader of the scores should know."""
-        return [*(() if self._curvature is None else self._curvature.notes), *notes_of(self.inspection)]
+        notes = [*(() if self._curvature is None else self._curvature.notes), *notes_of(self.inspection)]
+        if left := {name: why for name, why in self.coverage.uncovered.items() if why != LEFT_OUT}:
+            notes.append(
+                f"scores leave out {len(left)} trainable parameters, {listed_reasons(left, 3)}; "
+                '`uncovered="exact"` covers them, one example at a time'
+            )
+        return notes
 
     def fit(
         self,
@@ -171,6 +186,9 @@ class Influence(ExaminedModel):
         Raises:
             ValueError, TaskError, IndefiniteError: If the curvature can't be had; with the way out.
         """
+        check_factor_examples(factor_examples)
+        if not isinstance(history, (OptimizerHistory, type(None))):
+            raise TypeError(f"history is a {type(history).__name__}; expected `StepSizes.history()` of the training.")
         plan = self.plan(
             curvature, fisher=fisher, damping=damping, solver=solver, factor_examples=factor_examples, history=history
         )
@@ -200,6 +218,7 @@ class Influence(ExaminedModel):
         self, test_set: Data, indices: Indices | None = None, k: int = 10, *, normalise: Normalisation = "none"
     ) -> TopScores:
         """Return the ``k`` strongest proponents and opponents of each query; arguments as for ``pairs``."""
+        check_count("k", k)
         return top_scores(*self._asked(test_set, indices), k, normalise=normalise)
 
     def pairs(
@@ -281,6 +300,8 @@ class Influence(ExaminedModel):
     def damping_sweep(self) -> DampingSweep:
         """Return how much self-influence depends on the damping, from a few hundred examples."""
         blocks = self.curvature.blockwise
+        if self.curvature.name == "identity":
+            raise ValueError('the identity has no damping; fit a curvature that has, such as `influence.fit("ekfac")`.')
         if blocks is None:
             raise ValueError(f"{self.curvature.name} would have to be factorised anew for every damping.")
         return damping_sweep(self.training, random_subset(self.examples, _SWEPT, 0), blocks)

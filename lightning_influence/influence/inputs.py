@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, get_args
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
@@ -47,6 +49,23 @@ class LossOfOutputs:
         return self.loss(module(batch[0]), batch[1])
 
 
+def check_model(model: object) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless this is a module whose parameters have values."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}; expected a torch module.")
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise TypeError(
+            f"the model, {type(model).__name__}, has no parameters; expected the trained model first, then the loss, "
+            "then the training data."
+        )
+    if empty := [name for name, parameter in parameters.items() if parameter.is_meta]:
+        raise ValueError(
+            f"the parameters {empty[:3]} of {type(model).__name__} are on the meta device, without values: "
+            '`model.to_empty(device="cpu")`, then load the trained weights.'
+        )
+
+
 def task_of(model: nn.Module, loss: Loss | None) -> Task:
     """Return the task that a loss stands for.
 
@@ -66,27 +85,46 @@ def task_of(model: nn.Module, loss: Loss | None) -> Task:
     return loss
 
 
-def source_of(data: Data, batch_size: int | None = None) -> tuple[ExampleSource, Sequence[int]]:
+def source_of(
+    data: Data, batch_size: int | None = None, collate_fn: Callable[[list[Any]], Any] | None = None
+) -> tuple[ExampleSource, Sequence[int]]:
     """Return the examples of a data set or of a loader, and the indices of those that it draws from.
+
+    Args:
+        data: The data set or loader.
+        batch_size: By default that of the loader, else 32.
+        collate_fn: For a data set.
 
     Raises:
         DataError: If they have no index.
     """
+    if batch_size is not None:
+        check_count("batch_size", batch_size, "None for that of the loader, else 32")
     if isinstance(data, DataLoader):
         sampler = getattr(data.batch_sampler, "sampler", None)
         source = ExampleSource.from_loader(data, batch_size)
         if isinstance(sampler, SubsetRandomSampler):
             return source, sorted({int(index) for index in sampler.indices})
-    elif all(isinstance(item, Tensor) for item in (data if type(data) is tuple else [data])):
+    elif not _may_be_examples(data):
+        what = f"the class {data.__name__}" if isinstance(data, type) else f"a {type(data).__name__}"
         raise DataError(
-            f"the data are a {type(data).__name__}; expected a data set or a DataLoader: tensors become one by "
+            f"the data are {what}; expected a data set or a DataLoader: tensors become one by "
             "`TensorDataset(inputs, targets)`."
         )
     else:
-        source = ExampleSource(data, batch_size=batch_size or 32)  # type: ignore[arg-type]
+        source = ExampleSource(data, batch_size=batch_size or 32, collate_fn=collate_fn)  # type: ignore[arg-type]
     if not len(source):
         raise DataError(f"{type(source.dataset).__name__} is empty; expected some examples.")
     return source, range(len(source))
+
+
+def _may_be_examples(data: Any) -> bool:
+    """Tell whether something holds examples by index, or hands them out one after the other."""
+    if isinstance(data, (type, str, Tensor, np.ndarray)) or (isinstance(data, Mapping) and 0 not in data):
+        return False
+    if type(data) is tuple and data and all(isinstance(item, (Tensor, np.ndarray)) for item in data):
+        return False
+    return hasattr(data, "__getitem__") or hasattr(data, "__iter__")
 
 
 def positions(indices: Indices | None, known: Sequence[int], what: str) -> list[int]:
@@ -139,6 +177,29 @@ def check_curvature_choices(curvature: CurvatureName, fisher: Fisher, solver: So
     check_choice("fisher", fisher, get_args(Fisher))
     check_choice("solver", solver, ("auto", "dense", *SOLVERS))
     check_solver(curvature, solver)
+
+
+def check_count(name: str, value: object, otherwise: str = "") -> None:
+    """Raise ``ValueError`` unless this is an integer >= 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
+        raise ValueError(f"{name}={value!r}; expected an integer >= 1{otherwise and f', or {otherwise}'}.")
+
+
+def check_factor_examples(value: object) -> None:
+    """Raise ``ValueError`` for a number of examples to fit a curvature on that is none."""
+    if value is not None and value != "auto":
+        check_count("factor_examples", value, '"auto", None for all examples')
+
+
+def check_layers(layers: Any) -> None:
+    """Raise ``ValueError`` unless ``layers`` is None, or one or several names or types of modules."""
+    entries = [] if layers is None else [layers] if isinstance(layers, (str, type)) else layers
+    ok = isinstance(entries, Iterable) and (layers is None or len(entries := list(entries)) > 0)
+    if not ok or not all(isinstance(e, str) or (isinstance(e, type) and issubclass(e, nn.Module)) for e in entries):
+        raise ValueError(
+            f"layers={layers!r}; expected None for everything, or names, glob patterns or types of modules, such as "
+            '["encoder.*", torch.nn.Linear].'
+        )
 
 
 def aligned(scores: ExampleScores, column: str, indices: Sequence[int]) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lightning_influence.core import distributed, memory
 from lightning_influence.curvature.curvature import Curvature
+from lightning_influence.gradients.coverage import listed
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import visit
 from lightning_influence.scores import matrix_file
@@ -122,7 +123,8 @@ class TopScores:
         kept = (~unknown).any(1).sum(1).tolist()
         scores, rows = scores.masked_fill(unknown, torch.nan), rows.masked_fill(unknown, -1)
         (most, proponents), (least, opponents) = ((scores[k, :, :m], rows[k, :, :m]) for k, m in enumerate(kept))
-        return cls(torch.tensor(list(queries)), proponents, most, opponents, -least, list(notes))
+        notes = [*notes, *_unscored(queries, unknown[0].all(1))]
+        return cls(torch.tensor(list(queries)), proponents, most, opponents, -least, notes)
 
     def __repr__(self) -> str:
         columns = (self.queries, self.proponents, self.proponent_scores, self.opponents, self.opponent_scores)
@@ -133,7 +135,14 @@ class TopScores:
 
 
 def _named(indices: Sequence[int], scores: Sequence[float]) -> str:
-    return ", ".join(f"{i} ({score:+.3g})" for i, score in zip(indices[:3], scores[:3], strict=True)) + ", ..."
+    known = [f"{i} ({score:+.3g})" for i, score in zip(indices, scores, strict=True) if i >= 0]
+    return (", ".join(known[:3]) or "none") + (", ..." if len(known) > 3 else "")
+
+
+def _unscored(queries: Sequence[int], unknown: Tensor) -> list[str]:
+    """Return what to say of queries without a score."""
+    found = [query for query, without in zip(queries, unknown.tolist(), strict=True) if without]
+    return [f"queries whose loss or gradients are not finite have no scores: {listed(found)}"] if found else []
 
 
 def pairwise_scores(
@@ -328,6 +337,8 @@ class PairSum:
         parts = dict(zip(self._layers, self._scores[1:], strict=True)) if self._layers else None
         notes = list(dict.fromkeys([*self.notes, *notes]))
         scores = self._scores[0] if filed is None else filed
+        if filed is None:
+            notes += _unscored(self._asked.tolist(), scores.isnan().all(1))
         return PairwiseScores(self._asked, self._examples, scores, parts, notes)
 
 

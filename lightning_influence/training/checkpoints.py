@@ -67,6 +67,11 @@ class Checkpoint:
             preconditioner: See the attributes.
             optimizer: See the attributes.
         """
+        if not isinstance(step_sizes, (Mapping, type(None))):
+            raise CheckpointError(
+                f"step_sizes={step_sizes!r}; expected the sum of learning rates of every parameter by its name, as "
+                "`StepSizes.take()` returns it."
+            )
         kept = dict(module.state_dict(keep_vars=True))
         return cls(
             step,
@@ -136,6 +141,12 @@ class Checkpoint:
             yield
 
 
+_WHENCE = (
+    "pass those that an audit has kept, `report.checkpoints()` after `InfluenceAudit(tracin=TracIn(keep_checkpoints="
+    "10))`, or a list of `Checkpoint.of(model, step, ...)`"
+)
+
+
 def check_together(checkpoints: Sequence[Checkpoint], module: nn.Module) -> None:
     """Raise ``CheckpointError`` unless the checkpoints are those of one run of this model.
 
@@ -143,14 +154,15 @@ def check_together(checkpoints: Sequence[Checkpoint], module: nn.Module) -> None
         checkpoints: The checkpoints.
         module: The model.
     """
-    if not checkpoints:
-        raise CheckpointError(
-            "there is no checkpoint; train with `InfluenceAudit(tracin=TracIn(keep_checkpoints=10))` to keep some."
-        )
+    if isinstance(checkpoints, Checkpoint) or not len(checkpoints):
+        told = "one checkpoint, not a list" if isinstance(checkpoints, Checkpoint) else "no checkpoint"
+        raise CheckpointError(f"there is {told}; {_WHENCE}.")
     steps: list[int] = []
     by_optimizer: dict[str, int] = {}
     # Of checkpoints on a disk, names and shapes are enough.
     for checkpoint in getattr(checkpoints, "outlines", checkpoints):
+        if not isinstance(checkpoint, Checkpoint):
+            raise CheckpointError(f"a checkpoint is a {type(checkpoint).__name__}; {_WHENCE}.")
         checkpoint.check(module)
         by_optimizer[checkpoint.optimizer] = checkpoint.step
         steps.append(checkpoint.step)
@@ -162,6 +174,19 @@ def check_together(checkpoints: Sequence[Checkpoint], module: nn.Module) -> None
         )
     if len(set(steps)) < len(steps):
         raise CheckpointError(f"the checkpoints of the steps {steps} repeat a step; pass every checkpoint once.")
+    if steps != sorted(steps):
+        raise CheckpointError(
+            f"the checkpoints are those of the steps {steps}; expected them in the order of training."
+        )
+
+
+def check_step_sizes(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise ``CheckpointError`` if no checkpoint has step sizes: all of TracIn would be zero."""
+    if not any(any(checkpoint.step_sizes.values()) for checkpoint in getattr(checkpoints, "outlines", checkpoints)):
+        raise CheckpointError(
+            f"none of {len(checkpoints)} checkpoints has step sizes, which TracIn weighs gradients with; take them "
+            "with `step_sizes=`, see `StepSizes`."
+        )
 
 
 def one_too_many(steps: Sequence[int]) -> int:

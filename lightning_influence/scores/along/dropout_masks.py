@@ -176,6 +176,6 @@ def _check_dropout(gradients: ExampleGradients, masks: DropoutMasks, indices: Se
     if not masks.calls:
         raise ValueError(
             f"{type(gradients.module).__name__} calls no dropout with a rate above 0 that could be masked: all "
-            'sub-networks are the model itself. Use `pairwise_scores` with `fit(..., "identity")`, or average the '
+            'sub-networks are the model itself. Use `influence.fit("identity").pairs(...)`, or average the '
             "scores of models of several seeds with `mean_scores`."
         )

@@ -28,6 +28,6 @@ def plain_steps(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     if not moved:
         raise CheckpointError(
             f"none of {len(checkpoints)} checkpoints knows the steps it stands for; take them with `step_sizes=` and "
-            "`steps=`, see `tracin.StepSizes`."
+            "`steps=`, see `StepSizes`."
         )
     return moved

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.layers.blocks import ParameterBlock
 from lightning_influence.scores.pairs import PairSum, PairwiseScores
-from lightning_influence.training.checkpoints import Checkpoint, check_together
+from lightning_influence.training.checkpoints import Checkpoint, check_step_sizes, check_together
 from lightning_influence.training.step_sizes import StepSize, block_step_sizes
 
 
@@ -54,6 +54,7 @@ def tracin_scores(
         >>> tracin_scores(training, range(1000), validation, range(10), report.checkpoints())
     """
     check_together(checkpoints, gradients.module)
+    check_step_sizes(checkpoints)
     blocks = gradients.coverage.blocks
     total = PairSum(gradients, indices, queries, query_indices, layers=list(blocks) if by_layer else ())
     for checkpoint in checkpoints:

@@ -1,0 +1,27 @@
+"""A progress bar for passes that take long, where somebody watches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+# Seconds that are waited without a word.
+_DELAY = 2.0
+
+
+def is_watched() -> bool:
+    """Tell whether what is printed goes to a screen or a notebook."""
+    return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+
+
+@contextmanager
+def shown(title: str, examples: int) -> Iterator[Callable[[int], None]]:
+    """Show a pass over some examples while it runs."""
+    if not is_watched():
+        yield lambda done: None
+        return
+    from tqdm.auto import tqdm  # looks for a notebook when it is imported
+
+    with tqdm(total=examples, desc=title, unit="example", leave=False, delay=_DELAY, dynamic_ncols=True) as bar:
+        yield lambda done: None if bar.update(done) else None
