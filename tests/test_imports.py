@@ -36,7 +36,7 @@ STANDS_ALONE = "metrics"
 MAY_IMPORT_LIGHTNING = {"callbacks", "cli"}
 MAY_COMMUNICATE = {"core.distributed"}
 # Watching, but for dropout masks, which stand in for the call: a sub-network is no matter of looking on.
-MAY_WATCH_FUNCTIONS = {"gradients.watch", "gradients.calibration", "objective.tap", "scores.along.dropout_masks"}
+MAY_WATCH_FUNCTIONS = {"gradients.follower", "gradients.calibration", "objective.tap", "scores.along.dropout_masks"}
 
 MOST_LINES, MOST_OF_A_CLASS = 400, 250
 # What is larger still. Entries may go, and numbers may fall; none may be added.
@@ -131,7 +131,7 @@ def _import_fault(name: str, room: str, target: str) -> str | None:
     if HOOK.fullmatch(target.rpartition(".")[2]):
         return f"imports {target}; no hooks on a user's model: watch its functions"
     if target.endswith("TorchFunctionMode") and name not in MAY_WATCH_FUNCTIONS:
-        return f"imports {target}; function modes belong into gradients/watch.py"
+        return f"imports {target}; function modes belong into gradients/follower.py"
     return None
 
 
@@ -244,7 +244,7 @@ def test_checker_finds(name: str, source: str, fault: str) -> None:
     ("name", "source"),
     [
         ("gradients.capture", "from lightning_influence.layers.blocks import LayerError"),
-        ("gradients.watch", "from torch.overrides import TorchFunctionMode\nclass W(TorchFunctionMode): ..."),
+        ("gradients.follower", "from torch.overrides import TorchFunctionMode\nclass W(TorchFunctionMode): ..."),
         ("core.distributed", "import torch.distributed as dist\ndist.all_reduce(x)"),
         ("callbacks.run", "from lightning.pytorch import Callback\nfrom lightning_influence.audit.report import x"),
         ("audit.store.store", "import safetensors.torch\nmodel.load_state_dict(x)\njson.load(f)"),

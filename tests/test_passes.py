@@ -27,9 +27,15 @@ from lightning_influence.gradients.coverage import Coverage, cover
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.noise import ExampleNoise
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.plain_autograd import batch_gradients
 from lightning_influence.gradients.trace import Trace
-from lightning_influence.gradients.verify import Inspection, VerificationError, inspect, looked_at, roomy_batch_size
+from lightning_influence.gradients.verify import (
+    Inspection,
+    VerificationError,
+    batch_gradient,
+    inspect,
+    looked_at,
+    roomy_batch_size,
+)
 from lightning_influence.layers import per_sample
 from lightning_influence.objective.task import TaskError
 
@@ -773,7 +779,7 @@ def test_progress_and_forward_context_see_every_batch() -> None:
         assert len(list(batches)) == 3
     assert shown == [("a pass", N), 8, 8, N - 16, "end"]
     assert len(entered) == 3
-    batch_gradients(gradients, next(iter(gradients.source.batches([0, 1])))[1], 2)
+    batch_gradient(gradients, next(iter(gradients.source.batches([0, 1])))[1], 2)
     assert len(entered) == 4
 
 
@@ -989,10 +995,10 @@ def test_right_gradients_pass_in_float32() -> None:
 def test_what_the_look_at_a_batch_tells() -> None:
     gradients = _gradients(net=_convolutional().double(), data=_data(shape=(2, 5, 5)), batch_size=4)
     seen = inspect(gradients, range(N))
-    # Whatever is asked for, one batch is looked at: 25 and 9 positions, then one. A norm has the gradient itself.
+    # Whatever is asked for, one batch is looked at: 25 and 9 positions, then one.
     assert seen.positions == {"0": 25, "1": 1, "3": 9, "6": 1}
-    # Padded images and output gradients as they lie, and the largest layer's patches once more.
-    held = [4 * 2 * 49 + 4 * 4 * 25, 4 * 2 * 4 + 4, 4 * 4 * 49 + 4 * 3 * 9, 4 * 28 + 4 * C]
+    # Inputs (padded by the layer itself where that is circular) and output gradients as they lie, then the patches.
+    held = [4 * 2 * 25 + 4 * 4 * 25, 2 * 4 * 4 * 25, 4 * 4 * 49 + 4 * 3 * 9, 4 * 27 + 4 * C]
     assert seen.batch_bytes == 8 * (sum(held) + 2 * 4 * 25 * (9 + 1))
     assert inspect(gradients, range(N), verify=False).largest_error is None
 

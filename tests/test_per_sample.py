@@ -133,7 +133,7 @@ class TestAgainstFormedGradients:
     def test_summed_squares(self, draws: int) -> None:
         for x, gs, _, case in cases(draws):
             expected = torch.stack([dense(x, g).square().sum(1) for g in gs]).sum(0)
-            close(per_sample.summed_squares(x, gs), expected, case)
+            close(per_sample.rotated_squares(x, gs, None, None), expected, case)
 
     def test_weighted_squares(self) -> None:
         for x, (g,), (k, _, _, i, o), case in cases():
@@ -207,7 +207,7 @@ class TestRows:
             copies = [tensor.clone() for tensor in (x, *gs)]
             a, b, weights = basis(k, i), basis(k, o), torch.ones(k, o, i).double()
             per_sample.squared_norms(x, gs[0])
-            per_sample.summed_squares(x, gs)
+            per_sample.rotated_squares(x, gs, None, None)
             per_sample.weighted_squares(x, gs[0], weights)
             for form in ("rotate_first", "form_first"):
                 per_sample.rotated_squares(x, gs, a, b, form=form)
@@ -307,8 +307,6 @@ class TestOneHotRows:
         close(per_sample.rotated_squares(xs, gs, a, None), expected, name)
         if isinstance(gs[0], OneHot):
             close(per_sample.rotated_squares(xs, gs[:1], a, None), expected, name)
-        if not turned:
-            close(per_sample.summed_squares(xs, gs), expected, name)
 
     def test_examples_are_left_out(self, name: str) -> None:
         (x,), (g,) = one_hot_rows(name)
@@ -375,16 +373,6 @@ def largest_below(limit: int) -> Iterator[_Sizes]:
 
 # The dense block is made of formed gradients, and of their outer products: it has no place here.
 STRUCTURED = [name for name in BLOCKS if name != "block_ggn"]
-
-
-@pytest.mark.parametrize("s", [1, 4, 40])
-def test_squared_norms_with_bias(s: int) -> None:
-    """One position, the Gram matrices, and formed gradients: each the norms of what is summed over positions."""
-    x = torch.randn(2, 5, s, 9, dtype=torch.float64)
-    g = torch.randn(2, 5, s, 8, dtype=torch.float64)
-    of_weight, of_bias = per_sample.squared_norms_with_bias(x, g)
-    torch.testing.assert_close(of_weight, torch.einsum("knso,knsi->nkoi", g, x).square().sum((1, 2, 3)))
-    torch.testing.assert_close(of_bias, g.sum(2).square().sum((0, 2)))
 
 
 class TestCost:

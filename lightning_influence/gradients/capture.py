@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from types import TracebackType
 
 import torch
@@ -30,7 +29,6 @@ from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.forward_uses import ForwardUses
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.layers.call import MatrixCall
-from lightning_influence.layers.patches import Activations, laid_out
 from lightning_influence.layers.rows import Rows
 
 
@@ -40,20 +38,15 @@ class LayerIO:
 
     Attributes:
         name: Block name.
-        activations: ``[k, n, s, i]``, float32 or float64: one for all draws of labels, or one per draw where they
-            depend on the labels (embeddings, see ``rows``). Those of convolutions are not laid out yet.
+        xs: Activations ``[k, n, s, i]``, float32 or float64: one for all draws of labels, or one per draw where they
+            depend on the labels (embeddings, see ``rows``).
         gs: Output gradients ``[k, n, s, o]``, one per draw of labels (one for true labels), or one that all draws
             share. Each is the derivative of *that example's own* loss, not of the batch mean.
     """
 
     name: str
-    activations: Sequence[Activations]
+    xs: Sequence[Tensor]
     gs: Sequence[Rows]
-
-    @cached_property
-    def xs(self) -> Sequence[Tensor]:
-        """The activations, laid out."""
-        return laid_out(self.activations)
 
     @property
     def x(self) -> Tensor:
@@ -171,6 +164,13 @@ class Capture:
             for _, use in self._uses
             for tensor in (use.call.input, *use.output.gradients)
         )
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that everything captured takes, before any of it is laid out."""
+        found = [tensor for _, use in self._uses for tensor in (use.call.input, *use.output.gradients)]
+        found += [tensor for draws in self._computed.values() for draw in draws for tensor in draw.values()]
+        return sum({id(tensor): tensor.nbytes for tensor in found if tensor is not None}.values())
 
     @property
     def order(self) -> list[str]:

@@ -1,20 +1,16 @@
-"""Gradients by plain autograd: of parameters that have no rows, one example at a time, and of a whole batch."""
+"""Gradients by plain autograd, one example at a time: of parameters that have no rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_influence.core.isolation import untouched
 from lightning_influence.core.precision import working
 from lightning_influence.gradients.coverage import Coverage
-
-if TYPE_CHECKING:
-    from lightning_influence.gradients.passes import ExampleGradients
 
 Start: TypeAlias = "tuple[list[Tensor], list[Tensor]]"
 """Tensors, and gradients with respect to them, to run backward from."""
@@ -48,27 +44,11 @@ def gradients_one_by_one(
                 more = number + 1 < len(begun)
                 found = torch.autograd.grad(outputs, tensors, gradients, retain_graph=more, allow_unused=True)
                 for column, tensor, gradient in zip(rows[number], tensors, found, strict=True):
-                    column.append(working(_dense(gradient, tensor) / _COPIES))
+                    column.append(working(dense(gradient, tensor) / _COPIES))
     result: dict[str, list[dict[str, Tensor]]] = {block: [{} for _ in rows] for block in coverage.one_by_one}
     for number, columns in enumerate(rows):
         for (block, name, _), column in zip(owned, columns, strict=True):
             result[block][number][name] = torch.stack(column)
-    return result
-
-
-def batch_gradients(gradients: ExampleGradients, batch: Any, n: int) -> dict[str, dict[str, Tensor]]:
-    """Return the gradient of the loss of a batch of ``n`` for every covered parameter: block, parameter -> tensor."""
-    blocks = gradients.coverage.blocks
-    owned = [(block, name, p) for block in blocks for name, p in blocks[block].parameters.items()]
-    tensors = [parameter for _, _, parameter in owned]
-    with untouched(gradients.module, gradients.task):
-        for tensor in tensors:
-            tensor.requires_grad_(True)
-        loss = gradients.with_scale(None).forward(batch, n)
-        found = torch.autograd.grad(loss.loss, tensors, allow_unused=True)
-    result: dict[str, dict[str, Tensor]] = {}
-    for (block, name, tensor), gradient in zip(owned, found, strict=True):
-        result.setdefault(block, {})[name] = _dense(gradient, tensor)
     return result
 
 
@@ -84,7 +64,8 @@ def _differentiated(tensors: Sequence[Tensor]) -> Iterator[None]:
             tensor.requires_grad_(flag)
 
 
-def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
+def dense(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """Return a gradient that may be sparse or missing as a plain tensor."""
     if gradient is None:
         return torch.zeros_like(like)
     return gradient.to_dense() if gradient.layout != torch.strided else gradient

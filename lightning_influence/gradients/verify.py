@@ -6,16 +6,17 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_influence.core.isolation import untouched
 from lightning_influence.core.precision import wide
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.plain_autograd import batch_gradients
+from lightning_influence.gradients.plain_autograd import dense
 from lightning_influence.layers import per_sample
-from lightning_influence.layers.rows import held_bytes
 from lightning_influence.objective.scale import LossScale
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3}
@@ -166,7 +167,7 @@ def _look(
     """
     positions: dict[str, int] = {}
     sums: dict[str, Tensor] = {}
-    largest = total = 0
+    largest = 0
     norms: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}
     start = time.perf_counter()
@@ -176,9 +177,7 @@ def _look(
         loss, precise = item.loss, item.capture.precise
         for io in item.layers():
             positions[io.name] = io.x.shape[2]
-            # As they lie in the capture, and the largest once more as it is worked on.
-            total += held_bytes(io.activations[0]) + held_bytes(io.gs[0])
-            largest = max(largest, held_bytes(io.x))
+            largest = max(largest, io.x.nbytes)  # as it is worked on, beside all that lies in the capture
             sums[io.name] = per_sample.summed_gradient(io.x, io.gs[0])
             norms[io.name] = wide(per_sample.squared_norms(io.x, io.gs[0]))
             if keep:
@@ -189,7 +188,7 @@ def _look(
             positions,
             loss.tapped,
             loss.exact_draws(),
-            total + largest,
+            item.capture.held_bytes + largest,
             None,
             time.perf_counter() - start,
             len(indices),
@@ -217,12 +216,23 @@ def _draws_random_numbers(gradients: ExampleGradients, indices: list[int], look:
     )
 
 
+def batch_gradient(gradients: ExampleGradients, batch: Any, n: int) -> dict[str, Tensor]:
+    """Return the gradient of the loss of a batch of ``n`` by plain autograd: ``[k, o, i]`` by block."""
+    blocks = gradients.coverage.blocks
+    owned = {name: p for block in blocks.values() for name, p in block.parameters.items()}
+    with untouched(gradients.module, gradients.task):
+        for tensor in owned.values():
+            tensor.requires_grad_(True)
+        loss = gradients.with_scale(None).forward(batch, n)
+        found = torch.autograd.grad(loss.loss, list(owned.values()), allow_unused=True)
+    whole = {name: dense(g, p) for (name, p), g in zip(owned.items(), found, strict=True)}
+    return {name: block.from_parameters(whole) for name, block in blocks.items()}
+
+
 def _compare(gradients: ExampleGradients, indices: list[int], look: _Look) -> float:
     with isolated_rng():
         ((_, batch),) = gradients.source.batches(indices, len(indices))
-    autograd = batch_gradients(gradients, batch, len(indices))
-    blocks = gradients.coverage.blocks
-    expected = {name: blocks[name].from_parameters(tensors) for name, tensors in autograd.items()}
+    expected = batch_gradient(gradients, batch, len(indices))
     whole = max((float(block.norm()) for block in expected.values()), default=0.0)
     errors: dict[str, float] = {}
     for name, block in expected.items():

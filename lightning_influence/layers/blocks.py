@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_influence.layers.call import Layouts, MatrixCall
-from lightning_influence.layers.patches import Activations, laid_out
 from lightning_influence.layers.rows import OneHot, Rows
 
 # A side with more rows keeps the identity as its eigenbasis: the decomposition is cubic, a minute for this one.
@@ -192,7 +191,7 @@ class MatrixBlock(ParameterBlock):
 
     def linear_rows(
         self, call: MatrixCall, gradients: Sequence[Tensor | None], n: int, layouts: Layouts, start: int, bias: bool
-    ) -> tuple[list[Activations], list[Rows]]:
+    ) -> tuple[list[Tensor], list[Rows]]:
         """Return the rows of a linear map or a convolution.
 
         Args:
@@ -205,7 +204,7 @@ class MatrixBlock(ParameterBlock):
         """
         x = call.captured(n, layouts, ones=bias)
         if self.has_bias and not bias:
-            x = self.widened(laid_out([x])[0])
+            x = self.widened(x)
         rows: list[Rows] = []
         for gradient in gradients:
             if gradient is None:

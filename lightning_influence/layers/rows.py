@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.layers.patches import Patches
-
 
 @dataclass(frozen=True, eq=False)
 class OneHot:
@@ -103,16 +101,6 @@ def _some(rows: OneHot, examples: Tensor) -> OneHot:
     return OneHot(rows.indices[examples], rows.size, rows.distinct, kept)
 
 
-def held_bytes(rows: Rows | Patches) -> int:
-    """Return the memory that rows take as they are; one-hot ones have their indices alone."""
-    if isinstance(rows, Joined):
-        return held_bytes(rows.onehot) + held_bytes(rows.dense)
-    if isinstance(rows, Patches):
-        rows = rows.images
-    tensor = rows.indices if isinstance(rows, OneHot) else rows
-    return tensor.numel() * tensor.element_size()
-
-
 def added(parts: Iterable[Tensor]) -> Tensor:
     """Return the sum of tensors as large as parameters, holding two of them at a time; at least one is needed."""
     total: Tensor | None = None
@@ -146,11 +134,8 @@ def compact(x: Tensor, rows: OneHot) -> Tensor:
     return torch.zeros_like(x).scatter_add_(2, place, x)
 
 
-def second_moment(rows: Rows | Patches, *, diagonal: bool = False) -> Tensor:
+def second_moment(rows: Rows, *, diagonal: bool = False) -> Tensor:
     """Return ``Σ_ns v_ns v_nsᵀ`` for rows ``[k, n, s, o]``: ``[k, o, o]``, or only its diagonal ``[k, o]``."""
-    if isinstance(rows, Patches):
-        moment = None if diagonal else rows.second_moment()
-        return second_moment(rows.laid_out(), diagonal=diagonal) if moment is None else moment
     if isinstance(rows, Joined):
         onehot = second_moment(rows.onehot, diagonal=diagonal)
         return onehot.to(rows.dense.dtype) + second_moment(rows.dense, diagonal=diagonal)

@@ -16,11 +16,6 @@ from lightning_influence.layers.rows import OneHot, Rows, added, compact, rotate
 RotationForm = Literal["auto", "rotate_first", "form_first"]
 
 
-def summed_squares(x: Tensor | Sequence[Tensor], gs: Sequence[Rows]) -> Tensor:
-    """Return the elementwise squares of the gradients, summed over examples and draws, ``[k, o, i]``."""
-    return rotated_squares(x, gs, None, None)
-
-
 def weighted_squares(x: Tensor, g: Rows, weights: Tensor) -> Tensor:
     """Return ``Σ_koi weights_koi (G_kn)²_oi``, ``[n]``, for weights ``[k, o, i]``."""
     return weighted_rotated_squares(x, g, None, None, weights)
