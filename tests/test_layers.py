@@ -509,6 +509,11 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual, in place": (Bottleneck, (4, 6, 7)),
     "calls without gradients": (SomeWithoutGradients, (4,)),
     "keyword argument": (ByKeyword, (4,)),
+    # A weight of more than 1,024 entries has rows, and its bias rows of its own: together, the bias would be lost.
+    "norm of whole images": (
+        lambda: nn.Sequential(nn.LayerNorm((8, 12, 12)), nn.Flatten(), nn.Linear(8 * 144, CLASSES)),
+        (8, 12, 12),
+    ),
 }
 
 

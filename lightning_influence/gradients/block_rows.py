@@ -195,24 +195,13 @@ def _to_parameters(source: Source, gradient: Tensor, block: ParameterBlock) -> d
     own = [(name, parameter) for name, parameter in source.parameters if name in block.parameters]
     if len(source.parameters) == 1 and source.tensor is source.parameters[0][1]:
         return {own[0][0]: gradient}
-    targets = [parameter for _, parameter in own]
-    start = gradient.to(source.tensor.dtype)
-
-    def back(row: Tensor, batched: bool) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = torch.autograd.grad(
-            source.tensor, targets, row, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-        return found
-
-    try:
-        found = back(start, True)
-    except RuntimeError:  # an operation without a batched derivative
-        columns = zip(*(back(row, False) for row in start), strict=True)
-        found = tuple(
-            torch.stack([torch.zeros_like(t) if v is None else v for v in column])
-            for t, column in zip(targets, columns, strict=True)
-        )
-    return {name: working(value) for (name, _), value in zip(own, found, strict=True) if value is not None}
+    starts, targets = gradient.to(source.tensor.dtype), [parameter for _, parameter in own]
+    found = [
+        torch.autograd.grad(source.tensor, targets, start, retain_graph=True, materialize_grads=True)
+        for start in starts
+    ]
+    columns = zip(own, zip(*found, strict=True), strict=True)
+    return {name: working(torch.stack(column)) for (name, _), column in columns}
 
 
 def _draw(rows: Sequence[Any], draw: int) -> Any:

@@ -8,8 +8,9 @@ stops at the outputs of the calls, so that no weight gradient and nothing below 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from lightning_influence.gradients.block_rows import (
 )
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.forward_uses import ForwardUses
+from lightning_influence.gradients.plain_autograd import differentiated
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.layers.call import MatrixCall
 from lightning_influence.layers.rows import Rows
@@ -74,7 +76,7 @@ class Capture:
 
     def __init__(self, coverage: Coverage) -> None:
         self.coverage = coverage
-        self._flags: list[tuple[Tensor, bool]] = []
+        self._thawed: AbstractContextManager[None] = nullcontext()
         self._uses: list[tuple[str, Use]] = []
         self._outputs: list[Output] = []
         self._computed: dict[str, list[dict[str, Tensor]]] = {}  # one example at a time
@@ -84,17 +86,12 @@ class Capture:
         blocks = self.coverage.blocks.values()
         # All of them one by one: the loss still has to depend on something.
         thawed = [block for block in blocks if block.name not in self.coverage.one_by_one] or blocks
-        self._flags = [(p, p.requires_grad) for block in thawed for p in block.parameters.values()]
-        for parameter, _ in self._flags:
-            parameter.requires_grad_(True)
+        self._thawed = differentiated([p for block in thawed for p in block.parameters.values()])
+        self._thawed.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        self._flags = []
+    def __exit__(self, *error: Any) -> None:
+        self._thawed.__exit__(*error)
         self.clear()
 
     def forward(self, n: int | None = None) -> ForwardUses:

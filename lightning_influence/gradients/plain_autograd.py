@@ -36,15 +36,15 @@ def gradients_one_by_one(
     owned = [(b, name, p) for b in sorted(coverage.one_by_one) for name, p in coverage.blocks[b].parameters.items()]
     tensors = [parameter for _, _, parameter in owned]
     rows: list[list[list[Tensor]]] = []  # draw, parameter, example
-    with _differentiated(tensors):
+    with differentiated(tensors):
         for index in indices:
             begun = starts(index, _COPIES)
             rows = rows or [[[] for _ in tensors] for _ in begun]
             for number, (outputs, gradients) in enumerate(begun):
                 more = number + 1 < len(begun)
-                found = torch.autograd.grad(outputs, tensors, gradients, retain_graph=more, allow_unused=True)
-                for column, tensor, gradient in zip(rows[number], tensors, found, strict=True):
-                    column.append(working(dense(gradient, tensor) / _COPIES))
+                found = torch.autograd.grad(outputs, tensors, gradients, retain_graph=more, materialize_grads=True)
+                for column, gradient in zip(rows[number], found, strict=True):
+                    column.append(working(gradient.to_dense() / _COPIES))
     result: dict[str, list[dict[str, Tensor]]] = {block: [{} for _ in rows] for block in coverage.one_by_one}
     for number, columns in enumerate(rows):
         for (block, name, _), column in zip(owned, columns, strict=True):
@@ -53,7 +53,8 @@ def gradients_one_by_one(
 
 
 @contextmanager
-def _differentiated(tensors: Sequence[Tensor]) -> Iterator[None]:
+def differentiated(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Let tensors require gradients meanwhile."""
     flags = [tensor.requires_grad for tensor in tensors]
     try:
         for tensor in tensors:
@@ -62,10 +63,3 @@ def _differentiated(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for tensor, flag in zip(tensors, flags, strict=True):
             tensor.requires_grad_(flag)
-
-
-def dense(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """Return a gradient that may be sparse or missing as a plain tensor."""
-    if gradient is None:
-        return torch.zeros_like(like)
-    return gradient.to_dense() if gradient.layout != torch.strided else gradient

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_influence.core.containers import tensors_in
@@ -118,8 +117,6 @@ class Tracer(Follower):
         if self._batched:
             self._from_batch.update((id(t), t) for t in made)
             self._picked.follow(func, tensors, made)
-        if func == F.batch_norm and _takes_statistics(*arguments):
-            self.trace.batch_statistics = True
         if torch.is_grad_enabled():
             self._note_strangers(func, tensors)
         else:
@@ -272,8 +269,3 @@ def _raw_input(call: Call, site: Site) -> Tensor | None:
         if same and not site.is_parameter(tensor):
             return tensor
     return None
-
-
-def _takes_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-    return bool({**dict(zip(names, args, strict=False)), **kwargs}.get("training"))

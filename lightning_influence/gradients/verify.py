@@ -15,16 +15,16 @@ from lightning_influence.core.isolation import untouched
 from lightning_influence.core.precision import wide
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.plain_autograd import dense
 from lightning_influence.layers import per_sample
 from lightning_influence.objective.scale import LossScale
 
-_TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3}
-_COARSE = 5e-2
+# Of sums over a batch, and of an example's own gradient, in a batch and among copies of itself; the last for what is
+# captured in lower precision.
+_TOLERANCES = {torch.float64: (1e-8, 1e-8), torch.float32: (2e-3, 1e-4)}
+_COARSE = (5e-2, 5e-2)
 # Gradients below this share of the whole are rounding noise in a layer that hardly learns.
 _NEGLIGIBLE = 1e-4
-# An example's own gradient, in a batch and among copies of itself, and the share of others below which it is rounding.
-_OWN_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
+# The share of others below which an example's own gradient is rounding.
 _SMALL_SHARE = 1e-2
 # Examples compared so, chosen at random, besides the first and the last one.
 _DRAWN = 2
@@ -123,12 +123,6 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
     look = _look(gradients, indices, keep=compared)
     if not verify:
         return look.inspection
-    if gradients.coverage.trace.batch_statistics:
-        raise VerificationError(
-            "a batch norm normalises by the statistics of the batch, in eval mode too: the loss of an example depends "
-            "on the others, so its own influence is not defined. Use `track_running_stats=True` and do not call "
-            "`.train()` in `training_step`, replace it by a group or layer norm, or accept it with `verify=False`."
-        )
     if not bool(look.finite.all()):
         good = [index for index, finite in zip(indices, look.finite.tolist(), strict=True) if finite]
         if not good:
@@ -174,7 +168,7 @@ def _look(
     run = gradients.with_scale(scale).run(indices, everywhere=True, whole=True, step_seed=step_seed)
     with closing(run) as batches:
         item = next(batches)
-        loss, precise = item.loss, item.capture.precise
+        loss = item.loss
         for io in item.layers():
             positions[io.name] = io.x.shape[2]
             largest = max(largest, io.x.nbytes)  # as it is worked on, beside all that lies in the capture
@@ -200,8 +194,7 @@ def _look(
             loss.values,
             item.finite,
             loss.scale,
-            _TOLERANCES[dtype] if precise else _COARSE,
-            _OWN_TOLERANCES[dtype] if precise else _COARSE,
+            *(_TOLERANCES[dtype] if item.capture.precise else _COARSE),
             kept,
         )
 
@@ -224,8 +217,8 @@ def batch_gradient(gradients: ExampleGradients, batch: Any, n: int) -> dict[str,
         for tensor in owned.values():
             tensor.requires_grad_(True)
         loss = gradients.with_scale(None).forward(batch, n)
-        found = torch.autograd.grad(loss.loss, list(owned.values()), allow_unused=True)
-    whole = {name: dense(g, p) for (name, p), g in zip(owned.items(), found, strict=True)}
+        found = torch.autograd.grad(loss.loss, list(owned.values()), materialize_grads=True)
+    whole = {name: gradient.to_dense() for name, gradient in zip(owned, found, strict=True)}
     return {name: block.from_parameters(whole) for name, block in blocks.items()}
 
 
@@ -280,12 +273,12 @@ def _compare_alone(
             if not error <= look.own_tolerance:
                 raise VerificationError(
                     f"example {indices[position]} has another {what} in a batch than alone ({error:.2g} off, sizes "
-                    f"{there:.4g} and {here:.4g}): its loss depends on the other examples (batch statistics, mixup, a "
-                    "contrastive loss, a penalty on means over the batch), or the batch is not the first dimension of "
-                    "the layers' inputs and the logits, or the batch loss is not the mean of the losses of its "
-                    "examples alone and no known loss call was seen that would tell each one's part. Influence of "
-                    "single examples is not defined then; pass `task=`, a function (module, batch) -> one loss per "
-                    "example, or accept it with `verify=False`."
+                    f"{there:.4g} and {here:.4g}): its loss depends on the other examples (a batch norm "
+                    "without running statistics, mixup, a contrastive loss, a penalty on means over the batch), or the "
+                    "batch is not the first dimension of the layers' inputs and the logits, or the batch loss is not "
+                    "the mean of the losses of its examples alone and no known loss call was seen that would tell each "
+                    "one's part. Influence of single examples is not defined then; pass `task=`, a function (module, "
+                    "batch) -> one loss per example, or accept it with `verify=False`."
                 )
 
 

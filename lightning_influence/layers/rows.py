@@ -66,9 +66,6 @@ class Joined:
 
 Rows: TypeAlias = "Tensor | OneHot | Joined"
 
-# Rows of a moment that are computed together.
-_PANEL = 128
-
 
 def join(rows: Sequence[Tensor | OneHot]) -> Rows:
     """Lay rows end to end along the positions; one-hot rows have to come first."""
@@ -145,29 +142,8 @@ def second_moment(rows: Rows, *, diagonal: bool = False) -> Tensor:
         return counts if diagonal else torch.diag_embed(counts)
     if diagonal:
         return rows.square().sum((1, 2))
-    k, n, s, i = rows.shape
-    columns = _columns(rows)
-    if columns is None:
-        if k == 1 and s > 1 and not rows.is_contiguous():
-            # One product per example rather than a copy.
-            return torch.addbmm(rows.new_zeros((i, i)), rows[0].transpose(-1, -2), rows[0]).unsqueeze(0)
-        columns = rows.reshape(k, n * s, i).transpose(-1, -2)
-    if i < 2 * _PANEL:
-        return columns @ columns.transpose(-1, -2)
-    # Symmetric: panels of rows, each from the diagonal on.
-    result = rows.new_empty((k, i, i))
-    for start in range(0, i, _PANEL):
-        panel = columns[:, start : start + _PANEL] @ columns[:, start:].transpose(-1, -2)
-        result[:, start : start + _PANEL, start:] = panel
-        result[:, start:, start : start + _PANEL] = panel.transpose(-1, -2)
-    return result
-
-
-def _columns(rows: Tensor) -> Tensor | None:
-    """Return ``[k, i, n·s]`` where rows ``[k, n, s, i]`` lie so in memory, as patches do; else None."""
-    _, n, s, i = rows.shape
-    apart = rows.stride(2) == 1 and (n == 1 or rows.stride(1) == s) and i > 1 and rows.stride(3) >= n * s
-    return rows.permute(0, 3, 1, 2).flatten(2) if apart and s > 1 else None
+    columns = rows.flatten(1, 2)
+    return columns.mT @ columns
 
 
 def rotate(rows: Tensor, basis: Tensor | None) -> Tensor:
@@ -177,8 +153,5 @@ def rotate(rows: Tensor, basis: Tensor | None) -> Tensor:
     k, n, s, i = rows.shape
     if s == 1 or rows.is_contiguous():
         return torch.bmm(rows.reshape(k, n * s, i), basis).view(k, n, s, -1)
-    columns = _columns(rows)
-    if columns is not None:
-        return torch.bmm(basis.transpose(-1, -2), columns).view(k, -1, n, s).permute(0, 2, 3, 1)
-    # A convolution's output gradients lie as [n, o, s]: multiply from the left there rather than copy them.
+    # Patches and a convolution's output gradients lie with the positions last: multiply from the left, without a copy.
     return (basis.transpose(-1, -2).unsqueeze(1) @ rows.transpose(-1, -2)).transpose(-1, -2)

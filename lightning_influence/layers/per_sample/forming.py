@@ -43,7 +43,7 @@ def gradients(x: Tensor, g: Rows) -> Iterator[Tensor]:
 
 
 def in_buffer(x: Tensor, g: Rows, *, inputs_first: bool = True, cached: bool = True) -> Iterator[Tensor]:
-    """Yield per-example gradients, ``[k, m, i, o]``: each valid until the next one.
+    """Yield per-example gradients, ``[k, m, i, o]``, to be worked on in place.
 
     Inputs first, as the bias makes their number odd, and rows of an even length in memory are written faster; or
     ``[k, m, o, i]``, which other matrices are laid out like.
@@ -51,15 +51,11 @@ def in_buffer(x: Tensor, g: Rows, *, inputs_first: bool = True, cached: bool = T
     if not isinstance(g, Tensor):
         yield from (chunk.transpose(-1, -2) if inputs_first else chunk for chunk in gradients(x, g))
         return
-    k, n = x.shape[:2]
     # kmsi, kmso -> kmio
     left, right = (x, g) if inputs_first else (g, x)
-    rows, columns = left.shape[3], right.shape[3]
-    step = min(n, at_a_time(k * rows * columns, cached=cached and x.device.type == "cpu"))
-    buffer = torch.empty((k, step, rows, columns), dtype=torch.result_type(x, g), device=x.device)
-    for start in range(0, n, step):
-        some, others = left[:, start : start + step], right[:, start : start + step]
-        yield torch.matmul(some.transpose(-1, -2), others, out=buffer[:, : some.shape[1]])
+    step = at_a_time(len(x) * left.shape[3] * right.shape[3], cached=cached and x.device.type == "cpu")
+    for some, others in zip(left.split(step, 1), right.split(step, 1), strict=True):
+        yield some.mT @ others
 
 
 def formed(x: Tensor, g: Rows) -> Tensor:
