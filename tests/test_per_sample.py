@@ -58,6 +58,7 @@ CASES = [(shape, layout) for shape in SHAPES for layout in LAYOUTS]
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param is not None:
         monkeypatch.setattr(forming, "_CHUNK_ELEMENTS", request.param)
+        monkeypatch.setattr(forming, "_CACHED_ELEMENTS", request.param)
 
 
 def io(
@@ -450,8 +451,8 @@ class TestCost:
     ) -> None:
         """Gram costs `s²(i + o)`, forming `s·i·o`: at 30 inputs and 20 outputs they meet at 12 positions."""
         calls: list[int] = []
-        in_buffer = norms.in_buffer
-        monkeypatch.setattr(norms, "in_buffer", lambda *args: calls.append(1) or in_buffer(*args))
+        gradients = norms.gradients
+        monkeypatch.setattr(norms, "gradients", lambda *args: calls.append(1) or gradients(*args))
         per_sample.squared_norms(torch.randn(1, 3, s, i), torch.randn(1, 3, s, o))
         assert bool(calls) == formed == (s**2 * (i + o) >= s * i * o)
 

@@ -169,11 +169,6 @@ class Capture:
         found += [tensor for draws in self._computed.values() for draw in draws for tensor in draw.values()]
         return sum({id(tensor): tensor.nbytes for tensor in found if tensor is not None}.values())
 
-    @property
-    def order(self) -> list[str]:
-        """Names of the blocks used in the last forward pass, in order of their first use."""
-        return list(dict.fromkeys(name for name, _ in self._uses))
-
     def finite(self, n: int) -> Tensor:
         """Tell which examples have inputs and output gradients in every layer whose squares are finite: ``[n]`` bool.
 
@@ -213,7 +208,7 @@ class Capture:
         """
         if drain:
             self._outputs = []  # they hold every gradient
-        for name in [*self.order, *self._computed]:
+        for name in dict.fromkeys([*(name for name, _ in self._uses), *self._computed]):
             io = self.layer(name, n, keep)
             if io is not None:
                 yield io

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.layers.per_sample.forming import at_a_time, in_buffer
+from lightning_influence.layers.per_sample.forming import at_a_time, gradients
 from lightning_influence.layers.rows import Joined, OneHot, Rows, compact
 
 NormForm = Literal["auto", "gram", "form"]
@@ -47,4 +47,4 @@ def squared_norms(x: Tensor, g: Rows, *, form: NormForm = "auto") -> Tensor:
         return squared_norms(first, g.onehot) + 2 * torch.cat(cross) + squared_norms(second, g.dense, form=form)
     if g.shape[2] == 1:
         return (x.square().sum(-1) * g.square().sum(-1)).sum((0, 2))
-    return torch.cat([chunk.square_().sum((0, 2, 3)) for chunk in in_buffer(x, g)])
+    return torch.cat([chunk.square_().sum((0, 2, 3)) for chunk in gradients(x, g)])
