@@ -821,15 +821,15 @@ class TestCapture:
         net = nn.Sequential(nn.Linear(4, CLASSES))
         with Capture(covered(net, torch.randn(4, 4))) as capture:
             net(torch.randn(2, 4))
-            assert capture.order == []
+            assert [name for name, _ in capture._uses] == []
             with capture.forward():
                 net(torch.randn(2, 4))
-            assert capture.order == ["0"]
+            assert [name for name, _ in capture._uses] == ["0"]
             features = capture.features(2)
             assert features is not None
             assert features.shape == (2, 4)
             capture.clear()
-            assert capture.order == []
+            assert [name for name, _ in capture._uses] == []
             assert capture.features(2) is None
 
 
