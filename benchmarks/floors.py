@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.layers.patches import Patches
 
 # Examples whose scores are multiplied at once: enough for a matrix product to be as fast as it gets.
 BLOCK = 256
@@ -117,8 +116,8 @@ def live_layers(gradients: ExampleGradients) -> list[Layer]:
                 added = [(side.transpose(1, 2) @ side).double() for side in rows]
                 known = sums.get(io.name)
                 sums[io.name] = added if known is None else [a + b for a, b in zip(known, added, strict=True)]
-                patches = io.activations[0]
-                shapes[io.name] = io.x.shape[2], patches.kernel if isinstance(patches, Patches) else ()
+                weight = next(iter(gradients.coverage.blocks[io.name].parameters.values()))
+                shapes[io.name] = io.x.shape[2], tuple(weight.shape[2:])
     return [Layer(_live(inputs), _live(outputs), *shapes[name]) for name, (inputs, outputs) in sums.items()]
 
 

@@ -612,7 +612,7 @@ class TestSampledLabels:
 
     def squares(self, gradients: ExampleGradients, labels: Any, draw: int) -> dict[str, Tensor]:
         with closing(gradients.run(range(N), labels, draw=draw)) as batches:
-            return {io.name: per_sample.summed_squares(io.xs, io.gs) for io in next(batches).layers()}
+            return {io.name: per_sample.rotated_squares(io.xs, io.gs, None, None) for io in next(batches).layers()}
 
     def test_labels_follow_the_model(self) -> None:
         """Frequencies of the drawn labels against each class's part of the loss Hessian's trace, for every example."""

@@ -38,7 +38,8 @@ MAY_COMMUNICATE = {"core.distributed"}
 # Watching, but for dropout masks, which stand in for the call: a sub-network is no matter of looking on.
 MAY_WATCH_FUNCTIONS = {
     "core.torch_private",
-    "gradients.watch",
+    "gradients.follower",
+    "gradients.precision_watch",
     "gradients.calibration",
     "objective.tap",
     "scores.along.dropout_masks",
@@ -137,7 +138,7 @@ def _import_fault(name: str, room: str, target: str) -> str | None:
     if HOOK.fullmatch(target.rpartition(".")[2]):
         return f"imports {target}; no hooks on a user's model: watch its functions"
     if target.endswith("TorchFunctionMode") and name not in MAY_WATCH_FUNCTIONS:
-        return f"imports {target}; function modes belong into gradients/watch.py"
+        return f"imports {target}; function modes belong into gradients/follower.py"
     return None
 
 
@@ -250,7 +251,7 @@ def test_checker_finds(name: str, source: str, fault: str) -> None:
     ("name", "source"),
     [
         ("gradients.capture", "from lightning_influence.layers.blocks import LayerError"),
-        ("gradients.watch", "from torch.overrides import TorchFunctionMode\nclass W(TorchFunctionMode): ..."),
+        ("gradients.follower", "from torch.overrides import TorchFunctionMode\nclass W(TorchFunctionMode): ..."),
         ("core.distributed", "import torch.distributed as dist\ndist.all_reduce(x)"),
         ("callbacks.run", "from lightning.pytorch import Callback\nfrom lightning_influence.audit.report import x"),
         ("audit.store.store", "import safetensors.torch\nmodel.load_state_dict(x)\njson.load(f)"),

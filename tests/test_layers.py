@@ -517,6 +517,11 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "residual, in place": (Bottleneck, (4, 6, 7)),
     "calls without gradients": (SomeWithoutGradients, (4,)),
     "keyword argument": (ByKeyword, (4,)),
+    # A weight of more than 1,024 entries has rows, and its bias rows of its own: together, the bias would be lost.
+    "norm of whole images": (
+        lambda: nn.Sequential(nn.LayerNorm((8, 12, 12)), nn.Flatten(), nn.Linear(8 * 144, CLASSES)),
+        (8, 12, 12),
+    ),
 }
 
 
@@ -824,15 +829,15 @@ class TestCapture:
         net = nn.Sequential(nn.Linear(4, CLASSES))
         with Capture(covered(net, torch.randn(4, 4))) as capture:
             net(torch.randn(2, 4))
-            assert capture.order == []
+            assert [name for name, _ in capture._uses] == []
             with capture.forward():
                 net(torch.randn(2, 4))
-            assert capture.order == ["0"]
+            assert [name for name, _ in capture._uses] == ["0"]
             features = capture.features(2)
             assert features is not None
             assert features.shape == (2, 4)
             capture.clear()
-            assert capture.order == []
+            assert [name for name, _ in capture._uses] == []
             assert capture.features(2) is None
 
 

@@ -58,6 +58,7 @@ CASES = [(shape, layout) for shape in SHAPES for layout in LAYOUTS]
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param is not None:
         monkeypatch.setattr(forming, "_CHUNK_ELEMENTS", request.param)
+        monkeypatch.setattr(forming, "_CACHED_ELEMENTS", request.param)
 
 
 def io(
@@ -133,7 +134,7 @@ class TestAgainstFormedGradients:
     def test_summed_squares(self, draws: int) -> None:
         for x, gs, _, case in cases(draws):
             expected = torch.stack([dense(x, g).square().sum(1) for g in gs]).sum(0)
-            close(per_sample.summed_squares(x, gs), expected, case)
+            close(per_sample.rotated_squares(x, gs, None, None), expected, case)
 
     def test_weighted_squares(self) -> None:
         for x, (g,), (k, _, _, i, o), case in cases():
@@ -207,7 +208,7 @@ class TestRows:
             copies = [tensor.clone() for tensor in (x, *gs)]
             a, b, weights = basis(k, i), basis(k, o), torch.ones(k, o, i).double()
             per_sample.squared_norms(x, gs[0])
-            per_sample.summed_squares(x, gs)
+            per_sample.rotated_squares(x, gs, None, None)
             per_sample.weighted_squares(x, gs[0], weights)
             for form in ("rotate_first", "form_first"):
                 per_sample.rotated_squares(x, gs, a, b, form=form)
@@ -307,8 +308,6 @@ class TestOneHotRows:
         close(per_sample.rotated_squares(xs, gs, a, None), expected, name)
         if isinstance(gs[0], OneHot):
             close(per_sample.rotated_squares(xs, gs[:1], a, None), expected, name)
-        if not turned:
-            close(per_sample.summed_squares(xs, gs), expected, name)
 
     def test_examples_are_left_out(self, name: str) -> None:
         (x,), (g,) = one_hot_rows(name)
@@ -375,16 +374,6 @@ def largest_below(limit: int) -> Iterator[_Sizes]:
 
 # The dense block is made of formed gradients, and of their outer products: it has no place here.
 STRUCTURED = [name for name in BLOCKS if name != "block_ggn"]
-
-
-@pytest.mark.parametrize("s", [1, 4, 40])
-def test_squared_norms_with_bias(s: int) -> None:
-    """One position, the Gram matrices, and formed gradients: each the norms of what is summed over positions."""
-    x = torch.randn(2, 5, s, 9, dtype=torch.float64)
-    g = torch.randn(2, 5, s, 8, dtype=torch.float64)
-    of_weight, of_bias = per_sample.squared_norms_with_bias(x, g)
-    torch.testing.assert_close(of_weight, torch.einsum("knso,knsi->nkoi", g, x).square().sum((1, 2, 3)))
-    torch.testing.assert_close(of_bias, g.sum(2).square().sum((0, 2)))
 
 
 class TestCost:
@@ -462,8 +451,8 @@ class TestCost:
     ) -> None:
         """Gram costs `s²(i + o)`, forming `s·i·o`: at 30 inputs and 20 outputs they meet at 12 positions."""
         calls: list[int] = []
-        in_buffer = norms.in_buffer
-        monkeypatch.setattr(norms, "in_buffer", lambda *args: calls.append(1) or in_buffer(*args))
+        gradients = norms.gradients
+        monkeypatch.setattr(norms, "gradients", lambda *args: calls.append(1) or gradients(*args))
         per_sample.squared_norms(torch.randn(1, 3, s, i), torch.randn(1, 3, s, o))
         assert bool(calls) == formed == (s**2 * (i + o) >= s * i * o)
 

@@ -119,7 +119,7 @@ def _fit_blocks(
                 usable = batch.counted
                 counted += usable
                 for io in batch.drained():
-                    blocks[io.name].update(io.activations, io.gs, usable)
+                    blocks[io.name].update(io.xs, io.gs, usable)
         # Layers that the forward pass never reached have an all-zero gradient: their curvature is zero too.
         for layer, block in blocks.items():
             for x, g in covered[layer].no_rows(working_dtype(like.dtype), like.device):

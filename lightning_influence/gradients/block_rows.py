@@ -19,10 +19,9 @@ from lightning_influence.gradients.trace import view_of
 from lightning_influence.layers.blocks import LayerError, MatrixBlock, ParameterBlock
 from lightning_influence.layers.call import Call, Layouts, MatrixCall
 from lightning_influence.layers.embedding import EmbeddingCall
-from lightning_influence.layers.patches import Activations, Patches, laid_out
 from lightning_influence.layers.rows import Joined, OneHot, Rows, join
 
-RowsByDraw = tuple[list[Activations], list[Rows]]
+RowsByDraw = tuple[list[Tensor], list[Rows]]
 """Activations and output gradients, each one for all draws of labels or one per draw."""
 
 
@@ -158,8 +157,7 @@ def joined(uses: Sequence[RowsByDraw]) -> RowsByDraw:
         return uses[0]
     ordered = sorted(uses, key=lambda use: isinstance(use[1][0], Tensor))
     draws_x, draws_g = max(len(xs) for xs, _ in uses), max(len(gs) for _, gs in uses)
-    all_xs = [laid_out(xs) for xs, _ in ordered]
-    xs: list[Activations] = [torch.cat([_draw(x, draw) for x in all_xs], 2) for draw in range(draws_x)]
+    xs: list[Tensor] = [torch.cat([_draw(x, draw) for x, _ in ordered], 2) for draw in range(draws_x)]
     gs = [join([_draw(g, draw) for _, g in ordered]) for draw in range(draws_g)]
     return xs, gs
 
@@ -188,7 +186,7 @@ def _direct_gradients(use: Use, draw: Tensor | None, n: int) -> dict[str, Tensor
 def _position_rows(block: MatrixBlock, indices: Tensor, draws: Sequence[Tensor], n: int) -> RowsByDraw:
     """Lay out gradients ``[n, *indices, i]`` of rows that were looked up without the batch."""
     flat = indices.reshape(1, -1).expand(n, -1)
-    xs: list[Activations] = [block.widened(draw.reshape(1, n, flat.shape[1], -1)) for draw in draws]
+    xs: list[Tensor] = [block.widened(draw.reshape(1, n, flat.shape[1], -1)) for draw in draws]
     return xs, [OneHot(flat, block.shape[1])]
 
 
@@ -197,24 +195,13 @@ def _to_parameters(source: Source, gradient: Tensor, block: ParameterBlock) -> d
     own = [(name, parameter) for name, parameter in source.parameters if name in block.parameters]
     if len(source.parameters) == 1 and source.tensor is source.parameters[0][1]:
         return {own[0][0]: gradient}
-    targets = [parameter for _, parameter in own]
-    start = gradient.to(source.tensor.dtype)
-
-    def back(row: Tensor, batched: bool) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = torch.autograd.grad(
-            source.tensor, targets, row, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
-        return found
-
-    try:
-        found = back(start, True)
-    except RuntimeError:  # an operation without a batched derivative
-        columns = zip(*(back(row, False) for row in start), strict=True)
-        found = tuple(
-            torch.stack([torch.zeros_like(t) if v is None else v for v in column])
-            for t, column in zip(targets, columns, strict=True)
-        )
-    return {name: working(value) for (name, _), value in zip(own, found, strict=True) if value is not None}
+    starts, targets = gradient.to(source.tensor.dtype), [parameter for _, parameter in own]
+    found = [
+        torch.autograd.grad(source.tensor, targets, start, retain_graph=True, materialize_grads=True)
+        for start in starts
+    ]
+    columns = zip(own, zip(*found, strict=True), strict=True)
+    return {name: working(torch.stack(column)) for (name, _), column in columns}
 
 
 def _draw(rows: Sequence[Any], draw: int) -> Any:
@@ -227,8 +214,6 @@ def kept(rows: Any, keep: Tensor) -> Any:
         return rows.keep(keep)
     if isinstance(rows, Joined):
         return Joined(rows.onehot.keep(keep), kept(rows.dense, keep))
-    if isinstance(rows, Patches):
-        rows = rows.laid_out()
     return torch.where(keep.view(1, -1, 1, 1), rows, 0)
 
 

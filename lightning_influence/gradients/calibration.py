@@ -44,7 +44,7 @@ def measured_scale(
     size = source.batch_size
     if source.plain and len(indices) > size and of_mean is not False:
         watch, steady = _ValueReads(), None
-        with suppress(NoLossError), closing(losses(indices[:size], everywhere=True, watch=watch)) as first:
+        with suppress(NoLossError), closing(losses(indices[:size], everywhere=True, watch=lambda n: watch)) as first:
             _, loss = next(first)
             steady = steady_terms([(term.key, term.call, term.form) for term in loss.seen], loss.n)
         if steady is not None and not watch.seen:

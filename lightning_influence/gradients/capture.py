@@ -8,9 +8,9 @@ stops at the outputs of the calls, so that no weight gradient and nothing below 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
-from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +28,9 @@ from lightning_influence.gradients.block_rows import (
 )
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.forward_uses import ForwardUses
+from lightning_influence.gradients.plain_autograd import differentiated
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.layers.call import MatrixCall
-from lightning_influence.layers.patches import Activations, laid_out
 from lightning_influence.layers.rows import Rows
 
 
@@ -40,20 +40,15 @@ class LayerIO:
 
     Attributes:
         name: Block name.
-        activations: ``[k, n, s, i]``, float32 or float64: one for all draws of labels, or one per draw where they
-            depend on the labels (embeddings, see ``rows``). Those of convolutions are not laid out yet.
+        xs: Activations ``[k, n, s, i]``, float32 or float64: one for all draws of labels, or one per draw where they
+            depend on the labels (embeddings, see ``rows``).
         gs: Output gradients ``[k, n, s, o]``, one per draw of labels (one for true labels), or one that all draws
             share. Each is the derivative of *that example's own* loss, not of the batch mean.
     """
 
     name: str
-    activations: Sequence[Activations]
+    xs: Sequence[Tensor]
     gs: Sequence[Rows]
-
-    @cached_property
-    def xs(self) -> Sequence[Tensor]:
-        """The activations, laid out."""
-        return laid_out(self.activations)
 
     @property
     def x(self) -> Tensor:
@@ -81,7 +76,7 @@ class Capture:
 
     def __init__(self, coverage: Coverage) -> None:
         self.coverage = coverage
-        self._flags: list[tuple[Tensor, bool]] = []
+        self._thawed: AbstractContextManager[None] = nullcontext()
         self._uses: list[tuple[str, Use]] = []
         self._outputs: list[Output] = []
         self._computed: dict[str, list[dict[str, Tensor]]] = {}  # one example at a time
@@ -91,17 +86,12 @@ class Capture:
         blocks = self.coverage.blocks.values()
         # All of them one by one: the loss still has to depend on something.
         thawed = [block for block in blocks if block.name not in self.coverage.one_by_one] or blocks
-        self._flags = [(p, p.requires_grad) for block in thawed for p in block.parameters.values()]
-        for parameter, _ in self._flags:
-            parameter.requires_grad_(True)
+        self._thawed = differentiated([p for block in thawed for p in block.parameters.values()])
+        self._thawed.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        self._flags = []
+    def __exit__(self, *error: Any) -> None:
+        self._thawed.__exit__(*error)
         self.clear()
 
     def forward(self, n: int | None = None) -> ForwardUses:
@@ -164,9 +154,11 @@ class Capture:
         self._computed[name] = draws
 
     @property
-    def order(self) -> list[str]:
-        """Names of the blocks used in the last forward pass, in order of their first use."""
-        return list(dict.fromkeys(name for name, _ in self._uses))
+    def held_bytes(self) -> int:
+        """Memory that everything captured takes, before any of it is laid out."""
+        found = [tensor for _, use in self._uses for tensor in (use.call.input, *use.output.gradients)]
+        found += [tensor for draws in self._computed.values() for draw in draws for tensor in draw.values()]
+        return sum({id(tensor): tensor.nbytes for tensor in found if tensor is not None}.values())
 
     def finite(self, n: int) -> Tensor:
         """Tell which examples have inputs and output gradients in every layer whose squares are finite: ``[n]`` bool.
@@ -207,7 +199,7 @@ class Capture:
         """
         if drain:
             self._outputs = []  # they hold every gradient
-        for name in [*self.order, *self._computed]:
+        for name in dict.fromkeys([*(name for name, _ in self._uses), *self._computed]):
             io = self.layer(name, n, keep)
             if io is not None:
                 yield io

@@ -15,12 +15,10 @@ from lightning_influence.core.torch_private import eager_name
 from lightning_influence.gradients.profiles import Profile
 from lightning_influence.gradients.trace import Trace
 from lightning_influence.layers.blocks import (
-    LARGEST_VECTOR,
     ONE_HOT,
     LayerError,
     MatrixBlock,
     ParameterBlock,
-    VectorBlock,
 )
 
 Uncovered = Literal["report", "exact"]
@@ -186,46 +184,20 @@ class _Survey:
             if profile.form is None and len(partners) == 1 and None not in partners:
                 (partner,) = partners
                 weight = None if partner is None else self.profiles.get(partner)
-                if weight is not None and weight.reason is None and partner is not None and partner not in biases:
+                if weight and weight.reason is None and not weight.by_rows and partner and partner not in biases:
                     biases[partner] = profile
         joined = {id(p.parameter) for p in biases.values()}
-        blocks: list[ParameterBlock] = []
-        for profile in understood:
-            if id(profile.parameter) in joined:
-                continue
-            bias = biases.get(id(profile.parameter))
-            pair = {p.name: p.parameter for p in (profile, bias) if p is not None}
-            name = profile.name.removesuffix(".weight") if profile.name != "weight" else ""
-            rows = profile.parameter.ndim >= 2 and profile.parameter.shape[-1] > 1
-            if profile.form is None and (not rows or profile.parameter.numel() <= LARGEST_VECTOR):
-                blocks.append(VectorBlock(name, pair))
-            elif profile.form is None:
-                blocks.append(MatrixBlock(name, (profile.name, profile.parameter), form="rows", kinds=ONE_HOT))
-            else:
-                kinds = frozenset(profile.kinds) | (ONE_HOT if profile.direct else frozenset())
-                blocks.append(
-                    MatrixBlock(
-                        name,
-                        (profile.name, profile.parameter),
-                        None if bias is None else (bias.name, bias.parameter),
-                        form=profile.form,
-                        groups=profile.groups,
-                        kinds=kinds,
-                    )
-                )
-        return blocks
+        pairs = [(p, biases.get(id(p.parameter))) for p in understood if id(p.parameter) not in joined]
+        return [_block(weight, bias) for weight, bias in pairs]
 
     def _slow_blocks(self) -> list[ParameterBlock]:
-        blocks: list[ParameterBlock] = []
-        for profile in self.profiles.values():
-            if profile.reason is None or profile.parameter.is_complex():
-                continue
-            if profile.parameter.ndim >= 2:
-                named = (profile.name, profile.parameter)
-                blocks.append(MatrixBlock(profile.name, named, kinds=ONE_HOT))
-            else:
-                blocks.append(VectorBlock(profile.name, {profile.name: profile.parameter}))
-        return blocks
+        named = [(p.name, p.parameter) for p in self.profiles.values() if p.reason and not p.parameter.is_complex()]
+        return [
+            MatrixBlock(name, (name, parameter), kinds=ONE_HOT)
+            if parameter.ndim >= 2
+            else ParameterBlock(name, {name: parameter})
+            for name, parameter in named
+        ]
 
     def _selected(self, blocks: list[ParameterBlock], patterns: Sequence[Layer]) -> list[ParameterBlock]:
         matched: set[int] = set()
@@ -252,3 +224,15 @@ class _Survey:
             hint = f"did you mean {close}?" if close else f"there are {known[:20] or 'none'}"
             raise LayerError(f"`layers=` names {listed}, which match no supported layer; {hint}")
         return kept
+
+
+def _block(profile: Profile, bias: Profile | None) -> ParameterBlock:
+    """Return the block of an understood parameter and its bias."""
+    name = profile.name.removesuffix(".weight") if profile.name != "weight" else ""
+    weight, added = (profile.name, profile.parameter), None if bias is None else (bias.name, bias.parameter)
+    if profile.form is not None:
+        kinds = frozenset(profile.kinds) | (ONE_HOT if profile.direct else frozenset())
+        return MatrixBlock(name, weight, added, form=profile.form, groups=profile.groups, kinds=kinds)
+    if profile.by_rows:
+        return MatrixBlock(name, weight, form="rows", kinds=ONE_HOT)
+    return ParameterBlock(name, dict([weight] if added is None else [weight, added]))

@@ -1,30 +1,35 @@
 """Following parameters, and what is made from them without the batch, to where they meet it.
 
-Tracing and capture both do: one to find out how a model uses its parameters, the other to read every batch.
+Tracing and capture both do: one to find out how a model uses its parameters, the other to read every batch. Every call
+of a torch function is seen, from the outside and from within attention.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Container, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lightning_influence.core.containers import tensors_in
+from lightning_influence.core.torch_private import visible_attention
 from lightning_influence.gradients.block_rows import Source
-from lightning_influence.gradients.watch import FunctionWatch, outputs_of
 from lightning_influence.layers.embedding import EmbeddingCall
-from lightning_influence.layers.registry import read_call
+from lightning_influence.layers.registry import IN_PLACE, read_call
 from lightning_influence.layers.site import NotUnderstoodError, Site
+from lightning_influence.objective.losses import all_arguments
 
 Owners: TypeAlias = Mapping[str, Tensor]
 """Full name to parameter."""
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class Follower(FunctionWatch):
-    """Follows parameters through a forward pass.
+class Follower(TorchFunctionMode, ABC):
+    """Follows parameters through a forward pass, and changes nothing in it.
 
     Args:
         parameters: Full name to parameter.
@@ -39,28 +44,41 @@ class Follower(FunctionWatch):
             id(parameter): Source(parameter, ((name, parameter),)) for name, parameter in parameters.items()
         }
 
-    @property
-    def followed(self) -> Container[int]:
-        """Ids of the parameters, and of what was made from them alone."""
-        return self.sources
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the call unchanged and look at it."""
+        kwargs = all_arguments(func, kwargs or {})
+        if func == F.multi_head_attention_forward:
+            # Its linear maps are the layers. This copy does not ask the mode again, so the mode can see what it calls.
+            with self:
+                return visible_attention(*args, **kwargs)
+        before = args
+        if func in IN_PLACE and any(id(tensor) in self.sources for tensor in tensors_in((args, kwargs))):
+            before = (args[0].detach().clone(), *args[1:])
+        output = func(*args, **kwargs)
+        made = [args[0]] if func == Tensor.__setitem__ else list(tensors_in(output))
+        if made:
+            self.after(func, (args, kwargs), made, before)
+        return output
 
     def after(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-        before: tuple[Any, ...] | None,
+        self, func: Callable[..., Any], arguments: Arguments, made: Sequence[Tensor], before: tuple[Any, ...]
     ) -> None:
-        """Look at a call that takes what is followed; without gradients it adds nothing to theirs in training."""
-        if not torch.is_grad_enabled() or not any(id(t) in self.sources for t in tensors_in((args, kwargs))):
+        """Look at a finished call that takes what is followed; without gradients it adds nothing to theirs in training.
+
+        Args:
+            func: The function.
+            arguments: Its positional and keyword arguments.
+            made: The tensors that it made or changed.
+            before: The positional arguments, with a copy of what the call has overwritten.
+        """
+        passed = [tensor for tensor in tensors_in(arguments) if id(tensor) in self.sources]
+        made = [tensor for tensor in made if tensor.requires_grad]
+        if not passed or not made or not torch.is_grad_enabled():
             return
-        made = [tensor for tensor in outputs_of(func, args, output) if tensor.requires_grad]
-        if not made:
-            return
-        passed = [tensor for tensor in tensors_in((args, kwargs)) if id(tensor) in self.sources]
         owners = dict(pair for tensor in passed for pair in self.sources[id(tensor)].parameters)
-        site = Site(func, args if before is None else before, kwargs, passed, made[0])
+        site = Site(func, before, arguments[1], passed, made[0])
         if self.meets_batch(site, owners):
             return
         indices = _looked_up(site, owners) if len(made) == 1 else None
@@ -74,6 +92,11 @@ class Follower(FunctionWatch):
             site: The call, its output the first that requires a gradient.
             owners: The parameters that what is followed in it was made from.
         """
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return the name that a torch function goes by in messages."""
+    return getattr(function, "__name__", repr(function))
 
 
 def _looked_up(site: Site, owners: Owners) -> Tensor | None:

@@ -8,9 +8,8 @@ from lightning_influence.core.containers import tensors_in
 from lightning_influence.core.torch_private import versions
 from lightning_influence.gradients.block_rows import Output, Source, Use, unknown
 from lightning_influence.gradients.coverage import Coverage
-from lightning_influence.gradients.follower import Follower, Owners
+from lightning_influence.gradients.follower import Follower, Owners, name_of
 from lightning_influence.gradients.trace import PathFinder
-from lightning_influence.gradients.watch import name_of
 from lightning_influence.layers.blocks import LayerError, NewPathError
 from lightning_influence.layers.call import Call, Layouts
 from lightning_influence.layers.registry import read_call

@@ -3,58 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from lightning_influence.gradients.discover import trace_model
+from lightning_influence.gradients.coverage import Coverage
+from lightning_influence.gradients.trace import Trace
 from lightning_influence.layers.blocks import LayerError, NewPathError
 from lightning_influence.objective.terms import BatchLoss
 
-if TYPE_CHECKING:
-    from lightning_influence.gradients.passes import ExampleGradients
+
+class _Retrace(Protocol):
+    def __call__(self, *, whole: bool) -> Trace: ...
 
 
-def followed(gradients: ExampleGradients, indices: Sequence[int], evaluate: Callable[[], BatchLoss]) -> BatchLoss:
+def followed(
+    coverage: Coverage, evaluate: Callable[[], BatchLoss], retrace: _Retrace, indices: Sequence[int]
+) -> BatchLoss:
     """Return the loss of a batch; what is new in it is traced first.
 
     Args:
-        gradients: The passes.
-        indices: The examples of the batch.
+        coverage: How parameters are used, so far.
         evaluate: Runs the batch.
+        retrace: Traces a few of its examples, or all of them as one batch.
+        indices: Those examples.
     """
+    trace = coverage.trace
     for whole in (False, True):
         try:
             loss = evaluate()
         except NewPathError:
             # A few of the examples may take the same path as all of them, at a fraction of the memory.
-            _trace(gradients, indices, whole)
-        else:
-            if not _met_new_terms(gradients, loss, indices):
-                return loss
+            _add(coverage, retrace(whole=whole), indices)
+            continue
+        new = {term.key for term in loss.seen} - trace.forms.keys() - trace.formless
+        if not new or trace.failure is not None or not trace.forms:
+            return loss
+        _add(coverage, retrace(whole=True), indices)
+        trace.formless |= new - trace.forms.keys()
+        if new <= trace.formless:
+            return loss
     return evaluate()
 
 
-def _met_new_terms(gradients: ExampleGradients, loss: BatchLoss, indices: Sequence[int]) -> bool:
-    """Trace a batch whose loss has terms that no traced batch had; tell whether that has told more of them."""
-    trace = gradients.coverage.trace
-    new = {term.key for term in loss.seen} - trace.forms.keys() - trace.formless
-    if not new or trace.failure is not None or not trace.forms:
-        return False
-    _trace(gradients, indices, whole=True)
-    trace.formless |= new - trace.forms.keys()
-    return not new <= trace.formless
-
-
-def _trace(gradients: ExampleGradients, indices: Sequence[int], whole: bool) -> None:
-    coverage = gradients.coverage
-    trace = trace_model(
-        gradients.module,
-        gradients.task,
-        gradients.source,
-        indices=indices,
-        whole=whole,
-        to_device=gradients.to_device,
-        forward_context=gradients.forward_context,
-    )
+def _add(coverage: Coverage, trace: Trace, indices: Sequence[int]) -> None:
     for block in coverage.blocks.values():
         for name, parameter in block.parameters.items():
             for use in trace.uses(parameter):

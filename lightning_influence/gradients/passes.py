@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -25,11 +25,12 @@ from lightning_influence.gradients.answering import answered
 from lightning_influence.gradients.calibration import measured_scale
 from lightning_influence.gradients.capture import Capture, LayerIO
 from lightning_influence.gradients.coverage import Coverage
+from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.new_paths import followed
 from lightning_influence.gradients.noise import ExampleNoise
 from lightning_influence.gradients.plain_autograd import Start, gradients_one_by_one
 from lightning_influence.objective.losses import known_losses
-from lightning_influence.objective.scale import LossScale, NoLossError
+from lightning_influence.objective.scale import LossScale
 from lightning_influence.objective.task import Task, TaskError, run_tapped
 from lightning_influence.objective.terms import BatchLoss, understand
 
@@ -154,8 +155,7 @@ class ExampleGradients:
         self.to_device = to_device or mover(module)
         self._progress = progress or _silent
         self.forward_context = forward_context
-        measure = partial(self._measured, range(len(source)))
-        self._scale = _Scale(measure if scale is None else None, scale)
+        self._scale = _Scale(partial(self._measured, range(len(source))) if scale is None else None, scale)
 
     @property
     def scale(self) -> LossScale | None:
@@ -193,33 +193,29 @@ class ExampleGradients:
 
     def with_scale(self, scale: LossScale | None) -> ExampleGradients:
         """Return the same passes with another loss scale; None weighs every batch such that its loss is its mean."""
-        changed = copy.copy(self)
-        changed._scale = _Scale(None, scale)
-        return changed
+        return self._with(_scale=_Scale(None, scale))
 
     def on(self, source: ExampleSource) -> ExampleGradients:
         """Return the same passes over other examples."""
-        other = copy.copy(self)
-        other.source = source
-        return other
+        return self._with(source=source)
 
     def within(self, context: Callable[[], AbstractContextManager[Any]]) -> ExampleGradients:
         """Return the same passes with every forward pass in a further context, entered anew for each."""
-        outer = self.forward_context
 
         @contextmanager
         def both() -> Iterator[None]:
-            with outer(), context():
+            with self.forward_context(), context():
                 yield
 
-        other = copy.copy(self)
-        other.forward_context = both
-        return other
+        return self._with(forward_context=both)
 
     def measuring(self, quantity: Quantity | None) -> ExampleGradients:
         """Return the same passes whose gradients are those of another quantity than the loss."""
+        return self._with(quantity=quantity)
+
+    def _with(self, **changes: Any) -> ExampleGradients:
         other = copy.copy(self)
-        other.quantity = quantity
+        vars(other).update(changes)
         return other
 
     def run(
@@ -253,30 +249,21 @@ class ExampleGradients:
         Raises:
             TaskError: If labels other than the true ones are asked for and the loss was not tapped.
         """
-        own = list(indices) if everywhere else distributed.share(indices)
         # Many draws hold many output gradients at a time: those passes keep to the size that training has room for.
-        size = self.source.pass_batch_size
-        if labels == "exact":
-            size = min(size, self.source.batch_size)
-        size = len(own) if whole else size
-        self._scale()  # before anything is frozen
-        with (
-            untouched(self.module, self.task),
-            Capture(self.coverage) as capture,
-            (self._progress if title else _silent)(title, len(own)) as advance,
-        ):
-
-            def forward(batch: Any, chosen: list[int]) -> BatchLoss:
-                def evaluate() -> BatchLoss:
-                    return self.forward(batch, len(chosen), step_seed=step_seed, watch=capture.forward(len(chosen)))
-
-                try:
-                    return followed(self, chosen, evaluate)
-                except NoLossError:
-                    capture.clear()
-                    raise
-
-            for chosen, loss in answered(self.source, own, size, forward, apart=not whole):
+        size = min(self.source.pass_batch_size, self.source.batch_size) if labels == "exact" else None
+        capture = Capture(self.coverage)
+        run = self.losses(
+            indices,
+            title=title,
+            everywhere=everywhere,
+            size=len(indices) if whole else size,
+            watch=capture.forward,
+            step_seed=step_seed,
+            capture=capture,
+            apart=not whole,
+        )
+        with closing(run) as losses:
+            for chosen, loss in losses:
                 draws = loss.exact_draws() if labels == "exact" else 1
                 for number, (outputs, gradients) in enumerate(_starts(self, loss, labels, chosen, draw)):
                     capture.backward(outputs, gradients, last=number + 1 == draws)
@@ -290,7 +277,6 @@ class ExampleGradients:
                     finite = finite & torch.isfinite(loss.values).to(finite.device)
                 yield BatchGradients(chosen, loss, finite, capture)
                 capture.clear()
-                advance(loss.n)
 
     def losses(
         self,
@@ -299,7 +285,10 @@ class ExampleGradients:
         title: str = "",
         everywhere: bool = False,
         size: int | None = None,
-        watch: AbstractContextManager[Any] | None = None,
+        watch: Callable[[int], AbstractContextManager[Any]] | None = None,
+        step_seed: int = 0,
+        capture: Capture | None = None,
+        apart: bool = True,
     ) -> Generator[tuple[list[int], BatchLoss], None, None]:
         """Visit this process's share of the examples, forward only.
 
@@ -308,20 +297,37 @@ class ExampleGradients:
             title: Text of the progress bar; none without.
             everywhere: Visit all the examples on every process instead of a share.
             size: Examples in a batch, by default as passes have them.
-            watch: Context around every forward pass.
+            watch: Context around every forward pass, given the number of examples.
+            step_seed: Seed of what ``training_step`` itself draws.
+            capture: To be active meanwhile, by default one that nobody asks.
+            apart: Whether batches without a loss may be halved.
         """
         own = list(indices) if everywhere else distributed.share(indices)
-        self._scale()
+        self._scale()  # before anything is frozen
 
         def forward(batch: Any, chosen: list[int]) -> BatchLoss:
-            return followed(self, chosen, lambda: self.forward(batch, len(chosen), watch=watch))
+            def evaluate() -> BatchLoss:
+                n = len(chosen)
+                return self.forward(batch, n, step_seed=step_seed, watch=watch(n) if watch else None)
 
+            retrace = partial(
+                trace_model,
+                self.module,
+                self.task,
+                self.source,
+                indices=chosen,
+                to_device=self.to_device,
+                forward_context=self.forward_context,
+            )
+            return followed(self.coverage, evaluate, retrace, chosen)
+
+        progress = self._progress if title else _silent
         with (
             untouched(self.module, self.task),
-            Capture(self.coverage),
-            (self._progress if title else _silent)(title, len(own)) as advance,
+            capture or Capture(self.coverage),
+            progress(title, len(own)) as advance,
         ):
-            for chosen, loss in answered(self.source, own, size, forward):
+            for chosen, loss in answered(self.source, own, size, forward, apart=apart):
                 yield chosen, loss
                 advance(loss.n)
 
@@ -386,8 +392,5 @@ def _starts_of_copies(index: int, copies: int, passes: ExampleGradients, labels:
     return list(_starts(passes, passes.forward(batch, copies), labels, [index] * copies, draw))
 
 
-class _silent(nullcontext[Callable[[int], None]]):
-    """Progress that shows nothing."""
-
-    def __init__(self, title: str, examples: int) -> None:
-        super().__init__(lambda done: None)
+def _silent(title: str, examples: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda done: None)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.gradients.watch import name_of
+from lightning_influence.gradients.follower import name_of
 
 _WRITING = {Tensor.__setitem__} | {
     getattr(owner, name)

@@ -1,20 +1,16 @@
-"""Gradients by plain autograd: of parameters that have no rows, one example at a time, and of a whole batch."""
+"""Gradients by plain autograd, one example at a time: of parameters that have no rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_influence.core.isolation import untouched
 from lightning_influence.core.precision import working
 from lightning_influence.gradients.coverage import Coverage
-
-if TYPE_CHECKING:
-    from lightning_influence.gradients.passes import ExampleGradients
 
 Start: TypeAlias = "tuple[list[Tensor], list[Tensor]]"
 """Tensors, and gradients with respect to them, to run backward from."""
@@ -40,15 +36,15 @@ def gradients_one_by_one(
     owned = [(b, name, p) for b in sorted(coverage.one_by_one) for name, p in coverage.blocks[b].parameters.items()]
     tensors = [parameter for _, _, parameter in owned]
     rows: list[list[list[Tensor]]] = []  # draw, parameter, example
-    with _differentiated(tensors):
+    with differentiated(tensors):
         for index in indices:
             begun = starts(index, _COPIES)
             rows = rows or [[[] for _ in tensors] for _ in begun]
             for number, (outputs, gradients) in enumerate(begun):
                 more = number + 1 < len(begun)
-                found = torch.autograd.grad(outputs, tensors, gradients, retain_graph=more, allow_unused=True)
-                for column, tensor, gradient in zip(rows[number], tensors, found, strict=True):
-                    column.append(working(_dense(gradient, tensor) / _COPIES))
+                found = torch.autograd.grad(outputs, tensors, gradients, retain_graph=more, materialize_grads=True)
+                for column, gradient in zip(rows[number], found, strict=True):
+                    column.append(working(gradient.to_dense() / _COPIES))
     result: dict[str, list[dict[str, Tensor]]] = {block: [{} for _ in rows] for block in coverage.one_by_one}
     for number, columns in enumerate(rows):
         for (block, name, _), column in zip(owned, columns, strict=True):
@@ -56,24 +52,9 @@ def gradients_one_by_one(
     return result
 
 
-def batch_gradients(gradients: ExampleGradients, batch: Any, n: int) -> dict[str, dict[str, Tensor]]:
-    """Return the gradient of the loss of a batch of ``n`` for every covered parameter: block, parameter -> tensor."""
-    blocks = gradients.coverage.blocks
-    owned = [(block, name, p) for block in blocks for name, p in blocks[block].parameters.items()]
-    tensors = [parameter for _, _, parameter in owned]
-    with untouched(gradients.module, gradients.task):
-        for tensor in tensors:
-            tensor.requires_grad_(True)
-        loss = gradients.with_scale(None).forward(batch, n)
-        found = torch.autograd.grad(loss.loss, tensors, allow_unused=True)
-    result: dict[str, dict[str, Tensor]] = {}
-    for (block, name, tensor), gradient in zip(owned, found, strict=True):
-        result.setdefault(block, {})[name] = _dense(gradient, tensor)
-    return result
-
-
 @contextmanager
-def _differentiated(tensors: Sequence[Tensor]) -> Iterator[None]:
+def differentiated(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Let tensors require gradients meanwhile."""
     flags = [tensor.requires_grad for tensor in tensors]
     try:
         for tensor in tensors:
@@ -82,9 +63,3 @@ def _differentiated(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for tensor, flag in zip(tensors, flags, strict=True):
             tensor.requires_grad_(flag)
-
-
-def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
-    if gradient is None:
-        return torch.zeros_like(like)
-    return gradient.to_dense() if gradient.layout != torch.strided else gradient

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_influence.gradients.trace import Trace, TracedUse
+from lightning_influence.layers.blocks import LARGEST_VECTOR
 from lightning_influence.layers.linear import LinearCall
 
 _ACROSS = {"linear": "transposed", "transposed": "linear"}
@@ -67,6 +68,12 @@ class Profile:
         elif not met:
             profile.reason = "its values never meet the batch"
         return profile
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether it is too large for a vector, and has rows: it stands alone, as there is no place for a bias."""
+        shape = self.parameter.shape
+        return self.form is None and len(shape) >= 2 and shape[-1] > 1 and shape.numel() > LARGEST_VECTOR
 
     def _look_at(self, use: TracedUse, largest_repeated: float) -> None:
         if use.kind == "unknown" or use.call is None:

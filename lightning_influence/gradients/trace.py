@@ -101,7 +101,6 @@ class Trace:
         parameters: The traced parameters (kept alive, as ids are theirs).
         without_gradients: Ids of parameters that were used where gradients are off.
         ambiguous: Whether the values left open in which order rows of examples lie.
-        batch_statistics: Whether a batch norm took the statistics of the batch.
         forms: Where the examples of each term of the loss are, see ``discover.term_forms``.
         formless: Terms of the loss that tracing has told nothing about.
         outside: Shapes of trainable parameters that took part but are in no module, and the functions that used them.
@@ -112,7 +111,6 @@ class Trace:
     parameters: Sequence[Tensor] = ()
     without_gradients: set[int] = field(default_factory=set)
     ambiguous: bool = False
-    batch_statistics: bool = False
     forms: Mapping[TermKey, TermForm] = field(default_factory=dict)
     formless: set[TermKey] = field(default_factory=set)
     outside: list[str] = field(default_factory=list)

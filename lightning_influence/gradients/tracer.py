@@ -12,15 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_influence.core.containers import tensors_in
 from lightning_influence.core.layout import BatchLayout, Order, find_layout, settle_order
-from lightning_influence.gradients.follower import Follower, Owners
+from lightning_influence.gradients.follower import Arguments, Follower, Owners, name_of
 from lightning_influence.gradients.picked_rows import PickedRows
 from lightning_influence.gradients.trace import Trace, TracedUse, view_of
-from lightning_influence.gradients.watch import name_of, outputs_of
 from lightning_influence.layers.call import Call, Layouts
 from lightning_influence.layers.elementwise import ExpandCall
 from lightning_influence.layers.registry import read_call
@@ -103,17 +101,10 @@ class Tracer(Follower):
         self._picked = PickedRows()
 
     def after(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-        before: tuple[Any, ...] | None,
+        self, func: Callable[..., Any], arguments: Arguments, made: Sequence[Tensor], before: tuple[Any, ...]
     ) -> None:
         """Compare the shapes with those of the smaller batch, and note what became of parameters."""
-        tensors, made = list(tensors_in((args, kwargs))), outputs_of(func, args, output)
-        if not made:
-            return
+        tensors = list(tensors_in(arguments))
         parameters = tuple(id(t) for t in tensors if id(t) in self._registered)
         call = Shapes(func, parameters, tuple(t.shape for t in tensors), tuple(t.shape for t in made))
         if self._smaller is None:
@@ -126,14 +117,12 @@ class Tracer(Follower):
         if self._batched:
             self._from_batch.update((id(t), t) for t in made)
             self._picked.follow(func, tensors, made)
-        if func == F.batch_norm and _takes_statistics(args, kwargs):
-            self.trace.batch_statistics = True
         if torch.is_grad_enabled():
             self._note_strangers(func, tensors)
         else:
             # Not what an in-place call makes of a leaf, either: a teacher that follows the model, clipped weights.
             self.trace.without_gradients.update(id(t) for t in tensors if id(t) in self.sources)
-        super().after(func, args, kwargs, output, before)
+        super().after(func, arguments, made, before)
 
     def _in_smaller(self, call: Shapes, follows: bool) -> Shapes | None:
         """Return the same call in the smaller batch; a loop over examples makes more of those without parameters."""
@@ -280,8 +269,3 @@ def _raw_input(call: Call, site: Site) -> Tensor | None:
         if same and not site.is_parameter(tensor):
             return tensor
     return None
-
-
-def _takes_statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-    return bool({**dict(zip(names, args, strict=False)), **kwargs}.get("training"))

@@ -7,26 +7,26 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_influence.core.isolation import untouched
 from lightning_influence.core.precision import wide
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.plain_autograd import batch_gradients
-from lightning_influence.gradients.watch import PrecisionWatch, lower_precision
+from lightning_influence.gradients.precision_watch import PrecisionWatch, lower_precision
 from lightning_influence.layers import per_sample
-from lightning_influence.layers.rows import held_bytes
 from lightning_influence.objective.scale import LossScale
 
-# By the lowest precision that takes part; `_COARSE` below single precision.
-_TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3}
-_COARSE = 5e-2
+# Of sums over a batch, and of an example's own gradient in a batch and among copies of itself, by the lowest precision
+# that takes part; the last below single precision.
+_TOLERANCES = {torch.float64: (1e-8, 1e-8), torch.float32: (2e-3, 1e-4)}
+_COARSE = (5e-2, 5e-2)
 # Gradients below this share of the whole are rounding noise in a layer that hardly learns.
 _NEGLIGIBLE = 1e-4
-# An example's own gradient, in a batch and among copies of itself, and the share of others below which it is rounding.
-_OWN_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4}
+# The share of others below which an example's own gradient is rounding.
 _SMALL_SHARE = 1e-2
 # Examples compared so, chosen at random, besides the first and the last one.
 _DRAWN = 2
@@ -125,12 +125,6 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
     look = _look(gradients, indices, keep=compared)
     if not verify:
         return look.inspection
-    if gradients.coverage.trace.batch_statistics:
-        raise VerificationError(
-            "a batch norm normalises by the statistics of the batch, in eval mode too: the loss of an example depends "
-            "on the others, so its own influence is not defined. Use `track_running_stats=True` and do not call "
-            "`.train()` in `training_step`, replace it by a group or layer norm, or accept it with `verify=False`."
-        )
     if not bool(look.finite.all()):
         good = [index for index, finite in zip(indices, look.finite.tolist(), strict=True) if finite]
         if not good:
@@ -170,7 +164,7 @@ def _look(
     """
     positions: dict[str, int] = {}
     sums: dict[str, Tensor] = {}
-    largest = total = 0
+    largest = 0
     norms: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}
     start = time.perf_counter()
@@ -183,9 +177,7 @@ def _look(
         loss = item.loss
         for io in item.layers():
             positions[io.name] = io.x.shape[2]
-            # As they lie in the capture, and the largest once more as it is worked on.
-            total += held_bytes(io.activations[0]) + held_bytes(io.gs[0])
-            largest = max(largest, held_bytes(io.x))
+            largest = max(largest, io.x.nbytes)  # as it is worked on, beside all that lies in the capture
             sums[io.name] = per_sample.summed_gradient(io.x, io.gs[0])
             norms[io.name] = wide(per_sample.squared_norms(io.x, io.gs[0]))
             if keep:
@@ -196,7 +188,7 @@ def _look(
             positions,
             loss.tapped,
             loss.exact_draws(),
-            total + largest,
+            item.capture.held_bytes + largest,
             None,
             time.perf_counter() - start,
             len(indices),
@@ -208,8 +200,7 @@ def _look(
             loss.values,
             item.finite,
             loss.scale,
-            _TOLERANCES.get(dtype, _COARSE),
-            _OWN_TOLERANCES.get(dtype, _COARSE),
+            *_TOLERANCES.get(dtype, _COARSE),
             kept,
         )
 
@@ -224,12 +215,23 @@ def _draws_random_numbers(gradients: ExampleGradients, indices: list[int], look:
     )
 
 
+def batch_gradient(gradients: ExampleGradients, batch: Any, n: int) -> dict[str, Tensor]:
+    """Return the gradient of the loss of a batch of ``n`` by plain autograd: ``[k, o, i]`` by block."""
+    blocks = gradients.coverage.blocks
+    owned = {name: p for block in blocks.values() for name, p in block.parameters.items()}
+    with untouched(gradients.module, gradients.task):
+        for tensor in owned.values():
+            tensor.requires_grad_(True)
+        loss = gradients.with_scale(None).forward(batch, n)
+        found = torch.autograd.grad(loss.loss, list(owned.values()), materialize_grads=True)
+    whole = {name: gradient.to_dense() for name, gradient in zip(owned, found, strict=True)}
+    return {name: block.from_parameters(whole) for name, block in blocks.items()}
+
+
 def _compare(gradients: ExampleGradients, indices: list[int], look: _Look) -> float:
     with isolated_rng():
         ((_, batch),) = gradients.source.batches(indices, len(indices))
-    autograd = batch_gradients(gradients, batch, len(indices))
-    blocks = gradients.coverage.blocks
-    expected = {name: blocks[name].from_parameters(tensors) for name, tensors in autograd.items()}
+    expected = batch_gradient(gradients, batch, len(indices))
     whole = max((float(block.norm()) for block in expected.values()), default=0.0)
     errors: dict[str, float] = {}
     for name, block in expected.items():

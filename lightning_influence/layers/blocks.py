@@ -15,7 +15,6 @@ only row, a vector.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_influence.layers.call import Layouts, MatrixCall
-from lightning_influence.layers.patches import Activations, laid_out
 from lightning_influence.layers.rows import OneHot, Rows
 
 # A side with more rows keeps the identity as its eigenbasis: the decomposition is cubic, a minute for this one.
@@ -42,8 +40,10 @@ class NewPathError(LayerError):
     """A batch took another path through the model than any that was traced."""
 
 
-class ParameterBlock(ABC):
+class ParameterBlock:
     """Parameters whose per-example gradients are handled together.
+
+    Without a matrix form (scales, shifts and whatever else) all are flattened into one row, ``(1, 1, p)``.
 
     Args:
         name: Path of the module for its weight and bias, of the parameter for others.
@@ -55,14 +55,14 @@ class ParameterBlock(ABC):
         self.parameters = dict(parameters)
 
     @property
-    @abstractmethod
     def shape(self) -> tuple[int, int, int]:
         """``(k, o, i)``, the bias column included."""
+        return 1, 1, sum(p.numel() for p in self.parameters.values())
 
     @property
-    @abstractmethod
     def dense(self) -> tuple[bool, bool]:
-        """Whether the output side and the input side may have a dense eigenbasis."""
+        """Whether the output side and the input side may have a dense eigenbasis; long vectors have a diagonal."""
+        return True, self.shape[2] <= LARGEST_VECTOR
 
     @property
     def basis_sizes(self) -> tuple[int, int]:
@@ -71,21 +71,32 @@ class ParameterBlock(ABC):
         return o * self.dense[0], i * self.dense[1]
 
     @property
-    @abstractmethod
     def bias_columns(self) -> slice | None:
         """Columns of the block that are the second parameter, None without one."""
+        first = next(iter(self.parameters.values()))
+        return slice(first.numel(), None) if len(self.parameters) > 1 else None
 
-    @abstractmethod
     def to_parameters(self, block: Tensor) -> dict[str, Tensor]:
         """Split ``[..., k, o, i]`` into tensors shaped like the parameters, by name (leading dimensions kept)."""
+        lead = block.shape[:-3]
+        parts = block.reshape(*lead, -1).split([p.numel() for p in self.parameters.values()], -1)
+        return {
+            name: part.reshape((*lead, *p.shape))
+            for (name, p), part in zip(self.parameters.items(), parts, strict=True)
+        }
 
-    @abstractmethod
     def from_parameters(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Join tensors shaped like the parameters, by name, into one block ``[k, o, i]``."""
+        return torch.cat([tensors[name].reshape(-1) for name in self.parameters]).view(1, 1, -1)
 
-    @abstractmethod
     def direct_rows(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Rows]:
         """Turn per-example gradients ``[n, *shape]``, by parameter name, into rows; missing ones are zero."""
+        like = next(iter(gradients.values()))
+        parts = [
+            gradients[name].reshape(len(like), -1) if name in gradients else like.new_zeros((len(like), p.numel()))
+            for name, p in self.parameters.items()
+        ]
+        return torch.cat(parts, 1).view(1, len(like), 1, -1), like.new_ones((1, len(like), 1, 1))
 
     def no_rows(self, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Rows]]:
         """Return rows of zeros, one pair for each kind of rows that the block can have."""
@@ -192,7 +203,7 @@ class MatrixBlock(ParameterBlock):
 
     def linear_rows(
         self, call: MatrixCall, gradients: Sequence[Tensor | None], n: int, layouts: Layouts, start: int, bias: bool
-    ) -> tuple[list[Activations], list[Rows]]:
+    ) -> tuple[list[Tensor], list[Rows]]:
         """Return the rows of a linear map or a convolution.
 
         Args:
@@ -205,7 +216,7 @@ class MatrixBlock(ParameterBlock):
         """
         x = call.captured(n, layouts, ones=bias)
         if self.has_bias and not bias:
-            x = self.widened(laid_out([x])[0])
+            x = self.widened(x)
         rows: list[Rows] = []
         for gradient in gradients:
             if gradient is None:
@@ -227,45 +238,3 @@ class MatrixBlock(ParameterBlock):
         onehot = OneHot(torch.zeros((1, 1), dtype=torch.long, device=device), self.shape[1], kept=nothing)
         pairs = {"linear": zeros[0], "embedding": (zeros[0][0], onehot)}
         return [pairs[kind] for kind in sorted(self.kinds)]
-
-
-class VectorBlock(ParameterBlock):
-    """Scales, shifts and whatever else has no matrix form: all parameters flattened into one row, ``(1, 1, p)``."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(1, 1, p)``."""
-        return 1, 1, sum(p.numel() for p in self.parameters.values())
-
-    @property
-    def dense(self) -> tuple[bool, bool]:
-        """Dense for short vectors, diagonal for long ones."""
-        return True, self.shape[2] <= LARGEST_VECTOR
-
-    @property
-    def bias_columns(self) -> slice | None:
-        """Everything behind the first parameter."""
-        first = next(iter(self.parameters.values()))
-        return slice(first.numel(), None) if len(self.parameters) > 1 else None
-
-    def to_parameters(self, block: Tensor) -> dict[str, Tensor]:
-        """Split ``[..., 1, 1, p]`` by name."""
-        lead = block.shape[:-3]
-        parts = block.reshape(*lead, -1).split([p.numel() for p in self.parameters.values()], -1)
-        return {
-            name: part.reshape((*lead, *p.shape))
-            for (name, p), part in zip(self.parameters.items(), parts, strict=True)
-        }
-
-    def from_parameters(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Join tensors, by name, into ``[1, 1, p]``."""
-        return torch.cat([tensors[name].reshape(-1) for name in self.parameters]).view(1, 1, -1)
-
-    def direct_rows(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Rows]:
-        """Return the gradients as the only row of every example, times one."""
-        like = next(iter(gradients.values()))
-        parts = [
-            gradients[name].reshape(len(like), -1) if name in gradients else like.new_zeros((len(like), p.numel()))
-            for name, p in self.parameters.items()
-        ]
-        return torch.cat(parts, 1).view(1, len(like), 1, -1), like.new_ones((1, len(like), 1, 1))

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.layout import BatchLayout
-from lightning_influence.layers.patches import Activations
 
 Bound: TypeAlias = Literal["input", "gradient", "nothing"]
 
@@ -111,8 +110,8 @@ class MatrixCall(Call):
     def output_gradients(self, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
         """Return ``[k, n, s, o]``."""
 
-    def captured(self, n: int, layouts: Layouts, *, ones: bool = False) -> Activations:
-        """Return the activations, laid out only where that costs nothing.
+    def captured(self, n: int, layouts: Layouts, *, ones: bool = False) -> Tensor:
+        """Return the activations, with a last column of ones on request.
 
         Args:
             n: Number of examples.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from lightning_influence.core.precision import working
 from lightning_influence.layers.call import Call, Layouts, MatrixCall
-from lightning_influence.layers.patches import Patches
 from lightning_influence.layers.registry import reads
 from lightning_influence.layers.site import Site
 
@@ -45,24 +45,14 @@ class ConvolutionCall(MatrixCall):
 
     def activations(self, n: int, layouts: Layouts) -> Tensor:
         """``[n·m, c, ...] -> [groups, n, s, i]``: one row per output position."""
-        return self.captured(n, layouts).laid_out()
+        return self.captured(n, layouts)
 
-    def captured(self, n: int, layouts: Layouts, *, ones: bool = False) -> Patches:
-        """``[n·m, c, ...] -> [groups, n, s, i (+ 1)]``: one row per output position, not laid out yet."""
-        images = layouts.input.by_example(working(self.input), n).flatten(0, 1)
+    def captured(self, n: int, layouts: Layouts, *, ones: bool = False) -> Tensor:
+        """``[n·m, c, ...] -> [groups, n, s, i (+ 1)]``: one row per output position."""
+        images = self._padded(layouts.input.by_example(working(self.input), n).flatten(0, 1))
         stride = (1,) * len(self.stride) if self.transposed else self.stride
-        before, after = (max(side, 0) for side in self.padding[0])
-        return Patches(
-            self._padded(images),
-            n,
-            self.kernel,
-            stride,
-            self.dilation,
-            self.groups,
-            flipped=self.transposed,
-            ones=ones,
-            margin=(before, after),
-        )
+        rows = patches(images, self.kernel, stride, self.dilation, self.groups, flipped=self.transposed, ones=ones)
+        return rows.view(*rows.shape[:2], n, -1).permute(0, 2, 3, 1)
 
     def output_gradients(self, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
         """``[n·m, c, ...] -> [groups, n, s, o]``."""
@@ -81,6 +71,56 @@ class ConvolutionCall(MatrixCall):
             images = apart
         sides = [side for pair in reversed(self.padding) for side in pair]
         return F.pad(images, sides) if any(sides) else images
+
+
+def patches(
+    images: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    *,
+    flipped: bool = False,
+    ones: bool = False,
+) -> Tensor:
+    """Return what the kernel sees at every output position, inputs first: moments and rotations are one product each.
+
+    Args:
+        images: ``[n, groups·c, ...]``, padded.
+        kernel: Size of the kernel, per spatial dimension.
+        stride: Per spatial dimension.
+        dilation: Per spatial dimension.
+        groups: Number of groups.
+        flipped: Whether the kernel is laid over the image in reverse (transposed convolutions).
+        ones: Whether a last input, always 1, stands for the bias.
+
+    Returns:
+        ``[groups, i, n·s]``, the inputs ``i`` being channels, then kernel positions.
+    """
+    (of_n, of_c, *of_pixels), d, channels = images.stride(), len(kernel), images.shape[1] // groups
+    sizes = zip(images.shape[2:], kernel, stride, dilation, strict=True)
+    out = [(size - far * (width - 1) - 1) // step + 1 for size, width, step, far in sizes]
+    # All patches as one strided view, copied straight beside the bias: F.unfold and a concatenation take 3 to 20 times
+    # as long.
+    view = images.as_strided(
+        (groups, channels, *kernel, len(images), *out),
+        (
+            of_c * channels,
+            of_c,
+            *(pixel * far for pixel, far in zip(of_pixels, dilation, strict=True)),
+            of_n,
+            *(pixel * step for pixel, step in zip(of_pixels, stride, strict=True)),
+        ),
+        images.storage_offset(),
+    )
+    if flipped:
+        view = view.flip(tuple(range(2, 2 + d)))
+    inputs = channels * math.prod(kernel)
+    rows = images.new_empty((groups, inputs + ones, len(images) * math.prod(out)))
+    rows[:, :inputs].view(view.shape).copy_(view)
+    if ones:
+        rows[:, -1] = 1
+    return rows
 
 
 @reads(F.conv1d, F.conv2d, F.conv3d)

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial, update_wrapper
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_influence.core.containers import map_tensors, tensors_in
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.core.precision import working
-from lightning_influence.layers.call import Call, DirectCall, Layouts, as_now, over_positions
+from lightning_influence.layers.call import Call, DirectCall, Layouts, as_now
 from lightning_influence.layers.registry import IN_PLACE, reads
 from lightning_influence.layers.site import NotUnderstoodError, Site
-
-
-@dataclass(frozen=True, eq=False)
-class PReLUCall(DirectCall):
-    """``F.prelu``: one slope for all, or one per channel (dimension 1)."""
-
-    def direct(self, role: str, gradient: Tensor, n: int, layouts: Layouts) -> Tensor:
-        """Return ``Σ g x`` over the positions with a negative input."""
-        rows = layouts.output.by_example(gradient * self.input.clamp(max=0), n)
-        if self.parameters[role].numel() == 1:
-            return rows.flatten(1).sum(1, keepdim=True)
-        return over_positions(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,12 +87,6 @@ def _reduced(gradient: Tensor, shape: torch.Size, n: int, layout: BatchLayout) -
     return rows.reshape((n, *shape))
 
 
-@reads(F.prelu, torch.prelu)
-def _read_prelu(site: Site) -> Call:
-    a = site.bind("input weight")
-    return PReLUCall(a["input"].detach(), site.roles(a, "prelu", weight="weight"))
-
-
 @reads(
     Tensor.expand,
     Tensor.expand_as,
@@ -152,13 +132,6 @@ def _read_elementwise(plain: Callable[..., Tensor], sign: int | None, site: Site
     )
 
 
-def _swapped(function: Callable[..., Any]) -> Callable[..., Any]:
-    def swapped(self: Any, other: Any) -> Any:
-        return function(other, self)
-
-    return update_wrapper(swapped, function)
-
-
 def _register() -> None:
     signs = {"add": 1, "sub": -1, "subtract": -1}
     for name in ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow", "maximum",
@@ -169,9 +142,8 @@ def _register() -> None:
         functions = [function for function in (plain, *methods, *in_place) if function is not None]
         reads(*functions)(partial(_read_elementwise, plain, signs.get(name)))
         IN_PLACE.update(function for function in in_place if function is not None)
-    for method, operation in (("__rsub__", operator.sub), ("__rdiv__", operator.truediv), ("__rpow__", operator.pow)):
-        reads(getattr(Tensor, method))(partial(_read_elementwise, _swapped(operation), None))
-    reads(torch.rsub)(partial(_read_elementwise, torch.rsub, None))
+    for function in (Tensor.__rsub__, Tensor.__rdiv__, Tensor.__rpow__, torch.rsub):
+        reads(function)(partial(_read_elementwise, function, None))
 
 
 _register()

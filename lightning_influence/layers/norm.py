@@ -1,4 +1,4 @@
-"""Normalisations: scale and shift of each feature."""
+"""Normalisations and PReLU: scale and shift of each feature."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lightning_influence.layers.site import NotSeparableError, Site
 
 @dataclass(frozen=True, eq=False)
 class NormCall(DirectCall):
-    """A normalisation with an affine part.
+    """A normalisation with an affine part, or what else scales each feature.
 
     Attributes:
-        normalise: The same normalisation without the affine part.
+        normalise: What is scaled, of the input: the same normalisation without the affine part.
         features: Number of last dimensions that the weight spans; 0 for a weight per channel (dimension 1).
     """
 
@@ -39,6 +39,8 @@ class NormCall(DirectCall):
         """Return ``Σ g x̂`` for the weight and ``Σ g`` for the bias, over all positions."""
         scaled = gradient * self.normalise(self.input) if role == "weight" else gradient
         rows = layouts.output.by_example(scaled, n)
+        if self.parameters[role].numel() == 1:  # one slope for all
+            return rows.flatten(1).sum(1).view(n, *self.parameters[role].shape)
         if self.features:
             shape = rows.shape[-self.features :]
             return rows.reshape(n, -1, *shape).sum(1)
@@ -62,3 +64,9 @@ def _read_norm(site: Site) -> Call:
         raise NotSeparableError("in a batch norm that takes the statistics of the batch")
     plain = {name: value for name, value in a.items() if name not in ("input", "weight", "bias") and value is not None}
     return NormCall(a["input"].detach(), roles, partial(site.function, **plain), len(a.get("normalized_shape", ())))
+
+
+@reads(F.prelu, torch.prelu)
+def _read_prelu(site: Site) -> Call:
+    a = site.bind("input weight")
+    return NormCall(a["input"].detach(), site.roles(a, "prelu", weight="weight"), partial(torch.clamp, max=0))

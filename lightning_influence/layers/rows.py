@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.layers.patches import Patches
-
 
 @dataclass(frozen=True, eq=False)
 class OneHot:
@@ -68,9 +66,6 @@ class Joined:
 
 Rows: TypeAlias = "Tensor | OneHot | Joined"
 
-# Rows of a moment that are computed together.
-_PANEL = 128
-
 
 def join(rows: Sequence[Tensor | OneHot]) -> Rows:
     """Lay rows end to end along the positions; one-hot rows have to come first."""
@@ -101,16 +96,6 @@ def some(rows: Rows, examples: Tensor) -> Rows:
 def _some(rows: OneHot, examples: Tensor) -> OneHot:
     kept = None if rows.kept is None else rows.kept[examples]
     return OneHot(rows.indices[examples], rows.size, rows.distinct, kept)
-
-
-def held_bytes(rows: Rows | Patches) -> int:
-    """Return the memory that rows take as they are; one-hot ones have their indices alone."""
-    if isinstance(rows, Joined):
-        return held_bytes(rows.onehot) + held_bytes(rows.dense)
-    if isinstance(rows, Patches):
-        rows = rows.images
-    tensor = rows.indices if isinstance(rows, OneHot) else rows
-    return tensor.numel() * tensor.element_size()
 
 
 def added(parts: Iterable[Tensor]) -> Tensor:
@@ -146,11 +131,8 @@ def compact(x: Tensor, rows: OneHot) -> Tensor:
     return torch.zeros_like(x).scatter_add_(2, place, x)
 
 
-def second_moment(rows: Rows | Patches, *, diagonal: bool = False) -> Tensor:
+def second_moment(rows: Rows, *, diagonal: bool = False) -> Tensor:
     """Return ``Σ_ns v_ns v_nsᵀ`` for rows ``[k, n, s, o]``: ``[k, o, o]``, or only its diagonal ``[k, o]``."""
-    if isinstance(rows, Patches):
-        moment = None if diagonal else rows.second_moment()
-        return second_moment(rows.laid_out(), diagonal=diagonal) if moment is None else moment
     if isinstance(rows, Joined):
         onehot = second_moment(rows.onehot, diagonal=diagonal)
         return onehot.to(rows.dense.dtype) + second_moment(rows.dense, diagonal=diagonal)
@@ -160,29 +142,8 @@ def second_moment(rows: Rows | Patches, *, diagonal: bool = False) -> Tensor:
         return counts if diagonal else torch.diag_embed(counts)
     if diagonal:
         return rows.square().sum((1, 2))
-    k, n, s, i = rows.shape
-    columns = _columns(rows)
-    if columns is None:
-        if k == 1 and s > 1 and not rows.is_contiguous():
-            # One product per example rather than a copy.
-            return torch.addbmm(rows.new_zeros((i, i)), rows[0].transpose(-1, -2), rows[0]).unsqueeze(0)
-        columns = rows.reshape(k, n * s, i).transpose(-1, -2)
-    if i < 2 * _PANEL:
-        return columns @ columns.transpose(-1, -2)
-    # Symmetric: panels of rows, each from the diagonal on.
-    result = rows.new_empty((k, i, i))
-    for start in range(0, i, _PANEL):
-        panel = columns[:, start : start + _PANEL] @ columns[:, start:].transpose(-1, -2)
-        result[:, start : start + _PANEL, start:] = panel
-        result[:, start:, start : start + _PANEL] = panel.transpose(-1, -2)
-    return result
-
-
-def _columns(rows: Tensor) -> Tensor | None:
-    """Return ``[k, i, n·s]`` where rows ``[k, n, s, i]`` lie so in memory, as patches do; else None."""
-    _, n, s, i = rows.shape
-    apart = rows.stride(2) == 1 and (n == 1 or rows.stride(1) == s) and i > 1 and rows.stride(3) >= n * s
-    return rows.permute(0, 3, 1, 2).flatten(2) if apart and s > 1 else None
+    columns = rows.flatten(1, 2)
+    return columns.mT @ columns
 
 
 def rotate(rows: Tensor, basis: Tensor | None) -> Tensor:
@@ -192,8 +153,5 @@ def rotate(rows: Tensor, basis: Tensor | None) -> Tensor:
     k, n, s, i = rows.shape
     if s == 1 or rows.is_contiguous():
         return torch.bmm(rows.reshape(k, n * s, i), basis).view(k, n, s, -1)
-    columns = _columns(rows)
-    if columns is not None:
-        return torch.bmm(basis.transpose(-1, -2), columns).view(k, -1, n, s).permute(0, 2, 3, 1)
-    # A convolution's output gradients lie as [n, o, s]: multiply from the left there rather than copy them.
+    # Patches and a convolution's output gradients lie with the positions last: multiply from the left, without a copy.
     return (basis.transpose(-1, -2).unsqueeze(1) @ rows.transpose(-1, -2)).transpose(-1, -2)

@@ -87,9 +87,7 @@ class ExampleScorer(Visitor):
         if self._scorer is not None:
             norms, inner = self._scorer.add(io, vector)
         else:
-            # Laid out if others need it, too: that is kept.
-            in_rows = vector is not None or not (sizes is None or tracin.is_one_rate(sizes, bias))
-            norms = per_sample.squared_norms(io.x if in_rows else io.activations[0], io.gs[0])
+            norms = per_sample.squared_norms(io.x, io.gs[0])
             inner = None if vector is None else per_sample.inner_products(io.x, io.gs[0], vector)
         self._row["grad_norm_squared"] += norms
         if inner is not None:

@@ -20,7 +20,6 @@ from lightning_influence.core import distributed
 from lightning_influence.core.precision import wide, wide_dtype
 from lightning_influence.curvature.solve.spectrum import rounding
 from lightning_influence.layers import per_sample
-from lightning_influence.layers.patches import Activations, Patches
 from lightning_influence.layers.rows import Rows
 
 Measure = Literal["covariances", "eigenvalues"]
@@ -90,7 +89,7 @@ class CurvatureBlock(ABC):
         """Return names and shapes of ``tensors``; what is called a basis, ``[k, m, m]``, takes a decomposition."""
 
     @abstractmethod
-    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         """Return this batch's part of the running pass's sums; one of ``xs``, ``gs`` or both have one per draw."""
 
     @abstractmethod
@@ -115,17 +114,17 @@ class CurvatureBlock(ABC):
 
     # ------------------------------------------------------------------------------------------------------- fitting
 
-    def update(self, x: Activations | Sequence[Activations], gs: Sequence[Rows], examples: int) -> None:
+    def update(self, x: Tensor | Sequence[Tensor], gs: Sequence[Rows], examples: int) -> None:
         """Add one batch to the running pass.
 
         Args:
             x: Activations ``[k, n, s, i]``, or one per draw where they depend on the labels (embeddings, see
-                ``rows``); rows of left-out examples are zero. Patches are laid out only if the pass needs them.
+                ``rows``); rows of left-out examples are zero.
             gs: Output gradients ``[k, n, s, o]`` whose outer products, summed over the draws, average to the
                 curvature of one example's loss. Rows of left-out examples are zero.
             examples: Number of examples that count (``n`` minus those left out).
         """
-        xs = [x] if isinstance(x, (Tensor, Patches)) else x
+        xs = [x] if isinstance(x, Tensor) else x
         for name, value in self._contributions(xs, gs, examples).items():
             if name in self._sums:
                 self._sums[name] += value

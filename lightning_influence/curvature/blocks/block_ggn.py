@@ -12,7 +12,6 @@ from lightning_influence.core.precision import exact
 from lightning_influence.curvature.blocks.block import CurvatureBlock, Measure, Shape, Sides
 from lightning_influence.curvature.blocks.eigenvectors import eigendecomposition
 from lightning_influence.layers import per_sample
-from lightning_influence.layers.patches import Activations, laid_out
 from lightning_influence.layers.rows import Rows
 
 # Scalars of per-example gradients that are rotated at a time.
@@ -63,9 +62,9 @@ class BlockGGN(CurvatureBlock):
         rotated = (rows @ self.basis) * scales.unsqueeze(1)
         return (rotated @ self.basis.transpose(-1, -2)).transpose(0, 1).reshape(v.shape)
 
-    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         draws = max(len(xs), len(gs))
-        xs, total = laid_out(xs), None
+        total = None
         for draw in range(draws):
             x, g = xs[draw if len(xs) > 1 else 0], gs[draw if len(gs) > 1 else 0]
             for chunk in per_sample.gradients(x, g):

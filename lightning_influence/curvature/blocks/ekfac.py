@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_influence.curvature.blocks.block import Measure
 from lightning_influence.curvature.blocks.kfac import KFACBlock
 from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
-from lightning_influence.layers.patches import Activations
 from lightning_influence.layers.rows import Rows
 
 
@@ -24,7 +23,7 @@ class EKFACBlock(KFACBlock):
     measures: ClassVar[tuple[Measure, ...]] = ("covariances", "eigenvalues")
     title: ClassVar[str] = "EK-FAC"
 
-    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         kind = KroneckerBlock if self._finished_passes else KFACBlock
         return kind._contributions(self, xs, gs, examples)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_influence.curvature.blocks.block import CurvatureBlock, Measure, Shape, Sides
 from lightning_influence.layers import per_sample
-from lightning_influence.layers.patches import Activations
 from lightning_influence.layers.rows import Rows
 
 
@@ -69,7 +68,7 @@ class IdentityBlock(CurvatureBlock):
     def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
         return v * scales
 
-    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         return {}
 
     def _finish(self, sums: dict[str, Tensor]) -> None:

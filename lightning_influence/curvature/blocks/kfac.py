@@ -12,7 +12,6 @@ from lightning_influence.core.precision import exact, wide_dtype
 from lightning_influence.curvature.blocks.block import Measure
 from lightning_influence.curvature.blocks.eigenvectors import eigenvectors
 from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
-from lightning_influence.layers.patches import Activations, laid_out
 from lightning_influence.layers.rows import Joined, OneHot, Rows, added, second_moment
 
 
@@ -32,7 +31,7 @@ class KFACBlock(KroneckerBlock):
     measures: ClassVar[tuple[Measure, ...]] = ("covariances",)
     title: ClassVar[str] = "K-FAC"
 
-    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
         outputs, inputs = self.dense
         for use, use_xs, use_gs in _by_use(xs, gs):
@@ -78,15 +77,13 @@ class KFACBlock(KroneckerBlock):
             self.tensors["eigenvalues"] = added(y.unsqueeze(-1) * x.unsqueeze(-2) for y, x in pairs).to(kept)
 
 
-def _by_use(
-    xs: Sequence[Activations], gs: Sequence[Rows]
-) -> Iterator[tuple[str, Sequence[Activations], Sequence[Rows]]]:
+def _by_use(xs: Sequence[Tensor], gs: Sequence[Rows]) -> Iterator[tuple[str, Sequence[Tensor], Sequence[Rows]]]:
     """Yield the rows of each kind of use: name, activations and output gradients by draw."""
     joined = [g for g in gs if isinstance(g, Joined)]
     if not joined:
         yield ("embedding" if isinstance(gs[0], OneHot) else "linear"), xs, gs
         return
-    splits = [joined[0].split(x) for x in laid_out(xs)]
+    splits = [joined[0].split(x) for x in xs]
     yield "embedding", [first for first, _ in splits], [joined[0].onehot]
     # Looked-up vectors have gradients that depend on the labels; the activations of a linear map do not.
     yield "linear", [splits[0][1]], [g.dense for g in joined]

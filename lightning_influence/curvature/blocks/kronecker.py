@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_influence.curvature.blocks.block import CurvatureBlock, Eigenbasis, Shape, Sides
 from lightning_influence.layers import per_sample
-from lightning_influence.layers.patches import Activations, laid_out
 from lightning_influence.layers.rows import Rows
 
 
@@ -67,8 +66,8 @@ class KroneckerBlock(CurvatureBlock):
             v = v @ basis_x.transpose(-1, -2)
         return v if basis_g is None else basis_g @ v
 
-    def _contributions(self, xs: Sequence[Activations], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
-        return {"squares": per_sample.rotated_squares(laid_out(xs), gs, *self.basis)}
+    def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
+        return {"squares": per_sample.rotated_squares(xs, gs, *self.basis)}
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
         self.tensors["eigenvalues"] = sums["squares"] / sums["examples"].to(sums["squares"].dtype)

@@ -10,13 +10,12 @@ Index legend: ``k`` groups, ``n`` examples, ``s``/``t`` positions, ``i`` inputs,
 """
 
 from lightning_influence.layers.per_sample.forming import formed, gradients, summed_gradient
-from lightning_influence.layers.per_sample.norms import squared_norms, squared_norms_with_bias
+from lightning_influence.layers.per_sample.norms import squared_norms
 from lightning_influence.layers.per_sample.products import inner_products, products
 from lightning_influence.layers.per_sample.rotated import (
     rotated_rows,
     rotated_scores,
     rotated_squares,
-    summed_squares,
     weighted_rotated_squares,
     weighted_squares,
 )
@@ -30,9 +29,7 @@ __all__ = [
     "rotated_scores",
     "rotated_squares",
     "squared_norms",
-    "squared_norms_with_bias",
     "summed_gradient",
-    "summed_squares",
     "weighted_rotated_squares",
     "weighted_squares",
 ]

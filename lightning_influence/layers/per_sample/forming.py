@@ -11,7 +11,7 @@ from lightning_influence.layers.rows import Joined, OneHot, Rows, added
 
 # Scalars of formed gradients held at a time: 16 MiB in float32.
 _CHUNK_ELEMENTS = 2**22
-# The same where they are used up at once, in a buffer that is filled again: it stays in a processor's cache.
+# The same where they are used up at once: they stay in a processor's cache.
 _CACHED_ELEMENTS = 2**20
 
 
@@ -20,11 +20,17 @@ def at_a_time(scalars: int, *, cached: bool = False) -> int:
     return max(1, (_CACHED_ELEMENTS if cached else _CHUNK_ELEMENTS) // scalars)
 
 
-def gradients(x: Tensor, g: Rows) -> Iterator[Tensor]:
-    """Yield the per-example gradients a few examples at a time, each ``[k, m, o, i]``, in order."""
+def gradients(x: Tensor, g: Rows, *, cached: bool = True) -> Iterator[Tensor]:
+    """Yield the per-example gradients a few examples at a time, each ``[k, m, o, i]`` and new, in order.
+
+    Args:
+        x: Activations ``[k, n, s, i]``.
+        g: Output gradients ``[k, n, s, o]``.
+        cached: Whether they are used up at once, and had better stay in a processor's cache.
+    """
     k, n, _, i = x.shape
     o = g.shape[3]
-    step = at_a_time(k * i * o)
+    step = at_a_time(k * i * o, cached=cached and x.device.type == "cpu")
     if isinstance(g, Tensor):
         for start in range(0, n, step):
             # kmso, kmsi -> kmoi
@@ -40,26 +46,6 @@ def gradients(x: Tensor, g: Rows) -> Iterator[Tensor]:
             chunk = g.dense[:, start : start + step].transpose(-1, -2) @ second[:, start : start + step]
         chunk.view(-1, i).index_add_(0, (ids + offset).reshape(-1), first[0, start : start + step].reshape(-1, i))
         yield chunk
-
-
-def in_buffer(x: Tensor, g: Rows, *, inputs_first: bool = True, cached: bool = True) -> Iterator[Tensor]:
-    """Yield per-example gradients, ``[k, m, i, o]``: each valid until the next one.
-
-    Inputs first, as the bias makes their number odd, and rows of an even length in memory are written faster; or
-    ``[k, m, o, i]``, which other matrices are laid out like.
-    """
-    if not isinstance(g, Tensor):
-        yield from (chunk.transpose(-1, -2) if inputs_first else chunk for chunk in gradients(x, g))
-        return
-    k, n = x.shape[:2]
-    # kmsi, kmso -> kmio
-    left, right = (x, g) if inputs_first else (g, x)
-    rows, columns = left.shape[3], right.shape[3]
-    step = min(n, at_a_time(k * rows * columns, cached=cached and x.device.type == "cpu"))
-    buffer = torch.empty((k, step, rows, columns), dtype=torch.result_type(x, g), device=x.device)
-    for start in range(0, n, step):
-        some, others = left[:, start : start + step], right[:, start : start + step]
-        yield torch.matmul(some.transpose(-1, -2), others, out=buffer[:, : some.shape[1]])
 
 
 def formed(x: Tensor, g: Rows) -> Tensor:

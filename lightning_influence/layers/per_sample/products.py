@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_influence.layers.per_sample.forming import at_a_time, in_buffer
+from lightning_influence.layers.per_sample.forming import at_a_time, gradients
 from lightning_influence.layers.rows import Joined, OneHot, Rows, rotate
 
 
@@ -54,7 +54,7 @@ def products(x: Tensor, g: Rows, vectors: Tensor) -> Tensor:
     # One matrix product with all vectors per chunk: forming the gradients costs a q-th of it. All vectors go through
     # the cache for every chunk, so these are large.
     flat = vectors.flatten(1).T
-    chunks = in_buffer(x, g, inputs_first=False, cached=False)
+    chunks = gradients(x, g, cached=False)
     return torch.cat([chunk.transpose(0, 1).flatten(1) @ flat for chunk in chunks])
 
 

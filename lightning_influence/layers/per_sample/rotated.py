@@ -8,17 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.layers.per_sample.forming import in_buffer, scattered
+from lightning_influence.layers.per_sample.forming import gradients, scattered
 from lightning_influence.layers.per_sample.norms import squared_norms
 from lightning_influence.layers.per_sample.products import inner_products
 from lightning_influence.layers.rows import OneHot, Rows, added, compact, rotate
 
 RotationForm = Literal["auto", "rotate_first", "form_first"]
-
-
-def summed_squares(x: Tensor | Sequence[Tensor], gs: Sequence[Rows]) -> Tensor:
-    """Return the elementwise squares of the gradients, summed over examples and draws, ``[k, o, i]``."""
-    return rotated_squares(x, gs, None, None)
 
 
 def weighted_squares(x: Tensor, g: Rows, weights: Tensor) -> Tensor:
@@ -59,8 +54,7 @@ def rotated_squares(
         squares = added(rotate(_dense(g), basis_g)[:, :, 0].square() for g in gs)
         # kno, kni -> koi
         return squares.transpose(-1, -2) @ rotate(x, basis_x)[:, :, 0].square()
-    squares = added(chunk.square_().sum(1) for chunk in _rotated(x, gs, basis_x, basis_g, form))
-    return squares.transpose(-1, -2).contiguous()
+    return added(chunk.square_().sum(1) for chunk in _rotated(x, gs, basis_x, basis_g, form))
 
 
 def weighted_rotated_squares(
@@ -154,14 +148,14 @@ def rotated_rows(x: Tensor, g: Rows, basis_x: Tensor | None, basis_g: Tensor | N
 
 
 def _columns(matrices: Tensor) -> Tensor:
-    """Return ``[d, k, o, i]`` as columns ``[k, i·o, d]``, to multiply what ``_rotated`` yields."""
-    return matrices.transpose(-1, -2).flatten(2).permute(1, 2, 0)
+    """Return ``[d, k, o, i]`` as columns ``[k, o·i, d]``, to multiply what ``_rotated`` yields."""
+    return matrices.flatten(2).permute(1, 2, 0)
 
 
 def _rotated(
     x: Tensor, gs: Sequence[Rows], basis_x: Tensor | None, basis_g: Tensor | None, form: RotationForm
 ) -> Iterator[Tensor]:
-    """Yield rotated gradients for every draw, a few examples at a time, ``[k, m, i, o]``: each valid until the next.
+    """Yield rotated gradients for every draw, a few examples at a time, ``[k, m, o, i]``, to be worked on in place.
 
     Either side is turned before the gradients are formed or after that, whichever is cheaper: per example, ``d`` draws
     cost ``s·i²`` or ``d·o·i²`` multiplications on the side of the inputs, and ``d·s·o²`` or ``d·i·o²`` on the other.
@@ -174,10 +168,10 @@ def _rotated(
         rows, after = g, basis_g
         if g_first and basis_g is not None:
             rows, after = rotate(_dense(g), basis_g), None
-        for chunk in in_buffer(x, rows):
+        for chunk in gradients(x, rows):
             if after is not None:
-                chunk = chunk @ after.unsqueeze(1)
-            yield chunk if basis_x is None else basis_x.transpose(-1, -2).unsqueeze(1) @ chunk
+                chunk = after.mT.unsqueeze(1) @ chunk
+            yield chunk if basis_x is None else chunk @ basis_x.unsqueeze(1)
 
 
 def _dense(g: Rows) -> Tensor:

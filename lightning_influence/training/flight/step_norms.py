@@ -18,7 +18,6 @@ from lightning_influence.layers.blocks import MatrixBlock, ParameterBlock
 from lightning_influence.layers.call import DirectCall, MatrixCall
 from lightning_influence.layers.embedding import EmbeddingCall
 from lightning_influence.layers.linear import LinearCall
-from lightning_influence.layers.patches import Activations, laid_out
 from lightning_influence.layers.rows import Rows
 from lightning_influence.training import optimizers
 
@@ -88,8 +87,8 @@ class StepNorms:
                 else:
                     yield source.tensor, _of_direct(use, role, n, scale)
             return
-        activations, gs = joined(rows_of(block, uses, n))
-        x, weights = laid_out(activations)[0], self._weights(block)
+        xs, gs = joined(rows_of(block, uses, n))
+        x, weights = xs[0], self._weights(block)
         for parameter, part in zip(block.parameters.values(), columns, strict=False):
             yield parameter, _squares(x[..., part], gs[0], weights, part)
 
@@ -119,7 +118,7 @@ class StepNorms:
         return scale
 
 
-def _rows(use: Use, n: int) -> tuple[Activations, Rows]:
+def _rows(use: Use, n: int) -> tuple[Tensor, Rows]:
     """Return the activations and output gradients of a weight."""
     call, layouts, gradient = use.call, use.layouts, _gradient(use)
     if isinstance(call, EmbeddingCall):
@@ -140,9 +139,8 @@ def _gradient(use: Use) -> Tensor:
     return working(next(gradient for gradient in use.output.gradients if gradient is not None))
 
 
-def _squares(x: Activations, g: Rows, weights: Tensor | None, columns: slice) -> Tensor:
+def _squares(x: Tensor, g: Rows, weights: Tensor | None, columns: slice) -> Tensor:
     """Return ``Σ_oi P (Σ_s g xᵀ)²`` of every example, ``[n]``, with the given columns of the weights ``P``."""
     if weights is None:
         return per_sample.squared_norms(x, g)
-    (x,) = laid_out([x])
     return per_sample.weighted_squares(x, g, weights[..., columns].detach().to(x))
