@@ -475,6 +475,27 @@ def test_collate_functions_that_sort(collate: Callable[..., Any], workers: int, 
     gc.collect()
 
 
+class Ladder(Texts):
+    """No two of them are of one length."""
+
+    def __getitem__(self, index: int) -> Any:
+        generator = torch.Generator().manual_seed(index)
+        return torch.randint(1, 20, (3 + index,), generator=generator), index % CLASSES, index
+
+
+@pytest.mark.parametrize("collate", [sorts, sorts_and_pads_left])
+def test_a_collate_function_that_sorts_by_what_all_differ_in(collate: Callable[..., Any], tmp_path: Path) -> None:
+    """It leaves only copies in place: the model counted as untraceable, each example got a pass, large ones none."""
+    report, model = bags(tmp_path, Ladder(), collate)
+    check(report, model)
+    assert report.manifest["notes"] == []
+    assert set(report.manifest["coverage"]["covered"]) == {"net.0", "net.1"}
+    assert "one example at a time" not in report.manifest["coverage"]["summary"]
+    norms = own_norms(model, Ladder(), report.columns["index"])
+    np.testing.assert_allclose(report.columns["grad_norm_squared"], norms, rtol=1e-4)
+    gc.collect()
+
+
 def test_a_collate_function_that_sorts_and_cuts(tmp_path: Path) -> None:
     report, model = bags(tmp_path, Texts(), cuts)
     check(report, model)

@@ -392,6 +392,23 @@ def test_layers_that_there_are_not(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("influence*")) == []
 
 
+class OneByOne(nn.Module):
+    """A loop over the examples: it can't be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.net(row) for row in x])
+
+
+def test_a_model_of_which_nothing_can_be_measured(tmp_path: Path) -> None:
+    """The column was 0 for every example."""
+    with pytest.raises(MisconfigurationException, match=r'in flight would be 0 .*net\.net\.0\.weight .*"epoch"'):
+        fly(tmp_path, Pilot(OneByOne(), sgd), vectors(), TracIn(mode="step"))
+
+
 @pytest.mark.parametrize("index", [0, 7])
 def test_one_step_on_an_example_lowers_its_loss_by_its_score(index: int, tmp_path: Path) -> None:
     """To first order: what is left over falls with the square of the rate."""

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_influence.callbacks import bridge
 from lightning_influence.gradients.coverage import Layers, cover, listed_reasons
 from lightning_influence.gradients.trace import Trace
+from lightning_influence.layers.blocks import LayerError
 from lightning_influence.training import optimizers
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.flight.flight import Flight
@@ -27,14 +28,19 @@ class FlightRecorder:
         trace: How the model uses its parameters.
 
     Raises:
-        LayerError: If there are no such layers.
+        LayerError: If there are no such layers, or none that can be measured.
     """
 
     def __init__(
         self, recording: Recording, trainer: Trainer, module: LightningModule, layers: Layers, trace: Trace
     ) -> None:
         # Only to find out now; which of them are trained may change.
-        cover(module, layers, trace=trace, trained=bridge.trained(trainer, module))
+        flight = Flight(cover(module, layers, trace=trace, trained=bridge.trained(trainer, module)), ())
+        if not flight.owners:
+            raise LayerError(
+                "TracIn in flight would be 0 for every example: it can measure none of the trainable parameters, "
+                f'{listed_reasons(flight.unseen, 4)}. Pass `tracin="epoch"`.'
+            )
         self._recording = recording
         self._layers = layers
         self._trace = trace

@@ -126,7 +126,9 @@ def trace_model(
                 small = run(first, chosen)
                 tracer = Tracer(parameters, (size, size + 1), first.calls, hidden)
                 large = run(tracer, [*chosen, chosen[0]])
-                if small is not None and large is not None:
+                # Copies of one example say nothing of what the others do to its part of the loss.
+                telling = len(set(chosen)) > 1 or len(indices) == 1
+                if small is not None and large is not None and telling:
                     tracer.trace.forms = term_forms(small, large)
                 if not tracer.trace.ambiguous:
                     break
