@@ -12,14 +12,14 @@ from test_curvature import CLASSES, NETS, N
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence.audit.store.factors import read_factors
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.curvature import BLOCKS, Curvature, FactorExamples, fit
 from lightning_influence.curvature.saved import restored
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.scores.examples import mean_gradient, score_examples
+from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.measurements import mean_gradient
 
 
 def problem(net: str = "mlp", dtype: torch.dtype = torch.float64, **options: Any) -> ExampleGradients:
@@ -44,7 +44,7 @@ def through_disk(curvature: Curvature, tmp_path: Path) -> dict[str, tuple[dict[s
     store = AuditStore.create(tmp_path / "influence")
     for file, (tensors, about) in curvature.tensors().items():
         store.write_factors(file, tensors, about)
-    return read_factors(store.directory)
+    return store.factors()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_influence.audit.store.factors import read_factors
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.curvature import Curvature
 from lightning_influence.curvature.saved import restored
@@ -30,7 +29,7 @@ def stored_curvature(directory: str | os.PathLike[str], examined: ExaminedModel)
     manifest, weights = store.manifest, examined.checksum()
     if manifest.get("weights", weights) != weights:
         raise ValueError(f"{store.directory} was fitted at other weights: load the checkpoint of that training.")
-    curvature = restored(read_factors(directory), examined.coverage)
+    curvature = restored(store.factors(), examined.coverage)
     curvature.notes += manifest.get("notes", [])
     return curvature
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -137,7 +138,7 @@ class Checkpoint:
 
 
 def check_together(checkpoints: Sequence[Checkpoint], module: nn.Module) -> None:
-    """Raise ``CheckpointError`` unless the checkpoints are those of one run of this model.
+    """Raise ``CheckpointError`` unless the checkpoints are those of one run of this model, in order.
 
     Args:
         checkpoints: The checkpoints.
@@ -147,21 +148,45 @@ def check_together(checkpoints: Sequence[Checkpoint], module: nn.Module) -> None
         raise CheckpointError(
             "there is no checkpoint; train with `InfluenceAudit(tracin=TracIn(keep_checkpoints=10))` to keep some."
         )
-    steps: list[int] = []
-    by_optimizer: dict[str, int] = {}
     # Of checkpoints on a disk, names and shapes are enough.
-    for checkpoint in getattr(checkpoints, "outlines", checkpoints):
+    every: list[Checkpoint] = list(getattr(checkpoints, "outlines", checkpoints))
+    for checkpoint in every:
         checkpoint.check(module)
-        by_optimizer[checkpoint.optimizer] = checkpoint.step
-        steps.append(checkpoint.step)
-    if len(by_optimizer) > 1:
-        listed = ", ".join(f"step {step} with {name or 'an unknown one'}" for name, step in by_optimizer.items())
+    steps = [each.step for each in every]
+    if any(after <= before for before, after in pairwise(steps)):
+        raise CheckpointError(
+            f"the checkpoints are of the steps {steps}; expected those of one run, in the order of training, each once."
+        )
+    if len(names := {each.optimizer: each.step for each in every}) > 1:
+        listed = ", ".join(f"step {step} with {name or 'an unknown one'}" for name, step in names.items())
         raise CheckpointError(
             f"the checkpoints were taken with different optimizers ({listed}): they are of different runs. Pass those "
             "of one run."
         )
-    if len(set(steps)) < len(steps):
-        raise CheckpointError(f"the checkpoints of the steps {steps} repeat a step; pass every checkpoint once.")
+    if len({frozenset(each.parameters) for each in every}) > 1:
+        raise CheckpointError("some checkpoints have parameters that others have not; expected those of one run.")
+
+
+def plain_steps(checkpoints: Sequence[Checkpoint], module: nn.Module) -> list[Checkpoint]:
+    """Return the checkpoints of a run that stand for steps, for methods that follow steps along the gradient.
+
+    Raises:
+        CheckpointError: As ``check_together``, or if the steps are unknown, or were not multiples of the gradient.
+    """
+    check_together(checkpoints, module)
+    moved = [c for c in checkpoints if c.steps and any(c.step_sizes.values())]
+    if adaptive := [c.step for c in moved if c.preconditioner]:
+        raise CheckpointError(
+            f"the checkpoints of the steps {adaptive[:5]} are of an adaptive optimizer, whose steps are not multiples "
+            "of the gradient; this method is for SGD. Use TracIn, or leave out `preconditioner` to treat the steps as "
+            "plain ones."
+        )
+    if not moved:
+        raise CheckpointError(
+            f"none of {len(checkpoints)} checkpoints knows the steps it stands for; take them with `step_sizes=` and "
+            "`steps=`, see `tracin.StepSizes`."
+        )
+    return moved
 
 
 def one_too_many(steps: Sequence[int]) -> int:
