@@ -40,11 +40,6 @@ class StepNorms:
             for place, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
         }
-        self._scales: dict[int, Tensor | None] = {}  # until the next step
-
-    def stepped(self) -> None:
-        """Forget what the optimizers' state said: a step has changed it."""
-        self._scales = {}
 
     def of_uses(self, block: ParameterBlock, uses: Sequence[Use], n: int) -> Iterator[tuple[Group, Tensor]]:
         """Yield the groups that a block's parameters move in and their ``gᵀ P g``, ``[n]``.
@@ -75,11 +70,6 @@ class StepNorms:
 
     def _scale(self, parameter: Tensor) -> Tensor | None:
         """Return ``P`` of a parameter, shaped like it, or None for a plain step."""
-        if id(parameter) not in self._scales:
-            self._scales[id(parameter)] = self._read_scale(parameter)
-        return self._scales[id(parameter)]
-
-    def _read_scale(self, parameter: Tensor) -> Tensor | None:
         group = self._groups.get(id(parameter))
         if group is None or not optimizers.is_preconditioned(optimizer := self._optimizers[group[0]]):
             return None
