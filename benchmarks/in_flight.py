@@ -120,8 +120,6 @@ class Alternating(InfluenceAudit):
         """Record it if this batch is recorded."""
         if self.way != "nothing":
             super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        elif self.in_flight is not None and self.in_flight._flight is not None:
-            self.in_flight._flight.norms.stepped()
 
     def on_train_epoch_end(self, *_: Any) -> None:
         """Do nothing."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_influence import Influence, InfluenceAudit, Margin, Queries, TracIn, tracin_scores
-from lightning_influence.audit.unlearning import newton_removal
+from lightning_influence.audit.unlearning import Unlearner
 from lightning_influence.core import precision
 from lightning_influence.curvature import FactorExamples, fit
 from lightning_influence.curvature.chain import curvature_chain
@@ -259,7 +259,7 @@ def solved(name: str, **options: Any) -> Case:
             kept["sweep"] = damping_sweep(own, range(16), curvature).self_influence
         if name in ("ekfac", "ggn"):
             leverage = name == "ggn"
-            kept |= newton_removal(own, curvature, [1, 2], 16, leverage=leverage).changes
+            kept |= Unlearner(own, curvature, range(16)).newton_removal([1, 2], leverage=leverage).changes
         return kept
 
     return case
@@ -296,7 +296,7 @@ def trajectories(device: torch.device) -> dict[str, Any]:
 def measured(device: torch.device) -> dict[str, Any]:
     own = passes(device)
     curvature = fit(own, "ekfac", range(16), examples=EVERY, labels=("true", "true"))
-    gap = DemographicParityGap(group=lambda batch: batch[0][:, 0] > 0)
+    gap = DemographicParityGap(group=torch.arange(16) % 2)
 
     def norm(module: Any, batch: Any) -> Tensor:
         return module(batch[0]).square().mean()

@@ -320,14 +320,19 @@ class TestUnlearner:
         audit, model, _ = run
         unlearner = audit.unlearner()
         update = unlearner.newton_removal([0])
-        with update.applied(model), pytest.raises(ValueError, match="the weights have changed since the curvature was"):
+        with update.applied(model), pytest.raises(ValueError, match="weights have changed since the curvature was"):
             unlearner.newton_removal([1])
         unlearner.newton_removal([1])  # and are back
 
     @pytest.mark.parametrize(
         ("indices", "labels", "error", "message"),
         [
-            ([400], [0], ValueError, r"\[400\] are out of range; expected distinct indices from 0 to 399"),
+            (
+                [400],
+                [0],
+                ValueError,
+                r"\[400\] are not among the training examples; expected distinct indices of the 400",
+            ),
             ([1, 1], [0, 0], ValueError, "some are named twice"),
             ([1.0], [0], ValueError, r"indices must be integers, got \[1.0\]"),
             (torch.ones(400, dtype=torch.bool), [0], ValueError, r"a mask becomes indices by `mask.nonzero\(\)`"),
@@ -347,7 +352,7 @@ class TestUnlearner:
         audit = InfluenceAudit(curvature="identity", tracin=None)
         chosen = SubsetRandomSampler(range(5, 20))
         make_trainer(tmp_path, callbacks=[audit]).fit(Classifier(), DataLoader(vectors(), batch_size=5, sampler=chosen))
-        with pytest.raises(ValueError, match=r"the model was not trained on the examples \[3, 21\]"):
+        with pytest.raises(ValueError, match=r"\[21, 3\] are not among the training examples"):
             audit.unlearner().newton_removal([21, 7, 3])
 
     def test_losses_without_classes(self, tmp_path: Path) -> None:

@@ -583,8 +583,8 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
         assert row["label"] != row["suggested"]
 
     store = AuditStore.open(directory)
-    assert store.factor_names() == ["net.1", "net.3"]
-    tensors, metadata = store.read_factors("net.1")
+    assert list(store.factors()) == ["net.1", "net.3"]
+    tensors, metadata = store.factors()["net.1"]
     assert metadata["kind"] == "ekfac"
     assert float(metadata["damping"]) == manifest["curvature"]["damping"]["net.1"]
     assert tensors["eigenvalues"].shape == (1, 6, FEATURES + 1)
@@ -597,7 +597,7 @@ def test_the_factors_on_disk_give_the_scores(tmp_path: Path) -> None:
     store = AuditStore.open(report.directory)
     total = torch.zeros(22, dtype=torch.float64)
     for name in ("1", "3"):
-        tensors, metadata = store.read_factors(f"net.{name}")
+        tensors, metadata = store.factors()[f"net.{name}"]
         bases = tensors["activation_basis"].double(), tensors["gradient_basis"].double()
         C = ref.ekfac_dense(*bases, tensors["eigenvalues"].double())
         total += ref.quadratic_forms(C, layer_gradients(model.net, name, DOUBLE), float(metadata["damping"]))

@@ -29,10 +29,9 @@ from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.block_rows import Output, Use
 from lightning_influence.gradients.discover import discover
 from lightning_influence.training.batch_record import BatchRecord
-from lightning_influence.training.flight.flight import Flight
+from lightning_influence.training.flight.flight import Flight, Visit
 from lightning_influence.training.flight.pace import Pace
 from lightning_influence.training.flight.step_norms import StepNorms
-from lightning_influence.training.flight.visit import Visit
 from lightning_influence.training.tracin import VisitSums
 
 N = 11

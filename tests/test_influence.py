@@ -234,7 +234,6 @@ class TestAlong:
         expected = ref.z0_dense(*paths, weights, sizes)
         scores = along(run, run.checkpoints)
         close(scores.z0(run.asked).scores, expected)
-        close(scores.z0_self_influence().columns["loss_variance"], paths[1].var(0, correction=0))
 
     def test_source_of_small_steps_is_tracin(self, run: trajectory_cases.Run) -> None:
         tiny = [
@@ -565,7 +564,7 @@ class TestErrors:
             fitted.top(trained.test_set, indices)
 
     def test_test_set_of_another_kind(self, fitted: Influence) -> None:
-        with pytest.raises(QueryError, match="the training task can't be run on the batch from query 0 to 3"):
+        with pytest.raises(QueryError, match="the training task can't be run on them"):
             fitted.top(TensorDataset(torch.zeros(4, 9).double(), torch.zeros(4).long()))
 
     @pytest.mark.parametrize(

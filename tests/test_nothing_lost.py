@@ -615,7 +615,7 @@ def everything(store: AuditStore) -> list[Any]:
     """All numbers of an audit, as one list."""
     report = AuditReport.load(store.directory)
     columns = report.columns if str(report) else {}
-    (tensors, about), (kept,) = store.read_factors("net"), store.checkpoints()
+    (tensors, about), (kept,) = store.factors()["net"], store.checkpoints()
     listed: list[Any] = [(name, values.dtype, values.tolist()) for name, values in columns.items()]
     listed += [(name, value.dtype, value.tolist()) for name, value in sorted({**tensors, **kept.parameters}.items())]
     return [*listed, about["kind"], kept.step, kept.steps, kept.step_sizes, kept.optimizer]

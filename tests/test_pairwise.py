@@ -154,16 +154,17 @@ def test_an_example_as_its_own_query(name: str) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 4, 9])
 @pytest.mark.parametrize("query_bytes", [1, 2000, 2**30], ids=["one query at a time", "some", "all"])
-def test_neither_batches_nor_memory_matter(batch_size: int, query_bytes: int) -> None:
+def test_neither_batches_nor_memory_matter(batch_size: int, query_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_influence.scores.queries._QUERY_BYTES", 4 * query_bytes)
     problem = Problem("text", batch_size)
     fitted = problem.fitted("ekfac")
     expected = problem.expected(fitted, problem.asked, problem.data)
     order = [5, 0, 7, 2]
-    found = pairwise_scores(problem.train, order, fitted, problem.queries, [2, 0], query_bytes=query_bytes)
+    found = pairwise_scores(problem.train, order, fitted, problem.queries, [2, 0])
     assert found.examples.tolist() == sorted(order)
     assert found.queries.tolist() == [2, 0]
     torch.testing.assert_close(found.scores, expected[[2, 0]][:, sorted(order)], **EXACT)
-    top = top_scores(problem.train, order, fitted, problem.queries, [2, 0], 3, query_bytes=query_bytes)
+    top = top_scores(problem.train, order, fitted, problem.queries, [2, 0], 3)
     for row, query in enumerate([2, 0]):
         ranked = [order[place] for place in expected[query, order].argsort(descending=True).tolist()]
         assert top.proponents[row].tolist() == ranked[:3]
@@ -220,12 +221,13 @@ def test_nothing_to_score() -> None:
 
 
 class TestFile:
-    def test_the_file_holds_the_scores(self, tmp_path: Path) -> None:
+    def test_the_file_holds_the_scores(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lightning_influence.scores.queries._QUERY_BYTES", 8000)
         problem = Problem("text")
         fitted = problem.fitted("ekfac")
         path = tmp_path / "scores.npy"
         order = [5, 0, 7, 2]
-        found = pairwise_scores(problem.train, order, fitted, problem.queries, range(Q), path=path, query_bytes=2000)
+        found = pairwise_scores(problem.train, order, fitted, problem.queries, range(Q), path=path)
         expected = problem.expected(fitted, problem.asked, problem.data)[:, sorted(order)]
         torch.testing.assert_close(found.scores, expected.float(), rtol=1e-6, atol=1e-6)
         read = np.load(path, mmap_mode="r")
@@ -377,6 +379,7 @@ class TestEigenbasis:
         self, normalise: Any, query_bytes: int, rotated: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """With one query at a time, 9 examples are too many for the first and the last layer."""
+        monkeypatch.setattr("lightning_influence.scores.queries._QUERY_BYTES", 4 * query_bytes)
         problem = Problem("vectors")
         fitted = problem.fitted("ekfac")
         expected = columns(problem, prepared_for(problem, fitted, None), fitted, normalise)[0]
@@ -389,9 +392,9 @@ class TestEigenbasis:
 
         monkeypatch.setattr("lightning_influence.scores.pairs.prepared_queries", recorded)
         arguments = (problem.train, range(N), fitted, problem.queries, range(Q))
-        found = pairwise_scores(*arguments, normalise=normalise, query_bytes=query_bytes).scores
+        found = pairwise_scores(*arguments, normalise=normalise).scores
         torch.testing.assert_close(found, expected, **EXACT)
-        top = top_scores(*arguments, N, normalise=normalise, query_bytes=query_bytes)
+        top = top_scores(*arguments, N, normalise=normalise)
         torch.testing.assert_close(top.proponent_scores, expected.sort(descending=True).values, **EXACT)
         assert torch.equal(top.proponents, expected.argsort(descending=True))
         assert chosen == 2 * (Q if query_bytes == 1 else 1) * [rotated]
@@ -463,8 +466,7 @@ def other_queries(problem: Problem, inputs: Tensor, labels: Tensor) -> ExampleGr
     ],
     ids=["classes", "shapes"],
 )
-@pytest.mark.parametrize("query_bytes", [1, 2**30])
-def test_queries_of_another_kind(inputs: Tensor, labels: Tensor, cause: str, query_bytes: int) -> None:
+def test_queries_of_another_kind(inputs: Tensor, labels: Tensor, cause: str) -> None:
     """Found before any training example is visited."""
     problem = Problem("images")
     fitted = problem.fitted("identity")
@@ -472,8 +474,8 @@ def test_queries_of_another_kind(inputs: Tensor, labels: Tensor, cause: str, que
     assert problem.train.scale
     problem.train.task = failing  # type: ignore[assignment]
     for score in (pairwise_scores, top_scores):
-        with pytest.raises(QueryError, match=rf"from query \d to \d \({cause}: .* Queries need inputs") as caught:
-            score(problem.train, range(N), fitted, queries, range(6), query_bytes=query_bytes)
+        with pytest.raises(QueryError, match=rf"can't be run on them \({cause}: .* Queries need inputs") as caught:
+            score(problem.train, range(N), fitted, queries, range(6))
         assert type(caught.value.__cause__).__name__ == cause
 
 
@@ -498,11 +500,10 @@ def test_scores_that_do_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch, tmp
         pairwise_scores(problem.train, range(N), fitted, problem.queries, range(Q))
     with pytest.raises(ValueError, match=r"with their parts by 3 layers take .* leave out by_layer=True"):
         pairwise_scores(problem.train, range(N), fitted, problem.queries, range(Q), by_layer=True)
-    # In a file there is room; queries are taken one at a time then, and that is said.
+    # In a file there is room; queries are taken one at a time then.
     found = pairwise_scores(problem.train, range(N), fitted, problem.queries, range(Q), path=tmp_path / "s.npy")
     expected = problem.expected(fitted, problem.asked, problem.data)
     torch.testing.assert_close(found.scores, expected.float(), rtol=1e-5, atol=1e-6)
-    assert "1 were taken at a time, in 4 passes over the training data" in found.notes[0]
 
 
 def test_what_does_not_belong_together() -> None:

@@ -29,7 +29,6 @@ from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.objective.task import TrainingStepTask
 from lightning_influence.scores.measurements import as_measurement, measurement_scores
 from lightning_influence.scores.pairs import top_scores
-from lightning_influence.scores.queries import query_chunks
 
 N, Q = 22, 13
 TRAINING, VALIDATION = vectors(N, dtype=torch.float64), vectors(Q, 2, dtype=torch.float64)
@@ -280,10 +279,7 @@ def test_queries_that_take_several_passes(tmp_path: Path, monkeypatch: pytest.Mo
     """Only so many of their gradients fit into memory at a time; the pairs are the same."""
     whole, _, _ = audited(tmp_path / "whole", Queries(count=5, top=3))
 
-    def chunks(gradients: Any, queries: Any, size: int = 0) -> Any:
-        return query_chunks(gradients, queries, 1)
-
-    monkeypatch.setattr("lightning_influence.audit.queries.query_chunks", chunks)
+    monkeypatch.setattr("lightning_influence.scores.queries._QUERY_BYTES", 1)
     apart, _, _ = audited(tmp_path / "apart", Queries(count=5, top=3))
     assert whole.pairs is not None
     assert apart.pairs is not None

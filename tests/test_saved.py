@@ -12,7 +12,6 @@ from test_curvature import CLASSES, NETS, N
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence.audit.store.factors import read_factors
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.curvature import BLOCKS, Curvature, FactorExamples, fit
 from lightning_influence.curvature.saved import restored
@@ -45,7 +44,7 @@ def through_disk(curvature: Curvature, tmp_path: Path) -> dict[str, tuple[dict[s
     store = AuditStore.create(tmp_path / "influence")
     for file, (tensors, about) in curvature.tensors().items():
         store.write_factors(file, tensors, about)
-    return read_factors(store.directory)
+    return store.factors()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

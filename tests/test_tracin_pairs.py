@@ -293,7 +293,7 @@ def test_checkpoints_of_something_else_are_refused() -> None:
     for checkpoints, message in (
         ([], r"there is no checkpoint; pass those .*keep_checkpoints"),
         ([of_sgd, of_adam], r"different optimizers \(step 1 with SGD, step 2 with Adam\)"),
-        ([of_sgd, of_sgd], r"the steps \[1, 1\] repeat a step"),
+        ([of_sgd, of_sgd], r"of the steps \[1, 1\]; expected those of one run, in the order of training, each once"),
         ([Checkpoint.of(nn.Linear(CLASSES, 2), 1)], "belongs to another model"),
     ):
         with pytest.raises(CheckpointError, match=message):

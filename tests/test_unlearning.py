@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_influence.audit.relabel import LabelError, Relabelled, find_label
-from lightning_influence.audit.unlearning import label_repair, newton_removal
+from lightning_influence.audit.unlearning import Unlearner
 from lightning_influence.audit.update import ParameterUpdate
 from lightning_influence.curvature import Curvature, FactorExamples, IndefiniteError, fit
 from lightning_influence.data.source import ExampleSource
@@ -41,6 +41,18 @@ def passes(net: nn.Module, task: Any, *data: Tensor) -> ExampleGradients:
 def curvature_of(gradients: ExampleGradients, name: Any, damping: float) -> Curvature:
     n = len(gradients.source)
     return fit(gradients, name, range(n), examples=FactorExamples(n, n), labels=("exact", "exact"), damping=damping)
+
+
+def newton_removal(
+    gradients: ExampleGradients, curvature: Curvature, removed: Any, n: int, *, leverage: bool = False, **decay: Any
+) -> ParameterUpdate:
+    return Unlearner(gradients, curvature, range(n), **decay).newton_removal(removed, leverage=leverage)
+
+
+def label_repair(
+    gradients: ExampleGradients, curvature: Curvature, labels: dict[int, int], n: int, known: dict[int, int]
+) -> ParameterUpdate:
+    return Unlearner(gradients, curvature, range(n), labels=known).label_repair(list(labels), list(labels.values()))
 
 
 def flat(net: nn.Module) -> Tensor:
@@ -121,9 +133,9 @@ class TestRidge:
     def test_repair_is_retraining(self, repaired: list[int]) -> None:
         """Other targets leave the curvature of a squared error alone, so the step is exact for any number of them."""
         ridge = Ridge()
-        ridge.y = ridge.y.round()
+        ridge.y = 3 * (ridge.y > 0).double()
         wrong = ridge.y.clone()
-        wrong[repaired] += 3
+        wrong[repaired] = 3 - wrong[repaired]
         ridge.net, expected = ridge.solved(list(range(30)), wrong), flat(ridge.solved(list(range(30)), ridge.y))
         gradients = passes(ridge.net, squares, ridge.x, wrong)
         known = dict(enumerate(wrong.long().tolist()))
@@ -282,12 +294,12 @@ class TestUpdate:
     ("removed", "message"),
     [
         ([], "there is no example to remove"),
-        ([30], r"\[30\] are out of range; expected distinct indices from 0 to 29"),
-        ([-1], r"\[-1\] are out of range"),
+        ([30], r"\[30\] are not among the training examples; expected distinct indices of the 30"),
+        ([-1], r"\[-1\] are not among"),
         ([2, 2], "some are named twice"),
         ([2.0], r"indices must be integers, got \[2.0\]"),
         (torch.arange(30) < 2, r"a mask becomes indices by `mask.nonzero\(\)`"),
-        (list(range(30)), "30 of 30 examples are to be removed; expected some to be left"),
+        (list(range(30)), "all 30 examples are to be removed; expected some to be left"),
     ],
 )
 def test_wrong_indices(removed: Any, message: str) -> None:

@@ -189,10 +189,11 @@ def test_functions_of_every_block_equal_dense_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [4, 12])
-def test_neither_batches_nor_memory_matter(batch_size: int) -> None:
+def test_neither_batches_nor_memory_matter(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
     expected = source(run, run.checkpoints)
-    torch.testing.assert_close(source(run, run.checkpoints, batch_size, query_bytes=1), expected, **EXACT)
+    monkeypatch.setattr("lightning_influence.scores.queries._QUERY_BYTES", 1)
+    torch.testing.assert_close(source(run, run.checkpoints, batch_size), expected, **EXACT)
 
 
 def test_leaves_no_trace_and_scores_what_it_is_asked_for() -> None:
@@ -248,7 +249,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Any) -> None:
 
 def test_segments_share_the_checkpoints_and_weigh_them_by_their_steps() -> None:
     run = make_run((1, 3, 2, 2, 4))
-    segments = training_segments(run.checkpoints, 2)
+    segments = training_segments(run.trained, 2)
     assert [[c.step for c in s.checkpoints] for s in segments] == [[1, 4], [6, 8, 12]]
     first, second = run.trained[:2]
     mean = 0.25 * first.parameters["0.weight"] + 0.75 * second.parameters["0.weight"]
@@ -278,8 +279,6 @@ def test_checkpoints_of_another_model() -> None:
             score(train, range(N), queries, range(Q), other)
     with pytest.raises(CheckpointError, match=r"'0.weight' has the shape \[7, 7\] in the checkpoint of step 4"):
         source(run, other)
-    with pytest.raises(CheckpointError, match="others have not; expected those of one run"):
-        source(run, other, segments=1)
 
 
 def test_checkpoints_of_another_optimizer() -> None:
@@ -291,7 +290,7 @@ def test_checkpoints_of_another_optimizer() -> None:
         (adam, r"steps \[4, 6, 12\] are of an adaptive optimizer.* Use TracIn"),
         (unknown, "none of 3 checkpoints knows the steps it stands for"),
         (run.trained[::-1], r"are of the steps \[12, 6, 4\]; expected those of one run, in the order"),
-        ([], "none of 0 checkpoints"),
+        ([], "there is no checkpoint"),
     ):
         with pytest.raises(CheckpointError, match=message):
             source(run, checkpoints)
@@ -320,5 +319,5 @@ def test_queries_of_another_kind() -> None:
     train, _ = run.passes()
     odd = ExampleSource(TensorDataset(torch.randn(Q, 9).double(), torch.arange(Q) % C), batch_size=2)
     queries = ExampleGradients(run.net, task, odd, train.coverage)
-    with pytest.raises(QueryError, match="from query 0 to 1"):
+    with pytest.raises(QueryError, match="can't be run on them"):
         source_scores(train, range(N), queries, range(Q), run.checkpoints, labels=("true", "true"))

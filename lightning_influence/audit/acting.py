@@ -21,24 +21,18 @@ Columns = Mapping[str, NDArray[Any]]
 
 def clean_indices(columns: Columns, drop: float | int | None = None) -> list[int]:
     """Return the examples to keep; see ``AuditReport.clean_indices``."""
-    usable = columns["finite"].astype(bool)
+    kept = columns["finite"].astype(bool)
     if drop is None:
-        kept = usable & ~columns["candidate"].astype(bool)
+        kept &= ~columns["candidate"].astype(bool)
     else:
-        kept = usable & (columns["rank"] > _dropped(drop, len(usable)))
+        share = isinstance(drop, (float, np.floating))
+        if isinstance(drop, (bool, str)) or not 0 <= drop < (1 if share else len(kept)):
+            raise ValueError(
+                f"drop={drop!r}; expected a share from 0 to below 1, a number of examples below {len(kept)}, or None "
+                "for the candidates."
+            )
+        kept &= columns["rank"] > (round(float(drop) * len(kept)) if share else drop)
     return [int(index) for index in np.sort(columns["index"][kept])]
-
-
-def _dropped(drop: float, size: int) -> int:
-    if isinstance(drop, (int, np.integer)) and not isinstance(drop, bool):
-        if 0 <= drop < size:
-            return int(drop)
-    elif isinstance(drop, (float, np.floating)) and 0 <= drop < 1:
-        return round(float(drop) * size)
-    raise ValueError(
-        f"drop={drop!r}; expected a share from 0 to below 1, a number of examples below {size}, or None for the "
-        "candidates."
-    )
 
 
 def relabelled(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence.audit.columns import INFLUENCE_ON
-from lightning_influence.core.memory import is_out_of_memory
-from lightning_influence.core.precision import wide_zeros
 from lightning_influence.curvature import Curvature
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import (
@@ -27,25 +25,24 @@ from lightning_influence.gradients.visitors import (
     loss_columns,
     visit,
 )
+from lightning_influence.scores.examples import ExampleScorer
 from lightning_influence.scores.measurements import (
     AnyMeasurement,
     Loss,
-    Measured,
     Measurement,
-    MeasurementError,
     QuerySets,
     Statistic,
     as_measurement,
     measured_values,
 )
 from lightning_influence.scores.pairs import TopScores, distinct
-from lightning_influence.scores.products import PairColumns, StrongestPairs
+from lightning_influence.scores.products import StrongestPairs
 from lightning_influence.scores.queries import (
-    PreparedQueries,
     QueryError,
     check_layers,
     prepared_queries,
     query_chunks,
+    run_on_queries,
 )
 
 Columns = dict[str, NDArray[Any]]
@@ -109,7 +106,6 @@ class QueryPairs:
 
     Attributes:
         table: One row per pair, see ``columns.PAIR_DESCRIPTIONS``.
-        queries: The queries, as number of their set and index in it, the first one first.
         columns: What the queries add to the scores table: influence on the measurement of the whole set, if there is
             one.
         about: For the manifest: title, measurement, value.
@@ -117,7 +113,6 @@ class QueryPairs:
     """
 
     table: Columns
-    queries: list[tuple[int, int]]
     columns: Columns
     about: dict[str, Any]
     notes: list[str] = field(default_factory=list)
@@ -144,7 +139,7 @@ class QuerySearch:
         self._found: list[tuple[int, list[int], StrongestPairs]] = []  # number of a set, places of its queries
         self._guests: list[Guest] = []
         self._notes: list[str] = []
-        self._of_set: _OfSet | None = None
+        self._of_set: ExampleScorer | None = None
 
     def on_validation(self, number: int) -> Sequence[Visitor]:
         """Note the losses of a set that is passed over anyway."""
@@ -163,13 +158,14 @@ class QuerySearch:
         self._curvature = curvature
         check_layers(self._gradients, "the curvature", curvature.dampings.keys())
         if self._asked.of_set:
-            self._of_set = _OfSet(self._asked.measured.measure(self._sets), curvature, self._examples)
-            self._guests.append(Guest(self._of_set.visitor))
+            self._measurement = self._asked.measured.measure(self._sets)
+            query = curvature.solve(self._measurement.gradient)
+            self._of_set = ExampleScorer(self._gradients, self._examples.tolist(), query=query)
+            self._guests.append(Guest(self._of_set))
         self._known = {n: noted.columns.gathered() for n, noted in self._noted.items() if noted.columns.complete}
-        with _run_on_queries():
+        with run_on_queries():
             self._choose()
-        (first, *self._later), notes = query_chunks(self._gradients, range(len(self._chosen)))
-        self._notes += notes
+        first, *self._later = query_chunks(self._gradients, range(len(self._chosen)))
         self._prepare(first)
         return self._guests
 
@@ -186,7 +182,7 @@ class QuerySearch:
         for guest in self._guests:
             if guest.error is not None:
                 raise guest.error
-        with _run_on_queries():
+        with run_on_queries():
             parts = [self._rows(*found) for found in self._found]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         order = np.argsort(joined["number"], kind="stable")
@@ -200,9 +196,11 @@ class QuerySearch:
         }
         more: Columns = {}
         if self._of_set is not None:
-            about |= {"value": self._of_set.measured.value, "groups": self._of_set.measured.counts}
-            more = {INFLUENCE_ON + asked.measured.name: self._of_set.influence(columns["index"].tolist())}
-        return QueryPairs(table, self._chosen, more, about, self._notes)
+            about |= {"value": self._measurement.value, "groups": self._measurement.counts}
+            found = self._of_set.result()
+            influence = in_order(columns["index"].tolist(), found.indices, -found.columns["harm"]).cpu()
+            more = {INFLUENCE_ON + asked.measured.name: influence.double().numpy()}
+        return QueryPairs(table, more, about, self._notes)
 
     def _choose(self) -> None:
         """Choose the queries, the worst first."""
@@ -282,25 +280,6 @@ class QuerySearch:
         return {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
 
 
-class _OfSet:
-    """The influence of training examples on the measurement of a whole set."""
-
-    def __init__(self, measured: Measured, curvature: Curvature, examples: Tensor) -> None:
-        vectors = {name: vector[None] for name, vector in curvature.solve(measured.gradient).items()}
-        device = next(iter(vectors.values())).device
-        self.measured, self._examples = measured, examples
-        self._scores = torch.full((len(examples),), torch.nan, dtype=torch.float64)
-        self.visitor = PairColumns(examples, PreparedQueries(vectors, wide_zeros(1, device)), self._write)
-
-    def influence(self, indices: Sequence[int]) -> NDArray[Any]:
-        """Return the scores of examples, once the pass is over."""
-        self.visitor.finish()
-        return in_order(indices, self._examples, self._scores).numpy()
-
-    def _write(self, places: Tensor, scores: Tensor) -> None:
-        self._scores[places] = scores[0, 0]
-
-
 def _sides(top: TopScores, statistic: Statistic) -> list[tuple[str, Tensor, Tensor]]:
     if statistic.higher_is_better:
         # A positive score lowers what is measured: here, those are the opponents.
@@ -309,22 +288,6 @@ def _sides(top: TopScores, statistic: Statistic) -> list[tuple[str, Tensor, Tens
             ("opponent", top.proponents, -top.proponent_scores),
         ]
     return [("proponent", top.proponents, top.proponent_scores), ("opponent", top.opponents, top.opponent_scores)]
-
-
-@contextmanager
-def _run_on_queries() -> Iterator[None]:
-    try:
-        yield
-    except MeasurementError:
-        raise
-    # Anything can go wrong in a user's task that meets another kind of batch.
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise QueryError(
-            f"queries: the training task can't be run on them ({type(error).__name__}: {error}). Queries need inputs "
-            "and labels of the kind that the model was trained on."
-        ) from error
 
 
 def _title(asked: Queries, count: int, total: int, statistic: Statistic) -> str:

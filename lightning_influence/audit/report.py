@@ -212,4 +212,4 @@ class AuditReport:
         return f"AuditReport({len(self):,} examples, {len(self.candidates):,} candidates, {self.status}{where})"
 
     def __str__(self) -> str:
-        return summary(self)
+        return summary(self.columns, self.manifest, self.pairs, self.directory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,54 +11,51 @@ from numpy.typing import NDArray
 from lightning_influence.audit.columns import Columns, candidate_rows, shown_in
 from lightning_influence.gradients.coverage import listed
 
-if TYPE_CHECKING:
-    from lightning_influence.audit.report import AuditReport
-
 _LISTED = 10  # candidates
 _NAMED = 3  # proponents, and opponents, of each query
 
 
-def summary(report: AuditReport) -> str:
+def summary(columns: Columns, manifest: Mapping[str, Any], pairs: Columns | None, directory: object = None) -> str:
     """Return what is printed of a report."""
-    manifest = report.manifest
-    lines = [f"Influence audit of {len(report):,} training examples ({report.status})"]
+    size = len(columns["index"])
+    lines = [f"Influence audit of {size:,} training examples ({manifest.get('status', 'complete')})"]
     if coverage := manifest.get("coverage"):
         lines.append(f"  coverage    {coverage['summary']}")
     if seconds := manifest.get("seconds"):
         spent = ", ".join(f"{name} {_told(value, '.1f')} s" for name, value in seconds.items())
         lines.append(f"  time        {spent}")
     if swept := manifest.get("damping_sweep"):
-        pairs = zip(swept["factors"], swept["stability"], strict=False)
         told = ", ".join(
-            f"{_told(stability, '.2f')} with {_told(factor, 'g')} x" for factor, stability in pairs if factor != 1
+            f"{_told(stability, '.2f')} with {_told(factor, 'g')} x"
+            for factor, stability in zip(swept["factors"], swept["stability"], strict=False)
+            if factor != 1
         )
         lines.append(f"  damping     rank correlation of self_influence: {told} (on {swept['examples']} examples)")
     for note in manifest.get("notes", ()):
         lines.append(f"  note        {note}")
-    if len(bad := report.nonfinite):
-        lines.append(f"  non-finite  {len(bad)} examples, left out of the factors: {listed(bad.tolist(), 10)}")
-    rows = candidate_rows(report.columns)
+    if bad := columns["index"][~columns["finite"].astype(bool)].tolist():
+        lines.append(f"  non-finite  {len(bad)} examples, left out of the factors: {listed(bad, 10)}")
+    rows = candidate_rows(columns)
     ranked_by = " + ".join(manifest.get("ranked_by", ()))
     lines.append(
-        f"  candidates  {len(rows):,} ({len(rows) / max(len(report), 1):.1%})"
-        f"{f' ranked by {ranked_by}' if ranked_by else ''}"
+        f"  candidates  {len(rows):,} ({len(rows) / max(size, 1):.1%}){f' ranked by {ranked_by}' if ranked_by else ''}"
     )
     if len(rows):
-        names = shown_in("table", report.columns)
+        names = shown_in("table", columns)
         lines.append("    " + "".join(f"{'given' if name == 'label' else name:>15}" for name in names))
         for row in rows[:_LISTED]:
-            values = [report.columns[name][row] for name in names]
+            values = [columns[name][row] for name in names]
             lines.append("    " + "".join(f"{v:>15}" if isinstance(v, np.integer) else f"{v:>15.4g}" for v in values))
     if queries := manifest.get("queries"):
-        lines += _queries(queries, report.pairs)
+        lines += _queries(queries, pairs)
     if detection := manifest.get("detection"):
         lines.append("  against the known label noise (recall: share found in the first 10 %)")
         lines.append(f"    {'column':<24}{'AUROC':>8}{'AP':>8}{'recall':>8}")
         for name, values in detection.items():
             numbers = "".join(_told(values[key], "8.3f") for key in ("auroc", "average_precision", "recall_at"))
             lines.append(f"    {name:<24}{numbers}")
-    if report.directory is not None:
-        lines.append(f"  saved in    {report.directory}")
+    if directory is not None:
+        lines.append(f"  saved in    {directory}")
     return "\n".join(lines)
 
 

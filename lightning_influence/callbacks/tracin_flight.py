@@ -85,8 +85,6 @@ class FlightRecorder:
         """File the batches that the next step of the optimizer is made of."""
         pending, self._pending = self._pending, []
         visits = self._recording.visits
-        if self._flight is not None:
-            self._flight.norms.stepped()
         if not pending or visits is None or not visits.first_time(trainer.global_step):
             return
         rates = {

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature import CurvatureName, Fisher
-from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.influence.examined import ExaminedModel
 from lightning_influence.influence.inputs import Data, Indices, aligned, check_factor_examples
 from lightning_influence.scores.along.diff_in import diff_in_scores
 from lightning_influence.scores.along.source import At, source_scores
 from lightning_influence.scores.along.tracin import tracin_scores
-from lightning_influence.scores.along.z0 import z0_scores, z0_self_influence
+from lightning_influence.scores.along.z0 import z0_scores
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.pairs import PairwiseScores
 from lightning_influence.training.checkpoints import Checkpoint, check_step_sizes, check_together
@@ -100,10 +99,6 @@ class AlongTraining:
     def z0(self, test_set: Data, indices: Indices | None = None) -> PairwiseScores:
         """Return Z0-Inf, from losses alone, forward passes only; see ``z0_scores``."""
         return z0_scores(*self._examined.paired(test_set, indices), self.checkpoints)
-
-    def z0_self_influence(self) -> ExampleScores:
-        """Return how far every training example's own loss moves; see ``z0_self_influence``."""
-        return z0_self_influence(self._examined.training, self._examined.examples, self.checkpoints)
 
     def diff_in(
         self, test_set: Data, indices: Indices | None = None, *, batch: int = 256, seed: int = 0

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_influence.audit.store.factors import read_factors
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.curvature import Curvature
 from lightning_influence.curvature.saved import restored
@@ -35,7 +34,7 @@ def stored_curvature(directory: str | os.PathLike[str], examined: ExaminedModel)
         raise ValueError(
             f"{store.directory} was fitted on other data: pass the training data of then, or fit the curvature again."
         )
-    curvature = restored(read_factors(directory), examined.coverage)
+    curvature = restored(store.factors(), examined.coverage)
     curvature.notes += manifest.get("notes", [])
     return curvature
 

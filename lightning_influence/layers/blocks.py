@@ -70,12 +70,6 @@ class ParameterBlock:
         _, o, i = self.shape
         return o * self.dense[0], i * self.dense[1]
 
-    @property
-    def bias_columns(self) -> slice | None:
-        """Columns of the block that are the second parameter, None without one."""
-        first = next(iter(self.parameters.values()))
-        return slice(first.numel(), None) if len(self.parameters) > 1 else None
-
     def to_parameters(self, block: Tensor) -> dict[str, Tensor]:
         """Split ``[..., k, o, i]`` into tensors shaped like the parameters, by name (leading dimensions kept)."""
         lead = block.shape[:-3]
@@ -157,11 +151,6 @@ class MatrixBlock(ParameterBlock):
         """Not for the one-hot side of an embedding, nor for very large sides."""
         _, o, i = self.shape
         return o <= _LARGEST_BASIS and self.kinds == {"linear"}, i <= _LARGEST_BASIS
-
-    @property
-    def bias_columns(self) -> slice | None:
-        """The last column."""
-        return slice(-1, None) if self.has_bias else None
 
     def to_parameters(self, block: Tensor) -> dict[str, Tensor]:
         """Split ``[..., k, o, i]`` into weight and bias, by name."""

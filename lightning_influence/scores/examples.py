@@ -65,7 +65,6 @@ class ExampleScorer(Visitor):
     ) -> None:
         self._curvature, self._query, self._step_sizes = curvature, query, step_sizes
         self._features = features
-        self._bias = {name: block.bias_columns for name, block in gradients.coverage.blocks.items()}
         self._columns = ExampleColumns(indices, gradients.device)
         self._scorer: Scorer | None = None
         self._last: Tensor | None = None
@@ -83,7 +82,6 @@ class ExampleScorer(Visitor):
         """Add a layer's part."""
         vector = None if self._query is None else self._query[io.name]
         sizes = None if self._step_sizes is None else self._step_sizes[io.name]
-        bias = self._bias[io.name]
         if self._scorer is not None:
             norms, inner = self._scorer.add(io, vector)
         else:
@@ -93,7 +91,7 @@ class ExampleScorer(Visitor):
         if inner is not None:
             self._row["harm"] -= inner
         if sizes is not None:
-            self._row["tracin"] += tracin.self_influence(io, norms, bias, sizes)
+            self._row["tracin"] += tracin.self_influence(io, norms, sizes)
 
     def end(self, batch: BatchGradients) -> None:
         """File the batch."""

@@ -46,37 +46,33 @@ def written(path: Path, shape: tuple[int, int]) -> Iterator[Write]:
         OSError: If it can't be completed.
     """
     # The processes look for the same file.
-    token = distributed.gather_objects(secrets.token_hex(4))[0]
+    token, first = distributed.gather_objects(secrets.token_hex(4))[0], distributed.rank() == 0
     temporary = path.with_name(f".tmp-{token}-{path.name}")
     matrix: Tensor | None = None
-
-    def make() -> None:
-        nonlocal matrix
-        matrix = _made(path, temporary, shape)
 
     def write(rows: slice, columns: Tensor, values: Tensor) -> None:
         if matrix is not None:
             matrix[rows, columns] = values.to(matrix)
 
-    def complete() -> None:
-        nonlocal matrix
-        matrix = None  # Windows does not rename a file that is mapped.
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-
     try:
-        _by_first_process(make, path)
-        if distributed.any_process(not temporary.exists()):
-            raise ValueError(
-                f"rank 0 writes the scores to {path}, and not every process finds the file there; pass a path on a "
-                "file system that they all share."
-            )
+        with _together(path):
+            matrix = _made(path, temporary, shape) if first else None
+        with _together(path):
+            if not temporary.exists():
+                raise ValueError(
+                    f"rank 0 writes the scores to {path}, and this process does not find the file there; pass a path "
+                    "on a file system that all processes share."
+                )
         yield write
-        _by_first_process(complete, path)
+        with _together(path):
+            matrix = None  # Windows does not rename a file that is mapped.
+            if first:
+                with open(temporary, "rb+") as handle:
+                    os.fsync(handle.fileno())
+                os.replace(temporary, path)
     finally:
         matrix = None
-        if distributed.rank() == 0:
+        if first:
             temporary.unlink(missing_ok=True)
 
 
@@ -115,13 +111,13 @@ def _reserve(path: Path) -> None:
                 raise
 
 
-def _by_first_process(action: Callable[[], None], path: Path) -> None:
-    """Run on rank 0 what may fail there; then all processes fail together."""
+@contextmanager
+def _together(path: Path) -> Iterator[None]:
+    """Let all processes fail where one of them does."""
     error: Exception | None = None
-    if distributed.rank() == 0:
-        try:
-            action()
-        except (OSError, ValueError) as caught:
-            error = caught
+    try:
+        yield
+    except (OSError, ValueError) as caught:
+        error = caught
     if distributed.any_process(error is not None):
-        raise error or ValueError(f"rank 0 can't write the scores to {path}; its error says why.")
+        raise error or ValueError(f"another process can't write the scores to {path}; its error says why.")

@@ -30,7 +30,6 @@ from lightning_influence.gradients.visitors import visit
 from lightning_influence.scores import matrix_file
 from lightning_influence.scores.products import Normalisation, PairColumns, StrongestPairs
 from lightning_influence.scores.queries import (
-    QUERY_BYTES,
     PreparedQueries,
     check_layers,
     check_pairs,
@@ -104,7 +103,7 @@ class TopScores:
         proponent_scores: Their scores.
         opponents: Dataset indices of the examples with the smallest scores ``[q, m]``, smallest first.
         opponent_scores: Their scores.
-        notes: What a reader should know.
+        notes: What a reader of the scores should know.
     """
 
     queries: Tensor
@@ -115,7 +114,7 @@ class TopScores:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, queries: Sequence[int], found: Sequence[tuple[Tensor, Tensor]], notes: Sequence[str] = ()) -> TopScores:
+    def of(cls, queries: Sequence[int], found: Sequence[tuple[Tensor, Tensor]]) -> TopScores:
         """Return what ``StrongestPairs`` has found of several chunks of queries, in their order."""
         scores, rows = (torch.cat([part[place] for part in found], 1) for place in (0, 1))
         unknown = torch.isneginf(scores)
@@ -123,7 +122,7 @@ class TopScores:
         kept = (~unknown).any(1).sum(1).tolist()
         scores, rows = scores.masked_fill(unknown, torch.nan), rows.masked_fill(unknown, -1)
         (most, proponents), (least, opponents) = ((scores[k, :, :m], rows[k, :, :m]) for k, m in enumerate(kept))
-        notes = [*notes, *_unscored(queries, unknown[0].all(1))]
+        notes = _unscored(queries, unknown[0].all(1))
         return cls(torch.tensor(list(queries)), proponents, most, opponents, -least, notes)
 
     def __repr__(self) -> str:
@@ -155,7 +154,6 @@ def pairwise_scores(
     normalise: Normalisation = "none",
     by_layer: bool = False,
     path: str | os.PathLike[str] | None = None,
-    query_bytes: int = QUERY_BYTES,
 ) -> PairwiseScores:
     """Score every query with every training example.
 
@@ -175,7 +173,6 @@ def pairwise_scores(
         path: Where to write the scores instead of holding them in memory: an ``.npy`` file in float32, which
             ``numpy.load(path, mmap_mode="r")`` reads. It appears, or replaces the one there, when it is complete. With
             several processes, on a file system that all of them share.
-        query_bytes: Memory for preconditioned query gradients. More queries take more passes over the training data.
 
     Returns:
         All scores, on the host; the same on every process.
@@ -198,7 +195,7 @@ def pairwise_scores(
     layers = list(gradients.coverage.blocks) if by_layer else []
     shape = len(query_indices), len(distinct(indices))
     with nullcontext() if path is None else matrix_file.written(Path(path), shape) as write:
-        total = PairSum(gradients, indices, queries, query_indices, query_bytes, layers=layers, write=write)
+        total = PairSum(gradients, indices, queries, query_indices, layers=layers, write=write)
         for rows, prepared in total.prepared(curvature):
             total.add(rows, prepared, curvature=curvature, normalise=normalise)
     return total.result() if path is None else total.result(matrix_file.mapped(Path(path)))
@@ -213,7 +210,6 @@ def top_scores(
     count: int = 10,
     *,
     normalise: Normalisation = "none",
-    query_bytes: int = QUERY_BYTES,
 ) -> TopScores:
     """Find the ``count`` strongest proponents and opponents of every query; memory does not grow with the data.
 
@@ -224,13 +220,13 @@ def top_scores(
     if count < 1:
         raise ValueError(f"count is {count}; expected at least one proponent and opponent to find.")
     examples = distinct(indices).tolist()
-    chunks, notes = query_chunks(gradients, query_indices, query_bytes)
+    chunks = query_chunks(gradients, query_indices)
     found = []
     for prepared in prepared_queries(curvature, queries.like(gradients), chunks, len(examples)):
         strongest = StrongestPairs(prepared, count, curvature, normalise)
         visit(gradients, examples, [strongest], title=_TITLE)
         found.append(strongest.result())
-    return TopScores.of(query_indices, found, notes)
+    return TopScores.of(query_indices, found)
 
 
 def _check(
@@ -257,7 +253,6 @@ class PairSum:
         queries: Passes over the queries' data, with the model and coverage of the training data; the loss is scaled as
             theirs.
         query_indices: The queries.
-        query_bytes: Memory for the vectors of queries; more queries take more passes over the training data.
         layers: Whose parts of the scores to keep, too.
         write: Takes the scores instead, see ``matrix_file``; nothing can be added to them there.
 
@@ -272,7 +267,6 @@ class PairSum:
         indices: Sequence[int],
         queries: ExampleGradients,
         query_indices: Sequence[int],
-        query_bytes: int = QUERY_BYTES,
         *,
         layers: Sequence[str] = (),
         write: matrix_file.Write | None = None,
@@ -284,7 +278,7 @@ class PairSum:
         size = 0 if write is not None else len(self._examples)
         self._scores = _zeros(1 + len(layers), len(self._asked), size)
         self._met = torch.zeros(size, dtype=torch.bool)
-        self._chunks, self.notes = query_chunks(gradients, query_indices, query_bytes)
+        self._chunks = query_chunks(gradients, query_indices)
 
     def prepared(self, curvature: Curvature | None = None) -> Iterator[tuple[slice, PreparedQueries]]:
         """Yield rows and gradients of as many queries as are taken at a time, at the weights that the model has now.
@@ -332,14 +326,12 @@ class PairSum:
         columns.finish()
 
     def result(self, filed: Tensor | None = None, *, notes: Sequence[str] = ()) -> PairwiseScores:
-        """Return the sums, or what was written, with further notes; NaN for examples that no pass has met."""
+        """Return the sums, or what was written; NaN for examples that no pass has met."""
         self._scores.masked_fill_(~self._met, torch.nan)
         parts = dict(zip(self._layers, self._scores[1:], strict=True)) if self._layers else None
-        notes = list(dict.fromkeys([*self.notes, *notes]))
         scores = self._scores[0] if filed is None else filed
-        if filed is None:
-            notes += _unscored(self._asked.tolist(), scores.isnan().all(1))
-        return PairwiseScores(self._asked, self._examples, scores, parts, notes)
+        unscored = _unscored(self._asked.tolist(), scores.isnan().all(1)) if filed is None else ()
+        return PairwiseScores(self._asked, self._examples, scores, parts, list(dict.fromkeys([*notes, *unscored])))
 
 
 def mean_scores(members: Sequence[PairwiseScores]) -> PairwiseScores:
@@ -362,22 +354,17 @@ def mean_scores(members: Sequence[PairwiseScores]) -> PairwiseScores:
         raise ValueError("there are no scores to average; pass at least one member.")
     first = members[0]
     for number, other in enumerate(members):
-        for what, own, theirs in (
-            ("queries", first.queries, other.queries),
-            ("examples", first.examples, other.examples),
-        ):
-            if not torch.equal(own, theirs):
-                raise ValueError(
-                    f"member {number} has scores of {len(theirs)} {what}, member 0 of {len(own)}, or of others; "
-                    "expected the same queries and training examples in all members."
-                )
+        if not (torch.equal(first.queries, other.queries) and torch.equal(first.examples, other.examples)):
+            raise ValueError(
+                f"member {number} has scores of other pairs than member 0; expected the same queries and training "
+                "examples in all members."
+            )
     total = torch.zeros(first.scores.shape, dtype=torch.float64)
     for member in members:
         total += member.scores
-    layers = [list(member.parts or {}) for member in members]
     parts = None
-    if layers[0] and all(found == layers[0] for found in layers):
-        parts = {name: torch.stack([(m.parts or {})[name] for m in members]).mean(0) for name in layers[0]}
+    if first.parts and all(member.parts and member.parts.keys() == first.parts.keys() for member in members):
+        parts = {name: torch.stack([m.parts[name] for m in members if m.parts]).mean(0) for name in first.parts}
     notes = list(dict.fromkeys(note for member in members for note in member.notes))
     return PairwiseScores(first.queries, first.examples, total / len(members), parts, notes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -18,12 +19,12 @@ from lightning_influence.gradients.passes import BatchGradients, ExampleGradient
 from lightning_influence.gradients.visitors import Visitor, visit
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.rows import Rows
+from lightning_influence.scores.measurements.base import MeasurementError
 
 # Of each query's gradient there are, for a while: itself, the solution, and what solving takes.
 _COPIES = 4
-
-QUERY_BYTES = 2**30
-"""Memory for the vectors of queries, which are as large as the parameters, unless told otherwise."""
+# For all of them, which are as large as the parameters: more queries take more passes over the training data.
+_QUERY_BYTES = 2**32
 
 _Query = TypeVar("_Query")
 
@@ -80,30 +81,19 @@ def check_layers(gradients: ExampleGradients, other: str, covered: Set[str]) -> 
         )
 
 
-def query_chunks(
-    gradients: ExampleGradients, queries: Sequence[_Query], size: int = QUERY_BYTES
-) -> tuple[list[list[_Query]], list[str]]:
-    """Return the queries to take at a time, and what to say about it; the same on every process.
+def query_chunks(gradients: ExampleGradients, queries: Sequence[_Query]) -> list[list[_Query]]:
+    """Return the queries to take at a time, the same on every process: as many as memory has room for.
 
     Args:
         gradients: Passes over the training data.
         queries: The queries.
-        size: Bytes of preconditioned gradients to hold at a time; fewer are taken if the memory does not suffice.
     """
     like = next(p for p in gradients.module.parameters() if p.is_floating_point())
-    width = max(1, gradients.coverage.covered_parameters * working_dtype(like.dtype).itemsize)
-    asked = step = min(len(queries), max(1, size // width))
-    # All processes take as many as the one with the least memory can.
-    while step > 1 and distributed.any_process(not memory.fits(_COPIES * step * width, gradients.device)):
-        step = (step + 1) // 2
-    chunks = [list(queries[start : start + step]) for start in range(0, len(queries), step)]
-    if step == asked:
-        return chunks, []
-    note = (
-        f"the gradients of {asked:,} queries take {memory.readable(_COPIES * asked * width)} of memory, more than is "
-        f"available: {step:,} were taken at a time, in {len(chunks):,} passes over the training data."
-    )
-    return chunks, [note]
+    width = max(1, _COPIES * gradients.coverage.covered_parameters * working_dtype(like.dtype).itemsize)
+    available = memory.available_bytes(gradients.device)
+    own = _QUERY_BYTES if available is None else min(_QUERY_BYTES, available)
+    step = max(1, min(distributed.gather_objects(own)) // width)
+    return [list(queries[start : start + step]) for start in range(0, len(queries), step)]
 
 
 def prepared_queries(
@@ -122,12 +112,9 @@ def prepared_queries(
             of the curvature where rotating the examples costs less. None leaves all in the basis of the parameters.
 
     Raises:
-        QueryError: With the first chunk, if the task can't be run on some query of any chunk.
+        QueryError: If the task can't be run on some query of the chunk.
         SolverError: If an iterative solver did not reach its tolerance.
     """
-    for chunk in chunks[1:]:
-        # Else a query that does not fit is found after a pass over the training data for every chunk before it.
-        _visit(queries, chunk, _Counted())
     for chunk in chunks:
         yield _prepared(curvature, queries, chunk, examples)
 
@@ -144,7 +131,8 @@ def _prepared(
         return per_sample.formed(*_rows(io, bases.get(io.name)))
 
     asked = _Formed(queries, len(chunk), formed)
-    _visit(queries, chunk, asked)
+    with run_on_queries():
+        visit(queries, chunk, [asked], title="queries", everywhere=True)
     gradients, finite = asked.result()
     unknown = wide_zeros(len(finite), finite.device).masked_fill(~finite, torch.nan)
     if curvature is None:
@@ -186,37 +174,28 @@ def _cheaper_basis(curvature: Curvature, io: LayerIO, queries: int, examples: in
     return basis if rotated_rows < 2 * queries * o * i * sum(sides) else None
 
 
-def _visit(queries: ExampleGradients, indices: list[int], visitor: _Counted) -> None:
-    """Let the visitor see the queries, on every process."""
+@contextmanager
+def run_on_queries() -> Iterator[None]:
+    """Raise ``QueryError`` for whatever goes wrong in a user's task that meets another kind of batch."""
     try:
-        visit(queries, indices, [visitor], title="queries", everywhere=True)
-    # Anything can go wrong in a user's task that meets another kind of batch.
+        yield
+    except MeasurementError:
+        raise
     except Exception as error:
         if memory.is_out_of_memory(error):
             raise
-        failed = indices[visitor.done : visitor.done + queries.source.pass_batch_size]
         raise QueryError(
-            f"queries: the training task can't be run on the batch from query {failed[0]} to {failed[-1]} "
-            f"({type(error).__name__}: {error}). Queries need inputs and labels of the kind that the model was trained "
-            "on."
+            f"queries: the training task can't be run on them ({type(error).__name__}: {error}). Queries need inputs "
+            "and labels of the kind that the model was trained on."
         ) from error
 
 
-class _Counted(Visitor):
-    """Knows how far a pass has come."""
-
-    done = 0
-
-    def end(self, batch: BatchGradients) -> None:
-        self.done += batch.loss.n
-
-
-class _Formed(_Counted):
+class _Formed(Visitor):
     """Keeps the gradients of all examples of a pass, as ``form`` gives them."""
 
     def __init__(self, queries: ExampleGradients, count: int, form: Callable[[LayerIO], Tensor]) -> None:
         self._shapes = {name: (count, *block.shape) for name, block in queries.coverage.blocks.items()}
-        self._count, self._device, self._form = count, queries.device, form
+        self._count, self._device, self._form, self._done = count, queries.device, form, 0
         self._reached: dict[str, Tensor] = {}
         self._finite: list[Tensor] = []
 
@@ -227,10 +206,10 @@ class _Formed(_Counted):
             return
         if io.name not in self._reached:
             self._reached[io.name] = formed.new_zeros(self._shapes[io.name])
-        self._reached[io.name][self.done : self.done + len(formed)] = formed
+        self._reached[io.name][self._done : self._done + len(formed)] = formed
 
     def end(self, batch: BatchGradients) -> None:
-        super().end(batch)
+        self._done += batch.loss.n
         self._finite.append(batch.finite)
 
     def result(self) -> tuple[dict[str, Tensor], Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_influence.objective.tap import TrainingTap
-    from lightning_influence.training.flight.visit import Visit
+    from lightning_influence.training.flight.flight import Visit
 
 
 @dataclass(eq=False)

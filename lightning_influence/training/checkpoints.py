@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -148,7 +149,7 @@ _WHENCE = (
 
 
 def check_together(checkpoints: Sequence[Checkpoint], module: nn.Module) -> None:
-    """Raise ``CheckpointError`` unless the checkpoints are those of one run of this model.
+    """Raise ``CheckpointError`` unless the checkpoints are those of one run of this model, in order.
 
     Args:
         checkpoints: The checkpoints.
@@ -157,27 +158,25 @@ def check_together(checkpoints: Sequence[Checkpoint], module: nn.Module) -> None
     if isinstance(checkpoints, Checkpoint) or not len(checkpoints):
         told = "one checkpoint, not a list" if isinstance(checkpoints, Checkpoint) else "no checkpoint"
         raise CheckpointError(f"there is {told}; {_WHENCE}.")
-    steps: list[int] = []
-    by_optimizer: dict[str, int] = {}
     # Of checkpoints on a disk, names and shapes are enough.
-    for checkpoint in getattr(checkpoints, "outlines", checkpoints):
+    every: list[Checkpoint] = list(getattr(checkpoints, "outlines", checkpoints))
+    for checkpoint in every:
         if not isinstance(checkpoint, Checkpoint):
             raise CheckpointError(f"a checkpoint is a {type(checkpoint).__name__}; {_WHENCE}.")
         checkpoint.check(module)
-        by_optimizer[checkpoint.optimizer] = checkpoint.step
-        steps.append(checkpoint.step)
-    if len(by_optimizer) > 1:
-        listed = ", ".join(f"step {step} with {name or 'an unknown one'}" for name, step in by_optimizer.items())
+    steps = [each.step for each in every]
+    if any(after <= before for before, after in pairwise(steps)):
+        raise CheckpointError(
+            f"the checkpoints are of the steps {steps}; expected those of one run, in the order of training, each once."
+        )
+    if len(names := {each.optimizer: each.step for each in every}) > 1:
+        listed = ", ".join(f"step {step} with {name or 'an unknown one'}" for name, step in names.items())
         raise CheckpointError(
             f"the checkpoints were taken with different optimizers ({listed}): they are of different runs. Pass those "
             "of one run."
         )
-    if len(set(steps)) < len(steps):
-        raise CheckpointError(f"the checkpoints of the steps {steps} repeat a step; pass every checkpoint once.")
-    if steps != sorted(steps):
-        raise CheckpointError(
-            f"the checkpoints are those of the steps {steps}; expected them in the order of training."
-        )
+    if len({frozenset(each.parameters) for each in every}) > 1:
+        raise CheckpointError("some checkpoints have parameters that others have not; expected those of one run.")
 
 
 def check_step_sizes(checkpoints: Sequence[Checkpoint]) -> None:
@@ -187,6 +186,28 @@ def check_step_sizes(checkpoints: Sequence[Checkpoint]) -> None:
             f"none of {len(checkpoints)} checkpoints has step sizes, which TracIn weighs gradients with; take them "
             "with `step_sizes=`, see `StepSizes`."
         )
+
+
+def plain_steps(checkpoints: Sequence[Checkpoint], module: nn.Module) -> list[Checkpoint]:
+    """Return the checkpoints of a run that stand for steps, for methods that follow steps along the gradient.
+
+    Raises:
+        CheckpointError: As ``check_together``, or if the steps are unknown, or were not multiples of the gradient.
+    """
+    check_together(checkpoints, module)
+    moved = [c for c in checkpoints if c.steps and any(c.step_sizes.values())]
+    if adaptive := [c.step for c in moved if c.preconditioner]:
+        raise CheckpointError(
+            f"the checkpoints of the steps {adaptive[:5]} are of an adaptive optimizer, whose steps are not multiples "
+            "of the gradient; this method is for SGD. Use TracIn, or leave out `preconditioner` to treat the steps as "
+            "plain ones."
+        )
+    if not moved:
+        raise CheckpointError(
+            f"none of {len(checkpoints)} checkpoints knows the steps it stands for; take them with `step_sizes=` and "
+            "`steps=`, see `StepSizes`."
+        )
+    return moved
 
 
 def one_too_many(steps: Sequence[int]) -> int:

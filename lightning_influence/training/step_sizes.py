@@ -32,8 +32,8 @@ class OptimizerHistory:
     steps: int
 
 
-StepSize: TypeAlias = "tuple[float, float] | Tensor"
-"""``η`` of a block's first parameter and of the others, or ``η P`` of every scalar, ``[k, o, i]``."""
+StepSize: TypeAlias = "float | Tensor"
+"""``η`` of a block, or ``η P`` of every scalar, ``[k, o, i]``, where they differ."""
 
 
 class StepSizes:
@@ -133,41 +133,26 @@ def block_step_sizes(
     result: dict[str, StepSize] = {}
     for block_name, block in blocks.items():
         own = {name: names.get(id(parameter), "") for name, parameter in block.parameters.items()}
-        sizes = [sums.get(name, 0.0) for name in own.values()]
-        if preconditioner.keys() & own.values():
-            scaled = {
-                name: sums.get(own[name], 0.0) * preconditioner.get(own[name], torch.ones_like(parameter)).to(parameter)
-                for name, parameter in block.parameters.items()
-            }
-            result[block_name] = block.from_parameters({name: value.detach() for name, value in scaled.items()})
-        else:
-            result[block_name] = sizes[0], sizes[-1] if len(sizes) > 1 else 0.0
+        sizes = {sums.get(name, 0.0) for name in own.values()}
+        if len(sizes) == 1 and not preconditioner.keys() & own.values():
+            result[block_name] = sizes.pop()
+            continue
+        scaled = {
+            name: sums.get(own[name], 0.0) * preconditioner.get(own[name], torch.ones_like(parameter)).to(parameter)
+            for name, parameter in block.parameters.items()
+        }
+        result[block_name] = block.from_parameters({name: value.detach() for name, value in scaled.items()})
     return result
 
 
-def is_one_rate(step_size: StepSize, bias_columns: slice | None) -> bool:
-    """Tell whether all of a block's parameters have one and the same ``η``, so that its squared norms tell all.
-
-    Args:
-        step_size: Of the block.
-        bias_columns: Columns of the activations that are the bias; None without one.
-    """
-    return not isinstance(step_size, Tensor) and (bias_columns is None or step_size[0] == step_size[1])
-
-
-def self_influence(io: LayerIO, norms: Tensor, bias_columns: slice | None, step_size: StepSize) -> Tensor:
+def self_influence(io: LayerIO, norms: Tensor, step_size: StepSize) -> Tensor:
     """Return one block's part of ``η gᵀ P g`` for every example, ``[n]``.
 
     Args:
         io: The block's activations and output gradients.
         norms: Its squared gradient norms ``[n]``.
-        bias_columns: Columns of the activations that are the bias.
         step_size: Of the block.
     """
     if isinstance(step_size, Tensor):
         return per_sample.weighted_squares(io.x, io.gs[0], step_size.to(io.x))
-    weight, bias = step_size
-    if bias_columns is None or is_one_rate(step_size, bias_columns):
-        return norms * weight
-    of_bias = per_sample.squared_norms(io.x[..., bias_columns], io.gs[0])
-    return norms * weight + of_bias * (bias - weight)
+    return norms * step_size

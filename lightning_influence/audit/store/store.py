@@ -230,40 +230,29 @@ class AuditStore:
 
         Raises:
             TypeError: Metadata that is not text.
-            ValueError: A tensor called `__metadata__`: safetensors has no such.
             StoreError: The file cannot be written.
         """
-        if "__metadata__" in tensors:
-            raise ValueError(f"block {block_name!r}: safetensors reserves the tensor name '__metadata__'.")
         data = packed_tensors(tensors, metadata or {})
-        with replacing(self._factor_path(block_name)) as handle:
+        with replacing(self.directory / FACTORS / block_file_name(block_name)) as handle:
             handle.write(data)
 
-    def read_factors(self, block_name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Reads back `(tensors, metadata)` of one block, tensors on the CPU.
+    def factors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        """Reads the stored blocks: name to tensors, on the CPU, and metadata, sorted; empty if there is none.
 
         Raises:
-            StoreError: The block is not stored (the message lists those that are) or its file is damaged.
+            StoreError: A file is damaged.
         """
-        path = self._factor_path(block_name)
-        if not path.is_file():
-            stored = self.factor_names()
-            raise StoreError(f"No factors of block {block_name!r} in {path.parent}; stored are {stored}.")
-        with reading(path):
-            return load_tensors(path)
-
-    def factor_names(self) -> list[str]:
-        """The names of the stored blocks, sorted."""
-        files = (self.directory / FACTORS).glob(f"*{SUFFIX}")
-        names = {block_name_of(file.name): file.name for file in files}
-        return sorted(name for name, file_name in names.items() if block_file_name(name) == file_name)
+        found = {}
+        for path in (self.directory / FACTORS).glob(f"*{SUFFIX}"):
+            name = block_name_of(path.name)
+            if block_file_name(name) == path.name:
+                with reading(path):
+                    found[name] = load_tensors(path)
+        return dict(sorted(found.items()))
 
     def checkpoints(self) -> KeptCheckpoints:
         """The stored checkpoints, in order; each is read when it is asked for."""
         return KeptCheckpoints(self.directory / _CHECKPOINTS)
-
-    def _factor_path(self, block_name: str) -> Path:
-        return self.directory / FACTORS / block_file_name(block_name)
 
     def _write_table(self, file_name: str, columns: Mapping[str, ArrayLike], meanings: Mapping[str, str]) -> None:
         with replacing(self.directory / file_name) as handle:

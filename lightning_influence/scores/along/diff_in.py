@@ -30,11 +30,9 @@ from torch import Tensor
 from lightning_influence.core.precision import wide
 from lightning_influence.curvature import random_subset
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.scores.along.gradient_steps import plain_steps
 from lightning_influence.scores.measurements import mean_gradient
 from lightning_influence.scores.pairs import PairSum, PairwiseScores
-from lightning_influence.scores.queries import QUERY_BYTES
-from lightning_influence.training.checkpoints import Checkpoint
+from lightning_influence.training.checkpoints import Checkpoint, plain_steps
 
 # How far the weights are moved to differentiate: along a direction of length one, so that it does not matter how large
 # gradients are. In float32 the error of the difference is about 1e-7 / 1e-3 of a gradient.
@@ -53,7 +51,6 @@ def diff_in_scores(
     batch: int = 256,
     step: float = _STEP,
     seed: int = 0,
-    query_bytes: int = QUERY_BYTES,
 ) -> PairwiseScores:
     """Score every query with every training example by the change of influence along the run.
 
@@ -67,7 +64,6 @@ def diff_in_scores(
         batch: Number of training examples ``B``, drawn at random; the same ones at every checkpoint.
         step: Length ``ε`` of the step that derivatives are taken with.
         seed: Seed of the batch.
-        query_bytes: Memory for the vectors of queries; more queries take more passes over the training data.
 
     Returns:
         All scores, on the host; the same on every process.
@@ -80,10 +76,8 @@ def diff_in_scores(
     """
     if batch < 1 or not (math.isfinite(step) and step > 0):
         raise ValueError(f"batch={batch}, step={step}; expected at least one example and a positive step.")
-    moved = plain_steps(checkpoints)
-    for checkpoint in moved:
-        checkpoint.check(gradients.module)
-    total = PairSum(gradients, indices, queries, query_indices, query_bytes)
+    moved = plain_steps(checkpoints, gradients.module)
+    total = PairSum(gradients, indices, queries, query_indices)
     chosen = random_subset(list(indices), batch, seed)
     for checkpoint in moved:
         weight = -checkpoint.step / len(moved)

@@ -7,7 +7,6 @@ seed, the member, and which call of dropout it is, and on nothing else.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
@@ -20,14 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.scores.pairs import PairSum, PairwiseScores
-from lightning_influence.scores.queries import QUERY_BYTES
 
 # Those that drop whole channels, which come second.
-_BY_CHANNEL = (F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout)
-# Those that keep mean and variance of a SELU (Klambauer et al. 2017, 1706.02515).
-_ALPHA = (F.alpha_dropout, F.feature_alpha_dropout)
-_DROPOUTS = (F.dropout, torch.dropout, torch.dropout_, *_BY_CHANNEL, F.alpha_dropout)
-_SELU_FLOOR = -1.7580993408473766
+_BY_CHANNEL = (F.dropout1d, F.dropout2d, F.dropout3d)
+_DROPOUTS = (F.dropout, torch.dropout, torch.dropout_, *_BY_CHANNEL)
 
 
 class DropoutMasks:
@@ -35,7 +30,7 @@ class DropoutMasks:
 
     A unit is an entry of the last dimension of a tensor of up to three dimensions, and of the second one (a channel, an
     attention head) of a larger one or where the function drops channels: at all positions of an example it is on or
-    off. What ``nn.MultiheadAttention`` and recurrent layers drop inside is left on.
+    off. What ``nn.MultiheadAttention``, recurrent layers and alpha dropout drop is left on.
 
     Args:
         seed: Of all members.
@@ -109,20 +104,8 @@ class _Masked(TorchFunctionMode):
         self._masks.calls += 1
         shape = [1] * input.ndim
         shape[dim] = -1
-        scale, shift = (part.to(input).view(shape) for part in _affine(on.double(), p, func in _ALPHA))
-        if inplace or func == torch.dropout_:
-            return input.mul_(scale).add_(shift) if func in _ALPHA else input.mul_(scale)
-        return input * scale + shift if func in _ALPHA else input * scale
-
-
-def _affine(on: Tensor, p: float, alpha: bool) -> tuple[Tensor, Tensor]:
-    """Return what units are multiplied by, and what is added to them."""
-    if not alpha:
-        return on / (1 - p) if p < 1 else on, torch.zeros_like(on)
-    if p == 1:
-        return on, torch.zeros_like(on)
-    scale = 1 / math.sqrt((1 - p) * (1 + p * _SELU_FLOOR**2))
-    return scale * on, scale * _SELU_FLOOR * ((1 - on) - p)
+        scale = (on.double() / (1 - p) if p < 1 else on).to(input).view(shape)
+        return input.mul_(scale) if inplace or func == torch.dropout_ else input * scale
 
 
 def ip_ensemble(
@@ -133,7 +116,6 @@ def ip_ensemble(
     *,
     masks: int = 10,
     seed: int = 0,
-    query_bytes: int = QUERY_BYTES,
 ) -> PairwiseScores:
     """Return the mean over sub-networks of the inner products of gradients, ``g_qᵀ g_z``.
 
@@ -146,7 +128,6 @@ def ip_ensemble(
         query_indices: The queries.
         masks: Number of sub-networks; each takes a pass over the training data.
         seed: Of the masks.
-        query_bytes: Memory for the gradients of queries; more queries take more passes over the training data.
 
     Returns:
         All scores, on the host; the same on every process, for every batch size and number of workers.
@@ -159,7 +140,7 @@ def ip_ensemble(
     if masks < 1:
         raise ValueError(f"masks={masks}; expected at least one sub-network.")
     member = DropoutMasks(seed)
-    total = PairSum(gradients.within(member), indices, queries.within(member), query_indices, query_bytes)
+    total = PairSum(gradients.within(member), indices, queries.within(member), query_indices)
     _check_dropout(total.gradients, member, indices[:2])
     for number in range(masks):
         member.member = number

@@ -30,10 +30,8 @@ from lightning_influence.core.precision import wide
 from lightning_influence.curvature import BLOCKS, BlockCurvature, Curvature, CurvatureName, FactorExamples, fit
 from lightning_influence.curvature.damping import block_means
 from lightning_influence.gradients.passes import ExampleGradients, Labels
-from lightning_influence.scores.along.gradient_steps import plain_steps
 from lightning_influence.scores.pairs import PairSum, PairwiseScores
-from lightning_influence.scores.queries import QUERY_BYTES
-from lightning_influence.training.checkpoints import Checkpoint, CheckpointError
+from lightning_influence.training.checkpoints import Checkpoint, plain_steps
 
 At = Literal["checkpoints", "average"]
 
@@ -55,19 +53,16 @@ class Segment:
     step_sizes: Mapping[str, float]
 
 
-def training_segments(checkpoints: Sequence[Checkpoint], count: int) -> list[Segment]:
+def training_segments(moved: Sequence[Checkpoint], count: int) -> list[Segment]:
     """Cut a run into segments of as equally many checkpoints as can be.
 
     Args:
-        checkpoints: Of one run, in the order of training. One that stands for no steps (the starting weights) is left
-            out.
+        moved: See ``plain_steps``.
         count: Number of segments.
 
     Raises:
-        CheckpointError: See ``plain_steps``.
         ValueError: If ``count`` is less than 1, or there are fewer checkpoints than segments.
     """
-    moved = plain_steps(checkpoints)
     if not 1 <= count <= len(moved):
         raise ValueError(
             f"segments={count} with {len(moved)} checkpoints that stand for steps; expected at least 1 segment, and at "
@@ -90,7 +85,6 @@ def source_scores(
     examples: FactorExamples | None = None,
     weight_decay: float | Mapping[str, float] = 0.0,
     at: At = "checkpoints",
-    query_bytes: int = QUERY_BYTES,
 ) -> PairwiseScores:
     """Score every query with every training example through the steps of training.
 
@@ -112,7 +106,6 @@ def source_scores(
         at: Where the examples' gradients are taken. ``"checkpoints"``: averaged over the segment's checkpoints, one
             pass over the training data for each, as in the paper. ``"average"``: at the segment's averaged weights,
             one pass for each segment (its "fast" form).
-        query_bytes: Memory for the vectors of queries; more queries take more passes over the training data.
 
     Returns:
         All scores, on the host; the same on every process. Positive for proponents: to first order, removing ``z`` from
@@ -128,10 +121,8 @@ def source_scores(
         raise ValueError(f"at={at!r}; expected one of {', '.join(map(repr, get_args(At)))}.")
     if curvature not in BLOCKS:
         raise ValueError(f"curvature={curvature!r} is not block-diagonal; expected one of {', '.join(BLOCKS)}.")
-    stretches = training_segments(checkpoints, segments)
-    for checkpoint in checkpoints:
-        checkpoint.check(gradients.module)
-    total = PairSum(gradients, indices, queries, query_indices, query_bytes)
+    stretches = training_segments(plain_steps(checkpoints, gradients.module), segments)
+    total = PairSum(gradients, indices, queries, query_indices)
     examples = examples or FactorExamples(len(indices), len(indices))
     fitted = partial(fit, gradients, curvature, indices, examples=examples, labels=labels)
     maps = [_Maps(gradients, segment, fitted, weight_decay) for segment in stretches]
@@ -201,12 +192,6 @@ class _Maps:
 def _segment(checkpoints: Sequence[Checkpoint]) -> Segment:
     last, steps = checkpoints[-1], sum(c.steps for c in checkpoints)
     shares = tuple(c.steps / steps for c in checkpoints)
-    different = {name for c in checkpoints for name in c.parameters.keys() ^ last.parameters.keys()}
-    if different:
-        raise CheckpointError(
-            f"some checkpoints have the parameters {sorted(different)[:5]} and others have not; expected those of one "
-            "run."
-        )
 
     def mean(values: Sequence[Tensor]) -> Tensor:
         # Counters of a batch norm are not averaged.

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.layers.blocks import ParameterBlock
 from lightning_influence.scores.pairs import PairSum, PairwiseScores
 from lightning_influence.training.checkpoints import Checkpoint, check_step_sizes, check_together
-from lightning_influence.training.step_sizes import StepSize, block_step_sizes
+from lightning_influence.training.step_sizes import block_step_sizes
 
 
 def tracin_scores(
@@ -59,29 +56,7 @@ def tracin_scores(
     total = PairSum(gradients, indices, queries, query_indices, layers=list(blocks) if by_layer else ())
     for checkpoint in checkpoints:
         with checkpoint.loaded(gradients.module):
-            sizes = checkpoint_step_sizes(checkpoint, gradients)
+            sizes = block_step_sizes(blocks, checkpoint.step_sizes, gradients.module, checkpoint.preconditioner)
             for rows, asked in total.prepared():
-                steps = {name: _step(blocks[name], sizes[name], vector) for name, vector in asked.vectors.items()}
-                total.add(rows, asked.turned(steps))
+                total.add(rows, asked.turned({name: v * sizes[name] for name, v in asked.vectors.items()}))
     return total.result()
-
-
-def checkpoint_step_sizes(checkpoint: Checkpoint, gradients: ExampleGradients) -> dict[str, StepSize]:
-    """Return ``η P`` of every block for the steps that a checkpoint stands for, see ``block_step_sizes``.
-
-    Args:
-        checkpoint: The checkpoint.
-        gradients: Passes over the model.
-    """
-    scales = {name: value.to(gradients.device) for name, value in checkpoint.preconditioner.items()}
-    return block_step_sizes(gradients.coverage.blocks, checkpoint.step_sizes, gradients.module, scales)
-
-
-def _step(block: ParameterBlock, size: StepSize, vector: Tensor) -> Tensor:
-    """Return ``η P v`` of a block, ``[q, k, o, i]``."""
-    if isinstance(size, Tensor):
-        return vector * size.to(vector)
-    result = vector * size[0]
-    if block.bias_columns is not None:
-        result[..., block.bias_columns] = vector[..., block.bias_columns] * size[1]
-    return result

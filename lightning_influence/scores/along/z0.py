@@ -14,7 +14,6 @@ Index legend: ``t`` checkpoints, ``q`` queries, ``n`` training examples.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import closing
 
@@ -23,11 +22,11 @@ from torch import Tensor
 
 from lightning_influence.core.precision import exact
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.visitors import ExampleColumns, ExampleScores, in_order
+from lightning_influence.gradients.visitors import ExampleColumns, in_order
 from lightning_influence.objective.terms import TaskError
 from lightning_influence.scores.pairs import PairwiseScores, distinct
 from lightning_influence.scores.queries import check_pairs
-from lightning_influence.training.checkpoints import Checkpoint, CheckpointError
+from lightning_influence.training.checkpoints import Checkpoint, CheckpointError, check_together
 
 
 def z0_scores(
@@ -55,6 +54,7 @@ def z0_scores(
         ValueError: If training data and queries do not go together.
     """
     check_pairs(gradients, indices, queries, query_indices)
+    check_together(checkpoints, gradients.module)
     weights = _weights(checkpoints)
     _, own = loss_paths(gradients, indices, checkpoints)
     asked = torch.tensor(list(query_indices), dtype=torch.long)
@@ -66,49 +66,14 @@ def z0_scores(
     return PairwiseScores(asked, distinct(indices), scores.masked_fill(unknown, torch.nan))
 
 
-def z0_self_influence(
-    gradients: ExampleGradients, indices: Sequence[int], checkpoints: Sequence[Checkpoint]
-) -> ExampleScores:
-    """Score examples by how far their own loss moves.
-
-    Args:
-        gradients: Passes over the training data; no gradient is computed.
-        indices: The training examples.
-        checkpoints: See ``z0_scores``.
-
-    Returns:
-        Columns ``z0``, the score of the example on itself; ``loss_variance``, over the checkpoints; and ``z0_bound``,
-        the least that ``z0`` can be with that variance. Squared differences of ``m`` numbers in a row add up to at
-        least ``4 m sin²(π / 2m)`` times their variance, so that the variance alone, for which the order of the
-        checkpoints need not be known, bounds self-influence from below.
-
-    Raises:
-        CheckpointError: See ``z0_scores``.
-        TaskError: If the task does not tell the losses of examples apart.
-    """
-    weights = _weights(checkpoints)
-    examples, losses = loss_paths(gradients, indices, checkpoints)
-    variance = losses.var(dim=0, correction=0)
-    m = len(losses)
-    least = float(weights.min()) * 4 * m * math.sin(math.pi / (2 * m)) ** 2
-    z0 = weights @ losses.diff(dim=0).square()
-    finite = torch.isfinite(losses).all(0)
-    columns = {"z0": z0, "loss_variance": variance, "z0_bound": least * variance}
-    columns = {name: values.masked_fill(~finite, torch.nan) for name, values in columns.items()}
-    return ExampleScores(examples, columns | {"finite": finite}, None)
-
-
 def loss_paths(
     gradients: ExampleGradients, indices: Sequence[int], checkpoints: Sequence[Checkpoint]
 ) -> tuple[Tensor, Tensor]:
     """Return dataset indices ``[n]``, sorted, each once, and the examples' losses at every checkpoint ``[t, n]``.
 
     Raises:
-        CheckpointError: If the checkpoints are of another model.
         TaskError: If the task does not tell the losses of examples apart.
     """
-    for checkpoint in checkpoints:
-        checkpoint.check(gradients.module)
     examples, rows = distinct(indices), []
     for checkpoint in checkpoints:
         columns = ExampleColumns(examples.tolist(), torch.device("cpu"))
@@ -139,12 +104,6 @@ def _weights(checkpoints: Sequence[Checkpoint]) -> Tensor:
 
 def _squared_length(before: Checkpoint, after: Checkpoint) -> float:
     """Return ``Σ_p Δ_p² / (η_p P_p)``; without step sizes, ``‖Δ‖²``."""
-    if before.parameters.keys() != after.parameters.keys():
-        different = sorted(before.parameters.keys() ^ after.parameters.keys())
-        raise CheckpointError(
-            f"the checkpoints of the steps {before.step} and {after.step} differ in the parameters {different[:5]}; "
-            "expected those of one run."
-        )
     total = 0.0
     for name, value in after.parameters.items():
         size = after.step_sizes.get(name, 0.0) if after.step_sizes else 1.0

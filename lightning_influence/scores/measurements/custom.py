@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.core import distributed
 from lightning_influence.core.isolation import untouched
 from lightning_influence.core.precision import wide, wide_zeros
-from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.scores.measurements.base import (
     Measured,
     Measurement,
@@ -33,19 +31,14 @@ class Custom(Measurement):
     Args:
         function: Called with the module in eval mode and a batch on its device; returns a tensor of one number that
             depends on the module's parameters.
-        label: Its name, by default the function's.
-        batched: For a function that is a mean over the examples of a batch, and sets too large for one batch: it is
-            called with batches of the source's size, and the result is their mean, weighted by size.
     """
 
     function: Callable[[Any, Any], Tensor]
-    label: str | None = None
-    batched: bool = False
 
     @property
     def name(self) -> str:
         """The function's name."""
-        name = self.label or str(getattr(self.function, "__name__", type(self.function).__name__))
+        name = str(getattr(self.function, "__name__", type(self.function).__name__))
         return "measurement" if name == "<lambda>" else name
 
     def measure(self, sets: QuerySets, *, gradient: bool = True) -> Measured:
@@ -59,18 +52,16 @@ class Custom(Measurement):
         with untouched(queries.module, self.function):
             for parameter in owned.values():
                 parameter.requires_grad_(True)
-            for passes, batch, n in self._batches(sets):
-                found = self._checked(passes.applied(self.function, batch))
-                value += n / total * wide(found.detach())
-                if not gradient:
-                    continue
-                parts = torch.autograd.grad(found, list(owned.values()), allow_unused=True)
-                for name, part in zip(owned, parts, strict=True):
-                    if part is not None:
-                        sums[name] += n / total * part.to_dense() if part.is_sparse else n / total * part
-        if self.batched:
-            value, *summed = distributed.sum_across_processes([value, *sums.values()])
-            sums = dict(zip(sums, summed, strict=True))
+            for passes, indices in sets:
+                for own, batch in passes.source.batches(indices, len(indices)):
+                    found, weight = self._checked(passes.applied(self.function, batch)), len(own) / total
+                    value += weight * wide(found.detach())
+                    if not gradient:
+                        continue
+                    parts = torch.autograd.grad(found, list(owned.values()), allow_unused=True)
+                    for name, part in zip(owned, parts, strict=True):
+                        if part is not None:
+                            sums[name] += weight * part.to_dense() if part.is_sparse else weight * part
         result = {
             name: block.from_parameters({own: sums[own] for own in block.parameters})
             for name, block in blocks.items()
@@ -79,13 +70,6 @@ class Custom(Measurement):
         if gradient:
             check_gradient(self.name, result)
         return Measured(float(value), result, {"all": total})
-
-    def _batches(self, sets: QuerySets) -> Iterator[tuple[ExampleGradients, Any, int]]:
-        for passes, indices in sets:
-            own: Sequence[int] = distributed.share(indices) if self.batched else indices
-            size = passes.source.pass_batch_size if self.batched else len(own)
-            for found, batch in passes.source.batches(own, size):
-                yield passes, batch, len(found)
 
     def _checked(self, found: Any) -> Tensor:
         if not isinstance(found, Tensor) or found.numel() != 1:

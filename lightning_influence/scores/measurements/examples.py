@@ -70,8 +70,7 @@ class AdversarialLoss(Loss):
 
     Args:
         epsilon: Largest change of an entry, in the units of the model's input.
-        steps: Number of steps.
-        step_size: Length of a step; by default ``epsilon`` for one step, ``2.5 epsilon / steps`` for several.
+        steps: Number of steps: of ``epsilon`` for one, of ``2.5 epsilon / steps`` for several.
         bounds: Least and largest entry that an input may have, in the same units (a normalised image has others than
             0 and 1); numbers, or tensors that broadcast.
         inputs: Picks the tensor to attack from a batch; by default the first of floating-point numbers in it.
@@ -82,14 +81,12 @@ class AdversarialLoss(Loss):
 
     epsilon: float
     steps: int = 1
-    step_size: float | None = None
     bounds: tuple[float | Tensor, float | Tensor] | None = None
     inputs: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("epsilon", self.epsilon), ("step_size", self.step_size)):
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value!r}; expected a finite number > 0.")
+        if not 0 < self.epsilon < float("inf"):
+            raise ValueError(f"epsilon={self.epsilon!r}; expected a finite number > 0.")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps!r}; expected at least 1 (FGSM).")
 
@@ -111,7 +108,7 @@ class AdversarialLoss(Loss):
     def altered(self, batch: Any, run: Callable[[Any], BatchLoss]) -> Any:
         """Return the batch with the attacked inputs."""
         clean = self._attacked(batch)
-        step = self.step_size or (self.epsilon if self.steps == 1 else _REACH * self.epsilon / self.steps)
+        step = self.epsilon if self.steps == 1 else _REACH * self.epsilon / self.steps
         changed = clean.detach()
         for _ in range(self.steps):
             changed = changed.detach().requires_grad_(True)

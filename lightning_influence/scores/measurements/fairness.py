@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_influence.core import distributed
-from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.visitors import ExampleColumns, in_order
 from lightning_influence.objective.terms import BatchLoss
 from lightning_influence.scores.measurements.base import MeasurementError, Statistic, check_sizes
 from lightning_influence.scores.measurements.examples import log_odds
 
-Group: TypeAlias = "Callable[[Any], Tensor] | Tensor | Sequence[int]"
+Group: TypeAlias = "Tensor | Sequence[int]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +22,8 @@ class DemographicParityGap(Statistic):
     """``|E[p | s=1] - E[p | s=0]|``: how much likelier the positive prediction is in one group.
 
     Args:
-        group: ``s`` of every example, 0 or 1 (-1: in neither): a tensor over the queries' dataset,
-            ``[len(dataset)]``, by dataset index, which the model need not see; or a function of a batch, as the loader
-            makes it, to ``[n]``.
+        group: ``s`` of every example, 0 or 1 (-1: in neither), over the queries' dataset, ``[len(dataset)]``, by
+            dataset index; the model need not see it.
         positive: The class whose probability ``p`` is compared; the 1 of a yes-or-no decision.
     """
 
@@ -58,16 +54,13 @@ class DemographicParityGap(Statistic):
         """Return ``s`` of every example of the dataset; -1 for those that were not asked about."""
         size = len(queries.source)
         wanted = torch.as_tensor(list(indices), dtype=torch.long)
-        if callable(self.group):
-            found = self._called(queries, indices)
-        else:
-            every = torch.as_tensor(self.group).cpu()
-            if every.shape != (size,):
-                raise MeasurementError(
-                    f"{self.name}: `group` has the shape {list(every.shape)}; expected [{size}], one entry for each "
-                    "example of the queries' dataset, or a function of a batch."
-                )
-            found = every[wanted]
+        every = torch.as_tensor(self.group).cpu()
+        if every.shape != (size,):
+            raise MeasurementError(
+                f"{self.name}: `group` has the shape {list(every.shape)}; expected [{size}], one entry for each "
+                "example of the queries' dataset."
+            )
+        found = every[wanted]
         odd = found[(found != 0) & (found != 1) & (found != -1)]
         if len(odd):
             raise MeasurementError(
@@ -78,22 +71,6 @@ class DemographicParityGap(Statistic):
         groups[wanted] = found.long()
         check_sizes(self.name, {f"s={s}": int((found == s).sum()) for s in (0, 1)})
         return groups
-
-    def _called(self, queries: ExampleGradients, indices: Sequence[int]) -> Tensor:
-        """Ask the user's function about every batch; ``[n]``, in the order of the indices."""
-        assert callable(self.group)
-        columns = ExampleColumns(indices, torch.device("cpu"))
-        with isolated_rng():
-            for own, batch in queries.source.batches(distributed.share(indices)):
-                part = torch.as_tensor(self.group(batch)).detach().cpu()
-                if part.shape != (len(own),):
-                    raise MeasurementError(
-                        f"{self.name}: `group` returned the shape {list(part.shape)} for a batch of {len(own)} "
-                        f"examples; expected [{len(own)}]."
-                    )
-                columns.add(own, {"group": part.double()})
-        found, gathered = columns.gathered()
-        return in_order(indices, found, gathered["group"])
 
 
 @dataclass(frozen=True, eq=False)
