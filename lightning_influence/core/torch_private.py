@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import _pop_mode, _push_mode
 
 __all__ = [
     "ahead_of",
@@ -41,9 +41,9 @@ visible_attention = types.FunctionType(
 )
 
 
-def leave_mode(mode: TorchFunctionMode) -> None:
+def leave_mode(mode: object) -> None:
     """Take a mode off the stack of function modes, from the middle if need be."""
-    above: list[TorchFunctionMode] = []
+    above: list[Any] = []
     while torch._C._len_torch_function_stack():
         found = _pop_mode()
         if found is mode:
