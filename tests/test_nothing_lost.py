@@ -119,7 +119,7 @@ def test_pictures_that_fail_leave_the_table(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_at_the_end(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     audit = InfluenceAudit(queries="worst")
     replace, finishing = os.replace, [False]
-    finish = audit_run.AuditRun.finish
+    finish = audit_run.AuditRun.finish_or_warn
 
     def finished(self: Any, *args: Any) -> Any:
         result = finish(self, *args)
@@ -131,7 +131,7 @@ def test_a_disk_that_is_full_at_the_end(full: str, tmp_path: Path, monkeypatch: 
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(audit_run.AuditRun, "finish", finished)
+    monkeypatch.setattr(audit_run.AuditRun, "finish_or_warn", finished)
     monkeypatch.setattr(os, "replace", replaced)
     with pytest.warns(UserWarning, match=r"could not be written to .*No space left.*report.save\(directory\)"):
         make_trainer(tmp_path, callbacks=[audit]).fit(Validated(), loader(vectors()), loader(vectors(7, 2)))

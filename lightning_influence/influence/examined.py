@@ -114,6 +114,11 @@ class ExaminedModel:
         """Which of the trainable parameters are understood."""
         return self._passes.coverage
 
+    @property
+    def weight_decay(self) -> Mapping[str, float]:
+        """Coefficient of the L2 term in the loss of the run that an audit has followed, by parameter name."""
+        return {} if self._history is None else self._history.weight_decay
+
     @cached_property
     def training(self) -> ExampleGradients:
         """Passes over the training data, with the scale of their loss: to measure it may take a pass forward."""

@@ -142,11 +142,6 @@ class Influence(ExaminedModel):
         return self._curvature
 
     @property
-    def weight_decay(self) -> WeightDecay:
-        """Coefficient of the L2 term in the loss of the run that an audit has followed, by parameter name."""
-        return {} if self._history is None else self._history.weight_decay
-
-    @property
     def notes(self) -> list[str]:
         """What a reader of the scores should know."""
         notes = [*(() if self._curvature is None else self._curvature.notes), *notes_of(self.inspection)]
