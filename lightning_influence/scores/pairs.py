@@ -123,8 +123,8 @@ class TopScores:
         kept = (~unknown).any(1).sum(1).tolist()
         scores, rows = scores.masked_fill(unknown, torch.nan), rows.masked_fill(unknown, -1)
         (most, proponents), (least, opponents) = ((scores[k, :, :m], rows[k, :, :m]) for k, m in enumerate(kept))
-        notes = [*notes, *_unscored(queries, unknown[0].all(1))]
-        return cls(torch.tensor(list(queries)), proponents, most, opponents, -least, notes)
+        told = [*notes, *_unscored(queries, unknown[0].all(1))]
+        return cls(torch.tensor(list(queries)), proponents, most, opponents, -least, told)
 
     def __repr__(self) -> str:
         columns = (self.queries, self.proponents, self.proponent_scores, self.opponents, self.opponent_scores)
@@ -141,7 +141,7 @@ def _named(indices: Sequence[int], scores: Sequence[float]) -> str:
 
 def _unscored(queries: Sequence[int], unknown: Tensor) -> list[str]:
     """Return what to say of queries without a score."""
-    found = [query for query, without in zip(queries, unknown.tolist(), strict=True) if without]
+    found = torch.tensor(list(queries))[unknown.cpu()].tolist()
     return [f"queries whose loss or gradients are not finite have no scores: {listed(found)}"] if found else []
 
 
@@ -337,8 +337,7 @@ class PairSum:
         parts = dict(zip(self._layers, self._scores[1:], strict=True)) if self._layers else None
         notes = list(dict.fromkeys([*self.notes, *notes]))
         scores = self._scores[0] if filed is None else filed
-        if filed is None:
-            notes += _unscored(self._asked.tolist(), scores.isnan().all(1))
+        notes += _unscored(self._asked.tolist(), scores.isnan().all(1)) if filed is None else []
         return PairwiseScores(self._asked, self._examples, scores, parts, notes)
 
 
@@ -362,10 +361,8 @@ def mean_scores(members: Sequence[PairwiseScores]) -> PairwiseScores:
         raise ValueError("there are no scores to average; pass at least one member.")
     first = members[0]
     for number, other in enumerate(members):
-        for what, own, theirs in (
-            ("queries", first.queries, other.queries),
-            ("examples", first.examples, other.examples),
-        ):
+        for what in ("queries", "examples"):
+            own, theirs = getattr(first, what), getattr(other, what)
             if not torch.equal(own, theirs):
                 raise ValueError(
                     f"member {number} has scores of {len(theirs)} {what}, member 0 of {len(own)}, or of others; "
