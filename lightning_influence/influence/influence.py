@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_influence.audit.indices import integers
 from lightning_influence.audit.unlearning import ParameterUpdate, Unlearner, WeightDecay
 from lightning_influence.curvature import (
+    BlockCurvature,
     Curvature,
     CurvatureName,
     Damping,
@@ -23,7 +24,7 @@ from lightning_influence.curvature import (
 )
 from lightning_influence.curvature.chain import Chain, curvature_chain
 from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
-from lightning_influence.gradients.coverage import LEFT_OUT, listed_reasons
+from lightning_influence.gradients.coverage import LEFT_OUT, Coverage, listed_reasons
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.influence.along import AlongTraining
@@ -145,12 +146,7 @@ class Influence(ExaminedModel):
     def notes(self) -> list[str]:
         """What a reader of the scores should know."""
         notes = [*(() if self._curvature is None else self._curvature.notes), *notes_of(self.inspection)]
-        if left := {name: why for name, why in self.coverage.uncovered.items() if why != LEFT_OUT}:
-            notes.append(
-                f"scores leave out {len(left)} trainable parameters, {listed_reasons(left, 3)}; "
-                '`uncovered="exact"` covers them, one example at a time'
-            )
-        return notes
+        return notes + _left_out(self.coverage)
 
     def fit(
         self,
@@ -181,9 +177,7 @@ class Influence(ExaminedModel):
         Raises:
             ValueError, TaskError, IndefiniteError: If the curvature can't be had; with the way out.
         """
-        check_factor_examples(factor_examples)
-        if not isinstance(history, (OptimizerHistory, type(None))):
-            raise TypeError(f"history is a {type(history).__name__}; expected `StepSizes.history()` of the training.")
+        _check_fit(factor_examples, history)
         plan = self.plan(
             curvature, fisher=fisher, damping=damping, solver=solver, factor_examples=factor_examples, history=history
         )
@@ -294,11 +288,7 @@ class Influence(ExaminedModel):
 
     def damping_sweep(self) -> DampingSweep:
         """Return how much self-influence depends on the damping, from a few hundred examples."""
-        blocks = self.curvature.blockwise
-        if self.curvature.name == "identity":
-            raise ValueError('the identity has no damping; fit a curvature that has, such as `influence.fit("ekfac")`.')
-        if blocks is None:
-            raise ValueError(f"{self.curvature.name} would have to be factorised anew for every damping.")
+        blocks = _damped_blocks(self.curvature)
         return damping_sweep(self.training, random_subset(self.examples, _SWEPT, 0), blocks)
 
     def chain(self) -> Chain:
@@ -318,3 +308,24 @@ class Influence(ExaminedModel):
     def __repr__(self) -> str:
         fitted = "not fitted" if self._curvature is None else repr(self._curvature)
         return f"Influence({super().__repr__()}; {fitted})"
+
+
+def _left_out(coverage: Coverage) -> list[str]:
+    """Return what to say of parameters that are not covered, unless that was asked for."""
+    left = {name: why for name, why in coverage.uncovered.items() if why != LEFT_OUT}
+    told = f"scores leave out {len(left)} trainable parameters, {listed_reasons(left, 3)}; "
+    return [told + '`uncovered="exact"` covers them, one example at a time'] if left else []
+
+
+def _check_fit(factor_examples: object, history: object) -> None:
+    check_factor_examples(factor_examples)
+    if not isinstance(history, (OptimizerHistory, type(None))):
+        raise TypeError(f"history is a {type(history).__name__}; expected `StepSizes.history()` of the training.")
+
+
+def _damped_blocks(curvature: Curvature) -> BlockCurvature:
+    if curvature.name == "identity":
+        raise ValueError('the identity has no damping; fit a curvature that has, such as `influence.fit("ekfac")`.')
+    if curvature.blockwise is None:
+        raise ValueError(f"{curvature.name} would have to be factorised anew for every damping.")
+    return curvature.blockwise

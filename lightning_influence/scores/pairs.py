@@ -140,7 +140,7 @@ def _named(indices: Sequence[int], scores: Sequence[float]) -> str:
 
 def _unscored(queries: Sequence[int], unknown: Tensor) -> list[str]:
     """Return what to say of queries without a score."""
-    found = [query for query, without in zip(queries, unknown.tolist(), strict=True) if without]
+    found = torch.tensor(list(queries))[unknown.cpu()].tolist()
     return [f"queries whose loss or gradients are not finite have no scores: {listed(found)}"] if found else []
 
 
