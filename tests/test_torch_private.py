@@ -186,19 +186,6 @@ def test_compiled_modules_and_functions() -> None:
         assert wrapped(torch.ones(1, 2)).shape == (1, 2)
 
 
-def test_dispatch_mode() -> None:
-    class Mode(torch_private.TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.seen += 1
-            return func(*args, **(kwargs or {}))
-
-    with Mode() as mode:
-        torch.ones(1).add(1)
-    assert mode.seen == 2, gone("torch.utils._python_dispatch.TorchDispatchMode")
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_loaders(workers: int) -> None:
     """These are used where batches are tagged, in ``data/tagging.py``."""

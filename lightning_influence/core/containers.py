@@ -53,5 +53,10 @@ def map_tensors(function: Callable[[Tensor], Tensor], node: Any) -> Any:
 
 
 def mover(module: nn.Module) -> Callable[[Any], Any]:
-    """Return what moves the tensors of a batch to the device of a module."""
-    return lambda batch: map_tensors(lambda tensor: tensor.to(next(module.parameters()).device), batch)
+    """Return what moves the tensors of a batch to the device of a module; without parameters they stay."""
+
+    def moved(batch: Any) -> Any:
+        place = next(module.parameters(), None)
+        return batch if place is None else map_tensors(lambda tensor: tensor.to(place.device), batch)
+
+    return moved

@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.core.containers import tensors_in
+from lightning_influence.objective.losses import all_arguments
 
 
 class PrecisionWatch(TorchFunctionMode):
@@ -27,7 +28,8 @@ class PrecisionWatch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Look at what the call made, unless it only hands on what the batch holds: that is exact in any type."""
-        output = func(*args, **(kwargs or {}))
+        kwargs = all_arguments(func, kwargs or {})
+        output = func(*args, **kwargs)
         for made in tensors_in(output):
             dtype = lower_precision(self.lowest, made.dtype)
             if dtype != self.lowest and (

@@ -281,8 +281,9 @@ def _compare_alone(
             if not error <= look.own_tolerance:
                 raise VerificationError(
                     f"example {indices[position]} has another {what} in a batch than alone ({error:.2g} off, sizes "
-                    f"{there:.4g} and {here:.4g}): its loss depends on the other examples (batch statistics, mixup, a "
-                    "contrastive loss, a penalty on means over the batch), or the batch is not the first dimension of "
+                    f"{there:.4g} and {here:.4g}): its loss depends on the other examples (a batch norm "
+                    "without running statistics, mixup, a contrastive loss, a penalty on means over the batch), or the "
+                    "batch is not the first dimension of "
                     "the layers' inputs and the logits, or the batch loss is not the mean of the losses of its "
                     "examples alone and no known loss call was seen that would tell each one's part. Influence of "
                     "single examples is not defined then; pass `task=` (`loss=` of `Influence`), a function (module, "

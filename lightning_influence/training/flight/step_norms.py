@@ -14,7 +14,6 @@ from torch import Tensor
 from lightning_influence.gradients.block_rows import Use, joined, rows_of
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.blocks import ParameterBlock
-from lightning_influence.layers.patches import laid_out
 from lightning_influence.training import optimizers
 
 Group: TypeAlias = tuple[int, int]
@@ -65,8 +64,8 @@ class StepNorms:
                 scale = scales[name]
                 plain = torch.ones_like(parameter) if scale is None else scale
                 own[name] = plain if groups[name] == group else torch.zeros_like(parameter)
-            (x,) = laid_out(activations)
-            yield group, per_sample.weighted_squares(x, gs[0], block.from_parameters(own).detach().to(x))
+            weights = block.from_parameters(own).detach().to(activations[0])
+            yield group, per_sample.weighted_squares(activations[0], gs[0], weights)
 
     def _scale(self, parameter: Tensor) -> Tensor | None:
         """Return ``P`` of a parameter, shaped like it, or None for a plain step."""
