@@ -586,7 +586,7 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
     assert list(store.factors()) == ["net.1", "net.3"]
     tensors, metadata = store.factors()["net.1"]
     assert metadata["kind"] == "ekfac"
-    assert float(metadata["damping"]) == manifest["curvature"]["damping"]["net.1"]
+    assert json.loads(metadata["dampings"]) == {"net.1": manifest["curvature"]["damping"]["net.1"]}
     assert tensors["eigenvalues"].shape == (1, 6, FEATURES + 1)
 
 
@@ -600,7 +600,8 @@ def test_the_factors_on_disk_give_the_scores(tmp_path: Path) -> None:
         tensors, metadata = store.factors()[f"net.{name}"]
         bases = tensors["activation_basis"].double(), tensors["gradient_basis"].double()
         C = ref.ekfac_dense(*bases, tensors["eigenvalues"].double())
-        total += ref.quadratic_forms(C, layer_gradients(model.net, name, DOUBLE), float(metadata["damping"]))
+        (damping,) = json.loads(metadata["dampings"]).values()
+        total += ref.quadratic_forms(C, layer_gradients(model.net, name, DOUBLE), damping)
     close(report.columns["self_influence"] / total.numpy(), np.ones(22))
 
 

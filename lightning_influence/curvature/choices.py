@@ -114,12 +114,9 @@ def check_solver(name: str, solver: Solver) -> None:
     """Refuse a solver that can't be had with a curvature.
 
     Raises:
-        ValueError: For Nyström on what may have negative eigenvalues, and for any on what takes none.
+        ValueError: For Nyström on what may have negative eigenvalues.
     """
     product = LADDER[name].product
-    if product is None and solver != "auto":
-        solved = ", ".join(repr(other) for other, rung in LADDER.items() if rung.product is not None)
-        raise ValueError(f'solver="{solver}" is for {solved}; curvature={name!r} takes none: leave it out.')
     needs = solver in SOLVERS and SOLVERS[solver].semidefinite
     if needs and product is not None and not product.semidefinite:
         raise ValueError(
