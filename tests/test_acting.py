@@ -366,7 +366,7 @@ class TestUnlearner:
             audit.unlearner().label_repair([0], [1])
 
     def test_there_is_no_audit(self, run: Any) -> None:
-        with pytest.raises(RuntimeError, match=r"no complete audit to unlearn from; let `trainer.fit` end first"):
+        with pytest.raises(RuntimeError, match=r"no complete audit yet; let `trainer.fit` end first"):
             InfluenceAudit().unlearner()
         with pytest.raises(ValueError, match="curvature='newton'"):
             run[0].unlearner("newton")

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, Stream, Validated, leftovers, loader, make_trainer, vectors
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.audit.store.store import AuditStore
@@ -758,3 +758,113 @@ def test_early_stopping_on_what_the_audit_must_not_touch(tmp_path: Path) -> None
         trainer.fit(Validated(), loader(vectors()), loader(vectors(6, 2)))
     assert audit.report is not None
     assert AuditReport.load(Path(trainer.log_dir) / "influence").status == "complete"
+
+
+# -------------------------------------------------------------- what is not the audit's fault, and what is not lost
+
+
+class Unsized(Sampler[list[int]]):
+    """Batches without a length, on which Lightning trains."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from ([k, k + 1] for k in range(0, 22, 2))
+
+
+def test_loaders_without_a_length(tmp_path: Path) -> None:
+    """The whole audit was lost at its end."""
+    batches: Any = Unsized()
+    audit = InfluenceAudit()
+    data = DataLoader(vectors(), batch_sampler=batches)
+    make_trainer(tmp_path, callbacks=[audit]).fit(Validated(), data, DataLoader(vectors(), batch_sampler=batches))
+    assert audit.report is not None
+    assert len(audit.report) == 22
+    assert np.isfinite(audit.report.columns["harm"]).all()
+
+
+def test_validation_examples_are_those_that_the_sampler_draws(tmp_path: Path) -> None:
+    """Queries came from, and `harm` was about, examples of one data set that the model was trained on."""
+    found = {}
+    for way in ("sampler", "subset"):
+        torch.manual_seed(0)
+        data = vectors(40)
+        train: Any = DataLoader(Subset(data, range(30)), batch_size=6)
+        held: Any = DataLoader(Subset(data, range(30, 40)), batch_size=5)
+        if way == "sampler":
+            held = DataLoader(data, batch_size=5, sampler=SubsetRandomSampler(range(30, 40)))
+        audit = InfluenceAudit(queries="worst", factor_examples=None, fisher="empirical")
+        make_trainer(tmp_path / way, callbacks=[audit]).fit(Validated(), train, held)
+        assert audit.report is not None
+        assert audit.report.pairs is not None
+        found[way] = audit.report
+    assert set(np.asarray(found["sampler"].pairs["query"])) <= set(range(30, 40))
+    np.testing.assert_allclose(found["sampler"].columns["harm"], found["subset"].columns["harm"], rtol=1e-4, atol=1e-6)
+
+
+def test_a_fit_that_is_refused_leaves_the_report_of_the_one_before(tmp_path: Path) -> None:
+    audit = InfluenceAudit()
+    make_trainer(tmp_path / "one", callbacks=[audit]).fit(Classifier(), loader(vectors()))
+    report = audit.report
+    assert report is not None
+    with pytest.raises(MisconfigurationException):
+        make_trainer(tmp_path / "two", callbacks=[audit]).fit(Classifier(), DataLoader(Stream(), batch_size=2))
+    assert audit.report is report
+    assert audit.influence("identity").self_influence().isfinite().all()
+
+
+def test_epochs_that_a_stop_can_not_end_are_not_the_last(tmp_path: Path) -> None:
+    """Every pass was left to the last epoch once a stop was asked for, which `min_epochs` put off."""
+
+    class Impatient(Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.should_stop = True
+
+    audit = InfluenceAudit()
+    trainer = make_trainer(tmp_path, callbacks=[Impatient(), audit], max_epochs=9, min_epochs=4)
+    trainer.fit(Classifier(), loader(vectors()))
+    assert audit.report is not None
+    assert len(audit.report.manifest["tracin_steps"]) == 4
+
+
+def test_loaders_that_are_made_anew_without_notice(tmp_path: Path) -> None:
+    """There were no samples to compare the data with, and the comparison ended training."""
+
+    class Anew(Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.reload_dataloaders_every_n_epochs = 1
+
+    class Reloading(Classifier):
+        def train_dataloader(self) -> Any:
+            return loader(vectors())
+
+    audit = InfluenceAudit()
+    make_trainer(tmp_path, callbacks=[audit, Anew()], max_epochs=3).fit(Reloading())
+    assert audit.report is not None
+    assert (audit.report.columns["times_seen"] == 3).all()
+
+
+def test_an_error_of_a_later_test_is_not_the_audits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Classifier):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            raise RuntimeError("in test")
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("audit failed")
+
+    monkeypatch.setattr(audit_run, "influence_scores", broken)
+    audit, model = InfluenceAudit(), Failing()
+    trainer = make_trainer(tmp_path, callbacks=[audit])
+    with pytest.warns(UserWarning, match=FAILED):
+        trainer.fit(model, loader(vectors()))
+    with pytest.raises(RuntimeError, match="in test"):
+        trainer.test(model, loader(vectors()), verbose=False)
+    (manifest,) = tmp_path.rglob("manifest.json")
+    assert "audit failed" in manifest.read_text()
+    assert "in test" not in manifest.read_text()
+
+
+def test_numbers_of_numpy_leave_checkpoints_readable(tmp_path: Path) -> None:
+    audit = InfluenceAudit(damping=np.float64(0.1), factor_examples=np.int64(20))  # type: ignore[arg-type]
+    trainer = make_trainer(tmp_path, callbacks=[audit])
+    trainer.fit(Classifier(), loader(vectors()))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    assert "callbacks" in torch.load(tmp_path / "run.ckpt", weights_only=True)

@@ -14,8 +14,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, loader, make_trainer, vectors
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.data import TensorDataset
 
-from lightning_influence import InfluenceAudit
+from lightning_influence import Checkpoint, Influence, InfluenceAudit, StepSizes
 
 
 def doubled(x: Tensor) -> Tensor:
@@ -114,3 +115,56 @@ def test_what_is_kept_from_compiling_may_be_measured_in_flight(tmp_path: Path) -
     make_trainer(tmp_path, callbacks=[audit]).fit(Disabled(), loader(vectors()))
     assert audit.report is not None
     assert audit.report.status == "complete"
+
+
+class Half(torch.nn.Module):
+    """Two layers, of which the first may be compiled: its parameters have other names then."""
+
+    def __init__(self, compiled: bool) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()).double()
+        self.head = torch.nn.Linear(4, 2).double()
+        if compiled:
+            self.body = torch.compile(self.body, backend="eager")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x))
+        return out
+
+
+def test_names_of_compiled_parts_are_those_of_the_model_without() -> None:
+    """SOURCE took no step for them, the trainer damping doubled, others failed or covered nothing of them."""
+    found: list[dict[str, Tensor]] = []
+    x = torch.randn(24, 3, generator=torch.Generator().manual_seed(0)).double()
+    data = TensorDataset(x, (x.sum(1) > 0).long())
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = Half(compiled)
+        optimizer, sizes, checkpoints = torch.optim.SGD(net.parameters(), lr=0.1), StepSizes(net), []
+        for epoch in range(3):
+            for _ in range(4):
+                optimizer.zero_grad()
+                F.cross_entropy(net(x), data.tensors[1]).backward()
+                sizes.record(optimizer)
+                optimizer.step()
+            steps = sizes.steps
+            checkpoints.append(Checkpoint.of(net, 4 * epoch + 4, step_sizes=sizes.take(), steps=steps, optimizer="SGD"))
+        influence = Influence(net, torch.nn.CrossEntropyLoss(), data)
+        along = influence.along(checkpoints)
+        products = influence.fit("ggn", solver="cg", history=sizes.history())
+        dense = influence.fit("ggn", history=sizes.history())
+        with dense.remove([3]).applied(net):
+            removed = F.cross_entropy(net(x), data.tensors[1]).detach()
+        found.append(
+            {
+                "tracin": along.tracin(data, [0, 1]).scores,
+                "source": along.source(data, [0, 1], factor_examples=None, fisher="empirical").scores,
+                "diff_in": along.diff_in(data, [0, 1]).scores,
+                "damping": torch.tensor(list(dense.curvature.dampings.values())),
+                "cg": products.pairs(data, [0, 1]).scores,
+                "dense": dense.pairs(data, [0, 1]).scores,
+                "removed": removed,
+            }
+        )
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-6, atol=1e-9, msg=name)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import reference as ref
 import torch
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, Validated, loader, make_trainer, vectors
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 from tracing import covered
 
-from lightning_influence import InfluenceAudit
+from lightning_influence import Influence, InfluenceAudit
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.core import memory
 from lightning_influence.curvature import LADDER, OptimizerHistory, choose_damping
@@ -74,6 +76,23 @@ class TestRule:
     def test_anything_else_is_refused(self, wrong: Any) -> None:
         with pytest.raises(ValueError, match='expected a number >= 0, "relative", "trainer" or "auto"'):
             choose_damping(wrong, "relative", blocks(), SGD)
+
+
+def test_steps_of_other_layers_tell_nothing_of_these() -> None:
+    """They were divided by none."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
+    sizes, optimizer = StepSizes(net), torch.optim.SGD(net[1].parameters(), lr=0.1)
+    data = TensorDataset(torch.randn(12, 3).double(), torch.arange(12) % 2)
+    sizes.record(optimizer)
+    influence = Influence(net, nn.CrossEntropyLoss(), data, layers=["0"])
+    fitted = influence.fit(damping="trainer", history=sizes.history())
+    assert any("no optimizer step was seen" in note for note in fitted.notes)
+
+
+@pytest.mark.parametrize("wrong", [10**400, np.array([0.1, 0.2]), True, "big"])
+def test_dampings_that_are_none(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="expected a number >= 0"):
+        choose_damping(wrong, "relative", {}, None)
 
 
 class TestHistory:

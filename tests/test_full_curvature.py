@@ -292,7 +292,7 @@ def test_memory_is_estimated_before_anything_is_computed(monkeypatch: pytest.Mon
     monkeypatch.setattr("lightning_influence.curvature.registry.available_bytes", lambda device: 1500)
     blocks = problem.gradients.coverage.blocks
     assert fitted_bytes("diagonal", blocks) < 1500 < fitted_bytes("ekfac", blocks)
-    with pytest.raises(ValueError, match=r"curvature='ekfac' needs .* the largest: .* Use `curvature=\"ggn\"`"):
+    with pytest.raises(ValueError, match=r"curvature='ekfac' needs .* the largest: .* Use `curvature=\"diagonal\"`"):
         check_curvature(problem.gradients, "ekfac", range(N))
     check_curvature(problem.gradients, "diagonal", range(N))
 

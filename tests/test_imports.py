@@ -33,11 +33,10 @@ ROOMS = (
 FLOOR = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
 STANDS_ALONE = "metrics"
 
-MAY_IMPORT_LIGHTNING = {"callbacks", "cli"}
+MAY_IMPORT_LIGHTNING = {"callbacks"}
 MAY_COMMUNICATE = {"core.distributed"}
 # Watching, but for dropout masks, which stand in for the call: a sub-network is no matter of looking on.
 MAY_WATCH_FUNCTIONS = {
-    "core.torch_private",
     "gradients.follower",
     "gradients.precision_watch",
     "gradients.calibration",
@@ -104,7 +103,7 @@ def starts_with(target: str, *prefixes: str) -> bool:
 def faults_of(name: str, source: str) -> list[str]:
     """What a module does that the house forbids, one sentence each."""
     room, faults = room_of(name), []
-    if room not in {"", *FLOOR, STANDS_ALONE, "cli"}:
+    if room not in {"", *FLOOR, STANDS_ALONE}:
         faults.append(f"{name}: there is no room {room!r}; what is in it belongs into one of {sorted(FLOOR)}")
     for line, target in imports_of(source):
         fault = _import_fault(name, room, target)
@@ -138,7 +137,7 @@ def _import_fault(name: str, room: str, target: str) -> str | None:
     if HOOK.fullmatch(target.rpartition(".")[2]):
         return f"imports {target}; no hooks on a user's model: watch its functions"
     if target.endswith("TorchFunctionMode") and name not in MAY_WATCH_FUNCTIONS:
-        return f"imports {target}; function modes belong into gradients/follower.py"
+        return f"imports {target}; function modes belong into {sorted(MAY_WATCH_FUNCTIONS)}"
     return None
 
 
@@ -228,8 +227,8 @@ def test_unknown_name_is_an_attribute_error() -> None:
         ("objective.terms", "from lightning_influence.layers.rows import Rows", "objective may not know layers"),
         ("audit.report", "def f():\n    from lightning_influence.callbacks import run", "audit.report:2: imports"),
         ("metrics", "from lightning_influence.core import memory", "metrics stands alone"),
-        ("objective.task", "from lightning.pytorch import LightningModule", "only ['callbacks', 'cli'] may"),
-        ("objective.task", "import pytorch_lightning", "only ['callbacks', 'cli'] may"),
+        ("objective.task", "from lightning.pytorch import LightningModule", "only ['callbacks'] may"),
+        ("objective.task", "import pytorch_lightning", "only ['callbacks'] may"),
         ("gradients.capture", "layer.register_forward_hook(tap)", "uses register_forward_hook"),
         ("gradients.capture", "from torch.autograd.graph import register_multi_grad_hook", "no hooks on a user's"),
         ("gradients.capture", "from torch.overrides import TorchFunctionMode", "function modes belong into"),

@@ -91,7 +91,8 @@ class Pilot(pl.LightningModule):
                 state = optimizer.state.get(parameter)
                 if state and "exp_avg_sq" in state:
                     second = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-                    scales[name] = 1 / (second.sqrt() + group["eps"])
+                    # An entry that no step has moved has no scale yet: it counts for nothing, not 1/ε times.
+                    scales[name] = (1 / (second.sqrt() + group["eps"])).masked_fill(state["exp_avg_sq"] == 0, 0.0)
         for seen in self.waiting:
             seen.rates, seen.scales = rates, {name: scale.clone() for name, scale in scales.items()}
         self.seen += self.waiting

@@ -748,3 +748,40 @@ def test_everything_that_is_printed_is_short(trained: Trained, fitted: Influence
     ):
         assert repr(thing).startswith(start)
         assert "tensor(" not in repr(thing)
+
+
+def test_an_audits_directory_knows_its_data_and_buffers(tmp_path: Path) -> None:
+    """Other examples gave other numbers without a word."""
+    torch.manual_seed(0)
+    model, data = Classifier().double(), vectors(30, dtype=torch.float64)
+    model.net = nn.Sequential(nn.BatchNorm1d(data.tensors[0].shape[1], dtype=torch.float64), model.net)
+    audit = InfluenceAudit()
+    make_trainer(tmp_path, callbacks=[audit]).fit(model, DataLoader(data, batch_size=6))
+    assert audit.report is not None
+    assert audit.report.directory is not None
+    back = Influence.load(audit.report.directory, model, None, data)
+    np.testing.assert_allclose(back.self_influence(), audit.report.columns["self_influence"], rtol=1e-9)
+    with pytest.raises(ValueError, match="was fitted on other data"):
+        Influence.load(audit.report.directory, model, None, vectors(30, seed=5, dtype=torch.float64))
+    model.net[0].running_mean.add_(5)
+    with pytest.raises(ValueError, match="was fitted at other weights"):
+        Influence.load(audit.report.directory, model, None, data)
+
+
+def test_the_decay_of_the_run_is_that_of_removal() -> None:
+    """Ridge regression, where the step is exact: without the term it went elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 3, generator=generator).double()
+    data, decay = TensorDataset(x, (x.sum(1, keepdim=True) + 0.3)), 0.5
+    net = nn.Linear(3, 1, bias=False).double()
+    gram = 2 * x.T @ x / 30 + decay * torch.eye(3)
+    with torch.no_grad():
+        net.weight.copy_(torch.linalg.solve(gram, 2 * x.T @ data.tensors[1] / 30).T)
+    sizes = StepSizes(net)
+    sizes.record(torch.optim.SGD(net.parameters(), lr=1e6, weight_decay=decay))
+    influence = Influence(net, nn.MSELoss(), data).fit("ggn", fisher="exact", damping=decay, history=sizes.history())
+    kept = [k for k in range(30) if k != 4]
+    own = 2 * x[kept].T @ x[kept] / 29 + decay * torch.eye(3)
+    expected = torch.linalg.solve(own, 2 * x[kept].T @ data.tensors[1][kept] / 29).T
+    with influence.remove([4], leverage=True).applied(net):
+        torch.testing.assert_close(net.weight.detach(), expected, rtol=1e-6, atol=0)

@@ -191,7 +191,7 @@ class TestFlatParameters:
         assert FlatParameters.of(net).dtype == torch.float64
 
     def test_wrong_names(self) -> None:
-        with pytest.raises(AttributeError, match="Linear has no attribute `wieght`"):
+        with pytest.raises(ValueError, match=r"Linear has no parameters \['wieght'\]"):
             FlatParameters.of(nn.Linear(3, 2), ["wieght"])
         with pytest.raises(ValueError, match="Linear has no trainable parameter"):
             FlatParameters.of(nn.Linear(3, 2).requires_grad_(False))

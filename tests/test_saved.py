@@ -12,6 +12,7 @@ from test_curvature import CLASSES, NETS, N
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from lightning_influence import Influence
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.curvature import BLOCKS, Curvature, FactorExamples, fit
 from lightning_influence.curvature.saved import restored
@@ -102,3 +103,54 @@ def test_products_are_not_kept(tmp_path: Path) -> None:
     files = through_disk(fitted(gradients, "ggn", solver="cg"), tmp_path)
     with pytest.raises(ValueError, match=r"curvature='ggn' was solved by products .* but the ekfac for self-influence"):
         restored(files, gradients.coverage)
+
+
+class Swapped(nn.Module):
+    """Two layers, defined in either order."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        for name in ("body", "head") if first == "body" else ("head", "body"):
+            setattr(self, name, nn.Linear(*((4, 3) if name == "body" else (3, CLASSES))).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x).tanh())
+        return out
+
+
+def test_a_matrix_is_over_the_layers_in_the_order_of_then(tmp_path: Path) -> None:
+    """The same layers and weights, defined in another order, gave other scores without a word."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(N, 4).double(), torch.arange(N) % CLASSES)
+    one, other = Swapped("body"), Swapped("head")
+    other.load_state_dict(one.state_dict())
+    influence = Influence(one, F.cross_entropy, data).fit("ggn", damping=0.1)
+    influence.save(tmp_path / "factors")
+    files = AuditStore.open(tmp_path / "factors").factors()
+    again = Influence(other, F.cross_entropy, data)
+    back = restored(files, again.coverage)
+    expected = score_examples(influence.training, range(N), curvature=influence.curvature).columns["self_influence"]
+    found = score_examples(again.training, range(N), curvature=back).columns["self_influence"]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", ["ekfac", "kfac", "ggn"])
+@pytest.mark.parametrize("first", [torch.float32, torch.float64], ids=str)
+def test_layers_of_several_dtypes(name: Any, first: torch.dtype, tmp_path: Path) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 3).to(first)
+            self.b = nn.Linear(3, CLASSES).to(torch.float32 if first == torch.float64 else torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(self.a(x.to(self.a.weight)).tanh().to(self.b.weight))
+            return out
+
+    torch.manual_seed(0)
+    data, net = TensorDataset(torch.randn(N, 4), torch.arange(N) % CLASSES), Mixed()
+    influence = Influence(net, F.cross_entropy, data).fit(name, damping=0.1)
+    assert influence.self_influence().isfinite().all()
+    influence.save(tmp_path / "factors")
+    back = Influence.load(tmp_path / "factors", net, F.cross_entropy, data)
+    assert torch.equal(back.self_influence(), influence.self_influence())

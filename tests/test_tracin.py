@@ -19,6 +19,7 @@ from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.layers import per_sample
 from lightning_influence.scores.examples import score_examples
+from lightning_influence.training import optimizers
 from lightning_influence.training.step_sizes import StepSizes, block_step_sizes, self_influence
 from lightning_influence.training.tracin import TracInScores
 
@@ -288,3 +289,37 @@ def test_a_gradient_that_is_not_finite_stays_visible() -> None:
     running.add(2, [0, 1, 2], torch.ones(3))
     assert running.values.isnan().tolist() == [False, True, False]
     assert running.values[[0, 2]].tolist() == [2.0, 2.0]
+
+
+class TestScalesOfSteps:
+    def test_an_entry_that_no_step_has_moved_has_none(self) -> None:
+        """Its 1/ε would make the first example with a rare word outweigh all others by eight orders."""
+        net = torch.nn.Embedding(4, 2)
+        optimizer = torch.optim.Adam(net.parameters())
+        net(torch.tensor([0])).sum().backward()
+        optimizer.step()
+        scale = optimizers.preconditioner(optimizer, optimizer.param_groups[0], net.weight)
+        assert scale is not None
+        assert (scale[0] > 0.5).all()
+        assert (scale[1:] == 0).all()
+
+    def test_a_state_is_not_yet_a_step(self) -> None:
+        net = torch.nn.Linear(2, 1)
+        adagrad = torch.optim.Adagrad(net.parameters(), lr_decay=0.1)  # has its state from the start
+        assert optimizers.preconditioner(adagrad, adagrad.param_groups[0], net.weight) is None
+        adam = torch.optim.Adam(net.parameters())
+        adam.state[net.weight] = {  # as after a step that a gradient scaler has skipped
+            "step": torch.tensor(0.0), "exp_avg": torch.zeros(1, 2), "exp_avg_sq": torch.zeros(1, 2)
+        }  # fmt: skip
+        assert optimizers.preconditioner(adam, adam.param_groups[0], net.weight) is None
+
+    def test_an_optimizer_made_of_sgd_takes_steps_of_its_own(self) -> None:
+        class LARS(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:
+                return super().step(closure)
+
+        net = torch.nn.Linear(2, 1)
+        sizes = StepSizes(net)
+        sizes.record(LARS(net.parameters(), lr=0.1))
+        assert sizes.unknown == {"LARS"}
+        assert list(sizes.history().adaptive) == ["LARS"]

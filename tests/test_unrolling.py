@@ -285,9 +285,11 @@ def test_checkpoints_of_another_optimizer() -> None:
     run = make_run()
     train, queries = run.passes()
     adam = [replace(c, preconditioner={"0.weight": torch.ones(3, 4)}) for c in run.trained]
+    unheard = [replace(c, optimizer="NAdam") for c in run.trained]
     unknown = [replace(c, step_sizes={}, steps=0) for c in run.trained]
     for checkpoints, message in (
         (adam, r"steps \[4, 6, 12\] are of an adaptive optimizer.* Use TracIn"),
+        (unheard, r"steps \[4, 6, 12\] are of an adaptive optimizer or an unknown one"),
         (unknown, "none of 3 checkpoints knows the steps it stands for"),
         (run.trained[::-1], r"are of the steps \[12, 6, 4\]; expected those of one run, in the order"),
         ([], "there is no checkpoint"),

@@ -58,8 +58,8 @@ class Queries:
         count: Number of queries that are shown with their proponents and opponents.
         top: Number of proponents and of opponents of each, at most: proponents have positive scores, opponents
             negative ones.
-        measurement: ``"loss"``, ``"margin"``, one of ``lightning_influence.measurements``, or a function
-            ``(module, batch) -> number`` of the whole set. One other than the loss is also measured on the whole set
+        measurement: ``"loss"``, ``"margin"``, one that ``lightning_influence`` has (``AdversarialLoss``, ...), or a
+            function ``(module, batch) -> number`` of the whole set. One other than the loss is also measured on it
             (all validation examples, or all of the loader), and every training example gets its influence on it, in the
             column ``influence_on_<name>``; so it does for the loss of a loader.
 

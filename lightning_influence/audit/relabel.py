@@ -18,8 +18,6 @@ from torch.utils.data import Dataset
 from lightning_influence.core.containers import Path, leaves
 from lightning_influence.core.isolation import left_alone
 
-"""Keys and positions that lead to a value in nested mappings, tuples and lists."""
-
 # Enough examples that no other number (a group, an id) agrees with all their labels by chance.
 _LOOKED_AT = 64
 _USUAL_NAMES = ("label", "labels", "target", "targets", "y")

@@ -98,7 +98,7 @@ class AuditReport:
         manifest |= {
             "examples": len(ranked["index"]),
             "nonfinite": ranked["index"][~ranked["finite"]],
-            "ranked_by": list(ingredients(columns)),
+            "ranked_by": list(ingredients(ranked)),
         }
         return cls(ranked, manifest)
 
@@ -141,7 +141,7 @@ class AuditReport:
         store = AuditStore.create(directory)
         for write in self.files().values():
             write(store)
-        store.write_manifest(self.manifest)
+        store.write_manifest({**self.manifest, "status": self.status})
         return replace(self, directory=store.directory)
 
     def files(self, label_names: Sequence[str] | None = None) -> dict[str, Callable[[AuditStore], None]]:

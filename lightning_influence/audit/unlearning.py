@@ -23,9 +23,9 @@ from lightning_influence.audit.relabel import LabelError, Relabelled, find_label
 from lightning_influence.audit.update import ParameterUpdate
 from lightning_influence.core import memory
 from lightning_influence.core.precision import exact
+from lightning_influence.core.weights import checksum
 from lightning_influence.curvature import BlockCoordinates, Curvature, IndefiniteError
 from lightning_influence.curvature.coordinates import joined_gradients
-from lightning_influence.curvature.saved import checksum
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.scores.measurements import mean_gradient
@@ -149,7 +149,7 @@ class Unlearner:
 
     def _weights(self) -> tuple[torch.device, dict[str, str]]:
         blocks = self.gradients.coverage.blocks
-        return self.gradients.device, {name: checksum(block) for name, block in blocks.items()}
+        return self.gradients.device, {name: checksum(block.parameters.values()) for name, block in blocks.items()}
 
     def _decayed(self) -> dict[str, Tensor]:
         """Return the gradient of the L2 term, by block."""

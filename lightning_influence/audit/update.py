@@ -70,7 +70,7 @@ class ParameterUpdate:
         return {name: parameter.detach() + self.changes[name].to(parameter) for name, parameter in parameters.items()}
 
     def _parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        every = dict(module.named_parameters())
+        every = weights.parameters_of(module)
         wrong = [name for name, value in self.changes.items() if name not in every or every[name].shape != value.shape]
         if wrong:
             raise ValueError(f"{type(module).__name__} has no parameters {wrong} of the right shape; pass the model.")

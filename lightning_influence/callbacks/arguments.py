@@ -64,7 +64,13 @@ class Arguments:
     def described(self) -> dict[str, Any]:
         """Return them in terms of JSON."""
         layers, task = self.layers, self.task
-        return self.fitting | {
+        # Numbers of numpy would make the Trainer's checkpoint unreadable with `weights_only`.
+        numbers = {"damping": float, "factor_examples": int}
+        plain = {
+            name: value if value is None or isinstance(value, str) else numbers[name](value)
+            for name, value in self.fitting.items()
+        }
+        return plain | {
             "tracin": None if self.tracin is None else self.tracin.described(),
             "layers": None if layers is None else [getattr(each, "__name__", each) for each in listed_layers(layers)],
             "uncovered": self.uncovered,

@@ -34,7 +34,7 @@ def begun(
         source: The training data.
         recording: Where the run is recorded.
     """
-    first = preparing.some_of(bridge.drawn_from(trainer, len(source)), source.batch_size)
+    first = preparing.some_of(bridge.drawn_from(trainer.train_dataloader, len(source)), source.batch_size)
     try:
         return _begun(arguments, trainer, module, source, recording, first)
     except NoLossError:

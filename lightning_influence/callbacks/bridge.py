@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypedDict
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
@@ -101,13 +103,15 @@ def audited_indices(trainer: Trainer, seen: list[int], size: int, *, last: bool)
         last: Whether no more examples are drawn. Until then some may turn up that passes must not have left out.
     """
     loader: Any = trainer.train_dataloader
-    limited = trainer.num_training_batches < len(loader) or bool(getattr(trainer, "overfit_batches", False))
-    return seen if limited or (last and seen and not _draws_all(loader)) else drawn_from(trainer, size)
+    limited = trainer.num_training_batches < (sized_len(loader) or math.inf) or bool(
+        getattr(trainer, "overfit_batches", False)
+    )
+    return seen if limited or (last and seen and not _draws_all(loader)) else drawn_from(loader, size)
 
 
-def drawn_from(trainer: Trainer, size: int) -> list[int]:
-    """Return the examples that the sampler can draw, as far as its kind tells."""
-    sampler = _sampler(trainer.train_dataloader)
+def drawn_from(loader: Any, size: int) -> list[int]:
+    """Return the examples that a loader's sampler can draw, as far as its kind tells."""
+    sampler = _sampler(loader)
     if isinstance(sampler, SubsetRandomSampler):
         return sorted({int(index) for index in sampler.indices})
     return list(range(size))
@@ -154,7 +158,9 @@ def is_dry_run(trainer: Trainer) -> bool:
 
 def is_last_epoch(trainer: Trainer) -> bool:
     """Tell whether training ends with this epoch, as far as can be known at its end."""
-    if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
+    epochs, steps = trainer.current_epoch + 1, trainer.global_step
+    stops = trainer.should_stop and epochs >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0)
+    if stops or epochs == trainer.max_epochs:
         return True
     return 0 <= trainer.max_steps <= trainer.global_step
 
@@ -235,9 +241,11 @@ def validation_queries(trainer: Trainer, gradients: ExampleGradients) -> list[tu
                 raise
             rank_zero_warn(f"validation data are left out of the influence audit (no harm column): {error!r}")
             continue
-        limit = len(source) if batches >= len(loader) else int(batches) * source.batch_size * trainer.world_size
-        if limit:
-            queries.append((gradients.on(source), list(range(limit))))
+        drawn = drawn_from(loader, len(source))
+        if batches < (sized_len(loader) or math.inf):
+            drawn = drawn[: int(batches) * source.batch_size * trainer.world_size]
+        if drawn:
+            queries.append((gradients.on(source), drawn))
     return queries
 
 

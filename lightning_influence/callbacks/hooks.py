@@ -72,7 +72,8 @@ class RunHooks(Callback):
         self._recorder.detach()
         if self._run is not None:
             self._run.listener.stop()
-            if self.report is None:
+            of_fit = trainer.state.fn == "fit" and self._run.reporter.directory is not None
+            if self.report is None and of_fit:
                 self._run.interrupt(trainer, repr(exception))
                 rank_zero_info(
                     f"influence audit: interrupted; what was recorded is kept in {self._run.reporter.directory}. "

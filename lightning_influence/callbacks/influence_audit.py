@@ -54,10 +54,10 @@ class InfluenceAudit(RunHooks):
             (nothing for the identity); ``"trainer"``: ``1 / (Σ η / (1 - momentum))`` over the steps of the run, plus
             L2 weight decay, but relative for Adam and its kin. ``"auto"`` is ``"trainer"`` for ``"block_ggn"``,
             ``"ggn"`` and ``"hessian"``, else relative.
-        solver: For ``"ggn"`` and ``"hessian"``: ``"dense"`` forms the matrix; ``"cg"`` (conjugate gradients),
-            ``"nystrom"`` and ``"pcg"`` (the same, preconditioned with a sketch of the matrix, or with EK-FAC) and
-            ``"lissa"`` use products only. ``"auto"`` is dense for up to 4,096 parameters, else ``"nystrom"`` (``"cg"``
-            for the Hessian).
+        solver: For ``"ggn"`` and ``"hessian"``, also those that ``influence()`` and ``unlearner()`` fit later:
+            ``"dense"`` forms the matrix; ``"cg"`` (conjugate gradients), ``"nystrom"`` and ``"pcg"`` (the same,
+            preconditioned with a sketch of the matrix, or with EK-FAC) and ``"lissa"`` use products only. ``"auto"`` is
+            dense for up to 4,096 parameters, else ``"nystrom"`` (``"cg"`` for the Hessian).
         factor_examples: Number of random examples that the curvature is fitted on; ``"auto"`` gives every factor
             enough rows and does not grow with the data; None takes all.
         tracin: ``"epoch"``: TracIn by a pass over the training data at ends of epochs. ``"step"``: in flight, at every
@@ -160,7 +160,6 @@ class InfluenceAudit(RunHooks):
             self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> AuditRun:
-        self._before = None, None, None
         with preparing.errors_as_misconfiguration():
             source = self._recorder.source_of(trainer.train_dataloader)
             preparing.check_known_noise(self.arguments.known_noise, source)
@@ -169,7 +168,14 @@ class InfluenceAudit(RunHooks):
             restore(self._recording, restored, trainer)
             self._run = begun(self.arguments, trainer, module, source, self._recording)
             self._run.take_over(trainer)
+        self._before = None, None, None
         return self._run
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Undo everything and keep what was recorded so far: that of the fit before, if this one did not begin."""
+        super().on_exception(trainer, pl_module, exception)
+        if self._run is None and self._before[2] is not None:
+            self.report, self._recording, self._run = self._before
 
     # -------------------------------------------------------------------- end
 
@@ -230,7 +236,7 @@ class InfluenceAudit(RunHooks):
             >>> cleaner = update.applied_to_copy(model)
         """
         if self._run is None or self._run.make_influence is None:
-            raise RuntimeError("there is no complete audit to unlearn from; let `trainer.fit` end first.")
+            raise RuntimeError("there is no complete audit yet; let `trainer.fit` end first.")
         return self._run.make_influence().fit(**{**self._run.arguments.fitting, "curvature": curvature})
 
     def unlearner(self, curvature: CurvatureName = "ggn") -> Unlearner:

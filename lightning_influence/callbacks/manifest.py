@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from lightning_influence.audit.columns import scored
 from lightning_influence.audit.ranking import ingredients
 from lightning_influence.core import isolation
+from lightning_influence.core.weights import parameters_of
 from lightning_influence.curvature import Curvature
 from lightning_influence.gradients.coverage import listed
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection
+from lightning_influence.influence.directory import fitted_on
+from lightning_influence.influence.examined import ExaminedModel
 from lightning_influence.metrics import mislabel_detection
 from lightning_influence.scores.plan import InfluencePlan, InfluenceScores
 
@@ -45,7 +48,7 @@ def audit_described(
         | ({} if curvature is None else _described(curvature)),
         "verification_error": inspection.largest_error,
         "seconds": result.seconds,
-    }
+    } | fitted_on(ExaminedModel.of(gradients, inspection, columns["index"].tolist()))
     if sweep is not None:
         about["damping_sweep"] = {
             "factors": sweep.factors,
@@ -65,7 +68,7 @@ def detection_of(columns: Columns, mislabelled: NDArray[Any]) -> dict[str, dict[
 
 def _fingerprint(gradients: ExampleGradients, columns: Columns) -> dict[str, str]:
     """Tell which model and data an audit is about: digests of parameter names and shapes, and of indices and labels."""
-    shapes = [(name, tuple(p.shape)) for name, p in gradients.module.named_parameters()]
+    shapes = [(name, tuple(p.shape)) for name, p in parameters_of(gradients.module).items()]
     labels = columns["label"].tobytes() if "label" in columns else b""
     return {
         "model": f"{type(gradients.module).__name__} {hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}",

@@ -152,10 +152,12 @@ class QueryReport:
             source = ExampleSource.from_loader(self.asked.which)
         except DataError as error:
             raise MisconfigurationException(f"InfluenceAudit(queries=...): {error}") from error
-        size = min(len(source), self.asked.count) if bridge.is_dry_run(trainer) else len(source)
-        if not size:
+        drawn = bridge.drawn_from(self.asked.which, len(source))
+        if bridge.is_dry_run(trainer):
+            drawn = drawn[: self.asked.count]
+        if not drawn:
             raise MisconfigurationException("InfluenceAudit(queries=...): the loader's dataset is empty.")
-        return [(gradients.on(source), list(range(size)))]
+        return [(gradients.on(source), drawn)]
 
     @contextmanager
     def _or_give_up(self) -> Iterator[None]:

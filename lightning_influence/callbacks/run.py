@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule, Trainer
@@ -81,7 +82,7 @@ class AuditRun:
         if self.arguments.tracin is None or self.flight is not None:
             return
         if self.recording.postponed == trainer.global_step and self.recording.step_sizes.steps:
-            with bridge.at_epoch(trainer, trainer.current_epoch - 1):
+            with bridge.at_epoch(trainer, trainer.current_epoch - 1), self._tolerated(trainer):
                 self._score_checkpoint(trainer, module, self.arguments.tracin)
 
     def take_data(self, source: ExampleSource, epoch: int) -> None:
@@ -89,7 +90,7 @@ class AuditRun:
         passes = self.passes
         if source is passes.source:
             return
-        if distributed.any_process(not same_data(passes.source, self.digests, source)):
+        if distributed.any_process(not same_data(passes.source, self.digests or passes.source.digests(), source)):
             passes.take(source)
             self.digests = source.digests()
             self.recording.start_again(len(source), epoch)
@@ -101,8 +102,13 @@ class AuditRun:
         self.listener.stop()  # a batch that `on_train_batch_start` skipped has no end
         if bridge.is_dry_run(trainer):
             return
-        try:
+        with self._tolerated(trainer):
             self._end_epoch(trainer, module)
+
+    @contextmanager
+    def _tolerated(self, trainer: Trainer) -> Iterator[None]:
+        try:
+            yield
         except Exception:
             if distributed.world_size() > 1:
                 raise  # the others would wait for this process at the next collective
@@ -260,7 +266,7 @@ class AuditRun:
             notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {named} ({reasons})")
         if lacking := ", ".join(sorted(map(str, self.passes.lacking))):
             notes.append(f"training has had terms of the loss that the passes, in eval mode, have not: {lacking}")
-        if never := len(bridge.drawn_from(trainer, self.recording.size)) - len(audited):
+        if never := len(bridge.drawn_from(trainer.train_dataloader, self.recording.size)) - len(audited):
             notes.append(f"{never} examples of the data set were never drawn, and are not audited")
         return notes
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -48,7 +49,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], node: Any) -> Any:
         return node
     mapped = {key: map_tensors(function, item) for key, item in items}
     if isinstance(node, Mapping):
-        return mapped
+        if type(node) is dict or not isinstance(node, MutableMapping):
+            return mapped
+        result = copy.copy(node)  # a `BatchEncoding` is asked by attributes, too
+        result.update(mapped)
+        return result
     return type(node)(*mapped.values()) if hasattr(node, "_fields") else type(node)(list(mapped.values()))
 
 

@@ -49,9 +49,9 @@ def sum_across_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         ValueError: If shapes or dtypes differ between processes; on every process.
     """
-    _agree("sum_across_processes", [(value.dtype, tuple(value.shape)) for value in tensors])
     if world_size() == 1:
         return list(tensors)
+    _agree("sum_across_processes", [(value.dtype, tuple(value.shape)) for value in tensors])
     sums = []
     for value in tensors:
         total = _line(value.detach().to(_device_for(value.device)))

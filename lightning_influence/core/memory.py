@@ -14,7 +14,9 @@ _OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED"
 def available_bytes(device: torch.device) -> int | None:
     """Return the memory that can still be taken on a device; None where the system does not tell."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What the allocator has cached is free, too: the driver does not know.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     known = [size for size in (_free_on_host(), _left_in_group()) if size is not None]
     return min(known) if device.type == "cpu" and known else None
 

@@ -65,7 +65,10 @@ class Snapshot:
     def _note(self, found: Found, data: bool) -> None:
         value = found.value
         if isinstance(value, SHARED) or (
-            isinstance(value, Tensor) and value.device.type == "cpu" and value.is_shared()
+            isinstance(value, Tensor)
+            and value.device.type == "cpu"
+            and value.layout == torch.strided  # others have no storage of their own
+            and value.is_shared()
         ):
             self.shared.add(found.path)
         if found.slots is not None:
@@ -126,12 +129,16 @@ class Snapshot:
                 self._moving[id(state)] = state
                 if not state.expected:
                     self.changed |= dict.fromkeys(changed)
-                if not state.restore(numbers=numbers):
+                try:
+                    restored = state.restore(numbers=numbers)
+                except (RuntimeError, ValueError, BufferError):  # read-only, or entries that share memory
+                    restored = False  # and those after it are still to be put back
+                if not restored:
                     lost += changed
         if lost:
             raise StateError(
                 f"an extra pass over the data has changed {', '.join(lost)}, and it can't be put back (it is large, "
-                f"or a view that has joined a graph). {self._way_out}"
+                f"read-only, or a view). {self._way_out}"
             )
 
     def _hand_out_copies(self) -> None:

@@ -115,7 +115,8 @@ class TensorState(State):
 
     Args:
         found: The tensor.
-        copied: Whether to copy its values; else only the count of changes tells of some.
+        copied: Whether to copy its values; else the count of changes tells, and on the host a checksum: a write through
+            ``.data`` on an accelerator is not seen.
     """
 
     def __init__(self, found: Found, *, copied: bool) -> None:
@@ -127,6 +128,7 @@ class TensorState(State):
         self._version = None if self._tensor.is_inference() else version(self._tensor)
         self.memory = self._tensor.data  # held: `.data =` would free it
         self._values = self.memory.clone() if copied else None
+        self._checksum = None if copied else _checksum_of(self.memory)
 
     def changed(self) -> list[str]:
         """Compare."""
@@ -146,7 +148,8 @@ class TensorState(State):
         same = self._same_values()
         if not same and self._values is not None:
             with torch.inference_mode(self.memory.is_inference()):
-                self.memory.copy_(self._values)
+                # What is not strided gets other parts by that: written to a second handle, the first would not see it.
+                (self.memory if self.memory.layout == torch.strided else tensor).copy_(self._values)
         if self._leaf and self._flag is not None:
             tensor.requires_grad_(self._flag)
         if self._version is not None and version(tensor) != self._version:
@@ -159,15 +162,24 @@ class TensorState(State):
         if tensor.dtype != memory.dtype or tensor.device != memory.device or tensor.layout != memory.layout:
             return True
         # Subclasses may have no memory of their own (a `DTensor`).
-        plain = type(memory) is Tensor and memory.layout == torch.strided
+        odd = memory.layout != torch.strided or memory.is_quantized or memory.is_nested
+        plain = type(memory) is Tensor and not odd
         return plain and not tensor.data.is_set_to(memory)
 
     def _same_values(self) -> bool:
-        if self._values is None or self.memory.layout != torch.strided:
-            return self._version in (None, version(self._tensor))
+        if self._values is None or self.memory.layout != torch.strided or self.memory.is_nested:
+            counted = self._version is None or self._version == version(self._tensor)
+            return counted and (self._checksum is None or self._checksum == _checksum_of(self.memory))
         if self.memory.shape != self._values.shape:
             return False
         return torch.equal(_bits(self.memory), _bits(self._values))
+
+
+def _checksum_of(tensor: Tensor) -> int | None:
+    """Return what tells of writes that no version counts (through ``.numpy()`` or ``.data``), where the host has it."""
+    if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_nested:
+        return None
+    return None if tensor.is_quantized else zlib.crc32(_bits(tensor).contiguous().reshape(-1).numpy().data)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -219,7 +231,7 @@ def _access(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any] | None]
         return stream.read, stream.write
     if isinstance(value, BUFFERS):
         return lambda: bytes(value), write
-    if value.nbytes > _LARGE_ARRAY:
+    if value.nbytes > _LARGE_ARRAY and not value.dtype.hasobject:
         return lambda: zlib.crc32(np.ascontiguousarray(value).view(np.uint8).reshape(-1).data), None
     return value.copy, write
 

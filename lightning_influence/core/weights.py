@@ -1,12 +1,33 @@
-"""Other weights for the time of a block."""
+"""Weights of a module: by name, told apart, and others for the time of a block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_influence.core.torch_private import eager_name
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by the names that blocks have, compiled or not; a tied one by its first."""
+    return {eager_name(name): parameter for name, parameter in module.named_parameters()}
+
+
+def places_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by such names."""
+    return {**parameters_of(module), **{eager_name(name): buffer for name, buffer in module.named_buffers()}}
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """Return what tells values from others, on any device."""
+    result = 0
+    for tensor in tensors:
+        result = crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, result)
+    return f"{result:08x}"
 
 
 def write(places: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

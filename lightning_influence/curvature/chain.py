@@ -100,7 +100,7 @@ def curvature_chain(gradients: ExampleGradients, indices: Sequence[int], *, labe
         raise ValueError(
             f"the chain of {size:,} parameters takes dense matrices of {readable(needed)}, and "
             f"{readable(available_bytes(device) or 0)} are available on {device}; choose fewer layers "
-            "(`discover(..., layers=[...])`)."
+            "(`layers=` of `Influence`)."
         )
     kinds: dict[str, type[CurvatureProduct]] = {"hessian": HessianProduct, "ggn": GGNProduct}
     parameters = coordinates.parameters

@@ -113,6 +113,8 @@ def random_subset(indices: Sequence[int], size: int, seed: int) -> list[int]:
 def check_solver(name: str, solver: Solver) -> None:
     """Refuse a solver that can't be had with a curvature.
 
+    One beside a curvature that takes none passes: an audit may fit another curvature later.
+
     Raises:
         ValueError: For Nyström on what may have negative eigenvalues.
     """

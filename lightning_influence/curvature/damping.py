@@ -12,7 +12,7 @@ does not come on top of the relative one, which is a heuristic of its own: there
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -58,24 +58,25 @@ def choose_damping(
     Raises:
         ValueError: If ``damping`` is none of these.
     """
-    number = isinstance(damping, (int, float)) and not isinstance(damping, bool) and 0 <= damping < math.inf
-    if not number and damping not in ("auto", "relative", "trainer"):
+    number = isinstance(damping, (int, float)) and not isinstance(damping, bool) and 0 <= damping <= sys.float_info.max
+    if not number and not (isinstance(damping, str) and damping in ("auto", "relative", "trainer")):
         raise ValueError(f'damping={damping!r}; expected a number >= 0, "relative", "trainer" or "auto".')
     if not isinstance(damping, str):
         return DampingChoice(absolute=float(damping), rule="absolute")
     rule = default if damping == "auto" else damping
     if rule == "relative":
         return DampingChoice()
-    if history is None or history.adaptive or not any(history.step_sizes.values()):
+    moved = block_means(blocks, {} if history is None else history.step_sizes)
+    if history is None or history.adaptive or not any(moved.values()):
         reason = "no optimizer step was seen"
-        if history is not None and any(history.step_sizes.values()):
+        if history is not None and any(moved.values()):
             reason = f"{', '.join(history.adaptive)} takes steps that are not multiples of the gradient"
         note = (
             f"the damping is 0.1 of the mean eigenvalue: {reason}, so there is no damping that follows from the "
             "training (1 / sum of step sizes). A number for `damping=` sets it."
         )
         return DampingChoice(notes=(note,))
-    moved, decay = block_means(blocks, history.step_sizes), block_means(blocks, history.weight_decay)
+    decay = block_means(blocks, history.weight_decay)
     everywhere = sum(moved.values()) / len(moved)
     absolute = {name: 1 / (size or everywhere) + decay[name] for name, size in moved.items()}
     return DampingChoice(absolute=absolute, rule="trainer")

@@ -8,6 +8,7 @@ from contextlib import closing
 import torch
 
 from lightning_influence.core.precision import wide, working_dtype
+from lightning_influence.core.weights import checksum
 from lightning_influence.curvature.blocks.block import RELATIVE_DAMPING, Measure
 from lightning_influence.curvature.choices import FactorExamples, Solver, check_solver, choose_solver, random_subset
 from lightning_influence.curvature.coordinates import BlockCoordinates
@@ -15,7 +16,6 @@ from lightning_influence.curvature.curvature import BlockCurvature, Curvature
 from lightning_influence.curvature.dense import DenseCurvature, dense_matrix
 from lightning_influence.curvature.implicit import ImplicitCurvature, mean_eigenvalue
 from lightning_influence.curvature.registry import LADDER, CurvatureName, check_memory
-from lightning_influence.curvature.saved import checksum
 from lightning_influence.curvature.solve.spectrum import IndefiniteError, check_damping
 from lightning_influence.gradients.passes import ExampleGradients, Labels
 
@@ -69,7 +69,7 @@ def fit(
         curvature = _fit_blocks(gradients, name, indices, examples, labels, dampings)
     else:
         curvature = _fit_full(gradients, name, indices, examples, labels, dampings, solver)
-    curvature.weights = {layer: checksum(block) for layer, block in blocks.items()}
+    curvature.weights = {layer: checksum(block.parameters.values()) for layer, block in blocks.items()}
     return curvature
 
 
@@ -102,7 +102,6 @@ def _fit_blocks(
     kind = LADDER[name].block
     covered = gradients.coverage.blocks
     blocks = {layer: kind(block.shape, block.dense) for layer, block in covered.items()}
-    like = next(p for p in gradients.module.parameters() if p.is_floating_point())
     chosen: dict[Measure, tuple[Labels, int]] = {
         "covariances": (labels[0], examples.covariances),
         "eigenvalues": (labels[1], examples.eigenvalues),
@@ -122,6 +121,7 @@ def _fit_blocks(
                     blocks[io.name].update(io.xs, io.gs, usable)
         # Layers that the forward pass never reached have an all-zero gradient: their curvature is zero too.
         for layer, block in blocks.items():
+            like = next(iter(covered[layer].parameters.values()))
             for x, g in covered[layer].no_rows(working_dtype(like.dtype), like.device):
                 block.update(x, [g], 0)
             try:

@@ -8,6 +8,7 @@ Index legend: ``q`` vectors, ``p`` parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -92,7 +93,7 @@ class ImplicitCurvature(Curvature):
         finite = torch.isfinite(systems).all(1, keepdim=True)
         solver = SOLVERS[self._solver]
         found = solver.solve(self._system, torch.where(finite, systems, 0), solver.tolerance, solver.steps)
-        self.solves.append(found)
+        self.solves.append(replace(found, solution=found.solution.new_empty((0, line.shape[-1]))))  # not to keep [q, p]
         worst = float(found.residual.max()) if len(found.residual) else 0.0
         if worst > _ACCEPTED:
             raise SolverError(f"{self.name} with {self._solver}: {found.reason}")

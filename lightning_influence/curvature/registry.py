@@ -86,8 +86,8 @@ def check_memory(name: str, blocks: Mapping[str, ParameterBlock]) -> None:
     largest = ", ".join(f"{layer} ({readable(sizes[layer])})" for layer in by_size[:3])
     raise ValueError(
         f"curvature={name!r} needs {readable(needed)} for {len(blocks)} layers, and {readable(available)} are "
-        f'available on {device}; the largest: {largest}. Use `curvature="ggn"` (products only) or "diagonal", or leave '
-        "layers out by `layers=`."
+        f'available on {device}; the largest: {largest}. Use `curvature="diagonal"` (in the place of "block_ggn" also '
+        '"ekfac"), or leave layers out by `layers=`.'
     )
 
 

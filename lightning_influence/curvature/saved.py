@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from lightning_influence.core.precision import working_dtype
+from lightning_influence.core.weights import checksum
 from lightning_influence.curvature.blocks.block import CurvatureBlock
 from lightning_influence.curvature.coordinates import BlockCoordinates
 from lightning_influence.curvature.curvature import BlockCurvature, Curvature
 from lightning_influence.curvature.dense import DenseCurvature
+from lightning_influence.curvature.products.flat import FlatParameters
 from lightning_influence.curvature.registry import LADDER
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.layers.blocks import ParameterBlock
@@ -73,12 +74,16 @@ def restored(files: Saved, coverage: Coverage) -> Curvature:
         blocks = {layer: _restored_block(LADDER[name].block, block, files[layer][0]) for layer, block in layers.items()}
         curvature = BlockCurvature(name, blocks, dampings, labels, examples)
     else:
-        coordinates = BlockCoordinates(layers)
-        like = next(iter(layers.values()))
-        found = _checked(name, files[name][0], {"matrix": (coordinates.size, coordinates.size)}, like)
-        curvature = DenseCurvature(name, found["matrix"], coordinates, dampings, labels, examples)
+        # In the order of then: a class that defines its layers in another one has the same layers and weights.
+        coordinates = BlockCoordinates({layer: layers[layer] for layer in every})
+        if (then := files[name][1].get("coordinates")) != repr(coordinates.shapes):
+            raise ValueError(f"the matrix is over {then}, this model has {coordinates.shapes}: {_AGAIN}.")
+        flat = FlatParameters({key: value for block in layers.values() for key, value in block.parameters.items()})
+        shapes = {"matrix": (coordinates.size, coordinates.size)}
+        found = _checked(name, files[name][0], shapes, flat.dtype, flat.device)
+        curvature = DenseCurvature(name, found["matrix"], coordinates, every, labels, examples)
     for layer, block in layers.items():
-        if weights[layer] != (now := checksum(block)):
+        if weights[layer] != (now := checksum(block.parameters.values())):
             raise ValueError(
                 f"the curvature was fitted at other weights of {layer!r} (their checksum was "
                 f"{weights[layer] or 'not noted'}, now it is {now}): load the checkpoint of that training, or {_AGAIN}."
@@ -87,30 +92,26 @@ def restored(files: Saved, coverage: Coverage) -> Curvature:
     return curvature
 
 
-def checksum(block: ParameterBlock) -> str:
-    """Return what tells the weights of a block from others, on any device."""
-    result = 0
-    for parameter in block.parameters.values():
-        result = crc32(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, result)
-    return f"{result:08x}"
-
-
 def _restored_block(kind: type[CurvatureBlock], block: ParameterBlock, tensors: Mapping[str, Tensor]) -> CurvatureBlock:
-    result = kind(block.shape, block.dense)
-    result.restore(_checked(block.name, tensors, kind.fitted_shapes(block.shape, block.dense), block))
+    result, like = kind(block.shape, block.dense), next(iter(block.parameters.values()))
+    shapes = kind.fitted_shapes(block.shape, block.dense)
+    result.restore(_checked(block.name, tensors, shapes, working_dtype(like.dtype), like.device))
     return result
 
 
 def _checked(
-    name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], block: ParameterBlock
+    name: str,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, Tensor]:
-    """Return tensors on the device of a block's parameters, if they are those that it needs."""
-    like = next(iter(block.parameters.values()))
+    """Return tensors on a device, if they are those that are needed."""
     found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-    expected = {key: (shape, working_dtype(like.dtype)) for key, shape in shapes.items()}
+    expected = {key: (shape, dtype) for key, shape in shapes.items()}
     if found != expected:
         raise ValueError(
             f"the factors of {name!r} are {found}; this model needs {expected}: pass the model that the curvature was "
             f"fitted with, in its precision, or {_AGAIN}."
         )
-    return {key: tensor.to(like.device) for key, tensor in tensors.items()}
+    return {key: tensor.to(device) for key, tensor in tensors.items()}

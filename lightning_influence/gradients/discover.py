@@ -49,7 +49,7 @@ def discover(
         task: Its loss.
         source: Its examples.
         indices: The first few of them are run, by default of all.
-        layers: What to keep, see ``layers.cover``.
+        layers: What to keep, see ``coverage.cover``.
         uncovered: ``"report"`` leaves other parameters out, with the reason; ``"exact"`` computes their gradients one
             example at a time.
         to_device: Moves a batch to the module's device; by default tensors in nested containers are moved.

@@ -19,13 +19,16 @@ from lightning_influence.core.containers import tensors_in
 from lightning_influence.core.torch_private import visible_attention
 from lightning_influence.gradients.block_rows import Source
 from lightning_influence.layers.embedding import EmbeddingCall
-from lightning_influence.layers.registry import IN_PLACE, read_call
+from lightning_influence.layers.registry import overwrites, read_call
 from lightning_influence.layers.site import NotUnderstoodError, Site
 from lightning_influence.objective.losses import all_arguments
 
 Owners: TypeAlias = Mapping[str, Tensor]
 """Full name to parameter."""
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+# They take the shape, dtype or device of their second argument, not its values.
+_LIKE = (Tensor.to, Tensor.type_as, Tensor.view_as, Tensor.reshape_as, Tensor.expand_as)
 
 
 class Follower(TorchFunctionMode, ABC):
@@ -54,7 +57,7 @@ class Follower(TorchFunctionMode, ABC):
             with self:
                 return visible_attention(*args, **kwargs)
         before = args
-        if func in IN_PLACE and any(id(tensor) in self.sources for tensor in tensors_in((args, kwargs))):
+        if overwrites(func) and any(id(tensor) in self.sources for tensor in tensors_in((args, kwargs))):
             before = (args[0].detach().clone(), *args[1:])
         output = func(*args, **kwargs)
         made = [args[0]] if func == Tensor.__setitem__ else list(tensors_in(output))
@@ -73,7 +76,8 @@ class Follower(TorchFunctionMode, ABC):
             made: The tensors that it made or changed.
             before: The positional arguments, with a copy of what the call has overwritten.
         """
-        passed = [tensor for tensor in tensors_in(arguments) if id(tensor) in self.sources]
+        taken = arguments[0][:1] if func in _LIKE else arguments
+        passed = [tensor for tensor in tensors_in(taken) if id(tensor) in self.sources]
         made = [tensor for tensor in made if tensor.requires_grad]
         if not passed or not made or not torch.is_grad_enabled():
             return

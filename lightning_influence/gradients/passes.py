@@ -175,7 +175,7 @@ class ExampleGradients:
         """Return the same passes with the loss scale of these examples; if theirs is known already, themselves.
 
         With class weights or ``ignore_index`` a mean is over weights, not examples, and a sum grows with the batch:
-        the same example would get other gradients in other batches, see ``loss_scale``. All examples are visited,
+        the same example would get other gradients in other batches, see ``objective.scale``. All examples are visited,
         forward only, in batches as training has them: what one of them holds, others need not.
 
         Args:

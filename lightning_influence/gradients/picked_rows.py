@@ -31,12 +31,28 @@ class PickedRows:
         """Tell whether any of the tensors holds such rows."""
         return any(id(tensor) in self._tensors for tensor in tensors)
 
-    def follow(self, func: Callable[..., Any], tensors: Sequence[Tensor], made: Sequence[Tensor]) -> None:
-        """Look at a call in which the batch takes part, its tensors and what it made."""
+    def follow(
+        self,
+        func: Callable[..., Any],
+        given: int,
+        tensors: Sequence[Tensor],
+        of_batch: Sequence[bool],
+        made: Sequence[Tensor],
+    ) -> None:
+        """Look at a call in which the batch takes part.
+
+        Args:
+            func: The function.
+            given: Number of its arguments: ``torch.where`` of nothing but a mask picks, beside two numbers it does not.
+            tensors: Those among them.
+            of_batch: Whether each comes from the batch: a mask that does not takes as many of every example.
+            made: What it made.
+        """
         if name_of(func) == "_pad_packed_sequence":  # every row is in its place again
             return
-        picks = func in _PICKING or (func == torch.where and len(tensors) == 1)
-        picks = picks or (func == Tensor.__getitem__ and any(t.dtype == torch.bool for t in tensors[1:]))
+        picks = func in _PICKING or (func == torch.where and given == 1)
+        masks = [t for t, own in zip(tensors[1:], of_batch[1:], strict=True) if own and t.dtype == torch.bool]
+        picks = picks or (func == Tensor.__getitem__ and bool(masks))
         if name_of(func) == "_pack_padded_sequence":
             picks, made = True, made[:1]
         rows = {len(t) for t in tensors if id(t) in self._tensors and t.ndim}

@@ -115,8 +115,10 @@ class Tracer(Follower):
         grown = self._growth is None or any(self._growth.of_arguments)
         self._batched = grown or any(id(t) in self._from_batch for t in tensors)
         if self._batched:
+            grows = [True] * len(tensors) if self._growth is None else self._growth.of_arguments
+            of_batch = [new or id(t) in self._from_batch for new, t in zip(grows, tensors, strict=True)]
+            self._picked.follow(func, sum(map(len, arguments)), tensors, of_batch, made)
             self._from_batch.update((id(t), t) for t in made)
-            self._picked.follow(func, tensors, made)
         if torch.is_grad_enabled():
             self._note_strangers(func, tensors)
         else:

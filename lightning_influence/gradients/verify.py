@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -80,7 +80,7 @@ class _Look:
     scale: LossScale
     tolerance: float
     own_tolerance: float
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor]
 
 
 def roomy_batch_size(inspection: Inspection) -> int:
@@ -107,7 +107,8 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
 
     Args:
         gradients: The passes.
-        indices: Dataset indices; the first of them are looked at, half a training batch (see ``looked_at``).
+        indices: Dataset indices; the first of them are looked at, half a training batch (see ``looked_at``), a
+            few where gradients are computed one example at a time.
         verify: Whether to check; without, the batch is only measured.
 
     Returns:
@@ -117,7 +118,10 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
         VerificationError: If a check fails.
         LayerError: If a layer is used in a way that is not understood.
     """
-    indices = gradients.source.settled(list(indices)[: looked_at(gradients.source.batch_size)])
+    size = looked_at(gradients.source.batch_size)
+    if gradients.coverage.one_by_one:  # every example's gradient is held whole, here and in all passes after it
+        size = min(size, _SMALL_BATCH)
+    indices = gradients.source.settled(list(indices)[:size])
     if not indices:
         raise VerificationError("there is no training example to look at: the data set or the sampler is empty.")
     drawn = torch.randperm(len(indices), generator=torch.Generator().manual_seed(len(indices)))[:_DRAWN].tolist()

@@ -67,7 +67,7 @@ class AlongTraining:
         curvature: CurvatureName = "ekfac",
         fisher: Fisher = "auto",
         factor_examples: int | Literal["auto"] | None = "auto",
-        weight_decay: float | Mapping[str, float] = 0.0,
+        weight_decay: float | Mapping[str, float] | None = None,
         at: At = "checkpoints",
     ) -> PairwiseScores:
         """Return SOURCE: influence through the steps of training, by segments; for SGD, see ``source_scores``.
@@ -75,11 +75,12 @@ class AlongTraining:
         Args:
             test_set: The queries' data.
             indices: Which of them; all by default.
-            segments: Number of segments; three at most where there are fewer checkpoints.
+            segments: Number of segments, at most that of the checkpoints that stand for steps.
             curvature: A block-diagonal approximation, fitted at the averaged weights of each segment.
             fisher: Labels for it, as for ``Influence.fit``.
             factor_examples: Number of examples for it, as for ``Influence.fit``.
-            weight_decay: Coefficient of an L2 term in the loss, or one by parameter name.
+            weight_decay: Coefficient of an L2 term in the loss, or one by parameter name; by default that of the run,
+                as far as an audit or the ``history`` of ``fit`` tells.
             at: Where the gradients of examples are taken: at the ``"checkpoints"``, or at their ``"average"``, one pass
                 a segment.
         """
@@ -92,7 +93,7 @@ class AlongTraining:
             segments=segments,
             curvature=curvature,
             examples=plan.examples,
-            weight_decay=weight_decay,
+            weight_decay=self._examined.weight_decay if weight_decay is None else weight_decay,
             at=at,
         )
 

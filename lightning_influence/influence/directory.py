@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +32,8 @@ def stored_curvature(directory: str | os.PathLike[str], examined: ExaminedModel)
     if manifest.get("weights", weights) != weights:
         raise ValueError(f"{store.directory} was fitted at other weights: load the checkpoint of that training.")
     held = manifest.get("examples_hold")
-    if held is not None and any(a and b and a != b for a, b in zip(held, _held(store, examined), strict=True)):
+    now = [] if held is None else _held(examined, stored_examples(directory).tolist())
+    if any(then and value and then != value for then, value in zip(held or (), now, strict=True)):
         raise ValueError(
             f"{store.directory} was fitted on other data: pass the training data of then, or fit the curvature again."
         )
@@ -55,12 +58,15 @@ def store_curvature(directory: str | os.PathLike[str], curvature: Curvature, exa
     store.write_scores({"index": np.array(examined.examples)})
     for name, (tensors, about) in files.items():
         store.write_factors(name, tensors, about)
-    manifest = {"notes": curvature.notes, "weights": examined.checksum(), "examples_hold": _held(store, examined)}
-    store.write_manifest({"status": "complete", **manifest})
+    store.write_manifest({"status": "complete", "notes": curvature.notes, **fitted_on(examined)})
     return store.directory
 
 
-def _held(store: AuditStore, examined: ExaminedModel) -> list[str | None]:
-    """Return what a few of the training examples of then hold now, in short."""
-    examples = stored_examples(store.directory).tolist()
+def fitted_on(examined: ExaminedModel) -> dict[str, Any]:
+    """Return what tells weights and data of a fit from others, for a manifest."""
+    return {"weights": examined.checksum(), "examples_hold": _held(examined, examined.examples)}
+
+
+def _held(examined: ExaminedModel, examples: Sequence[int]) -> list[str | None]:
+    """Return what a few of some training examples hold, in short."""
     return [None if one is None else one.hex() for one in examined.digests(examples)]

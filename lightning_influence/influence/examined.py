@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property
 from typing import Literal, TypeVar, get_args
-from zlib import crc32
 
 import torch
 from torch import nn
 
 from lightning_influence.core.memory import is_out_of_memory
+from lightning_influence.core.weights import checksum
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, OptimizerHistory, Solver, check_labels
 from lightning_influence.data.source import DataError
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered
@@ -178,11 +178,7 @@ class ExaminedModel:
 
     def checksum(self) -> str:
         """Return what tells the weights that the model has now from others, on any device."""
-        result = 0
-        for value in self.model.state_dict().values():
-            if isinstance(value, torch.Tensor):
-                result = crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, result)
-        return f"{result:08x}"
+        return checksum(value for value in self.model.state_dict().values() if isinstance(value, torch.Tensor))
 
     def digests(self, examples: Sequence[int]) -> list[bytes | None]:
         """Return what a few of some training examples hold, see ``ExampleSource.digests``."""

@@ -167,7 +167,8 @@ class Influence(ExaminedModel):
                 ``"auto"`` samples if the loss is known.
             damping: A number λ, ``"relative"`` (0.1 of each block's mean eigenvalue), ``"trainer"`` (what the training
                 implies, which takes ``history``), or ``"auto"``: that of the curvature.
-            solver: For GGN and Hessian: ``"dense"``, ``"cg"``, ``"nystrom"``, ``"pcg"`` or ``"lissa"``.
+            solver: For GGN and Hessian: ``"dense"``, ``"cg"``, ``"nystrom"``, ``"pcg"`` or ``"lissa"``; others leave it
+                unused.
             factor_examples: Number of random examples to fit on; ``"auto"``: enough for every factor; None: all.
             history: What the optimizer did, see ``StepSizes.history``; by default as far as an audit has followed it.
 
@@ -175,6 +176,7 @@ class Influence(ExaminedModel):
             The same with the curvature.
 
         Raises:
+            TypeError: If ``history`` is none.
             ValueError, TaskError, IndefiniteError: If the curvature can't be had; with the way out.
         """
         _check_fit(factor_examples, history)
@@ -183,7 +185,7 @@ class Influence(ExaminedModel):
         )
         fitted = plan.fit(self.training, self.examples)
         fitted.notes[:0] = plan.damping.notes
-        return self._with(fitted)
+        return self._with(fitted, history)
 
     def scores(self, indices: Indices | None = None, *, validation: Data | None = None) -> ExampleScores:
         """Return everything that the weights tell of training examples (all by default), in one pass.
@@ -200,7 +202,8 @@ class Influence(ExaminedModel):
 
     def self_influence(self, indices: Indices | None = None) -> Tensor:
         """Return ``∇ℓᵀ (C + λ)⁻¹ ∇ℓ`` of training examples, ``[n]`` in the order of the indices (all by default)."""
-        _ = self.curvature
+        if self._curvature is None:
+            _ = self.curvature  # raises, with the way out
         return aligned(self.scores(indices), "self_influence", self.chosen(indices))
 
     def top(
@@ -267,7 +270,7 @@ class Influence(ExaminedModel):
             indices: The examples.
             leverage: Whether to take them out of the curvature, too: what a group needs.
             weight_decay: Coefficient of an L2 term in the loss, for all parameters or by name; by default that of the
-                run that an audit has followed, else none.
+                run that an audit has followed, or of ``history``, else none.
         """
         curvature, chosen = self.curvature, self.chosen(indices)
         if weight_decay is None:
@@ -300,9 +303,10 @@ class Influence(ExaminedModel):
         training, examples, queries, chosen = self.paired(test_set, indices)
         return training, examples, curvature, queries, chosen
 
-    def _with(self, curvature: Curvature) -> Influence:
+    def _with(self, curvature: Curvature, history: OptimizerHistory | None = None) -> Influence:
         other = copy.copy(self)
         other._curvature, other._weights = curvature, self.checksum()
+        other._history = history or self._history
         return other
 
     def __repr__(self) -> str:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
 from lightning_influence.audit.indices import Indices as Many
 from lightning_influence.audit.indices import integers
-from lightning_influence.curvature import SOLVERS, CurvatureName, Fisher, Solver, check_solver
+from lightning_influence.curvature import LADDER, SOLVERS, CurvatureName, Fisher, Solver, check_solver
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.gradients.visitors import ExampleScores, in_order
@@ -173,7 +173,7 @@ def notes_of(inspection: Inspection) -> list[str]:
 
 def check_curvature_choices(curvature: CurvatureName, fisher: Fisher, solver: Solver) -> None:
     """Raise ``ValueError`` for a curvature, labels or a solver that there are none of, or not together."""
-    check_choice("curvature", curvature, get_args(CurvatureName))
+    check_choice("curvature", curvature, tuple(dict.fromkeys((*get_args(CurvatureName), *LADDER))))
     check_choice("fisher", fisher, get_args(Fisher))
     check_choice("solver", solver, ("auto", "dense", *SOLVERS))
     check_solver(curvature, solver)

@@ -142,7 +142,8 @@ def _register() -> None:
         functions = [function for function in (plain, *methods, *in_place) if function is not None]
         reads(*functions)(partial(_read_elementwise, plain, signs.get(name)))
         IN_PLACE.update(function for function in in_place if function is not None)
-    for function in (Tensor.__rsub__, Tensor.__rdiv__, Tensor.__rpow__, torch.rsub):
+    # `Tensor.where` takes the condition second.
+    for function in (Tensor.__rsub__, Tensor.__rdiv__, Tensor.__rpow__, torch.rsub, Tensor.where):
         reads(function)(partial(_read_elementwise, function, None))
 
 

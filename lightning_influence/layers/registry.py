@@ -15,7 +15,7 @@ Reader: TypeAlias = "Callable[[Site], Call]"
 
 READERS: dict[Callable[..., Any], Reader] = {}
 IN_PLACE: set[Callable[..., Any]] = set()
-"""Functions that overwrite their first argument: its value has to be kept before the call."""
+"""Operators that overwrite their first argument, see ``overwrites``."""
 
 
 def reads(*functions: Callable[..., Any]) -> Callable[[Reader], Reader]:
@@ -30,6 +30,12 @@ def reads(*functions: Callable[..., Any]) -> Callable[[Reader], Reader]:
         return reader
 
     return register
+
+
+def overwrites(function: Callable[..., Any]) -> bool:
+    """Tell whether a function overwrites its first argument: its value has to be kept before the call."""
+    name = getattr(function, "__name__", "")
+    return function in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def read_call(site: Site) -> Call | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_influence.core.containers import map_tensors, tensors_in
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.core.precision import working
-from lightning_influence.layers.call import Bound, DirectCall, Layouts, as_now
+from lightning_influence.layers.call import DirectCall, Layouts, as_now
+from lightning_influence.layers.registry import overwrites
 from lightning_influence.layers.site import Site
 
 
@@ -29,8 +30,6 @@ class RepeatedCall(DirectCall):
     function: Callable[..., Tensor] = torch.clone
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
     argument_layouts: tuple[BatchLayout | None, ...] = ()
-
-    bounded_by: ClassVar[Bound] = "nothing"
 
     @classmethod
     def of(cls, site: Site, layouts: tuple[BatchLayout | None, ...]) -> RepeatedCall:
@@ -56,7 +55,8 @@ class RepeatedCall(DirectCall):
             layout = next(layouts)
             if id(tensor) in places:
                 return places[id(tensor)]
-            return tensor if layout is None else layout.in_place(tensor.detach(), n)[index]
+            alone = tensor if layout is None else layout.in_place(tensor.detach(), n)[index]
+            return alone.clone() if overwrites(self.function) else alone
 
         args, kwargs = map_tensors(own, self.arguments)
         return self.function(*args, **kwargs)

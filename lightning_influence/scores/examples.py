@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
 from lightning_influence.gradients.visitors import ExampleColumns, ExampleScores, Visitor, loss_columns, visit
 from lightning_influence.layers import per_sample
-from lightning_influence.training import step_sizes as tracin
+from lightning_influence.training.step_sizes import StepSize, self_influence
 
 # Features kept per example: 2 GB for a million examples.
 _FEATURES = 512
@@ -25,7 +26,7 @@ def score_examples(
     *,
     curvature: Curvature | None = None,
     query: Mapping[str, Tensor] | None = None,
-    step_sizes: Mapping[str, tracin.StepSize] | None = None,
+    step_sizes: Mapping[str, StepSize] | None = None,
     features: bool = False,
     title: str = "scores",
 ) -> ExampleScores:
@@ -37,7 +38,7 @@ def score_examples(
         curvature: For ``self_influence``, ``gᵀ (C + λ)⁻¹ g``.
         query: Preconditioned query gradient ``(C + λ)⁻¹ g_q`` by layer, ``[k, o, i]``, for ``harm`` =
             ``-g_qᵀ (C + λ)⁻¹ g_z``: positive where training on the example raises the query's loss.
-        step_sizes: By layer, for ``tracin``, ``η gᵀ P g``, see ``tracin.block_step_sizes``.
+        step_sizes: By layer, for ``tracin``, ``η gᵀ P g``, see ``step_sizes.block_step_sizes``.
         features: Whether to keep the inputs of the last layer.
         title: Text of the progress bar.
 
@@ -59,7 +60,7 @@ class ExampleScorer(Visitor):
         indices: Sequence[int],
         curvature: Curvature | None = None,
         query: Mapping[str, Tensor] | None = None,
-        step_sizes: Mapping[str, tracin.StepSize] | None = None,
+        step_sizes: Mapping[str, StepSize] | None = None,
         *,
         features: bool = False,
     ) -> None:
@@ -91,7 +92,7 @@ class ExampleScorer(Visitor):
         if inner is not None:
             self._row["harm"] -= inner
         if sizes is not None:
-            self._row["tracin"] += tracin.self_influence(io, norms, sizes)
+            self._row["tracin"] += self_influence(io, norms, sizes)
 
     def end(self, batch: BatchGradients) -> None:
         """File the batch."""
@@ -119,6 +120,12 @@ def _projected(features: Tensor) -> Tensor:
     features = features.float()
     if features.shape[1] <= _FEATURES:
         return features
-    generator = torch.Generator().manual_seed(0)
-    projection: Tensor = torch.randn(features.shape[1], _FEATURES, generator=generator) / _FEATURES**0.5
-    return torch.mm(features, projection.to(features.device))
+    projection: Tensor = _projection(features.shape[1], features.device)
+    return torch.mm(features, projection)
+
+
+@lru_cache(maxsize=1)  # the same for all batches of a run: to draw it takes longer than many a batch
+def _projection(size: int, device: torch.device) -> Tensor:
+    drawn: Tensor = torch.randn(size, _FEATURES, generator=torch.Generator().manual_seed(0))
+    scaled: Tensor = drawn / _FEATURES**0.5
+    return scaled.to(device)

@@ -194,7 +194,7 @@ def influence_scores(
         indices: The training examples.
         plan: What to compute.
         queries: Validation data whose mean loss the ``harm`` column is about, with the indices to take.
-        step_sizes: For a last TracIn checkpoint in the same pass, see ``tracin.block_step_sizes``.
+        step_sizes: For a last TracIn checkpoint in the same pass, see ``step_sizes.block_step_sizes``.
         features: Whether to keep the inputs of the last layer.
         companion: Who else looks at the passes.
 

@@ -6,6 +6,7 @@ Index legend: ``q`` queries, ``n`` training examples, ``m`` the whole and its pa
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -26,7 +27,7 @@ Normalisation = Literal["none", "relative", "cosine"]
 _SCORE_BYTES = 8
 
 
-class _Pairs(Visitor):
+class _Pairs(Visitor, ABC):
     """Computes the scores of every batch with prepared queries, and hands them on to ``_take``.
 
     Args:
@@ -73,9 +74,9 @@ class _Pairs(Visitor):
         scores[..., self._prepared.self_influence.isnan()] = torch.nan
         self._take(batch.indices, scores)
 
+    @abstractmethod
     def _take(self, indices: list[int], scores: Tensor) -> None:
         """Take the scores of a batch, ``[n, m, q]``."""
-        raise NotImplementedError
 
 
 class PairColumns(_Pairs):

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_influence.core.weights import swapped
+from lightning_influence.core.torch_private import eager_name
+from lightning_influence.core.weights import parameters_of, places_of, swapped
 
 
 class CheckpointError(ValueError):
@@ -76,8 +77,8 @@ class Checkpoint:
         kept = dict(module.state_dict(keep_vars=True))
         return cls(
             step,
-            {name: _copied(p) for name, p in module.named_parameters() if p.requires_grad},
-            {name: _copied(b) for name, b in module.named_buffers() if name in kept},
+            {name: _copied(p) for name, p in parameters_of(module).items() if p.requires_grad},
+            {eager_name(name): _copied(b) for name, b in module.named_buffers() if name in kept},
             dict(step_sizes or {}),
             steps,
             {name: _copied(value) for name, value in (preconditioner or {}).items()},
@@ -110,7 +111,7 @@ class Checkpoint:
 
     def check(self, module: nn.Module) -> None:
         """Raise ``CheckpointError`` if the module is not the one that this is a checkpoint of."""
-        places = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        places = places_of(module)
         for name, value in {**self.parameters, **self.buffers}.items():
             if name not in places:
                 raise CheckpointError(
@@ -122,7 +123,7 @@ class Checkpoint:
                     f"{name!r} has the shape {list(value.shape)} in the checkpoint of step {self.step} and "
                     f"{list(places[name].shape)} in {type(module).__name__}; pass the model that was trained."
                 )
-        missing = [name for name, p in module.named_parameters() if p.requires_grad and name not in self.parameters]
+        missing = [name for name, p in parameters_of(module).items() if p.requires_grad and name not in self.parameters]
         if missing:
             raise CheckpointError(
                 f"the checkpoint of step {self.step} lacks the trainable parameters {missing[:5]}; it belongs to "
@@ -137,8 +138,7 @@ class Checkpoint:
             CheckpointError: If the module is not the one that this is a checkpoint of.
         """
         self.check(module)
-        places = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        with swapped(places, {**self.parameters, **self.buffers}):
+        with swapped(places_of(module), {**self.parameters, **self.buffers}):
             yield
 
 
@@ -196,11 +196,11 @@ def plain_steps(checkpoints: Sequence[Checkpoint], module: nn.Module) -> list[Ch
     """
     check_together(checkpoints, module)
     moved = [c for c in checkpoints if c.steps and any(c.step_sizes.values())]
-    if adaptive := [c.step for c in moved if c.preconditioner]:
+    if adaptive := [c.step for c in moved if c.preconditioner or c.optimizer not in ("", "SGD")]:
         raise CheckpointError(
-            f"the checkpoints of the steps {adaptive[:5]} are of an adaptive optimizer, whose steps are not multiples "
-            "of the gradient; this method is for SGD. Use TracIn, or leave out `preconditioner` to treat the steps as "
-            "plain ones."
+            f"the checkpoints of the steps {adaptive[:5]} are of an adaptive optimizer or an unknown one, whose steps "
+            "may not be multiples of the gradient; this method is for SGD. Use TracIn, or leave out `preconditioner` "
+            "and `optimizer` to treat the steps as plain ones."
         )
     if not moved:
         raise CheckpointError(

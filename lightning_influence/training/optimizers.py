@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_influence.core.weights import parameters_of
+
 # Optimizers whose `weight_decay` is added to the gradient.
 _L2_OPTIMIZERS = (
     torch.optim.SGD,
@@ -78,7 +80,7 @@ def preconditioners(optimizers: Iterable[Any], module: nn.Module) -> dict[str, T
         Parameter name to ``P``, shaped like the parameter; without the parameters of optimizers that take plain steps
         (or are not understood), and without those that have not been stepped yet.
     """
-    names = {id(p): name for name, p in module.named_parameters()}
+    names = {id(p): name for name, p in parameters_of(module).items()}
     found: dict[str, Tensor] = {}
     for optimizer in optimizers:
         for group in inner(optimizer).param_groups:
@@ -99,7 +101,14 @@ def preconditioner(optimizer: Any, group: Mapping[str, Any], parameter: Tensor) 
     """
     optimizer = inner(optimizer)
     scale, state = _PRECONDITIONERS.get(_kind(optimizer) or ""), optimizer.state.get(parameter)
-    return scale(state, group) if scale is not None and state else None
+    return scale(state, group) if scale is not None and state and _has_stepped(state) else None
+
+
+def _has_stepped(state: Mapping[str, Any]) -> bool:
+    """Tell whether there is a scale yet: Adagrad has a state before its first step, fused ones after a skipped one."""
+    step = state.get("step", 1)
+    # A count on the device is not read: that would wait for it.
+    return (isinstance(step, Tensor) and step.device.type != "cpu") or float(step) > 0
 
 
 def _adam(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -125,8 +134,12 @@ def _adagrad(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
 
 
 def _inverse(second: Tensor, correction: float | Tensor, eps: float) -> Tensor:
-    """Return ``1 / (√(second / correction) + ε)``."""
-    return second.detach().sqrt().mul_(correction**-0.5).add_(eps).reciprocal_()
+    """Return ``1 / (√(second / correction) + ε)``, and 0 for an entry that no step has moved yet.
+
+    With its ``1/ε`` the first example with a rare word would outweigh all others.
+    """
+    scale = second.detach().sqrt().mul_(correction**-0.5).add_(eps).reciprocal_()
+    return scale.masked_fill_(second == 0, 0.0)
 
 
 _Scale = Callable[[Mapping[str, Any], Mapping[str, Any]], Tensor]

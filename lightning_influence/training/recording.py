@@ -132,10 +132,10 @@ class Recording:
         forms: Mapping[TermKey, TermForm] | None = None,
     ) -> None:
         """File one training batch; the arguments are those of ``HeardLosses.read``."""
-        if self.failed:
-            return
         try:
             self._note(batch)
+            if self.failed:
+                return
             with torch.no_grad():
                 call = self.losses.read(batch, loss, calls, forms or {})
                 if call is not None:

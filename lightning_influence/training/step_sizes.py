@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_influence.core.weights import parameters_of
 from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.blocks import ParameterBlock
@@ -57,7 +58,7 @@ class StepSizes:
         self.sums: dict[str, float] = {}
         self.optimizers: set[str] = set()
         self.unknown: set[str] = set()
-        self._names = {id(p): name for name, p in module.named_parameters()}
+        self._names = {id(p): name for name, p in parameters_of(module).items()}
         self._totals: dict[str, float] = {}
         self._weight_decay: dict[str, float] = {}
         self._adaptive: set[str] = set()
@@ -70,8 +71,9 @@ class StepSizes:
         optimizer = optimizers.inner(optimizer)
         kind = type(optimizer).__name__
         self.optimizers.add(kind)
-        self.unknown |= set() if optimizers.is_understood(optimizer) else {kind}
-        self._adaptive |= set() if isinstance(optimizer, torch.optim.SGD) else {kind}
+        understood = optimizers.is_understood(optimizer)
+        self.unknown |= set() if understood else {kind}
+        self._adaptive |= set() if understood and not optimizers.is_preconditioned(optimizer) else {kind}
         for group in optimizer.param_groups:
             rate = optimizers.rate(group) * self.summed
             decay = optimizers.l2_coefficient(optimizer, group) / self.summed
@@ -128,7 +130,7 @@ def block_step_sizes(
         module: The model, as a parameter may have several names.
         preconditioner: Parameter name to what its gradient is multiplied with, elementwise; ones for others.
     """
-    names = {id(p): name for name, p in module.named_parameters()}
+    names = {id(p): name for name, p in parameters_of(module).items()}
     preconditioner = preconditioner or {}
     result: dict[str, StepSize] = {}
     for block_name, block in blocks.items():

@@ -34,7 +34,7 @@ class KeptCheckpoints(Sequence[Checkpoint]):
 
     @cached_property
     def outlines(self) -> Sequence[Checkpoint]:
-        """The same with tensors on the device "meta": names, shapes and all else, at the price of the headers.
+        """The same with tensors on the device "meta": all but dtypes and values, at the price of the headers.
 
         Of a dropped checkpoint whose steps the next one has taken over, a killed writer may have left the file.
         """
@@ -68,7 +68,6 @@ class KeptCheckpoints(Sequence[Checkpoint]):
         """Write one checkpoint of the training.
 
         Raises:
-            ValueError: As for ``AuditStore.write_factors``.
             StoreError: The file cannot be written.
         """
         tensors = {f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(checkpoint, part).items()}

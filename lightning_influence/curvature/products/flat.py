@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_influence.core.weights import parameters_of
+
 
 @dataclass(frozen=True, eq=False)
 class FlatParameters:
@@ -31,14 +33,18 @@ class FlatParameters:
             names: Names as in ``named_parameters()``, in any order; by default all that are trainable.
 
         Raises:
-            AttributeError: If a name is unknown.
-            ValueError: If nothing is chosen.
+            ValueError: If a name is unknown, a parameter is complex, or nothing is chosen.
         """
-        every = dict(module.named_parameters())
+        every = parameters_of(module)
         wanted = {name for name, p in every.items() if p.requires_grad} if names is None else set(names)
-        for name in wanted:
-            module.get_parameter(name)
+        if unknown := sorted(wanted - every.keys()):
+            raise ValueError(
+                f"{type(module).__name__} has no parameters {unknown[:5]}; expected names as in `named_parameters()` "
+                "(a tied parameter has its first)."
+            )
         chosen = {name: parameter for name, parameter in every.items() if name in wanted}
+        if odd := [name for name, parameter in chosen.items() if not parameter.is_floating_point()]:
+            raise ValueError(f"curvature is defined for real parameters only, not for {odd[:5]}; leave them out.")
         if not chosen:
             raise ValueError(
                 f"{type(module).__name__} has no trainable parameter to take the curvature of; set `requires_grad`, or "

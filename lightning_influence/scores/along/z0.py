@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -97,9 +98,7 @@ def _weights(checkpoints: Sequence[Checkpoint]) -> Tensor:
         raise CheckpointError(
             f"{len(checkpoints)} checkpoints; expected two at least, for the way from one to the next."
         )
-    return torch.tensor(
-        [1 / _squared_length(a, b) for a, b in zip(checkpoints, checkpoints[1:], strict=False)], dtype=torch.float64
-    )
+    return torch.tensor([1 / _squared_length(a, b) for a, b in pairwise(checkpoints)], dtype=torch.float64)
 
 
 def _squared_length(before: Checkpoint, after: Checkpoint) -> float:

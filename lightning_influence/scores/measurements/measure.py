@@ -135,7 +135,11 @@ def measurement_scores(
         MeasurementError: As ``measurement_gradient``.
         SolverError: If an iterative solver did not reach its tolerance.
     """
-    sets = [(queries, query_indices or [])] if isinstance(queries, ExampleGradients) else queries
+    sets = (
+        [(queries, [] if query_indices is None else query_indices)]
+        if isinstance(queries, ExampleGradients)
+        else queries
+    )
     measured = _measured([(passes.like(gradients), chosen) for passes, chosen in sets], measurement)
     found = score_examples(gradients, indices, query=curvature.solve(measured.gradient), title="influence")
     return MeasurementScores(found.indices, -found.columns["harm"], measured)
