@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_influence.audit.columns import Columns
 from lightning_influence.audit.summary import strongest_pairs
+from lightning_influence.audit.words import called
 from lightning_influence.tensorboard.pictures import sheet
-from lightning_influence.tensorboard.text import UNKNOWN, caption, label_text, number_text, table
+from lightning_influence.tensorboard.text import UNKNOWN, caption, id_line, label_text, number_text, table
 
 _TAG = "influence/queries"
 _SHOWN = 5
@@ -27,7 +28,7 @@ def write_queries(
     writer: Any,
     pairs: Columns,
     *,
-    images: Callable[[int | None, list[int]], Tensor | None],
+    images: Callable[[int | None, list[int]], Sequence[Tensor | str] | None],
     measured: str = "loss",
     label_names: Sequence[str] | None = None,
     step: int,
@@ -38,7 +39,7 @@ def write_queries(
         writer: Event file writer.
         pairs: The table of pairs, see `columns.PAIR_DESCRIPTIONS`.
         images: Called with the number of a query set and indices in it, or with None and indices of training examples;
-            returns ``[n, C, H, W]``, or None where the inputs are no images.
+            returns an image ``[C, H, W]`` or a text for each, or None where there is nothing to show.
         measured: What is measured of a query.
         label_names: Name of each class, or None to show class numbers.
         step: Global step.
@@ -71,7 +72,9 @@ def queries_markdown(pairs: Columns, *, measured: str = "loss", label_names: Seq
         first = int(np.concatenate(both)[0])
         labels = (label_text(pairs[name][first], label_names) for name in ("query_label", "query_predicted"))
         told = (", ".join(_told(pairs, row, label_names) for row in own) or UNKNOWN for own in both)
-        rows.append([f"#{int(pairs['query'][first])}", *labels, number_text(pairs["measured"][first]), *told])
+        rows.append(
+            [f"#{called(pairs, first, 'query', 'query_id')}", *labels, number_text(pairs["measured"][first]), *told]
+        )
     names = ["query", "given", "predicted", measured.replace("_", " "), *_TITLES[1:]]
     return _HEAD + table(names, rows, ("given", "predicted", *_TITLES[1:]))
 
@@ -80,15 +83,16 @@ def _query(pairs: Columns, row: int, measured: str, label_names: Sequence[str] |
     text = caption(
         pairs["query"][row], pairs["query_label"][row], "predicted", pairs["query_predicted"][row], label_names
     )
-    return f"{text}\n{measured.replace('_', ' ')} {number_text(pairs['measured'][row])}"
+    text += f"\n{measured.replace('_', ' ')} {number_text(pairs['measured'][row])}"
+    return text + id_line(pairs, row, "query_id")
 
 
 def _example(pairs: Columns, row: int, label_names: Sequence[str] | None) -> str:
     text = caption(pairs["index"][row], pairs["label"][row], "predicted", pairs["predicted"][row], label_names)
-    return f"{text}\n{pairs['score'][row]:+.3g}"
+    return f"{text}\n{pairs['score'][row]:+.3g}" + id_line(pairs, row)
 
 
 def _told(pairs: Columns, row: int, label_names: Sequence[str] | None) -> str:
     label = label_text(pairs["label"][row], label_names)
     given = "" if label == UNKNOWN else f"{label}, "
-    return f"#{int(pairs['index'][row])} ({given}{pairs['score'][row]:+.3g})"
+    return f"#{called(pairs, row)} ({given}{pairs['score'][row]:+.3g})"
