@@ -78,8 +78,9 @@ def column_of(name: str) -> Column:
 
 
 def shown_in(place: Place, columns: Mapping[str, Any]) -> list[str]:
-    """Return the names of those columns that are shown in a place."""
-    return [name for name, column in COLUMNS.items() if place in column.shown and name in columns]
+    """Return the names of those columns that are shown in a place; texts, of any length, come last."""
+    names = [name for name, column in COLUMNS.items() if place in column.shown and name in columns]
+    return sorted(names, key=lambda name: name == "text")
 
 
 def legend(names: Iterable[str]) -> str:
@@ -114,6 +115,7 @@ for _column in (
         merge="same",
         shown=("table",),
     ),
+    Column("text", "what `describe=` says of a candidate; empty for others", merge="first", shown=("table",)),
     Column("label", "given label as a class number; -1 = unknown", merge="same", shown=("table", "names")),
     Column("predicted", "class the trained model predicts; -1 = unknown", merge="vote", shown=("names",)),
     Column(
@@ -191,7 +193,6 @@ for _column in (
         shown=("table",),
         legend="> 0 = it raises the validation loss",
     ),
-    Column("text", "what `describe=` says of a candidate; empty for others", merge="first", shown=("table",)),
 ):
     add(_column)
 

@@ -54,7 +54,7 @@ def _as_image(value: Any) -> Tensor:
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise ValueError(f"it returned a {type(value).__name__}; expected a text, or an image as array or tensor")
-        value = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        value = torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
     shape = tuple(value.shape)
     image = value.detach().float().cpu()
     image = image[0] if image.ndim == 4 and len(image) == 1 else image

@@ -86,7 +86,8 @@ def merged_manifest(
         notes.append(f"columns that not all audits have were left out: {', '.join(left_out)}.")
     notes += dict.fromkeys(note for manifest in manifests for note in manifest.get("notes", ()))
     fingerprint = {"model": ", ".join(models), "data": next(iter(data.values()), "")}
-    return {"status": "complete", "ensemble": list(sources), "fingerprint": fingerprint, "notes": notes}
+    about = {"status": "complete", "ensemble": list(sources), "fingerprint": fingerprint, "notes": notes}
+    return about | {name: manifests[0][name] for name in ("label_names",) if name in manifests[0]}
 
 
 def _merged(name: str, members: Sequence[Columns]) -> NDArray[Any]:

@@ -19,6 +19,8 @@ _LINE = 23
 _INK = (32, 33, 36)
 _EDGE = (218, 220, 224)
 
+_NOT_DRAWN = "(letters that this font has not: see the text)"
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -75,7 +77,9 @@ def drawable(text: str) -> str:
 
 def _tile(image: Tensor | str, font: Font) -> Image.Image:
     if isinstance(image, str):
-        return _page(drawable(image), font)
+        drawn = drawable(image)
+        foreign = drawn.count("?") - image.count("?") > len(image) // 4
+        return _page(_NOT_DRAWN if foreign else drawn, font)
     pixels = image.detach().cpu().double().numpy()
     if len(pixels) != 3:
         pixels = pixels.mean(axis=0, keepdims=True).repeat(3, axis=0)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from lightning_influence.audit.columns import Columns
 from lightning_influence.audit.summary import strongest_pairs
-from lightning_influence.audit.words import called
+from lightning_influence.audit.words import called, cut
 from lightning_influence.tensorboard.pictures import sheet
 from lightning_influence.tensorboard.text import UNKNOWN, caption, id_line, label_text, number_text, table
 
 _TAG = "influence/queries"
 _SHOWN = 5
+_TEXT = 200  # letters of what an example says
 _TITLES = ("query", "proponents", "opponents")
 _HEAD = (
     "**Queries** and the training examples that matter most to them. Training on a proponent (score > 0) makes the "
@@ -45,18 +46,25 @@ def write_queries(
         step: Global step.
     """
     writer.add_text(_TAG, queries_markdown(pairs, measured=measured, label_names=label_names), step)
+    texts: list[tuple[str, str, str]] = []
     for proponents, opponents in strongest_pairs(pairs, _SHOWN):
         every = np.concatenate((proponents, opponents))
         first = int(every[0])
         query = images(int(pairs["query_set"][first]), [int(pairs["query"][first])])
         examples = images(None, pairs["index"][every].tolist())
         if query is None or examples is None:
-            return
+            break
         shown = [(image, _example(pairs, row, label_names)) for image, row in zip(examples, every, strict=True)]
         asked = [(query[0], _query(pairs, first, measured, label_names))]
         rows = zip_longest(asked, shown[: len(proponents)], shown[len(proponents) :])
         places = [picture for row in rows for picture in row]
+        told = [(called(pairs, first, "query", "query_id"), "query", query[0])]
+        told += [(called(pairs, r), pairs["kind"][r], text) for r, text in zip(every, examples, strict=True)]
+        texts += [(f"#{name}", kind, cut(text, _TEXT)) for name, kind, text in told if isinstance(text, str) and text]
         writer.add_image(f"{_TAG}/{int(pairs['number'][first])}", sheet(places, len(_TITLES), _TITLES), step)
+    if texts:
+        names = ("example", "kind", "text")
+        writer.add_text(f"{_TAG}/texts", table(names, texts, names), step)
 
 
 def queries_markdown(pairs: Columns, *, measured: str = "loss", label_names: Sequence[str] | None = None) -> str:
