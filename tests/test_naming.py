@@ -652,5 +652,21 @@ def test_tables_explain_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "el2n: how odd" in str(AuditReport(ranked))
 
 
+def test_a_text_is_drawn_in_the_place_of_a_picture() -> None:
+    def drawn(text: str) -> Tensor:
+        return sheet([(text, "#1")], 1)
+
+    empty, short, long = drawn(""), drawn("good"), drawn("good film, " * 100)
+    assert empty.shape == short.shape == long.shape
+    ink = [int((each < 100).any(0).sum()) for each in (empty, short, long)]
+    assert ink[0] < ink[1] < ink[2] / 5
+    changed = (long != empty).any(0).nonzero()
+    assert int(changed[:, 1].max()) < 12 + 192  # within the picture, and above its caption
+    assert int(changed[:, 0].max()) < 12 + 192
+    assert torch.equal(drawn("naïve"), drawn("naive"))
+    # A row of question marks would be taken for what the example says.
+    assert torch.equal(drawn("這部電影非常好看"), drawn("(letters that this font has not: see the text)"))
+
+
 def test_class_names_are_looked_up_below_subsets() -> None:
     assert bridge.label_names(Subset(Named(vectors(), ["a"]), [0])) == ["a"]

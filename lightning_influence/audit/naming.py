@@ -287,7 +287,8 @@ def _check_distinct(ids: NDArray[Any]) -> None:
             raise ValueError(
                 f"ids: examples {first[value]} and {index} are both called {value!r} ({len(ids) - len(set(ids)):,} ids "
                 "are not the first of their name); expected ids that tell examples apart, as people look them up by "
-                "these. Add what differs (a row, a line), or show the shared name by `describe=`."
+                "these. Add what differs (a row, a line), show a shared name by `describe=`; of a subset that holds "
+                "examples repeatedly, pass the ids of the data set that it is taken from."
             )
 
 

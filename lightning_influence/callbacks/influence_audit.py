@@ -92,7 +92,7 @@ class InfluenceAudit(RunHooks):
         MisconfigurationException: During ``fit``, before the first step: for data that can't be indexed (an
             ``IterableDataset``), collate functions whose order can't be followed, strategies that split the model,
             manual optimization without a ``task``, models without a supported layer, losses that are not made of
-            per-example losses, unwritable directories.
+            per-example losses, ``ids`` that don't name each example, unwritable directories.
 
     Example:
         >>> trainer = Trainer(max_epochs=10, callbacks=[InfluenceAudit()])
