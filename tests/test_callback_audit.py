@@ -533,7 +533,7 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
     directory = Path(trainer.log_dir) / "influence"
     assert report.directory == directory
     assert {path.name for path in directory.iterdir()} == {
-        "manifest.json", "scores.parquet", "candidates.csv", "factors", "checkpoints",
+        "manifest.json", "scores.parquet", "candidates.csv", "columns.md", "factors", "checkpoints",
     }  # fmt: skip
     manifest = json.loads((directory / "manifest.json").read_text())
     assert {

@@ -337,7 +337,7 @@ class TestScores:
 class TestCandidates:
     @staticmethod
     def rows(store: AuditStore) -> list[dict[str, str]]:
-        with open(store.directory / "candidates.csv", encoding="utf-8", newline="") as file:
+        with open(store.directory / "candidates.csv", encoding="utf-8-sig", newline="") as file:
             return list(csv.DictReader(file, strict=True))
 
     def test_rows_order_and_format(self, store: AuditStore) -> None:

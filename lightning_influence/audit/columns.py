@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Columns = Mapping[str, NDArray[Any]]
-Merge = Literal["same", "mean", "sum", "vote", "all", "anew"]
+Merge = Literal["same", "first", "mean", "sum", "vote", "all", "anew"]
 Place = Literal["table", "names", "histogram", "scalar"]
 
 
@@ -23,14 +23,15 @@ class Column:
         meaning: What it is, with unit and sign.
         direction: At which end of its scores an example is suspicious; None if it rates nobody. Columns with one are
             measured against known label noise.
-        merge: What several runs make of it: it must be the ``"same"``, their ``"mean"``, ``"sum"`` or ``"vote"``, true
-            for ``"all"``, or computed ``"anew"`` by the ranking.
+        merge: What several runs make of it: it must be the ``"same"``, is that of the ``"first"`` that knows it, their
+            ``"mean"``, ``"sum"`` or ``"vote"``, true for ``"all"``, or computed ``"anew"`` by the ranking.
         shown: Where, besides the files: in the ``"table"`` of candidates, in TensorBoard as a ``"histogram"`` at the
             end or as a ``"scalar"``, its mean, at every epoch; as class ``"names"`` for numbers of classes.
         ranks: The ranking is the sum of the z-scores of the columns with the smallest such number; None for no part
             in it.
         values: What computes it from the other columns, if nobody else fills it in; a ``KeyError`` for one of them that
             an audit has not leaves it out.
+        legend: What stands below a table that shows it, in a few words.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Column:
     shown: tuple[Place, ...] = ()
     ranks: int | None = None
     values: Callable[[Columns], NDArray[Any]] | None = None
+    legend: str = ""
 
     @property
     def description(self) -> str:
@@ -76,8 +78,15 @@ def column_of(name: str) -> Column:
 
 
 def shown_in(place: Place, columns: Mapping[str, Any]) -> list[str]:
-    """Return the names of those columns that are shown in a place."""
-    return [name for name, column in COLUMNS.items() if place in column.shown and name in columns]
+    """Return the names of those columns that are shown in a place; texts, of any length, come last."""
+    names = [name for name, column in COLUMNS.items() if place in column.shown and name in columns]
+    return sorted(names, key=lambda name: name == "text")
+
+
+def legend(names: Iterable[str]) -> str:
+    """Return a line that explains those of some columns that need it."""
+    told = ((name, column_of(name).legend) for name in names)
+    return "; ".join(f"{name}: {words}" for name, words in told if words)
 
 
 def scored(columns: Columns) -> dict[str, NDArray[np.float64]]:
@@ -98,6 +107,15 @@ def candidate_rows(columns: Columns, most: int | None = None) -> NDArray[np.int6
 for _column in (
     Column("rank", "position by suspicion, 1 = most suspicious", merge="anew", shown=("table",)),
     Column("index", "position of the example in the training data set", merge="same", shown=("table",)),
+    Column("id", "name of the example, as given by `ids=`", merge="same", shown=("table",)),
+    Column("dataset", "number of the concatenated data set that it comes from, from 0", merge="same", shown=("table",)),
+    Column(
+        "original_index",
+        "position of the example in the data set that subsets, splits and concatenations were made of",
+        merge="same",
+        shown=("table",),
+    ),
+    Column("text", "what `describe=` says of a candidate; empty for others", merge="first", shown=("table",)),
     Column("label", "given label as a class number; -1 = unknown", merge="same", shown=("table", "names")),
     Column("predicted", "class the trained model predicts; -1 = unknown", merge="vote", shown=("names",)),
     Column(
@@ -106,7 +124,14 @@ for _column in (
         merge="vote",
         shown=("table", "names"),
     ),
-    Column("suspicion", "sum of z-scores, no unit", "high", merge="anew", shown=("table",)),
+    Column(
+        "suspicion",
+        "sum of z-scores, no unit",
+        "high",
+        merge="anew",
+        shown=("table",),
+        legend="how much speaks against the label",
+    ),
     Column("candidate", "whether the example is proposed for review", merge="anew"),
     Column("finite", "whether every loss and gradient seen for the example was finite", merge="all"),
     Column("times_seen", "how many times training saw the example", merge="sum"),
@@ -127,6 +152,7 @@ for _column in (
         "high",
         shown=("table", "scalar"),
         ranks=1,
+        legend="how far predictions were from the label, 0 to 1.4",
     ),
     Column("epochs_wrong", "epochs in which the predicted class was not the given label", "high"),
     Column("forgetting", "times the example went from predicted rightly to wrongly", "high", shown=("scalar",)),
@@ -151,6 +177,7 @@ for _column in (
         "high",
         shown=("table", "histogram"),
         ranks=3,
+        legend="how much the model rests on it",
     ),
     Column(
         "tracin",
@@ -164,6 +191,7 @@ for _column in (
         "minus the influence on the mean validation loss; positive = training on the example raises it",
         "high",
         shown=("table",),
+        legend="> 0 = it raises the validation loss",
     ),
 ):
     add(_column)
@@ -190,3 +218,10 @@ PAIR_DESCRIPTIONS: dict[str, str] = {
     "loss": "its loss under the trained model",
 }
 """Columns of the table of pairs, one row a query and strong training example, with their meanings."""
+
+
+def meaning_in_pairs(name: str) -> str:
+    """Return the meaning of a column of the table of pairs, those of names included that it has where there are any."""
+    of_query = name.startswith("query_")
+    known = PAIR_DESCRIPTIONS.get(name) or column_of(name.removeprefix("query_")).meaning
+    return f"of the query: {known}" if of_query and name not in PAIR_DESCRIPTIONS else known

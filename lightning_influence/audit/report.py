@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from lightning_influence.audit import acting, ensemble
 from lightning_influence.audit.columns import PAIR_DESCRIPTIONS, Columns, candidate_rows
+from lightning_influence.audit.glossary import glossary
 from lightning_influence.audit.ranking import ingredients, rank
 from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.audit.store.atomic import StoreError
@@ -148,15 +149,21 @@ class AuditReport:
         """Return what writes each file of the audit but the manifest, by what is in it.
 
         Args:
-            label_names: Class number to name, for the candidates.
+            label_names: Class number to name, for the candidates; by default those of the manifest.
         """
+        names = self.manifest.get("label_names") if label_names is None else label_names
         files: dict[str, Callable[[AuditStore], None]] = {
             "scores": lambda store: store.write_scores(self.columns),
-            "candidates": lambda store: store.write_candidates(self.columns, label_names=label_names),
+            "candidates": lambda store: store.write_candidates(self.columns, label_names=names),
+            "glossary": lambda store: store.write_glossary(self.glossary()),
         }
         if (pairs := self.pairs) is not None:
             files["pairs"] = lambda store: store.write_pairs(pairs)
         return files
+
+    def glossary(self) -> str:
+        """Return what the columns of the tables mean, in markdown; on disk, `columns.md` says it beside them."""
+        return glossary(self.columns, self.pairs)
 
     def checkpoints(self) -> Sequence[Checkpoint]:
         """Return the checkpoints that were kept during training, in order; each is read when it is asked for.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_influence.audit.columns import Columns, candidate_rows, shown_in
+from lightning_influence.audit.columns import Columns, candidate_rows, column_of, legend, shown_in
+from lightning_influence.audit.words import called, cell_text, label_text
 from lightning_influence.gradients.coverage import listed
 
 _LISTED = 10  # candidates
+_WIDTH = 116  # letters of a line that explains
 _NAMED = 3  # proponents, and opponents, of each query
 
 
@@ -40,14 +43,13 @@ def summary(columns: Columns, manifest: Mapping[str, Any], pairs: Columns | None
     lines.append(
         f"  candidates  {len(rows):,} ({len(rows) / max(size, 1):.1%}){f' ranked by {ranked_by}' if ranked_by else ''}"
     )
+    label_names = manifest.get("label_names")
     if len(rows):
         names = shown_in("table", columns)
-        lines.append("    " + "".join(f"{'given' if name == 'label' else name:>15}" for name in names))
-        for row in rows[:_LISTED]:
-            values = [columns[name][row] for name in names]
-            lines.append("    " + "".join(f"{v:>15}" if isinstance(v, np.integer) else f"{v:>15.4g}" for v in values))
+        lines += (f"    {line}" for line in _table(columns, names, rows[:_LISTED], label_names))
+        lines += (f"    {line}" for line in textwrap.wrap(legend(names), _WIDTH))
     if queries := manifest.get("queries"):
-        lines += _queries(queries, pairs)
+        lines += _queries(queries, pairs, label_names)
     if detection := manifest.get("detection"):
         lines.append("  against the known label noise (recall: share found in the first 10 %)")
         lines.append(f"    {'column':<24}{'AUROC':>8}{'AP':>8}{'recall':>8}")
@@ -57,6 +59,21 @@ def summary(columns: Columns, manifest: Mapping[str, Any], pairs: Columns | None
     if directory is not None:
         lines.append(f"  saved in    {directory}")
     return "\n".join(lines)
+
+
+def _table(
+    columns: Columns, names: Sequence[str], rows: NDArray[np.int64], label_names: Sequence[str] | None
+) -> Iterator[str]:
+    """Yield lines with a head: numbers to the right, what is text to the left."""
+    cells = []
+    for name in names:
+        label = "names" in column_of(name).shown
+        entries = ["given" if name == "label" else name]
+        entries += [cell_text(name, columns[name][row], label_names, label=label, digits=4) for row in rows]
+        words, width = name in ("id", "text"), max(map(len, entries))
+        cells.append([entry.ljust(width) if words else entry.rjust(width) for entry in entries])
+    for line in zip(*cells, strict=True):
+        yield "  ".join(line).rstrip()
 
 
 def _told(value: float | None, form: str) -> str:
@@ -73,7 +90,7 @@ def strongest_pairs(pairs: Columns, most: int) -> Iterator[tuple[NDArray[np.int6
         yield rows[kinds == "proponent"][:most], rows[kinds == "opponent"][:most]
 
 
-def _queries(about: Mapping[str, Any], pairs: Columns | None) -> list[str]:
+def _queries(about: Mapping[str, Any], pairs: Columns | None, label_names: Sequence[str] | None) -> list[str]:
     """Return a line for every query, with its strongest proponents and opponents."""
     lines = [f"  queries     {about['title']}"]
     if "value" in about:
@@ -82,12 +99,13 @@ def _queries(about: Mapping[str, Any], pairs: Columns | None) -> list[str]:
         return lines
     for both in strongest_pairs(pairs, _NAMED):
         first = int(np.concatenate(both)[0])
-        told = f"    #{int(pairs['query'][first])}"
+        told = f"    #{called(pairs, first, 'query', 'query_id')}"
         if pairs["query_label"][first] >= 0:
-            told += f" given {int(pairs['query_label'][first])}, predicted {int(pairs['query_predicted'][first])}"
+            given, said = (label_text(pairs[name][first], label_names) for name in ("query_label", "query_predicted"))
+            told += f" given {given}, predicted {said}"
         told += f", {about['per_query']} {pairs['measured'][first]:.3g}"
         for kind, rows in zip(("proponents", "opponents"), both, strict=True):
-            strongest = ", ".join(f"{int(pairs['index'][row])} ({pairs['score'][row]:+.3g})" for row in rows)
+            strongest = ", ".join(f"{called(pairs, row)} ({pairs['score'][row]:+.3g})" for row in rows)
             told += f"; {kind} {strongest or 'none'}"
         lines.append(told)
     return lines

@@ -93,6 +93,7 @@ class AuditRun:
         if distributed.any_process(not same_data(passes.source, self.digests or passes.source.digests(), source)):
             passes.take(source)
             self.digests = source.digests()
+            self.reporter.names = self.reporter.names.of(source.dataset)
             self.recording.start_again(len(source), epoch)
 
     # --------------------------------------------------------------- an epoch
@@ -232,7 +233,7 @@ class AuditRun:
         if not trainer.is_global_zero:
             return None, lambda: None
         report = reporter.report(trainer.global_step, gradients, plan, inspection, result, columns, recording)
-        return report, (lambda: reporter.publish(trainer, gradients, report, result.curvature))
+        return report, (lambda: reporter.publish(trainer, report, result.curvature))
 
     def _last_step_sizes(
         self, trainer: Trainer, module: LightningModule, coverage: Coverage

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from lightning_influence.audit.columns import Columns
 from lightning_influence.audit.summary import strongest_pairs
+from lightning_influence.audit.words import called, cut
 from lightning_influence.tensorboard.pictures import sheet
-from lightning_influence.tensorboard.text import UNKNOWN, caption, label_text, number_text, table
+from lightning_influence.tensorboard.text import UNKNOWN, caption, id_line, label_text, number_text, table
 
 _TAG = "influence/queries"
 _SHOWN = 5
+_TEXT = 200  # letters of what an example says
 _TITLES = ("query", "proponents", "opponents")
 _HEAD = (
     "**Queries** and the training examples that matter most to them. Training on a proponent (score > 0) makes the "
@@ -27,7 +29,7 @@ def write_queries(
     writer: Any,
     pairs: Columns,
     *,
-    images: Callable[[int | None, list[int]], Tensor | None],
+    images: Callable[[int | None, list[int]], Sequence[Tensor | str] | None],
     measured: str = "loss",
     label_names: Sequence[str] | None = None,
     step: int,
@@ -38,24 +40,31 @@ def write_queries(
         writer: Event file writer.
         pairs: The table of pairs, see `columns.PAIR_DESCRIPTIONS`.
         images: Called with the number of a query set and indices in it, or with None and indices of training examples;
-            returns ``[n, C, H, W]``, or None where the inputs are no images.
+            returns an image ``[C, H, W]`` or a text for each, or None where there is nothing to show.
         measured: What is measured of a query.
         label_names: Name of each class, or None to show class numbers.
         step: Global step.
     """
     writer.add_text(_TAG, queries_markdown(pairs, measured=measured, label_names=label_names), step)
+    texts: list[tuple[str, str, str]] = []
     for proponents, opponents in strongest_pairs(pairs, _SHOWN):
         every = np.concatenate((proponents, opponents))
         first = int(every[0])
         query = images(int(pairs["query_set"][first]), [int(pairs["query"][first])])
         examples = images(None, pairs["index"][every].tolist())
         if query is None or examples is None:
-            return
+            break
         shown = [(image, _example(pairs, row, label_names)) for image, row in zip(examples, every, strict=True)]
         asked = [(query[0], _query(pairs, first, measured, label_names))]
         rows = zip_longest(asked, shown[: len(proponents)], shown[len(proponents) :])
         places = [picture for row in rows for picture in row]
+        told = [(called(pairs, first, "query", "query_id"), "query", query[0])]
+        told += [(called(pairs, r), pairs["kind"][r], text) for r, text in zip(every, examples, strict=True)]
+        texts += [(f"#{name}", kind, cut(text, _TEXT)) for name, kind, text in told if isinstance(text, str) and text]
         writer.add_image(f"{_TAG}/{int(pairs['number'][first])}", sheet(places, len(_TITLES), _TITLES), step)
+    if texts:
+        names = ("example", "kind", "text")
+        writer.add_text(f"{_TAG}/texts", table(names, texts, names), step)
 
 
 def queries_markdown(pairs: Columns, *, measured: str = "loss", label_names: Sequence[str] | None = None) -> str:
@@ -71,7 +80,9 @@ def queries_markdown(pairs: Columns, *, measured: str = "loss", label_names: Seq
         first = int(np.concatenate(both)[0])
         labels = (label_text(pairs[name][first], label_names) for name in ("query_label", "query_predicted"))
         told = (", ".join(_told(pairs, row, label_names) for row in own) or UNKNOWN for own in both)
-        rows.append([f"#{int(pairs['query'][first])}", *labels, number_text(pairs["measured"][first]), *told])
+        rows.append(
+            [f"#{called(pairs, first, 'query', 'query_id')}", *labels, number_text(pairs["measured"][first]), *told]
+        )
     names = ["query", "given", "predicted", measured.replace("_", " "), *_TITLES[1:]]
     return _HEAD + table(names, rows, ("given", "predicted", *_TITLES[1:]))
 
@@ -80,15 +91,16 @@ def _query(pairs: Columns, row: int, measured: str, label_names: Sequence[str] |
     text = caption(
         pairs["query"][row], pairs["query_label"][row], "predicted", pairs["query_predicted"][row], label_names
     )
-    return f"{text}\n{measured.replace('_', ' ')} {number_text(pairs['measured'][row])}"
+    text += f"\n{measured.replace('_', ' ')} {number_text(pairs['measured'][row])}"
+    return text + id_line(pairs, row, "query_id")
 
 
 def _example(pairs: Columns, row: int, label_names: Sequence[str] | None) -> str:
     text = caption(pairs["index"][row], pairs["label"][row], "predicted", pairs["predicted"][row], label_names)
-    return f"{text}\n{pairs['score'][row]:+.3g}"
+    return f"{text}\n{pairs['score'][row]:+.3g}" + id_line(pairs, row)
 
 
 def _told(pairs: Columns, row: int, label_names: Sequence[str] | None) -> str:
     label = label_text(pairs["label"][row], label_names)
     given = "" if label == UNKNOWN else f"{label}, "
-    return f"#{int(pairs['index'][row])} ({given}{pairs['score'][row]:+.3g})"
+    return f"#{called(pairs, row)} ({given}{pairs['score'][row]:+.3g})"
