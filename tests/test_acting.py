@@ -335,7 +335,7 @@ class TestUnlearner:
             ),
             ([1, 1], [0, 0], ValueError, "some are named twice"),
             ([1.0], [0], ValueError, r"indices must be integers, got \[1.0\]"),
-            (torch.ones(400, dtype=torch.bool), [0], ValueError, r"a mask becomes indices by `mask.nonzero\(\)`"),
+            (torch.ones(400, dtype=torch.bool), [0], ValueError, r"a mask becomes indices by `np.flatnonzero\(mask\)`"),
             ([1, 2], [0], ValueError, "there are 2 indices and 1 labels; expected a label for each"),
             ([1], [10], LabelError, r"new labels {1: 10} are none that the training data have; expected classes among"),
             ([1], ["3"], LabelError, r"new labels {1: '3'} are none that the training data have"),

@@ -16,6 +16,7 @@ from lightning_influence.audit import acting, ensemble
 from lightning_influence.audit.columns import PAIR_DESCRIPTIONS, Columns, candidate_rows
 from lightning_influence.audit.ranking import ingredients, rank
 from lightning_influence.audit.relabel import Relabelled
+from lightning_influence.audit.review import Review, read_review
 from lightning_influence.audit.store.atomic import StoreError
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.audit.summary import summary
@@ -185,8 +186,29 @@ class AuditReport:
         """
         return acting.clean_indices(self.columns, drop)
 
+    def apply_review(self, source: Any) -> Review:
+        """Read back what a person has decided about the candidates.
+
+        ``candidates.csv`` has two empty columns: ``decision`` takes ``keep``, ``relabel`` (to ``new_label``, or else as
+        the audit suggests) or ``drop``; ``new_label`` a class by number or name. What has neither stays as it is. Rows
+        and columns may move, go and come, and spreadsheets may write the CSV as is their custom.
+
+        Args:
+            source: Path of the table, relative to the working directory or to that of the audit, a data frame, or a
+                mapping such as ``{17: 3, 42: "drop"}``.
+
+        Raises:
+            ReviewError: If rows can't be understood, contradict themselves, or are about another audit; all are named.
+        """
+        return read_review(self, source)
+
     def relabelled(
-        self, dataset: Dataset[Any], indices: Sequence[int] | None = None, *, min_margin: float = 0.0
+        self,
+        dataset: Dataset[Any],
+        indices: Sequence[int] | None = None,
+        *,
+        labels: Mapping[int, int] | None = None,
+        min_margin: float = 0.0,
     ) -> Relabelled:
         """Return the data set with the suggested labels on the candidates; the data set itself is left as it is.
 
@@ -194,17 +216,24 @@ class AuditReport:
             dataset: The training data set that was audited: examples that are tuples, lists or mappings, nested or
                 not. Where in them the label lies is found by comparison with the given labels.
             indices: The examples to relabel, for example those that a person has confirmed; by default the candidates.
+            labels: Dataset index to new label, in place of ``indices`` and the suggestions.
             min_margin: Leave labels alone unless the mean probability of the suggested class over the run is ahead of
                 that of the given one by at least this, from 0 to 1.
 
         Raises:
-            LabelError: If the audit suggests no labels (regression), this is not the data set that was audited, or
-                the place of the labels can't be told.
+            LabelError: If the audit suggests no labels (regression), this is not the data set that was audited, the
+                place of the labels can't be told, or the audit has seen no such class.
             ValueError: If an index is not in the audit or named twice, or ``min_margin`` is out of range.
         """
         size = self.manifest.get("dataset_size")
         return acting.relabelled(
-            self.columns, dataset, self.candidates.tolist(), indices=indices, min_margin=min_margin, size=size
+            self.columns,
+            dataset,
+            self.candidates.tolist(),
+            indices=indices,
+            labels=labels,
+            min_margin=min_margin,
+            size=size,
         )
 
     def __repr__(self) -> str:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_influence.audit.indices import Indices, distinct
 from lightning_influence.audit.relabel import LabelError, Relabelled, find_label
 from lightning_influence.audit.update import ParameterUpdate
 from lightning_influence.core import memory
+from lightning_influence.core.indices import Indices, distinct
 from lightning_influence.core.precision import exact
 from lightning_influence.core.weights import checksum
 from lightning_influence.curvature import BlockCoordinates, Curvature, IndefiniteError

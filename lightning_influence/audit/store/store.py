@@ -203,6 +203,7 @@ class AuditStore:
     def write_candidates(self, columns: Mapping[str, ArrayLike], label_names: Sequence[str] | None = None) -> None:
         """Writes `candidates.csv` (RFC 4180, UTF-8): the rows with `candidate` true, by `rank`.
 
+        Its first columns, `decision` and `new_label`, are empty, for `AuditReport.apply_review` to read back.
         Floats have 6 significant digits; NaN is an empty cell. Text that a spreadsheet would run as a formula
         gets a leading apostrophe.
 
