@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from lightning_influence.audit import acting, ensemble
+from lightning_influence.audit import acting, ensemble, shown
 from lightning_influence.audit.columns import PAIR_DESCRIPTIONS, Columns, candidate_rows
+from lightning_influence.audit.example import Example, example_of
+from lightning_influence.audit.health import Health, health
 from lightning_influence.audit.ranking import ingredients, rank
 from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.audit.review import Review, read_review
@@ -59,19 +61,7 @@ class AuditReport:
         """
         store = AuditStore.open(directory)
         report = cls(store.read_scores(), store.manifest, store.directory, store.read_pairs())
-        for table, needed in ((report.columns, _NEEDED), (report.pairs, PAIR_DESCRIPTIONS)):
-            if table is not None and (missing := [name for name in needed if name not in table]):
-                raise StoreError(
-                    f"{store.directory} holds a table that is none of an audit: the columns {missing} are missing. Run "
-                    "the audit again."
-                )
-        try:
-            str(report)
-        except Exception as error:  # of a manifest that somebody else wrote, anything may have another form
-            raise StoreError(
-                f"{store.directory / 'manifest.json'} can't be read: it is not what an audit writes "
-                f"({type(error).__name__}: {error})."
-            ) from error
+        _check_readable(report, store.directory)
         return report
 
     @classmethod
@@ -107,6 +97,17 @@ class AuditReport:
         """Return the number of training examples."""
         return len(self.columns["index"])
 
+    __iter__ = None  # else, by `__getitem__`, over the indices from 0 to the first that was not audited
+
+    def __getitem__(self, index: int | str) -> Example:
+        """Return everything about the example with a dataset index, or an id where there are any; it prints nicely.
+
+        Raises:
+            KeyError: If the audit has no such example.
+            TypeError: For a slice, or what else is no index.
+        """
+        return example_of(self.columns, self.pairs, self.manifest, index)
+
     @property
     def status(self) -> str:
         """``"complete"``, ``"recording"`` or ``"interrupted"``."""
@@ -127,6 +128,32 @@ class AuditReport:
     def nonfinite(self) -> NDArray[np.int64]:
         """Dataset indices of the examples with a non-finite loss or gradient."""
         return np.asarray(self.columns["index"][~self.columns["finite"].astype(bool)], dtype=np.int64)
+
+    def health(self) -> Health:
+        """Return how good the labels are: how many are wrong, in which classes, and how many examples to look at."""
+        return health(self.columns, self.manifest)
+
+    def to_pandas(self) -> Any:
+        """Return the columns as a data frame, by dataset index.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return shown.data_frame(self.columns)
+
+    def plot(self, what: str = "suspicion", *, index: int | None = None) -> Any:
+        """Return a figure of matplotlib; it is not shown, but by notebooks, and ``.savefig(path)`` saves it.
+
+        Args:
+            what: ``"suspicion"``: its histogram in each class, with the candidates; ``"classes"``: how many labels of
+                one class are likely of another.
+            index: An example, to see where it lies among all.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If there is no such plot, or nothing to be seen in it.
+        """
+        return shown.plot(self.columns, self.manifest, what, index)
 
     def save(self, directory: str | os.PathLike[str]) -> AuditReport:
         """Write the audit to a new directory, without the curvature's factors and the checkpoints of the run.
@@ -240,5 +267,25 @@ class AuditReport:
         where = f", {str(self.directory)!r}" if self.directory else ""
         return f"AuditReport({len(self):,} examples, {len(self.candidates):,} candidates, {self.status}{where})"
 
+    def _repr_html_(self) -> str:
+        return shown.html(self.columns, self.manifest, repr(self), str(self), self.health())
+
     def __str__(self) -> str:
         return summary(self.columns, self.manifest, self.pairs, self.directory)
+
+
+def _check_readable(report: AuditReport, directory: Path) -> None:
+    """Raise ``StoreError`` for tables that are none of an audit, and for a manifest that can't be told in words."""
+    for table, needed in ((report.columns, _NEEDED), (report.pairs, PAIR_DESCRIPTIONS)):
+        if table is not None and (missing := [name for name in needed if name not in table]):
+            raise StoreError(
+                f"{directory} holds a table that is none of an audit: the columns {missing} are missing. Run "
+                "the audit again."
+            )
+    try:
+        str(report)
+    except Exception as error:  # of a manifest that somebody else wrote, anything may have another form
+        raise StoreError(
+            f"{directory / 'manifest.json'} can't be read: it is not what an audit writes "
+            f"({type(error).__name__}: {error})."
+        ) from error
