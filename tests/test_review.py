@@ -169,7 +169,9 @@ def test_nothing_was_decided(tmp_path: Path) -> None:
 
 
 def test_what_to_do_with_a_review(tmp_path: Path) -> None:
-    review = report().apply_review({1: "keep", 12: "accept", 1234: 0, 2000: "drop", 2345: "", 2999: 1})
+    answers = {1: "keep", 12: "accept", 1234: 0, 2000: "drop", 2345: None, 2999: torch.tensor(1)}
+    review = report().apply_review(answers)
+    assert report().apply_review({**answers, 2345: float("nan")}).undecided == review.undecided == (2345,)
     assert isinstance(review, Review)
     assert repr(review) == "5 reviewed: 3 relabelled (1 as suggested), 1 kept, 1 dropped; 1 undecided"
     assert review.labels == LABELS
@@ -329,6 +331,7 @@ class TestLabels:
         assert isinstance(data, Relabelled)
         assert data.labels == {17: 1, 30: 2}  # 3 and 20 have theirs
         assert (data[17][1], data[16][1]) == (1, 1)
+        assert repr(data) == "Relabelled(Data, 3,000 examples, 2 with another label)"
 
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),

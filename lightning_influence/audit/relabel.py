@@ -95,6 +95,10 @@ class Relabelled(Dataset[Any]):
     def __len__(self) -> int:
         return len(cast("Sized", self.dataset))
 
+    def __repr__(self) -> str:
+        of = type(self.dataset).__name__
+        return f"Relabelled({of}, {len(self):,} examples, {len(self.labels):,} with another label)"
+
     def __getitem__(self, index: int) -> Any:
         example = self.dataset[index]
         position = int(index)

@@ -256,7 +256,8 @@ def _answers(mapping: Mapping[Any, Any]) -> Iterator[tuple[int, Row]]:
     """Yield the rows of a mapping from index to a decision or a new label."""
     for number, (index, answer) in enumerate(zip(integers(list(mapping)), mapping.values(), strict=True), 1):
         label = as_label(answer)
-        text = str(answer) if label is None else str(label)
+        # Missing values of data frames differ from themselves.
+        text = str(label) if label is not None else "" if answer is None or answer != answer else str(answer)
         yield number, {"index": str(index), "decision" if _word(text) in _MEANT else "new_label": text}
 
 

@@ -13,6 +13,7 @@ from lightning_influence.audit.columns import Columns
 UNKNOWN = "–"
 _LABEL_LENGTH = 24  # of a class name; longer ones would make a table wider than the page
 _NAME_LENGTH, _TEXT_LENGTH = 40, 100  # of an id, of what an example says
+_SHORT_NAME = 24  # of an id among others
 
 
 def visible(text: str) -> str:
@@ -54,7 +55,7 @@ def id_text(value: Any, length: int = _NAME_LENGTH) -> str:
 
 def called(table: Columns, row: int, index: str = "index", names: str = "id") -> str:
     """Return the index of an example and, where it has one, its id."""
-    name = id_text(table[names][row]) if names in table else ""
+    name = id_text(table[names][row], _SHORT_NAME) if names in table else ""
     return f"{int(table[index][row])} {name}".rstrip()
 
 
