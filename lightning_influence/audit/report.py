@@ -16,7 +16,6 @@ from lightning_influence.audit import acting, ensemble, shown
 from lightning_influence.audit.columns import PAIR_DESCRIPTIONS, Columns, candidate_rows
 from lightning_influence.audit.example import Example, example_of
 from lightning_influence.audit.health import Health, health
-from lightning_influence.audit.ranking import ingredients, rank
 from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.audit.review import Review, read_review
 from lightning_influence.audit.store.atomic import StoreError
@@ -83,15 +82,7 @@ class AuditReport:
             >>> report = AuditReport.ensemble([AuditReport.load(directory) for directory in directories])
         """
         sources = [str(each.directory or f"audit {number}") for number, each in enumerate(reports)]
-        columns, left_out = ensemble.merged_columns([each.columns for each in reports])
-        manifest = ensemble.merged_manifest([each.manifest for each in reports], sources, left_out)
-        ranked = rank(columns)
-        manifest |= {
-            "examples": len(ranked["index"]),
-            "nonfinite": ranked["index"][~ranked["finite"]],
-            "ranked_by": list(ingredients(ranked)),
-        }
-        return cls(ranked, manifest)
+        return cls(*ensemble.merged([each.columns for each in reports], [each.manifest for each in reports], sources))
 
     def __len__(self) -> int:
         """Return the number of training examples."""
