@@ -310,6 +310,25 @@ class TestClassNames:
         assert near.apply_review({12: "B"}).labels == {12: 2}
 
 
+def test_a_table_of_more_than_the_candidates(tmp_path: Path) -> None:
+    """Where an audit can't tell, there are no candidates, and people have to look all the more."""
+    named = report(label_names=NAMES)
+    path = named.write_review(tmp_path / "new" / "review.csv", 10)
+    rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+    assert [int(row["index"]) for row in rows] == named.ranking[:10].tolist()
+    assert list(rows[0])[:2] == ["decision", "new_label"]
+    assert {row["label_name"] for row in rows} <= {"ant", "Bee", "'=cat"}
+    assert len(named.apply_review(path).undecided) == 10
+    with pytest.raises(
+        ReviewError, match="is there already, and may hold what a person has decided; pass another path"
+    ):
+        named.write_review(path)
+    assert len(named.apply_review(named.write_review(tmp_path / "all.csv")).undecided) == named.health().inspect
+    for most in (0, -1, 2.0, True):
+        with pytest.raises(ReviewError, match="expected how many examples to write, 1 or more"):
+            named.write_review(tmp_path / "x.csv", most)  # type: ignore[arg-type]
+
+
 def test_a_data_frame(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     rows = answered()

@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from lightning_influence.audit import acting, ensemble, shown
+from lightning_influence.audit import acting, ensemble
 from lightning_influence.audit.columns import PAIR_DESCRIPTIONS, Columns, candidate_rows
-from lightning_influence.audit.example import Example, example_of
-from lightning_influence.audit.health import Health, health
 from lightning_influence.audit.relabel import Relabelled
-from lightning_influence.audit.review import Review, read_review
+from lightning_influence.audit.review import Review, read_review, write_review
+from lightning_influence.audit.shown import ReportViews
 from lightning_influence.audit.store.atomic import StoreError
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.audit.summary import summary
@@ -28,7 +27,7 @@ _NEEDED = ("index", "rank", "candidate", "finite")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AuditReport:
+class AuditReport(ReportViews):
     """What an audit found, in memory or read back from its directory.
 
     Attributes:
@@ -88,17 +87,6 @@ class AuditReport:
         """Return the number of training examples."""
         return len(self.columns["index"])
 
-    __iter__ = None  # else, by `__getitem__`, over the indices from 0 to the first that was not audited
-
-    def __getitem__(self, index: int | str) -> Example:
-        """Return everything about the example with a dataset index, or an id where there are any; it prints nicely.
-
-        Raises:
-            KeyError: If the audit has no such example.
-            TypeError: For a slice, or what else is no index.
-        """
-        return example_of(self.columns, self.pairs, self.manifest, index)
-
     @property
     def status(self) -> str:
         """``"complete"``, ``"recording"`` or ``"interrupted"``."""
@@ -119,32 +107,6 @@ class AuditReport:
     def nonfinite(self) -> NDArray[np.int64]:
         """Dataset indices of the examples with a non-finite loss or gradient."""
         return np.asarray(self.columns["index"][~self.columns["finite"].astype(bool)], dtype=np.int64)
-
-    def health(self) -> Health:
-        """Return how good the labels are: how many are wrong, in which classes, and how many examples to look at."""
-        return health(self.columns, self.manifest)
-
-    def to_pandas(self) -> Any:
-        """Return the columns as a data frame, by dataset index.
-
-        Raises:
-            ImportError: If pandas is not installed.
-        """
-        return shown.data_frame(self.columns)
-
-    def plot(self, what: str = "suspicion", *, index: int | None = None) -> Any:
-        """Return a figure of matplotlib; it is not shown, but by notebooks, and ``.savefig(path)`` saves it.
-
-        Args:
-            what: ``"suspicion"``: its histogram in each class, with the candidates; ``"classes"``: how many labels of
-                one class are likely of another.
-            index: An example, to see where it lies among all.
-
-        Raises:
-            ImportError: If matplotlib is not installed.
-            ValueError: If there is no such plot, or nothing to be seen in it.
-        """
-        return shown.plot(self.columns, self.manifest, what, index)
 
     def save(self, directory: str | os.PathLike[str]) -> AuditReport:
         """Write the audit to a new directory, without the curvature's factors and the checkpoints of the run.
@@ -204,16 +166,24 @@ class AuditReport:
         """
         return acting.clean_indices(self.columns, drop)
 
-    def apply_review(self, source: Any) -> Review:
-        """Read back what a person has decided about the candidates.
-
-        ``candidates.csv`` has two empty columns: ``decision`` takes ``keep``, ``relabel`` (to ``new_label``, or else as
-        the audit suggests) or ``drop``; ``new_label`` a class by number or name. What has neither stays as it is. Rows
-        and columns may move, go and come, and spreadsheets may write the CSV as is their custom.
+    def write_review(self, path: str | os.PathLike[str], most: int | None = None) -> Path:
+        """Write a table as ``candidates.csv`` is, of the first in the ranking: for a person to fill in.
 
         Args:
-            source: Path of the table, relative to the working directory or to that of the audit, a data frame, or a
-                mapping such as ``{17: 3, 42: "drop"}``.
+            path: Of a new file, what people have filled in is not overwritten.
+            most: How many; by default those that ``health()`` says to inspect.
+        """
+        return write_review(self, path, self.health().inspect if most is None else most)
+
+    def apply_review(self, source: Any) -> Review:
+        """Read back what a person has filled in.
+
+        ``decision``: ``keep``, ``relabel`` (to ``new_label``, or else as the audit suggests), ``drop``, or nothing;
+        ``new_label``: a class by number or name. Rows and columns may move, go and come.
+
+        Args:
+            source: Path of a CSV, relative to the working directory or to that of the audit, as any spreadsheet saves
+                it; a data frame; or a mapping such as ``{17: 3, 42: "drop"}``.
 
         Raises:
             ReviewError: If rows can't be understood, contradict themselves, or are about another audit; all are named.
@@ -257,9 +227,6 @@ class AuditReport:
     def __repr__(self) -> str:
         where = f", {str(self.directory)!r}" if self.directory else ""
         return f"AuditReport({len(self):,} examples, {len(self.candidates):,} candidates, {self.status}{where})"
-
-    def _repr_html_(self) -> str:
-        return shown.html(self.columns, self.manifest, repr(self), str(self), self.health())
 
     def __str__(self) -> str:
         return summary(self.columns, self.manifest, self.pairs, self.directory)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import operator
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,8 @@ from torch.utils.data import Dataset, Subset
 
 from lightning_influence.audit.acting import classes_of
 from lightning_influence.audit.relabel import Relabelled, as_label
-from lightning_influence.audit.store.atomic import whole
+from lightning_influence.audit.store.atomic import replacing, whole
+from lightning_influence.audit.store.tables import candidates_csv
 from lightning_influence.core.indices import integers
 from lightning_influence.gradients.coverage import listed
 
@@ -103,6 +105,19 @@ class Review:
             f"{len(self):,} reviewed: {len(self.labels):,} relabelled{as_suggested}, {len(self.kept):,} kept, "
             f"{len(self.dropped):,} dropped; {len(self.undecided):,} undecided"
         )
+
+
+def write_review(report: AuditReport, path: str | os.PathLike[str], most: int) -> Path:
+    """Write the table that a person fills in; see ``AuditReport.write_review``."""
+    if isinstance(most, bool) or not hasattr(most, "__index__") or operator.index(most) < 1:
+        raise ReviewError(f"most={most!r}; expected how many examples to write, 1 or more (`health()` may say none).")
+    place = Path(path).expanduser()
+    if place.exists():
+        raise ReviewError(f"{place} is there already, and may hold what a person has decided; pass another path.")
+    columns = {**report.columns, "candidate": report.columns["rank"] <= operator.index(most)}
+    with replacing(place) as file:
+        file.write(candidates_csv(columns, report.manifest.get("label_names")))
+    return place
 
 
 def read_review(report: AuditReport, source: Any) -> Review:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from lightning_influence.audit.columns import Columns, candidate_rows, column_of, scored, shown_in
-from lightning_influence.audit.example import row_of
-from lightning_influence.audit.health import Health, flows
+from lightning_influence.audit.example import Example, example_of, row_of
+from lightning_influence.audit.health import Health, flows, health
 from lightning_influence.audit.words import called, cell_text, label_text
 
 _ROWS = 10  # candidates in a notebook
@@ -34,6 +34,54 @@ _STYLE = """
 .influence-audit dt {opacity: .7} .influence-audit dd {margin: 0}
 .influence-audit pre {overflow-x: auto; font-size: .9em}
 """
+
+
+class ReportViews:
+    """How a report is looked at: as a whole, one example, or a figure."""
+
+    columns: Columns
+    manifest: Mapping[str, Any]
+    pairs: Columns | None
+
+    __iter__ = None  # else, by `__getitem__`, over the indices from 0 to the first that was not audited
+
+    def __getitem__(self, index: int | str) -> Example:
+        """Return everything about the example with a dataset index, or an id where there are any; it prints nicely.
+
+        Raises:
+            KeyError: If the audit has no such example.
+            TypeError: For a slice, or what else is no index.
+        """
+        return example_of(self.columns, self.pairs, self.manifest, index)
+
+    def health(self) -> Health:
+        """Return how good the labels are: how many are wrong, in which classes, and how many examples to look at."""
+        return health(self.columns, self.manifest)
+
+    def to_pandas(self) -> Any:
+        """Return the columns as a data frame, by dataset index.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return data_frame(self.columns)
+
+    def plot(self, what: str = "suspicion", *, index: int | None = None) -> Any:
+        """Return a figure of matplotlib; it is not shown, but by notebooks, and ``.savefig(path)`` saves it.
+
+        Args:
+            what: ``"suspicion"``: its histogram in each class, with the candidates; ``"classes"``: how many labels of
+                one class are likely of another.
+            index: An example, to see where it lies among all.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If there is no such plot, or nothing to be seen in it.
+        """
+        return plot(self.columns, self.manifest, what, index)
+
+    def _repr_html_(self) -> str:
+        return html(self.columns, self.manifest, repr(self), str(self), self.health())
 
 
 def html(columns: Columns, manifest: Mapping[str, Any], title: str, summary: str, found: Health) -> str:
