@@ -110,6 +110,8 @@ class Unlearner:
             SolverError: As ``newton_removal``.
         """
         chosen = self._check(indices)
+        if isinstance(labels, (Mapping, set)):  # of which the keys would be the labels, and any order
+            raise ValueError(f"labels is a {type(labels).__name__}; expected a sequence, a label for each index.")
         if len(chosen) != len(labels):
             raise ValueError(f"there are {len(chosen)} indices and {len(labels)} labels; expected a label for each.")
         values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
