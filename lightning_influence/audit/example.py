@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from lightning_influence.audit.columns import Columns, column_of
+from lightning_influence.audit.columns import COLUMNS, Columns, column_of
 from lightning_influence.audit.words import cell_text, label_text
 
 _LISTED = 10  # pairs
+_SAID = "index", "id", "text", "rank", "candidate"  # before the columns are listed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,8 +68,11 @@ class Example:
             lines.append(f"  {self._labels()}")
         if "text" in self.values and self.values["text"]:
             lines.append(f"  {cell_text('text', self.values['text'])}")
-        width = max(map(len, self.values))
-        for name, value in self.values.items():
+        known = [name for name in COLUMNS if name in self.values]
+        names = [name for name in dict.fromkeys((*known, *self.values)) if name not in _SAID]
+        width = max(map(len, names))
+        for name in names:
+            value = self.values[name]
             place = f"{self.percentiles[name]:>6.1%}" if name in self.percentiles else ""
             shown = str(value) if isinstance(value, bool) else cell_text(name, value)
             lines.append(f"  {name:<{width}}{shown:>12}{place:>8}  {column_of(name).description}".rstrip())

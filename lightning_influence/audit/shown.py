@@ -32,7 +32,8 @@ _STYLE = """
 .influence-audit th.word, .influence-audit td.word {text-align: left}
 .influence-audit dl {display: grid; grid-template-columns: max-content auto; gap: .15em 1em; margin: .6em 0}
 .influence-audit dt {opacity: .7} .influence-audit dd {margin: 0}
-.influence-audit pre {overflow-x: auto; font-size: .9em}
+.influence-audit pre {font-size: .9em}
+.influence-audit pre, .influence-audit .wide {overflow-x: auto}
 """
 
 
@@ -117,7 +118,7 @@ def _candidates(columns: Columns, names: Any) -> str:
         for row in rows[:_ROWS]
     )
     more = f"<div>and {len(rows) - _ROWS:,} candidates more</div>" if len(rows) > _ROWS else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}'
 
 
 def _cell(columns: Columns, name: str, row: int, names: Any) -> str:
