@@ -14,35 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_influence.audit.columns import COLUMNS, Columns, column_of
-from lightning_influence.audit.ranking import ingredients, rank
 
 
 class EnsembleError(ValueError):
     """Audits that can't be merged; the message says which and why."""
-
-
-def merged(
-    members: Sequence[Columns], manifests: Sequence[Mapping[str, Any]], sources: Sequence[str]
-) -> tuple[Columns, dict[str, Any]]:
-    """Return the columns of several audits of the same data as one, ranked anew, and a manifest for them.
-
-    Args:
-        members: Columns by name, ``[n]``, sorted by ``index``.
-        manifests: Of the audits.
-        sources: What each is: its directory.
-
-    Raises:
-        EnsembleError: If they are about other data, or one of them is not complete.
-    """
-    columns, left_out = merged_columns(members)
-    manifest = merged_manifest(manifests, sources, left_out)
-    ranked = rank(columns)
-    manifest |= {
-        "examples": len(ranked["index"]),
-        "nonfinite": ranked["index"][~ranked["finite"]],
-        "ranked_by": list(ingredients(ranked)),
-    }
-    return ranked, manifest
 
 
 def merged_columns(members: Sequence[Columns]) -> tuple[dict[str, NDArray[Any]], list[str]]:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from lightning_influence.audit import acting, ensemble
 from lightning_influence.audit.columns import PAIR_DESCRIPTIONS, Columns, candidate_rows
+from lightning_influence.audit.ranking import ingredients, rank
 from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.audit.review import Review, read_review, write_review
 from lightning_influence.audit.shown import ReportViews
@@ -81,7 +82,15 @@ class AuditReport(ReportViews):
             >>> report = AuditReport.ensemble([AuditReport.load(directory) for directory in directories])
         """
         sources = [str(each.directory or f"audit {number}") for number, each in enumerate(reports)]
-        return cls(*ensemble.merged([each.columns for each in reports], [each.manifest for each in reports], sources))
+        columns, left_out = ensemble.merged_columns([each.columns for each in reports])
+        manifest = ensemble.merged_manifest([each.manifest for each in reports], sources, left_out)
+        ranked = rank(columns)
+        manifest |= {
+            "examples": len(ranked["index"]),
+            "nonfinite": ranked["index"][~ranked["finite"]],
+            "ranked_by": list(ingredients(ranked)),
+        }
+        return cls(ranked, manifest)
 
     def __len__(self) -> int:
         """Return the number of training examples."""
