@@ -276,8 +276,9 @@ class TestFigures:
     def test_many_classes_and_none(self) -> None:
         labels = np.arange(SIZE) % 20
         assert len(report(label=labels, suggested=labels).plot().axes) == 12
-        bare = AuditReport(rank({"index": np.arange(3), "loss": np.array([np.nan, 1.0, 2.0])}))
-        assert [axis.get_title() for axis in bare.plot().axes] == ["all examples: 1 of 3"]
+        bare = rank({"index": np.arange(3), "loss": np.array([np.nan, 1.0, 2.0])})
+        bare["candidate"] = bare["rank"] == 1
+        assert [axis.get_title() for axis in AuditReport(bare).plot().axes] == ["all examples: 1 of 3"]
 
     def test_classes(self) -> None:
         figure = report({"labels": LABELS}).plot("classes")

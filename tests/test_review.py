@@ -36,7 +36,7 @@ def report(directory: Path | None = None, **manifest: Any) -> AuditReport:
         "prob_margin": np.where(WRONG, -0.5, 0.5) - np.arange(SIZE) / 1e5,
         "finite": np.arange(SIZE) != 7,
     }
-    return AuditReport(rank(columns), {"dataset_size": SIZE, **manifest}, directory)
+    return AuditReport({**rank(columns), "candidate": WRONG}, {"dataset_size": SIZE, **manifest}, directory)
 
 
 class Data(Dataset[Any]):
