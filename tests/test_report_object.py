@@ -167,7 +167,7 @@ class TestHealth:
         assert np.isnan(found.noise_rate)
         assert str(found).splitlines()[1:3] == [
             "  wrong       cannot tell: the classes overlap",
-            "  inspect     the first 40 of the ranking; how many of them are wrong is not known",
+            "  inspect     the first 40 of the ranking; how many of them are wrong is not known; go on while many are",
         ]
         assert found.as_dict()["noise_rate"] is None
         assert json.dumps(found.as_dict(), allow_nan=False)

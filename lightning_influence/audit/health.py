@@ -82,7 +82,7 @@ class Health:
             ]
             told.append(("by class", listed(each, _LISTED)))
         if self.overlaps:
-            pairs = [f"{self._class(a)} and {self._class(b)} {n:,.3g}" for (a, b), n in self.overlaps.items()]
+            pairs = [f"{self._class(a)} and {self._class(b)} {n:,.0f}" for (a, b), n in self.overlaps.items()]
             told.append(("overlap", f"labels that are one and may be the other: {listed(pairs, _LISTED)}"))
         if self.nonfinite:
             told.append(("non-finite", f"{self.nonfinite:,} examples: look at their inputs first"))
@@ -103,7 +103,7 @@ class Health:
             return f"nothing: no label is wrong with a probability of {_WORTH_A_LOOK:.0%}"
         first = f"the first {self.inspect:,} of the ranking"
         if math.isnan(self.expected):
-            return f"{first}; how many of them are wrong is not known"
+            return f"{first}; how many of them are wrong is not known; go on while many are"
         return f"{first}; about {self.expected:,.0f} of them are wrong ({self.expected / self.inspect:.0%})"
 
     def _class(self, number: int) -> str:
