@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from lightning_influence.audit.indices import Indices, distinct
 from lightning_influence.audit.relabel import LabelError, Path, Relabelled, as_label, fetched, find_label
+from lightning_influence.core.indices import Indices, distinct
+from lightning_influence.gradients.coverage import listed
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -26,10 +27,11 @@ def clean_indices(columns: Columns, drop: float | int | None = None) -> list[int
         kept &= ~columns["candidate"].astype(bool)
     else:
         share = isinstance(drop, (float, np.floating))
-        if isinstance(drop, (bool, str)) or not 0 <= drop < (1 if share else len(kept)):
+        number = isinstance(drop, (int, np.integer)) and not isinstance(drop, bool)
+        if not (share or number) or not 0 <= drop < (1 if share else len(kept)):
             raise ValueError(
                 f"drop={drop!r}; expected a share from 0 to below 1, a number of examples below {len(kept)}, or None "
-                "for the candidates."
+                "for the candidates. Without examples of your choice: `sorted({*report.clean_indices(0)} - {*mine})`."
             )
         kept &= columns["rank"] > (round(float(drop) * len(kept)) if share else drop)
     return [int(index) for index in np.sort(columns["index"][kept])]
@@ -41,19 +43,28 @@ def relabelled(
     candidates: Sequence[int],
     *,
     indices: Sequence[int] | None = None,
+    labels: Mapping[int, int] | None = None,
     min_margin: float = 0.0,
     size: int | None = None,
 ) -> Relabelled:
-    """Return a data set with suggested labels; see ``AuditReport.relabelled``.
+    """Return a data set with suggested labels, or with others; see ``AuditReport.relabelled``.
 
     Args:
         columns: The audit's columns.
         dataset: What was audited.
         candidates: Examples to relabel unless others are asked for.
         indices: These others.
+        labels: New labels in place of the suggested ones.
         min_margin: How far ahead of the given label the suggested one must be.
         size: Length of the data set that was audited; None if that was not noted.
     """
+    if isinstance(indices, Mapping):
+        raise ValueError("indices is a mapping; new labels are passed as `labels={index: label}`.")
+    if labels is not None:
+        if indices is not None or min_margin:
+            raise ValueError("labels= says which examples and which labels; pass it without indices= and min_margin=.")
+        new = new_labels(columns, labels)
+        return Relabelled(dataset, new, _label_path(columns, dataset, list(new), size))
     if "suggested" not in columns or "label" not in columns:
         raise LabelError(
             "the audit suggests no labels: the loss of this training has no classes, or no known loss call. Leave the "
@@ -70,6 +81,39 @@ def relabelled(
         rows = rows[-columns["prob_margin"][rows] >= min_margin]
     new = {int(columns["index"][row]): int(columns["suggested"][row]) for row in rows}
     return Relabelled(dataset, new, _label_path(columns, dataset, list(new), size))
+
+
+def new_labels(columns: Columns, labels: Mapping[int, int]) -> dict[int, int]:
+    """Return the new labels that differ from the given ones.
+
+    Raises:
+        LabelError: If the audit knows no labels, not that of an example, or no such class.
+        ValueError: If this is no mapping, or an index is not in the audit.
+    """
+    if not isinstance(labels, Mapping):
+        raise ValueError(f"labels is a {type(labels).__name__}; expected a mapping from index to label, `{{17: 3}}`.")
+    if "label" not in columns:
+        raise LabelError("the audit knows no labels (no classes, or no known loss call), so that none can be replaced.")
+    given = dict(zip(columns["index"].tolist(), columns["label"].tolist(), strict=True))
+    known = classes_of(columns)
+    chosen = distinct(
+        list(labels), given, "not in the audit", f"dataset indices of the {len(given):,} audited examples"
+    )
+    new = dict(zip(chosen, map(as_label, labels.values()), strict=True))
+    if odd := {index: label for index, label in zip(chosen, labels.values(), strict=True) if new[index] not in known}:
+        raise LabelError(
+            f"new labels {dict(list(odd.items())[:5])} are none that the audit has seen; expected one of the classes "
+            f"{listed(sorted(known), 20)}."
+        )
+    if unknown := [index for index in chosen if given[index] < 0]:
+        raise LabelError(f"the audit knows no label for the examples {listed(unknown, 10)}; leave them out.")
+    return {index: int(label) for index, label in new.items() if label is not None and label != given[index]}
+
+
+def classes_of(columns: Columns) -> set[int]:
+    """Return the classes that an audit has seen, given, predicted or suggested."""
+    names = [name for name in ("label", "predicted", "suggested") if name in columns]
+    return {int(label) for name in names for label in np.unique(columns[name]) if label >= 0}
 
 
 def _rows(columns: Columns, indices: Indices) -> NDArray[np.int64]:

@@ -17,6 +17,8 @@ from lightning_influence.audit.columns import PAIR_DESCRIPTIONS, Columns, candid
 from lightning_influence.audit.glossary import glossary
 from lightning_influence.audit.ranking import ingredients, rank
 from lightning_influence.audit.relabel import Relabelled
+from lightning_influence.audit.review import Review, read_review, write_review
+from lightning_influence.audit.shown import ReportViews
 from lightning_influence.audit.store.atomic import StoreError
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.audit.summary import summary
@@ -27,7 +29,7 @@ _NEEDED = ("index", "rank", "candidate", "finite")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AuditReport:
+class AuditReport(ReportViews):
     """What an audit found, in memory or read back from its directory.
 
     Attributes:
@@ -59,19 +61,7 @@ class AuditReport:
         """
         store = AuditStore.open(directory)
         report = cls(store.read_scores(), store.manifest, store.directory, store.read_pairs())
-        for table, needed in ((report.columns, _NEEDED), (report.pairs, PAIR_DESCRIPTIONS)):
-            if table is not None and (missing := [name for name in needed if name not in table]):
-                raise StoreError(
-                    f"{store.directory} holds a table that is none of an audit: the columns {missing} are missing. Run "
-                    "the audit again."
-                )
-        try:
-            str(report)
-        except Exception as error:  # of a manifest that somebody else wrote, anything may have another form
-            raise StoreError(
-                f"{store.directory / 'manifest.json'} can't be read: it is not what an audit writes "
-                f"({type(error).__name__}: {error})."
-            ) from error
+        _check_readable(report, store.directory)
         return report
 
     @classmethod
@@ -192,8 +182,37 @@ class AuditReport:
         """
         return acting.clean_indices(self.columns, drop)
 
+    def write_review(self, path: str | os.PathLike[str], most: int | None = None) -> Path:
+        """Write a table as ``candidates.csv`` is, of the first in the ranking: for a person to fill in.
+
+        Args:
+            path: Of a new file, what people have filled in is not overwritten.
+            most: How many; by default those that ``health()`` says to inspect.
+        """
+        return write_review(self, path, self.health().inspect if most is None else most)
+
+    def apply_review(self, source: Any) -> Review:
+        """Read back what a person has filled in.
+
+        ``decision``: ``keep``, ``relabel`` (to ``new_label``, or else as the audit suggests), ``drop``, or nothing;
+        ``new_label``: a class by number or name. Rows and columns may move, go and come.
+
+        Args:
+            source: Path of a CSV, relative to the working directory or to that of the audit, as any spreadsheet saves
+                it; a data frame; or a mapping such as ``{17: 3, 42: "drop"}``.
+
+        Raises:
+            ReviewError: If rows can't be understood, contradict themselves, or are about another audit; all are named.
+        """
+        return read_review(self, source)
+
     def relabelled(
-        self, dataset: Dataset[Any], indices: Sequence[int] | None = None, *, min_margin: float = 0.0
+        self,
+        dataset: Dataset[Any],
+        indices: Sequence[int] | None = None,
+        *,
+        labels: Mapping[int, int] | None = None,
+        min_margin: float = 0.0,
     ) -> Relabelled:
         """Return the data set with the suggested labels on the candidates; the data set itself is left as it is.
 
@@ -201,17 +220,24 @@ class AuditReport:
             dataset: The training data set that was audited: examples that are tuples, lists or mappings, nested or
                 not. Where in them the label lies is found by comparison with the given labels.
             indices: The examples to relabel, for example those that a person has confirmed; by default the candidates.
+            labels: Dataset index to new label, in place of ``indices`` and the suggestions.
             min_margin: Leave labels alone unless the mean probability of the suggested class over the run is ahead of
                 that of the given one by at least this, from 0 to 1.
 
         Raises:
-            LabelError: If the audit suggests no labels (regression), this is not the data set that was audited, or
-                the place of the labels can't be told.
+            LabelError: If the audit suggests no labels (regression), this is not the data set that was audited, the
+                place of the labels can't be told, or the audit has seen no such class.
             ValueError: If an index is not in the audit or named twice, or ``min_margin`` is out of range.
         """
         size = self.manifest.get("dataset_size")
         return acting.relabelled(
-            self.columns, dataset, self.candidates.tolist(), indices=indices, min_margin=min_margin, size=size
+            self.columns,
+            dataset,
+            self.candidates.tolist(),
+            indices=indices,
+            labels=labels,
+            min_margin=min_margin,
+            size=size,
         )
 
     def __repr__(self) -> str:
@@ -220,3 +246,20 @@ class AuditReport:
 
     def __str__(self) -> str:
         return summary(self.columns, self.manifest, self.pairs, self.directory)
+
+
+def _check_readable(report: AuditReport, directory: Path) -> None:
+    """Raise ``StoreError`` for tables that are none of an audit, and for a manifest that can't be told in words."""
+    for table, needed in ((report.columns, _NEEDED), (report.pairs, PAIR_DESCRIPTIONS)):
+        if table is not None and (missing := [name for name in needed if name not in table]):
+            raise StoreError(
+                f"{directory} holds a table that is none of an audit: the columns {missing} are missing. Run "
+                "the audit again."
+            )
+    try:
+        str(report)
+    except Exception as error:  # of a manifest that somebody else wrote, anything may have another form
+        raise StoreError(
+            f"{directory / 'manifest.json'} can't be read: it is not what an audit writes "
+            f"({type(error).__name__}: {error})."
+        ) from error

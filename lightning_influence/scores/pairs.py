@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed, memory
+from lightning_influence.core.indices import integers
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.gradients.coverage import listed
 from lightning_influence.gradients.passes import ExampleGradients
@@ -77,11 +78,12 @@ class PairwiseScores:
             training examples raises the query's loss by ``1/N`` of it.
 
         Raises:
-            ValueError: If a member was not scored, or is named twice.
+            ValueError: If a member is no integer, was not scored, or is named twice.
         """
-        wanted = torch.tensor(list(members), dtype=torch.long)
+        chosen = integers(members)
+        wanted = torch.tensor(chosen, dtype=torch.long)
         missing = wanted[~torch.isin(wanted, self.examples)].tolist()
-        if missing or len(set(members)) != len(members):
+        if missing or len(set(chosen)) != len(chosen):
             raise ValueError(f"the group holds {missing or 'repeated'} indices; expected distinct, scored examples.")
         columns = torch.searchsorted(self.examples, wanted)
         # Query by query: the columns of a large group would be most of a matrix that may not fit into memory.
@@ -371,7 +373,7 @@ def mean_scores(members: Sequence[PairwiseScores]) -> PairwiseScores:
 
 def distinct(indices: Sequence[int]) -> Tensor:
     """Return the indices sorted, each once: scores then fill the matrix from left to right."""
-    return torch.tensor(sorted({int(index) for index in indices}), dtype=torch.long)
+    return torch.tensor(sorted(set(integers(indices))), dtype=torch.long)
 
 
 def _zeros(matrices: int, queries: int, examples: int) -> Tensor:

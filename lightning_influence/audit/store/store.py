@@ -204,9 +204,10 @@ class AuditStore:
     def write_candidates(self, columns: Mapping[str, ArrayLike], label_names: Sequence[str] | None = None) -> None:
         """Writes `candidates.csv` (RFC 4180, UTF-8): the rows with `candidate` true, by `rank`.
 
-        Floats have 6 significant digits; NaN is an empty cell. Text that a spreadsheet would run as a formula, and
-        ids that it would take for numbers or dates (`0042`), get a leading apostrophe. Where there is more than
-        ASCII, a byte order mark comes first (in Python, the encoding "utf-8-sig").
+        Its first columns, `decision` and `new_label`, are empty, for `AuditReport.apply_review` to read back. Floats
+        have 6 significant digits; NaN is an empty cell. Text that a spreadsheet would run as a formula, and ids that
+        it would take for numbers or dates (`0042`), get a leading apostrophe. Where there is more than ASCII, a byte
+        order mark comes first (in Python, the encoding "utf-8-sig").
 
         Args:
             columns: As for `write_scores`; `rank` and `candidate` are needed.

@@ -79,7 +79,9 @@ def candidates_csv(columns: Mapping[str, ArrayLike], label_names: Sequence[str] 
     """Return the candidates as CSV; see ``AuditStore.write_candidates``."""
     arrays = {name: np.asarray(values) for name, values in columns.items()}
     rows = candidate_rows(arrays)
-    cells: dict[str, list[str]] = {}
+    # For a person to fill in, see `review`.
+    answers = ("decision", "new_label") if "label" in arrays else ("decision",)
+    cells: dict[str, list[str]] = {name: [""] * len(rows) for name in answers}
     for name in dict.fromkeys((*(known for known in COLUMNS if known in arrays), *arrays)):
         if name == "candidate":
             continue
