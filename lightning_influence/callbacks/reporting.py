@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_influence.audit.columns import shown_in
-from lightning_influence.audit.ranking import rank
+from lightning_influence.audit.ranking import judged, rank
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.callbacks import bridge
@@ -149,8 +149,8 @@ class Reporter:
         recording: Recording,
     ) -> AuditReport:
         """Rank, and put everything together."""
-        ranked = rank(columns)
-        manifest = self._manifest | {"status": "complete", "step": step}
+        ranked, beliefs = judged(columns, recording.label_evidence(columns["index"].tolist()))
+        manifest = self._manifest | {"status": "complete", "step": step, "labels": beliefs.described()}
         manifest |= audit_described(gradients, plan, inspection, result, ranked)
         manifest["tracin_steps"] = recording.tracin.checkpoints
         manifest["notes"] = [*result.notes, *notes_of(inspection), *recording.remarks(), *put_back(gradients)]

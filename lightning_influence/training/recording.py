@@ -20,11 +20,12 @@ from lightning_influence.training import optimizers
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.checkpoints import Checkpoint
 from lightning_influence.training.dynamics import TrainingDynamics
+from lightning_influence.training.evidence import EvidenceRecord, LabelEvidence
 from lightning_influence.training.example_sums import ExampleSums, share
 from lightning_influence.training.flight.pace import Pace
 from lightning_influence.training.gaps import Gaps
 from lightning_influence.training.heard_losses import HeardLosses
-from lightning_influence.training.neighbours import NeighbourRecord
+from lightning_influence.training.neighbours import NeighbourRecord, nearest_labels
 from lightning_influence.training.settings import TracIn
 from lightning_influence.training.step_sizes import StepSizes
 from lightning_influence.training.table import table
@@ -52,6 +53,7 @@ class Recording:
         visits: TracIn in flight, if that is how it is computed.
         pace: Which batches are measured for it.
         neighbours: What the features of passes have said.
+        evidence: The same of the first epochs, in which labels are not yet learnt by heart.
         gaps: What the columns lack.
         notes: Remarks for the report.
         directory: Of the audit; before resuming, of the run before.
@@ -80,6 +82,7 @@ class Recording:
         self.tracin = TracInScores(size)
         self.visits = VisitSums(size) if self._in_flight else None
         self.neighbours = NeighbourRecord(size)
+        self.evidence = EvidenceRecord(size)
         self._passes: list[int] = []  # steps
         self._seen = ExampleSums(size, "seen")
         self._unfiled: list[BatchRecord] = []
@@ -190,8 +193,20 @@ class Recording:
         self._passes.append(step)
         self.flush()
         self.gaps.relabel(self.dynamics.relabelled(scores.indices.cpu(), columns["label"].cpu()))
-        if scores.features is not None:
-            self.neighbours.add(scores.indices, scores.features, columns["label"])
+        self.add_snapshot(scores)
+
+    def add_snapshot(self, scores: ExampleScores) -> None:
+        """Add what the features of the moment say about the labels."""
+        labels, features = scores.columns.get("label"), scores.features
+        if features is None or labels is None:
+            return
+        self.flush()
+        nearest = nearest_labels(features, labels)
+        trained = bool(self._seen["seen"].any())
+        if trained:
+            self.neighbours.add(scores.indices, nearest, labels)
+        right = self.dynamics.predicted_rightly()
+        self.evidence.add(scores.indices, features, labels, nearest, trained=trained, right=right)
 
     # ---------------------------------------------------------------- results
 
@@ -218,7 +233,18 @@ class Recording:
         dynamics, visits = self.dynamics, self.visits
         if self.gaps.misplaced:
             dynamics, visits = TrainingDynamics(self.size), None
-        return table(indices, dynamics, self.tracin, visits, self.neighbours, scores)
+        evidence = self.label_evidence(indices)
+        return table(indices, dynamics, self.tracin, visits, self.neighbours, evidence, scores)
+
+    def label_evidence(self, indices: Sequence[int]) -> LabelEvidence | None:
+        """Return what is known of the labels of the given examples without them, of what was synchronised."""
+        if self.gaps.misplaced:
+            return None
+        probabilities, rows = self.dynamics.mean_probabilities(), torch.as_tensor(list(indices), dtype=torch.long)
+        if probabilities is None:
+            return self.evidence.about(indices, None)
+        shares = probabilities[rows].nan_to_num() + self.neighbours.votes(probabilities.shape[1])[rows]
+        return self.evidence.about(indices, shares)
 
     def local_columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns of the examples that this process has seen, without talking to others."""
@@ -236,6 +262,7 @@ class Recording:
             "tracin": self.tracin,
             "pace": self.pace,
             "neighbours": self.neighbours,
+            "evidence": self.evidence,
             "gaps": self.gaps,
         }
         return parts if self.visits is None else {**parts, "visits": self.visits}
