@@ -98,7 +98,7 @@ class AuditRun:
 
     def look(self, trainer: Trainer, module: LightningModule) -> None:
         """Look at the features of all examples, forward only, as long as their labels are not learnt by heart."""
-        evidence = self.recording.evidence
+        evidence = self.recording.labels.evidence
         if evidence.complete or bridge.is_dry_run(trainer):
             return
         with self._tolerated(trainer), bridge.aside(trainer):

@@ -20,12 +20,12 @@ from lightning_influence.training import optimizers
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.checkpoints import Checkpoint
 from lightning_influence.training.dynamics import TrainingDynamics
-from lightning_influence.training.evidence import EvidenceRecord, LabelEvidence
+from lightning_influence.training.evidence import LabelEvidence
 from lightning_influence.training.example_sums import ExampleSums, share
 from lightning_influence.training.flight.pace import Pace
 from lightning_influence.training.gaps import Gaps
 from lightning_influence.training.heard_losses import HeardLosses
-from lightning_influence.training.neighbours import NeighbourRecord, nearest_labels
+from lightning_influence.training.label_record import LabelRecord
 from lightning_influence.training.settings import TracIn
 from lightning_influence.training.step_sizes import StepSizes
 from lightning_influence.training.table import table
@@ -52,8 +52,7 @@ class Recording:
         tracin: TracIn from passes.
         visits: TracIn in flight, if that is how it is computed.
         pace: Which batches are measured for it.
-        neighbours: What the features of passes have said.
-        evidence: The same of the first epochs, in which labels are not yet learnt by heart.
+        labels: What the features of passes have said of the labels.
         gaps: What the columns lack.
         notes: Remarks for the report.
         directory: Of the audit; before resuming, of the run before.
@@ -81,8 +80,7 @@ class Recording:
         self.dynamics = TrainingDynamics(size)
         self.tracin = TracInScores(size)
         self.visits = VisitSums(size) if self._in_flight else None
-        self.neighbours = NeighbourRecord(size)
-        self.evidence = EvidenceRecord(size)
+        self.labels = LabelRecord(size)
         self._passes: list[int] = []  # steps
         self._seen = ExampleSums(size, "seen")
         self._unfiled: list[BatchRecord] = []
@@ -197,16 +195,9 @@ class Recording:
 
     def add_snapshot(self, scores: ExampleScores) -> None:
         """Add what the features of the moment say about the labels."""
-        labels, features = scores.columns.get("label"), scores.features
-        if features is None or labels is None:
-            return
         self.flush()
-        nearest = nearest_labels(features, labels)
-        trained = bool(self._seen["seen"].any())
-        if trained:
-            self.neighbours.add(scores.indices, nearest, labels)
-        right = self.dynamics.predicted_rightly()
-        self.evidence.add(scores.indices, features, labels, nearest, trained=trained, right=right)
+        trained, right = bool(self._seen["seen"].any()), self.dynamics.predicted_rightly()
+        self.labels.add(scores, trained=trained, right=right)
 
     # ---------------------------------------------------------------- results
 
@@ -234,17 +225,11 @@ class Recording:
         if self.gaps.misplaced:
             dynamics, visits = TrainingDynamics(self.size), None
         evidence = self.label_evidence(indices)
-        return table(indices, dynamics, self.tracin, visits, self.neighbours, evidence, scores)
+        return table(indices, dynamics, self.tracin, visits, self.labels.neighbours, evidence, scores)
 
     def label_evidence(self, indices: Sequence[int]) -> LabelEvidence | None:
         """Return what is known of the labels of the given examples without them, of what was synchronised."""
-        if self.gaps.misplaced:
-            return None
-        probabilities, rows = self.dynamics.mean_probabilities(), torch.as_tensor(list(indices), dtype=torch.long)
-        if probabilities is None:
-            return self.evidence.about(indices, None)
-        shares = probabilities[rows].nan_to_num() + self.neighbours.votes(probabilities.shape[1])[rows]
-        return self.evidence.about(indices, shares)
+        return None if self.gaps.misplaced else self.labels.about(indices, self.dynamics.mean_probabilities())
 
     def local_columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns of the examples that this process has seen, without talking to others."""
@@ -261,8 +246,7 @@ class Recording:
             "step_sizes": self.step_sizes,
             "tracin": self.tracin,
             "pace": self.pace,
-            "neighbours": self.neighbours,
-            "evidence": self.evidence,
+            "labels": self.labels,
             "gaps": self.gaps,
         }
         return parts if self.visits is None else {**parts, "visits": self.visits}
