@@ -100,11 +100,6 @@ class Recording:
 
     # ---------------------------------------------------------------- batches
 
-    @property
-    def failed(self) -> bool:
-        """Whether recording has failed, and was given up."""
-        return bool(self.gaps.failures)
-
     def fail(self, what: str, error: Exception) -> None:
         """Record nothing more of the training: what is known is incomplete, and says so."""
         reason = f"{what}, recording them failed: {type(error).__name__}: {error}"
@@ -135,7 +130,7 @@ class Recording:
         """File one training batch; the arguments are those of ``HeardLosses.read``."""
         try:
             self._note(batch)
-            if self.failed:
+            if self.gaps.failures:
                 return
             with torch.no_grad():
                 call = self.losses.read(batch, loss, calls, forms or {})
@@ -196,8 +191,7 @@ class Recording:
     def add_snapshot(self, scores: ExampleScores) -> None:
         """Add what the features of the moment say about the labels."""
         self.flush()
-        trained, right = bool(self._seen["seen"].any()), self.dynamics.predicted_rightly()
-        self.labels.add(scores, trained=trained, right=right)
+        self.labels.add(scores, trained=bool(self._seen["seen"].any()), right=self.dynamics.predicted_rightly())
 
     # ---------------------------------------------------------------- results
 
@@ -224,8 +218,8 @@ class Recording:
         dynamics, visits = self.dynamics, self.visits
         if self.gaps.misplaced:
             dynamics, visits = TrainingDynamics(self.size), None
-        evidence = self.label_evidence(indices)
-        return table(indices, dynamics, self.tracin, visits, self.labels.neighbours, evidence, scores)
+        told = self.labels.neighbours, self.label_evidence(indices)
+        return table(indices, dynamics, self.tracin, visits, *told, scores)
 
     def label_evidence(self, indices: Sequence[int]) -> LabelEvidence | None:
         """Return what is known of the labels of the given examples without them, of what was synchronised."""
@@ -266,11 +260,7 @@ class Recording:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, tracin: bool = True) -> None:
-        """Go on from a checkpoint.
-
-        Args:
-            state: Of the recording then.
-            tracin: Whether TracIn was recorded as it will be from now on; else it starts anew.
+        """Go on from a checkpoint; without ``tracin``, which was recorded otherwise, that starts anew.
 
         Raises:
             ValueError: If it was written for a data set of another size.
