@@ -81,6 +81,8 @@ def advice(columns: Columns, beliefs: LabelBeliefs, precision: float = PRECISION
     most = max(_MOST_OF_A_CLASS, 2 * beliefs.noise_rate)
     spared = {int(own): int(taken[own]) for own in np.flatnonzero(taken) if taken[own] > most * sizes[own]}
     rows = rows[~np.isin(labels[rows], list(spared))]
+    if beliefs.low <= 0:  # perhaps no label is wrong: each by itself must be that sure
+        rows = rows[probability[rows] >= precision]
     sure = np.flatnonzero(np.cumsum(probability[rows]) >= precision * np.arange(1, len(rows) + 1))
     rows = rows[: int(sure[-1]) + 1 if len(sure) else 0]
     if not len(rows):

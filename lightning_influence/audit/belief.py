@@ -22,10 +22,12 @@ from lightning_influence.training.evidence import LabelEvidence
 Matrix = NDArray[np.float64]
 
 # Share of the noise rate that the surest examples must contradict; less where the features are late ones.
-_NEEDED, _NEEDED_LATE = 0.75, 0.5
+_NEEDED, _NEEDED_LATE = 0.87, 0.58
+# So few wrong labels are none to be feared, whoever they are: the surest tell how many.
+_FEW = 0.05
 # Accuracy, below that of the belief, from which untrained features are of no use.
 _USELESS = 0.10
-_SUREST = 0.2
+_SUREST = (0.2, 0.1)
 _FEWEST = 10
 # The joint is kept for up to so many classes.
 _JOINT = 100
@@ -177,15 +179,18 @@ def _verdict(
 ) -> tuple[LabelBeliefs, float]:
     """Tell whether a run can tell, and the share of labels that even the surest examples contradict.
 
-    Of every class, the fifth of which the features are surest is asked. Where a label is hard to tell they are right
-    all the same; where labels are wrong at random, as many of theirs are as of any.
+    Of every class, the examples are asked of which the features are surest. Where a label is hard to tell they are
+    right all the same; where labels are wrong at random, as many of theirs are as of any.
     """
-    contradicted, error, late = _contradicted(first, early, given, differs)
-    needed = _NEEDED_LATE if late else _NEEDED
+    late = float((first.argmax(1) == given).mean()) < 1 - differs - _USELESS
+    asked = [_contradicted(early if late else first, given, surest) for surest in _SUREST]
+    contradicted, enough = asked[0][0], _NEEDED_LATE if late else _NEEDED
     low, high = _interval(rate, differs, len(given))
     kept = joint if len(joint) <= _JOINT else None
-    if contradicted + error >= needed * raw:
+    if np.mean(np.sum(asked, 1)) >= enough * raw:
         return LabelBeliefs("told", "", rate, low, high, kept), contradicted
+    if raw <= _FEW:
+        return LabelBeliefs("told", "", min(rate, contradicted), 0.0, high, kept), contradicted
     reason = (
         f"{raw:.1%} of the labels look wrong, but among the examples that are easiest to tell only "
         f"{contradicted:.1%} do: the classes overlap, or the network has learnt mistakes that are no accident"
@@ -193,24 +198,20 @@ def _verdict(
     return LabelBeliefs("cannot tell", reason, contradicted, 0.0, high, kept), contradicted
 
 
-def _contradicted(first: Matrix, early: Matrix, given: NDArray[np.int64], differs: float) -> tuple[float, float, bool]:
-    """Return which share of the labels the surest examples contradict, its standard error, and if features are late."""
-    shares = first
-    late = float((first.argmax(1) == given).mean()) < 1 - differs - _USELESS
-    if late:
-        shares = early
+def _contradicted(shares: Matrix, given: NDArray[np.int64], surest_share: float) -> tuple[float, float]:
+    """Return which share of the labels the surest examples of every class contradict, and its standard error."""
     predicted = shares.argmax(1)
     two = np.partition(shares, -2, axis=1)[:, -2:]
     margin = two[:, 1] - two[:, 0]
     total, variance = 0.0, 0.0
     for own in np.unique(predicted):
         rows = np.flatnonzero(predicted == own)
-        asked = min(max(_FEWEST, int(np.ceil(_SUREST * len(rows)))), len(rows))
+        asked = min(max(_FEWEST, int(np.ceil(surest_share * len(rows)))), len(rows))
         surest = rows[np.argsort(-margin[rows], kind="stable")[:asked]]
         share, weight = float((given[surest] != own).mean()), len(rows) / len(given)
         total += weight * share
         variance += weight**2 * max(share * (1 - share), 0.25 / asked) / asked
-    return total, variance**0.5, late
+    return total, variance**0.5
 
 
 def _interval(rate: float, differs: float, n: int) -> tuple[float, float]:

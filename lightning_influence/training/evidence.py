@@ -28,7 +28,9 @@ _BUDGET = 5 * 10**7
 # Examples with a label.
 _FEWEST = 3
 _SUMS = ("first", "early", "late")
-_STATE = ("early", "late", "closed", "voted", "right", "visits")
+# Snapshots so much less accurate than a later one are left out: the network had not begun to learn.
+_BEHIND = 0.03
+_STATE = ("epochs", "early", "late", "closed", "voted", "best", "right", "visits")
 
 
 def ridge_leave_one_out(features: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -97,8 +99,8 @@ class EvidenceRecord:
     def __init__(self, size: int) -> None:
         self.size = size
         self._sums = {name: torch.zeros(size, 0) for name in _SUMS}
-        # Snapshots in two of the sums, whether another would tell nothing, accuracy of the first snapshots' votes, and
-        # what training had predicted by the last one.
+        # Epochs looked at for `early`, snapshots in two of the sums, whether another would tell nothing, accuracy of
+        # the first votes and of the best snapshot, and what training had predicted by the last one.
         self._state = dict.fromkeys(_STATE, 0.0)
 
     @property
@@ -109,7 +111,7 @@ class EvidenceRecord:
     @property
     def complete(self) -> bool:
         """Whether there are enough snapshots, so that none is worth a pass of its own."""
-        return self.closed or self._state["early"] >= _EARLY
+        return self.closed or self._state["epochs"] >= _EARLY
 
     def close(self) -> None:
         """Take no more snapshots."""
@@ -150,7 +152,7 @@ class EvidenceRecord:
         state, as_seen = self._state, self._as_seen(right)
         if not state["late"]:
             self._add("first", rows, ridge + near)
-        if state["early"] < _EARLY:
+        if state["epochs"] < _EARLY:
             state["voted"] = max(state["voted"], by_votes)
         if not trained:
             return
@@ -159,11 +161,19 @@ class EvidenceRecord:
             return
         both = (ridge / ridge.sum(1, keepdim=True).clamp(min=1e-12) + near) / 2
         self._add("late", rows, both)
-        slow = state["early"] == state["late"] and as_seen < state["voted"]
-        if state["early"] < _EARLY or slow:
+        state["late"] += 1
+        if state["epochs"] < _EARLY or (state["epochs"] + 1 == state["late"] and as_seen < state["voted"]):
+            state["epochs"] += 1
+            self._add_early(rows, both, labels)
+
+    def _add_early(self, rows: Tensor, both: Tensor, labels: Tensor) -> None:
+        state, told = self._state, (labels.cpu() == both.argmax(1)).double().mean().item()
+        if told > state["best"] + _BEHIND:
+            self._sums["early"], state["early"] = torch.zeros(self.size, 0), 0.0
+        if told >= state["best"] - _BEHIND:
             self._add("early", rows, both)
             state["early"] += 1
-        state["late"] += 1
+        state["best"] = max(state["best"], told)
 
     def _as_seen(self, right: tuple[float, float] | None) -> float:
         """Return the share of predictions since the last snapshot that were right; NaN if nothing is known of it."""

@@ -58,7 +58,8 @@ def table(
         # are slower to forget what the examples look like.
         shares = probabilities[rows] + neighbours.votes(probabilities.shape[1])[rows]
         if evidence is not None:
-            shares += evidence.late[:, : shares.shape[1]]
+            late = evidence.late[:, : shares.shape[1]]  # of as many classes as labels name
+            shares[:, : late.shape[1]] += late
         columns["support"], columns["suggested"] = margin_of_label(shares, columns["label"])
     if "nonfinite" in dynamics.sums:
         finite &= dynamics.sums["nonfinite"][rows] == 0
