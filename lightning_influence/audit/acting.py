@@ -6,35 +6,119 @@ data set that hands out other labels.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from lightning_influence.audit.belief import LabelBeliefs
+from lightning_influence.audit.columns import candidate_rows
 from lightning_influence.audit.relabel import LabelError, Path, Relabelled, as_label, fetched, find_label
 from lightning_influence.core.indices import Indices, distinct
 from lightning_influence.gradients.coverage import listed
 
 Columns = Mapping[str, NDArray[Any]]
 
+# Share of the labels acted on that are expected to be wrong, at least.
+PRECISION = 0.8
+# A class of which more would be gone (or twice the noise rate, if that is more) is left alone.
+_MOST_OF_A_CLASS = 0.5
 
-def clean_indices(columns: Columns, drop: float | int | None = None) -> list[int]:
+
+@dataclass(frozen=True, eq=False)
+class Advice:
+    """Which labels are so probably wrong that one may act on them without looking at each.
+
+    Attributes:
+        indices: Dataset indices, the surest first.
+        expected: How many of their labels are expected to be wrong.
+        precision: The level asked for: share of them whose label is expected to be wrong, at least.
+        classes: Of each class concerned, how many examples there are and how many of them are among these.
+        spared: Classes that are left alone, with the number of their examples that would have been among these.
+        reason: Why there is nothing to act on; empty otherwise.
+    """
+
+    indices: list[int]
+    expected: float
+    precision: float
+    classes: dict[int, tuple[int, int]]
+    spared: dict[int, int]
+    reason: str = ""
+
+    def __len__(self) -> int:
+        """Return how many they are."""
+        return len(self.indices)
+
+    def __str__(self) -> str:
+        if not self.indices:
+            return f"nothing to act on: {self.reason}."
+        changes = [f"{own}: {taken} of {size}" for own, (size, taken) in self.classes.items()]
+        lines = [
+            f"{len(self)} labels are surer to be wrong than {self.precision:.0%} together: about {self.expected:.0f} "
+            f"are expected to be. By class: {listed(changes, 12)}."
+        ]
+        if self.spared:
+            told = ", ".join(f"{own} ({count} examples)" for own, count in self.spared.items())
+            lines.append(f"Left alone, as most of the class would be gone: {told}.")
+        return " ".join(lines)
+
+
+def advice(columns: Columns, beliefs: LabelBeliefs, precision: float = PRECISION) -> Advice:
+    """Return what one may act on; see ``AuditReport.advice``."""
+    if isinstance(precision, bool) or not isinstance(precision, (int, float)) or not 0 < precision <= 1:
+        raise ValueError(f"precision={precision!r}; expected a share of right decisions, above 0 and up to 1.")
+    nothing = Advice([], 0.0, precision, {}, {}, beliefs.reason or "no label is sure enough to be wrong")
+    if not beliefs.told or "wrong_probability" not in columns:
+        return nothing
+    probability, labels = columns["wrong_probability"], columns["label"]
+    rows = candidate_rows(columns)
+    rows = rows[np.argsort(-probability[rows], kind="stable")]
+    sizes, taken = np.bincount(labels[labels >= 0]), np.bincount(labels[rows], minlength=1)
+    most = max(_MOST_OF_A_CLASS, 2 * beliefs.noise_rate)
+    spared = {int(own): int(taken[own]) for own in np.flatnonzero(taken) if taken[own] > most * sizes[own]}
+    rows = rows[~np.isin(labels[rows], list(spared))]
+    if beliefs.low <= 0:  # perhaps no label is wrong: each by itself must be that sure
+        rows = rows[probability[rows] >= precision]
+    sure = np.flatnonzero(np.cumsum(probability[rows]) >= precision * np.arange(1, len(rows) + 1))
+    rows = rows[: int(sure[-1]) + 1 if len(sure) else 0]
+    if not len(rows):
+        return replace(nothing, spared=spared)
+    found, counts = np.unique(labels[rows], return_counts=True)
+    classes = {int(own): (int(sizes[own]), int(count)) for own, count in zip(found, counts, strict=True)}
+    indices = [int(index) for index in columns["index"][rows]]
+    return Advice(indices, float(probability[rows].sum()), precision, classes, spared)
+
+
+def clean_indices(columns: Columns, advised: Advice, drop: float | int | None = None) -> list[int]:
     """Return the examples to keep; see ``AuditReport.clean_indices``."""
     kept = columns["finite"].astype(bool)
     if drop is None:
-        kept &= ~columns["candidate"].astype(bool)
+        tell_of_nothing(advised)
+        kept &= ~np.isin(columns["index"], advised.indices)
     else:
         share = isinstance(drop, (float, np.floating))
         number = isinstance(drop, (int, np.integer)) and not isinstance(drop, bool)
         if not (share or number) or not 0 <= drop < (1 if share else len(kept)):
             raise ValueError(
                 f"drop={drop!r}; expected a share from 0 to below 1, a number of examples below {len(kept)}, or None "
-                "for the candidates. Without examples of your choice: `sorted({*report.clean_indices(0)} - {*mine})`."
+                "for what is sure enough. Without examples of your choice: "
+                "`sorted({*report.clean_indices(0)} - {*mine})`."
             )
         kept &= columns["rank"] > (round(float(drop) * len(kept)) if share else drop)
     return [int(index) for index in np.sort(columns["index"][kept])]
+
+
+def tell_of_nothing(advised: Advice) -> None:
+    """Warn that nothing is done, and why."""
+    if not advised.indices:
+        warnings.warn(
+            f"the data stay as they are: {advised.reason}. `drop=` and `indices=` act on what you choose.",
+            stacklevel=4,
+        )
 
 
 def relabelled(
@@ -44,7 +128,6 @@ def relabelled(
     *,
     indices: Sequence[int] | None = None,
     labels: Mapping[int, int] | None = None,
-    min_margin: float = 0.0,
     size: int | None = None,
 ) -> Relabelled:
     """Return a data set with suggested labels, or with others; see ``AuditReport.relabelled``.
@@ -55,14 +138,13 @@ def relabelled(
         candidates: Examples to relabel unless others are asked for.
         indices: These others.
         labels: New labels in place of the suggested ones.
-        min_margin: How far ahead of the given label the suggested one must be.
         size: Length of the data set that was audited; None if that was not noted.
     """
     if isinstance(indices, Mapping):
         raise ValueError("indices is a mapping; new labels are passed as `labels={index: label}`.")
     if labels is not None:
-        if indices is not None or min_margin:
-            raise ValueError("labels= says which examples and which labels; pass it without indices= and min_margin=.")
+        if indices is not None:
+            raise ValueError("labels= says which examples and which labels; pass it without indices=.")
         new = new_labels(columns, labels)
         return Relabelled(dataset, new, _label_path(columns, dataset, list(new), size))
     if "suggested" not in columns or "label" not in columns:
@@ -70,15 +152,7 @@ def relabelled(
             "the audit suggests no labels: the loss of this training has no classes, or no known loss call. Leave the "
             "suspicious examples out instead, with `clean_indices()`."
         )
-    if not 0 <= min_margin < 1:
-        raise ValueError(f"min_margin={min_margin!r}; expected a difference of probabilities from 0 to below 1.")
-    if min_margin and "prob_margin" not in columns:
-        raise ValueError(
-            f"min_margin={min_margin}: the audit has no `prob_margin` column (too many classes); use min_margin=0."
-        )
     rows = _rows(columns, candidates if indices is None else indices)
-    if min_margin:
-        rows = rows[-columns["prob_margin"][rows] >= min_margin]
     new = {int(columns["index"][row]): int(columns["suggested"][row]) for row in rows}
     return Relabelled(dataset, new, _label_path(columns, dataset, list(new), size))
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import COLUMNS, Columns, column_of
 
 
@@ -88,6 +89,19 @@ def merged_manifest(
     fingerprint = {"model": ", ".join(models), "data": next(iter(data.values()), "")}
     about = {"status": "complete", "ensemble": list(sources), "fingerprint": fingerprint, "notes": notes}
     return about | {name: manifests[0][name] for name in ("label_names",) if name in manifests[0]}
+
+
+def merged_beliefs(manifests: Sequence[Mapping[str, Any]]) -> LabelBeliefs:
+    """Return what most of the runs that can tell believe of the labels: means; that none can tell unless most can."""
+    found = [LabelBeliefs.read(manifest.get("labels", {})) for manifest in manifests]
+    told = [each for each in found if each.told]
+    if 2 * len(told) <= len(found):
+        reasons = dict.fromkeys(each.reason for each in found if not each.told)
+        return LabelBeliefs(reason="; ".join(reasons), noise_rate=float(np.mean([each.noise_rate for each in found])))
+    joints = [each.joint for each in told if each.joint is not None]
+    rate, low, high = np.mean([(each.noise_rate, each.low, each.high) for each in told], 0).tolist()
+    alike = len(joints) == len(told) and len({joint.shape for joint in joints}) == 1
+    return LabelBeliefs("told", "", rate, low, high, np.mean(np.stack(joints), 0) if alike else None)
 
 
 def _merged(name: str, members: Sequence[Columns]) -> NDArray[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from lightning_influence.audit import acting, ensemble
+from lightning_influence.audit.acting import PRECISION, Advice
+from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import PAIR_DESCRIPTIONS, Columns, candidate_rows
 from lightning_influence.audit.glossary import glossary
-from lightning_influence.audit.ranking import ingredients, rank
+from lightning_influence.audit.ranking import ingredients, judged
 from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.audit.review import Review, read_review, write_review
 from lightning_influence.audit.shown import ReportViews
@@ -85,8 +88,10 @@ class AuditReport(ReportViews):
         sources = [str(each.directory or f"audit {number}") for number, each in enumerate(reports)]
         columns, left_out = ensemble.merged_columns([each.columns for each in reports])
         manifest = ensemble.merged_manifest([each.manifest for each in reports], sources, left_out)
-        ranked = rank(columns)
+        beliefs = ensemble.merged_beliefs([each.manifest for each in reports])
+        ranked, _ = judged(columns, beliefs=beliefs)
         manifest |= {
+            "labels": beliefs.described(),
             "examples": len(ranked["index"]),
             "nonfinite": ranked["index"][~ranked["finite"]],
             "ranked_by": list(ingredients(ranked)),
@@ -167,20 +172,42 @@ class AuditReport(ReportViews):
 
     # ------------------------------------------------------------ acting on it
 
-    def clean_indices(self, drop: float | int | None = None) -> list[int]:
+    @cached_property
+    def beliefs(self) -> LabelBeliefs:
+        """What the audit believes of the labels as a whole: how many are wrong, and whether the run can tell."""
+        return LabelBeliefs.read(self.manifest.get("labels", {}))
+
+    def advice(self, precision: float = PRECISION) -> Advice:
+        """Return which labels are so probably wrong that one may act on them without looking at each.
+
+        Candidates by falling ``wrong_probability``, as many as are expected to be wrong at least to the share
+        ``precision``; none where the run cannot tell, and none of a class of which most would be gone.
+
+        Raises:
+            ValueError: If ``precision`` is out of range.
+
+        Example:
+            >>> print(report.advice())
+        """
+        return acting.advice(self.columns, self.beliefs, precision)
+
+    def clean_indices(self, drop: float | int | None = None, *, precision: float = PRECISION) -> list[int]:
         """Return which examples to keep for another training, ``Subset(dataset, report.clean_indices())``.
 
         Args:
-            drop: What to leave out: the candidates (None), a share of the audited examples (``0.05``) or a number of
-                them (``200``), the most suspicious. Examples with a non-finite loss or gradient are left out anyway.
+            drop: What to leave out: what is sure enough, see ``advice`` (None), a share of the audited examples
+                (``0.05``) or a number of them (``200``), the most suspicious. Examples with a non-finite loss or
+                gradient are left out anyway.
+            precision: How sure is enough.
 
         Returns:
-            Sorted dataset indices; examples that were not audited are not among them.
+            Sorted dataset indices; examples that were not audited are not among them. Where nothing is sure enough a
+            warning says so.
 
         Raises:
-            ValueError: If ``drop`` is out of range.
+            ValueError: If ``drop`` or ``precision`` is out of range.
         """
-        return acting.clean_indices(self.columns, drop)
+        return acting.clean_indices(self.columns, self.advice(precision), drop)
 
     def write_review(self, path: str | os.PathLike[str], most: int | None = None) -> Path:
         """Write a table as ``candidates.csv`` is, of the first in the ranking: for a person to fill in.
@@ -212,33 +239,27 @@ class AuditReport(ReportViews):
         indices: Sequence[int] | None = None,
         *,
         labels: Mapping[int, int] | None = None,
-        min_margin: float = 0.0,
+        precision: float = PRECISION,
     ) -> Relabelled:
-        """Return the data set with the suggested labels on the candidates; the data set itself is left as it is.
+        """Return the data set with the suggested labels where it is sure enough; the data set itself is left as it is.
 
         Args:
             dataset: The training data set that was audited: examples that are tuples, lists or mappings, nested or
                 not. Where in them the label lies is found by comparison with the given labels.
-            indices: The examples to relabel, for example those that a person has confirmed; by default the candidates.
+            indices: The examples to relabel, for example those that a person has confirmed; by default those of
+                ``advice``. Where nothing is sure enough a warning says so.
             labels: Dataset index to new label, in place of ``indices`` and the suggestions.
-            min_margin: Leave labels alone unless the mean probability of the suggested class over the run is ahead of
-                that of the given one by at least this, from 0 to 1.
+            precision: How sure is enough.
 
         Raises:
             LabelError: If the audit suggests no labels (regression), this is not the data set that was audited, the
                 place of the labels can't be told, or the audit has seen no such class.
-            ValueError: If an index is not in the audit or named twice, or ``min_margin`` is out of range.
+            ValueError: If an index is not in the audit or named twice, or ``precision`` is out of range.
         """
-        size = self.manifest.get("dataset_size")
-        return acting.relabelled(
-            self.columns,
-            dataset,
-            self.candidates.tolist(),
-            indices=indices,
-            labels=labels,
-            min_margin=min_margin,
-            size=size,
-        )
+        size, advised = self.manifest.get("dataset_size"), self.advice(precision)
+        if indices is None and labels is None:
+            acting.tell_of_nothing(advised)
+        return acting.relabelled(self.columns, dataset, advised.indices, indices=indices, labels=labels, size=size)
 
     def __repr__(self) -> str:
         where = f", {str(self.directory)!r}" if self.directory else ""

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_influence.audit.acting import advice
+from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import Columns, candidate_rows, column_of, legend, shown_in
 from lightning_influence.audit.words import called, cell_text, label_text
 from lightning_influence.gradients.coverage import listed
@@ -38,6 +40,8 @@ def summary(columns: Columns, manifest: Mapping[str, Any], pairs: Columns | None
         lines.append(f"  note        {note}")
     if bad := columns["index"][~columns["finite"].astype(bool)].tolist():
         lines.append(f"  non-finite  {len(bad)} examples, left out of the factors: {listed(bad, 10)}")
+    if about := manifest.get("labels"):
+        lines += _labels(columns, LabelBeliefs.read(about))
     rows = candidate_rows(columns)
     ranked_by = " + ".join(manifest.get("ranked_by", ()))
     lines.append(
@@ -74,6 +78,17 @@ def _table(
         cells.append([entry.ljust(width) if words else entry.rjust(width) for entry in entries])
     for line in zip(*cells, strict=True):
         yield "  ".join(line).rstrip()
+
+
+def _labels(columns: Columns, beliefs: LabelBeliefs) -> list[str]:
+    """Return what is believed of the labels as a whole."""
+    if not beliefs.told:
+        return [f"  labels      cannot tell which are wrong: {beliefs.reason}"]
+    return [
+        f"  labels      about {beliefs.noise_rate:.1%} are wrong ({beliefs.low:.1%} to {beliefs.high:.1%}), mistakes "
+        "that the network shares not counted",
+        f"  advice      {advice(columns, beliefs)}",
+    ]
 
 
 def _told(value: float | None, form: str) -> str:

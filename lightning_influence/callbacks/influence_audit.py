@@ -178,6 +178,8 @@ class InfluenceAudit(RunHooks):
             restore(self._recording, restored, trainer)
             self._run = begun(self.arguments, trainer, module, source, self._recording)
             self._run.take_over(trainer)
+        if not trainer.global_step:
+            self._run.look(trainer, module)
         self._before = None, None, None
         return self._run
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_influence.audit.columns import candidate_rows, shown_in
 from lightning_influence.audit.naming import ExampleNames
-from lightning_influence.audit.ranking import rank
+from lightning_influence.audit.ranking import judged, rank
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.callbacks import bridge
@@ -160,8 +160,9 @@ class Reporter:
         recording: Recording,
     ) -> AuditReport:
         """Rank, and put everything together."""
-        ranked = self._with_texts(rank(self._named(columns)))
-        manifest = self._manifest | {"status": "complete", "step": step}
+        ranked, beliefs = judged(self._named(columns), recording.label_evidence(columns["index"].tolist()))
+        ranked = self._with_texts(ranked)
+        manifest = self._manifest | {"status": "complete", "step": step, "labels": beliefs.described()}
         manifest |= audit_described(gradients, plan, inspection, result, ranked)
         with tolerated("reading the class names", self._said):
             if (names := bridge.label_names(gradients.source.dataset)) is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,10 +13,8 @@ from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
 from lightning_influence.gradients.visitors import ExampleColumns, ExampleScores, Visitor, loss_columns, visit
 from lightning_influence.layers import per_sample
+from lightning_influence.training.features import projected
 from lightning_influence.training.step_sizes import StepSize, self_influence
-
-# Features kept per example: 2 GB for a million examples.
-_FEATURES = 512
 
 
 def score_examples(
@@ -100,7 +97,7 @@ class ExampleScorer(Visitor):
         if self._scorer is not None:
             row["self_influence"] = self._scorer.self_influence().to(device, wide_dtype(device))
         if self._last is not None:
-            row["features"] = _projected(self._last)
+            row["features"] = projected(self._last)
         row = {
             name: values.masked_fill(unknown.view(-1, *[1] * (values.ndim - 1)), torch.nan)
             for name, values in row.items()
@@ -113,19 +110,3 @@ class ExampleScorer(Visitor):
         order, columns = self._columns.gathered()
         features = columns.pop("features", None)
         return ExampleScores(order, columns, features)
-
-
-def _projected(features: Tensor) -> Tensor:
-    """Return features ``[n, d]``; more than ``_FEATURES`` are projected at random, which nearly keeps cosines."""
-    features = features.float()
-    if features.shape[1] <= _FEATURES:
-        return features
-    projection: Tensor = _projection(features.shape[1], features.device)
-    return torch.mm(features, projection)
-
-
-@lru_cache(maxsize=1)  # the same for all batches of a run: to draw it takes longer than many a batch
-def _projection(size: int, device: torch.device) -> Tensor:
-    drawn: Tensor = torch.randn(size, _FEATURES, generator=torch.Generator().manual_seed(0))
-    scaled: Tensor = drawn / _FEATURES**0.5
-    return scaled.to(device)
