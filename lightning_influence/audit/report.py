@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from lightning_influence.audit import acting, ensemble
-from lightning_influence.audit.columns import PAIR_DESCRIPTIONS, Columns, candidate_rows
+from lightning_influence.audit.columns import PAIRS_NEEDED, Columns, candidate_rows
 from lightning_influence.audit.ranking import ingredients, rank
 from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.audit.store.atomic import StoreError
@@ -58,7 +58,7 @@ class AuditReport:
         """
         store = AuditStore.open(directory)
         report = cls(store.read_scores(), store.manifest, store.directory, store.read_pairs())
-        for table, needed in ((report.columns, _NEEDED), (report.pairs, PAIR_DESCRIPTIONS)):
+        for table, needed in ((report.columns, _NEEDED), (report.pairs, PAIRS_NEEDED)):
             if table is not None and (missing := [name for name in needed if name not in table]):
                 raise StoreError(
                     f"{store.directory} holds a table that is none of an audit: the columns {missing} are missing. Run "

@@ -20,7 +20,9 @@ _INK = (32, 33, 36)
 _EDGE = (218, 220, 224)
 
 
-def sheet(pictures: Sequence[tuple[Tensor, str] | None], columns: int, titles: Sequence[str] = ()) -> Tensor:
+def sheet(
+    pictures: Sequence[tuple[Tensor, str] | None], columns: int, titles: Sequence[str] = (), heading: str = ""
+) -> Tensor:
     """Put pictures on one sheet, with the lines of a text under each.
 
     Every image is stretched to its own full range (a constant one is mid-grey), because the inputs of a model are
@@ -32,6 +34,7 @@ def sheet(pictures: Sequence[tuple[Tensor, str] | None], columns: int, titles: S
             for an empty place.
         columns: Pictures in a row.
         titles: What stands above, each over its share of the width.
+        heading: What stands above these, over all of it.
 
     Returns:
         ``[3, h, w]`` uint8.
@@ -39,7 +42,8 @@ def sheet(pictures: Sequence[tuple[Tensor, str] | None], columns: int, titles: S
     font = ImageFont.load_default(_FONT_SIZE)
     lines = 1 + max(picture[1].count("\n") for picture in pictures if picture is not None)
     row_height = _TILE + _GAP // 2 + lines * _LINE + _GAP
-    head = _GAP + (_LINE + _GAP // 2 if titles else 0)
+    above = _GAP + (_LINE + _GAP // 2 if heading else 0)
+    head = above + (_LINE + _GAP // 2 if titles else 0)
     width = columns * (_TILE + _GAP) + _GAP
     paper = Image.new("RGB", (width, head + math.ceil(len(pictures) / columns) * row_height), "white")
     draw = ImageDraw.Draw(paper)
@@ -47,9 +51,10 @@ def sheet(pictures: Sequence[tuple[Tensor, str] | None], columns: int, titles: S
     def write(text: str, left: int, top: int, room: int) -> None:
         draw.text((left, top), _cut(drawable(text), font, room), font=font, fill=_INK)
 
+    write(heading, _GAP, _GAP, width - 2 * _GAP)
     for number, title in enumerate(titles):
         share = (width - _GAP) // len(titles)
-        write(title, _GAP + number * share, _GAP, share - _GAP)
+        write(title, _GAP + number * share, above, share - _GAP)
     for place, picture in enumerate(pictures):
         if picture is None:
             continue

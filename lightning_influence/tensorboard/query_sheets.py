@@ -1,4 +1,4 @@
-"""Queries in TensorBoard: each with its strongest proponents and opponents, as pictures and as a table."""
+"""Queries in TensorBoard: each with its lists of proponents and opponents, as pictures and as a table."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lightning_influence.audit.columns import Columns
-from lightning_influence.audit.summary import strongest_pairs
+from lightning_influence.audit.columns import PAIR_LISTS, Columns
+from lightning_influence.audit.summary import lists_of, strength, strongest_pairs
 from lightning_influence.tensorboard.pictures import sheet
 from lightning_influence.tensorboard.text import UNKNOWN, caption, label_text, number_text, table
 
@@ -19,7 +19,8 @@ _SHOWN = 5
 _TITLES = ("query", "proponents", "opponents")
 _HEAD = (
     "**Queries** and the training examples that matter most to them. Training on a proponent (score > 0) makes the "
-    "query's measurement better, on an opponent worse; in brackets the example's given label and its score.\n\n"
+    "query's measurement better, on an opponent worse; in brackets the example's given label and what the list is "
+    "ordered by.\n\n"
 )
 
 
@@ -32,7 +33,7 @@ def write_queries(
     label_names: Sequence[str] | None = None,
     step: int,
 ) -> None:
-    """Write the table of pairs and, where inputs are images, a sheet for every query.
+    """Write the table of pairs and, where inputs are images, a sheet for every list of a query.
 
     Args:
         writer: Event file writer.
@@ -44,7 +45,8 @@ def write_queries(
         step: Global step.
     """
     writer.add_text(_TAG, queries_markdown(pairs, measured=measured, label_names=label_names), step)
-    for proponents, opponents in strongest_pairs(pairs, _SHOWN):
+    lists = [(name, *both) for of_query in strongest_pairs(pairs, _SHOWN) for name, both in of_query.items()]
+    for name, proponents, opponents in lists:
         every = np.concatenate((proponents, opponents))
         first = int(every[0])
         query = images(int(pairs["query_set"][first]), [int(pairs["query"][first])])
@@ -55,11 +57,12 @@ def write_queries(
         asked = [(query[0], _query(pairs, first, measured, label_names))]
         rows = zip_longest(asked, shown[: len(proponents)], shown[len(proponents) :])
         places = [picture for row in rows for picture in row]
-        writer.add_image(f"{_TAG}/{int(pairs['number'][first])}", sheet(places, len(_TITLES), _TITLES), step)
+        picture = sheet(places, len(_TITLES), _TITLES, _explained(name))
+        writer.add_image(f"{_TAG}/{int(pairs['number'][first])}/{name}", picture, step)
 
 
 def queries_markdown(pairs: Columns, *, measured: str = "loss", label_names: Sequence[str] | None = None) -> str:
-    """Return a table with a row for every query, and its five strongest proponents and opponents.
+    """Return a table with a row for every list of a query: its first five proponents and opponents.
 
     Args:
         pairs: The table of pairs.
@@ -67,13 +70,19 @@ def queries_markdown(pairs: Columns, *, measured: str = "loss", label_names: Seq
         label_names: Name of each class; the names are untrusted and escaped.
     """
     rows = []
-    for both in strongest_pairs(pairs, _SHOWN):
+    lists = [(name, both) for of_query in strongest_pairs(pairs, _SHOWN) for name, both in of_query.items()]
+    for name, both in lists:
         first = int(np.concatenate(both)[0])
         labels = (label_text(pairs[name][first], label_names) for name in ("query_label", "query_predicted"))
         told = (", ".join(_told(pairs, row, label_names) for row in own) or UNKNOWN for own in both)
-        rows.append([f"#{int(pairs['query'][first])}", *labels, number_text(pairs["measured"][first]), *told])
-    names = ["query", "given", "predicted", measured.replace("_", " "), *_TITLES[1:]]
-    return _HEAD + table(names, rows, ("given", "predicted", *_TITLES[1:]))
+        rows.append([f"#{int(pairs['query'][first])}", *labels, number_text(pairs["measured"][first]), name, *told])
+    names = ["query", "given", "predicted", measured.replace("_", " "), "list", *_TITLES[1:]]
+    explained = "".join(f"* {_explained(name)}\n" for name in PAIR_LISTS if name in lists_of(pairs))
+    return _HEAD + explained + "\n" + table(names, rows, ("given", "predicted", "list", *_TITLES[1:]))
+
+
+def _explained(name: str) -> str:
+    return f"{name}: {PAIR_LISTS[name]}"
 
 
 def _query(pairs: Columns, row: int, measured: str, label_names: Sequence[str] | None) -> str:
@@ -85,10 +94,10 @@ def _query(pairs: Columns, row: int, measured: str, label_names: Sequence[str] |
 
 def _example(pairs: Columns, row: int, label_names: Sequence[str] | None) -> str:
     text = caption(pairs["index"][row], pairs["label"][row], "predicted", pairs["predicted"][row], label_names)
-    return f"{text}\n{pairs['score'][row]:+.3g}"
+    return f"{text}\n{strength(pairs, row):+.3g}"
 
 
 def _told(pairs: Columns, row: int, label_names: Sequence[str] | None) -> str:
     label = label_text(pairs["label"][row], label_names)
     given = "" if label == UNKNOWN else f"{label}, "
-    return f"#{int(pairs['index'][row])} ({given}{pairs['score'][row]:+.3g})"
+    return f"#{int(pairs['index'][row])} ({given}{strength(pairs, row):+.3g})"
