@@ -158,6 +158,12 @@ def test_one_list_alone(normalise: Any, name: str, tmp_path: Path) -> None:
     assert all((f"    {each + ':':<11}proponents" in str(alone)) == (each == name) for each in LISTS)
 
 
+def test_ten_queries_are_printed(tmp_path: Path) -> None:
+    text = str(audited(tmp_path, Queries(count=Q))[0])
+    assert text.count("strongest: proponents") == 10
+    assert "    and 3 more in `report.pairs`" in text
+
+
 def test_pairs_of_earlier_versions(tmp_path: Path) -> None:
     """They have the strongest alone, and no column that says so."""
     report, _, _ = audited(tmp_path, Queries(count=3, normalise="none"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from lightning_influence.audit.columns import PAIR_LISTS, Columns, candidate_rows, shown_in
 from lightning_influence.gradients.coverage import listed
 
-_LISTED = 10  # candidates
+_LISTED = 10  # candidates, and queries
 _NAMED = 3  # proponents, and opponents, of each query
 
 
@@ -95,7 +96,7 @@ def _queries(about: Mapping[str, Any], pairs: Columns | None) -> list[str]:
     if pairs is None:
         return lines
     lines += [f"    {name + ':':<11}{PAIR_LISTS[name]}" for name in PAIR_LISTS if name in lists_of(pairs)]
-    for lists in strongest_pairs(pairs, _NAMED):
+    for lists in islice(strongest_pairs(pairs, _NAMED), _LISTED):
         first = int(np.concatenate(next(iter(lists.values())))[0])
         told = f"    #{int(pairs['query'][first])}"
         if pairs["query_label"][first] >= 0:
@@ -108,4 +109,6 @@ def _queries(about: Mapping[str, Any], pairs: Columns | None) -> list[str]:
                 strongest = ", ".join(f"{int(pairs['index'][row])} ({strength(pairs, row):+.3g})" for row in rows)
                 told += f"{kind} {strongest or 'none'}"
             lines.append(told)
+    if (more := len(np.unique(pairs["number"])) - _LISTED) > 0:
+        lines.append(f"    and {more:,} more in `report.pairs`")
     return lines
