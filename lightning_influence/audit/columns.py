@@ -223,15 +223,27 @@ PAIR_DESCRIPTIONS: dict[str, str] = {
     "query_loss": "its loss under the trained model",
     "measured": "what is measured of the query: its loss, margin or adversarial loss",
     "kind": "proponent: training on the example makes the query's measurement better; opponent: worse",
-    "rank": "place among the query's proponents or opponents, 1 = strongest",
+    "list": "strongest: ordered by score; specific: by relative, so that loud examples do not lead every list",
+    "rank": "place among the query's proponents or opponents of the list, 1 = first",
     "index": "position of the training example in its data set",
     "score": "influence, positive for proponents: removing the example from N makes the query's measurement worse by "
     "about this divided by N",
+    "relative": "score over the root of the example's self_influence, what `normalise='relative'` gives; 0 for an "
+    "example without a gradient",
     "label": "given label of the training example; -1 = unknown",
     "predicted": "class the trained model predicts for it; -1 = unknown",
     "loss": "its loss under the trained model",
 }
 """Columns of the table of pairs, one row a query and strong training example, with their meanings."""
+
+PAIRS_NEEDED = [name for name in PAIR_DESCRIPTIONS if name not in ("list", "relative")]
+"""Those of them that audits have always had."""
+
+PAIR_LISTS: dict[str, str] = {
+    "strongest": "by score; loud examples (wrong labels) lead many lists",
+    "specific": "by score relative to how much the example moves the model",
+}
+"""What the column ``list`` of the table of pairs may be, and what to say of it where it is shown."""
 
 
 def meaning_in_pairs(name: str) -> str:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from lightning_influence.audit import acting, ensemble
 from lightning_influence.audit.acting import PRECISION, Advice
 from lightning_influence.audit.belief import LabelBeliefs
-from lightning_influence.audit.columns import PAIR_DESCRIPTIONS, Columns, candidate_rows
+from lightning_influence.audit.columns import PAIRS_NEEDED, Columns, candidate_rows
 from lightning_influence.audit.glossary import glossary
 from lightning_influence.audit.ranking import ingredients, judged
 from lightning_influence.audit.relabel import Relabelled
@@ -271,7 +271,7 @@ class AuditReport(ReportViews):
 
 def _check_readable(report: AuditReport, directory: Path) -> None:
     """Raise ``StoreError`` for tables that are none of an audit, and for a manifest that can't be told in words."""
-    for table, needed in ((report.columns, _NEEDED), (report.pairs, PAIR_DESCRIPTIONS)):
+    for table, needed in ((report.columns, _NEEDED), (report.pairs, PAIRS_NEEDED)):
         if table is not None and (missing := [name for name in needed if name not in table]):
             raise StoreError(
                 f"{directory} holds a table that is none of an audit: the columns {missing} are missing. Run "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,11 @@ from numpy.typing import NDArray
 
 from lightning_influence.audit.acting import advice
 from lightning_influence.audit.belief import LabelBeliefs
-from lightning_influence.audit.columns import Columns, candidate_rows, column_of, legend, shown_in
+from lightning_influence.audit.columns import PAIR_LISTS, Columns, candidate_rows, column_of, legend, shown_in
 from lightning_influence.audit.words import called, cell_text, label_text
 from lightning_influence.gradients.coverage import listed
 
-_LISTED = 10  # candidates
+_LISTED = 10  # candidates, and queries
 _WIDTH = 116  # letters of a line that explains
 _NAMED = 3  # proponents, and opponents, of each query
 
@@ -96,31 +97,51 @@ def _told(value: float | None, form: str) -> str:
     return format(float("nan") if value is None else value, form)
 
 
-def strongest_pairs(pairs: Columns, most: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield for every query its rows in the table of pairs, of proponents and of opponents, the strongest first."""
+def strongest_pairs(pairs: Columns, most: int) -> Iterator[dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]]:
+    """Yield for every query its rows in the table of pairs, by list: of proponents and opponents, the first first."""
     order = np.lexsort((pairs["rank"], pairs["number"]))
     starts = np.unique(pairs["number"][order], return_index=True)[1]
     for rows in np.split(order, starts[1:]) if len(order) else ():
-        kinds = pairs["kind"][rows]
-        yield rows[kinds == "proponent"][:most], rows[kinds == "opponent"][:most]
+        kinds, lists = pairs["kind"][rows], lists_of(pairs)[rows]
+        yield {
+            name: (own[kinds[lists == name] == "proponent"][:most], own[kinds[lists == name] == "opponent"][:most])
+            for name in PAIR_LISTS
+            if len(own := rows[lists == name])
+        }
+
+
+def lists_of(pairs: Columns) -> NDArray[Any]:
+    """Return which list each row of the table of pairs is of; audits of earlier versions have the strongest alone."""
+    return pairs["list"] if "list" in pairs else np.full(len(pairs["kind"]), "strongest")
+
+
+def strength(pairs: Columns, row: int) -> float:
+    """Return the number that the list of a row is ordered by."""
+    return float(pairs["relative" if lists_of(pairs)[row] == "specific" else "score"][row])
 
 
 def _queries(about: Mapping[str, Any], pairs: Columns | None, label_names: Sequence[str] | None) -> list[str]:
-    """Return a line for every query, with its strongest proponents and opponents."""
+    """Return a line for every query, and one for each of its lists of proponents and opponents."""
     lines = [f"  queries     {about['title']}"]
     if "value" in about:
         lines[0] += f"; {about['measurement']} of all {about['examples']:,}: {_told(about['value'], '.4g')}"
     if pairs is None:
         return lines
-    for both in strongest_pairs(pairs, _NAMED):
-        first = int(np.concatenate(both)[0])
+    lines += [f"    {name + ':':<11}{PAIR_LISTS[name]}" for name in PAIR_LISTS if name in lists_of(pairs)]
+    for lists in islice(strongest_pairs(pairs, _NAMED), _LISTED):
+        first = int(np.concatenate(next(iter(lists.values())))[0])
         told = f"    #{called(pairs, first, 'query', 'query_id')}"
         if pairs["query_label"][first] >= 0:
             given, said = (label_text(pairs[name][first], label_names) for name in ("query_label", "query_predicted"))
             told += f" given {given}, predicted {said}"
         told += f", {about['per_query']} {pairs['measured'][first]:.3g}"
-        for kind, rows in zip(("proponents", "opponents"), both, strict=True):
-            strongest = ", ".join(f"{called(pairs, row)} ({pairs['score'][row]:+.3g})" for row in rows)
-            told += f"; {kind} {strongest or 'none'}"
         lines.append(told)
+        for name, both in lists.items():
+            told = f"      {name + ':':<11}"
+            for kind, rows in zip(("proponents", "; opponents"), both, strict=True):
+                strongest = ", ".join(f"{called(pairs, row)} ({strength(pairs, row):+.3g})" for row in rows)
+                told += f"{kind} {strongest or 'none'}"
+            lines.append(told)
+    if (more := len(np.unique(pairs["number"])) - _LISTED) > 0:
+        lines.append(f"    and {more:,} more in `report.pairs`")
     return lines

@@ -23,6 +23,7 @@ from lightning_influence.curvature import Curvature, SolverError
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import Visitor
+from lightning_influence.scores.examples import ExampleScorer
 from lightning_influence.scores.measurements import MeasurementError, QuerySets
 from lightning_influence.scores.queries import QueryError
 from lightning_influence.tensorboard.query_sheets import write_queries
@@ -49,7 +50,13 @@ def described(queries: Queries | None) -> dict[str, Any] | None:
     if queries is None:
         return None
     which = queries.which if isinstance(queries.which, str) else type(queries.which.dataset).__name__
-    return {"which": which, "count": queries.count, "top": queries.top, "measurement": queries.measured.name}
+    return {
+        "which": which,
+        "count": queries.count,
+        "top": queries.top,
+        "measurement": queries.measured.name,
+        "normalise": queries.normalise,
+    }
 
 
 class QueryReport:
@@ -105,7 +112,7 @@ class QueryReport:
         """Look at the validation examples, if the queries are among them."""
         return self._search.on_validation(number) if self._search is not None and self._validated else ()
 
-    def on_training(self, curvature: Curvature | None) -> Sequence[Visitor]:
+    def on_training(self, curvature: Curvature | None, own: ExampleScorer) -> Sequence[Visitor]:
         """Look for the queries' pairs, with the fitted curvature."""
         if self._search is None:
             return ()
@@ -114,7 +121,7 @@ class QueryReport:
             return ()
         visitors: Sequence[Visitor] = ()
         with self._or_give_up():
-            visitors = self._search.on_training(curvature)
+            visitors = self._search.on_training(curvature, own)
         return visitors
 
     def find(self, columns: Columns, seconds: dict[str, float]) -> Columns:

@@ -49,7 +49,11 @@ def score_examples(
 
 
 class ExampleScorer(Visitor):
-    """Scores every example of a pass by itself, see ``score_examples``."""
+    """Scores every example of a pass by itself, see ``score_examples``.
+
+    Attributes:
+        self_influence: Of the last batch that is through, ``[n]``, for those who look at the batch next.
+    """
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class ExampleScorer(Visitor):
         self._scorer: Scorer | None = None
         self._last: Tensor | None = None
         self._row: dict[str, Tensor] = {}
+        self.self_influence = torch.zeros(0)
 
     def begin(self, batch: BatchGradients) -> None:
         """Begin the sums over the layers."""
@@ -95,7 +100,8 @@ class ExampleScorer(Visitor):
         """File the batch."""
         row, device, unknown = self._row, batch.finite.device, ~batch.finite
         if self._scorer is not None:
-            row["self_influence"] = self._scorer.self_influence().to(device, wide_dtype(device))
+            self.self_influence = self._scorer.self_influence().to(device, wide_dtype(device))
+            row["self_influence"] = self.self_influence
         if self._last is not None:
             row["features"] = projected(self._last)
         row = {

@@ -29,6 +29,7 @@ from lightning_influence.gradients.coverage import listed
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import visit
 from lightning_influence.scores import matrix_file
+from lightning_influence.scores.examples import ExampleScorer
 from lightning_influence.scores.products import Normalisation, PairColumns, StrongestPairs
 from lightning_influence.scores.queries import (
     PreparedQueries,
@@ -170,7 +171,8 @@ def pairwise_scores(
             lead every list (the ℓ-RelatIF of Barshan et al. 2020, 2003.11630). ``"cosine"`` divides by that of the
             query, too: the cosine of the gradients in the metric ``(C + λ)⁻¹``; with the identity it is the plain one
             (grad-cos). Where GGN and Hessian are not dense, the norm of training examples is EK-FAC's, and that of
-            queries their own; such cosines may exceed 1.
+            queries their own; such cosines may exceed 1. An example without a gradient (or one so small that float32
+            loses its square) has 0.
         by_layer: Whether to give each layer's part of the scores, too.
         path: Where to write the scores instead of holding them in memory: an ``.npy`` file in float32, which
             ``numpy.load(path, mmap_mode="r")`` reads. It appears, or replaces the one there, when it is complete. With
@@ -225,9 +227,11 @@ def top_scores(
     chunks = query_chunks(gradients, query_indices)
     found = []
     for prepared in prepared_queries(curvature, queries.like(gradients), chunks, len(examples)):
-        strongest = StrongestPairs(prepared, count, curvature, normalise)
-        visit(gradients, examples, [strongest], title=_TITLE)
-        found.append(strongest.result())
+        own = None if normalise == "none" else ExampleScorer(gradients, examples, curvature)
+        strongest = StrongestPairs(prepared, count, own, [normalise])
+        visit(gradients, examples, [*filter(None, (own, strongest))], title=_TITLE)
+        scores, rows, _ = strongest.result()
+        found.append((scores[0], rows[0]))
     return TopScores.of(query_indices, found)
 
 
@@ -323,8 +327,10 @@ class PairSum:
             self._scores[:, rows, places] += weight * scores
             self._met[places] = True
 
-        columns = PairColumns(self._examples, queries, write, curvature, normalise, self._layers)
-        visit(self.gradients, self._examples.tolist(), [columns], title=_TITLE)
+        examples = self._examples.tolist()
+        own = None if normalise == "none" else ExampleScorer(self.gradients, examples, curvature)
+        columns = PairColumns(self._examples, queries, write, own, normalise, self._layers)
+        visit(self.gradients, examples, [*filter(None, (own, columns))], title=_TITLE)
         columns.finish()
 
     def result(self, filed: Tensor | None = None, *, notes: Sequence[str] = ()) -> PairwiseScores:

@@ -24,7 +24,9 @@ _NOT_DRAWN = "(letters that this font has not: see the text)"
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def sheet(pictures: Sequence[tuple[Tensor | str, str] | None], columns: int, titles: Sequence[str] = ()) -> Tensor:
+def sheet(
+    pictures: Sequence[tuple[Tensor | str, str] | None], columns: int, titles: Sequence[str] = (), heading: str = ""
+) -> Tensor:
     """Put pictures on one sheet, with the lines of a text under each.
 
     Every image is stretched to its own full range (a constant one is mid-grey), because the inputs of a model are
@@ -36,6 +38,7 @@ def sheet(pictures: Sequence[tuple[Tensor | str, str] | None], columns: int, tit
             what stands below it, row by row; None for an empty place.
         columns: Pictures in a row.
         titles: What stands above, each over its share of the width.
+        heading: What stands above these, over all of it.
 
     Returns:
         ``[3, h, w]`` uint8.
@@ -43,7 +46,8 @@ def sheet(pictures: Sequence[tuple[Tensor | str, str] | None], columns: int, tit
     font = ImageFont.load_default(_FONT_SIZE)
     lines = 1 + max(picture[1].count("\n") for picture in pictures if picture is not None)
     row_height = _TILE + _GAP // 2 + lines * _LINE + _GAP
-    head = _GAP + (_LINE + _GAP // 2 if titles else 0)
+    above = _GAP + (_LINE + _GAP // 2 if heading else 0)
+    head = above + (_LINE + _GAP // 2 if titles else 0)
     width = columns * (_TILE + _GAP) + _GAP
     paper = Image.new("RGB", (width, head + math.ceil(len(pictures) / columns) * row_height), "white")
     draw = ImageDraw.Draw(paper)
@@ -51,9 +55,10 @@ def sheet(pictures: Sequence[tuple[Tensor | str, str] | None], columns: int, tit
     def write(text: str, left: int, top: int, room: int) -> None:
         draw.text((left, top), _cut(drawable(text), font, room), font=font, fill=_INK)
 
+    write(heading, _GAP, _GAP, width - 2 * _GAP)
     for number, title in enumerate(titles):
         share = (width - _GAP) // len(titles)
-        write(title, _GAP + number * share, _GAP, share - _GAP)
+        write(title, _GAP + number * share, above, share - _GAP)
     for place, picture in enumerate(pictures):
         if picture is None:
             continue

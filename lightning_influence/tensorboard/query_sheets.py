@@ -1,4 +1,4 @@
-"""Queries in TensorBoard: each with its strongest proponents and opponents, as pictures and as a table."""
+"""Queries in TensorBoard: each with its lists of proponents and opponents, as pictures and as a table."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lightning_influence.audit.columns import Columns
-from lightning_influence.audit.summary import strongest_pairs
+from lightning_influence.audit.columns import PAIR_LISTS, Columns
+from lightning_influence.audit.summary import lists_of, strength, strongest_pairs
 from lightning_influence.audit.words import called, cut
 from lightning_influence.tensorboard.pictures import sheet
 from lightning_influence.tensorboard.text import UNKNOWN, caption, id_line, label_text, number_text, table
@@ -21,7 +21,8 @@ _TEXT = 200  # letters of what an example says
 _TITLES = ("query", "proponents", "opponents")
 _HEAD = (
     "**Queries** and the training examples that matter most to them. Training on a proponent (score > 0) makes the "
-    "query's measurement better, on an opponent worse; in brackets the example's given label and its score.\n\n"
+    "query's measurement better, on an opponent worse; in brackets the example's given label and what the list is "
+    "ordered by.\n\n"
 )
 
 
@@ -34,7 +35,7 @@ def write_queries(
     label_names: Sequence[str] | None = None,
     step: int,
 ) -> None:
-    """Write the table of pairs and, where inputs are images, a sheet for every query.
+    """Write the table of pairs and, where inputs are images, a sheet for every list of a query.
 
     Args:
         writer: Event file writer.
@@ -47,7 +48,8 @@ def write_queries(
     """
     writer.add_text(_TAG, queries_markdown(pairs, measured=measured, label_names=label_names), step)
     texts: list[tuple[str, str, str]] = []
-    for proponents, opponents in strongest_pairs(pairs, _SHOWN):
+    lists = [(name, *both) for of_query in strongest_pairs(pairs, _SHOWN) for name, both in of_query.items()]
+    for name, proponents, opponents in lists:
         every = np.concatenate((proponents, opponents))
         first = int(every[0])
         query = images(int(pairs["query_set"][first]), [int(pairs["query"][first])])
@@ -60,15 +62,16 @@ def write_queries(
         places = [picture for row in rows for picture in row]
         told = [(called(pairs, first, "query", "query_id"), "query", query[0])]
         told += [(called(pairs, r), pairs["kind"][r], text) for r, text in zip(every, examples, strict=True)]
-        texts += [(f"#{name}", kind, cut(text, _TEXT)) for name, kind, text in told if isinstance(text, str) and text]
-        writer.add_image(f"{_TAG}/{int(pairs['number'][first])}", sheet(places, len(_TITLES), _TITLES), step)
+        texts += [(f"#{who}", kind, cut(text, _TEXT)) for who, kind, text in told if isinstance(text, str) and text]
+        picture = sheet(places, len(_TITLES), _TITLES, _explained(name))
+        writer.add_image(f"{_TAG}/{int(pairs['number'][first])}/{name}", picture, step)
     if texts:
         names = ("example", "kind", "text")
-        writer.add_text(f"{_TAG}/texts", table(names, texts, names), step)
+        writer.add_text(f"{_TAG}/texts", table(names, list(dict.fromkeys(texts)), names), step)
 
 
 def queries_markdown(pairs: Columns, *, measured: str = "loss", label_names: Sequence[str] | None = None) -> str:
-    """Return a table with a row for every query, and its five strongest proponents and opponents.
+    """Return a table with a row for every list of a query: its first five proponents and opponents.
 
     Args:
         pairs: The table of pairs.
@@ -76,15 +79,20 @@ def queries_markdown(pairs: Columns, *, measured: str = "loss", label_names: Seq
         label_names: Name of each class; the names are untrusted and escaped.
     """
     rows = []
-    for both in strongest_pairs(pairs, _SHOWN):
+    lists = [(name, both) for of_query in strongest_pairs(pairs, _SHOWN) for name, both in of_query.items()]
+    for name, both in lists:
         first = int(np.concatenate(both)[0])
         labels = (label_text(pairs[name][first], label_names) for name in ("query_label", "query_predicted"))
         told = (", ".join(_told(pairs, row, label_names) for row in own) or UNKNOWN for own in both)
-        rows.append(
-            [f"#{called(pairs, first, 'query', 'query_id')}", *labels, number_text(pairs["measured"][first]), *told]
-        )
-    names = ["query", "given", "predicted", measured.replace("_", " "), *_TITLES[1:]]
-    return _HEAD + table(names, rows, ("given", "predicted", *_TITLES[1:]))
+        asked = f"#{called(pairs, first, 'query', 'query_id')}"
+        rows.append([asked, *labels, number_text(pairs["measured"][first]), name, *told])
+    names = ["query", "given", "predicted", measured.replace("_", " "), "list", *_TITLES[1:]]
+    explained = "".join(f"* {_explained(name)}\n" for name in PAIR_LISTS if name in lists_of(pairs))
+    return _HEAD + explained + "\n" + table(names, rows, ("given", "predicted", "list", *_TITLES[1:]))
+
+
+def _explained(name: str) -> str:
+    return f"{name}: {PAIR_LISTS[name]}"
 
 
 def _query(pairs: Columns, row: int, measured: str, label_names: Sequence[str] | None) -> str:
@@ -97,10 +105,10 @@ def _query(pairs: Columns, row: int, measured: str, label_names: Sequence[str] |
 
 def _example(pairs: Columns, row: int, label_names: Sequence[str] | None) -> str:
     text = caption(pairs["index"][row], pairs["label"][row], "predicted", pairs["predicted"][row], label_names)
-    return f"{text}\n{pairs['score'][row]:+.3g}" + id_line(pairs, row)
+    return f"{text}\n{strength(pairs, row):+.3g}" + id_line(pairs, row)
 
 
 def _told(pairs: Columns, row: int, label_names: Sequence[str] | None) -> str:
     label = label_text(pairs["label"][row], label_names)
     given = "" if label == UNKNOWN else f"{label}, "
-    return f"#{called(pairs, row)} ({given}{pairs['score'][row]:+.3g})"
+    return f"#{called(pairs, row)} ({given}{strength(pairs, row):+.3g})"
