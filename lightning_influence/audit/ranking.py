@@ -10,6 +10,7 @@ the table; influence earns its place there by saying which predictions an exampl
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,14 @@ from numpy.typing import NDArray
 
 from lightning_influence.audit.belief import LabelBeliefs, believe
 from lightning_influence.audit.columns import COLUMNS, Columns
+from lightning_influence.audit.trusted import wrong_beside_trusted
 from lightning_influence.training.evidence import LabelEvidence
 
 _NO_CLASSES = "the loss has no classes: an example that fits badly may be right all the same"
 _NO_EVIDENCE = "no features of the first epochs were looked at"
 
-# Without classes, outliers are proposed such that about one in ten would be one by chance.
-_FALSE_DISCOVERIES = 0.1
+# Beside trusted labels some of the others must be wrong with this probability, or nothing is said of them.
+_SURE = 0.5
 
 
 def rank(columns: Columns) -> dict[str, NDArray[Any]]:
@@ -32,7 +34,10 @@ def rank(columns: Columns) -> dict[str, NDArray[Any]]:
 
 
 def judged(
-    columns: Columns, evidence: LabelEvidence | None = None, beliefs: LabelBeliefs | None = None
+    columns: Columns,
+    evidence: LabelEvidence | None = None,
+    beliefs: LabelBeliefs | None = None,
+    trusted: NDArray[np.int64] | None = None,
 ) -> tuple[dict[str, NDArray[Any]], LabelBeliefs]:
     """Rank the examples and say which are proposed for review.
 
@@ -40,6 +45,7 @@ def judged(
         columns: Score columns ``[n]``, with ``index``.
         evidence: What others say about the labels of the same examples.
         beliefs: What is known already of the labels as a whole, in place of evidence: the mean over several runs.
+        trusted: Dataset indices of labels that are known to be right.
 
     Returns:
         A new mapping with ``suspicion``, ``rank`` (1 = most suspicious), ``candidate`` and ``finite`` added, with
@@ -61,11 +67,37 @@ def judged(
         beliefs, found = believe(result["label"], evidence, order)
         result |= found
     beliefs = beliefs or LabelBeliefs(reason=_NO_CLASSES if "label" not in result else _NO_EVIDENCE)
+    eligible = finite & (result["suggested"] >= 0 if "suggested" in result else False)
+    if trusted is not None and len(trusted):
+        right = np.isin(result["index"], trusted)
+        if "wrong_probability" in result:
+            beliefs, result["wrong_probability"] = _beside_trusted(beliefs, result, right & np.isfinite(suspicion))
+        eligible &= ~right
     result["candidate"] = np.zeros(size, dtype=bool)
-    if beliefs.told and "suggested" in result:
-        eligible = order[(finite & (result["suggested"] >= 0))[order]]
-        result["candidate"][eligible[: round(beliefs.noise_rate * len(eligible))]] = True
+    if beliefs.told:
+        first = order[eligible[order]]
+        result["candidate"][first[: round(beliefs.noise_rate * len(first))]] = True
     return result, beliefs
+
+
+def _beside_trusted(
+    beliefs: LabelBeliefs, columns: Columns, right: NDArray[np.bool_]
+) -> tuple[LabelBeliefs, NDArray[np.float64]]:
+    """Believe what labels known to be right tell, where it is more than the run alone does."""
+    wrong = np.array(columns["wrong_probability"])
+    known = np.isfinite(columns["suspicion"]) & np.isfinite(wrong)
+    found = np.zeros(len(wrong))
+    if right.any() and (known & ~right).any():
+        found[known] = wrong_beside_trusted(columns["suspicion"][known], right[known])
+    rate = float(found[known].mean()) if known.any() else 0.0
+    wrong[right] = 0.0
+    # The run alone knows better how sure each single label is, as long as both agree on how many are wrong.
+    if found.max(initial=0.0) < _SURE or (beliefs.told and rate <= beliefs.high):
+        return beliefs, wrong
+    low = min(rate, float(found[found >= _SURE].sum()) / len(found))
+    error = 2 * (rate * (1 - rate) / max(int(right.sum()), 1)) ** 0.5
+    found[~known] = np.nan
+    return replace(beliefs, verdict="told", reason="", noise_rate=rate, low=low, high=min(rate + error, 1.0)), found
 
 
 def ingredients(columns: Columns) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ class Arguments:
     task: Task | None
     queries: Queries | None
     known_noise: Tensor | None
+    trusted: Tensor | None
     dirpath: str | os.PathLike[str] | None
     verify: bool
     ids: Ids = None
@@ -95,19 +96,19 @@ def checked_tracin(value: object) -> TracIn | None:
     return TracIn(mode=value)  # type: ignore[arg-type]
 
 
-def checked_indices(indices: Sequence[int] | Tensor | None) -> Tensor | None:
+def checked_indices(name: str, indices: Sequence[int] | Tensor | None) -> Tensor | None:
     """Return distinct dataset indices as a tensor; raise ``ValueError`` for anything else."""
     if indices is None:
         return None
     values = torch.as_tensor(indices)
     if values.ndim != 1 or not len(values) or values.is_floating_point() or values.dtype == torch.bool:
         raise ValueError(
-            f"known_noise has the shape {tuple(values.shape)} and dtype {values.dtype}; expected the dataset indices "
-            "of the wrong labels, a non-empty list of integers."
+            f"{name} has the shape {tuple(values.shape)} and dtype {values.dtype}; expected the dataset indices "
+            "of some examples, a non-empty list of integers."
         )
     values = values.long().cpu()
     if int(values.min()) < 0 or len(values.unique()) != len(values):
-        raise ValueError("known_noise holds negative or repeated indices; expected distinct dataset indices >= 0.")
+        raise ValueError(f"{name} holds negative or repeated indices; expected distinct dataset indices >= 0.")
     return values
 
 

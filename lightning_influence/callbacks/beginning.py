@@ -85,12 +85,14 @@ def _begun(
         flight = FlightRecorder(recording, trainer, module, layers, trace)
     # Last: what can't be audited leaves no directory behind.
     store = preparing.open_store(trainer, arguments.dirpath)
-    known_noise = None if arguments.known_noise is None else arguments.known_noise.numpy()
+    known_noise, trusted = (
+        None if known is None else known.numpy() for known in (arguments.known_noise, arguments.trusted)
+    )
     return AuditRun(
         recording,
         passes,
         inspection,
-        Reporter(store, arguments.described(), known_noise, queries, names),
+        Reporter(store, arguments.described(), known_noise, queries, names, trusted),
         arguments,
         flight=flight,
         queries=queries,

@@ -75,6 +75,8 @@ class InfluenceAudit(RunHooks):
             loss, a ``DataLoader`` its first eight; ``Queries(...)`` has more to choose, such as what is measured: a
             margin, an adversarial loss, or a gap between groups.
         known_noise: Dataset indices of labels that are known to be wrong, to measure the detection.
+        trusted: Dataset indices of labels that are known to be right, a few hundred at random: beside them even
+            mistakes show that the network shares.
         ids: What the examples are called (file names, keys of rows) in every table: a sequence with one id for each
             training example (or, if these are a part of another data set, for each of that), or a function from
             dataset index to id.
@@ -114,6 +116,7 @@ class InfluenceAudit(RunHooks):
         task: Task | None = None,
         queries: Literal["worst"] | DataLoader[Any] | Queries | None = None,
         known_noise: Sequence[int] | Tensor | None = None,
+        trusted: Sequence[int] | Tensor | None = None,
         dirpath: str | os.PathLike[str] | None = None,
         verify: bool = True,
         ids: Ids = None,
@@ -130,7 +133,8 @@ class InfluenceAudit(RunHooks):
             uncovered,
             task,
             checked_queries(queries),
-            checked_indices(known_noise),
+            checked_indices("known_noise", known_noise),
+            checked_indices("trusted", trusted),
             dirpath,
             verify,
             ids,
@@ -172,7 +176,8 @@ class InfluenceAudit(RunHooks):
     def _prepare(self, trainer: Trainer, module: LightningModule) -> AuditRun:
         with preparing.errors_as_misconfiguration():
             source = self._recorder.source_of(trainer.train_dataloader)
-            preparing.check_known_noise(self.arguments.known_noise, source)
+            preparing.check_indices("known_noise", self.arguments.known_noise, source)
+            preparing.check_indices("trusted", self.arguments.trusted, source)
             self._recording = Recording(len(source), module, self.arguments.tracin)
             restored, self._restored = self._restored, None
             restore(self._recording, restored, trainer)

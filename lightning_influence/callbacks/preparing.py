@@ -180,10 +180,10 @@ def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection:
     return first is not None and second is not None and not torch.equal(first, second)
 
 
-def check_known_noise(known_noise: Tensor | None, source: ExampleSource) -> None:
+def check_indices(name: str, indices: Tensor | None, source: ExampleSource) -> None:
     """Raise ``DataError`` for indices beyond the data."""
-    if known_noise is not None and int(known_noise.max()) >= len(source):
-        raise DataError(f"known_noise holds the index {int(known_noise.max())}; the data have {len(source)} examples.")
+    if indices is not None and int(indices.max()) >= len(source):
+        raise DataError(f"{name} holds the index {int(indices.max())}; the data have {len(source)} examples.")
 
 
 def warn_of_gaps(coverage: Coverage) -> None:

@@ -53,6 +53,7 @@ class Reporter:
         known_noise: Dataset indices of labels known to be wrong.
         queries: What the audit is asked about.
         names: What the training examples are called.
+        trusted: Dataset indices of labels known to be right.
 
     Attributes:
         seconds_per_example: Of a pass over the training data, once one was timed.
@@ -65,8 +66,10 @@ class Reporter:
         known_noise: NDArray[Any] | None = None,
         queries: QueryReport | None = None,
         names: ExampleNames | None = None,
+        trusted: NDArray[Any] | None = None,
     ) -> None:
         self.store = store
+        self._trusted = trusted
         self.known_noise = known_noise
         self.queries = queries
         self.names = names or ExampleNames(())
@@ -160,9 +163,12 @@ class Reporter:
         recording: Recording,
     ) -> AuditReport:
         """Rank, and put everything together."""
-        ranked, beliefs = judged(self._named(columns), recording.label_evidence(columns["index"].tolist()))
+        evidence = recording.label_evidence(columns["index"].tolist())
+        ranked, beliefs = judged(self._named(columns), evidence, trusted=self._trusted)
         ranked = self._with_texts(ranked)
         manifest = self._manifest | {"status": "complete", "step": step, "labels": beliefs.described()}
+        if self._trusted is not None:
+            manifest["labels"]["trusted"] = len(self._trusted)
         manifest |= audit_described(gradients, plan, inspection, result, ranked)
         with tolerated("reading the class names", self._said):
             if (names := bridge.label_names(gradients.source.dataset)) is not None:
