@@ -281,11 +281,11 @@ def test_an_optimizer_that_is_not_understood_has_no_trainer_damping_and_the_repo
 class TestBounded:
     """Only a few examples carry the Fisher of a network that has separated its data."""
 
-    def fitted(self, hard: int, curvature: Any = "ekfac", damping: Any = "auto") -> Any:
-        """40 examples of which all but ``hard`` have a gradient of nothing."""
+    def fitted(self, hard: int, curvature: Any, damping: Any = "auto", examples: int = 40) -> Any:
+        """Examples of which all but ``hard`` have a gradient of nothing."""
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 2)).double()
-        data = TensorDataset(torch.randn(40, 8).double(), torch.arange(40) % 2)
+        net = nn.Sequential(nn.Linear(30, 30, bias=False), nn.Tanh(), nn.Linear(30, 2)).double()
+        data = TensorDataset(torch.randn(examples, 30).double(), torch.arange(examples) % 2)
         data.tensors[0][hard:] *= 1e-4
         influence = Influence(net, nn.CrossEntropyLoss(), data, layers=["0"])
         fitted = influence.fit(curvature, fisher="exact", factor_examples=None, damping=damping)
@@ -303,7 +303,7 @@ class TestBounded:
 
     @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal"])
     def test_data_that_span_the_block_leave_it_relative(self, curvature: Any) -> None:
-        block, damping = self.fitted(40, curvature)
+        block, damping = self.fitted(600, curvature, examples=600)
         assert damping == block.damping()
 
 
