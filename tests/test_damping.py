@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tracing import covered
 
-from lightning_influence import Influence, InfluenceAudit
+from lightning_influence import Influence, InfluenceAudit, TracIn
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.core import memory
 from lightning_influence.curvature import LADDER, OptimizerHistory, choose_damping
+from lightning_influence.training.optimizers import preconditioners
 from lightning_influence.training.step_sizes import StepSizes
 
 SGD = OptimizerHistory({"0.weight": 8.0, "0.bias": 2.0, "2.weight": 4.0, "2.bias": 4.0}, {"0.weight": 0.5}, (), 10)
@@ -36,20 +37,23 @@ class TestRule:
         choice = choose_damping(0.25, "relative", blocks(), SGD)
         assert (choice.absolute, choice.rule, choice.notes) == (0.25, "absolute", ())
 
-    def test_trainer_is_one_over_the_step_sizes_plus_weight_decay(self) -> None:
+    def test_trainer_is_the_mean_of_one_over_the_step_sizes_plus_weight_decay(self) -> None:
         choice = choose_damping("trainer", "relative", blocks(), SGD)
-        first = (8.0 * 6 + 2.0 * 2) / 8
-        assert choice.absolute == pytest.approx({"0": 1 / first + 0.5 * 6 / 8, "2": 0.25})
+        first = (6 / 8.0 + 2 / 2.0) / 8
+        assert choice.absolute == pytest.approx({"0": first + 0.5 * 6 / 8, "2": 0.25})
         assert choice.rule == "trainer"
+        assert choice.source == "1 / sum of the step sizes of 10 steps, plus the L2 weight decay"
 
     @pytest.mark.parametrize("default", ["relative", "trainer"])
     def test_auto_is_the_default_of_the_curvature(self, default: Any) -> None:
         assert choose_damping("auto", default, blocks(), SGD).rule == default
 
-    def test_kronecker_blocks_are_relative_and_the_exact_ones_follow_the_trainer(self) -> None:
-        relative = {name for name, rung in LADDER.items() if rung.damping == "relative"}
-        assert relative == {"identity", "diagonal", "kfac", "ekfac"}
-        assert LADDER.keys() - relative == {"block_ggn", "ggn", "hessian"}
+    def test_kronecker_blocks_are_bounded_and_the_exact_ones_follow_the_trainer(self) -> None:
+        assert {name: rung.damping for name, rung in LADDER.items()} == {
+            **dict.fromkeys(["identity", "diagonal"], "relative"),
+            **dict.fromkeys(["kfac", "ekfac"], "bounded"),
+            **dict.fromkeys(["block_ggn", "ggn", "hessian"], "trainer"),
+        }
 
     def test_relative_leaves_the_scale_to_the_curvature(self) -> None:
         choice = choose_damping("relative", "trainer", blocks(), SGD)
@@ -57,17 +61,25 @@ class TestRule:
 
     def test_a_layer_that_never_moved_gets_the_mean_of_the_others(self) -> None:
         history = OptimizerHistory({"0.weight": 4.0, "0.bias": 4.0}, {}, (), 10)
-        assert choose_damping("trainer", "relative", blocks(), history).absolute == pytest.approx({"0": 0.25, "2": 0.5})
+        assert choose_damping("trainer", "relative", blocks(), history).absolute == {"0": 0.25, "2": 0.25}
+
+    def test_a_bias_that_never_moved_has_no_part_in_its_layer(self) -> None:
+        history = OptimizerHistory({"0.weight": 4.0, "2.weight": 2.0, "2.bias": 2.0}, {}, (), 10)
+        assert choose_damping("trainer", "relative", blocks(), history).absolute == {"0": 0.25, "2": 0.5}
 
     @pytest.mark.parametrize(
         ("history", "reason"),
         [
             (None, "no optimizer step was seen"),
             (OptimizerHistory({}, {}, (), 0), "no optimizer step was seen"),
-            (OptimizerHistory({"0.weight": 1.0}, {}, ("Adam",), 5), "Adam takes steps that are not multiples"),
+            (
+                OptimizerHistory({"0.weight": 1.0}, {}, ("LARS",), 5),
+                "it is not known what LARS multiplied the gradients of 0.weight with",
+            ),
+            (OptimizerHistory({"0.weight": 1.0}, {}, ("Adam",), 5, {"0.weight": 0.0}), "no layer was moved"),
         ],
     )
-    def test_without_plain_steps_it_is_relative_and_says_so(self, history: Any, reason: str) -> None:
+    def test_without_known_steps_it_is_relative_and_says_so(self, history: Any, reason: str) -> None:
         choice = choose_damping("trainer", "relative", blocks(), history)
         assert (choice.absolute, choice.rule) == (None, "relative")
         assert reason in choice.notes[0]
@@ -108,6 +120,49 @@ class TestHistory:
         history = self.stepped(lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.75))
         assert history.step_sizes == pytest.approx({"weight": 6.0, "bias": 6.0})
         assert (history.steps, history.adaptive) == (3, ())
+
+    def test_adam_moves_by_what_its_state_says(self) -> None:
+        """Two checkpoints and a rest: 4, 2 and 1 steps; entries that no step has moved have no part in the mean."""
+        layer = nn.Linear(2, 1)
+        weight, bias = layer.weight, layer.bias
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.5, betas=(0.9, 0.0), eps=0.0)
+        sizes = StepSizes(layer)
+        for steps, squares in ((4, [[4.0, 16.0]]), (2, [[0.0, 64.0]]), (1, [[1.0, 1.0]])):
+            for _ in range(steps):
+                sizes.record(optimizer)
+            state = {"step": torch.tensor(5.0), "exp_avg": torch.zeros(1, 2)}
+            optimizer.state[weight] = {**state, "exp_avg_sq": torch.tensor(squares)}
+            optimizer.state[bias] = {**state, "exp_avg_sq": torch.zeros(1)}
+            scales = preconditioners([optimizer], layer)
+            if steps > 1:
+                assert sizes.take(scales) == {"weight": 0.5 * steps, "bias": 0.5 * steps}
+        history = sizes.history(scales)
+        # The means of 1/P are 3, 8 and 1.
+        assert history.moved == pytest.approx({"weight": 2.0 / 3 + 1.0 / 8 + 0.5, "bias": 0.0})
+        assert history.step_sizes == {"weight": 3.5, "bias": 3.5}
+        again = StepSizes(layer)
+        again.load_state_dict(sizes.state_dict())
+        assert again.history(scales) == history
+
+    def test_steps_without_a_known_scale_count_as_the_others(self) -> None:
+        layer = nn.Linear(2, 1, bias=False)
+        optimizer, sizes = torch.optim.Adam(layer.parameters(), lr=1.0), StepSizes(layer)
+        sizes.record(optimizer)
+        sizes.take()
+        assert sizes.history().moved == {}
+        for _ in range(3):
+            sizes.record(optimizer)
+        assert sizes.history({"weight": torch.full((1, 2), 0.5)}).moved == pytest.approx({"weight": 2.0})
+
+    def test_plain_steps_beside_adaptive_ones(self) -> None:
+        net, sizes = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1), nn.Linear(1, 1)), None
+        sizes = StepSizes(net)
+        sizes.record(torch.optim.SGD(net[0].parameters(), lr=0.5))
+        sizes.record(torch.optim.Adam(net[1].parameters(), lr=0.5))
+        sizes.record(torch.optim.Rprop(net[2].parameters(), lr=0.5))
+        scales = {"1.weight": torch.full((1, 2), 4.0)}
+        assert sizes.history().moved == {"0.weight": 0.5, "0.bias": 0.5}
+        assert sizes.history(scales).moved == {"0.weight": 0.5, "0.bias": 0.5, "1.weight": 2.0, "1.bias": 0.0}
 
     @pytest.mark.parametrize(
         ("make", "decay", "adaptive"),
@@ -191,12 +246,65 @@ def test_ggn_with_the_damping_of_the_run(tmp_path: Path, solver: Any) -> None:
         assert any("self_influence is that of EK-FAC" in note for note in report.manifest["notes"])
 
 
-def test_adam_has_no_trainer_damping_and_the_report_says_so(tmp_path: Path) -> None:
-    model = Validated(lambda module: torch.optim.Adam(module.parameters(), lr=0.01))
+@pytest.mark.parametrize("tracin", [None, TracIn(keep_checkpoints=0), TracIn()])
+def test_adam_has_a_trainer_damping_from_its_state(tmp_path: Path, tracin: TracIn | None) -> None:
+    """It was 0.1 of the mean eigenvalue, whatever Adam had done, and an LDS of .09 in the place of .26."""
+    kept: list[torch.optim.Adam] = []
+
+    def make(module: nn.Module) -> torch.optim.Optimizer:
+        # The second moment is that of the epoch's last gradient, at weights that hardly move: P is always the same.
+        kept.append(torch.optim.Adam(module.parameters(), lr=1e-9, betas=(0.9, 0.0), weight_decay=0.03))
+        return kept[0]
+
+    model = Validated(make)
+    report = fit(InfluenceAudit(curvature="ggn", tracin=tracin), tmp_path, model)
+    described = report.manifest["curvature"]
+    assert described["damping_rule"] == "trainer"
+    assert described["damping_from"] == (
+        "1 / sum of the step sizes of 10 steps times what Adam multiplied gradients with, plus the L2 weight decay"
+    )
+    scales = preconditioners(kept, model)
+    for layer in ("net.1", "net.3"):
+        inverse = torch.cat([(1 / scales[f"{layer}.{part}"]).flatten() for part in ("weight", "bias")])
+        assert described["damping"][layer] == pytest.approx(float(inverse.mean()) / (10 * 1e-9) + 0.03, rel=1e-3)
+    assert not any("damping" in note for note in report.manifest["notes"])
+
+
+def test_an_optimizer_that_is_not_understood_has_no_trainer_damping_and_the_report_says_so(tmp_path: Path) -> None:
+    model = Validated(lambda module: torch.optim.Rprop(module.parameters(), lr=0.01))
     report = fit(InfluenceAudit(curvature="ggn"), tmp_path, model)
     assert report.manifest["curvature"]["damping_rule"] == "relative"
-    assert any("Adam takes steps that are not multiples of the gradient" in n for n in report.manifest["notes"])
+    assert any("not known what Rprop multiplied the gradients of" in n for n in report.manifest["notes"])
     assert "self_influence" in report.columns
+
+
+class TestBounded:
+    """Only a few examples carry the Fisher of a network that has separated its data."""
+
+    def fitted(self, hard: int, curvature: Any, damping: Any = "auto", examples: int = 40) -> Any:
+        """Examples of which all but ``hard`` have a gradient of nothing."""
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(30, 30, bias=False), nn.Tanh(), nn.Linear(30, 2)).double()
+        data = TensorDataset(torch.randn(examples, 30).double(), torch.arange(examples) % 2)
+        data.tensors[0][hard:] *= 1e-4
+        influence = Influence(net, nn.CrossEntropyLoss(), data, layers=["0"])
+        fitted = influence.fit(curvature, fisher="exact", factor_examples=None, damping=damping)
+        (block,), (damping,) = fitted.curvature.blocks.values(), fitted.curvature.dampings.values()
+        return block, damping
+
+    @pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
+    def test_no_more_dimensions_than_the_data_span(self, curvature: Any) -> None:
+        block, damping = self.fitted(4, curvature)
+        lam = block.eigenvalues
+        dimensions, before = (float((lam / (lam + value)).sum()) for value in (damping, block.damping()))
+        # Four examples at most, with one direction of a softmax over two classes, and as much again.
+        assert before > 8 >= dimensions > 2
+        assert self.fitted(4, curvature, "relative")[1] == block.damping() < damping
+
+    @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "diagonal"])
+    def test_data_that_span_the_block_leave_it_relative(self, curvature: Any) -> None:
+        block, damping = self.fitted(600, curvature, examples=600)
+        assert damping == block.damping()
 
 
 def test_an_indefinite_hessian_leaves_the_rest_of_the_audit(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lightning_influence.curvature import (
     fit,
     fitted_bytes,
 )
-from lightning_influence.curvature.implicit import mean_eigenvalue
+from lightning_influence.curvature.implicit import mean_eigenvalues
 from lightning_influence.curvature.solve.cg import cg
 from lightning_influence.curvature.solve.nystrom import nystrom_preconditioner
 from lightning_influence.curvature.solve.solvers import SOLVERS
@@ -189,22 +189,26 @@ class TestNystrom:
             Problem().fit("hessian", 2.0, solver="nystrom")
 
 
-def test_relative_damping_is_a_share_of_the_mean_eigenvalue() -> None:
+def test_relative_damping_is_a_share_of_the_mean_eigenvalue_weighted_with_itself() -> None:
     problem = Problem()
-    mean = float(problem.dense("ggn").diagonal().mean())
+    matrix = problem.dense("ggn")
+    mean = float(matrix.square().sum() / matrix.trace())
+    assert mean > 2 * float(matrix.diagonal().mean())
     exact = problem.fit("ggn", None)
     assert exact.dampings == pytest.approx({"0": 0.1 * mean, "2": 0.1 * mean}, rel=1e-9)
     estimated = problem.fit("ggn", None, solver="pcg")
     assert estimated.dampings["0"] == pytest.approx(0.1 * mean, rel=0.3)
 
 
-def test_the_trace_estimate_is_exact_for_diagonals_and_unbiased() -> None:
+def test_the_estimates_are_exact_for_diagonals_and_unbiased() -> None:
     diagonal = torch.arange(1.0, 8.0).double()
-    assert mean_eigenvalue(lambda v: v * diagonal, diagonal) == pytest.approx(4.0)
+    assert mean_eigenvalues(lambda v: v * diagonal, diagonal) == pytest.approx((4.0, 20.0))
     root = torch.randn(30, 30, generator=torch.Generator().manual_seed(0)).double()
     matrix = root @ root.T
-    found = [mean_eigenvalue(lambda v: v @ matrix, matrix[0], seed=seed) for seed in range(50)]
-    assert sum(found) / 50 == pytest.approx(float(matrix.diagonal().mean()), rel=0.03)
+    found = [mean_eigenvalues(lambda v: v @ matrix, matrix[0], seed=seed) for seed in range(50)]
+    assert sum(mean for mean, _ in found) / 50 == pytest.approx(float(matrix.diagonal().mean()), rel=0.03)
+    squares = float(matrix.square().sum()) / 30
+    assert sum(square for _, square in found) / 50 == pytest.approx(squares, rel=0.05)
 
 
 def test_coordinates_are_a_permutation_of_the_parameters() -> None:

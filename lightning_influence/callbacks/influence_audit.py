@@ -53,8 +53,8 @@ class InfluenceAudit(RunHooks):
             empirical if the loss is not a known one.
         damping: Absolute λ > 0 added to the curvature; ``"relative"``: 0.1 times the mean eigenvalue of each layer
             (nothing for the identity); ``"trainer"``: ``1 / (Σ η / (1 - momentum))`` over the steps of the run, plus
-            L2 weight decay, but relative for Adam and its kin. ``"auto"`` is ``"trainer"`` for ``"block_ggn"``,
-            ``"ggn"`` and ``"hessian"``, else relative.
+            L2 weight decay; of Adam and its kin ``1 / Σ η P``. ``"auto"`` is ``"trainer"`` for ``"block_ggn"``,
+            ``"ggn"`` and ``"hessian"``, else relative, for K-FAC and EK-FAC bounded (``docs/curvature.md``).
         solver: For ``"ggn"`` and ``"hessian"``, also those that ``influence()`` and ``unlearner()`` fit later:
             ``"dense"`` forms the matrix; ``"cg"`` (conjugate gradients), ``"nystrom"`` and ``"pcg"`` (the same,
             preconditioned with a sketch of the matrix, or with EK-FAC) and ``"lissa"`` use products only. ``"auto"`` is

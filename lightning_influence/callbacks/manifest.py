@@ -44,7 +44,11 @@ def audit_described(
             "covered": {name: list(block.parameters) for name, block in coverage.blocks.items()},
             "uncovered": coverage.uncovered,
         },
-        "curvature": {"name": plan.curvature, "damping_rule": plan.damping.rule}
+        "curvature": {
+            "name": plan.curvature,
+            "damping_rule": plan.damping.rule,
+            "damping_from": plan.damping.source,
+        }
         | ({} if curvature is None else _described(curvature)),
         "verification_error": inspection.largest_error,
         "seconds": result.seconds,

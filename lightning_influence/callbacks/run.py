@@ -175,13 +175,14 @@ class AuditRun:
     def _keep_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> Checkpoint:
         """Take a checkpoint that stands for the steps since the last one, and keep it."""
         taken = self.recording.step_sizes
-        steps, sums = taken.steps, taken.take()
+        scales = preconditioners(trainer.optimizers, module)
+        steps, sums = taken.steps, taken.take(scales)
         checkpoint = Checkpoint.of(
             module,
             trainer.global_step,
             step_sizes=sums,
             steps=steps,
-            preconditioner=preconditioners(trainer.optimizers, module),
+            preconditioner=scales,
             optimizer=", ".join(sorted(taken.optimizers)),
         )
         keep_checkpoint(self.reporter.store, checkpoint, tracin, self.recording)
@@ -221,7 +222,7 @@ class AuditRun:
         gradients = self.passes.scaled(trainer, module, indices, recording.losses.terms)
         indices = self._unmissed(indices)
         scaling = time.perf_counter() - start
-        history = recording.step_sizes.history()
+        history = recording.step_sizes.history(preconditioners(trainer.optimizers, module))
         plan = Influence.of(gradients, inspection, indices, history=history).plan(**self.arguments.fitting)
         bridge.set_up_validation(trainer)
         validation = bridge.validation_queries(trainer, gradients)

@@ -9,12 +9,13 @@ import torch
 
 from lightning_influence.core.precision import wide, working_dtype
 from lightning_influence.core.weights import checksum
-from lightning_influence.curvature.blocks.block import RELATIVE_DAMPING, Measure
+from lightning_influence.curvature.blocks.block import RELATIVE_DAMPING, CurvatureBlock, Measure
+from lightning_influence.curvature.blocks.kfac import KFACBlock
 from lightning_influence.curvature.choices import FactorExamples, Solver, check_solver, choose_solver, random_subset
 from lightning_influence.curvature.coordinates import BlockCoordinates
 from lightning_influence.curvature.curvature import BlockCurvature, Curvature
 from lightning_influence.curvature.dense import DenseCurvature, dense_matrix
-from lightning_influence.curvature.implicit import ImplicitCurvature, mean_eigenvalue
+from lightning_influence.curvature.implicit import ImplicitCurvature, mean_eigenvalues
 from lightning_influence.curvature.registry import LADDER, CurvatureName, check_memory
 from lightning_influence.curvature.solve.spectrum import IndefiniteError, check_damping
 from lightning_influence.gradients.passes import ExampleGradients, Labels
@@ -31,6 +32,7 @@ def fit(
     examples: FactorExamples,
     labels: tuple[Labels, Labels],
     damping: float | Mapping[str, float] | None = None,
+    directions: int | None = None,
     solver: Solver = "auto",
 ) -> Curvature:
     """Fit one curvature approximation.
@@ -43,7 +45,9 @@ def fit(
         labels: Labels of the covariance and eigenvalue passes; approximations with one pass in the parameter basis
             take the latter, products none.
         damping: Absolute λ for every block, or one by block name; by default 0.1 times the mean eigenvalue of each
-            block (of all parameters for GGN and Hessian).
+            block. For GGN and Hessian, that of all parameters; for these and the block GGN weighted with itself.
+        directions: Of one example's output gradient: bounds the dimensions of K-FAC and EK-FAC by default, see
+            ``KFACBlock.bounded_damping``; None for no bound.
         solver: For GGN and Hessian: ``"dense"`` forms the matrix; ``"cg"`` (conjugate gradients), ``"nystrom"`` and
             ``"pcg"`` (the same, preconditioned with a sketch of the matrix, see ``nystrom``, or with EK-FAC) and
             ``"lissa"`` need its products only. ``"auto"`` is dense for up to 4,096 parameters, else ``"nystrom"`` for
@@ -66,7 +70,7 @@ def fit(
     check_memory(name, blocks)
     curvature: Curvature
     if LADDER[name].product is None:
-        curvature = _fit_blocks(gradients, name, indices, examples, labels, dampings)
+        curvature = _fit_blocks(gradients, name, indices, examples, labels, dampings, directions)
     else:
         curvature = _fit_full(gradients, name, indices, examples, labels, dampings, solver)
     curvature.weights = {layer: checksum(block.parameters.values()) for layer, block in blocks.items()}
@@ -98,6 +102,7 @@ def _fit_blocks(
     examples: FactorExamples,
     labels: tuple[Labels, Labels],
     dampings: Mapping[str, float] | None,
+    directions: int | None = None,
 ) -> BlockCurvature:
     kind = LADDER[name].block
     covered = gradients.coverage.blocks
@@ -133,10 +138,17 @@ def _fit_blocks(
                 ) from error
     if dampings is None:
         # A layer without any gradient has no scale of its own; its scores are zero with any damping.
-        dampings = {layer: block.damping() or float(bool(kind.measures)) for layer, block in blocks.items()}
+        found = {layer: _default_damping(block, len(indices), directions) for layer, block in blocks.items()}
+        dampings = {layer: value or float(bool(kind.measures)) for layer, value in found.items()}
     for layer, block in blocks.items():
         block.check_damping(dampings[layer])
     return BlockCurvature(name, blocks, dampings, [chosen[measure][0] for measure in kind.measures], used)
+
+
+def _default_damping(block: CurvatureBlock, examples: int, directions: int | None) -> float:
+    if directions is None or not isinstance(block, KFACBlock):
+        return block.damping()
+    return block.bounded_damping(examples, directions)
 
 
 def _fit_full(
@@ -159,13 +171,17 @@ def _fit_full(
     chosen, notes = choose_solver(solver, coordinates.size, product.flat.device, semidefinite=product.semidefinite)
     matrix = dense_matrix(product, gradients, subset, coordinates) if chosen == "dense" else None
     if dampings is None:
-        mean = mean_eigenvalue(product, product.gradient) if matrix is None else float(wide(matrix.diagonal()).mean())
+        if matrix is None:
+            mean, square = mean_eigenvalues(product, product.gradient)
+        else:
+            mean, square = float(wide(matrix.diagonal()).mean()), float(wide(matrix).square().sum()) / len(matrix)
         if mean <= 0:
             raise IndefiniteError(
                 f"the mean eigenvalue of the {name} is {mean:.3g}: there is no relative damping. Pass a number, "
                 '`damping="trainer"`, or use the GGN.'
             )
-        dampings = dict.fromkeys(coordinates.blocks, RELATIVE_DAMPING * mean)
+        # The plain mean counts the many directions that no gradient has a part in, and is a hundred times too small.
+        dampings = dict.fromkeys(coordinates.blocks, RELATIVE_DAMPING * square / mean)
     curvature: Curvature
     if matrix is not None:
         curvature = DenseCurvature(name, matrix, coordinates, dampings, [], [product.examples])

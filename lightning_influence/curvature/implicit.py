@@ -124,8 +124,8 @@ class ImplicitCurvature(Curvature):
         return product(flat)[..., self._places] + self._rest * v
 
 
-def mean_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor, *, seed: int = 0) -> float:
-    """Estimate ``trace / p`` with random signs (Hutchinson 1990), one product of 16 vectors.
+def mean_eigenvalues(product: Callable[[Tensor], Tensor], like: Tensor, *, seed: int = 0) -> tuple[float, float]:
+    """Estimate the mean of the eigenvalues and of their squares with random signs (Hutchinson 1990), by one product.
 
     Args:
         product: Multiplies ``[q, p]``.
@@ -134,4 +134,5 @@ def mean_eigenvalue(product: Callable[[Tensor], Tensor], like: Tensor, *, seed: 
     """
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (_PROBES, like.shape[-1]), generator=generator).mul_(2).sub_(1).to(like)
-    return float(wide(signs * product(signs)).sum()) / signs.numel()
+    found = product(signs)
+    return float(wide(signs * found).mean()), float(wide(found).square().mean())

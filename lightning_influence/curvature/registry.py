@@ -17,6 +17,7 @@ from lightning_influence.curvature.blocks.diagonal import DiagonalBlock
 from lightning_influence.curvature.blocks.ekfac import EKFACBlock
 from lightning_influence.curvature.blocks.identity import IdentityBlock
 from lightning_influence.curvature.blocks.kfac import KFACBlock
+from lightning_influence.curvature.damping import DampingRule
 from lightning_influence.curvature.products.ggn import GGNProduct
 from lightning_influence.curvature.products.hessian import HessianProduct
 from lightning_influence.curvature.products.product import CurvatureProduct
@@ -37,14 +38,14 @@ class Rung:
 
     block: type[CurvatureBlock]
     product: type[CurvatureProduct] | None = None
-    damping: Literal["relative", "trainer"] = "relative"
+    damping: DampingRule = "relative"
 
 
 LADDER: dict[str, Rung] = {
     "identity": Rung(IdentityBlock),
     "diagonal": Rung(DiagonalBlock),
-    "kfac": Rung(KFACBlock),
-    "ekfac": Rung(EKFACBlock),
+    "kfac": Rung(KFACBlock, damping="bounded"),
+    "ekfac": Rung(EKFACBlock, damping="bounded"),
     "block_ggn": Rung(BlockGGN, damping="trainer"),
     "ggn": Rung(EKFACBlock, GGNProduct, "trainer"),
     "hessian": Rung(EKFACBlock, HessianProduct, "trainer"),

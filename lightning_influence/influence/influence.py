@@ -166,7 +166,7 @@ class Influence(ExaminedModel):
             fisher: Labels for it: ``"sampled"`` from the model, ``"exact"`` (their expectation), ``"empirical"``;
                 ``"auto"`` samples if the loss is known.
             damping: A number λ, ``"relative"`` (0.1 of each block's mean eigenvalue), ``"trainer"`` (what the training
-                implies, which takes ``history``), or ``"auto"``: that of the curvature.
+                implies, which takes ``history``), or ``"auto"``: that of the curvature, see ``curvature.damping``.
             solver: For GGN and Hessian: ``"dense"``, ``"cg"``, ``"nystrom"``, ``"pcg"`` or ``"lissa"``; others leave it
                 unused.
             factor_examples: Number of random examples to fit on; ``"auto"``: enough for every factor; None: all.

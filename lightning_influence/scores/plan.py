@@ -59,6 +59,7 @@ class InfluencePlan:
         examples: Number of examples of these passes.
         damping: λ, or how it follows from the curvature.
         solver: For GGN and Hessian, see ``curvature.fit``.
+        directions: Of one example's output gradient, for a bounded damping; None where it is not known.
     """
 
     curvature: CurvatureName
@@ -66,6 +67,7 @@ class InfluencePlan:
     examples: FactorExamples
     damping: DampingChoice = DampingChoice()
     solver: Solver = "auto"
+    directions: int | None = None
 
     @classmethod
     def make(
@@ -102,7 +104,10 @@ class InfluencePlan:
             count = size if examples is None else min(size, examples)
             sizes = FactorExamples(count, count, count)
         choice = choose_damping(damping, LADDER[curvature].damping, coverage.blocks, history)
-        return cls(curvature, labels, sizes, choice, solver)
+        # A softmax over c classes leaves c - 1.
+        known = choice.rule == "bounded" and inspection.exact_draws is not None
+        directions = max(1, (inspection.exact_draws or 1) - 1) if known else None
+        return cls(curvature, labels, sizes, choice, solver, directions)
 
     def fit(self, gradients: ExampleGradients, indices: Sequence[int]) -> Curvature:
         """Fit the curvature on the training examples, see ``curvature.fit``.
@@ -118,6 +123,7 @@ class InfluencePlan:
             examples=self.examples,
             labels=self.labels,
             damping=self.damping.absolute,
+            directions=self.directions,
             solver=self.solver,
         )
 

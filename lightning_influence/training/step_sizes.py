@@ -25,12 +25,16 @@ class OptimizerHistory:
         weight_decay: Parameter name to the coefficient of an L2 term in the loss; decoupled decay is none.
         adaptive: Names of optimizers whose steps are no multiples of the gradient (Adam), or may not be.
         steps: Number of optimizer steps.
+        moved: Parameter name to ``Σ_t η_t P_t``, what its gradient was multiplied with in all; ``P`` of Adam and its
+            kin is one over the mean of ``1/P`` over the scalars. Without parameters of which it is not known. By
+            default ``step_sizes``, unless an optimizer is adaptive.
     """
 
     step_sizes: Mapping[str, float]
     weight_decay: Mapping[str, float]
     adaptive: tuple[str, ...]
     steps: int
+    moved: Mapping[str, float] | None = None
 
 
 StepSize: TypeAlias = "float | Tensor"
@@ -62,6 +66,11 @@ class StepSizes:
         self._totals: dict[str, float] = {}
         self._weight_decay: dict[str, float] = {}
         self._adaptive: set[str] = set()
+        # Names of parameters that adaptive optimizers move, and those of which it is not known how they do.
+        self._scaled: set[str] = set()
+        self._unclear: set[str] = set()
+        # Σ η and Σ η P over the steps whose P is known
+        self._known: dict[str, tuple[float, float]] = {}
         self._all_steps = 0
 
     def record(self, optimizer: Any) -> None:
@@ -73,7 +82,9 @@ class StepSizes:
         self.optimizers.add(kind)
         understood = optimizers.is_understood(optimizer)
         self.unknown |= set() if understood else {kind}
-        self._adaptive |= set() if understood and not optimizers.is_preconditioned(optimizer) else {kind}
+        plain = understood and not optimizers.is_preconditioned(optimizer)
+        self._adaptive |= set() if plain else {kind}
+        moved_by: set[str] = set() if plain else self._scaled if understood else self._unclear
         for group in optimizer.param_groups:
             rate = optimizers.rate(group) * self.summed
             decay = optimizers.l2_coefficient(optimizer, group) / self.summed
@@ -83,16 +94,45 @@ class StepSizes:
                     self.sums[name] = self.sums.get(name, 0.0) + rate
                     self._totals[name] = self._totals.get(name, 0.0) + rate
                     self._weight_decay[name] = decay
+                    moved_by.add(name)
 
-    def history(self) -> OptimizerHistory:
-        """Return what the optimizers have done since the start of training."""
+    def history(self, preconditioner: Mapping[str, Tensor] | None = None) -> OptimizerHistory:
+        """Return what the optimizers have done since the start of training.
+
+        Args:
+            preconditioner: What adaptive optimizers multiply gradients with now, see ``optimizers.preconditioners``; it
+                stands for the steps since the last ``take``.
+        """
+        known = self._with(preconditioner)
+        told = bool(known) or preconditioner is not None
+        moved = {}
+        for name, total in self._totals.items():
+            if name not in self._scaled | self._unclear:
+                moved[name] = total
+            elif told and name not in self._unclear:
+                # Steps of which nothing is known count as the others; what has no scale yet has not been moved.
+                size, scaled = known.get(name, (1.0, 0.0))
+                moved[name] = total * scaled / size
         adaptive = tuple(sorted(self._adaptive))
-        return OptimizerHistory(dict(self._totals), dict(self._weight_decay), adaptive, self._all_steps)
+        return OptimizerHistory(dict(self._totals), dict(self._weight_decay), adaptive, self._all_steps, moved)
 
-    def take(self) -> dict[str, float]:
-        """Return the sums since the last call and start again."""
+    def take(self, preconditioner: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+        """Return the sums since the last call and start again; ``preconditioner`` as for ``history``."""
+        self._known = self._with(preconditioner)
         taken, self.sums, self.steps = self.sums, {}, 0
         return taken
+
+    def _with(self, preconditioner: Mapping[str, Tensor] | None) -> dict[str, tuple[float, float]]:
+        """Return what is known of scales, given that of the steps since the last checkpoint."""
+        known = dict(self._known)
+        for name, scale in (preconditioner or {}).items():
+            # An entry that no step has moved has no part in the mean.
+            inverse = scale[scale > 0].double().reciprocal()
+            if name in self.sums:
+                size, scaled = known.get(name, (0.0, 0.0))
+                by = self.sums[name] / float(inverse.mean()) if inverse.numel() else 0.0
+                known[name] = size + self.sums[name], scaled + by
+        return {name: (size, scaled) for name, (size, scaled) in known.items() if size}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, in primitives."""
@@ -105,6 +145,9 @@ class StepSizes:
             "optimizers": sorted(self.optimizers),
             "unknown": sorted(self.unknown),
             "adaptive": sorted(self._adaptive),
+            "scaled": sorted(self._scaled),
+            "unclear": sorted(self._unclear),
+            "known": {name: list(pair) for name, pair in self._known.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -114,6 +157,10 @@ class StepSizes:
         self.steps, self._all_steps = state["steps"], state["all_steps"]
         self.optimizers, self.unknown = set(state["optimizers"]), set(state["unknown"])
         self._adaptive = set(state["adaptive"])
+        # Checkpoints of earlier versions do not tell which parameters those optimizers moved.
+        self._scaled = set(state.get("scaled", self._totals if self._adaptive else ()))
+        self._unclear = set(state.get("unclear", ()))
+        self._known = {name: (size, moved) for name, (size, moved) in state.get("known", {}).items()}
 
 
 def block_step_sizes(

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.core.precision import exact
-from lightning_influence.curvature.blocks.block import CurvatureBlock, Measure, Shape, Sides
+from lightning_influence.core.precision import exact, wide
+from lightning_influence.curvature.blocks.block import RELATIVE_DAMPING, CurvatureBlock, Measure, Shape, Sides
 from lightning_influence.curvature.blocks.eigenvectors import eigendecomposition
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.rows import Rows
@@ -43,6 +43,11 @@ class BlockGGN(CurvatureBlock):
     def diagonal(self) -> Tensor:
         """Return the diagonal in the parameter basis, ``[k, o, i]``."""
         return (self.basis.square() @ self.eigenvalues.unsqueeze(-1)).reshape(self.shape)
+
+    def damping(self, relative: float = RELATIVE_DAMPING) -> float:
+        """Return ``relative`` times the mean eigenvalue, each weighted with itself: most are about zero."""
+        eigenvalues = wide(self.eigenvalues)
+        return relative * float(eigenvalues.square().sum() / eigenvalues.sum().clamp(min=1e-300))
 
     def self_influences(self, x: Tensor, g: Rows, dampings: Sequence[float]) -> Tensor:
         """Return ``Σ (Qᵀ vec(G_n))² / (lam + damping)`` for every damping, ``[n, d]``: the rotation is done once."""

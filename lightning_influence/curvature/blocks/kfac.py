@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_influence.core.precision import exact, wide_dtype
+from lightning_influence.core.precision import exact, wide, wide_dtype, wide_zeros
 from lightning_influence.curvature.blocks.block import Measure
 from lightning_influence.curvature.blocks.eigenvectors import eigenvectors
 from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
+from lightning_influence.layers.per_sample import squared_norms
 from lightning_influence.layers.rows import Joined, OneHot, Rows, added, second_moment
 
 
@@ -30,9 +32,43 @@ class KFACBlock(KroneckerBlock):
 
     measures: ClassVar[tuple[Measure, ...]] = ("covariances",)
     title: ClassVar[str] = "K-FAC"
+    # Share of the examples that have a part in the Fisher, see `bounded_damping`; None where that is not known.
+    _share: float | None = None
+
+    def bounded_damping(self, examples: int, directions: int) -> float:
+        """Return the default damping, raised until the data could span the dimensions that the block then has.
+
+        The Fisher of ``n`` examples has a rank of ``n`` times the directions of one example's output gradient at most.
+        A Kronecker product has full rank however few examples carry it, and where a network has separated its data few
+        do: their number is ``(Σ t)² / Σ t²``, ``t`` being the traces of their Fishers. Twice that is allowed, as it is
+        half of all for traces that are distributed exponentially. Effective dimensions are ``Σ lam / (lam + λ)``.
+
+        Layers that share weights over positions, and embeddings, are left at the default: there it made scores worse
+        (``docs/curvature.md``).
+
+        Args:
+            examples: Number of training examples.
+            directions: Of one example's output gradient: ``c - 1`` for a softmax over ``c`` classes.
+        """
+        least = self.damping()
+        if self._share is None or not least:
+            return least
+        most, eigenvalues = 2 * self._share * examples * directions, wide(self.eigenvalues)
+
+        def fits(damping: float) -> bool:
+            return float((eigenvalues / (eigenvalues + damping)).sum()) <= most
+
+        if fits(least):
+            return least
+        # There are no more than `trace / λ` dimensions. Halving the interval 30 times is exact to 1e-6 at least.
+        low, high = least, float(eigenvalues.sum()) / most
+        for _ in range(30):
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return high
 
     def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
-        sums: dict[str, Tensor] = {}
+        sums = _traces(xs, gs)
         outputs, inputs = self.dense
         for use, use_xs, use_gs in _by_use(xs, gs):
             rows, device = float(examples * use_xs[0].shape[2]), use_xs[0].device
@@ -44,6 +80,8 @@ class KFACBlock(KroneckerBlock):
         return sums
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
+        if (squares := float(sums.pop("traces_squared"))) > 0:  # NaN is not
+            self._share = float(sums.pop("traces")) ** 2 / squares / float(sums["examples"])
         uses = sorted(name.removeprefix("rows.") for name in sums if name.startswith("rows."))
         kept = sums[f"activation.{uses[-1]}"].new_empty(0)  # device and type of what is kept
         counts = {
@@ -75,6 +113,16 @@ class KFACBlock(KroneckerBlock):
         if diagonals:  # otherwise they are measured
             pairs = zip(diagonals["gradient"], diagonals["activation"], strict=True)
             self.tensors["eigenvalues"] = added(y.unsqueeze(-1) * x.unsqueeze(-2) for y, x in pairs).to(kept)
+
+
+def _traces(xs: Sequence[Tensor], gs: Sequence[Rows]) -> dict[str, Tensor]:
+    """Return the sums of the examples' squared gradient norms and of their squares; NaN for rows of another kind."""
+    x, device = xs[0], xs[0].device
+    if len(xs) > 1 or any(not isinstance(g, Tensor) or g.shape[2] > 1 for g in gs):
+        traces = wide_zeros(1, device).fill_(math.nan)
+    else:
+        traces = wide(added(squared_norms(x, g) for g in gs))
+    return {"traces": traces.sum(), "traces_squared": traces.square().sum()}
 
 
 def _by_use(xs: Sequence[Tensor], gs: Sequence[Rows]) -> Iterator[tuple[str, Sequence[Tensor], Sequence[Rows]]]:
