@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.precision import exact, wide_dtype
-from lightning_influence.curvature.blocks.block import Measure
-from lightning_influence.curvature.blocks.eigenvectors import eigenvectors
+from lightning_influence.curvature.blocks.block import Measure, Shape, Sides
+from lightning_influence.curvature.blocks.eigenvectors import eigenvectors, null_columns
 from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
 from lightning_influence.layers.rows import Joined, OneHot, Rows, added, second_moment
 
@@ -30,6 +30,11 @@ class KFACBlock(KroneckerBlock):
 
     measures: ClassVar[tuple[Measure, ...]] = ("covariances",)
     title: ClassVar[str] = "K-FAC"
+
+    def __init__(self, shape: Shape, dense: Sides = (True, True)) -> None:
+        super().__init__(shape, dense)
+        # By side which columns of its basis span a null space, [k, m]: for eigenvalues that are measured.
+        self._null: dict[str, Tensor] = {}
 
     def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
@@ -68,8 +73,9 @@ class KFACBlock(KroneckerBlock):
                 whole = moments[0]
                 if len(uses) > 1:  # each use in proportion to the size of its other factor
                     whole = added(trace * moment for trace, moment in zip(traces[other], moments, strict=True))
-                basis = eigenvectors(whole)
+                values, basis = eigenvectors(whole)
                 self.tensors[f"{side}_basis"] = basis.to(kept).contiguous()
+                self._null[side] = null_columns(values, kept.dtype).to(kept.device)
             if "eigenvalues" not in self.measures:
                 diagonals[side] = [_diagonal_in(moment, basis) for moment in moments]
         if diagonals:  # otherwise they are measured
