@@ -556,7 +556,7 @@ class TestErrors:
             ([], "there is no index of the test set; pass at least one, or None for all"),
             ([True, False], r"indices must be integers, got \[True, False\]; a mask becomes indices"),
             (torch.tensor([0.5]), r"indices must be integers, got \[0.5\]"),
-            ("3", r"indices must be integers, got \['3'\]"),
+            ("3", "indices must be integers, got a str; pass a list of them"),
         ],
     )
     def test_indices(self, trained: Trained, fitted: Influence, indices: Any, match: str) -> None:
@@ -629,7 +629,7 @@ class TestErrors:
         wrong: Any
         for wrong, match in (
             ([], r"there is no checkpoint; pass those .* or a list of `Checkpoint.of\(model"),
-            (first, "there is one checkpoint, not a list"),
+            (first, "there is a Checkpoint, not a list of checkpoints"),
             (["last.ckpt"], "a checkpoint is a str; pass those that an audit has kept"),
             ([second, first], r"are of the steps \[2, 1\]; expected those of one run, in the order of training"),
         ):
