@@ -24,12 +24,10 @@ from lightning_influence.curvature import (
     IdentityBlock,
     KFACBlock,
     KroneckerBlock,
-    choose_labels,
-    factor_examples,
     fit,
-    random_subset,
 )
 from lightning_influence.curvature.blocks import eigenvectors as decomposed
+from lightning_influence.curvature.choices import choose_labels, factor_examples, random_subset
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.discover import discover

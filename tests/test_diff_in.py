@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from trajectory_cases import RATES, N, Q, Run, make_run
 
-from lightning_influence.curvature import random_subset
+from lightning_influence.curvature.choices import random_subset
 from lightning_influence.scores.along.diff_in import diff_in_scores
 from lightning_influence.scores.queries import QueryError
 

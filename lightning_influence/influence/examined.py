@@ -14,7 +14,8 @@ from lightning_influence.audit.unlearning import WeightDecay
 from lightning_influence.core.errors import check_flag
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.weights import checksum, parameters_of
-from lightning_influence.curvature import CurvatureName, Damping, Fisher, OptimizerHistory, Solver, check_labels
+from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
+from lightning_influence.curvature.choices import check_labels
 from lightning_influence.data.source import DataError
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered
 from lightning_influence.gradients.discover import TraceError, discover
@@ -37,6 +38,7 @@ from lightning_influence.influence.progress import shown
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.terms import TaskError
 from lightning_influence.scores.plan import InfluencePlan
+from lightning_influence.training.step_sizes import OptimizerHistory
 
 Examined = TypeVar("Examined", bound="ExaminedModel")
 Paired = tuple[ExampleGradients, list[int], ExampleGradients, list[int]]

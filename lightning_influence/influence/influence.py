@@ -12,17 +12,9 @@ from torch import Tensor, nn
 
 from lightning_influence.audit.unlearning import ParameterUpdate, Unlearner, WeightDecay
 from lightning_influence.core.errors import check_count, check_flag
-from lightning_influence.curvature import (
-    BlockCurvature,
-    Curvature,
-    CurvatureName,
-    Damping,
-    Fisher,
-    OptimizerHistory,
-    Solver,
-    random_subset,
-)
+from lightning_influence.curvature import BlockCurvature, Curvature, CurvatureName, Damping, Fisher, Solver
 from lightning_influence.curvature.chain import Chain, curvature_chain
+from lightning_influence.curvature.choices import random_subset
 from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
 from lightning_influence.data.indices import integers
 from lightning_influence.gradients.coverage import LEFT_OUT, Coverage, listed_reasons
@@ -50,6 +42,7 @@ from lightning_influence.scores.measurements import (
 )
 from lightning_influence.scores.pairs import Normalisation, PairwiseScores, TopScores, pairwise_scores, top_scores
 from lightning_influence.training.checkpoints import Checkpoint
+from lightning_influence.training.step_sizes import OptimizerHistory
 
 Asked = tuple[ExampleGradients, list[int], Curvature, ExampleGradients, list[int]]
 """Passes and indices of the training data, the curvature, then passes and indices of the queries."""

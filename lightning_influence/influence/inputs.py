@@ -13,7 +13,8 @@ from torch.nn import UninitializedParameter
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
 from lightning_influence.core.errors import check_count, is_number
-from lightning_influence.curvature import LADDER, SOLVERS, CurvatureName, Fisher, Solver, check_solver
+from lightning_influence.curvature import LADDER, SOLVERS, CurvatureName, Fisher, Solver
+from lightning_influence.curvature.choices import check_solver
 from lightning_influence.data.indices import Indices as Many
 from lightning_influence.data.indices import integers
 from lightning_influence.data.source import DataError, ExampleSource

@@ -23,6 +23,7 @@ from lightning_influence.gradients.visitors import Visitor
 from lightning_influence.scores.queries import PreparedQueries
 
 Normalisation = Literal["none", "relative", "cosine"]
+"""What scores of pairs are divided by: nothing, the norm of the training example, or that of the query, too."""
 
 _SCORE_BYTES = 8
 

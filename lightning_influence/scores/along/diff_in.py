@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lightning_influence.core.errors import check_count, is_number
 from lightning_influence.core.precision import wide
-from lightning_influence.curvature import random_subset
+from lightning_influence.curvature.choices import random_subset
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.scores.measurements import mean_gradient
 from lightning_influence.scores.pairs import PairSum, PairwiseScores
