@@ -30,7 +30,7 @@ from lightning_influence.gradients.coverage import listed
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import visit
 from lightning_influence.scores import matrix_file
-from lightning_influence.scores.products import Normalisation, PairColumns, StrongestPairs
+from lightning_influence.scores.products import SCORE_BYTES, Normalisation, PairColumns, StrongestPairs
 from lightning_influence.scores.queries import (
     PreparedQueries,
     check_layers,
@@ -39,7 +39,6 @@ from lightning_influence.scores.queries import (
     query_chunks,
 )
 
-_SCORE_BYTES = 8
 _TITLE = "pairwise scores"
 _SHOWN = 10  # queries in a repr
 
@@ -387,7 +386,7 @@ def distinct(indices: Sequence[int]) -> Tensor:
 def _zeros(matrices: int, queries: int, examples: int) -> Tensor:
     """Return ``[m, q, n]`` on the host, after a look at whether it fits."""
     host = torch.device("cpu")
-    needed = _SCORE_BYTES * matrices * queries * examples
+    needed = SCORE_BYTES * matrices * queries * examples
     if distributed.any_process(not memory.fits(needed, host)):
         parts = f" with their parts by {matrices - 1} layers" if matrices > 1 else ""
         way_out = "leave out by_layer=True" if parts else "pass `path=` to `pairwise_scores` to keep them in a file"

@@ -25,7 +25,7 @@ from lightning_influence.scores.queries import PreparedQueries
 Normalisation = Literal["none", "relative", "cosine"]
 """What scores of pairs are divided by: nothing, the norm of the training example, or that of the query, too."""
 
-_SCORE_BYTES = 8
+SCORE_BYTES = 8
 
 
 class _Pairs(Visitor, ABC):
@@ -104,7 +104,7 @@ class PairColumns(_Pairs):
         super().__init__(prepared, curvature, normalise, layers)
         self._examples, self._write = examples, write
         self._shape = 1 + len(layers), len(prepared.self_influence)
-        self._rounds = distributed.Rounds(len(examples), _SCORE_BYTES * math.prod(self._shape))
+        self._rounds = distributed.Rounds(len(examples), SCORE_BYTES * math.prod(self._shape))
         self._found: list[tuple[list[int], Tensor]] = []
 
     def _take(self, indices: list[int], scores: Tensor) -> None:
