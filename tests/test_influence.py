@@ -556,7 +556,7 @@ class TestErrors:
             ([], "there is no index of the test set; pass at least one, or None for all"),
             ([True, False], r"indices must be integers, got \[True, False\]; a mask becomes indices"),
             (torch.tensor([0.5]), r"indices must be integers, got \[0.5\]"),
-            ("3", "indices must be integers, got a str; pass a list of them"),
+            ("3", r"indices must be integers, got \['3'\]"),
         ],
     )
     def test_indices(self, trained: Trained, fitted: Influence, indices: Any, match: str) -> None:

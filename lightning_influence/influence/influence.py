@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lightning_influence.audit.unlearning import ParameterUpdate, Unlearner, WeightDecay
 from lightning_influence.core.errors import check_count, check_flag
+from lightning_influence.core.indices import integers
 from lightning_influence.curvature import BlockCurvature, Curvature, CurvatureName, Damping, Fisher, Solver
 from lightning_influence.curvature.chain import Chain, curvature_chain
 from lightning_influence.curvature.choices import random_subset
 from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
-from lightning_influence.data.indices import integers
 from lightning_influence.gradients.coverage import LEFT_OUT, Coverage, listed_reasons
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import ExampleScores

@@ -13,10 +13,10 @@ from torch.nn import UninitializedParameter
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
 from lightning_influence.core.errors import check_count, is_number
+from lightning_influence.core.indices import Indices as Many
+from lightning_influence.core.indices import integers
 from lightning_influence.curvature import LADDER, SOLVERS, CurvatureName, Fisher, Solver
 from lightning_influence.curvature.choices import check_solver
-from lightning_influence.data.indices import Indices as Many
-from lightning_influence.data.indices import integers
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.gradients.visitors import ExampleScores, in_order

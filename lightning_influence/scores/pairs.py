@@ -24,12 +24,13 @@ from torch import Tensor
 
 from lightning_influence.core import distributed, memory
 from lightning_influence.core.errors import check_flag
+from lightning_influence.core.indices import Indices, integers
 from lightning_influence.curvature.curvature import Curvature
-from lightning_influence.data.indices import Indices, integers
 from lightning_influence.gradients.coverage import listed
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import visit
 from lightning_influence.scores import matrix_file
+from lightning_influence.scores.examples import ExampleScorer
 from lightning_influence.scores.products import SCORE_BYTES, Normalisation, PairColumns, StrongestPairs
 from lightning_influence.scores.queries import (
     PreparedQueries,
@@ -169,7 +170,8 @@ def pairwise_scores(
             lead every list (the ℓ-RelatIF of Barshan et al. 2020, 2003.11630). ``"cosine"`` divides by that of the
             query, too: the cosine of the gradients in the metric ``(C + λ)⁻¹``; with the identity it is the plain one
             (grad-cos). Where GGN and Hessian are not dense, the norm of training examples is EK-FAC's, and that of
-            queries their own; such cosines may exceed 1.
+            queries their own; such cosines may exceed 1. An example without a gradient (or one so small that float32
+            loses its square) has 0.
         by_layer: Whether to give each layer's part of the scores, too.
         path: Where to write the scores instead of holding them in memory: an ``.npy`` file in float32, which
             ``numpy.load(path, mmap_mode="r")`` reads. It appears when it is complete; none that is there is replaced.
@@ -188,10 +190,7 @@ def pairwise_scores(
     _check(gradients, indices, curvature, queries, query_indices, normalise)
     check_flag("by_layer", by_layer)
     if by_layer and normalise != "none":
-        raise ValueError(
-            f"by_layer=True with normalise={normalise!r}: a normalised score is no sum over layers; use "
-            'normalise="none".'
-        )
+        raise ValueError(f"by_layer=True with normalise={normalise!r}: a normalised score is no sum over layers.")
     if by_layer and path is not None:
         raise ValueError("by_layer=True keeps the parts in memory; leave out `path`, and take fewer queries at a time.")
     layers = list(gradients.coverage.blocks) if by_layer else []
@@ -225,9 +224,11 @@ def top_scores(
     chunks = query_chunks(gradients, query_indices)
     found = []
     for prepared in prepared_queries(curvature, queries.like(gradients), chunks, len(examples)):
-        strongest = StrongestPairs(prepared, count, curvature, normalise)
-        visit(gradients, examples, [strongest], title=_TITLE)
-        found.append(strongest.result())
+        own = None if normalise == "none" else ExampleScorer(gradients, examples, curvature)
+        strongest = StrongestPairs(prepared, count, own, [normalise])
+        visit(gradients, examples, [*filter(None, (own, strongest))], title=_TITLE)
+        scores, rows, _ = strongest.result()
+        found.append((scores[0], rows[0]))
     return TopScores.of(query_indices, found)
 
 
@@ -323,8 +324,10 @@ class PairSum:
             self._scores[:, rows, places] += weight * scores
             self._met[places] = True
 
-        columns = PairColumns(self._examples, queries, write, curvature, normalise, self._layers)
-        visit(self.gradients, self._examples.tolist(), [columns], title=_TITLE)
+        examples = self._examples.tolist()
+        own = None if normalise == "none" else ExampleScorer(self.gradients, examples, curvature)
+        columns = PairColumns(self._examples, queries, write, own, normalise, self._layers)
+        visit(self.gradients, examples, [*filter(None, (own, columns))], title=_TITLE)
         columns.finish()
 
     def result(self, filed: Tensor | None = None, *, notes: Sequence[str] = ()) -> PairwiseScores:
@@ -350,15 +353,11 @@ def mean_scores(members: Iterable[PairwiseScores]) -> PairwiseScores:
         same ones.
 
     Raises:
-        TypeError: If a member is something else.
-        ValueError: If there is no member, or they are not about the same pairs.
+        TypeError, ValueError: If there is no member, one is something else, or they are not about the same pairs.
     """
     every: list[Any] = list(members) if hasattr(members, "__iter__") else [members]
-    for number, member in enumerate(every):
-        if not isinstance(member, PairwiseScores):
-            raise TypeError(
-                f"member {number} is a {type(member).__name__}; expected `PairwiseScores` of `influence.pairs`."
-            )
+    if odd := [type(member).__name__ for member in every if not isinstance(member, PairwiseScores)]:
+        raise TypeError(f"a member is a {odd[0]}; expected `PairwiseScores` of `influence.pairs`.")
     if not every:
         raise ValueError("there are no scores to average; pass at least one member.")
     first = every[0]
@@ -380,7 +379,7 @@ def mean_scores(members: Iterable[PairwiseScores]) -> PairwiseScores:
 
 def distinct(indices: Sequence[int]) -> Tensor:
     """Return the indices sorted, each once: scores then fill the matrix from left to right."""
-    return torch.tensor(sorted({int(index) for index in indices}), dtype=torch.long)
+    return torch.tensor(sorted(set(integers(indices))), dtype=torch.long)
 
 
 def _zeros(matrices: int, queries: int, examples: int) -> Tensor:
