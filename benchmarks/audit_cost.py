@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import Influence
-from lightning_influence.scores.plan import influence_scores
-from lightning_influence.training.neighbours import disagreement, nearest_labels
+from lightning_influence.scores import influence_scores
+from lightning_influence.training import disagreement, nearest_labels
 
 STAGES = ("factors", "scores", "neighbours")
 

@@ -30,9 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import Influence
 from lightning_influence.curvature import Fisher
-from lightning_influence.scores.examples import score_examples
-from lightning_influence.scores.pairs import pairwise_scores
-from lightning_influence.scores.plan import influence_scores
+from lightning_influence.scores import influence_scores, pairwise_scores, score_examples
 
 TRAINING_BATCH = 32
 # What the peers are given: they hold gradients of all examples of a batch. The fastest of 16, 64 and 256 (MLP), of 32,

@@ -11,7 +11,7 @@ from retraining import Recipe
 from sklego.datasets import load_arrests
 from torch import nn
 
-from lightning_influence.scores.measurements import DemographicParityGap, EqualOpportunityGap
+from lightning_influence import DemographicParityGap, EqualOpportunityGap
 
 TRAINING, QUERIES = 3000, 1113
 HIDDEN = 16

@@ -20,7 +20,7 @@ from networks import task
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients import ExampleGradients
 
 # Examples whose scores are multiplied at once: enough for a matrix product to be as fast as it gets.
 BLOCK = 256

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence import Checkpoint, Influence
-from lightning_influence.curvature.solve.solution import Solution
+from lightning_influence.curvature import Solution
 
 MODELS = 3
 

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_influence.curvature import CurvatureName, FactorExamples, fit
-from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.discover import discover
-from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.data import ExampleSource
+from lightning_influence.gradients import ExampleGradients, discover
 from lightning_influence.scores.measurements import Measurement, measurement_scores, measurement_value
 
 WAYS = ("lower", "raise")

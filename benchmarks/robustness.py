@@ -11,7 +11,7 @@ from removal import Split, Study, run
 from retraining import Recipe
 from torch import nn
 
-from lightning_influence.scores.measurements import AdversarialLoss
+from lightning_influence import AdversarialLoss
 
 TRAINING, QUERIES = 3000, 1000
 HIDDEN = 32

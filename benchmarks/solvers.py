@@ -16,10 +16,16 @@ import torch
 from lds_methods import digits
 from torch import Tensor
 
-from lightning_influence.curvature import BlockCoordinates, BlockCurvature, FactorExamples, GGNProduct, fit
-from lightning_influence.curvature.solve.cg import cg
-from lightning_influence.curvature.solve.nystrom import nystrom_preconditioner
-from lightning_influence.scores.queries import prepared_queries
+from lightning_influence.curvature import (
+    BlockCoordinates,
+    BlockCurvature,
+    FactorExamples,
+    GGNProduct,
+    cg,
+    fit,
+    nystrom_preconditioner,
+)
+from lightning_influence.scores import prepared_queries
 
 Product = Callable[[Tensor], Tensor]
 QUERIES = 20

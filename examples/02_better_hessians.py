@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import Influence
-from lightning_influence.curvature.chain import TITLES, Chain
+from lightning_influence.curvature import TITLES, Chain
 
 COLOURS = dict(zip(TITLES, ("#1b1b3a", "#3d5a98", "#2a9d8f", "#e9a23b", "#c8553d"), strict=True))
 

@@ -12,14 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.discover import discover
-from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.verify import inspect
-from lightning_influence.layers.call import Call, Layouts, MatrixCall
-from lightning_influence.layers.registry import READERS, reads
+from lightning_influence.data import ExampleSource
+from lightning_influence.gradients import ExampleGradients, discover, inspect
+from lightning_influence.layers import READERS, Call, Layouts, MatrixCall, Site, reads
 from lightning_influence.layers.repeated import RepeatedCall
-from lightning_influence.layers.site import Site
 
 
 @dataclass(frozen=True, eq=False)

@@ -766,6 +766,8 @@ def test_early_stopping_on_what_the_audit_must_not_touch(tmp_path: Path) -> None
 class Unsized(Sampler[list[int]]):
     """Batches without a length, on which Lightning trains."""
 
+    sampler = None  # Lightning 2.5 looks for one
+
     def __iter__(self) -> Iterator[list[int]]:
         yield from ([k, k + 1] for k in range(0, 22, 2))
 

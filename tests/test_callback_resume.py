@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -291,7 +292,9 @@ def test_the_state_is_tensors_and_primitives(tmp_path: Path, straight: Any) -> N
     (key,) = (key for key in states if key.startswith("InfluenceAudit"))
     assert states[key]["size"] == 22
     audit = InfluenceAudit()
-    run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=path, weights_only=True)
+    # An argument of `fit` since Lightning 2.6.
+    options = {"weights_only": True} if "weights_only" in inspect.signature(pl.Trainer.fit).parameters else {}
+    run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=path, **options)
     check_same(audit.report, straight())
 
 

@@ -24,12 +24,10 @@ from lightning_influence.curvature import (
     IdentityBlock,
     KFACBlock,
     KroneckerBlock,
-    choose_labels,
-    factor_examples,
     fit,
-    random_subset,
 )
 from lightning_influence.curvature.blocks import eigenvectors as decomposed
+from lightning_influence.curvature.choices import choose_labels, factor_examples, random_subset
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.discover import discover
@@ -576,16 +574,19 @@ class TestEigenvectors:
             return whole(matrices)
 
         monkeypatch.setattr(decomposed, "eigendecomposition", noted)
-        vectors = decomposed.eigenvectors(moments)
+        found, vectors = decomposed.eigenvectors(moments)
         assert sizes == [5]
         torch.testing.assert_close(vectors.transpose(1, 2) @ vectors, torch.eye(8).double().expand(2, 8, 8), **EXACT)
         inside = vectors.transpose(1, 2) @ moments @ vectors
         values = inside.diagonal(dim1=1, dim2=2)
         torch.testing.assert_close(inside, torch.diag_embed(values), rtol=0, atol=1e-10)
         torch.testing.assert_close(values, whole(moments)[0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(found, values, rtol=0, atol=1e-10)
 
     def test_nothing_but_zeros(self) -> None:
-        assert torch.equal(decomposed.eigenvectors(torch.zeros(1, 3, 3)), torch.eye(3).unsqueeze(0))
+        values, vectors = decomposed.eigenvectors(torch.zeros(1, 3, 3))
+        assert torch.equal(values, torch.zeros(1, 3))
+        assert torch.equal(vectors, torch.eye(3).unsqueeze(0))
 
 
 class TestSampledLabels:

@@ -21,9 +21,10 @@ from tracing import covered
 from lightning_influence import Influence, InfluenceAudit, TracIn
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.core import memory
-from lightning_influence.curvature import LADDER, OptimizerHistory, choose_damping
+from lightning_influence.curvature import LADDER
+from lightning_influence.curvature.damping import choose_damping
 from lightning_influence.training.optimizers import preconditioners
-from lightning_influence.training.step_sizes import StepSizes
+from lightning_influence.training.step_sizes import OptimizerHistory, StepSizes
 
 SGD = OptimizerHistory({"0.weight": 8.0, "0.bias": 2.0, "2.weight": 4.0, "2.bias": 4.0}, {"0.weight": 0.5}, (), 10)
 

@@ -215,6 +215,31 @@ def pairs(rank: int, budget: int | None = None) -> object:
     return count, found[0]
 
 
+def factors(rank: int) -> object:
+    """Of two layers and of five: collectives, and what came out."""
+    found = []
+    for depth in (1, 4):
+        torch.manual_seed(0)
+        data = TensorDataset(torch.randn(22, 4).double(), torch.randint(0, 3, (22,)))
+        layers = [layer for _ in range(depth) for layer in (nn.Linear(4, 4), nn.Tanh())]
+        net, source = nn.Sequential(*layers, nn.Linear(4, 3)).double(), ExampleSource(data, batch_size=4)
+        passes = ExampleGradients(net, _entropy, source, discover(net, _entropy, source)).calibrate(range(22))
+        fitted: list[Any] = []
+
+        def run(passes: ExampleGradients = passes, fitted: list[Any] = fitted) -> None:
+            fitted.append(fit(passes, "ekfac", range(22), examples=FactorExamples(22, 22), labels=("true", "true")))
+
+        found.append((collectives(run), fitted[0].dampings))
+    return found
+
+
+def factors_in_parts(rank: int) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_influence.curvature.blocks.block._TOGETHER", 1)
+        patch.setattr(distributed, "_GATHER_BYTES", 1)
+        return factors(rank)
+
+
 def pairs_in_rounds(rank: int) -> object:
     return pairs(rank, 4 * 2 * 2 * 8)  # four rows of two queries a process: 4 + 4 + 3
 
@@ -229,6 +254,8 @@ STEPS: tuple[Callable[[int], object], ...] = (
     epoch_end,
     pairs,
     pairs_in_rounds,
+    factors,
+    factors_in_parts,
     sums,
     sums_of_different_shapes,
     sums_missing_on_one_rank,
@@ -354,3 +381,17 @@ def test_gather_that_does_not_match_is_refused_everywhere(both: list[dict[str, A
 
 def test_any_process_answers_alike(both: list[dict[str, Any]]) -> None:
     assert [rank["any_flags"] for rank in both] == [[False, True, True, True]] * 2
+
+
+def test_factors_of_all_layers_travel_together(both: list[dict[str, Any]]) -> None:
+    """A handful of collectives, however many layers there are; the same numbers in small parts and alone."""
+    (two, of_two), (five, of_five) = both[0]["factors"]
+    assert two == five <= 12
+    assert both[0]["factors"] == both[1]["factors"]
+    (_, parts_of_two), (many, parts_of_five) = both[0]["factors_in_parts"]
+    assert many > 3 * five
+    alone = factors(0)
+    assert isinstance(alone, list)
+    for (_, expected), *others in zip(alone, (of_two, of_five), (parts_of_two, parts_of_five), strict=True):
+        for other in others:
+            assert other == pytest.approx(expected, rel=1e-9)

@@ -202,7 +202,7 @@ def test_a_model_without_dropout(rate: float | None) -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match="masks=0; expected at least one sub-network"):
+    with pytest.raises(ValueError, match="masks=0; expected an integer >= 1"):
         Problem("vectors").ensemble(masks=0)
     with pytest.raises(ValueError, match=r"dropout of a tensor of the shape \[5\]"), DropoutMasks()():
         F.dropout(torch.ones(5), 0.5)

@@ -20,12 +20,12 @@ from lightning_influence.curvature import (
     GGNProduct,
     IndefiniteError,
     SolverError,
-    check_curvature,
     choices,
     fit,
-    fitted_bytes,
 )
+from lightning_influence.curvature.fit import check_curvature
 from lightning_influence.curvature.implicit import mean_eigenvalues
+from lightning_influence.curvature.registry import fitted_bytes
 from lightning_influence.curvature.solve.cg import cg
 from lightning_influence.curvature.solve.nystrom import nystrom_preconditioner
 from lightning_influence.curvature.solve.solvers import SOLVERS

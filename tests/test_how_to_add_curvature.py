@@ -13,17 +13,25 @@ from test_curvature import N, Problem
 from test_full_curvature import Problem as FullProblem
 from torch import Tensor
 
-from lightning_influence.curvature import LADDER, SOLVERS, BlockCurvature
-from lightning_influence.curvature.blocks.eigenvectors import eigendecomposition
-from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
-from lightning_influence.curvature.registry import Rung
+from lightning_influence.curvature import (
+    LADDER,
+    SOLVED,
+    SOLVERS,
+    UNSOLVED,
+    BlockCurvature,
+    IterativeSolver,
+    KroneckerBlock,
+    Run,
+    Rung,
+    Solution,
+    System,
+    eigendecomposition,
+    row_norms,
+    row_products,
+)
 from lightning_influence.curvature.saved import restored
-from lightning_influence.curvature.solve.solution import SOLVED, UNSOLVED, Run, Solution
-from lightning_influence.curvature.solve.solvers import IterativeSolver, System
-from lightning_influence.curvature.solve.spectrum import row_norms, row_products
-from lightning_influence.layers.rows import second_moment
-from lightning_influence.scores.examples import score_examples
-from lightning_influence.scores.pairs import pairwise_scores
+from lightning_influence.layers import second_moment
+from lightning_influence.scores import pairwise_scores, score_examples
 
 
 class FOOF(KroneckerBlock):

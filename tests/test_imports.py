@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -213,6 +216,51 @@ def test_public_name_can_be_imported(name: str) -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'lightning_influence' has no attribute 'Novelty'"):
         _ = lightning_influence.Novelty
+
+
+# ------------------------------------------------------------------------------------------------------- what is public
+
+# What a user who builds on a room needs is what it exports. `core` and `tensorboard` are nobody's to build on.
+PUBLIC = {name: text for name, text in modules().items() if (ROOT / name.replace(".", "/") / "__init__.py").is_file()}
+EXPORTS = sorted(
+    (name, exported)
+    for name in PUBLIC
+    for exported in getattr(importlib.import_module(f"{PACKAGE}.{name}" if name else PACKAGE), "__all__", [])
+)
+CONSTANTS = {"__version__"}
+
+
+def documented(source: str) -> set[str]:
+    """Constants and aliases of a module that a string follows."""
+    body = ast.parse(source).body
+    return {
+        name.id
+        for node, after in pairwise(body)
+        if isinstance(node, (ast.Assign, ast.AnnAssign))
+        and isinstance(after, ast.Expr)
+        and isinstance(after.value, ast.Constant)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        for name in ast.walk(target)
+        if isinstance(name, ast.Name)
+    }
+
+
+def test_each_room_exports_something() -> None:
+    silent = {"core", "tensorboard"} | {f"curvature.{name}" for name in ("blocks", "products", "solve")}
+    assert set(PUBLIC) - {name for name, _ in EXPORTS} == silent | {"training.flight"}
+
+
+@pytest.mark.parametrize(("room", "name"), EXPORTS)
+def test_what_a_room_exports_is_there_and_explained(room: str, name: str) -> None:
+    value = getattr(importlib.import_module(f"{PACKAGE}.{room}" if room else PACKAGE), name)
+    if inspect.ismodule(value) or inspect.isfunction(value):
+        assert value.__doc__
+    elif inspect.isclass(value):
+        # A data class without words of its own has its signature.
+        assert value.__dict__.get("__doc__", "").strip()
+        assert not value.__doc__.startswith(f"{name}(")
+    elif name not in CONSTANTS:
+        assert any(name in documented(text) for other, text in modules().items() if room_of(other) == room_of(room))
 
 
 # --------------------------------------------------------------------------- the checker, on sources made for it

@@ -629,7 +629,7 @@ class TestErrors:
         wrong: Any
         for wrong, match in (
             ([], r"there is no checkpoint; pass those .* or a list of `Checkpoint.of\(model"),
-            (first, "there is one checkpoint, not a list"),
+            (first, "there is a Checkpoint, not a list of checkpoints"),
             (["last.ckpt"], "a checkpoint is a str; pass those that an audit has kept"),
             ([second, first], r"are of the steps \[2, 1\]; expected those of one run, in the order of training"),
         ):

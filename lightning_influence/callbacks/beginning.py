@@ -14,7 +14,8 @@ from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
-from lightning_influence.curvature import check_curvature, check_labels
+from lightning_influence.curvature.choices import check_labels
+from lightning_influence.curvature.fit import check_curvature
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.verify import inspect, roomy_batch_size

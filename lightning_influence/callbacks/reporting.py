@@ -29,7 +29,8 @@ from lightning_influence.callbacks.display import tolerated
 from lightning_influence.callbacks.manifest import audit_described, detection_of, put_back
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.core.memory import readable
-from lightning_influence.curvature import Curvature, fitted_bytes
+from lightning_influence.curvature import Curvature
+from lightning_influence.curvature.registry import fitted_bytes
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.influence.inputs import notes_of

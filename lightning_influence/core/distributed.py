@@ -52,12 +52,29 @@ def sum_across_processes(tensors: Sequence[Tensor]) -> list[Tensor]:
     if world_size() == 1:
         return list(tensors)
     _agree("sum_across_processes", [(value.dtype, tuple(value.shape)) for value in tensors])
-    sums = []
-    for value in tensors:
-        total = _line(value.detach().to(_device_for(value.device)))
+    sums = list(tensors)
+    for places in _alike(tensors):
+        own = [tensors[place].detach() for place in places]
+        total = torch.cat([value.reshape(-1).to(_device_for(value.device)) for value in own])
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
-        sums.append(total.view(value.shape).to(value.device))
+        for place, value, part in zip(places, own, total.split([value.numel() for value in own]), strict=True):
+            sums[place] = part.view(value.shape).to(value.device, copy=len(own) > 1)
     return sums
+
+
+def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Return places of tensors that travel together: of a type and a device, up to a size; larger ones alone."""
+    groups: list[list[int]] = []
+    room: dict[tuple[torch.dtype, torch.device], tuple[int, list[int]]] = {}
+    for place, value in enumerate(tensors):
+        size, kind = value.numel() * value.element_size(), (value.dtype, value.device)
+        left, group = room.get(kind, (-1, []))
+        if size > left:
+            left, group = _GATHER_BYTES, []
+            groups.append(group)
+        group.append(place)
+        room[kind] = left - size, group
+    return groups
 
 
 def gather_by_index(indices: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

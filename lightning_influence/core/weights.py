@@ -13,7 +13,13 @@ from lightning_influence.core.torch_private import eager_name
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by the names that blocks have, compiled or not; a tied one by its first."""
+    """Return the parameters by the names that blocks have, compiled or not; a tied one by its first.
+
+    Raises:
+        TypeError: If it is no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"the model is a {type(module).__name__}; expected a torch module.")
     return {eager_name(name): parameter for name, parameter in module.named_parameters()}
 
 

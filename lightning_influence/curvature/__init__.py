@@ -1,52 +1,46 @@
 """Curvature approximations, from the identity to the exact Hessian, behind one contract."""
 
+from __future__ import annotations
+
 from lightning_influence.curvature.blocks.block import CurvatureBlock
+from lightning_influence.curvature.blocks.eigenvectors import eigendecomposition
 from lightning_influence.curvature.blocks.ekfac import EKFACBlock
 from lightning_influence.curvature.blocks.identity import IdentityBlock
 from lightning_influence.curvature.blocks.kfac import KFACBlock
 from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
-from lightning_influence.curvature.choices import (
-    FactorExamples,
-    Fisher,
-    Solver,
-    check_labels,
-    check_solver,
-    choose_labels,
-    choose_solver,
-    factor_examples,
-    random_subset,
-)
+from lightning_influence.curvature.chain import TITLES, Chain, curvature_chain
+from lightning_influence.curvature.choices import FactorExamples, Fisher, Solver
 from lightning_influence.curvature.coordinates import BlockCoordinates
 from lightning_influence.curvature.curvature import BlockCurvature, Curvature
-from lightning_influence.curvature.damping import Damping, DampingChoice, choose_damping
-from lightning_influence.curvature.fit import check_curvature, fit
+from lightning_influence.curvature.damping import Damping
+from lightning_influence.curvature.fit import fit
 from lightning_influence.curvature.products.flat import FlatParameters
 from lightning_influence.curvature.products.ggn import GGNProduct
 from lightning_influence.curvature.products.hessian import HessianProduct
-from lightning_influence.curvature.registry import (
-    BLOCKS,
-    LADDER,
-    CurvatureName,
-    decompositions,
-    fitted_bytes,
-)
-from lightning_influence.curvature.saved import restored
-from lightning_influence.curvature.solve.solution import SolverError
-from lightning_influence.curvature.solve.solvers import SOLVERS
-from lightning_influence.curvature.solve.spectrum import IndefiniteError
-from lightning_influence.training.step_sizes import OptimizerHistory
+from lightning_influence.curvature.registry import BLOCKS, LADDER, CurvatureName, Rung
+from lightning_influence.curvature.solve.cg import cg
+from lightning_influence.curvature.solve.lissa import lissa
+from lightning_influence.curvature.solve.nystrom import nystrom_preconditioner
+from lightning_influence.curvature.solve.solution import SOLVED, UNSOLVED, Run, Solution, SolverError
+from lightning_influence.curvature.solve.solvers import SOLVERS, IterativeSolver, System
+from lightning_influence.curvature.solve.spectrum import IndefiniteError, row_norms, row_products
+from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
 
 __all__ = [
     "BLOCKS",
     "LADDER",
+    "SOLVED",
     "SOLVERS",
+    "TITLES",
+    "UNSOLVED",
     "BlockCoordinates",
     "BlockCurvature",
+    "Chain",
     "Curvature",
     "CurvatureBlock",
     "CurvatureName",
     "Damping",
-    "DampingChoice",
+    "DampingSweep",
     "EKFACBlock",
     "FactorExamples",
     "Fisher",
@@ -55,21 +49,22 @@ __all__ = [
     "HessianProduct",
     "IdentityBlock",
     "IndefiniteError",
+    "IterativeSolver",
     "KFACBlock",
     "KroneckerBlock",
-    "OptimizerHistory",
+    "Run",
+    "Rung",
+    "Solution",
     "Solver",
     "SolverError",
-    "check_curvature",
-    "check_solver",
-    "check_labels",
-    "choose_damping",
-    "choose_labels",
-    "choose_solver",
-    "decompositions",
-    "factor_examples",
+    "System",
+    "cg",
+    "curvature_chain",
+    "damping_sweep",
+    "eigendecomposition",
     "fit",
-    "fitted_bytes",
-    "random_subset",
-    "restored",
+    "lissa",
+    "nystrom_preconditioner",
+    "row_norms",
+    "row_products",
 ]

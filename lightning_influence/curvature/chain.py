@@ -29,6 +29,7 @@ from lightning_influence.curvature.products.product import CurvatureProduct
 from lightning_influence.gradients.passes import ExampleGradients, Labels
 
 TITLES = {"hessian": "Hessian", "ggn": "GGN", "block_ggn": "block GGN", "ekfac": "EK-FAC", "kfac": "K-FAC"}
+"""The rungs that a ``Chain`` compares, from the exact one down, with their names for people."""
 # Five float64 matrices, and what their products and decompositions take.
 _BYTES = 8 * 9
 # Leading eigenvectors hold this share of a block's trace.

@@ -18,7 +18,9 @@ from lightning_influence.objective.losses import known_losses
 from lightning_influence.objective.terms import TaskError
 
 Solver = Literal["auto", "dense", "cg", "nystrom", "pcg", "lissa"]
+"""How systems with GGN or Hessian are solved, see ``fit``."""
 Fisher = Literal["auto", "exact", "sampled", "empirical"]
+"""Labels that a Fisher is fitted on: the model's own, in expectation or drawn, or the given ones."""
 
 # Up to so many parameters the matrix is formed (float64: 134 MB), which gives exact self-influence of all examples.
 _DENSE_BY_ITSELF = 4096

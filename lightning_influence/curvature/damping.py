@@ -25,6 +25,7 @@ from lightning_influence.layers.blocks import ParameterBlock
 from lightning_influence.training.step_sizes import OptimizerHistory
 
 Damping = float | Literal["auto", "relative", "trainer"]
+"""A number λ, or the rule that it follows from; ``"auto"`` for the curvature's own."""
 DampingRule = Literal["relative", "bounded", "trainer"]
 """The default of a curvature."""
 

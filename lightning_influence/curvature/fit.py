@@ -9,7 +9,7 @@ import torch
 
 from lightning_influence.core.precision import wide, working_dtype
 from lightning_influence.core.weights import checksum
-from lightning_influence.curvature.blocks.block import RELATIVE_DAMPING, CurvatureBlock, Measure
+from lightning_influence.curvature.blocks.block import RELATIVE_DAMPING, CurvatureBlock, Measure, sum_passes
 from lightning_influence.curvature.blocks.kfac import KFACBlock
 from lightning_influence.curvature.choices import FactorExamples, Solver, check_solver, choose_solver, random_subset
 from lightning_influence.curvature.coordinates import BlockCoordinates
@@ -129,6 +129,8 @@ def _fit_blocks(
             like = next(iter(covered[layer].parameters.values()))
             for x, g in covered[layer].no_rows(working_dtype(like.dtype), like.device):
                 block.update(x, [g], 0)
+        counted = sum_passes(blocks.values(), counted)
+        for layer, block in blocks.items():
             try:
                 block.end_pass(counted)
             except torch.linalg.LinAlgError as error:

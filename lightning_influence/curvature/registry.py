@@ -24,6 +24,7 @@ from lightning_influence.curvature.products.product import CurvatureProduct
 from lightning_influence.layers.blocks import ParameterBlock
 
 CurvatureName = Literal["ekfac", "kfac", "diagonal", "identity", "block_ggn", "ggn", "hessian"]
+"""The approximations that come with the package."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ LADDER: dict[str, Rung] = {
     "ggn": Rung(EKFACBlock, GGNProduct, "trainer"),
     "hessian": Rung(EKFACBlock, HessianProduct, "trainer"),
 }
+"""All approximations by name; an entry adds one."""
 
 BLOCKS: dict[str, type[CurvatureBlock]] = {name: rung.block for name, rung in LADDER.items() if rung.product is None}
 """The block-diagonal approximations."""

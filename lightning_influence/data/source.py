@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 from torch.utils.data import (
@@ -20,6 +20,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lightning_influence.core.errors import examples, told
 from lightning_influence.core.isolation import unchanged
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.data.collation import Collated, Collating, Collation, is_plain
@@ -167,7 +168,7 @@ class ExampleSource:
             with isolated_rng():
                 fetching = iter(loader)
             for chosen in plan:
-                with isolated_rng():
+                with isolated_rng(), told(partial(_refusal, self.dataset, self._collate, chosen)):
                     batch = next(fetching)
                 if in_order:
                     yield chosen, batch
@@ -273,6 +274,20 @@ class ExampleSource:
         if self._rewinding is None:
             self._rewinding = needs_everything(self.dataset, indices, self.num_workers)
         return Repeatable(self.dataset, everything=self._rewinding)
+
+
+def _refusal(dataset: Any, collate: Callable[[list[Any]], Any], chosen: list[int], words: str) -> DataError:
+    """Return what to say of examples that make no batch: which of them can't be had by themselves, if any."""
+    bad = []
+    for index in chosen:
+        try:
+            collate([dataset[index]])
+        except Exception:
+            bad.append(index)
+    return DataError(
+        f"{type(dataset).__name__} can't give a batch of {examples(bad or chosen)} ({words}): mend what it holds "
+        "there, or leave it out."
+    )
 
 
 def _digest_of(fetch: Callable[[int], Any], index: int) -> bytes | None:

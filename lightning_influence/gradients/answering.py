@@ -1,12 +1,14 @@
-"""Examples for which a step returns no loss, as guards against NaN do: found, and left out of the passes."""
+"""Examples for which a step returns no loss, as guards against NaN do, or raises an error: left out, or named."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
+from lightning_influence.core.errors import examples, told
 from lightning_influence.data.source import ExampleSource
-from lightning_influence.objective.scale import NoLossError
+from lightning_influence.objective.scale import NoLossError, TaskError
 
 _Loss = TypeVar("_Loss")
 
@@ -34,6 +36,7 @@ def answered(
 
     Raises:
         NoLossError: If there is no loss for any example, or for one of those that have to stay together.
+        TaskError: If the task fails; it names the examples with which it does.
     """
     answers, error = False, None
     for whole in source.batches(indices, size):
@@ -41,7 +44,8 @@ def answered(
         while waiting:
             chosen, batch = waiting.pop()
             try:
-                loss = forward(batch, chosen)
+                with told(partial(refusal, source, chosen, forward)):
+                    loss = forward(batch, chosen)
             except NoLossError as raised:
                 if not apart:
                     raise
@@ -57,3 +61,32 @@ def answered(
                 yield chosen, loss
     if error is not None and not answers:
         raise error
+
+
+def refusal(
+    source: ExampleSource, chosen: list[int], forward: Callable[[Any, list[int]], Any], words: str
+) -> TaskError:
+    """Return what to say of a batch that a task fails with, by halves: the one example that it fails with, if it is."""
+
+    def fails(part: list[int]) -> bool:
+        try:
+            for own, batch in source.batches(part, len(part)):
+                forward(batch, own)
+        except Exception:
+            return True
+        return False
+
+    found, others_pass = chosen, False
+    while len(found) > 1:
+        half = len(found) // 2
+        first, second = found[:half], found[half:]
+        bad = [part for part in (first, second) if fails(part)]
+        if not bad:  # it is how many they are, or what they are together
+            break
+        others_pass |= len(bad) == 1
+        found = bad[0]
+    # Where nothing passes any more (a device that has failed), none of them is to blame.
+    which = examples(found if others_pass else chosen)
+    return TaskError(
+        f"the loss can't be computed on {which} ({words}): mend what the data hold there, or leave it out."
+    )

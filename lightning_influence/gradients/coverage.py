@@ -22,8 +22,10 @@ from lightning_influence.layers.blocks import (
 )
 
 Uncovered = Literal["report", "exact"]
+"""Parameters whose per-example gradients have no closed form: left out, or computed one example at a time."""
 Layer: TypeAlias = "str | type[nn.Module]"
 Layers: TypeAlias = "Layer | Iterable[Layer] | None"
+"""What to look at: names of layers or parameters, glob patterns, types of modules; None for all."""
 
 # Gradients of so many scalars are formed for every example where there is no other way; larger ones only on request.
 _LARGEST_UNASKED = 2**20

@@ -35,6 +35,7 @@ from lightning_influence.objective.task import Task, TaskError, run_tapped
 from lightning_influence.objective.terms import BatchLoss, understand
 
 Labels = Literal["true", "sampled", "exact"]
+"""Whose gradients: of the given labels, of a draw from the model, or of as many as make the expectation exact."""
 NO_EXACT_LABELS = (
     "the expectation over labels has no closed form for this loss (it makes several decisions per example); use "
     '`fisher="sampled"`.'

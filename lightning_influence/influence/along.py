@@ -93,7 +93,7 @@ class AlongTraining:
             segments=segments,
             curvature=curvature,
             examples=plan.examples,
-            weight_decay=self._examined.weight_decay if weight_decay is None else weight_decay,
+            weight_decay=self._examined.decay(weight_decay),
             at=at,
         )
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_influence.audit.store.store import AuditStore
+from lightning_influence.core.errors import check_path
 from lightning_influence.curvature import Curvature
 from lightning_influence.curvature.saved import restored
 from lightning_influence.influence.examined import ExaminedModel
@@ -18,6 +19,7 @@ from lightning_influence.influence.examined import ExaminedModel
 
 def stored_examples(directory: str | os.PathLike[str]) -> NDArray[np.int64]:
     """Return the dataset indices of the training examples."""
+    check_path("the directory", directory)
     return AuditStore.open(directory).read_scores()["index"]
 
 
@@ -48,6 +50,7 @@ def store_curvature(directory: str | os.PathLike[str], curvature: Curvature, exa
     Raises:
         ValueError: If it is solved by products with the training data.
     """
+    check_path("the directory", directory)
     files = curvature.tensors()
     if any(about["kind"] != about["curvature"] for _, about in files.values()):
         raise ValueError(

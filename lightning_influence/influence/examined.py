@@ -10,9 +10,12 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import nn
 
+from lightning_influence.audit.unlearning import WeightDecay
+from lightning_influence.core.errors import check_flag
 from lightning_influence.core.memory import is_out_of_memory
-from lightning_influence.core.weights import checksum
-from lightning_influence.curvature import CurvatureName, Damping, Fisher, OptimizerHistory, Solver, check_labels
+from lightning_influence.core.weights import checksum, parameters_of
+from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
+from lightning_influence.curvature.choices import check_labels
 from lightning_influence.data.source import DataError
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered
 from lightning_influence.gradients.discover import TraceError, discover
@@ -26,6 +29,7 @@ from lightning_influence.influence.inputs import (
     check_curvature_choices,
     check_layers,
     check_model,
+    check_weight_decay,
     positions,
     source_of,
     task_of,
@@ -34,6 +38,7 @@ from lightning_influence.influence.progress import shown
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.terms import TaskError
 from lightning_influence.scores.plan import InfluencePlan
+from lightning_influence.training.step_sizes import OptimizerHistory
 
 Examined = TypeVar("Examined", bound="ExaminedModel")
 Paired = tuple[ExampleGradients, list[int], ExampleGradients, list[int]]
@@ -66,6 +71,7 @@ class ExaminedModel:
         check_model(model)
         check_choice("uncovered", uncovered, get_args(Uncovered))
         check_layers(layers)
+        check_flag("verify", verify)
         task = task_of(model, loss)
         source, drawn = source_of(train_set, batch_size)
         chosen = sorted(set(positions(examples, drawn, "training set")))
@@ -118,6 +124,17 @@ class ExaminedModel:
     def weight_decay(self) -> Mapping[str, float]:
         """Coefficient of the L2 term in the loss of the run that an audit has followed, by parameter name."""
         return {} if self._history is None else self._history.weight_decay
+
+    def decay(self, given: WeightDecay | None) -> WeightDecay:
+        """Return the coefficient that is given, or that of the run.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        if given is None:
+            return self.weight_decay
+        check_weight_decay(given, parameters_of(self.model))
+        return given
 
     @cached_property
     def training(self) -> ExampleGradients:

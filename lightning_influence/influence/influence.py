@@ -11,18 +11,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_influence.audit.unlearning import ParameterUpdate, Unlearner, WeightDecay
+from lightning_influence.core.errors import check_count, check_flag
 from lightning_influence.core.indices import integers
-from lightning_influence.curvature import (
-    BlockCurvature,
-    Curvature,
-    CurvatureName,
-    Damping,
-    Fisher,
-    OptimizerHistory,
-    Solver,
-    random_subset,
-)
+from lightning_influence.curvature import BlockCurvature, Curvature, CurvatureName, Damping, Fisher, Solver
 from lightning_influence.curvature.chain import Chain, curvature_chain
+from lightning_influence.curvature.choices import random_subset
 from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
 from lightning_influence.gradients.coverage import LEFT_OUT, Coverage, listed_reasons
 from lightning_influence.gradients.passes import ExampleGradients
@@ -35,7 +28,6 @@ from lightning_influence.influence.inputs import (
     Indices,
     Loss,
     aligned,
-    check_count,
     check_factor_examples,
     notes_of,
 )
@@ -50,6 +42,7 @@ from lightning_influence.scores.measurements import (
 )
 from lightning_influence.scores.pairs import Normalisation, PairwiseScores, TopScores, pairwise_scores, top_scores
 from lightning_influence.training.checkpoints import Checkpoint
+from lightning_influence.training.step_sizes import OptimizerHistory
 
 Asked = tuple[ExampleGradients, list[int], Curvature, ExampleGradients, list[int]]
 """Passes and indices of the training data, the curvature, then passes and indices of the queries."""
@@ -167,8 +160,7 @@ class Influence(ExaminedModel):
                 ``"auto"`` samples if the loss is known.
             damping: A number λ, ``"relative"`` (0.1 of each block's mean eigenvalue), ``"trainer"`` (what the training
                 implies, which takes ``history``), or ``"auto"``: that of the curvature, see ``curvature.damping``.
-            solver: For GGN and Hessian: ``"dense"``, ``"cg"``, ``"nystrom"``, ``"pcg"`` or ``"lissa"``; others leave it
-                unused.
+            solver: Of GGN and Hessian: ``"dense"``, ``"cg"``, ``"nystrom"``, ``"pcg"`` or ``"lissa"``.
             factor_examples: Number of random examples to fit on; ``"auto"``: enough for every factor; None: all.
             history: What the optimizer did, see ``StepSizes.history``; by default as far as an audit has followed it.
 
@@ -202,8 +194,7 @@ class Influence(ExaminedModel):
 
     def self_influence(self, indices: Indices | None = None) -> Tensor:
         """Return ``∇ℓᵀ (C + λ)⁻¹ ∇ℓ`` of training examples, ``[n]`` in the order of the indices (all by default)."""
-        if self._curvature is None:
-            _ = self.curvature  # raises, with the way out
+        _ = self._curvature or self.curvature  # raises, with the way out
         return aligned(self.scores(indices), "self_influence", self.chosen(indices))
 
     def top(
@@ -251,8 +242,7 @@ class Influence(ExaminedModel):
 
         Args:
             test_set: The set.
-            measurement: ``"loss"``, ``"margin"``, a gap or adversarial loss, or a function ``(model, batch) -> number``
-                of the whole set.
+            measurement: ``"loss"``, ``"margin"``, a gap, an attack's loss, or a function ``(model, batch) -> number``.
             indices: Which of its examples; all by default.
         """
         return measurement_scores(*self._asked(test_set, indices), measurement)
@@ -272,10 +262,9 @@ class Influence(ExaminedModel):
             weight_decay: Coefficient of an L2 term in the loss, for all parameters or by name; by default that of the
                 run that an audit has followed, or of ``history``, else none.
         """
-        curvature, chosen = self.curvature, self.chosen(indices)
-        if weight_decay is None:
-            weight_decay = self.weight_decay
-        unlearner = Unlearner(self.training, curvature, self.examples, weight_decay=weight_decay)
+        check_flag("leverage", leverage)
+        curvature, chosen, decay = self.curvature, self.chosen(indices), self.decay(weight_decay)
+        unlearner = Unlearner(self.training, curvature, self.examples, weight_decay=decay)
         return unlearner.newton_removal(chosen, leverage=leverage)
 
     def repair(self, indices: Indices, labels: Indices) -> ParameterUpdate:
@@ -286,8 +275,8 @@ class Influence(ExaminedModel):
             labels: A new label for each of them.
         """
         curvature, chosen = self.curvature, self.chosen(indices)
-        unlearner = Unlearner(self.training, curvature, self.examples, labels=self.labels)
-        return unlearner.label_repair(chosen, integers(labels))
+        new, unlearner = integers(labels), Unlearner(self.training, curvature, self.examples, labels=self.labels)
+        return unlearner.label_repair(chosen, new)
 
     def damping_sweep(self) -> DampingSweep:
         """Return how much self-influence depends on the damping, from a few hundred examples."""

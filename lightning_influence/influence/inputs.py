@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, get_args
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn import UninitializedParameter
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
+from lightning_influence.core.errors import check_count, is_number
 from lightning_influence.core.indices import Indices as Many
 from lightning_influence.core.indices import integers
-from lightning_influence.curvature import LADDER, SOLVERS, CurvatureName, Fisher, Solver, check_solver
+from lightning_influence.curvature import LADDER, SOLVERS, CurvatureName, Fisher, Solver
+from lightning_influence.curvature.choices import check_solver
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.gradients.visitors import ExampleScores, in_order
@@ -63,6 +65,14 @@ def check_model(model: object) -> None:
         raise ValueError(
             f"the parameters {empty[:3]} of {type(model).__name__} are on the meta device, without values: "
             '`model.to_empty(device="cpu")`, then load the trained weights.'
+        )
+    trained = {
+        name: p for name, p in parameters.items() if p.requires_grad and not isinstance(p, UninitializedParameter)
+    }
+    if odd := [name for name, parameter in trained.items() if not bool(parameter.detach().isfinite().all())]:
+        raise ValueError(
+            f"the parameters {odd[:3]} of {type(model).__name__} hold numbers that are not finite: training has "
+            "diverged. Pass the model with the weights of a checkpoint from before."
         )
 
 
@@ -179,10 +189,20 @@ def check_curvature_choices(curvature: CurvatureName, fisher: Fisher, solver: So
     check_solver(curvature, solver)
 
 
-def check_count(name: str, value: object, otherwise: str = "") -> None:
-    """Raise ``ValueError`` unless this is an integer >= 1."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
-        raise ValueError(f"{name}={value!r}; expected an integer >= 1{otherwise and f', or {otherwise}'}.")
+def check_weight_decay(value: object, known: Collection[str]) -> None:
+    """Raise ``ValueError`` unless this is a coefficient, or some by parameter name."""
+    by_name = value if isinstance(value, Mapping) else {}
+    if strangers := [name for name in by_name if name not in known]:
+        raise ValueError(
+            f"weight_decay names {strangers[:5]}; expected parameters of the model, such as {list(known)[:3]}."
+        )
+    odd = [each for each in (by_name.values() if isinstance(value, Mapping) else [value]) if not _is_coefficient(each)]
+    if odd:
+        raise ValueError(f"weight_decay={odd[0]!r}; expected a finite number >= 0, or one by parameter name.")
+
+
+def _is_coefficient(value: object) -> bool:
+    return is_number(value) and float(value) >= 0  # type: ignore[arg-type]
 
 
 def check_factor_examples(value: object) -> None:

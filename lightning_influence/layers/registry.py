@@ -14,6 +14,7 @@ from lightning_influence.layers.site import NotUnderstoodError, Site
 Reader: TypeAlias = "Callable[[Site], Call]"
 
 READERS: dict[Callable[..., Any], Reader] = {}
+"""Torch function to what reads its calls; ``reads`` adds one."""
 IN_PLACE: set[Callable[..., Any]] = set()
 """Operators that overwrite their first argument, see ``overwrites``."""
 

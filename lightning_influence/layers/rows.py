@@ -65,6 +65,7 @@ class Joined:
 
 
 Rows: TypeAlias = "Tensor | OneHot | Joined"
+"""Output gradients ``[k, n, s, o]`` of a block, dense or one-hot."""
 
 
 def join(rows: Sequence[Tensor | OneHot]) -> Rows:

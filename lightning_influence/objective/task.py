@@ -87,8 +87,12 @@ def run_tapped(task: Task, module: nn.Module, batch: Any) -> tuple[Tensor, list[
     """Run ``task`` on one batch and return what it returned, and the known loss calls it made."""
     with LossTap(protect=True) as tap:
         loss = task(module, batch)
-    if loss is None:
-        raise NoLossError("the task returned None instead of a loss tensor.")
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        what = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else loss and type(loss).__name__
+        raise (NoLossError if loss is None else TaskError)(
+            f"the task returned {what} instead of a loss tensor: one floating-point number for the batch, or one for "
+            "each of its examples."
+        )
     return loss, tap.calls
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed, memory
+from lightning_influence.core.errors import check_path
 
 Write = Callable[[slice, Tensor, Tensor], None]
 """Takes rows ``r``, the places of columns ``[c]``, and their scores ``[r, c]``."""
@@ -29,8 +30,8 @@ _ITEM = np.dtype(np.float32).itemsize
 
 
 @contextmanager
-def written(path: Path, shape: tuple[int, int]) -> Iterator[Write]:
-    """Make the file: it takes its place once the body has succeeded, on whatever stood there before.
+def written(path: str | os.PathLike[str], shape: tuple[int, int]) -> Iterator[Write]:
+    """Make the file: it takes its place once the body has succeeded.
 
     Args:
         path: Ends in ``.npy``; the folder exists, on a file system that all processes share.
@@ -41,10 +42,12 @@ def written(path: Path, shape: tuple[int, int]) -> Iterator[Write]:
         change, one change would be lost.
 
     Raises:
-        ValueError: If the file can't be made there, or the disk has no room for it. Raised on every process, before
-            the body runs.
+        ValueError: If the file is there, or can't be made, or the disk has no room for it. Raised on every process,
+            before the body runs.
         OSError: If it can't be completed.
     """
+    check_path("path", path)
+    path = Path(path)
     # The processes look for the same file.
     token, first = distributed.gather_objects(secrets.token_hex(4))[0], distributed.rank() == 0
     temporary = path.with_name(f".tmp-{token}-{path.name}")
@@ -86,6 +89,8 @@ def mapped(path: Path) -> Tensor:
 def _made(path: Path, temporary: Path, shape: tuple[int, int]) -> Tensor:
     if path.suffix != ".npy" or path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"path is {str(path)!r}; expected a file name ending in '.npy', in a folder that exists.")
+    if path.exists():
+        raise ValueError(f"path is {str(path)!r}, which exists; expected a new file: delete that one, or pass another.")
     for leftover in path.parent.glob(f".tmp-????????-{glob.escape(path.name)}"):
         leftover.unlink(missing_ok=True)
     needed, free = shape[0] * shape[1] * _ITEM, shutil.disk_usage(path.parent).free

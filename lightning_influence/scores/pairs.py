@@ -13,24 +13,25 @@ Index legend: ``q`` queries, ``n`` training examples, ``m`` the whole and its pa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed, memory
-from lightning_influence.core.indices import integers
+from lightning_influence.core.errors import check_flag
+from lightning_influence.core.indices import Indices, integers
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.gradients.coverage import listed
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import visit
 from lightning_influence.scores import matrix_file
 from lightning_influence.scores.examples import ExampleScorer
-from lightning_influence.scores.products import Normalisation, PairColumns, StrongestPairs
+from lightning_influence.scores.products import SCORE_BYTES, Normalisation, PairColumns, StrongestPairs
 from lightning_influence.scores.queries import (
     PreparedQueries,
     check_layers,
@@ -39,7 +40,6 @@ from lightning_influence.scores.queries import (
     query_chunks,
 )
 
-_SCORE_BYTES = 8
 _TITLE = "pairwise scores"
 _SHOWN = 10  # queries in a repr
 
@@ -68,7 +68,7 @@ class PairwiseScores:
         layers = f", by {len(self.parts)} layers" if self.parts else ""
         return f"PairwiseScores({len(self.queries):,} queries x {len(self.examples):,} examples{layers})"
 
-    def group(self, members: Sequence[int]) -> Tensor:
+    def group(self, members: int | Indices) -> Tensor:
         """Return the influence of a group of training examples on every query, the sum over its members.
 
         Args:
@@ -79,12 +79,11 @@ class PairwiseScores:
             training examples raises the query's loss by ``1/N`` of it.
 
         Raises:
-            ValueError: If a member is no integer, was not scored, or is named twice.
+            ValueError: If a member is no index, was not scored, or is named twice.
         """
-        chosen = integers(members)
-        wanted = torch.tensor(chosen, dtype=torch.long)
+        wanted = torch.tensor(integers(members), dtype=torch.long)
         missing = wanted[~torch.isin(wanted, self.examples)].tolist()
-        if missing or len(set(chosen)) != len(chosen):
+        if missing or len(wanted.unique()) != len(wanted):
             raise ValueError(f"the group holds {missing or 'repeated'} indices; expected distinct, scored examples.")
         columns = torch.searchsorted(self.examples, wanted)
         # Query by query: the columns of a large group would be most of a matrix that may not fit into memory.
@@ -175,8 +174,8 @@ def pairwise_scores(
             loses its square) has 0.
         by_layer: Whether to give each layer's part of the scores, too.
         path: Where to write the scores instead of holding them in memory: an ``.npy`` file in float32, which
-            ``numpy.load(path, mmap_mode="r")`` reads. It appears, or replaces the one there, when it is complete. With
-            several processes, on a file system that all of them share.
+            ``numpy.load(path, mmap_mode="r")`` reads. It appears when it is complete; none that is there is replaced.
+            With several processes, on a file system that all of them share.
 
     Returns:
         All scores, on the host; the same on every process.
@@ -189,16 +188,14 @@ def pairwise_scores(
         SolverError: If an iterative solver did not reach its tolerance.
     """
     _check(gradients, indices, curvature, queries, query_indices, normalise)
+    check_flag("by_layer", by_layer)
     if by_layer and normalise != "none":
-        raise ValueError(
-            f"by_layer=True with normalise={normalise!r}: a normalised score is no sum over layers; use "
-            'normalise="none".'
-        )
+        raise ValueError(f"by_layer=True with normalise={normalise!r}: a normalised score is no sum over layers.")
     if by_layer and path is not None:
         raise ValueError("by_layer=True keeps the parts in memory; leave out `path`, and take fewer queries at a time.")
     layers = list(gradients.coverage.blocks) if by_layer else []
     shape = len(query_indices), len(distinct(indices))
-    with nullcontext() if path is None else matrix_file.written(Path(path), shape) as write:
+    with nullcontext() if path is None else matrix_file.written(path, shape) as write:
         total = PairSum(gradients, indices, queries, query_indices, layers=layers, write=write)
         for rows, prepared in total.prepared(curvature):
             total.add(rows, prepared, curvature=curvature, normalise=normalise)
@@ -342,7 +339,7 @@ class PairSum:
         return PairwiseScores(self._asked, self._examples, scores, parts, list(dict.fromkeys([*notes, *unscored])))
 
 
-def mean_scores(members: Sequence[PairwiseScores]) -> PairwiseScores:
+def mean_scores(members: Iterable[PairwiseScores]) -> PairwiseScores:
     """Return the mean of scores of the same pairs: an ensemble over models of several seeds, or of several methods.
 
     Influence has a unit, the change of the query's loss, so that members are averaged as they are. Three seeds raised
@@ -356,25 +353,28 @@ def mean_scores(members: Sequence[PairwiseScores]) -> PairwiseScores:
         same ones.
 
     Raises:
-        ValueError: If there is no member, or they are not about the same pairs.
+        TypeError, ValueError: If there is no member, one is something else, or they are not about the same pairs.
     """
-    if not members:
+    every: list[Any] = list(members) if hasattr(members, "__iter__") else [members]
+    if odd := [type(member).__name__ for member in every if not isinstance(member, PairwiseScores)]:
+        raise TypeError(f"a member is a {odd[0]}; expected `PairwiseScores` of `influence.pairs`.")
+    if not every:
         raise ValueError("there are no scores to average; pass at least one member.")
-    first = members[0]
-    for number, other in enumerate(members):
+    first = every[0]
+    for number, other in enumerate(every):
         if not (torch.equal(first.queries, other.queries) and torch.equal(first.examples, other.examples)):
             raise ValueError(
                 f"member {number} has scores of other pairs than member 0; expected the same queries and training "
                 "examples in all members."
             )
     total = torch.zeros(first.scores.shape, dtype=torch.float64)
-    for member in members:
+    for member in every:
         total += member.scores
     parts = None
-    if first.parts and all(member.parts and member.parts.keys() == first.parts.keys() for member in members):
-        parts = {name: torch.stack([m.parts[name] for m in members if m.parts]).mean(0) for name in first.parts}
-    notes = list(dict.fromkeys(note for member in members for note in member.notes))
-    return PairwiseScores(first.queries, first.examples, total / len(members), parts, notes)
+    if first.parts and all(member.parts and member.parts.keys() == first.parts.keys() for member in every):
+        parts = {name: torch.stack([m.parts[name] for m in every if m.parts]).mean(0) for name in first.parts}
+    notes = list(dict.fromkeys(note for member in every for note in member.notes))
+    return PairwiseScores(first.queries, first.examples, total / len(every), parts, notes)
 
 
 def distinct(indices: Sequence[int]) -> Tensor:
@@ -385,7 +385,7 @@ def distinct(indices: Sequence[int]) -> Tensor:
 def _zeros(matrices: int, queries: int, examples: int) -> Tensor:
     """Return ``[m, q, n]`` on the host, after a look at whether it fits."""
     host = torch.device("cpu")
-    needed = _SCORE_BYTES * matrices * queries * examples
+    needed = SCORE_BYTES * matrices * queries * examples
     if distributed.any_process(not memory.fits(needed, host)):
         parts = f" with their parts by {matrices - 1} layers" if matrices > 1 else ""
         way_out = "leave out by_layer=True" if parts else "pass `path=` to `pairwise_scores` to keep them in a file"

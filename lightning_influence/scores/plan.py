@@ -17,21 +17,16 @@ from lightning_influence.curvature import (
     Curvature,
     CurvatureName,
     Damping,
-    DampingChoice,
     FactorExamples,
     Fisher,
     IndefiniteError,
-    OptimizerHistory,
     Solver,
     SolverError,
-    choose_damping,
-    choose_labels,
-    choose_solver,
-    decompositions,
-    factor_examples,
     fit,
-    random_subset,
 )
+from lightning_influence.curvature.choices import choose_labels, choose_solver, factor_examples, random_subset
+from lightning_influence.curvature.damping import DampingChoice, choose_damping
+from lightning_influence.curvature.registry import decompositions
 from lightning_influence.curvature.sweep import DampingSweep, Sweeper
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.passes import ExampleGradients, Labels
@@ -39,7 +34,7 @@ from lightning_influence.gradients.verify import Inspection
 from lightning_influence.gradients.visitors import ExampleScores, Visitor, visit
 from lightning_influence.scores.examples import ExampleScorer
 from lightning_influence.scores.measurements import QuerySets, mean_loss_gradient
-from lightning_influence.training.step_sizes import StepSize
+from lightning_influence.training.step_sizes import OptimizerHistory, StepSize
 
 # Passes forward and backward that one product of one vector takes, and steps that a solver usually does.
 _PRODUCT_COST = 2.0

@@ -23,8 +23,9 @@ from lightning_influence.scores.examples import ExampleScorer
 from lightning_influence.scores.queries import PreparedQueries
 
 Normalisation = Literal["none", "relative", "cosine"]
+"""What scores of pairs are divided by: nothing, the norm of the training example, or that of the query, too."""
 
-_SCORE_BYTES = 8
+SCORE_BYTES = 8
 
 
 class _Pairs(Visitor, ABC):
@@ -96,7 +97,7 @@ class PairColumns(_Pairs):
         super().__init__(prepared, own, layers)
         self._examples, self._write, self._normalise = examples, write, normalise
         self._shape = 1 + len(layers), len(prepared.self_influence)
-        self._rounds = distributed.Rounds(len(examples), _SCORE_BYTES * math.prod(self._shape))
+        self._rounds = distributed.Rounds(len(examples), SCORE_BYTES * math.prod(self._shape))
         self._found: list[tuple[list[int], Tensor]] = []
 
     def _take(self, indices: list[int], scores: Tensor) -> None:

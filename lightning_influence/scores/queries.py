@@ -19,6 +19,7 @@ from lightning_influence.gradients.passes import BatchGradients, ExampleGradient
 from lightning_influence.gradients.visitors import Visitor, visit
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.rows import Rows
+from lightning_influence.objective.task import TaskError
 from lightning_influence.scores.measurements.base import MeasurementError
 
 # Of each query's gradient there are, for a while: itself, the solution, and what solving takes.
@@ -184,10 +185,11 @@ def run_on_queries() -> Iterator[None]:
     except Exception as error:
         if memory.is_out_of_memory(error):
             raise
+        words = str(error) if isinstance(error, TaskError) else f"{type(error).__name__}: {error}"
         raise QueryError(
-            f"queries: the training task can't be run on them ({type(error).__name__}: {error}). Queries need inputs "
-            "and labels of the kind that the model was trained on."
-        ) from error
+            f"queries: the training task can't be run on them: {words.rstrip('.')}. Queries need inputs and labels of "
+            "the kind that the model was trained on."
+        ) from (error.__cause__ or error)
 
 
 class _Formed(Visitor):

@@ -6,7 +6,7 @@ without which the weights of a checkpoint would be evaluated with the statistics
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_influence.core.errors import check_count, is_number
 from lightning_influence.core.torch_private import eager_name
 from lightning_influence.core.weights import parameters_of, places_of, swapped
 
@@ -68,16 +69,33 @@ class Checkpoint:
             steps: See the attributes.
             preconditioner: See the attributes.
             optimizer: See the attributes.
+
+        Raises:
+            CheckpointError, ValueError, TypeError: If one of them is something else.
         """
-        if not isinstance(step_sizes, (Mapping, type(None))):
-            raise CheckpointError(
-                f"step_sizes={step_sizes!r}; expected the sum of learning rates of every parameter by its name, as "
-                "`StepSizes.take()` returns it."
-            )
+        parameters = parameters_of(module)
+        check_count("step", step, least=0)
+        check_count("steps", steps, least=0)
+        _check_by_name(
+            "step_sizes",
+            step_sizes,
+            "the sum of learning rates of every parameter by its name, as `StepSizes.take()` returns it",
+            lambda name, value: name in parameters and is_number(value),
+        )
+        _check_by_name(
+            "preconditioner",
+            preconditioner,
+            "tensors shaped like the parameters, by their names",
+            lambda name, value: (
+                isinstance(value, Tensor) and name in parameters and value.shape == parameters[name].shape
+            ),
+        )
+        if not isinstance(optimizer, str):
+            raise CheckpointError(f"optimizer is a {type(optimizer).__name__}; expected its name, such as 'SGD'.")
         kept = dict(module.state_dict(keep_vars=True))
         return cls(
             step,
-            {name: _copied(p) for name, p in parameters_of(module).items() if p.requires_grad},
+            {name: _copied(p) for name, p in parameters.items() if p.requires_grad},
             {eager_name(name): _copied(b) for name, b in module.named_buffers() if name in kept},
             dict(step_sizes or {}),
             steps,
@@ -142,6 +160,16 @@ class Checkpoint:
             yield
 
 
+def _check_by_name(argument: str, given: object, expected: str, good: Callable[[str, Any], bool]) -> None:
+    """Raise ``CheckpointError`` unless this is None, or a mapping all of whose entries are good."""
+    entries = given if isinstance(given, Mapping) else {} if given is None else {argument: given}
+    odd = {name: value for name, value in entries.items() if entries is not given or not good(name, value)}
+    if odd:
+        name, value = next(iter(odd.items()))
+        what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise CheckpointError(f"{argument}{f'[{name!r}]' if entries is given else ''}={what}; expected {expected}.")
+
+
 _WHENCE = (
     "pass those that an audit has kept, `report.checkpoints()` after `InfluenceAudit(tracin=TracIn(keep_checkpoints="
     "10))`, or a list of `Checkpoint.of(model, step, ...)`"
@@ -155,9 +183,10 @@ def check_together(checkpoints: Sequence[Checkpoint], module: nn.Module) -> None
         checkpoints: The checkpoints.
         module: The model.
     """
-    if isinstance(checkpoints, Checkpoint) or not len(checkpoints):
-        told = "one checkpoint, not a list" if isinstance(checkpoints, Checkpoint) else "no checkpoint"
-        raise CheckpointError(f"there is {told}; {_WHENCE}.")
+    if isinstance(checkpoints, Mapping) or not hasattr(checkpoints, "__len__") or not len(checkpoints):
+        none = getattr(checkpoints, "__len__", None) and not len(checkpoints)
+        what = "no checkpoint" if none else f"a {type(checkpoints).__name__}, not a list of checkpoints"
+        raise CheckpointError(f"there is {what}; {_WHENCE}.")
     # Of checkpoints on a disk, names and shapes are enough.
     every: list[Checkpoint] = list(getattr(checkpoints, "outlines", checkpoints))
     for checkpoint in every:

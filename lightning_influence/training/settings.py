@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from lightning_influence.core.errors import check_count
 from lightning_influence.gradients.coverage import Layers, listed_layers
 
 Mode = Literal["epoch", "step"]
@@ -53,9 +54,7 @@ class TracIn:
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode={self.mode!r}; expected one of {', '.join(map(repr, get_args(Mode)))}.")
         for name, least in (("every_n_epochs", 1), ("every_n_steps", 1), ("keep_checkpoints", 0), ("keep_bytes", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r}; expected an integer >= {least}.")
+            check_count(name, getattr(self, name), least=least)
         budget = self.overhead
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0):
             raise ValueError(f"overhead={budget!r}; expected a share of the training time > 0, such as 0.1, or None.")

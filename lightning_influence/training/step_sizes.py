@@ -74,10 +74,18 @@ class StepSizes:
         self._all_steps = 0
 
     def record(self, optimizer: Any) -> None:
-        """Add the current learning rates of one optimizer, just before it steps."""
+        """Add the current learning rates of one optimizer, just before it steps.
+
+        Raises:
+            TypeError: If it is none.
+        """
+        optimizer = optimizers.inner(optimizer)
+        if not isinstance(getattr(optimizer, "param_groups", None), list):
+            raise TypeError(
+                f"the optimizer is a {type(optimizer).__name__}; expected one of torch, or a wrapper of it."
+            )
         self.steps += 1
         self._all_steps += 1
-        optimizer = optimizers.inner(optimizer)
         kind = type(optimizer).__name__
         self.optimizers.add(kind)
         understood = optimizers.is_understood(optimizer)

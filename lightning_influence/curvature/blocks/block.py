@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -29,6 +29,8 @@ Sides = tuple[bool, bool]
 
 RELATIVE_DAMPING = 0.1
 """Default damping: this multiple of the block's mean eigenvalue (Grosse et al. 2023, 2308.03296)."""
+# Bytes of sums that are copied at a time, to be added up over processes.
+_TOGETHER = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,19 +137,17 @@ class CurvatureBlock(ABC):
         """Turn the sums of the running pass into means and prepare the next one.
 
         Args:
-            examples: Number of examples that this process has counted in the pass, over all batches.
+            examples: Number of examples that were counted in the pass, over all batches; with several processes, after
+                ``sum_passes``.
 
         Raises:
-            ValueError: If no process counted an example.
+            ValueError: If there was none.
         """
-        device = next((value.device for value in self._sums.values()), torch.device("cpu"))
-        self._sums["examples"] = torch.tensor(float(examples), dtype=wide_dtype(device), device=device)
-        names = sorted(self._sums)
-        reduced = distributed.sum_across_processes([self._sums[name] for name in names])
-        self._sums = {}
-        sums = dict(zip(names, reduced, strict=True))
-        if not float(sums["examples"]):
+        if not examples:
             raise ValueError("no example was counted: all losses or gradients are non-finite, or the data are empty.")
+        sums, self._sums = self._sums, {}
+        device = next((value.device for value in sums.values()), torch.device("cpu"))
+        sums["examples"] = torch.tensor(float(examples), dtype=wide_dtype(device), device=device)
         self._finish(sums)
         self._finished_passes += 1
 
@@ -221,3 +221,29 @@ class CurvatureBlock(ABC):
             self.check_damping(damping)
             self._cached = damping, 1 / (self.eigenvalues + damping)
         return self._cached[1]
+
+
+def sum_passes(blocks: Iterable[CurvatureBlock], examples: int) -> int:
+    """Add up the running passes of all processes, of all blocks together; do so before ``end_pass``.
+
+    Args:
+        blocks: The blocks, the same on every process.
+        examples: Number of examples that this process has counted.
+
+    Returns:
+        The number that all of them have.
+    """
+    if distributed.world_size() == 1:
+        return examples
+    counted, *_ = distributed.sum_across_processes([torch.tensor(examples)])
+    waiting = [(block._sums, name) for block in blocks for name in sorted(block._sums)]
+    while waiting:
+        # Sums take the place of parts before the next ones travel: memory for a few of them.
+        size = 0
+        some: list[tuple[dict[str, Tensor], str]] = []
+        while waiting and (not some or size < _TOGETHER):
+            some.append(waiting.pop())
+            size += some[-1][0][some[-1][1]].nbytes
+        for (sums, name), total in zip(some, distributed.sum_across_processes([s[n] for s, n in some]), strict=True):
+            sums[name] = total
+    return int(counted)

@@ -32,21 +32,37 @@ def eigendecomposition(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def eigenvectors(matrices: Tensor) -> Tensor:
-    """Return orthonormal eigenvectors of symmetric ``[k, m, m]`` in columns, see ``eigendecomposition``.
+def eigenvectors(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues ``[k, m]`` and orthonormal eigenvectors in columns of semidefinite ``[k, m, m]``.
 
     Rows and columns of zeros (pixels that are always black, dead units) are eigenvectors already, with eigenvalue 0:
-    only the rest is decomposed. They come first, where the smallest eigenvalues are.
+    only the rest is decomposed, see ``eigendecomposition``. They come first, where the smallest eigenvalues are.
     """
     live = (matrices != 0).any(-1).any(0)
     count = int(live.sum())
     size = len(live)
     if count == size:
-        return eigendecomposition(matrices)[1]
-    vectors = torch.zeros_like(matrices)
+        return eigendecomposition(matrices)
+    values, vectors = torch.zeros_like(matrices[..., 0]), torch.zeros_like(matrices)
     (dead,), (rest,) = (~live).nonzero(as_tuple=True), live.nonzero(as_tuple=True)
     vectors[:, dead, torch.arange(size - count, device=dead.device)] = 1
     if count:
         inner = matrices[:, rest][:, :, rest]
-        vectors[:, rest, size - count :] = eigendecomposition(inner)[1]
-    return vectors
+        values[:, size - count :], vectors[:, rest, size - count :] = eigendecomposition(inner)
+    return values, vectors
+
+
+def null_columns(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tell which eigenvalues ``[k, m]`` of semidefinite matrices are rounding, their entries computed in ``dtype``.
+
+    Their eigenvectors are some basis of a null space (fewer rows than dimensions): which one, rounding decides.
+    """
+    size = values.shape[-1]
+    return values <= size * torch.finfo(dtype).eps * values.amax(-1, keepdim=True)
+
+
+def averaged(values: Tensor, null: Tensor) -> Tensor:
+    """Put the mean over the null columns in the place of each of them: ``[k, ..., m]`` with ``null: [k, m]``."""
+    null = null[:, None]
+    mean = values.where(null, 0).sum(-1, keepdim=True) / null.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(null, mean, values)

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_influence.curvature.blocks.block import Measure
+from lightning_influence.curvature.blocks.eigenvectors import averaged
 from lightning_influence.curvature.blocks.kfac import KFACBlock
 from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
 from lightning_influence.layers.rows import Rows
@@ -17,7 +18,8 @@ class EKFACBlock(KFACBlock):
     """K-FAC's basis, with eigenvalues re-measured in it: the diagonal of the curvature in that basis is exact.
 
     The second pass must not reuse the label draw of the first: the eigenvectors have adapted to it, and eigenvalues
-    measured with it come out biased.
+    measured with it come out biased. That leaves something to measure where the first pass has seen nothing: in a null
+    space of a factor (fewer rows than dimensions) eigenvalues are the mean over its columns.
     """
 
     measures: ClassVar[tuple[Measure, ...]] = ("covariances", "eigenvalues")
@@ -28,5 +30,14 @@ class EKFACBlock(KFACBlock):
         return kind._contributions(self, xs, gs, examples)
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
-        kind = KroneckerBlock if self._finished_passes else KFACBlock
-        kind._finish(self, sums)
+        if not self._finished_passes:
+            KFACBlock._finish(self, sums)
+            return
+        KroneckerBlock._finish(self, sums)
+        # Which basis of a null space came out is a matter of rounding: no score may depend on it.
+        eigenvalues = self.tensors["eigenvalues"]
+        if "activation" in self._null:
+            eigenvalues = averaged(eigenvalues, self._null["activation"])
+        if "gradient" in self._null:
+            eigenvalues = averaged(eigenvalues.mT, self._null["gradient"]).mT
+        self.tensors["eigenvalues"] = eigenvalues.contiguous()

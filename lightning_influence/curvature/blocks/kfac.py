@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.precision import exact, wide, wide_dtype, wide_zeros
-from lightning_influence.curvature.blocks.block import Measure
-from lightning_influence.curvature.blocks.eigenvectors import eigenvectors
+from lightning_influence.curvature.blocks.block import Measure, Shape, Sides
+from lightning_influence.curvature.blocks.eigenvectors import eigenvectors, null_columns
 from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
 from lightning_influence.layers.per_sample import squared_norms
 from lightning_influence.layers.rows import Joined, OneHot, Rows, added, second_moment
@@ -34,6 +34,11 @@ class KFACBlock(KroneckerBlock):
     title: ClassVar[str] = "K-FAC"
     # Share of the examples that have a part in the Fisher, see `bounded_damping`; None where that is not known.
     _share: float | None = None
+
+    def __init__(self, shape: Shape, dense: Sides = (True, True)) -> None:
+        super().__init__(shape, dense)
+        # By side which columns of its basis span a null space, [k, m]: for eigenvalues that are measured.
+        self._null: dict[str, Tensor] = {}
 
     def bounded_damping(self, examples: int, directions: int) -> float:
         """Return the default damping, raised until the data could span the dimensions that the block then has.
@@ -106,8 +111,9 @@ class KFACBlock(KroneckerBlock):
                 whole = moments[0]
                 if len(uses) > 1:  # each use in proportion to the size of its other factor
                     whole = added(trace * moment for trace, moment in zip(traces[other], moments, strict=True))
-                basis = eigenvectors(whole)
+                values, basis = eigenvectors(whole)
                 self.tensors[f"{side}_basis"] = basis.to(kept).contiguous()
+                self._null[side] = null_columns(values, kept.dtype).to(kept.device)
             if "eigenvalues" not in self.measures:
                 diagonals[side] = [_diagonal_in(moment, basis) for moment in moments]
         if diagonals:  # otherwise they are measured

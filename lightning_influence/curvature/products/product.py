@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed
+from lightning_influence.core.errors import told
 from lightning_influence.core.precision import largest_norm
 from lightning_influence.curvature.products.flat import FlatParameters
 from lightning_influence.curvature.products.held_batches import bytes_of, copied, saved_bytes
 from lightning_influence.curvature.products.second_derivatives import SecondDerivatives
 from lightning_influence.curvature.solve.spectrum import Matvec
+from lightning_influence.gradients.answering import refusal
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.objective.terms import BatchLoss
 
@@ -197,7 +199,8 @@ class CurvatureProduct(ABC):
                     self._kept = None
                 else:
                     self._kept.append((len(found), copied(batch)))
-                gradient = self._summed_gradient(batch, len(found))
+                with told(partial(refusal, self._gradients.source, found, self._forward)):
+                    gradient = self._summed_gradient(batch, len(found))
                 if gradient is None:
                     suspicious += found
                 else:
@@ -213,6 +216,9 @@ class CurvatureProduct(ABC):
         excluded = set(bad)
         total, more, overflow = self._look([index for index in own if index not in excluded])
         return total, bad + more, overflow
+
+    def _forward(self, batch: Any, found: Sequence[int]) -> BatchLoss:
+        return self._gradients.forward(batch, len(found))
 
     def _summed_gradient(self, batch: Any, n: int) -> Tensor | None:
         """Return the gradient of the batch, summed over its examples, or None if it or a loss is non-finite."""

@@ -87,3 +87,4 @@ SOLVERS: dict[str, IterativeSolver] = {
     # Random batches do not reach as far.
     "lissa": IterativeSolver(_lissa, tolerance=1e-2, steps=2000),
 }
+"""Iterative solvers by name; an entry adds one."""

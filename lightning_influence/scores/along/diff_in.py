@@ -27,8 +27,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_influence.core.errors import check_count, is_number
 from lightning_influence.core.precision import wide
-from lightning_influence.curvature import random_subset
+from lightning_influence.curvature.choices import random_subset
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.scores.measurements import mean_gradient
 from lightning_influence.scores.pairs import PairSum, PairwiseScores
@@ -74,8 +75,10 @@ def diff_in_scores(
             or no example of the batch has a finite gradient.
         QueryError: If the training task can't be run on the queries.
     """
-    if batch < 1 or not (math.isfinite(step) and step > 0):
-        raise ValueError(f"batch={batch}, step={step}; expected at least one example and a positive step.")
+    check_count("batch", batch)
+    check_count("seed", seed, least=0)
+    if not is_number(step, above=0):
+        raise ValueError(f"step={step!r}; expected a finite number > 0.")
     moved = plain_steps(checkpoints, gradients.module)
     total = PairSum(gradients, indices, queries, query_indices)
     chosen = random_subset(list(indices), batch, seed)

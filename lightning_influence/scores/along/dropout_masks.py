@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_influence.core.errors import check_count
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.scores.pairs import PairSum, PairwiseScores
 
@@ -137,8 +138,8 @@ def ip_ensemble(
             queries do not go together.
         QueryError: If the training task can't be run on the queries.
     """
-    if masks < 1:
-        raise ValueError(f"masks={masks}; expected at least one sub-network.")
+    check_count("masks", masks)
+    check_count("seed", seed, least=0)
     member = DropoutMasks(seed)
     total = PairSum(gradients.within(member), indices, queries.within(member), query_indices)
     _check_dropout(total.gradients, member, indices[:2])

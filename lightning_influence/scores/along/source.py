@@ -26,6 +26,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_influence.core.errors import check_count
 from lightning_influence.core.precision import wide
 from lightning_influence.curvature import BLOCKS, BlockCurvature, Curvature, CurvatureName, FactorExamples, fit
 from lightning_influence.curvature.damping import block_means
@@ -63,7 +64,7 @@ def training_segments(moved: Sequence[Checkpoint], count: int) -> list[Segment]:
     Raises:
         ValueError: If ``count`` is less than 1, or there are fewer checkpoints than segments.
     """
-    if not 1 <= count <= len(moved):
+    if check_count("segments", count) > len(moved):
         raise ValueError(
             f"segments={count} with {len(moved)} checkpoints that stand for steps; expected at least 1 segment, and at "
             "least one checkpoint for each."

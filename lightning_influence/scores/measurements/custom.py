@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.core.errors import told
 from lightning_influence.core.isolation import untouched
 from lightning_influence.core.precision import wide, wide_zeros
 from lightning_influence.scores.measurements.base import (
@@ -54,7 +55,9 @@ class Custom(Measurement):
                 parameter.requires_grad_(True)
             for passes, indices in sets:
                 for own, batch in passes.source.batches(indices, len(indices)):
-                    found, weight = self._checked(passes.applied(self.function, batch)), len(own) / total
+                    with told(self._failed):
+                        returned = passes.applied(self.function, batch)
+                    found, weight = self._checked(returned), len(own) / total
                     value += weight * wide(found.detach())
                     if not gradient:
                         continue
@@ -70,6 +73,12 @@ class Custom(Measurement):
         if gradient:
             check_gradient(self.name, result)
         return Measured(float(value), result, {"all": total})
+
+    def _failed(self, words: str) -> MeasurementError:
+        return MeasurementError(
+            f"{self.name} can't be computed on the queries ({words}). It is called with (module, batch), and returns a "
+            "tensor with one number for the whole set."
+        )
 
     def _checked(self, found: Any) -> Tensor:
         if not isinstance(found, Tensor) or found.numel() != 1:

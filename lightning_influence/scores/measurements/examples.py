@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.containers import map_tensors, tensors_in
+from lightning_influence.core.errors import check_count, is_number
 from lightning_influence.objective.losses import known_losses
 from lightning_influence.objective.terms import BatchLoss
 from lightning_influence.scores.measurements.base import MeasurementError, Statistic
@@ -85,10 +86,9 @@ class AdversarialLoss(Loss):
     inputs: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.epsilon < float("inf"):
+        if not is_number(self.epsilon, above=0):
             raise ValueError(f"epsilon={self.epsilon!r}; expected a finite number > 0.")
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps!r}; expected at least 1 (FGSM).")
+        check_count("steps", self.steps)
 
     @classmethod
     def fgsm(cls, epsilon: float, **options: Any) -> AdversarialLoss:

@@ -54,7 +54,13 @@ class DemographicParityGap(Statistic):
         """Return ``s`` of every example of the dataset; -1 for those that were not asked about."""
         size = len(queries.source)
         wanted = torch.as_tensor(list(indices), dtype=torch.long)
-        every = torch.as_tensor(self.group).cpu()
+        try:
+            every = torch.as_tensor(self.group).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise MeasurementError(
+                f"{self.name}: `group` is a {type(self.group).__name__} that no tensor can be made of; expected 0 or 1 "
+                "for each example of the queries' dataset, and -1 for those in neither group."
+            ) from error
         if every.shape != (size,):
             raise MeasurementError(
                 f"{self.name}: `group` has the shape {list(every.shape)}; expected [{size}], one entry for each "

@@ -27,7 +27,9 @@ from lightning_influence.scores.measurements.custom import Custom
 from lightning_influence.scores.measurements.examples import Loss, Margin
 
 MeasurementName = Literal["loss", "margin"]
+"""Measurements that go by a word."""
 AnyMeasurement: TypeAlias = "Measurement | MeasurementName | Callable[[Any, Any], Tensor]"
+"""What ``as_measurement`` takes: one, its name, or a function ``(module, batch) -> number`` of the whole set."""
 
 
 @dataclass(frozen=True, eq=False)

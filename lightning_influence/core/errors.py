@@ -1,0 +1,69 @@
+"""What users' own code raises, told apart from what this package says, and arguments that are none."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from lightning_influence.core.memory import is_out_of_memory
+
+_OWN = __name__.partition(".")[0]
+_NAMED = 10
+
+
+@contextmanager
+def told(tell: Callable[[str], Exception]) -> Iterator[None]:
+    """Raise what ``tell`` makes of an error in a user's own code, given its kind and first words.
+
+    What this package raises says enough, and memory that runs out is nobody's mistake: they pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] == _OWN or is_out_of_memory(error):
+            raise
+        # Workers of a loader send their whole traceback as text.
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        words = lines[-1 if lines[0].startswith("Caught ") else 0] if lines else ""
+        name = type(error).__name__
+        raise tell(words if words.startswith(name) else f"{name}: {words}") from error
+
+
+def examples(indices: Sequence[int]) -> str:
+    """Return examples by index, as messages name them."""
+    more = f" and {len(indices) - _NAMED} more" if len(indices) > _NAMED else ""
+    return f"example{'s' * (len(indices) != 1)} {', '.join(map(str, indices[:_NAMED]))}{more}"
+
+
+def check_count(name: str, value: object, otherwise: str = "", *, least: int = 1) -> int:
+    """Return an integer >= ``least``; raise ``ValueError`` for anything else, naming what else would do."""
+    try:
+        if not isinstance(value, (bool, np.bool_)) and operator.index(value) >= least:  # type: ignore[arg-type]
+            return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise ValueError(f"{name}={value!r}; expected an integer >= {least}{otherwise and f', or {otherwise}'}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ``ValueError`` for what is neither True nor False: any other object would count as True."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}={value!r}; expected True or False.")
+
+
+def check_path(name: str, value: object) -> None:
+    """Raise ``ValueError`` for what can't be a path."""
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ValueError(f"{name} is {value!r}; expected a path.")
+
+
+def is_number(value: Any, *, above: float = -math.inf) -> bool:
+    """Tell whether something is one finite real number, and larger than ``above``."""
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and bool(value > above)
