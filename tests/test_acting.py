@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +19,30 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit
-from lightning_influence.audit.ranking import rank
+from lightning_influence.audit.belief import LabelBeliefs
+from lightning_influence.audit.ranking import judged
 from lightning_influence.audit.relabel import LabelError
 from lightning_influence.audit.unlearning import Unlearner
 
 GIVEN = [0, 1, 2, 1, 0, 2, 1, 0]
-SUGGESTED = [0, 1, 0, 1, 2, 2, 1, 0]  # other than given for the examples 2 and 4
+REPAIRED = [0, 1, 0, 1, 2, 2, 1, 0]  # other than given for the examples 2 and 4
+SUGGESTED = [1, 0, 0, 2, 2, 0, 0, 2]  # the best other class
 MARGIN = [0.9, 0.8, -0.2, 0.7, -0.6, 0.5, 0.4, 0.3]
+WRONG = [0.01, 0.02, 0.85, 0.03, 0.95, 0.05, 0.1, 0.2]
+BELIEFS = LabelBeliefs("told", noise_rate=0.25, low=0.1, high=0.4)
 
 
-def report(**changes: Any) -> AuditReport:
+def report(beliefs: LabelBeliefs = BELIEFS, **changes: Any) -> AuditReport:
     columns: dict[str, Any] = {
         "index": np.arange(8),
         "label": np.array(GIVEN),
         "suggested": np.array(SUGGESTED),
-        "prob_margin": np.array(MARGIN),
+        "support": np.array(MARGIN),
+        "wrong_probability": np.array(WRONG),
         **changes,
     }
-    return AuditReport(rank({name: value for name, value in columns.items() if value is not None}))
+    found, _ = judged({name: value for name, value in columns.items() if value is not None}, beliefs=beliefs)
+    return AuditReport(found, {"labels": beliefs.described()})
 
 
 class Listed(Dataset[Any]):
@@ -50,6 +58,79 @@ class Listed(Dataset[Any]):
 
 def pairs(labels: list[int] = GIVEN) -> Listed:
     return Listed([(torch.zeros(3) + n / 10, y) for n, y in enumerate(labels)])
+
+
+class TestAdvice:
+    def test_what_is_surer_than_a_level(self) -> None:
+        """Candidates by falling probability, as many as are expected to be wrong to that share together."""
+        advised = report().advice()
+        assert advised.indices == [4, 2]
+        assert advised.expected == pytest.approx(1.8)
+        assert advised.classes == {0: (3, 1), 2: (2, 1)}
+        assert str(advised) == (
+            "2 labels are surer to be wrong than 80% together: about 2 are expected to be. By class: 0: 1 of 3, "
+            "2: 1 of 2."
+        )
+        assert str(advised) in str(AuditReport(report().columns, report().manifest))
+        assert report().advice(0.89).indices == [4, 2]  # .95 and .85
+        assert report().advice(0.92).indices == [4]
+        assert len(report().advice(1)) == 0
+        three = LabelBeliefs("told", noise_rate=0.375, low=0.1, high=0.5)
+        assert report(three).advice().indices == [4, 2], "2.0 of three is less than .8"
+        assert report(three).advice(0.6).indices == [4, 2, 7]
+
+    def test_by_itself_where_perhaps_no_label_is_wrong(self) -> None:
+        """The share of wrong ones among several is a belief that no label may bear out."""
+        perhaps = LabelBeliefs("told", noise_rate=0.25, low=0.0, high=0.4)
+        assert report(perhaps).advice(0.9).indices == [4]
+        assert report(perhaps).advice(0.8).indices == [4, 2]
+
+    def test_a_class_of_which_most_would_be_gone_is_spared(self) -> None:
+        wrong = np.array([0.9, 0.02, 0.85, 0.03, 0.95, 0.05, 0.1, 0.1])
+        support = np.array([-0.5, *MARGIN[1:]])
+        rate = LabelBeliefs("told", noise_rate=0.375, low=0.1, high=0.5)  # twice the rate is .75
+        assert report(rate, wrong_probability=wrong, support=support).advice().indices == [4, 0, 2]
+        rare = LabelBeliefs("told", noise_rate=0.32, low=0.1, high=0.5)  # at most .64; two of three zeros are more
+        found = report(rare, wrong_probability=wrong, support=support)
+        assert sorted(found.candidates.tolist()) == [0, 2, 4]
+        advised = found.advice()
+        assert (advised.indices, advised.spared) == ([2], {0: 2})
+        assert "Left alone, as most of the class would be gone: 0 (2 examples)." in str(advised)
+        assert found.clean_indices() == [0, 1, 3, 4, 5, 6, 7]
+
+    @pytest.mark.parametrize(
+        ("beliefs", "changes", "reason"),
+        [
+            (LabelBeliefs(reason="the classes overlap", noise_rate=0.1, low=0, high=0.3), {}, "the classes overlap"),
+            (BELIEFS, {"wrong_probability": np.full(8, 0.3)}, "no label is sure enough to be wrong"),
+            (BELIEFS, {"wrong_probability": np.full(8, np.nan)}, "no label is sure enough to be wrong"),
+        ],
+    )
+    def test_nothing_is_done_and_said_so(self, beliefs: LabelBeliefs, changes: Any, reason: str) -> None:
+        """A choice of one's own is done all the same."""
+        found = report(beliefs, **changes)
+        assert str(found.advice()) == f"nothing to act on: {reason}."
+        with pytest.warns(UserWarning, match=f"the data stay as they are: {reason}. `drop=` and `indices=` act"):
+            assert found.clean_indices() == list(range(8))
+        with pytest.warns(UserWarning, match=f"the data stay as they are: {reason}"):
+            assert found.relabelled(pairs()).labels == {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert found.clean_indices(2) == [0, 1, 3, 5, 6, 7]
+            assert found.relabelled(pairs(), [2, 3]).labels == {2: 0, 3: 2}
+
+    @pytest.mark.parametrize("precision", [0, -0.1, 1.01, float("nan"), True, "0.8", None])
+    def test_a_level_that_is_none(self, precision: Any) -> None:
+        acting: list[Callable[[], Any]] = [
+            lambda: report().advice(precision),
+            lambda: report().clean_indices(precision=precision),
+            lambda: report().relabelled(pairs(), precision=precision),
+        ]
+        for act in acting:
+            with pytest.raises(
+                ValueError, match=rf"precision={precision!r}; expected a share of right decisions, abov"
+            ):
+                act()
 
 
 class TestCleanIndices:
@@ -102,7 +183,7 @@ class TestRelabelled:
     def test_suggested_labels_on_the_candidates(self, shape: str) -> None:
         data = Listed([SHAPES[shape](x, y) for x, y in pairs().examples])
         repaired = report().relabelled(data)
-        assert [label_of(repaired[n]) for n in range(8)] == SUGGESTED
+        assert [label_of(repaired[n]) for n in range(8)] == REPAIRED
         assert [label_of(data[n]) for n in range(8)] == GIVEN
         assert repr(repaired[0]) == repr(data[0])
         loaded = next(iter(DataLoader(repaired, batch_size=8)))
@@ -110,9 +191,10 @@ class TestRelabelled:
         assert type(loaded) is type(kept)
 
     def test_some_of_them(self) -> None:
-        assert report().relabelled(pairs(), [2, 3]).labels == {2: 0}
-        assert report().relabelled(pairs(), min_margin=0.5).labels == {4: 2}
-        assert report().relabelled(pairs(), min_margin=0.7).labels == {}
+        assert report().relabelled(pairs(), [2, 3]).labels == {2: 0, 3: 2}
+        assert report().relabelled(pairs(), precision=0.92).labels == {4: 2}
+        with pytest.warns(UserWarning, match="the data stay as they are"):
+            assert report().relabelled(pairs(), precision=0.97).labels == {}
 
     def test_random_streams_stay_where_they_are(self) -> None:
         class Augmented(Listed):
@@ -136,7 +218,6 @@ class TestRelabelled:
             ),
             (pairs(), {"indices": [2, 2]}, ValueError, "some are named twice"),
             (pairs(), {"indices": [2.5]}, ValueError, "indices must be integers"),
-            (pairs(), {"min_margin": 1.5}, ValueError, "min_margin=1.5; expected a difference of probabilities from 0"),
             (
                 pairs(GIVEN[:6]),
                 {},
@@ -157,7 +238,7 @@ class TestRelabelled:
             report().relabelled(data, **arguments)
 
     def test_a_longer_data_set_than_that_of_the_run(self) -> None:
-        known = AuditReport(report().columns, {"dataset_size": 8})
+        known = AuditReport(report().columns, report().manifest | {"dataset_size": 8})
         assert known.relabelled(pairs()).labels == {2: 0, 4: 2}
         with pytest.raises(LabelError, match="has 9 examples, and the audited data set had 8"):
             known.relabelled(pairs([*GIVEN, 1]))
@@ -171,9 +252,7 @@ class TestRelabelled:
 
     def test_audits_without_suggestions(self) -> None:
         with pytest.raises(LabelError, match=r"the audit suggests no labels: .* with `clean_indices\(\)`"):
-            report(suggested=None, label=None).relabelled(pairs())
-        with pytest.raises(ValueError, match="the audit has no `prob_margin` column"):
-            report(prob_margin=None, loss=np.array(MARGIN)).relabelled(pairs(), min_margin=0.1)
+            report(suggested=None, label=None, wrong_probability=None).relabelled(pairs(), [2])
         unknown = report(suggested=np.array([-1, *SUGGESTED[1:]]))
         assert unknown.relabelled(pairs()).labels == {2: 0, 4: 2}
         with pytest.raises(LabelError, match=r"knows no label, or suggests none, for the examples \[0\]"):

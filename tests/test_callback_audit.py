@@ -177,9 +177,17 @@ def test_dynamics_are_those_of_a_model_that_notes_them_itself(
     # Mean probabilities are kept in single precision.
     close(actual["prob_margin"], np.array(expected["prob_margin"])[rows], 1e-5)
     assert audited._recording is not None
-    belief = np.array(expected["mean"])[rows] + audited._recording.labels.neighbours.votes(CLASSES).numpy()[rows]
-    seen = actual["times_seen"] > 0
-    assert actual["suggested"].tolist() == np.where(seen, np.nan_to_num(belief).argmax(1), -1).tolist()
+    evidence = audited._recording.label_evidence(rows.tolist())
+    told = audited._recording.labels.neighbours.votes(CLASSES).numpy()[rows]
+    if evidence is not None:
+        told = told + evidence.late.numpy()
+    belief = np.nan_to_num(np.array(expected["mean"])[rows]) + told
+    for own, shares, support, seen in zip(
+        actual["label"], belief, actual["support"], actual["times_seen"] > 0, strict=True
+    ):
+        other = max(share for number, share in enumerate(shares) if number != own)
+        assert support == pytest.approx(shares[own] - other, abs=1e-5) if seen else np.isnan(support)
+    assert (actual["suggested"] != actual["label"]).all()
     if trainer.get("max_epochs") == 5:
         assert sum(expected["forgetting"]) > 0
 
@@ -194,7 +202,7 @@ def test_examples_that_no_batch_had_so_far_are_audited_all_the_same(tmp_path: Pa
     assert report.columns["label"].tolist() == vectors().tensors[1].tolist()
     assert np.isfinite(report.columns["self_influence"]).all()
     assert np.isnan(report.columns["loss_mean"][never]).all()
-    assert not report.columns["candidate"][never].any()
+    assert (report.columns["suspicion"][never] == 0).all(), "the mean, not an extreme"
     assert np.isfinite(report.columns["suspicion"]).all()
 
 
@@ -557,13 +565,13 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
     assert manifest["curvature"]["labels"] == ["sampled", "sampled"]
     assert manifest["curvature"]["examples"] == [9, 9]
     assert 0 <= manifest["verification_error"] < 1e-4
-    assert manifest["ranked_by"] == ["el2n", "neighbour_disagreement", "prob_margin"]
+    assert manifest["ranked_by"] == ["support"]
 
     loaded = AuditReport.load(directory)
     assert set(loaded.columns) == set(report.columns) == {
         "index", "label", "predicted", "suggested", "rank", "candidate", "finite", "times_seen", "suspicion",
-        "loss_mean", "loss_variance", "aum", "el2n", "epochs_wrong", "forgetting", "prob_margin",
-        "neighbour_disagreement", "loss", "grad_norm_squared", "self_influence", "tracin", "harm",
+        "loss_mean", "loss_variance", "aum", "el2n", "epochs_wrong", "forgetting", "prob_margin", "support",
+        "wrong_probability", "neighbour_disagreement", "loss", "grad_norm_squared", "self_influence", "tracin", "harm",
     }  # fmt: skip
     for name, values in report.columns.items():
         assert loaded.columns[name].dtype == values.dtype, name
@@ -642,7 +650,7 @@ def test_tensorboard_has_the_documented_tags(tmp_path: Path) -> None:
 
     assert {
         "influence/tracin_epoch/log10", "influence/self_influence/ekfac/log10", "influence/tracin/log10",
-        "influence/grad_norm_squared/log10",
+        "influence/grad_norm_squared/log10", "influence/wrong_probability/log10",
     } == set(tags["histograms"])  # fmt: skip
     # The last epoch's checkpoint is part of the final pass.
     assert [event.step for event in events.Histograms("influence/tracin_epoch/log10")] == [5, 10]
@@ -756,7 +764,7 @@ def test_known_noise_is_measured_as_scikit_learn_would(tmp_path: Path) -> None:
     truth = np.isin(report.columns["index"], flipped.numpy())
     assert set(report.manifest["detection"]) <= set(report.columns)
     for name, values in report.manifest["detection"].items():
-        scores = -report.columns[name] if name in ("aum", "prob_margin") else report.columns[name]
+        scores = -report.columns[name] if name in ("aum", "prob_margin", "support") else report.columns[name]
         assert values["auroc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-6), name
         assert values["average_precision"] == pytest.approx(average_precision_score(truth, scores), abs=1e-6), name
     assert report.manifest["detection"]["suspicion"]["auroc"] > 0.9
@@ -853,8 +861,9 @@ def test_losses(name: str, curvature: Any, tmp_path: Path) -> None:
         close(report.columns["loss"], own)
         assert np.isfinite(report.columns["loss_mean"]).all()
     if not classes:
-        # Nothing to contradict: the most suspicious 5 % of 22.
-        assert report.candidates.tolist() == report.ranking[:2].tolist()
+        assert report.candidates.tolist() == []
+        assert report.manifest["labels"]["verdict"] == "cannot tell"
+        assert "the loss has no classes" in report.manifest["labels"]["reason"]
 
 
 def test_a_task_of_the_users_own(tmp_path: Path) -> None:

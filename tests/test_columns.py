@@ -14,8 +14,9 @@ from models import Classifier, loader, make_trainer, vectors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_influence import AuditReport, InfluenceAudit
+from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import COLUMNS, Column, Columns, add, scored
-from lightning_influence.audit.ranking import ingredients, rank
+from lightning_influence.audit.ranking import ingredients, judged, rank
 
 
 # >>> how to add a column
@@ -101,6 +102,45 @@ def test_direction_and_group_decide_the_ranking(monkeypatch: pytest.MonkeyPatch)
     assert scored(columns)["mine"].tolist() == [-5.0, -1.0, -7.0, -3.0]
 
 
+GROUPS = [
+    ("support",),
+    ("el2n", "neighbour_disagreement", "prob_margin"),
+    ("loss_mean", "tracin"),
+    ("loss", "self_influence"),
+    ("grad_norm_squared",),
+]
+
+
+def test_what_is_ranked_by_where_less_and_less_is_known() -> None:
+    columns = {"index": np.arange(4)} | {name: np.arange(4.0) for group in GROUPS for name in group}
+    for group in GROUPS:
+        assert ingredients(columns) == group
+        columns[group[0]] = np.full(4, np.nan)  # as good as not there
+        assert ingredients(columns) == (group[1:] or ingredients(columns))
+        for name in group:
+            del columns[name]
+    assert ingredients(columns) == ()
+
+
+def test_candidates_are_the_first_of_the_ranking_up_to_the_noise_rate() -> None:
+    """Of those with a label and finite scores; what the run would rather have decides nothing."""
+    columns = {
+        "index": np.arange(10) + 30,
+        "loss_mean": np.arange(10.0),
+        "suggested": np.array([1] * 8 + [-1, 1]),
+        "finite": np.array([True] * 7 + [False, True, True]),
+    }
+    for rate, expected in ((0.0, []), (0.25, [39, 36]), (0.3, [39, 36]), (0.5, [39, 36, 35, 34]), (1.0, 8)):
+        ranked, _ = judged(columns, beliefs=LabelBeliefs("told", noise_rate=rate))
+        found = AuditReport(ranked).candidates.tolist()
+        assert (len(found) if isinstance(expected, int) else found) == expected
+    ranked, beliefs = judged(columns, beliefs=LabelBeliefs(reason="who knows", noise_rate=0.3))
+    assert not ranked["candidate"].any()
+    assert beliefs.reason == "who knows"
+    assert "no features of the first epochs" in judged(columns | {"label": columns["suggested"]})[1].reason
+    assert "the loss has no classes" in judged(columns)[1].reason
+
+
 def test_every_column_says_what_it_is() -> None:
     for name, column in COLUMNS.items():
         assert name == column.name
@@ -110,13 +150,14 @@ def test_every_column_says_what_it_is() -> None:
 
 def test_what_is_printed_is_short_and_tells_examples_apart() -> None:
     """An index of six digits once was 1.235e+05."""
-    columns = {"index": np.arange(123_450, 123_470), "loss_mean": np.arange(20.0)}
-    report = AuditReport(rank(columns), {"status": "complete"})
+    columns = {"index": np.arange(123_450, 123_470), "loss_mean": np.arange(20.0), "suggested": np.zeros(20, int)}
+    ranked, _ = judged(columns, beliefs=LabelBeliefs("told", noise_rate=0.05))
+    report = AuditReport(ranked, {"status": "complete"})
     assert repr(report) == "AuditReport(20 examples, 1 candidates, complete)"
     rows = str(report).splitlines()
     assert rows[-1] == "    suspicion: how much speaks against the label"
-    assert rows[-3].split() == ["rank", "index", "suspicion"]
-    assert rows[-2].split() == ["1", "123469", "1.648"]
+    assert rows[-3].split() == ["rank", "index", "suggested", "suspicion"]
+    assert rows[-2].split() == ["1", "123469", "0", "1.648"]
 
 
 def test_nothing_to_rank_by_is_no_error() -> None:

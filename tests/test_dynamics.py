@@ -72,7 +72,7 @@ def _by_hand(visits: Sequence[Visit], size: int = SIZE) -> dict[str, np.ndarray]
         name: []
         for name in (
             *("times_seen", "loss_mean", "loss_variance", "aum", "el2n", "epochs_wrong", "forgetting"),
-            *("label", "prob_margin", "suggested"),
+            *("label", "prob_margin"),
         )
     }
     for visits_of_one in history:
@@ -82,7 +82,7 @@ def _by_hand(visits: Sequence[Visit], size: int = SIZE) -> dict[str, np.ndarray]
         if not len(losses):
             for name in columns:
                 if name != "times_seen":
-                    columns[name].append(-1 if name in ("label", "suggested") else np.nan)
+                    columns[name].append(-1 if name == "label" else np.nan)
             continue
         columns["loss_mean"].append(losses.mean())
         columns["loss_variance"].append(losses.var())
@@ -94,7 +94,6 @@ def _by_hand(visits: Sequence[Visit], size: int = SIZE) -> dict[str, np.ndarray]
         mean = np.mean([visit["probabilities"] for visit in visits_of_one], axis=0)
         columns["label"].append(label)
         columns["prob_margin"].append(mean[label] - np.delete(mean, label).max())
-        columns["suggested"].append(mean.argmax())
     return {name: np.array(values, dtype=float) for name, values in columns.items()}
 
 
@@ -134,13 +133,13 @@ def test_examples_that_were_never_seen_are_unknown() -> None:
         for name, values in columns.items():
             if name == "times_seen":
                 assert values[index] == 0
-            elif name in ("label", "suggested"):
+            elif name == "label":
                 assert values[index] == -1
             else:
                 assert bool(values[index].isnan()), name
     others = [n for n in range(SIZE) if n not in (0, 3, 16)]
     assert all(bool(values[others].isfinite().all()) for values in columns.values())
-    assert {columns[name].dtype for name in ("times_seen", "label", "suggested")} == {torch.int64}
+    assert {columns[name].dtype for name in ("times_seen", "label")} == {torch.int64}
 
 
 def test_nothing_recorded_is_no_columns() -> None:
@@ -208,7 +207,7 @@ def test_an_ignored_label_is_not_a_loss_that_is_not_finite() -> None:
     columns = recorded.columns()
     assert columns["times_seen"][7:11].tolist() == [1, 0, 1, 0]
     assert columns["label"][7:11].tolist() == [1, -1, 0, -1]
-    assert columns["suggested"][[8, 10]].tolist() == [-1, -1]
+    assert columns["prob_margin"][7:11].isnan().tolist() == [False, True, False, True]
     assert recorded.sums["nonfinite"].tolist() == [0.0] * SIZE
 
 
@@ -228,9 +227,20 @@ def test_mean_probabilities_beyond_the_budget_are_left_out(monkeypatch: pytest.M
     monkeypatch.setattr(dynamics, "_PROBABILITY_BUDGET", SIZE * CLASSES - 1)
     columns = _recorded(_visits()).columns()
     expected = _by_hand(_visits())
-    _assert_columns(columns, {name: v for name, v in expected.items() if name not in ("prob_margin", "suggested")})
+    _assert_columns(columns, {name: v for name, v in expected.items() if name != "prob_margin"})
     monkeypatch.setattr(dynamics, "_PROBABILITY_BUDGET", SIZE * CLASSES)
     _assert_columns(_recorded(_visits()).columns(), expected)
+
+
+def test_the_margin_of_a_label_and_the_best_of_the_others() -> None:
+    """The given label is never the best of the others, however sure the shares are of it."""
+    shares = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7], [0.5, 0.5, 0.0], [0.2, 0.8, 0.0], [torch.nan] * 3])
+    margin, best = dynamics.margin_of_label(shares, torch.tensor([0, 1, 1, -1, 0]))
+    torch.testing.assert_close(margin, torch.tensor([0.5, -0.5, 0.0, torch.nan, torch.nan]), equal_nan=True)
+    assert best.tolist() == [1, 2, 0, -1, -1]
+    margin, best = dynamics.margin_of_label(torch.ones(2, 1), torch.tensor([0, -1]))  # one class has no other
+    assert margin.isnan().all()
+    assert best.tolist() == [-1, -1]
 
 
 def test_small_differences_of_large_losses_have_a_variance() -> None:

@@ -11,6 +11,7 @@ import torch
 from models import Classifier, loader, make_trainer, vectors
 
 from lightning_influence import InfluenceAudit
+from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.ensemble import EnsembleError
 from lightning_influence.audit.ranking import rank
 from lightning_influence.audit.report import AuditReport
@@ -50,7 +51,6 @@ def test_scores_are_averaged_and_ranked_anew() -> None:
 
 
 def test_suggestions_are_votes_that_weigh_as_much_as_a_run_is_sure() -> None:
-    label = np.array([0, 1, 2, 0, 1, 2])
     runs = [  # margins below 0 contradict the label
         report(0, suggested=np.array([1, 0, 2, 1, -1, 0]), prob_margin=np.array([-0.9, -0.2, 0.5, -0.4, np.nan, -0.3])),
         report(1, suggested=np.array([0, 1, 2, 2, 0, 1]), prob_margin=np.array([0.3, 0.1, 0.5, -0.5, -0.1, -0.3])),
@@ -59,7 +59,6 @@ def test_suggestions_are_votes_that_weigh_as_much_as_a_run_is_sure() -> None:
     found = AuditReport.ensemble(runs)
     # .9 against .3 + .3; .2 against .1 + .2; all agree; .4 against .5 + .1; one knows; a tie goes to the smallest
     assert found.columns["suggested"].tolist() == [1, 1, 2, 2, 0, 0]
-    assert set(found.candidates.tolist()) == set(np.flatnonzero(found.columns["suggested"] != label).tolist())
 
 
 def test_with_two_classes_the_vote_is_the_mean_probability() -> None:
@@ -74,9 +73,46 @@ def test_with_two_classes_the_vote_is_the_mean_probability() -> None:
     found = AuditReport.ensemble(runs).columns
     assert found["suggested"].tolist() == (probabilities.mean(0) > 0.5).astype(int).tolist()
     np.testing.assert_allclose(found["prob_margin"], 1 - 2 * probabilities.mean(0))
-    assert found["candidate"].tolist() == (found["prob_margin"] < 0).tolist()
     plain = (np.mean(probabilities > 0.5, axis=0) > 0.5).astype(int)
     assert found["suggested"].tolist() != plain.tolist()  # heads alone would say something else
+
+
+JOINT = np.array([[1.5, 0.5], [0.0, 4.0]])
+
+
+def told(rate: float, **changes: Any) -> dict[str, Any]:
+    beliefs = {"noise_rate": rate, "low": rate - 0.1, "high": rate + 0.1, "joint": JOINT * (1 + rate)} | changes
+    return {"labels": LabelBeliefs("told", **beliefs).described()}
+
+
+UNSURE = {"labels": LabelBeliefs(reason="the classes overlap", noise_rate=0.6, low=0, high=0.9).described()}
+
+
+def test_what_most_runs_that_can_tell_believe_of_the_labels() -> None:
+    """Means over these; the candidates are as many of the common ranking."""
+    found = AuditReport.ensemble([report(0, None, told(0.2)), report(1, None, told(0.4)), report(2, None, UNSURE)])
+    beliefs = found.beliefs
+    assert beliefs.told
+    assert (beliefs.noise_rate, beliefs.low, beliefs.high) == pytest.approx((0.3, 0.2, 0.4))
+    np.testing.assert_allclose(beliefs.joint, JOINT * 1.3)
+    assert found.candidates.tolist() == found.ranking[:2].tolist()
+    assert found.manifest["labels"]["verdict"] == "told"
+
+
+@pytest.mark.parametrize("others", [[UNSURE], [UNSURE, UNSURE], [{}]])
+def test_unless_most_can_tell_nobody_can(others: list[Any]) -> None:
+    """Old audits, which have no such entry, can't tell either."""
+    found = AuditReport.ensemble([report(0, None, told(0.2)), *(report(1, None, other) for other in others)])
+    assert not found.beliefs.told
+    assert found.candidates.tolist() == []
+    assert found.beliefs.reason == ("the classes overlap" if others[0] else "nothing is recorded of it")
+
+
+def test_joints_of_other_shapes_are_not_averaged() -> None:
+    for other in (told(0.4, joint=np.eye(3)), told(0.4, joint=None)):
+        beliefs = AuditReport.ensemble([report(0, None, told(0.2)), report(1, None, other)]).beliefs
+        assert beliefs.joint is None
+        assert beliefs.noise_rate == pytest.approx(0.3)
 
 
 def test_predictions_are_a_plain_vote() -> None:

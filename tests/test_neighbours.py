@@ -181,7 +181,7 @@ def test_the_record_of_several_passes() -> None:
     record = NeighbourRecord(len(labels) + 3)
     assert record.disagreement is None
     for given in (early, unknown):
-        record.add(indices, features, given)
+        record.add(indices, nearest_labels(features, given), given)
 
     counted = []
     for given in (early, unknown):
@@ -208,7 +208,7 @@ def test_votes_of_many_classes_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(neighbours, "_VOTE_BUDGET", 100)
     features, labels = _clusters()
     record = NeighbourRecord(len(labels))
-    record.add(torch.arange(len(labels)), features, labels)
+    record.add(torch.arange(len(labels)), nearest_labels(features, labels), labels)
     assert not record.votes(4).any()
     assert record.disagreement is not None
     assert bool(record.disagreement.isfinite().all())

@@ -1,4 +1,4 @@
-"""What a run proposes instead of a label: its own mean prediction and its neighbours, taken together."""
+"""How far a run stands up for a label: its own mean prediction and its neighbours, taken together."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.training import heard_losses
 from lightning_influence.training.batch_record import BatchRecord
+from lightning_influence.training.evidence import EvidenceRecord
 from lightning_influence.training.recording import Recording
 
 SIZE, CLASSES = 40, 3
@@ -36,7 +37,9 @@ def recording(own: float) -> tuple[Recording, torch.Tensor]:
     probabilities[0] = torch.tensor([1 - own, own, 0.0])
     record = Recording(SIZE, nn.Linear(2, CLASSES))
     statistics = {"loss": torch.ones(SIZE), "label": given, "probabilities": probabilities}
-    record.dynamics.record(BatchRecord(tuple(range(SIZE))), statistics)
+    batch = BatchRecord(tuple(range(SIZE)))
+    record._note(batch)
+    record.dynamics.record(batch, statistics)
     columns = {"label": given, "loss": torch.ones(SIZE), "finite": torch.ones(SIZE, dtype=torch.bool)}
     record.add_pass(1, ExampleScores(torch.arange(SIZE), columns, features))
     return record, given
@@ -46,15 +49,32 @@ def test_neighbours_outvote_a_label_that_is_known_by_heart() -> None:
     record, given = recording(own=0.6)
     columns = record.columns(range(SIZE))
     assert columns["prob_margin"][0] > 0, "the mean prediction alone stands up for the wrong label"
-    assert columns["suggested"][0] == 0
-    assert columns["suggested"][1:].tolist() == given[1:].tolist()
+    assert columns["support"][0] < 0
+    assert (columns["support"][1:] > 0).all()
+    assert columns["suggested"].tolist() == [0, *(1 - given[1:]).tolist()], "the best other class, right or wrong"
 
 
 def test_a_sure_run_outvotes_its_neighbours() -> None:
     record, given = recording(own=1.0)
     # All its neighbours say 0, which weighs as much as the run's own certainty: one dissenting neighbour decides.
-    record.neighbours._votes[0] = torch.tensor([0.95, 0.05])
-    assert record.columns(range(SIZE))["suggested"].tolist() == given.tolist()
+    told = record.labels
+    told.neighbours._votes[0], told.evidence = torch.tensor([0.95, 0.05]), EvidenceRecord(SIZE)
+    support = record.columns(range(SIZE))["support"]
+    assert support[0] == pytest.approx(0.1, abs=1e-6), "1 - .95 + .05"
+    assert (support > 0).all()
+
+
+def test_early_features_outvote_both() -> None:
+    """Against a run that is sure of the given label: neighbours and what was told early weigh one each."""
+    record, _ = recording(own=1.0)
+    before = record.columns(range(SIZE))["support"]
+    evidence = record.labels.about(range(SIZE), None)
+    assert evidence is not None
+    record.labels.evidence = EvidenceRecord(SIZE)
+    without = record.columns(range(SIZE))["support"]
+    assert without[0] >= 0
+    assert before[0] < -0.5
+    assert evidence.late[0, 0] > 0.7
 
 
 def test_without_a_pass_the_run_speaks_alone() -> None:
@@ -64,7 +84,8 @@ def test_without_a_pass_the_run_speaks_alone() -> None:
         BatchRecord((0, 1)), {"loss": torch.ones(2), "label": torch.tensor([1, 2]), "probabilities": probabilities}
     )
     columns = record.columns([0, 1])
-    assert columns["suggested"].tolist() == [0, 2]
+    np.testing.assert_allclose(columns["support"], [-0.5, 0.5], atol=1e-6)
+    assert columns["suggested"].tolist() == [0, 1]
     assert "neighbour_disagreement" not in columns
 
 
