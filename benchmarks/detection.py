@@ -2,9 +2,10 @@
 
 make detection
 
-Cells of data, network, optimizer, length and label noise (``detection_cells.py``) are trained over three seeds, with the
-audit, and in five folds for cleanlab. Every result is kept in ``.detection`` as soon as it is there, so a run that was
-stopped goes on where it was. Two thirds of the cells are what defaults may be chosen on; the others are reported apart.
+Cells of data, network, optimizer, length and label noise (``detection_cells.py``) are trained over three seeds, with
+the audit, and in five folds for cleanlab. Every result is kept in ``.detection`` as soon as it is there, so a run that
+was stopped goes on where it was. Two thirds of the cells are what defaults may be chosen on; the others are reported
+apart.
 """
 
 from __future__ import annotations
@@ -25,15 +26,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-for _threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # before torch is loaded: a worker is a thread
-    os.environ.setdefault(_threads, "1")
-
 import detection_table
-from detection_cells import CELLS, RECIPE, SEEDS, Cell, held_out
+from detection_cells import CELLS, CLEANLAB, RECIPE, SEEDS, Cell, held_out
+from detection_table import OURS, PEER
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".detection"
-OURS, PEER = "lightning-influence", "cleanlab"
 # Seconds of a thread that 1,000 examples take in an epoch, roughly: for what remains.
 _COSTS = {"mlp": 0.03, "cnn": 0.17, "resnet": 0.25}
 
@@ -49,7 +47,8 @@ class Job:
     @property
     def path(self) -> Path:
         """Where the result is kept: elsewhere for other settings and another release."""
-        settings = [asdict(self.cell), RECIPE, importlib.metadata.version(self.package)]
+        release = CLEANLAB if self.package == PEER else importlib.metadata.version(OURS)
+        settings = [asdict(self.cell), RECIPE, release]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         return CACHE / self.package / f"{self.cell.name}_{self.seed}_{digest}.json"
 
@@ -69,7 +68,7 @@ def work(job: Job, record: Path | None) -> tuple[dict[str, Any], float]:
     from detection_scores import of_audit, of_cleanlab
 
     torch.set_num_threads(1)
-    start = time.perf_counter()
+    start = time.process_time()  # of one thread, so that a busy machine does not count
     job.path.parent.mkdir(parents=True, exist_ok=True)
     if job.package == OURS:
         arrays = None if record is None else record / f"{job.cell.name}_{job.seed}.npz"
@@ -80,7 +79,7 @@ def work(job: Job, record: Path | None) -> tuple[dict[str, Any], float]:
         if not predicted.exists():
             np.save(predicted, out_of_sample(job.cell, job.seed))
         result = of_cleanlab(np.load(predicted), job.cell, job.seed)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     part = job.path.with_suffix(".part")
     part.write_text(json.dumps({**result, "seconds": seconds}))
     part.replace(job.path)
@@ -96,6 +95,7 @@ def jobs(cells: Sequence[Cell], seeds: Sequence[int], packages: Sequence[str]) -
 
 def run(waiting: Sequence[Job], workers: int, record: Path | None) -> int:
     """Do jobs in processes of a thread each; return how many have failed."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
     start, done, failed = time.perf_counter(), 0.0, 0
     total = sum(job.cost for job in waiting)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
@@ -124,8 +124,7 @@ def run(waiting: Sequence[Job], workers: int, record: Path | None) -> int:
 
 def results(cells: Sequence[Cell], seeds: Sequence[int]) -> dict[tuple[str, int, str], dict[str, Any]]:
     """Return what is there, by name of the cell, seed and package."""
-    packages = [OURS, *([PEER] if importlib.util.find_spec(PEER) else [])]
-    kept = {(job.cell.name, job.seed, job.package): job.path for job in jobs(cells, seeds, packages)}
+    kept = {(job.cell.name, job.seed, job.package): job.path for job in jobs(cells, seeds, [OURS, PEER])}
     return {key: json.loads(path.read_text()) for key, path in kept.items() if path.exists()}
 
 

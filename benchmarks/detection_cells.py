@@ -13,8 +13,10 @@ SEEDS = (0, 1, 2)
 # What all cells have in common. Results of another recipe are not taken for this one's: raise the edition with every
 # change of data, noise, networks or learning rates.
 RECIPE = {"edition": 1, "batch": 64, "folds": 5}
+CLEANLAB = "2.9"
 # Kinds of noise, by which the cells are split and averaged.
 RANDOM, CLEAN, INSTANCE, IMBALANCE, HARD = "random flips", "clean", "instance-dependent", "imbalance", "hard tasks"
+KINDS = (RANDOM, CLEAN, INSTANCE, IMBALANCE, HARD)
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,11 @@ CELLS = (
 def held_out(cells: tuple[Cell, ...] = CELLS, seed: int = 0) -> frozenset[str]:
     """Return the names of the cells that nothing is chosen on.
 
-    Within every kind of noise the cells are shuffled with a fixed seed; kind after kind, every third one of the whole
+    Within every kind of noise the cells are shuffled with a fixed seed; kind after kind, every third cell of the whole
     row is held out.
     """
     row: list[str] = []
-    for kind in (RANDOM, CLEAN, INSTANCE, IMBALANCE, HARD):
+    for kind in KINDS:
         names = sorted(cell.name for cell in cells if cell.kind == kind)
         random.Random(seed).shuffle(names)
         row += names
