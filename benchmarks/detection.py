@@ -17,12 +17,13 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def run(waiting: Sequence[Job], workers: int, record: Path | None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
     start, done, failed = time.perf_counter(), 0.0, 0
     total = sum(job.cost for job in waiting)
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent) as pool:
         futures: dict[Future[Any], Job] = {pool.submit(work, job, record): job for job in waiting}
         try:
             for number, future in enumerate(as_completed(futures), 1):
@@ -120,6 +121,18 @@ def run(waiting: Sequence[Job], workers: int, record: Path | None) -> int:
             pool.shutdown(wait=False, cancel_futures=True)
             sys.exit("stopped; the same command goes on from here.")
     return failed
+
+
+def _end_with_parent() -> None:
+    """Let a worker whose parent was killed not wait for jobs for ever."""
+
+    def watch() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def results(cells: Sequence[Cell], seeds: Sequence[int]) -> dict[tuple[str, int, str], dict[str, Any]]:
