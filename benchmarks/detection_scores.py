@@ -99,11 +99,11 @@ def of_audit(report: AuditReport, data: Noisy, train: TensorDataset) -> Scores:
         "f1_true_number": 1 - missed(suspicion, wrong, float(wrong.mean())),
         "verdict": told.get("verdict", ""),
         "reason": told.get("reason", ""),
-        "noise_rate": told.get("noise_rate", math.nan),
-        "noise_rate_low": told.get("noise_rate_low", math.nan),
-        "noise_rate_high": told.get("noise_rate_high", math.nan),
-        "fnr": missed(suspicion, wrong, told["noise_rate"]) if "noise_rate" in told else math.nan,
     } | found(flagged, wrong)
+    for name in ("noise_rate", "noise_rate_low", "noise_rate_high"):
+        result[name] = math.nan if told.get(name) is None else float(told[name])
+    rate = result["noise_rate"]
+    result["fnr"] = missed(suspicion, wrong, rate) if math.isfinite(rate) else math.nan
     true = flagged & wrong
     right = columns["suggested"][true] == data.true[true]
     result["suggested_right"] = float(right.mean()) if true.any() else math.nan

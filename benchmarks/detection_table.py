@@ -67,41 +67,44 @@ def page(results: Results) -> str:
 
 
 def _summary(results: Results, cells: Sequence[Cell]) -> Iterator[str]:
-    """By kind of noise."""
+    """By kind of noise, the two packages one below the other."""
     yield (
-        "| noise | cells | AP: audit, best column, cleanlab | F1: audit, at n, cleanlab | F1 above cleanlab | "
-        "damage, mean, worst cell, worst run: audit, cleanlab | false alarms, mean and worst cell: audit, cleanlab | "
-        "rate off by, mean and worst cell: audit, cleanlab | ECE | refused |"
+        "| noise, cells | by | AP | best column | F1 | F1 at n | F1 higher in | damage: mean, worst cell, worst run | "
+        "false alarms: mean, worst cell | rate off by: mean, worst cell | ECE | refused |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---" * 12 + "|"
     for kind in KINDS:
         among = [cell for cell in cells if cell.kind == kind]
-        if not among:
-            continue
+        for package in (OURS, PEER) if among else ():
+            yield f"| {' | '.join((f'{kind}, {len(among)}', *_judged(results, among, package)))} |"
 
-        def of(package: str, name: str, among: Sequence[Cell] = among) -> list[float]:
-            return [_mean(results, cell, package, name) for cell in among]
 
-        def off(package: str, among: Sequence[Cell] = among) -> list[float]:
-            return [_off(results, cell, package) for cell in among]
+def _judged(results: Results, cells: Sequence[Cell], package: str) -> Iterator[str]:
+    """What a package does in some cells, column by column."""
 
-        both = [
-            (a, b) for a, b in zip(of(OURS, "f1"), of(PEER, "f1"), strict=True) if math.isfinite(a) and math.isfinite(b)
-        ]
-        cells_of = (
-            kind,
-            str(len(among)),
-            _triple(mean, of(OURS, "ap"), of(OURS, "best_column_ap"), of(PEER, "ap")),
-            _triple(mean, of(OURS, "f1"), of(OURS, "f1_true_number"), of(PEER, "f1")),
-            f"{sum(a > b for a, b in both)} of {len(both)}" if both else "",
-            f"{_damage(results, among, OURS)}; {_damage(results, among, PEER)}",
-            f"{_worst(of(OURS, 'false_alarms'), max)}; {_worst(of(PEER, 'false_alarms'), max)}",
-            f"{_worst(off(OURS), max)}; {_worst(off(PEER), max)}",
-            number(mean(of(OURS, "ece"))),
-            f"{sum(run['verdict'] == REFUSED for cell in among for run in _runs(results, cell, OURS))} of "
-            f"{sum(len(_runs(results, cell, OURS)) for cell in among)} runs",
-        )
-        yield f"| {' | '.join(cells_of)} |"
+    def of(name: str, whose: str = package) -> list[float]:
+        return [_mean(results, cell, whose, name) for cell in cells]
+
+    def worst(values: Iterable[float], of: Callable[[list[float]], float], form: str = ".3f") -> str:
+        known = [value for value in values if math.isfinite(value)]
+        return f"{number(mean(known), form)}, {number(of(known), form)}" if known else ""
+
+    audit = package == OURS
+    runs = [run for cell in cells for run in _runs(results, cell, package)]
+    yield "audit" if audit else package
+    yield number(mean(of("ap")))
+    yield number(mean(of("best_column_ap"))) if audit else ""
+    yield number(mean(of("f1")))
+    yield number(mean(of("f1_true_number"))) if audit else ""
+    ours_theirs = zip(of("f1"), of("f1", PEER if audit else OURS), strict=True)
+    both = [(own, other) for own, other in ours_theirs if math.isfinite(own - other)]
+    yield f"{sum(own > other for own, other in both)} of {len(both)}" if both else ""
+    single = min((run["damage"] for run in runs), default=math.nan)
+    yield f"{worst(of('damage'), min, '+.3f')}, {number(single, '+.3f')}" if runs else ""
+    yield worst(of("false_alarms"), max)
+    yield worst((_off(results, cell, package) for cell in cells), max)
+    yield number(mean(of("ece"))) if audit else ""
+    yield f"{sum(run['verdict'] == REFUSED for run in runs)} of {len(runs)}" if audit else ""
 
 
 def _proposals(results: Results, cells: Sequence[Cell]) -> Iterator[str]:
@@ -198,28 +201,12 @@ def mean(values: Iterable[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _triple(of: Callable[[Iterable[float]], float], *columns: Sequence[float]) -> str:
-    return ", ".join(number(of(column)) or "–" for column in columns)
-
-
-def _worst(values: Sequence[float], worst: Callable[[list[float]], float], form: str = ".3f") -> str:
-    known = [value for value in values if math.isfinite(value)]
-    return f"{format(mean(known), form)}, {format(worst(known), form)}" if known else "–"
-
-
-def _damage(results: Results, cells: Sequence[Cell], package: str) -> str:
-    """Mean over cells, the worst cell, and the worst of all runs."""
-    runs = [run["damage"] for cell in cells for run in _runs(results, cell, package)]
-    found = _worst([_mean(results, cell, package, "damage") for cell in cells], min, "+.3f")
-    return f"{found}, {min(runs):+.3f}" if runs else found
-
-
 def _runs(results: Results, cell: Cell, package: str) -> list[Mapping[str, Any]]:
     return [found for (name, _, whose), found in results.items() if name == cell.name and whose == package]
 
 
 def _mean(results: Results, cell: Cell, package: str, name: str) -> float:
-    return mean(run[name] for run in _runs(results, cell, package))
+    return mean(run.get(name, math.nan) for run in _runs(results, cell, package))
 
 
 def _true_rate(runs: Sequence[Mapping[str, Any]]) -> float:
