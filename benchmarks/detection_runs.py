@@ -87,7 +87,7 @@ class Recorder(L.Callback):
         recording: Any = self.audit._recording
         path.parent.mkdir(parents=True, exist_ok=True)
         seen = np.stack(self.seen)
-        evidence = recording.state_dict()["parts"].get("evidence", {})
+        evidence = recording.labels.evidence.state_dict()
         np.savez(
             path,
             given=data.given,
@@ -99,7 +99,7 @@ class Recorder(L.Callback):
             seen_probabilities=seen,
             seen_accuracy=(seen.argmax(2) == data.given).mean(1),
             mean_probabilities=recording.dynamics.mean_probabilities().numpy(),
-            votes=recording.neighbours.votes(data.classes).numpy(),
+            votes=recording.labels.neighbours.votes(data.classes).numpy(),
             **{f"evidence_{name}": np.asarray(values) for name, values in evidence.items()},
             **{f"column_{name}": values for name, values in report.columns.items()},
         )

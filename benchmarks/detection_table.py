@@ -36,7 +36,8 @@ COLUMNS = """\
 * **AP**: average precision of the ranking; **best column**: the single column of the audit with the highest AP, known \
 only in hindsight.
 * **n, P, R, F1**: of the proposed examples; **F1 at n**: of the ranking cut at the true number of wrong labels.
-* **damage**: share of right labels after `relabelled()` minus before, by default; below 0 the labels got worse. \
+* **changed**: labels that `relabelled()` changes by default; **damage**: share of right labels then minus before, \
+below 0 the labels got worse. \
 **right dropped**: share of the right labels that `clean_indices()` leaves out.
 * **false alarms**: share of the right labels that is proposed.
 * **rate**: estimated noise rate, with its interval; **FNR**: share of the wrong labels that is missed when the \
@@ -110,10 +111,10 @@ def _judged(results: Results, cells: Sequence[Cell], package: str) -> Iterator[s
 def _proposals(results: Results, cells: Sequence[Cell]) -> Iterator[str]:
     """What is proposed, cell by cell."""
     yield (
-        "| cell | seeds | examples | wrong | AP | best column | n | P | R | F1 | F1 at n | damage | right dropped | "
-        "cleanlab: AP | n | P | R | F1 | damage |"
+        "| cell | seeds | examples | wrong | AP | best column | n | P | R | F1 | F1 at n | changed | damage | "
+        "right dropped | cleanlab: AP | n | P | R | F1 | damage |"
     )
-    yield "|---" * 19 + "|"
+    yield "|---" * 20 + "|"
     for cell in cells:
         runs = _runs(results, cell, OURS)
 
@@ -128,8 +129,8 @@ def _proposals(results: Results, cells: Sequence[Cell]) -> Iterator[str]:
             f"| {cell.name} | {len(runs)} | {ours('examples', '.0f')} | {ours('wrong', '.0f')} | {ours('ap')} | "
             f"{best} {ours('best_column_ap')} | {ours('n', '.0f')} | {ours('precision', '.2f')} | "
             f"{ours('recall', '.2f')} | {ours('f1', '.2f')} | {ours('f1_true_number', '.2f')} | "
-            f"{ours('damage', '+.3f')} | {ours('right_dropped')} | {peer('ap')} | {peer('n', '.0f')} | "
-            f"{peer('precision', '.2f')} | {peer('recall', '.2f')} | {peer('f1', '.2f')} | "
+            f"{ours('relabelled', '.0f')} | {ours('damage', '+.3f')} | {ours('right_dropped')} | {peer('ap')} | "
+            f"{peer('n', '.0f')} | {peer('precision', '.2f')} | {peer('recall', '.2f')} | {peer('f1', '.2f')} | "
             f"{peer('damage', '+.3f')} |"
         )
 
