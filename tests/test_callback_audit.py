@@ -177,7 +177,7 @@ def test_dynamics_are_those_of_a_model_that_notes_them_itself(
     # Mean probabilities are kept in single precision.
     close(actual["prob_margin"], np.array(expected["prob_margin"])[rows], 1e-5)
     assert audited._recording is not None
-    belief = np.array(expected["mean"])[rows] + audited._recording.neighbours.votes(CLASSES).numpy()[rows]
+    belief = np.array(expected["mean"])[rows] + audited._recording.labels.neighbours.votes(CLASSES).numpy()[rows]
     seen = actual["times_seen"] > 0
     assert actual["suggested"].tolist() == np.where(seen, np.nan_to_num(belief).argmax(1), -1).tolist()
     if trainer.get("max_epochs") == 5:
@@ -533,7 +533,7 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
     directory = Path(trainer.log_dir) / "influence"
     assert report.directory == directory
     assert {path.name for path in directory.iterdir()} == {
-        "manifest.json", "scores.parquet", "candidates.csv", "factors", "checkpoints",
+        "manifest.json", "scores.parquet", "candidates.csv", "columns.md", "factors", "checkpoints",
     }  # fmt: skip
     manifest = json.loads((directory / "manifest.json").read_text())
     assert {

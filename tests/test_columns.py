@@ -114,8 +114,9 @@ def test_what_is_printed_is_short_and_tells_examples_apart() -> None:
     report = AuditReport(rank(columns), {"status": "complete"})
     assert repr(report) == "AuditReport(20 examples, 1 candidates, complete)"
     rows = str(report).splitlines()
-    assert rows[-2].split() == ["rank", "index", "suspicion"]
-    assert rows[-1].split() == ["1", "123469", "1.648"]
+    assert rows[-1] == "    suspicion: how much speaks against the label"
+    assert rows[-3].split() == ["rank", "index", "suspicion"]
+    assert rows[-2].split() == ["1", "123469", "1.648"]
 
 
 def test_nothing_to_rank_by_is_no_error() -> None:

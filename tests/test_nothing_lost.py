@@ -115,7 +115,9 @@ def test_pictures_that_fail_leave_the_table(tmp_path: Path) -> None:
     assert "influence/coverage" in events.Tags()["scalars"]
 
 
-@pytest.mark.parametrize("full", ["net.1", "scores.parquet", "candidates.csv", "pairs.parquet", "manifest.json"])
+@pytest.mark.parametrize(
+    "full", ["net.1", "scores.parquet", "candidates.csv", "columns.md", "pairs.parquet", "manifest.json"]
+)
 def test_a_disk_that_is_full_at_the_end(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     audit = InfluenceAudit(queries="worst")
     replace, finishing = os.replace, [False]

@@ -21,9 +21,9 @@ from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import visit
-from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.examples import ExampleScorer, score_examples
 from lightning_influence.scores.pairs import PairwiseScores, pairwise_scores, top_scores
-from lightning_influence.scores.products import PairColumns
+from lightning_influence.scores.products import PairColumns, inverse_length
 from lightning_influence.scores.queries import PreparedQueries, QueryError, prepared_queries
 
 N, Q, C = 9, 4, 3
@@ -205,6 +205,13 @@ def test_examples_and_queries_that_are_not_finite() -> None:
     assert len(top.proponents[0]) == len(top.opponents[0]) == N - 1
 
 
+def test_lengths_that_nothing_can_be_divided_by() -> None:
+    """What has no gradient has no relative score; what an inexact solver has left negative is not known."""
+    squared = torch.tensor([4.0, 0.0, 1e-40, -1.0, torch.nan], dtype=torch.float64)
+    expected = torch.tensor([0.5, 0.0, 0.0, torch.nan, torch.nan], dtype=torch.float64)
+    torch.testing.assert_close(inverse_length(squared), expected, equal_nan=True)
+
+
 def test_nothing_to_score() -> None:
     problem = Problem("images")
     fitted = problem.fitted("identity")
@@ -333,11 +340,12 @@ def rotated_layers(prepared: PreparedQueries) -> list[str]:
     return [layer for layer, basis in prepared.bases.items() if basis is not None]
 
 
-def columns(problem: Problem, prepared: PreparedQueries, *how: Any) -> Tensor:
+def columns(problem: Problem, prepared: PreparedQueries, fitted: Curvature | None = None, *how: Any) -> Tensor:
     """Return the scores, and their parts by layer, of one way to prepare queries, `[m, q, n]`."""
     pieces: list[tuple[Tensor, Tensor]] = []
-    visitor = PairColumns(torch.arange(N), prepared, lambda places, scores: pieces.append((places, scores)), *how)
-    visit(problem.train, range(N), [visitor])
+    own = ExampleScorer(problem.train, range(N), fitted)
+    visitor = PairColumns(torch.arange(N), prepared, lambda places, scores: pieces.append((places, scores)), own, *how)
+    visit(problem.train, range(N), [own, visitor])
     visitor.finish()
     assert torch.cat([places for places, _ in pieces]).tolist() == list(range(N))
     return torch.cat([scores for _, scores in pieces], 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import AdversarialLoss, AuditReport, DemographicParityGap, InfluenceAudit, Margin, Queries
 from lightning_influence.audit.columns import PAIR_DESCRIPTIONS
+from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.callbacks import run as audit_run
 from lightning_influence.curvature import FactorExamples, fit
 from lightning_influence.data.source import ExampleSource
@@ -28,10 +30,11 @@ from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.objective.task import TrainingStepTask
 from lightning_influence.scores.measurements import as_measurement, measurement_scores
-from lightning_influence.scores.pairs import top_scores
+from lightning_influence.scores.pairs import pairwise_scores, top_scores
 
 N, Q = 22, 13
 TRAINING, VALIDATION = vectors(N, dtype=torch.float64), vectors(Q, 2, dtype=torch.float64)
+LISTS: dict[str, Any] = {"strongest": "none", "specific": "relative"}
 EVERYTHING: dict[str, Any] = {"curvature": "ggn", "damping": 0.05, "factor_examples": None, "fisher": "exact"}
 
 
@@ -68,9 +71,9 @@ class Direct:
             return F.cross_entropy(self.model(x), y, reduction="none")
 
 
-def of_query(report: AuditReport, number: int, kind: str) -> dict[str, Any]:
+def of_query(report: AuditReport, number: int, kind: str, name: str = "strongest") -> dict[str, Any]:
     assert report.pairs is not None
-    rows = (report.pairs["number"] == number) & (report.pairs["kind"] == kind)
+    rows = (report.pairs["number"] == number) & (report.pairs["kind"] == kind) & (report.pairs["list"] == name)
     return {name: values[rows] for name, values in report.pairs.items()}
 
 
@@ -79,28 +82,35 @@ def test_the_worst_queries_and_their_pairs(tmp_path: Path) -> None:
     direct = Direct(model)
     losses = direct.losses()
     worst = losses.argsort(descending=True)[:4].tolist()
-    top = top_scores(direct.gradients, range(N), direct.curvature, direct.queries, worst, 3)
+    scored = direct.gradients, range(N), direct.curvature, direct.queries, worst
+    tops = {name: top_scores(*scored, 3, normalise=how) for name, how in LISTS.items()}
+    plain = pairwise_scores(*scored).scores
     training = {int(index): row for row, index in enumerate(report.columns["index"])}
     x, y = VALIDATION.tensors
     predicted = model(x).argmax(1)
-    for row, query in enumerate(worst):
+    for (row, query), (name, top) in product(enumerate(worst), tops.items()):
         for kind, examples, scores in (
             ("proponent", top.proponents, top.proponent_scores),
             ("opponent", top.opponents, top.opponent_scores),
         ):
-            pairs = of_query(report, row + 1, kind)
+            pairs = of_query(report, row + 1, kind, name)
             assert pairs["index"].tolist() == examples[row].tolist()
             assert pairs["rank"].tolist() == [1, 2, 3]
-            np.testing.assert_allclose(pairs["score"], scores[row], rtol=1e-8)
+            np.testing.assert_allclose(pairs["score" if name == "strongest" else "relative"], scores[row], rtol=1e-8)
+            np.testing.assert_allclose(pairs["score"], plain[row, examples[row]], rtol=1e-8)
+            own = np.array([report.columns["self_influence"][training[index]] for index in pairs["index"].tolist()])
+            np.testing.assert_allclose(pairs["relative"], pairs["score"] / own**0.5, rtol=1e-12)
             assert set(pairs["query"]) == {query}
             assert set(pairs["query_set"]) == {0}
             np.testing.assert_allclose(pairs["query_loss"], float(losses[query]), rtol=1e-8)
             np.testing.assert_allclose(pairs["measured"], float(losses[query]), rtol=1e-8)
             assert set(pairs["query_label"]) == {int(y[query])}
             assert set(pairs["query_predicted"]) == {int(predicted[query])}
-            for name in ("label", "predicted", "loss"):
-                own = [report.columns[name][training[index]] for index in pairs["index"].tolist()]
-                np.testing.assert_array_equal(pairs[name], own)
+            for column in ("label", "predicted", "loss"):
+                known = [report.columns[column][training[index]] for index in pairs["index"].tolist()]
+                np.testing.assert_array_equal(pairs[column], known)
+    one, other = ([of_query(report, 1 + row, "opponent", name)["index"].tolist() for row in range(4)] for name in LISTS)
+    assert one != other, "one list would do for both"
     assert (of_query(report, 1, "proponent")["score"] > 0).all()
     assert (of_query(report, 1, "opponent")["score"] < 0).all()
 
@@ -121,16 +131,76 @@ def test_pairs_are_on_disk_and_come_back(tmp_path: Path) -> None:
     # Of 22 examples, ten may not all be on the same side.
     signs = np.where(report.pairs["kind"] == "proponent", 1, -1)
     assert (signs * report.pairs["score"] > 0).all()
-    assert 100 < len(report.pairs["number"]) <= 8 * 2 * 10
+    assert 200 < len(report.pairs["number"]) <= 2 * 8 * 2 * 10
     assert report.manifest["seconds"]["queries"] > 0
     text = str(loaded)
     assert "queries     the 8 of 13 validation examples with the largest loss" in text
     first = of_query(report, 1, "proponent")
     assert f"#{first['query'][0]} given {first['query_label'][0]}, predicted {first['query_predicted'][0]}" in text
-    assert f"proponents {first['index'][0]} ({first['score'][0]:+.3g})" in text
-    assert report.manifest["arguments"]["queries"] == {"which": "worst", "count": 8, "top": 10, "measurement": "loss"}
+    assert f"strongest: proponents {first['index'][0]} ({first['score'][0]:+.3g})" in text
+    first = of_query(report, 1, "proponent", "specific")
+    assert f"specific:  proponents {first['index'][0]} ({first['relative'][0]:+.3g})" in text
+    told = {"which": "worst", "count": 8, "top": 10, "measurement": "loss", "normalise": "both"}
+    assert report.manifest["arguments"]["queries"] == told
     # The mean validation loss is `harm` already.
     assert not any(name.startswith("influence_on") for name in report.columns)
+
+
+@pytest.mark.parametrize(("normalise", "name"), [("none", "strongest"), ("relative", "specific")])
+def test_one_list_alone(normalise: Any, name: str, tmp_path: Path) -> None:
+    both, _, _ = audited(tmp_path / "both", Queries(count=3, top=4))
+    alone, _, _ = audited(tmp_path / "alone", Queries(count=3, top=4, normalise=normalise))
+    assert alone.pairs is not None
+    assert set(alone.pairs["list"]) == {name}
+    for kind in ("proponent", "opponent"):
+        for column, values in of_query(alone, 2, kind, name).items():
+            np.testing.assert_array_equal(values, of_query(both, 2, kind, name)[column])
+    assert all((f"    {each + ':':<11}proponents" in str(alone)) == (each == name) for each in LISTS)
+
+
+def test_ten_queries_are_printed(tmp_path: Path) -> None:
+    text = str(audited(tmp_path, Queries(count=Q))[0])
+    assert text.count("strongest: proponents") == 10
+    assert "    and 3 more in `report.pairs`" in text
+
+
+def test_pairs_of_earlier_versions(tmp_path: Path) -> None:
+    """They have the strongest alone, and no column that says so."""
+    report, _, _ = audited(tmp_path, Queries(count=3, normalise="none"))
+    assert report.directory is not None
+    told = str(report)
+    assert report.pairs is not None
+    earlier = {name: values for name, values in report.pairs.items() if name not in ("list", "relative")}
+    AuditStore.open(report.directory).write_pairs(earlier)
+    loaded = AuditReport.load(report.directory)
+    assert loaded.pairs is not None
+    assert "list" not in loaded.pairs
+    assert str(loaded) == told
+
+
+def test_an_example_without_a_gradient_leads_no_list(tmp_path: Path) -> None:
+    """Float32 loses the square of a gradient before the gradient: divided by what is left, it led with 1e+130."""
+    x, y = (t.float() for t in TRAINING.tensors)
+    x[5] = 1e-24 * x[5]
+    x[9] = 0
+    asked = TensorDataset(VALIDATION.tensors[0].float(), VALIDATION.tensors[1])
+
+    class Bare(Validated):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(5, 3, bias=False)
+
+    audit = InfluenceAudit(queries=Queries(count=3, top=50), curvature="ekfac", factor_examples=None)
+    data = loader(TensorDataset(x, y.long())), loader(asked, 4)
+    make_trainer(tmp_path, callbacks=[audit], max_epochs=2).fit(Bare(), *data)
+    report = audit.report
+    assert report is not None
+    assert report.columns["self_influence"][[5, 9]].tolist() == [0.0, 0.0]
+    specific = report.pairs["list"] == "specific"
+    assert not np.isin(report.pairs["index"][specific], [5, 9]).any()
+    of_tiny = report.pairs["index"] == 5
+    assert of_tiny.any(), "its score is not zero"
+    assert (report.pairs["relative"][of_tiny] == 0).all()
 
 
 def test_without_queries_there_are_no_pairs(tmp_path: Path) -> None:
@@ -196,8 +266,16 @@ def test_other_measurements(kind: str, tmp_path: Path) -> None:
         assert proponents["measured"][0] == pytest.approx(float(margins[first]))
         np.testing.assert_array_equal(proponents["index"], top.opponents[0])
         np.testing.assert_allclose(proponents["score"], -top.opponent_scores[0], rtol=1e-7)
-        assert (proponents["score"] > 0).all()
-        assert (opponents["score"] < 0).all()
+        specific = top_scores(
+            direct.gradients, range(N), direct.curvature, numbers[0], [first], 4, normalise="relative"
+        )
+        found = of_query(report, 1, "proponent", "specific")
+        np.testing.assert_array_equal(found["index"], specific.opponents[0])
+        np.testing.assert_allclose(found["relative"], -specific.opponent_scores[0], rtol=1e-7)
+        for name in LISTS:
+            for column in ("score", "relative"):
+                assert (of_query(report, 1, "proponent", name)[column] > 0).all()
+                assert (of_query(report, 1, "opponent", name)[column] < 0).all()
     else:
         np.testing.assert_array_equal(proponents["index"], top.proponents[0])
         np.testing.assert_allclose(opponents["score"], top.opponent_scores[0], rtol=1e-7)
@@ -301,7 +379,7 @@ def test_pictures_and_table_in_tensorboard(tmp_path: Path) -> None:
     events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "images": 0}).Reload()
     tags = events.Tags()
     sheets = [tag for tag in tags["images"] if tag.startswith("influence/queries")]
-    assert sheets == ["influence/queries/1", "influence/queries/2"]
+    assert sheets == [f"influence/queries/{number}/{name}" for number in (1, 2) for name in LISTS]
     (image,) = events.Images(sheets[0])
     assert image.width < 3 * 192 + 100
     assert image.height > 5 * 144
@@ -398,6 +476,7 @@ def test_a_stream_of_queries_is_refused(tmp_path: Path) -> None:
         (lambda: Queries("best"), "which='best'; expected \"worst\" or a DataLoader"),  # type: ignore[arg-type]
         (lambda: Queries(count=0), "count=0; expected an integer >= 1"),
         (lambda: Queries(top=True), "top=True; expected an integer >= 1"),
+        (lambda: Queries(normalise="cosine"), "normalise='cosine'; expected one of 'both', 'none', 'relative'"),  # type: ignore[arg-type]
         (lambda: Queries(measurement="gap"), "measurement='gap'; expected 'loss' or 'margin'"),  # type: ignore[arg-type]
     ],
 )

@@ -15,7 +15,9 @@ from lightning_influence.tensorboard.query_sheets import _example, _query, queri
 PAPER = 255
 
 
-def pairs(proponents: int = 7, opponents: int = 6, queries: int = 2) -> dict[str, np.ndarray[Any, Any]]:
+def pairs(
+    proponents: int = 7, opponents: int = 6, queries: int = 2, lists: tuple[str, ...] = ("strongest", "specific")
+) -> dict[str, np.ndarray[Any, Any]]:
     rows: dict[str, list[Any]] = {}
     for number in range(1, queries + 1):
         for kind, count, sign in (("proponent", proponents, 1), ("opponent", opponents, -1)):
@@ -24,11 +26,12 @@ def pairs(proponents: int = 7, opponents: int = 6, queries: int = 2) -> dict[str
                     "number": number, "query_set": number - 1, "query": 10 * number, "query_label": 0,
                     "query_predicted": 1, "query_loss": 3.25, "measured": 3.25, "kind": kind, "rank": rank,
                     "index": 100 * number + rank + (50 if sign < 0 else 0), "score": sign * 20.0 / rank,
-                    "label": rank % 2, "predicted": 1, "loss": 0.5,
+                    "relative": sign * 0.5 / rank, "label": rank % 2, "predicted": 1, "loss": 0.5,
                 }  # fmt: skip
-                for name, value in row.items():
-                    rows.setdefault(name, []).append(value)
-    return {name: np.array(values, dtype=object if name == "kind" else None) for name, values in rows.items()}
+                for name in lists:
+                    for column, value in (row | {"list": name}).items():
+                        rows.setdefault(column, []).append(value)
+    return {name: np.array(values, dtype=object if name in ("kind", "list") else None) for name, values in rows.items()}
 
 
 class Log:
@@ -68,13 +71,17 @@ def test_images_of_two_sizes_share_a_sheet() -> None:
 
 
 def test_captions() -> None:
-    table = pairs()
+    table = pairs(lists=("strongest",))
     names = ["cat", "dog"]
     assert _query(table, 0, "fgsm_loss", names) == "#10 given cat\npredicted dog\nfgsm loss 3.25"
     assert _example(table, 0, names) == "#101 given dog\n+20"
     assert _example(table, 8, names) == "#152 given cat\npredicted dog\n-10"
     unknown = table | {"label": np.full(len(table["label"]), -1), "predicted": np.full(len(table["label"]), -1)}
     assert _example(unknown, 0, None) == "#101\n+20"
+    # Each list shows what it is ordered by; of earlier versions, there is one.
+    assert _example(pairs(lists=("specific",)), 0, names) == "#101 given dog\n+0.5"
+    earlier = {name: values for name, values in table.items() if name not in ("list", "relative")}
+    assert _example(earlier, 0, names) == "#101 given dog\n+20"
 
 
 def test_a_sheet_for_every_query_with_five_of_each() -> None:
@@ -86,18 +93,21 @@ def test_a_sheet_for_every_query_with_five_of_each() -> None:
         return torch.rand(len(indices), 1, 6, 6)
 
     write_queries(log, pairs(), images=images, step=3)
-    assert list(log.images) == ["influence/queries/1", "influence/queries/2"]
+    assert list(log.images) == [
+        f"influence/queries/{number}/{name}" for number in (1, 2) for name in ("strongest", "specific")
+    ]
     assert asked[:2] == [(0, [10]), (None, [101, 102, 103, 104, 105, 151, 152, 153, 154, 155])]
-    assert asked[2] == (1, [20])
+    assert asked[2:4] == asked[:2]
+    assert asked[4] == (1, [20])
     assert list(log.texts) == ["influence/queries"]
 
 
 @pytest.mark.parametrize(("proponents", "opponents"), [(0, 2), (2, 0), (1, 1)])
 def test_queries_with_few_pairs(proponents: int, opponents: int) -> None:
     log = Log()
-    table = pairs(proponents, opponents, queries=1)
+    table = pairs(proponents, opponents, queries=1, lists=("specific",))
     write_queries(log, table, images=lambda of, indices: torch.rand(len(indices), 1, 6, 6), step=0)
-    assert list(log.images) == ["influence/queries/1"]
+    assert list(log.images) == ["influence/queries/1/specific"]
     last = log.texts["influence/queries"].strip().splitlines()[-1]
     assert ("| – |" in last) == (opponents == 0 or proponents == 0)
 
@@ -112,11 +122,11 @@ def test_no_images() -> None:
 def test_class_names_are_only_text() -> None:
     name = "<script>|`*[x](y)"
     written = queries_markdown(pairs(), label_names=[name, "b"])
-    assert not any(character in written.split("\n", 4)[4] for character in "<>`*[]")
+    assert not any(character in written.split("\n", 7)[7] for character in "<>`*[]")
     for line in written.splitlines():
-        assert line.count("|") in (0, 7), "a name must not end a cell"
+        assert line.count("|") in (0, 8), "a name must not end a cell"
 
 
 def test_the_order_of_the_rows_does_not_matter() -> None:
-    order = np.random.default_rng(0).permutation(26)
+    order = np.random.default_rng(0).permutation(52)
     assert queries_markdown({name: values[order] for name, values in pairs().items()}) == queries_markdown(pairs())

@@ -139,8 +139,8 @@ def test_what_is_missing_is_part_of_the_state() -> None:
     before.notes.append("no checkpoints were kept")
     with pytest.warns(UserWarning, match="training dynamics are incomplete"):
         before.fail("training dynamics are incomplete", ValueError("odd"))
-    assert not after.failed
+    assert not after.gaps.failures
     after.load_state_dict(before.state_dict())
-    assert after.failed
+    assert after.gaps.failures
     assert after.remarks() == before.remarks()
     assert len(after.remarks()) == 4

@@ -337,7 +337,7 @@ class TestScores:
 class TestCandidates:
     @staticmethod
     def rows(store: AuditStore) -> list[dict[str, str]]:
-        with open(store.directory / "candidates.csv", encoding="utf-8", newline="") as file:
+        with open(store.directory / "candidates.csv", encoding="utf-8-sig", newline="") as file:
             return list(csv.DictReader(file, strict=True))
 
     def test_rows_order_and_format(self, store: AuditStore) -> None:
@@ -353,10 +353,10 @@ class TestCandidates:
             }
         )
         assert (store.directory / "candidates.csv").read_bytes() == (
-            b"rank,index,suspicion,finite,loss_mean,extra\r\n"
-            b"1,12,inf,false,1.23457e+08,3\r\n"
-            b"2,13,1,true,,4\r\n"
-            b"3,10,0.25,true,0.1,1\r\n"
+            b"decision,rank,index,suspicion,finite,loss_mean,extra\r\n"
+            b",1,12,inf,false,1.23457e+08,3\r\n"
+            b",2,13,1,true,,4\r\n"
+            b",3,10,0.25,true,0.1,1\r\n"
         )
 
     def test_label_names(self, store: AuditStore) -> None:
@@ -369,7 +369,8 @@ class TestCandidates:
         names = ['tabby, "grey"', "猫 – Häuschen", "two\r\nlines", ""]
         store.write_candidates(columns, label_names=names)
         rows = self.rows(store)
-        assert list(rows[0]) == ["rank", "label", "label_name", "predicted", "predicted_name"]
+        named = ["label", "label_name", "predicted", "predicted_name"]
+        assert list(rows[0]) == ["decision", "new_label", "rank", *named]
         assert [row["label_name"] for row in rows] == names
         assert [row["predicted_name"] for row in rows] == [*names[1:], ""]
         assert [row["predicted"] for row in rows] == ["1", "2", "3", "-1"]
@@ -400,7 +401,7 @@ class TestCandidates:
 
     def test_no_candidates(self, store: AuditStore) -> None:
         store.write_candidates({"rank": [1, 2], "candidate": [False, False]})
-        assert (store.directory / "candidates.csv").read_bytes() == b"rank\r\n"
+        assert (store.directory / "candidates.csv").read_bytes() == b"decision,rank\r\n"
 
 
 class TestFactors:

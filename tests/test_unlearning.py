@@ -298,7 +298,7 @@ class TestUpdate:
         ([-1], r"\[-1\] are not among"),
         ([2, 2], "some are named twice"),
         ([2.0], r"indices must be integers, got \[2.0\]"),
-        (torch.arange(30) < 2, r"a mask becomes indices by `mask.nonzero\(\)`"),
+        (torch.arange(30) < 2, r"a mask becomes indices by `np.flatnonzero\(mask\)`"),
         (list(range(30)), "all 30 examples are to be removed; expected some to be left"),
     ],
 )

@@ -6,33 +6,119 @@ data set that hands out other labels.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from lightning_influence.audit.indices import Indices, distinct
+from lightning_influence.audit.belief import LabelBeliefs
+from lightning_influence.audit.columns import candidate_rows
 from lightning_influence.audit.relabel import LabelError, Path, Relabelled, as_label, fetched, find_label
+from lightning_influence.core.indices import Indices, distinct
+from lightning_influence.gradients.coverage import listed
 
 Columns = Mapping[str, NDArray[Any]]
 
+# Share of the labels acted on that are expected to be wrong, at least.
+PRECISION = 0.8
+# A class of which more would be gone (or twice the noise rate, if that is more) is left alone.
+_MOST_OF_A_CLASS = 0.5
 
-def clean_indices(columns: Columns, drop: float | int | None = None) -> list[int]:
+
+@dataclass(frozen=True, eq=False)
+class Advice:
+    """Which labels are so probably wrong that one may act on them without looking at each.
+
+    Attributes:
+        indices: Dataset indices, the surest first.
+        expected: How many of their labels are expected to be wrong.
+        precision: The level asked for: share of them whose label is expected to be wrong, at least.
+        classes: Of each class concerned, how many examples there are and how many of them are among these.
+        spared: Classes that are left alone, with the number of their examples that would have been among these.
+        reason: Why there is nothing to act on; empty otherwise.
+    """
+
+    indices: list[int]
+    expected: float
+    precision: float
+    classes: dict[int, tuple[int, int]]
+    spared: dict[int, int]
+    reason: str = ""
+
+    def __len__(self) -> int:
+        """Return how many they are."""
+        return len(self.indices)
+
+    def __str__(self) -> str:
+        if not self.indices:
+            return f"nothing to act on: {self.reason}."
+        changes = [f"{own}: {taken} of {size}" for own, (size, taken) in self.classes.items()]
+        lines = [
+            f"{len(self)} labels are surer to be wrong than {self.precision:.0%} together: about {self.expected:.0f} "
+            f"are expected to be. By class: {listed(changes, 12)}."
+        ]
+        if self.spared:
+            told = ", ".join(f"{own} ({count} examples)" for own, count in self.spared.items())
+            lines.append(f"Left alone, as most of the class would be gone: {told}.")
+        return " ".join(lines)
+
+
+def advice(columns: Columns, beliefs: LabelBeliefs, precision: float = PRECISION) -> Advice:
+    """Return what one may act on; see ``AuditReport.advice``."""
+    if isinstance(precision, bool) or not isinstance(precision, (int, float)) or not 0 < precision <= 1:
+        raise ValueError(f"precision={precision!r}; expected a share of right decisions, above 0 and up to 1.")
+    nothing = Advice([], 0.0, precision, {}, {}, beliefs.reason or "no label is sure enough to be wrong")
+    if not beliefs.told or "wrong_probability" not in columns:
+        return nothing
+    probability, labels = columns["wrong_probability"], columns["label"]
+    rows = candidate_rows(columns)
+    rows = rows[np.argsort(-probability[rows], kind="stable")]
+    sizes, taken = np.bincount(labels[labels >= 0]), np.bincount(labels[rows], minlength=1)
+    most = max(_MOST_OF_A_CLASS, 2 * beliefs.noise_rate)
+    spared = {int(own): int(taken[own]) for own in np.flatnonzero(taken) if taken[own] > most * sizes[own]}
+    rows = rows[~np.isin(labels[rows], list(spared))]
+    if beliefs.low <= 0:  # perhaps no label is wrong: each by itself must be that sure
+        rows = rows[probability[rows] >= precision]
+    sure = np.flatnonzero(np.cumsum(probability[rows]) >= precision * np.arange(1, len(rows) + 1))
+    rows = rows[: int(sure[-1]) + 1 if len(sure) else 0]
+    if not len(rows):
+        return replace(nothing, spared=spared)
+    found, counts = np.unique(labels[rows], return_counts=True)
+    classes = {int(own): (int(sizes[own]), int(count)) for own, count in zip(found, counts, strict=True)}
+    indices = [int(index) for index in columns["index"][rows]]
+    return Advice(indices, float(probability[rows].sum()), precision, classes, spared)
+
+
+def clean_indices(columns: Columns, advised: Advice, drop: float | int | None = None) -> list[int]:
     """Return the examples to keep; see ``AuditReport.clean_indices``."""
     kept = columns["finite"].astype(bool)
     if drop is None:
-        kept &= ~columns["candidate"].astype(bool)
+        tell_of_nothing(advised)
+        kept &= ~np.isin(columns["index"], advised.indices)
     else:
         share = isinstance(drop, (float, np.floating))
-        if isinstance(drop, (bool, str)) or not 0 <= drop < (1 if share else len(kept)):
+        number = isinstance(drop, (int, np.integer)) and not isinstance(drop, bool)
+        if not (share or number) or not 0 <= drop < (1 if share else len(kept)):
             raise ValueError(
                 f"drop={drop!r}; expected a share from 0 to below 1, a number of examples below {len(kept)}, or None "
-                "for the candidates."
+                "for what is sure enough. Without examples of your choice: "
+                "`sorted({*report.clean_indices(0)} - {*mine})`."
             )
         kept &= columns["rank"] > (round(float(drop) * len(kept)) if share else drop)
     return [int(index) for index in np.sort(columns["index"][kept])]
+
+
+def tell_of_nothing(advised: Advice) -> None:
+    """Warn that nothing is done, and why."""
+    if not advised.indices:
+        warnings.warn(
+            f"the data stay as they are: {advised.reason}. `drop=` and `indices=` act on what you choose.",
+            stacklevel=4,
+        )
 
 
 def relabelled(
@@ -41,35 +127,67 @@ def relabelled(
     candidates: Sequence[int],
     *,
     indices: Sequence[int] | None = None,
-    min_margin: float = 0.0,
+    labels: Mapping[int, int] | None = None,
     size: int | None = None,
 ) -> Relabelled:
-    """Return a data set with suggested labels; see ``AuditReport.relabelled``.
+    """Return a data set with suggested labels, or with others; see ``AuditReport.relabelled``.
 
     Args:
         columns: The audit's columns.
         dataset: What was audited.
         candidates: Examples to relabel unless others are asked for.
         indices: These others.
-        min_margin: How far ahead of the given label the suggested one must be.
+        labels: New labels in place of the suggested ones.
         size: Length of the data set that was audited; None if that was not noted.
     """
+    if isinstance(indices, Mapping):
+        raise ValueError("indices is a mapping; new labels are passed as `labels={index: label}`.")
+    if labels is not None:
+        if indices is not None:
+            raise ValueError("labels= says which examples and which labels; pass it without indices=.")
+        new = new_labels(columns, labels)
+        return Relabelled(dataset, new, _label_path(columns, dataset, list(new), size))
     if "suggested" not in columns or "label" not in columns:
         raise LabelError(
             "the audit suggests no labels: the loss of this training has no classes, or no known loss call. Leave the "
             "suspicious examples out instead, with `clean_indices()`."
         )
-    if not 0 <= min_margin < 1:
-        raise ValueError(f"min_margin={min_margin!r}; expected a difference of probabilities from 0 to below 1.")
-    if min_margin and "prob_margin" not in columns:
-        raise ValueError(
-            f"min_margin={min_margin}: the audit has no `prob_margin` column (too many classes); use min_margin=0."
-        )
     rows = _rows(columns, candidates if indices is None else indices)
-    if min_margin:
-        rows = rows[-columns["prob_margin"][rows] >= min_margin]
     new = {int(columns["index"][row]): int(columns["suggested"][row]) for row in rows}
     return Relabelled(dataset, new, _label_path(columns, dataset, list(new), size))
+
+
+def new_labels(columns: Columns, labels: Mapping[int, int]) -> dict[int, int]:
+    """Return the new labels that differ from the given ones.
+
+    Raises:
+        LabelError: If the audit knows no labels, not that of an example, or no such class.
+        ValueError: If this is no mapping, or an index is not in the audit.
+    """
+    if not isinstance(labels, Mapping):
+        raise ValueError(f"labels is a {type(labels).__name__}; expected a mapping from index to label, `{{17: 3}}`.")
+    if "label" not in columns:
+        raise LabelError("the audit knows no labels (no classes, or no known loss call), so that none can be replaced.")
+    given = dict(zip(columns["index"].tolist(), columns["label"].tolist(), strict=True))
+    known = classes_of(columns)
+    chosen = distinct(
+        list(labels), given, "not in the audit", f"dataset indices of the {len(given):,} audited examples"
+    )
+    new = dict(zip(chosen, map(as_label, labels.values()), strict=True))
+    if odd := {index: label for index, label in zip(chosen, labels.values(), strict=True) if new[index] not in known}:
+        raise LabelError(
+            f"new labels {dict(list(odd.items())[:5])} are none that the audit has seen; expected one of the classes "
+            f"{listed(sorted(known), 20)}."
+        )
+    if unknown := [index for index in chosen if given[index] < 0]:
+        raise LabelError(f"the audit knows no label for the examples {listed(unknown, 10)}; leave them out.")
+    return {index: int(label) for index, label in new.items() if label is not None and label != given[index]}
+
+
+def classes_of(columns: Columns) -> set[int]:
+    """Return the classes that an audit has seen, given, predicted or suggested."""
+    names = [name for name in ("label", "predicted", "suggested") if name in columns]
+    return {int(label) for name in names for label in np.unique(columns[name]) if label >= 0}
 
 
 def _rows(columns: Columns, indices: Indices) -> NDArray[np.int64]:

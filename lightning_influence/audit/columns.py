@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Columns = Mapping[str, NDArray[Any]]
-Merge = Literal["same", "mean", "sum", "vote", "all", "anew"]
+Merge = Literal["same", "first", "mean", "sum", "vote", "all", "anew"]
 Place = Literal["table", "names", "histogram", "scalar"]
 
 
@@ -23,14 +23,15 @@ class Column:
         meaning: What it is, with unit and sign.
         direction: At which end of its scores an example is suspicious; None if it rates nobody. Columns with one are
             measured against known label noise.
-        merge: What several runs make of it: it must be the ``"same"``, their ``"mean"``, ``"sum"`` or ``"vote"``, true
-            for ``"all"``, or computed ``"anew"`` by the ranking.
+        merge: What several runs make of it: it must be the ``"same"``, is that of the ``"first"`` that knows it, their
+            ``"mean"``, ``"sum"`` or ``"vote"``, true for ``"all"``, or computed ``"anew"`` by the ranking.
         shown: Where, besides the files: in the ``"table"`` of candidates, in TensorBoard as a ``"histogram"`` at the
             end or as a ``"scalar"``, its mean, at every epoch; as class ``"names"`` for numbers of classes.
         ranks: The ranking is the sum of the z-scores of the columns with the smallest such number; None for no part
             in it.
         values: What computes it from the other columns, if nobody else fills it in; a ``KeyError`` for one of them that
             an audit has not leaves it out.
+        legend: What stands below a table that shows it, in a few words.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Column:
     shown: tuple[Place, ...] = ()
     ranks: int | None = None
     values: Callable[[Columns], NDArray[Any]] | None = None
+    legend: str = ""
 
     @property
     def description(self) -> str:
@@ -76,8 +78,15 @@ def column_of(name: str) -> Column:
 
 
 def shown_in(place: Place, columns: Mapping[str, Any]) -> list[str]:
-    """Return the names of those columns that are shown in a place."""
-    return [name for name, column in COLUMNS.items() if place in column.shown and name in columns]
+    """Return the names of those columns that are shown in a place; texts, of any length, come last."""
+    names = [name for name, column in COLUMNS.items() if place in column.shown and name in columns]
+    return sorted(names, key=lambda name: name == "text")
+
+
+def legend(names: Iterable[str]) -> str:
+    """Return a line that explains those of some columns that need it."""
+    told = ((name, column_of(name).legend) for name in names)
+    return "; ".join(f"{name}: {words}" for name, words in told if words)
 
 
 def scored(columns: Columns) -> dict[str, NDArray[np.float64]]:
@@ -98,16 +107,46 @@ def candidate_rows(columns: Columns, most: int | None = None) -> NDArray[np.int6
 for _column in (
     Column("rank", "position by suspicion, 1 = most suspicious", merge="anew", shown=("table",)),
     Column("index", "position of the example in the training data set", merge="same", shown=("table",)),
+    Column("id", "name of the example, as given by `ids=`", merge="same", shown=("table",)),
+    Column("dataset", "number of the concatenated data set that it comes from, from 0", merge="same", shown=("table",)),
+    Column(
+        "original_index",
+        "position of the example in the data set that subsets, splits and concatenations were made of",
+        merge="same",
+        shown=("table",),
+    ),
+    Column("text", "what `describe=` says of a candidate; empty for others", merge="first", shown=("table",)),
     Column("label", "given label as a class number; -1 = unknown", merge="same", shown=("table", "names")),
     Column("predicted", "class the trained model predicts; -1 = unknown", merge="vote", shown=("names",)),
     Column(
         "suggested",
-        "class with the largest mean probability over the run plus mean share of the neighbours; -1 = unknown",
+        "most probable class other than the given label, right or wrong; -1 = unknown",
         merge="vote",
         shown=("table", "names"),
     ),
-    Column("suspicion", "sum of z-scores, no unit", "high", merge="anew", shown=("table",)),
+    Column(
+        "suspicion",
+        "sum of z-scores of what ranks, no unit",
+        "high",
+        merge="anew",
+        shown=("table",),
+        legend="how much speaks against the label",
+    ),
     Column("candidate", "whether the example is proposed for review", merge="anew"),
+    Column(
+        "wrong_probability",
+        "probability that the given label is wrong, 0 to 1",
+        "high",
+        shown=("table", "histogram"),
+        legend="probability that the given label is wrong",
+    ),
+    Column(
+        "support",
+        "mean probability over the run, plus mean share of the neighbours, plus what the others' labels told of this "
+        "one before it was learnt by heart: of the given label, minus the largest of another, -3 to 3",
+        "low",
+        ranks=1,
+    ),
     Column("finite", "whether every loss and gradient seen for the example was finite", merge="all"),
     Column("times_seen", "how many times training saw the example", merge="sum"),
     Column(
@@ -115,7 +154,7 @@ for _column in (
         "mean over epochs of the example's own loss, without class weights and label smoothing",
         "high",
         shown=("scalar",),
-        ranks=2,
+        ranks=3,
     ),
     Column("loss_variance", "variance over epochs of the example's own loss, loss squared", "high"),
     Column(
@@ -126,7 +165,8 @@ for _column in (
         "mean over epochs of the L2 norm of (predicted probabilities - target)",
         "high",
         shown=("table", "scalar"),
-        ranks=1,
+        ranks=2,
+        legend="how far predictions were from the label, 0 to 1.4",
     ),
     Column("epochs_wrong", "epochs in which the predicted class was not the given label", "high"),
     Column("forgetting", "times the example went from predicted rightly to wrongly", "high", shown=("scalar",)),
@@ -134,36 +174,38 @@ for _column in (
         "neighbour_disagreement",
         "share of the nearest training examples with another given label, mean over epochs, 0 to 1",
         "high",
-        ranks=1,
+        ranks=2,
     ),
     Column(
         "prob_margin",
         "mean probability of the given label minus the largest mean of another label, -1 to 1",
         "low",
         shown=("scalar",),
-        ranks=1,
+        ranks=2,
     ),
-    Column("loss", "the example's own loss under the trained model", "high", ranks=3),
-    Column("grad_norm_squared", "of the gradient of that loss, squared L2 norm", "high", shown=("histogram",), ranks=4),
+    Column("loss", "the example's own loss under the trained model", "high", ranks=4),
+    Column("grad_norm_squared", "of the gradient of that loss, squared L2 norm", "high", shown=("histogram",), ranks=5),
     Column(
         "self_influence",
         "score on itself, >= 0: removing the example raises its own loss by about this / number of training examples",
         "high",
         shown=("table", "histogram"),
-        ranks=3,
+        ranks=4,
+        legend="how much the model rests on it",
     ),
     Column(
         "tracin",
         "sum over checkpoints of step sizes since the last one, over 1 - momentum, times the squared gradient norm",
         "high",
         shown=("histogram",),
-        ranks=2,
+        ranks=3,
     ),
     Column(
         "harm",
         "minus the influence on the mean validation loss; positive = training on the example raises it",
         "high",
         shown=("table",),
+        legend="> 0 = it raises the validation loss",
     ),
 ):
     add(_column)
@@ -181,12 +223,31 @@ PAIR_DESCRIPTIONS: dict[str, str] = {
     "query_loss": "its loss under the trained model",
     "measured": "what is measured of the query: its loss, margin or adversarial loss",
     "kind": "proponent: training on the example makes the query's measurement better; opponent: worse",
-    "rank": "place among the query's proponents or opponents, 1 = strongest",
+    "list": "strongest: ordered by score; specific: by relative, so that loud examples do not lead every list",
+    "rank": "place among the query's proponents or opponents of the list, 1 = first",
     "index": "position of the training example in its data set",
     "score": "influence, positive for proponents: removing the example from N makes the query's measurement worse by "
     "about this divided by N",
+    "relative": "score over the root of the example's self_influence, what `normalise='relative'` gives; 0 for an "
+    "example without a gradient",
     "label": "given label of the training example; -1 = unknown",
     "predicted": "class the trained model predicts for it; -1 = unknown",
     "loss": "its loss under the trained model",
 }
 """Columns of the table of pairs, one row a query and strong training example, with their meanings."""
+
+PAIRS_NEEDED = [name for name in PAIR_DESCRIPTIONS if name not in ("list", "relative")]
+"""Those of them that audits have always had."""
+
+PAIR_LISTS: dict[str, str] = {
+    "strongest": "by score; loud examples (wrong labels) lead many lists",
+    "specific": "by score relative to how much the example moves the model",
+}
+"""What the column ``list`` of the table of pairs may be, and what to say of it where it is shown."""
+
+
+def meaning_in_pairs(name: str) -> str:
+    """Return the meaning of a column of the table of pairs, those of names included that it has where there are any."""
+    of_query = name.startswith("query_")
+    known = PAIR_DESCRIPTIONS.get(name) or column_of(name.removeprefix("query_")).meaning
+    return f"of the query: {known}" if of_query and name not in PAIR_DESCRIPTIONS else known

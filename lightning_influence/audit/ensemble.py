@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import COLUMNS, Columns, column_of
 
 
@@ -41,17 +42,22 @@ def merged_columns(members: Sequence[Columns]) -> tuple[dict[str, NDArray[Any]],
         raise EnsembleError(f"{len(members)} audits to merge; expected two at least.")
     common = set.intersection(*(set(member) for member in members))
     left_out = sorted(set.union(*(set(member) for member in members)) - common)
+    ids = {}
     for name in (name for name, column in COLUMNS.items() if column.merge == "same"):
-        if name in left_out:
+        if name in left_out and name != "id":  # examples are the same ones, whether or not a run knew their names
             raise EnsembleError(f"some audits have the column {name!r} and others have not; audit them alike.")
-        for number, member in enumerate(members):
-            if name in common and not np.array_equal(member[name], members[0][name]):
+        known = [(number, member[name]) for number, member in enumerate(members) if name in member]
+        for number, values in known:
+            if not np.array_equal(values, known[0][1]):
                 raise EnsembleError(
-                    f"audit {number} has another column {name!r} than audit 0: it is about other examples or labels. "
-                    "Merge audits of the same training data."
+                    f"audit {number} has another column {name!r} than audit {known[0][0]}: it is about other examples "
+                    "or labels. Merge audits of the same training data."
                 )
+        if known and name in left_out:
+            ids[name] = known[0][1]
+            left_out.remove(name)
     names = [name for name in members[0] if name in common and column_of(name).merge != "anew"]
-    return {name: _merged(name, members) for name in names}, left_out
+    return {name: _merged(name, members) for name in names} | ids, left_out
 
 
 def merged_manifest(
@@ -81,12 +87,28 @@ def merged_manifest(
         notes.append(f"columns that not all audits have were left out: {', '.join(left_out)}.")
     notes += dict.fromkeys(note for manifest in manifests for note in manifest.get("notes", ()))
     fingerprint = {"model": ", ".join(models), "data": next(iter(data.values()), "")}
-    return {"status": "complete", "ensemble": list(sources), "fingerprint": fingerprint, "notes": notes}
+    about = {"status": "complete", "ensemble": list(sources), "fingerprint": fingerprint, "notes": notes}
+    return about | {name: manifests[0][name] for name in ("label_names",) if name in manifests[0]}
+
+
+def merged_beliefs(manifests: Sequence[Mapping[str, Any]]) -> LabelBeliefs:
+    """Return what most of the runs that can tell believe of the labels: means; that none can tell unless most can."""
+    found = [LabelBeliefs.read(manifest.get("labels", {})) for manifest in manifests]
+    told = [each for each in found if each.told]
+    if 2 * len(told) <= len(found):
+        reasons = dict.fromkeys(each.reason for each in found if not each.told)
+        return LabelBeliefs(reason="; ".join(reasons), noise_rate=float(np.mean([each.noise_rate for each in found])))
+    joints = [each.joint for each in told if each.joint is not None]
+    rate, low, high = np.mean([(each.noise_rate, each.low, each.high) for each in told], 0).tolist()
+    alike = len(joints) == len(told) and len({joint.shape for joint in joints}) == 1
+    return LabelBeliefs("told", "", rate, low, high, np.mean(np.stack(joints), 0) if alike else None)
 
 
 def _merged(name: str, members: Sequence[Columns]) -> NDArray[Any]:
     stacked = np.stack([member[name] for member in members])
     how = column_of(name).merge
+    if how == "first":
+        return np.asarray([next((own for own in each if own), each[0]) for each in stacked.T], dtype=stacked.dtype)
     if how == "vote":
         sure = name == "suggested" and all("prob_margin" in member for member in members)
         weights = np.abs([member["prob_margin"] for member in members]) if sure else np.ones(stacked.shape)

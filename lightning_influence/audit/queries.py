@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ from lightning_influence.scores.measurements import (
     as_measurement,
     measured_values,
 )
-from lightning_influence.scores.pairs import TopScores, distinct
-from lightning_influence.scores.products import StrongestPairs
+from lightning_influence.scores.pairs import distinct
+from lightning_influence.scores.products import Normalisation, StrongestPairs, inverse_length
 from lightning_influence.scores.queries import (
     QueryError,
     check_layers,
@@ -46,6 +46,13 @@ from lightning_influence.scores.queries import (
 )
 
 Columns = dict[str, NDArray[Any]]
+Lists = Literal["both", "none", "relative"]
+
+_LISTS: dict[Lists, dict[str, Normalisation]] = {
+    "both": {"strongest": "none", "specific": "relative"},
+    "none": {"strongest": "none"},
+    "relative": {"specific": "relative"},
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +69,9 @@ class Queries:
             function ``(module, batch) -> number`` of the whole set. One other than the loss is also measured on it
             (all validation examples, or all of the loader), and every training example gets its influence on it, in the
             column ``influence_on_<name>``; so it does for the loss of a loader.
+        normalise: Which lists are made of each query: ``"none"``, the ``strongest`` examples, among them the loud ones
+            (wrong labels, outliers) that lead many lists; ``"relative"``, the most ``specific`` ones, whose score is
+            large for how much they move the model at all (RelatIF); or ``"both"``, in the same pass.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -74,6 +84,7 @@ class Queries:
     count: int = 8
     top: int = 10
     measurement: AnyMeasurement = "loss"
+    normalise: Lists = "both"
 
     def __post_init__(self) -> None:
         if self.which != "worst" and not isinstance(self.which, DataLoader):
@@ -82,6 +93,9 @@ class Queries:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"queries: {name}={value!r}; expected an integer >= 1.")
         as_measurement(self.measurement)
+        if self.normalise not in get_args(Lists):
+            expected = ", ".join(map(repr, get_args(Lists)))
+            raise ValueError(f"queries: normalise={self.normalise!r}; expected one of {expected}.")
 
     @property
     def measured(self) -> Measurement:
@@ -147,8 +161,12 @@ class QuerySearch:
         self._noted[number] = LossColumns(chosen, passes.device)
         return [self._noted[number]]
 
-    def on_training(self, curvature: Curvature) -> Sequence[Visitor]:
+    def on_training(self, curvature: Curvature, own: ExampleScorer) -> Sequence[Visitor]:
         """Choose the queries, and return who finds their pairs in the next pass over the training data.
+
+        Args:
+            curvature: The curvature.
+            own: Who looks at the same pass before them, and finds the examples' self-influence.
 
         Raises:
             MeasurementError: If what is asked for can't be measured.
@@ -166,7 +184,7 @@ class QuerySearch:
         with run_on_queries():
             self._choose()
         first, *self._later = query_chunks(self._gradients, range(len(self._chosen)))
-        self._prepare(first)
+        self._prepare(first, own)
         return self._guests
 
     def result(self, columns: Mapping[str, NDArray[Any]]) -> QueryPairs:
@@ -175,10 +193,11 @@ class QuerySearch:
         Args:
             columns: The scores table: ``index``, and for the table of pairs ``label``, ``predicted``, ``loss``.
         """
+        examples = self._examples.tolist()
         for chunk in self._later:
-            before = len(self._guests)
-            self._prepare(chunk)
-            visit(self._gradients, self._examples.tolist(), self._guests[before:], title="pairwise scores")
+            before, own = len(self._guests), ExampleScorer(self._gradients, examples, self._curvature)
+            self._prepare(chunk, own)
+            visit(self._gradients, examples, [own, *self._guests[before:]], title="pairwise scores")
         for guest in self._guests:
             if guest.error is not None:
                 raise guest.error
@@ -243,51 +262,45 @@ class QuerySearch:
         found, columns = self._known[number] if number in self._known else noted.gathered()
         return {name: in_order(indices, found, values).cpu() for name, values in columns.items()}
 
-    def _prepare(self, places: Sequence[int]) -> None:
+    def _prepare(self, places: Sequence[int], scorer: ExampleScorer) -> None:
         """Get ready to find the pairs of some of the queries, by their places."""
         for number, (passes, _) in enumerate(self._sets):
             own = [place for place in places if self._chosen[place][0] == number]
             if own:
                 indices, measuring = self._indices(own), passes.measuring(self._asked.statistic)
                 (prepared,) = prepared_queries(self._curvature, measuring, [indices], len(self._examples))
-                self._found.append((number, own, StrongestPairs(prepared, self._asked.top)))
+                lists = list(_LISTS[self._asked.normalise].values())
+                self._found.append((number, own, StrongestPairs(prepared, self._asked.top, scorer, lists)))
                 self._guests.append(Guest(self._found[-1][2]))
 
     def _indices(self, places: Sequence[int]) -> list[int]:
         return [self._chosen[place][1] for place in places]
 
     def _rows(self, number: int, places: list[int], strongest: StrongestPairs) -> Columns:
-        """Return the pairs of queries of one set, one row each: proponents first, the strongest first."""
-        top = TopScores.of(self._indices(places), [strongest.result()])
+        """Return the pairs of queries of one set, one row each: list by list, proponents first, the strongest first."""
         told, unknown = self._told(number, self._indices(places)), torch.full((len(places),), -1)
         of_query = {
             "number": torch.tensor(places) + 1,
             "query_set": torch.full_like(unknown, number),
-            "query": top.queries,
+            "query": torch.tensor(self._indices(places)),
             "query_label": told.get("label", unknown).long(),
             "query_predicted": told.get("predicted", unknown).long(),
             "query_loss": told.get("loss", unknown * torch.nan).double(),
             "measured": self._measured[places],
         }
-        sides = []
-        for kind, examples, scores in _sides(top, self._asked.statistic):
-            # Of few examples, the strongest proponents may be none; or fewer than asked for have a score at all.
-            row, rank = ((examples >= 0) & (scores > 0 if kind == "proponent" else scores < 0)).nonzero(as_tuple=True)
-            side: Columns = {name: values[row].numpy() for name, values in of_query.items()}
-            side |= {"kind": np.full(len(row), kind, dtype=object), "rank": rank.numpy() + 1}
-            side |= {"index": examples[row, rank].numpy(), "score": scores[row, rank].double().numpy()}
-            sides.append(side)
-        return {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
-
-
-def _sides(top: TopScores, statistic: Statistic) -> list[tuple[str, Tensor, Tensor]]:
-    if statistic.higher_is_better:
-        # A positive score lowers what is measured: here, those are the opponents.
-        return [
-            ("proponent", top.opponents, -top.opponent_scores),
-            ("opponent", top.proponents, -top.proponent_scores),
-        ]
-    return [("proponent", top.proponents, top.proponent_scores), ("opponent", top.opponents, top.opponent_scores)]
+        # A positive score lowers what is measured: where more is better, that is an opponent.
+        side = int(self._asked.statistic.higher_is_better)
+        kinds = ("proponent", side, 1), ("opponent", 1 - side, -1)
+        parts = []
+        for name, found, rows, scores in zip(_LISTS[self._asked.normalise], *strongest.result(), strict=True):
+            for kind, side, sign in kinds:
+                # Of few examples, the strongest proponents may be none; or fewer than asked for have a score at all.
+                row, rank = (found[side] > 0).nonzero(as_tuple=True)
+                part: Columns = {column: values[row].numpy() for column, values in of_query.items()}
+                part |= {each: np.full(len(row), text, dtype=object) for each, text in (("kind", kind), ("list", name))}
+                part |= {"rank": rank.numpy() + 1, "index": rows[side, row, rank].numpy()}
+                parts.append(part | {"score": sign * scores[side, row, rank].double().numpy()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _title(asked: Queries, count: int, total: int, statistic: Statistic) -> str:
@@ -302,7 +315,9 @@ def _with_examples(table: Columns, columns: Mapping[str, NDArray[Any]]) -> Colum
     order = np.argsort(columns["index"], kind="stable")
     rows = order[np.searchsorted(columns["index"][order], table["index"])]
     size = len(rows)
+    own = columns["self_influence"][rows] if "self_influence" in columns else np.full(size, np.nan)
     return table | {
+        "relative": table["score"] * inverse_length(torch.as_tensor(own, dtype=torch.float64)).numpy(),
         "label": columns["label"][rows] if "label" in columns else np.full(size, -1),
         "predicted": columns["predicted"][rows] if "predicted" in columns else np.full(size, -1),
         "loss": columns["loss"][rows] if "loss" in columns else np.full(size, np.nan),

@@ -1,10 +1,10 @@
 """Which examples are suspicious.
 
-The ranking follows what was measured (MNIST-5k and digits; MLP and CNN; 5 to 30 epochs; 10 to 30 % flips, symmetric
-and pairwise): the *trajectory* finds wrong labels, influence at the final weights alone does not, as a network that has
-memorised a wrong label is no longer surprised by it. How hard an example is to fit (EL2N), what its neighbours say, and
-how sure the run is of another label complement each other, so candidates are ranked by the sum of their z-scores. All
-columns stay in the table; influence earns its place there by saying which predictions an example harms.
+The ranking follows what was measured (``make detection``): the *trajectory* finds wrong labels, influence at the final
+weights alone does not, as a network that has memorised a wrong label is no longer surprised by it. Where there are
+classes, what the run and the neighbours say of the given label ranks, the same that beliefs about labels start from
+(``audit.belief``, which knows how many are wrong); else z-scores of how hard an example is to fit. All columns stay in
+the table; influence earns its place there by saying which predictions an example harms.
 """
 
 from __future__ import annotations
@@ -15,24 +15,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_influence.audit.belief import LabelBeliefs, believe
 from lightning_influence.audit.columns import COLUMNS, Columns
+from lightning_influence.training.evidence import LabelEvidence
 
-# Without class decisions there is no label to contradict; the most suspicious share is proposed instead.
-_FALLBACK_SHARE = 0.05
+_NO_CLASSES = "the loss has no classes: an example that fits badly may be right all the same"
+_NO_EVIDENCE = "no features of the first epochs were looked at"
+
+# Without classes, outliers are proposed such that about one in ten would be one by chance.
+_FALSE_DISCOVERIES = 0.1
 
 
 def rank(columns: Columns) -> dict[str, NDArray[Any]]:
-    """Add the audit's own columns to the scores.
+    """Add the audit's own columns to the scores, as ``judged`` does without evidence."""
+    return judged(columns)[0]
+
+
+def judged(
+    columns: Columns, evidence: LabelEvidence | None = None, beliefs: LabelBeliefs | None = None
+) -> tuple[dict[str, NDArray[Any]], LabelBeliefs]:
+    """Rank the examples and say which are proposed for review.
 
     Args:
         columns: Score columns ``[n]``, with ``index``.
+        evidence: What others say about the labels of the same examples.
+        beliefs: What is known already of the labels as a whole, in place of evidence: the mean over several runs.
 
     Returns:
-        A new mapping with ``suspicion``, ``rank`` (1 = most suspicious), ``candidate`` and ``finite`` added, and the
-        columns that are computed from others. Candidates are the examples whose suggested label (of run and neighbours
-        together, see ``columns``) differs from the given one; without class decisions, the most suspicious 5 %.
-        Examples that are not finite rank last. With nothing to rank by, ``suspicion`` is NaN and the order that of the
-        data set.
+        A new mapping with ``suspicion``, ``rank`` (1 = most suspicious), ``candidate`` and ``finite`` added, with
+        evidence ``suggested`` and ``wrong_probability``, and the columns that are computed from others; and the
+        beliefs. Candidates are as many of the first as labels are believed to be wrong; none where the run cannot
+        tell. Examples that are not finite rank last. With nothing to rank by, ``suspicion`` is NaN and the order that
+        of the data set.
     """
     result = dict(columns)
     _add_computed(result)
@@ -42,12 +56,16 @@ def rank(columns: Columns) -> dict[str, NDArray[Any]]:
     order = np.lexsort((result["index"], -np.nan_to_num(suspicion, nan=-np.inf)))
     ranks = np.empty(size, dtype=np.int64)
     ranks[order] = np.arange(1, size + 1)
-    if "suggested" in result and "label" in result:
-        known = (result["suggested"] >= 0) & (result["label"] >= 0)
-        candidate = finite & known & (result["suggested"] != result["label"])
-    else:
-        candidate = np.isfinite(suspicion) & (ranks <= np.ceil(_FALLBACK_SHARE * finite.sum()))
-    return result | {"suspicion": suspicion, "rank": ranks, "candidate": candidate, "finite": finite}
+    result |= {"suspicion": suspicion, "rank": ranks, "finite": finite}
+    if evidence is not None and "label" in result:
+        beliefs, found = believe(result["label"], evidence, order)
+        result |= found
+    beliefs = beliefs or LabelBeliefs(reason=_NO_CLASSES if "label" not in result else _NO_EVIDENCE)
+    result["candidate"] = np.zeros(size, dtype=bool)
+    if beliefs.told and "suggested" in result:
+        eligible = order[(finite & (result["suggested"] >= 0))[order]]
+        result["candidate"][eligible[: round(beliefs.noise_rate * len(eligible))]] = True
+    return result, beliefs
 
 
 def ingredients(columns: Columns) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_influence.core.containers import Path, leaves
+from lightning_influence.core.indices import integers
 from lightning_influence.core.isolation import left_alone
 
 # Enough examples that no other number (a group, an id) agrees with all their labels by chance.
@@ -81,7 +82,7 @@ class Relabelled(Dataset[Any]):
 
     def __init__(self, dataset: Dataset[Any], labels: Mapping[int, int], path: Path) -> None:
         size = len(cast("Sized", dataset))
-        outside = [index for index in labels if not 0 <= index < size]
+        outside = [index for index in integers(list(labels)) if not 0 <= index < size]
         if outside:
             raise LabelError(f"there are no examples {outside[:10]}; the data set has {size}.")
         odd = {index: label for index, label in labels.items() if not isinstance(_number(label), int)}
@@ -93,6 +94,10 @@ class Relabelled(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(cast("Sized", self.dataset))
+
+    def __repr__(self) -> str:
+        of = type(self.dataset).__name__
+        return f"Relabelled({of}, {len(self):,} examples, {len(self.labels):,} with another label)"
 
     def __getitem__(self, index: int) -> Any:
         example = self.dataset[index]

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_influence.audit.indices import Indices, distinct
 from lightning_influence.audit.relabel import LabelError, Relabelled, find_label
 from lightning_influence.audit.update import ParameterUpdate
 from lightning_influence.core import memory
+from lightning_influence.core.indices import Indices, distinct
 from lightning_influence.core.precision import exact
 from lightning_influence.core.weights import checksum
 from lightning_influence.curvature import BlockCoordinates, Curvature, IndefiniteError
@@ -110,6 +110,8 @@ class Unlearner:
             SolverError: As ``newton_removal``.
         """
         chosen = self._check(indices)
+        if isinstance(labels, (Mapping, set)):  # of which the keys would be the labels, and any order
+            raise ValueError(f"labels is a {type(labels).__name__}; expected a sequence, a label for each index.")
         if len(chosen) != len(labels):
             raise ValueError(f"there are {len(chosen)} indices and {len(labels)} labels; expected a label for each.")
         values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels

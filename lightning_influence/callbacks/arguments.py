@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_influence.audit.naming import Ids, check_naming
 from lightning_influence.audit.queries import Queries
 from lightning_influence.callbacks.query_report import described
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
@@ -46,6 +47,8 @@ class Arguments:
     known_noise: Tensor | None
     dirpath: str | os.PathLike[str] | None
     verify: bool
+    ids: Ids = None
+    describe: Any = None
 
     def __post_init__(self) -> None:
         check_curvature_choices(self.curvature, self.fisher, self.solver)
@@ -53,6 +56,7 @@ class Arguments:
         check_layers(self.layers)
         _check_damping(self.damping)
         check_factor_examples(self.factor_examples)
+        check_naming(self.ids, self.describe)
         if self.task is not None and not callable(self.task):
             raise ValueError(f"task={self.task!r} is not callable; expected a function (module, batch) -> loss.")
 

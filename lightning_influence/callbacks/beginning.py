@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_influence.audit.naming import ExampleNames
 from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.query_report import QueryReport
@@ -35,11 +36,14 @@ def begun(
         recording: Where the run is recorded.
     """
     first = preparing.some_of(bridge.drawn_from(trainer.train_dataloader, len(source)), source.batch_size)
+    names = ExampleNames(source.dataset, arguments.ids, arguments.describe)
+    if trainer.is_global_zero:
+        names.try_out(first[:1])
     try:
-        return _begun(arguments, trainer, module, source, recording, first)
+        return _begun(arguments, trainer, module, source, recording, names, first)
     except NoLossError:
         first = preparing.with_loss(trainer, module, arguments.task or TrainingStepTask(), source, first)
-        return _begun(arguments, trainer, module, source, recording, first)
+        return _begun(arguments, trainer, module, source, recording, names, first)
 
 
 def _begun(
@@ -48,6 +52,7 @@ def _begun(
     module: LightningModule,
     source: ExampleSource,
     recording: Recording,
+    names: ExampleNames,
     first: Sequence[int],
 ) -> AuditRun:
     task, tracin = arguments.task or TrainingStepTask(), arguments.tracin
@@ -85,7 +90,7 @@ def _begun(
         recording,
         passes,
         inspection,
-        Reporter(store, arguments.described(), known_noise, queries),
+        Reporter(store, arguments.described(), known_noise, queries, names),
         arguments,
         flight=flight,
         queries=queries,

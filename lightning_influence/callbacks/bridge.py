@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypedDict
 
-import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
@@ -27,8 +26,8 @@ from torch.utils.data import (
 )
 
 from lightning_influence.core import distributed
-from lightning_influence.core.containers import leaves, tensors_in
-from lightning_influence.core.isolation import kept, left_alone
+from lightning_influence.core.containers import leaves
+from lightning_influence.core.isolation import kept
 from lightning_influence.core.origin import is_users
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.core.reachable import Found, shallow
@@ -256,25 +255,4 @@ def label_names(dataset: Any) -> list[str] | None:
         if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
             return list(names)
         dataset = getattr(dataset, "dataset", None)
-    return None
-
-
-def example_images(dataset: Any, indices: list[int]) -> torch.Tensor | None:
-    """Return the images of some examples, ``[n, c, h, w]``, or None if the examples hold no images of one size."""
-    images: list[torch.Tensor] = []
-    with left_alone(dataset):
-        for index in indices:
-            image = _image_in(dataset[index])
-            if image is None or (images and image.shape != images[0].shape):
-                return None
-            images.append(image)
-    return torch.stack(images) if images else None
-
-
-def _image_in(example: Any) -> torch.Tensor | None:
-    """Find the first ``[c, h, w]`` or ``[h, w]`` tensor of an example."""
-    for tensor in tensors_in(example):
-        image = tensor.unsqueeze(0) if tensor.ndim == 2 else tensor
-        if image.ndim == 3 and image.shape[0] in (1, 3, 4) and min(image.shape[1:]) >= 4:
-            return image.float().cpu()
     return None

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_influence.audit.naming import Describe, Ids
 from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.unlearning import Unlearner
@@ -74,6 +75,11 @@ class InfluenceAudit(RunHooks):
             loss, a ``DataLoader`` its first eight; ``Queries(...)`` has more to choose, such as what is measured: a
             margin, an adversarial loss, or a gap between groups.
         known_noise: Dataset indices of labels that are known to be wrong, to measure the detection.
+        ids: What the examples are called (file names, keys of rows) in every table: a sequence with one id for each
+            training example (or, if these are a part of another data set, for each of that), or a function from
+            dataset index to id.
+        describe: What a person sees of an example: a function from what the data set returns for an index to a text or
+            an image, or a tokenizer (``decode``) for token batches. Asked for the few examples that are shown.
         dirpath: Directory of the audit, instead of ``<log_dir>/influence``. An existing audit is never overwritten:
             a version suffix is added.
         verify: Whether to check per-example gradients against autograd on half a training batch before training starts.
@@ -86,7 +92,7 @@ class InfluenceAudit(RunHooks):
         MisconfigurationException: During ``fit``, before the first step: for data that can't be indexed (an
             ``IterableDataset``), collate functions whose order can't be followed, strategies that split the model,
             manual optimization without a ``task``, models without a supported layer, losses that are not made of
-            per-example losses, unwritable directories.
+            per-example losses, ``ids`` that don't name each example, unwritable directories.
 
     Example:
         >>> trainer = Trainer(max_epochs=10, callbacks=[InfluenceAudit()])
@@ -110,6 +116,8 @@ class InfluenceAudit(RunHooks):
         known_noise: Sequence[int] | Tensor | None = None,
         dirpath: str | os.PathLike[str] | None = None,
         verify: bool = True,
+        ids: Ids = None,
+        describe: Describe | None = None,
     ) -> None:
         self.arguments = Arguments(
             curvature,
@@ -125,6 +133,8 @@ class InfluenceAudit(RunHooks):
             checked_indices(known_noise),
             dirpath,
             verify,
+            ids,
+            describe,
         )
         super().__init__()
         # What checkpoints keep: from a checkpoint until the size of the data is known, then of the run.
@@ -168,6 +178,8 @@ class InfluenceAudit(RunHooks):
             restore(self._recording, restored, trainer)
             self._run = begun(self.arguments, trainer, module, source, self._recording)
             self._run.take_over(trainer)
+        if not trainer.global_step:
+            self._run.look(trainer, module)
         self._before = None, None, None
         return self._run
 

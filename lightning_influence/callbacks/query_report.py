@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_influence.audit.naming import ExampleNames
 from lightning_influence.audit.queries import Columns, Queries, QueryPairs, QuerySearch
 from lightning_influence.callbacks import bridge
 from lightning_influence.core import distributed
@@ -21,6 +23,7 @@ from lightning_influence.curvature import Curvature, SolverError
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import Visitor
+from lightning_influence.scores.examples import ExampleScorer
 from lightning_influence.scores.measurements import MeasurementError, QuerySets
 from lightning_influence.scores.queries import QueryError
 from lightning_influence.tensorboard.query_sheets import write_queries
@@ -47,7 +50,13 @@ def described(queries: Queries | None) -> dict[str, Any] | None:
     if queries is None:
         return None
     which = queries.which if isinstance(queries.which, str) else type(queries.which.dataset).__name__
-    return {"which": which, "count": queries.count, "top": queries.top, "measurement": queries.measured.name}
+    return {
+        "which": which,
+        "count": queries.count,
+        "top": queries.top,
+        "measurement": queries.measured.name,
+        "normalise": queries.normalise,
+    }
 
 
 class QueryReport:
@@ -103,7 +112,7 @@ class QueryReport:
         """Look at the validation examples, if the queries are among them."""
         return self._search.on_validation(number) if self._search is not None and self._validated else ()
 
-    def on_training(self, curvature: Curvature | None) -> Sequence[Visitor]:
+    def on_training(self, curvature: Curvature | None, own: ExampleScorer) -> Sequence[Visitor]:
         """Look for the queries' pairs, with the fitted curvature."""
         if self._search is None:
             return ()
@@ -112,7 +121,7 @@ class QueryReport:
             return ()
         visitors: Sequence[Visitor] = ()
         with self._or_give_up():
-            visitors = self._search.on_training(curvature)
+            visitors = self._search.on_training(curvature, own)
         return visitors
 
     def find(self, columns: Columns, seconds: dict[str, float]) -> Columns:
@@ -127,21 +136,26 @@ class QueryReport:
         self.notes += self.pairs.notes
         return self.pairs.columns
 
-    def write(self, writer: Any, gradients: ExampleGradients, step: int) -> None:
+    def name(self, names: ExampleNames) -> None:
+        """Add ids and original indices to the table of pairs."""
+        if self.pairs is not None:
+            added = names.in_pairs(self.pairs.table, [passes.source.dataset for passes, _ in self._sets])
+            self.pairs = replace(self.pairs, table=self.pairs.table | added)
+
+    def write(self, writer: Any, names: ExampleNames, label_names: Sequence[str] | None, step: int) -> None:
         """Write table and pictures to an event file."""
         if self.pairs is None:
             return
 
-        def images(of: int | None, indices: list[int]) -> Tensor | None:
-            source = gradients.source if of is None else self._sets[of][0].source
-            return bridge.example_images(source.dataset, indices)
+        def images(of: int | None, indices: list[int]) -> Sequence[Tensor | str] | None:
+            return names.shown(indices, None if of is None else self._sets[of][0].source.dataset)
 
         write_queries(
             writer,
             self.pairs.table,
             images=images,
             measured=self.pairs.about["per_query"],
-            label_names=bridge.label_names(gradients.source.dataset),
+            label_names=label_names,
             step=step,
         )
 

@@ -19,8 +19,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_influence.audit.columns import shown_in
-from lightning_influence.audit.ranking import rank
+from lightning_influence.audit.columns import candidate_rows, shown_in
+from lightning_influence.audit.naming import ExampleNames
+from lightning_influence.audit.ranking import judged, rank
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.callbacks import bridge
@@ -51,6 +52,7 @@ class Reporter:
         arguments: The callback's arguments, for the manifest.
         known_noise: Dataset indices of labels known to be wrong.
         queries: What the audit is asked about.
+        names: What the training examples are called.
 
     Attributes:
         seconds_per_example: Of a pass over the training data, once one was timed.
@@ -62,10 +64,12 @@ class Reporter:
         arguments: dict[str, Any],
         known_noise: NDArray[Any] | None = None,
         queries: QueryReport | None = None,
+        names: ExampleNames | None = None,
     ) -> None:
         self.store = store
         self.known_noise = known_noise
         self.queries = queries
+        self.names = names or ExampleNames(())
         self.seconds_per_example: float | None = None
         self._said: set[str] = set()  # what has been said to have failed
         self._partial = 0.0, 0.0  # when the last partial table was written, and how long it took
@@ -120,9 +124,16 @@ class Reporter:
         if self.store is None or not (due or took <= _PARTIAL_SHARE * (start - written)):
             return
         with tolerated(f"writing the table so far to {self.directory}", self._said):
-            self.store.write_scores(rank(columns()))
+            self.store.write_scores(rank(self._named(columns())))
             self.store.write_manifest(self._manifest | {"status": status, "error": error})
         self._partial = time.perf_counter(), time.perf_counter() - start
+
+    def _named(self, columns: Columns) -> Columns:
+        """Return the columns and what the examples are called."""
+        names: Columns = {}
+        with tolerated("naming the examples", self._said):
+            names = self.names.columns(columns["index"])
+        return columns | names
 
     def log_tracin(self, trainer: Trainer, scores: Tensor) -> None:
         """Write the histogram of TracIn at the end of an epoch: of this checkpoint, or in flight of all so far."""
@@ -149,9 +160,13 @@ class Reporter:
         recording: Recording,
     ) -> AuditReport:
         """Rank, and put everything together."""
-        ranked = rank(columns)
-        manifest = self._manifest | {"status": "complete", "step": step}
+        ranked, beliefs = judged(self._named(columns), recording.label_evidence(columns["index"].tolist()))
+        ranked = self._with_texts(ranked)
+        manifest = self._manifest | {"status": "complete", "step": step, "labels": beliefs.described()}
         manifest |= audit_described(gradients, plan, inspection, result, ranked)
+        with tolerated("reading the class names", self._said):
+            if (names := bridge.label_names(gradients.source.dataset)) is not None:
+                manifest["label_names"] = names
         manifest["tracin_steps"] = recording.tracin.checkpoints
         manifest["notes"] = [*result.notes, *notes_of(inspection), *recording.remarks(), *put_back(gradients)]
         if self.known_noise is not None:
@@ -161,27 +176,35 @@ class Reporter:
         report = AuditReport(ranked, manifest, self.directory)
         if self.queries is not None:
             manifest["notes"] += self.queries.notes
+            with tolerated("naming the queries", self._said):
+                self.queries.name(self.names)
             if (pairs := self.queries.pairs) is not None:
                 manifest["queries"] = pairs.about
                 report = replace(report, pairs=pairs.table)
         return report
 
-    def publish(
-        self, trainer: Trainer, gradients: ExampleGradients, report: AuditReport, curvature: Curvature | None
-    ) -> None:
+    def _with_texts(self, ranked: Columns) -> Columns:
+        """Return the ranked columns and what is said of the candidates, if anything is."""
+        rows, texts = candidate_rows(ranked), None
+        with tolerated("describing the candidates", self._said):
+            texts = self.names.texts(ranked["index"][rows].tolist())
+        if texts is None:
+            return ranked
+        column = np.full(len(ranked["index"]), "", dtype=object)
+        column[rows] = texts
+        return ranked | {"text": column}
+
+    def publish(self, trainer: Trainer, report: AuditReport, curvature: Curvature | None) -> None:
         """Write every file, then to every logger, then the summary; what fails is said, and stops nothing else."""
-        self._write(gradients, report, curvature)
-        self._log_report(trainer, gradients, report)
+        self._write(report, curvature)
+        self._log_report(trainer, report)
         self.tell(lambda: f"\n{report}")
 
-    def _write(self, gradients: ExampleGradients, report: AuditReport, curvature: Curvature | None) -> None:
+    def _write(self, report: AuditReport, curvature: Curvature | None) -> None:
         store = self.store
         if store is None:
             return
-        names = None
-        with tolerated("reading the class names", self._said):
-            names = bridge.label_names(gradients.source.dataset)
-        files = report.files(names)
+        files = report.files()
         if curvature is not None:
             files = {"factors": lambda store: _write_factors(store, curvature)} | files
         failures = {}
@@ -205,9 +228,9 @@ class Reporter:
                 "`InfluenceAudit.report.save(directory)` writes it to another directory."
             )
 
-    def _log_report(self, trainer: Trainer, gradients: ExampleGradients, report: AuditReport) -> None:
+    def _log_report(self, trainer: Trainer, report: AuditReport) -> None:
         step, columns, manifest = trainer.global_step, report.columns, report.manifest
-        dataset, queries = gradients.source.dataset, self.queries
+        queries, label_names = self.queries, manifest.get("label_names")
         for name in shown_in("histogram", columns):
             tag = f"influence/{name}" + (f"/{manifest['curvature']['name']}" if name == "self_influence" else "")
             write = partial(write_histogram, tag=tag, values=columns[name], step=step)
@@ -218,8 +241,8 @@ class Reporter:
             lambda writer: write_candidates(
                 writer,
                 columns,
-                images=partial(bridge.example_images, dataset),
-                label_names=bridge.label_names(dataset),
+                images=self.names.shown,
+                label_names=label_names,
                 step=step,
             ),
         )
@@ -229,7 +252,9 @@ class Reporter:
             self._in_tensorboard(trainer, "the detection curves", write)
         if queries is not None:
             self._in_tensorboard(
-                trainer, "the queries in TensorBoard", lambda writer: queries.write(writer, gradients, step)
+                trainer,
+                "the queries in TensorBoard",
+                lambda writer: queries.write(writer, self.names, label_names, step),
             )
         scalars = {f"seconds/{name.replace(' ', '_')}": value for name, value in manifest["seconds"].items()}
         scalars |= {f"detection/{name}_auroc": found["auroc"] for name, found in manifest.get("detection", {}).items()}

@@ -28,6 +28,7 @@ from lightning_influence.influence import Influence
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.plan import influence_scores
 from lightning_influence.training.checkpoints import Checkpoint
+from lightning_influence.training.features import look_at_features, tells_labels
 from lightning_influence.training.optimizers import preconditioners
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
@@ -93,7 +94,21 @@ class AuditRun:
         if distributed.any_process(not same_data(passes.source, self.digests or passes.source.digests(), source)):
             passes.take(source)
             self.digests = source.digests()
+            self.reporter.names = self.reporter.names.of(source.dataset)
             self.recording.start_again(len(source), epoch)
+
+    def look(self, trainer: Trainer, module: LightningModule) -> None:
+        """Look at the features of all examples, forward only, as long as their labels are not learnt by heart."""
+        evidence = self.recording.labels.evidence
+        if evidence.complete or bridge.is_dry_run(trainer):
+            return
+        with self._tolerated(trainer), bridge.aside(trainer):
+            indices, gradients = self._indices(trainer, last=False), self.passes.gradients(trainer, module)
+            if not tells_labels(gradients, indices[:2]):
+                evidence.close()
+                return
+            seen = look_at_features(gradients, indices, title=f"features, step {trainer.global_step}")
+            self.recording.add_snapshot(seen)
 
     # --------------------------------------------------------------- an epoch
 
@@ -122,6 +137,8 @@ class AuditRun:
         recording, tracin = self.recording, self.arguments.tracin
         recording.synchronise()
         due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
+        if not (due and self.flight is None) and not bridge.is_last_epoch(trainer):
+            self.look(trainer, module)  # other passes look by the way
         if tracin is not None and due and recording.step_sizes.steps:
             if self.flight is not None:
                 self._keep_checkpoint(trainer, module, tracin)
@@ -232,7 +249,7 @@ class AuditRun:
         if not trainer.is_global_zero:
             return None, lambda: None
         report = reporter.report(trainer.global_step, gradients, plan, inspection, result, columns, recording)
-        return report, (lambda: reporter.publish(trainer, gradients, report, result.curvature))
+        return report, (lambda: reporter.publish(trainer, report, result.curvature))
 
     def _last_step_sizes(
         self, trainer: Trainer, module: LightningModule, coverage: Coverage

@@ -51,7 +51,7 @@ class FlightRecorder:
     def batch_started(self, trainer: Trainer, module: LightningModule, batch: BatchRecord) -> None:
         """Have the layers watched in a batch, if it is to be measured."""
         batch.started = time.perf_counter()
-        batch.measured = self._recording.pace.due() and not self._recording.failed
+        batch.measured = self._recording.pace.due() and not self._recording.gaps.failures
         if batch.measured and batch.indices is not None:
             batch.visit, batch.tap = self._current(trainer, module).watch(len(batch.indices))
 
@@ -103,7 +103,7 @@ class FlightRecorder:
 
     def batch_ended(self, batch: BatchRecord) -> None:
         """Note how long the batch took."""
-        if batch.started is not None and not self._recording.failed:
+        if batch.started is not None and not self._recording.gaps.failures:
             self._recording.pace.took(batch.measured, time.perf_counter() - batch.started, batch.paused)
         if batch.visit is not None:
             batch.visit.let_go()

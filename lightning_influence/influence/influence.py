@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_influence.audit.indices import integers
 from lightning_influence.audit.unlearning import ParameterUpdate, Unlearner, WeightDecay
+from lightning_influence.core.indices import integers
 from lightning_influence.curvature import (
     BlockCurvature,
     Curvature,

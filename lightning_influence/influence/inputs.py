@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
-from lightning_influence.audit.indices import Indices as Many
-from lightning_influence.audit.indices import integers
+from lightning_influence.core.indices import Indices as Many
+from lightning_influence.core.indices import integers
 from lightning_influence.curvature import LADDER, SOLVERS, CurvatureName, Fisher, Solver, check_solver
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.verify import Inspection

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,10 +13,8 @@ from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
 from lightning_influence.gradients.visitors import ExampleColumns, ExampleScores, Visitor, loss_columns, visit
 from lightning_influence.layers import per_sample
+from lightning_influence.training.features import projected
 from lightning_influence.training.step_sizes import StepSize, self_influence
-
-# Features kept per example: 2 GB for a million examples.
-_FEATURES = 512
 
 
 def score_examples(
@@ -52,7 +49,11 @@ def score_examples(
 
 
 class ExampleScorer(Visitor):
-    """Scores every example of a pass by itself, see ``score_examples``."""
+    """Scores every example of a pass by itself, see ``score_examples``.
+
+    Attributes:
+        self_influence: Of the last batch that is through, ``[n]``, for those who look at the batch next.
+    """
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class ExampleScorer(Visitor):
         self._scorer: Scorer | None = None
         self._last: Tensor | None = None
         self._row: dict[str, Tensor] = {}
+        self.self_influence = torch.zeros(0)
 
     def begin(self, batch: BatchGradients) -> None:
         """Begin the sums over the layers."""
@@ -98,9 +100,10 @@ class ExampleScorer(Visitor):
         """File the batch."""
         row, device, unknown = self._row, batch.finite.device, ~batch.finite
         if self._scorer is not None:
-            row["self_influence"] = self._scorer.self_influence().to(device, wide_dtype(device))
+            self.self_influence = self._scorer.self_influence().to(device, wide_dtype(device))
+            row["self_influence"] = self.self_influence
         if self._last is not None:
-            row["features"] = _projected(self._last)
+            row["features"] = projected(self._last)
         row = {
             name: values.masked_fill(unknown.view(-1, *[1] * (values.ndim - 1)), torch.nan)
             for name, values in row.items()
@@ -113,19 +116,3 @@ class ExampleScorer(Visitor):
         order, columns = self._columns.gathered()
         features = columns.pop("features", None)
         return ExampleScores(order, columns, features)
-
-
-def _projected(features: Tensor) -> Tensor:
-    """Return features ``[n, d]``; more than ``_FEATURES`` are projected at random, which nearly keeps cosines."""
-    features = features.float()
-    if features.shape[1] <= _FEATURES:
-        return features
-    projection: Tensor = _projection(features.shape[1], features.device)
-    return torch.mm(features, projection)
-
-
-@lru_cache(maxsize=1)  # the same for all batches of a run: to draw it takes longer than many a batch
-def _projection(size: int, device: torch.device) -> Tensor:
-    drawn: Tensor = torch.randn(size, _FEATURES, generator=torch.Generator().manual_seed(0))
-    scaled: Tensor = drawn / _FEATURES**0.5
-    return scaled.to(device)

@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed, memory
+from lightning_influence.core.indices import integers
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.gradients.coverage import listed
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import visit
 from lightning_influence.scores import matrix_file
+from lightning_influence.scores.examples import ExampleScorer
 from lightning_influence.scores.products import Normalisation, PairColumns, StrongestPairs
 from lightning_influence.scores.queries import (
     PreparedQueries,
@@ -77,11 +79,12 @@ class PairwiseScores:
             training examples raises the query's loss by ``1/N`` of it.
 
         Raises:
-            ValueError: If a member was not scored, or is named twice.
+            ValueError: If a member is no integer, was not scored, or is named twice.
         """
-        wanted = torch.tensor(list(members), dtype=torch.long)
+        chosen = integers(members)
+        wanted = torch.tensor(chosen, dtype=torch.long)
         missing = wanted[~torch.isin(wanted, self.examples)].tolist()
-        if missing or len(set(members)) != len(members):
+        if missing or len(set(chosen)) != len(chosen):
             raise ValueError(f"the group holds {missing or 'repeated'} indices; expected distinct, scored examples.")
         columns = torch.searchsorted(self.examples, wanted)
         # Query by query: the columns of a large group would be most of a matrix that may not fit into memory.
@@ -168,7 +171,8 @@ def pairwise_scores(
             lead every list (the ℓ-RelatIF of Barshan et al. 2020, 2003.11630). ``"cosine"`` divides by that of the
             query, too: the cosine of the gradients in the metric ``(C + λ)⁻¹``; with the identity it is the plain one
             (grad-cos). Where GGN and Hessian are not dense, the norm of training examples is EK-FAC's, and that of
-            queries their own; such cosines may exceed 1.
+            queries their own; such cosines may exceed 1. An example without a gradient (or one so small that float32
+            loses its square) has 0.
         by_layer: Whether to give each layer's part of the scores, too.
         path: Where to write the scores instead of holding them in memory: an ``.npy`` file in float32, which
             ``numpy.load(path, mmap_mode="r")`` reads. It appears, or replaces the one there, when it is complete. With
@@ -223,9 +227,11 @@ def top_scores(
     chunks = query_chunks(gradients, query_indices)
     found = []
     for prepared in prepared_queries(curvature, queries.like(gradients), chunks, len(examples)):
-        strongest = StrongestPairs(prepared, count, curvature, normalise)
-        visit(gradients, examples, [strongest], title=_TITLE)
-        found.append(strongest.result())
+        own = None if normalise == "none" else ExampleScorer(gradients, examples, curvature)
+        strongest = StrongestPairs(prepared, count, own, [normalise])
+        visit(gradients, examples, [*filter(None, (own, strongest))], title=_TITLE)
+        scores, rows, _ = strongest.result()
+        found.append((scores[0], rows[0]))
     return TopScores.of(query_indices, found)
 
 
@@ -321,8 +327,10 @@ class PairSum:
             self._scores[:, rows, places] += weight * scores
             self._met[places] = True
 
-        columns = PairColumns(self._examples, queries, write, curvature, normalise, self._layers)
-        visit(self.gradients, self._examples.tolist(), [columns], title=_TITLE)
+        examples = self._examples.tolist()
+        own = None if normalise == "none" else ExampleScorer(self.gradients, examples, curvature)
+        columns = PairColumns(self._examples, queries, write, own, normalise, self._layers)
+        visit(self.gradients, examples, [*filter(None, (own, columns))], title=_TITLE)
         columns.finish()
 
     def result(self, filed: Tensor | None = None, *, notes: Sequence[str] = ()) -> PairwiseScores:
@@ -371,7 +379,7 @@ def mean_scores(members: Sequence[PairwiseScores]) -> PairwiseScores:
 
 def distinct(indices: Sequence[int]) -> Tensor:
     """Return the indices sorted, each once: scores then fill the matrix from left to right."""
-    return torch.tensor(sorted({int(index) for index in indices}), dtype=torch.long)
+    return torch.tensor(sorted(set(integers(indices))), dtype=torch.long)
 
 
 def _zeros(matrices: int, queries: int, examples: int) -> Tensor:

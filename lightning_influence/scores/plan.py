@@ -169,8 +169,8 @@ class Companion(Protocol):
         """Return who looks at the pass over the validation set of that number; there may be no such pass."""
         ...
 
-    def on_training(self, curvature: Curvature | None) -> Sequence[Visitor]:
-        """Return who looks at the pass over the training data, given the fitted curvature if there is one."""
+    def on_training(self, curvature: Curvature | None, own: ExampleScorer) -> Sequence[Visitor]:
+        """Return who looks at the pass over the training data, after who scores it, with the curvature if there is."""
         ...
 
 
@@ -223,11 +223,11 @@ def influence_scores(
             query, found = _validation_query(curvature, sets, companion)
         notes += [note for note in found if note not in notes]
     more: Sequence[Visitor] = ()
+    scorer = ExampleScorer(gradients, indices, curvature, query, step_sizes, features=features)
     if companion is not None:
         with _timed(seconds, "queries", gradients.device):
-            more = companion.on_training(curvature)
+            more = companion.on_training(curvature, scorer)
     with _timed(seconds, "scores", gradients.device):
-        scorer = ExampleScorer(gradients, indices, curvature, query, step_sizes, features=features)
         sweeper = _sweeper(gradients, indices, curvature)
         visit(gradients, indices, [scorer, *([sweeper] if sweeper else []), *more], title="self-influence")
         scores = scorer.result()

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from lightning_influence.core import distributed
 from lightning_influence.core.precision import exact, wide_zeros
-from lightning_influence.curvature.curvature import Curvature, Scorer
 from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients
 from lightning_influence.gradients.visitors import Visitor
+from lightning_influence.scores.examples import ExampleScorer
 from lightning_influence.scores.queries import PreparedQueries
 
 Normalisation = Literal["none", "relative", "cosine"]
@@ -32,47 +32,40 @@ class _Pairs(Visitor, ABC):
 
     Args:
         prepared: The queries.
-        curvature: For the norms to divide by; not needed without.
-        normalise: See ``pairwise_scores``.
+        own: Scores the examples with the curvature in the same pass, and comes before: the lengths to divide by. Not
+            needed where nothing is divided.
         layers: Whose parts of the scores to give, after the whole.
     """
 
-    def __init__(
-        self,
-        prepared: PreparedQueries,
-        curvature: Curvature | None = None,
-        normalise: Normalisation = "none",
-        layers: Sequence[str] = (),
-    ) -> None:
-        self._prepared = prepared
-        self._curvature = None if normalise == "none" else curvature
+    def __init__(self, prepared: PreparedQueries, own: ExampleScorer | None = None, layers: Sequence[str] = ()) -> None:
+        self._prepared, self._own = prepared, own
         self._places = {layer: 1 + place for place, layer in enumerate(layers)}
-        self._of_query = _length(prepared.self_influence) if normalise == "cosine" else None
         self._scores = wide_zeros(0, prepared.self_influence.device)
-        self._scorer: Scorer | None = None
 
     def begin(self, batch: BatchGradients) -> None:
         of_queries = self._prepared.self_influence
         self._scores = of_queries.new_zeros((batch.loss.n, 1 + len(self._places), len(of_queries)))
-        self._scorer = None if self._curvature is None else self._curvature.scorer(batch.loss.n)
 
     def add(self, io: LayerIO) -> None:
         part = self._prepared.products(io)
         self._scores[:, 0] += part
         if self._places:
             self._scores[:, self._places[io.name]] = part
-        if self._scorer is not None:
-            self._scorer.add(io)
 
     def end(self, batch: BatchGradients) -> None:
         scores = self._scores
-        if self._scorer is not None:
-            scores = scores / _length(self._scorer.self_influence().to(scores))[:, None, None]
-        if self._of_query is not None:
-            scores = scores / self._of_query
         scores[~batch.finite] = torch.nan
         scores[..., self._prepared.self_influence.isnan()] = torch.nan
         self._take(batch.indices, scores)
+
+    def _normalised(self, scores: Tensor, normalise: Normalisation) -> Tensor:
+        """Return scores ``[n, m, q]`` of the batch, normalised."""
+        if normalise == "none":
+            return scores
+        assert self._own is not None
+        of_examples, of_queries = self._own.self_influence.to(scores), self._prepared.self_influence
+        scores = scores * inverse_length(of_examples)[:, None, None]
+        return scores * inverse_length(of_queries) if normalise == "cosine" else scores
 
     @abstractmethod
     def _take(self, indices: list[int], scores: Tensor) -> None:
@@ -86,7 +79,7 @@ class PairColumns(_Pairs):
         examples: Dataset indices ``[n]`` of the pass, sorted.
         prepared: The queries.
         write: Takes places of columns ``[n]`` and their scores ``[m, q, n]``.
-        curvature: For the norms to divide by; not needed without.
+        own: Knows the lengths to divide by, see ``_Pairs``; not needed without.
         normalise: See ``pairwise_scores``.
         layers: Whose parts of the scores to give, after the whole.
     """
@@ -96,18 +89,18 @@ class PairColumns(_Pairs):
         examples: Tensor,
         prepared: PreparedQueries,
         write: Callable[[Tensor, Tensor], None],
-        curvature: Curvature | None = None,
+        own: ExampleScorer | None = None,
         normalise: Normalisation = "none",
         layers: Sequence[str] = (),
     ) -> None:
-        super().__init__(prepared, curvature, normalise, layers)
-        self._examples, self._write = examples, write
+        super().__init__(prepared, own, layers)
+        self._examples, self._write, self._normalise = examples, write, normalise
         self._shape = 1 + len(layers), len(prepared.self_influence)
         self._rounds = distributed.Rounds(len(examples), _SCORE_BYTES * math.prod(self._shape))
         self._found: list[tuple[list[int], Tensor]] = []
 
     def _take(self, indices: list[int], scores: Tensor) -> None:
-        self._found.append((indices, exact(scores).cpu()))
+        self._found.append((indices, exact(self._normalised(scores, self._normalise)).cpu()))
         for _ in range(self._rounds.due(len(indices))):
             self._gather()
 
@@ -130,52 +123,68 @@ class StrongestPairs(_Pairs):
     Args:
         prepared: The queries.
         count: How many of each.
-        curvature: For the norms to divide by; not needed without.
-        normalise: See ``pairwise_scores``.
+        own: Knows the lengths to divide by, see ``_Pairs``; not needed without.
+        lists: What they are the strongest by, one list each, see ``pairwise_scores``.
     """
 
     def __init__(
         self,
         prepared: PreparedQueries,
         count: int,
-        curvature: Curvature | None = None,
-        normalise: Normalisation = "none",
+        own: ExampleScorer | None = None,
+        lists: Sequence[Normalisation] = ("none",),
     ) -> None:
-        super().__init__(prepared, curvature, normalise)
-        self._count = count
-        scores = wide_zeros((2 * len(prepared.self_influence), 0), prepared.self_influence.device)
-        self._best = scores, scores.long()
+        super().__init__(prepared, own)
+        self._count, self._lists = count, lists
+        self._shape = len(lists), 2, len(prepared.self_influence)
+        scores = wide_zeros((math.prod(self._shape), 0), prepared.self_influence.device)
+        self._best = scores, scores.long(), scores
 
     def _take(self, indices: list[int], scores: Tensor) -> None:
-        signed = torch.cat([scores[:, 0].T, -scores[:, 0].T])  # opponents are found as proponents of the negative
-        rows = torch.tensor(indices, device=scores.device).expand(len(signed), -1)
-        self._best = _strongest(torch.cat([self._best[0], signed], 1), torch.cat([self._best[1], rows], 1), self._count)
+        plain = scores[:, 0].T
+        ranked = [self._normalised(scores, normalise)[:, 0].T for normalise in self._lists]
+        # Opponents are found as proponents of the negative.
+        found = torch.cat([side for values in ranked for side in (values, -values)])
+        rows = torch.tensor(indices, device=scores.device).expand(len(found), -1)
+        new = found, rows, torch.cat([plain, -plain] * len(ranked))
+        best = [torch.cat(parts, 1) for parts in zip(self._best, new, strict=True)]
+        self._best = _strongest(best, self._count)
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Return scores of proponents and of opponents, and the examples' indices, ``[2, q, count]``, on the host.
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores of proponents and of opponents, examples, and the scores as they are, ``[l, 2, q, count]``.
 
-        Those of opponents are negated; the same on every process, padded with scores of -inf.
+        By list, on the host. Both scores of opponents are negated; the same on every process, padded with scores of
+        -inf.
         """
-        scores, rows = _over_processes(self._best, self._count)
-        return scores.unflatten(0, (2, -1)), rows.unflatten(0, (2, -1))
+        found, rows, plain = (part.unflatten(0, self._shape) for part in _over_processes(self._best, self._count))
+        return found, rows, plain
 
 
-def _length(squared: Tensor) -> Tensor:
-    """Return square roots that can be divided by; NaN for what an inexact solver has left negative."""
-    return squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt().masked_fill(squared < 0, torch.nan)
+def inverse_length(squared: Tensor) -> Tensor:
+    """Return what to multiply with to divide by the roots of squared lengths.
+
+    Zero for what is too short to be divided by: its square is lost in float32, whatever it was summed up in, while its
+    products are not. NaN for what an inexact solver has left negative.
+    """
+    short = squared.abs() < torch.finfo(torch.float32).tiny
+    short = squared.abs() < torch.finfo(torch.float32).tiny
+    return squared.rsqrt().masked_fill(short, 0.0)
 
 
-def _strongest(scores: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the largest scores ``[q, count]`` and their examples; of equal ones those that come first."""
-    scores, places = scores.masked_fill(scores.isnan(), -torch.inf).sort(dim=1, descending=True, stable=True)
-    return scores[:, :count], rows.gather(1, places[:, :count])
+def _strongest(best: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the largest scores ``[q, count]`` and what belongs to them; of equal ones those that come first."""
+    scores, places = best[0].masked_fill(best[0].isnan(), -torch.inf).sort(dim=1, descending=True, stable=True)
+    places = places[:, :count]
+    rows, plain = (part.gather(1, places) for part in best[1:])
+    return scores[:, :count], rows, plain
 
 
-def _over_processes(best: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+def _over_processes(best: Sequence[Tensor], count: int) -> list[Tensor]:
     """Merge what the processes have found: ``[q, count]`` on the host, padded with scores of -inf."""
-    found = distributed.gather_objects((best[0].cpu(), best[1].cpu()))
-    scores, rows = (torch.cat([part[place] for part in found], 1) for place in (0, 1))
-    rows, order = rows.sort(dim=1)
-    scores, rows = _strongest(scores.gather(1, order), rows, count)
-    missing = 0, count - rows.shape[1]
-    return F.pad(scores, missing, value=-torch.inf), F.pad(rows, missing, value=-1)
+    found = distributed.gather_objects([part.cpu() for part in best])
+    merged = [torch.cat(parts, 1) for parts in zip(*found, strict=True)]
+    order = merged[1].argsort(dim=1)
+    merged = list(_strongest([part.gather(1, order) for part in merged], count))
+    missing = 0, count - merged[1].shape[1]
+    fills = -torch.inf, -1, torch.nan
+    return [F.pad(part, missing, value=fill) for part, fill in zip(merged, fills, strict=True)]

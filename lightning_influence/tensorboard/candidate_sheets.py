@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_influence.audit.columns import COLUMNS, Columns, candidate_rows, shown_in
+from lightning_influence.audit.columns import COLUMNS, Columns, candidate_rows, legend, shown_in
+from lightning_influence.audit.words import cell_text
 from lightning_influence.tensorboard.pictures import sheet
-from lightning_influence.tensorboard.text import caption, label_text, number_text, table
+from lightning_influence.tensorboard.text import caption, escape, id_line, table
 
 _TAG = "influence/candidates"
 _LISTED = 50
@@ -21,7 +22,7 @@ def write_candidates(
     writer: Any,
     columns: Columns,
     *,
-    images: Callable[[list[int]], Tensor | None],
+    images: Callable[[list[int]], Sequence[Tensor | str] | None],
     label_names: Sequence[str] | None = None,
     step: int,
 ) -> None:
@@ -32,7 +33,8 @@ def write_candidates(
     Args:
         writer: Event file writer.
         columns: The scores table.
-        images: Called with dataset indices; returns ``[k, C, H, W]``, or None where the inputs are no images.
+        images: Called with dataset indices; returns an image ``[C, H, W]`` or a text for each, or None where there is
+            nothing to show.
         label_names: Name of each class, or None to show class numbers.
         step: Global step.
     """
@@ -58,9 +60,9 @@ def candidates_markdown(columns: Columns, label_names: Sequence[str] | None) -> 
     if not rows.size:
         return f"**No candidates** among {total:,} training examples."
     names = shown_in("table", columns)
-    words = [name for name in names if "names" in COLUMNS[name].shown]
+    labels = {name for name in names if "names" in COLUMNS[name].shown}
     cells = [
-        [label_text(v, label_names) if name in words else number_text(v) for v in columns[name][rows]] for name in names
+        [cell_text(name, value, label_names, label=name in labels) for value in columns[name][rows]] for name in names
     ]
     head = f"**{len(every):,} candidates** among {total:,} training examples"
     head += f"; the {rows.size} most suspicious are shown." if rows.size < len(every) else ", most suspicious first."
@@ -68,9 +70,11 @@ def candidates_markdown(columns: Columns, label_names: Sequence[str] | None) -> 
         head += f" High scores are suspicious; for {' and '.join(low)}, low ones are."
     titles = {"label": "given"}
     titled = [titles.get(name, name) for name in names]
-    return head + "\n\n" + table(titled, zip(*cells, strict=True), [titles.get(name, name) for name in words])
+    words = [titles.get(name, name) for name in names if name in {*labels, "id", "text"}]
+    below = f"\n{escape(explained)}.\n" if (explained := legend(names)) else ""
+    return head + "\n\n" + table(titled, zip(*cells, strict=True), words) + below
 
 
 def _caption(columns: Columns, row: int, label_names: Sequence[str] | None) -> str:
     given, suggested = (columns[name][row] if name in columns else -1 for name in ("label", "suggested"))
-    return caption(columns["index"][row], given, "suggests", suggested, label_names)
+    return caption(columns["index"][row], given, "suggests", suggested, label_names) + id_line(columns, row)

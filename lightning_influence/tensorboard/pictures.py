@@ -19,8 +19,14 @@ _LINE = 23
 _INK = (32, 33, 36)
 _EDGE = (218, 220, 224)
 
+_NOT_DRAWN = "(letters that this font has not: see the text)"
 
-def sheet(pictures: Sequence[tuple[Tensor, str] | None], columns: int, titles: Sequence[str] = ()) -> Tensor:
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def sheet(
+    pictures: Sequence[tuple[Tensor | str, str] | None], columns: int, titles: Sequence[str] = (), heading: str = ""
+) -> Tensor:
     """Put pictures on one sheet, with the lines of a text under each.
 
     Every image is stretched to its own full range (a constant one is mid-grey), because the inputs of a model are
@@ -28,10 +34,11 @@ def sheet(pictures: Sequence[tuple[Tensor, str] | None], columns: int, titles: S
     into a line ends in an ellipsis. The font has ASCII letters only, see `drawable`.
 
     Args:
-        pictures: Image ``[C, H, W]`` (3 channels are colour, of others the mean is shown) and text, row by row; None
-            for an empty place.
+        pictures: Image ``[C, H, W]`` (3 channels are colour, of others the mean is shown), or a text in its place, and
+            what stands below it, row by row; None for an empty place.
         columns: Pictures in a row.
         titles: What stands above, each over its share of the width.
+        heading: What stands above these, over all of it.
 
     Returns:
         ``[3, h, w]`` uint8.
@@ -39,7 +46,8 @@ def sheet(pictures: Sequence[tuple[Tensor, str] | None], columns: int, titles: S
     font = ImageFont.load_default(_FONT_SIZE)
     lines = 1 + max(picture[1].count("\n") for picture in pictures if picture is not None)
     row_height = _TILE + _GAP // 2 + lines * _LINE + _GAP
-    head = _GAP + (_LINE + _GAP // 2 if titles else 0)
+    above = _GAP + (_LINE + _GAP // 2 if heading else 0)
+    head = above + (_LINE + _GAP // 2 if titles else 0)
     width = columns * (_TILE + _GAP) + _GAP
     paper = Image.new("RGB", (width, head + math.ceil(len(pictures) / columns) * row_height), "white")
     draw = ImageDraw.Draw(paper)
@@ -47,15 +55,16 @@ def sheet(pictures: Sequence[tuple[Tensor, str] | None], columns: int, titles: S
     def write(text: str, left: int, top: int, room: int) -> None:
         draw.text((left, top), _cut(drawable(text), font, room), font=font, fill=_INK)
 
+    write(heading, _GAP, _GAP, width - 2 * _GAP)
     for number, title in enumerate(titles):
         share = (width - _GAP) // len(titles)
-        write(title, _GAP + number * share, _GAP, share - _GAP)
+        write(title, _GAP + number * share, above, share - _GAP)
     for place, picture in enumerate(pictures):
         if picture is None:
             continue
         row, column = divmod(place, columns)
         left, top = _GAP + column * (_TILE + _GAP), head + row * row_height
-        tile = _tile(picture[0])
+        tile = _tile(picture[0], font)
         x, y = left + (_TILE - tile.width) // 2, top + (_TILE - tile.height) // 2
         paper.paste(tile, (x, y))
         # An outline, or images with a white background run into the paper.
@@ -71,7 +80,11 @@ def drawable(text: str) -> str:
     return plain.encode("ascii", "replace").decode()
 
 
-def _tile(image: Tensor) -> Image.Image:
+def _tile(image: Tensor | str, font: Font) -> Image.Image:
+    if isinstance(image, str):
+        drawn = drawable(image)
+        foreign = drawn.count("?") - image.count("?") > len(image) // 4
+        return _page(_NOT_DRAWN if foreign else drawn, font)
     pixels = image.detach().cpu().double().numpy()
     if len(pixels) != 3:
         pixels = pixels.mean(axis=0, keepdims=True).repeat(3, axis=0)
@@ -86,7 +99,23 @@ def _tile(image: Tensor) -> Image.Image:
     return picture
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
+def _page(text: str, font: Font) -> Image.Image:
+    """Return as much of a text as a picture has room for, in lines that break at spaces where they can."""
+    page = Image.new("RGB", (_TILE, _TILE), "white")
+    draw, room, last = ImageDraw.Draw(page), _TILE - _GAP, (_TILE - _GAP) // _LINE - 1
+    lines: list[str] = []
+    while text and len(lines) < last:
+        line = text[: len(_cut(text, font, room)) - 1] if font.getlength(text) > room else text
+        if len(line) < len(text) and " " in line.strip() and text[len(line)] != " ":
+            line = line[: line.rindex(" ")]
+        lines.append(line)
+        text = text[len(line) :].lstrip()
+    for number, line in enumerate([*lines, _cut(text, font, room)]):
+        draw.text((_GAP // 2, _GAP // 2 + number * _LINE), line, font=font, fill=_INK)
+    return page
+
+
+def _cut(text: str, font: Font, room: int) -> str:
     """Return as much of a text as is no wider than ``room`` pixels."""
     if font.getlength(text) <= room:
         return text

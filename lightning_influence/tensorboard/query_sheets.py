@@ -1,4 +1,4 @@
-"""Queries in TensorBoard: each with its strongest proponents and opponents, as pictures and as a table."""
+"""Queries in TensorBoard: each with its lists of proponents and opponents, as pictures and as a table."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lightning_influence.audit.columns import Columns
-from lightning_influence.audit.summary import strongest_pairs
+from lightning_influence.audit.columns import PAIR_LISTS, Columns
+from lightning_influence.audit.summary import lists_of, strength, strongest_pairs
+from lightning_influence.audit.words import called, cut
 from lightning_influence.tensorboard.pictures import sheet
-from lightning_influence.tensorboard.text import UNKNOWN, caption, label_text, number_text, table
+from lightning_influence.tensorboard.text import UNKNOWN, caption, id_line, label_text, number_text, table
 
 _TAG = "influence/queries"
 _SHOWN = 5
+_TEXT = 200  # letters of what an example says
 _TITLES = ("query", "proponents", "opponents")
 _HEAD = (
     "**Queries** and the training examples that matter most to them. Training on a proponent (score > 0) makes the "
-    "query's measurement better, on an opponent worse; in brackets the example's given label and its score.\n\n"
+    "query's measurement better, on an opponent worse; in brackets the example's given label and what the list is "
+    "ordered by.\n\n"
 )
 
 
@@ -27,39 +30,48 @@ def write_queries(
     writer: Any,
     pairs: Columns,
     *,
-    images: Callable[[int | None, list[int]], Tensor | None],
+    images: Callable[[int | None, list[int]], Sequence[Tensor | str] | None],
     measured: str = "loss",
     label_names: Sequence[str] | None = None,
     step: int,
 ) -> None:
-    """Write the table of pairs and, where inputs are images, a sheet for every query.
+    """Write the table of pairs and, where inputs are images, a sheet for every list of a query.
 
     Args:
         writer: Event file writer.
         pairs: The table of pairs, see `columns.PAIR_DESCRIPTIONS`.
         images: Called with the number of a query set and indices in it, or with None and indices of training examples;
-            returns ``[n, C, H, W]``, or None where the inputs are no images.
+            returns an image ``[C, H, W]`` or a text for each, or None where there is nothing to show.
         measured: What is measured of a query.
         label_names: Name of each class, or None to show class numbers.
         step: Global step.
     """
     writer.add_text(_TAG, queries_markdown(pairs, measured=measured, label_names=label_names), step)
-    for proponents, opponents in strongest_pairs(pairs, _SHOWN):
+    texts: list[tuple[str, str, str]] = []
+    lists = [(name, *both) for of_query in strongest_pairs(pairs, _SHOWN) for name, both in of_query.items()]
+    for name, proponents, opponents in lists:
         every = np.concatenate((proponents, opponents))
         first = int(every[0])
         query = images(int(pairs["query_set"][first]), [int(pairs["query"][first])])
         examples = images(None, pairs["index"][every].tolist())
         if query is None or examples is None:
-            return
+            break
         shown = [(image, _example(pairs, row, label_names)) for image, row in zip(examples, every, strict=True)]
         asked = [(query[0], _query(pairs, first, measured, label_names))]
         rows = zip_longest(asked, shown[: len(proponents)], shown[len(proponents) :])
         places = [picture for row in rows for picture in row]
-        writer.add_image(f"{_TAG}/{int(pairs['number'][first])}", sheet(places, len(_TITLES), _TITLES), step)
+        told = [(called(pairs, first, "query", "query_id"), "query", query[0])]
+        told += [(called(pairs, r), pairs["kind"][r], text) for r, text in zip(every, examples, strict=True)]
+        texts += [(f"#{who}", kind, cut(text, _TEXT)) for who, kind, text in told if isinstance(text, str) and text]
+        picture = sheet(places, len(_TITLES), _TITLES, _explained(name))
+        writer.add_image(f"{_TAG}/{int(pairs['number'][first])}/{name}", picture, step)
+    if texts:
+        names = ("example", "kind", "text")
+        writer.add_text(f"{_TAG}/texts", table(names, list(dict.fromkeys(texts)), names), step)
 
 
 def queries_markdown(pairs: Columns, *, measured: str = "loss", label_names: Sequence[str] | None = None) -> str:
-    """Return a table with a row for every query, and its five strongest proponents and opponents.
+    """Return a table with a row for every list of a query: its first five proponents and opponents.
 
     Args:
         pairs: The table of pairs.
@@ -67,28 +79,36 @@ def queries_markdown(pairs: Columns, *, measured: str = "loss", label_names: Seq
         label_names: Name of each class; the names are untrusted and escaped.
     """
     rows = []
-    for both in strongest_pairs(pairs, _SHOWN):
+    lists = [(name, both) for of_query in strongest_pairs(pairs, _SHOWN) for name, both in of_query.items()]
+    for name, both in lists:
         first = int(np.concatenate(both)[0])
         labels = (label_text(pairs[name][first], label_names) for name in ("query_label", "query_predicted"))
         told = (", ".join(_told(pairs, row, label_names) for row in own) or UNKNOWN for own in both)
-        rows.append([f"#{int(pairs['query'][first])}", *labels, number_text(pairs["measured"][first]), *told])
-    names = ["query", "given", "predicted", measured.replace("_", " "), *_TITLES[1:]]
-    return _HEAD + table(names, rows, ("given", "predicted", *_TITLES[1:]))
+        asked = f"#{called(pairs, first, 'query', 'query_id')}"
+        rows.append([asked, *labels, number_text(pairs["measured"][first]), name, *told])
+    names = ["query", "given", "predicted", measured.replace("_", " "), "list", *_TITLES[1:]]
+    explained = "".join(f"* {_explained(name)}\n" for name in PAIR_LISTS if name in lists_of(pairs))
+    return _HEAD + explained + "\n" + table(names, rows, ("given", "predicted", "list", *_TITLES[1:]))
+
+
+def _explained(name: str) -> str:
+    return f"{name}: {PAIR_LISTS[name]}"
 
 
 def _query(pairs: Columns, row: int, measured: str, label_names: Sequence[str] | None) -> str:
     text = caption(
         pairs["query"][row], pairs["query_label"][row], "predicted", pairs["query_predicted"][row], label_names
     )
-    return f"{text}\n{measured.replace('_', ' ')} {number_text(pairs['measured'][row])}"
+    text += f"\n{measured.replace('_', ' ')} {number_text(pairs['measured'][row])}"
+    return text + id_line(pairs, row, "query_id")
 
 
 def _example(pairs: Columns, row: int, label_names: Sequence[str] | None) -> str:
     text = caption(pairs["index"][row], pairs["label"][row], "predicted", pairs["predicted"][row], label_names)
-    return f"{text}\n{pairs['score'][row]:+.3g}"
+    return f"{text}\n{strength(pairs, row):+.3g}" + id_line(pairs, row)
 
 
 def _told(pairs: Columns, row: int, label_names: Sequence[str] | None) -> str:
     label = label_text(pairs["label"][row], label_names)
     given = "" if label == UNKNOWN else f"{label}, "
-    return f"#{int(pairs['index'][row])} ({given}{pairs['score'][row]:+.3g})"
+    return f"#{called(pairs, row)} ({given}{strength(pairs, row):+.3g})"

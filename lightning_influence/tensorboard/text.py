@@ -1,31 +1,18 @@
-"""Class names, numbers and tables as the dashboards can show them; class names are untrusted text."""
+"""Captions and tables as the dashboards can show them; names of classes and examples are untrusted text."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
+from lightning_influence.audit.columns import Columns
+from lightning_influence.audit.words import UNKNOWN as UNKNOWN
+from lightning_influence.audit.words import id_text
+from lightning_influence.audit.words import label_text as label_text
+from lightning_influence.audit.words import number_text as number_text
 from lightning_influence.tensorboard.pictures import drawable
 
-UNKNOWN = "–"
-_LABEL_LENGTH = 24  # of a class name; longer ones would make a table wider than the page
-
-
-def label_text(value: Any, label_names: Sequence[str] | None) -> str:
-    """Return the class name, else the number; an en dash when unknown. Cut to one short line of visible characters."""
-    number = float(value)
-    if not math.isfinite(number) or number == -1:
-        return UNKNOWN
-    if not number.is_integer():
-        return f"{number:.4g}"
-    label = int(number)
-    text = _visible(label_names[label]) if label_names is not None and 0 <= label < len(label_names) else ""
-    if not text:
-        return str(label)
-    return text if len(text) <= _LABEL_LENGTH else text[: _LABEL_LENGTH - 1].rstrip() + "…"
+_ID_LENGTH = 19  # letters below a picture
 
 
 def caption(index: int, given: Any, said: str, other: Any, label_names: Sequence[str] | None) -> str:
@@ -35,16 +22,14 @@ def caption(index: int, given: Any, said: str, other: Any, label_names: Sequence
     return text + (f"\n{said} {others}" if others not in (UNKNOWN, own) else "")
 
 
-def number_text(value: Any) -> str:
-    """Return integers in full, other numbers to three digits, an en dash for NaN."""
-    if np.issubdtype(np.asarray(value).dtype, np.integer):
-        return str(int(value))
-    return UNKNOWN if math.isnan(value) else f"{value:.3g}"
+def id_line(columns: Columns, row: int, name: str = "id") -> str:
+    """Return another line of a caption, with the id of an example if it has one."""
+    return f"\n{id_text(columns[name][row], _ID_LENGTH)}" if name in columns else ""
 
 
 def table(names: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[str]) -> str:
     """Return a table in markdown, all of it escaped; the columns ``words`` are text, the others numbers."""
-    lines = ["| " + " | ".join(map(_escape, cells)) + " |" for cells in (names, *rows)]
+    lines = ["| " + " | ".join(map(escape, cells)) + " |" for cells in (names, *rows)]
     lines.insert(1, "| " + " | ".join(":---" if name in words else "---:" for name in names) + " |")
     return "\n".join(lines) + "\n"
 
@@ -55,14 +40,7 @@ def _drawn_label(value: Any, label_names: Sequence[str] | None) -> str:
     return label_text(value, None) if drawable(text).count("?") > text.count("?") else text
 
 
-def _visible(text: str) -> str:
-    """Collapse white space; drop control characters and those that reorder the text around them."""
-    # Joiners are not printable either, but emoji and several scripts need them.
-    kept = (" " if c.isspace() else c for c in text if c.isspace() or c.isprintable() or c in "\u200c\u200d")
-    return " ".join("".join(kept).split())
-
-
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Write every ASCII character with a meaning in markdown or HTML as a character reference.
 
     References and not backslashes, because a backslash inside a table cell means different things to different

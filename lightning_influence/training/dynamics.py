@@ -178,9 +178,16 @@ class TrainingDynamics:
         if "label" in self.sums:
             result["label"] = self.sums["label"].long()
         if (probabilities := self.mean_probabilities()) is not None:
-            margin, suggested = self._mean_probability_margin(probabilities, count)
-            result |= {"prob_margin": margin, "suggested": suggested}
+            known = torch.where(torch.isfinite(count), result["label"], -1)
+            result["prob_margin"], _ = margin_of_label(probabilities, known)
         return result
+
+    def predicted_rightly(self) -> tuple[float, float] | None:
+        """Return how many visits so far were of examples that were predicted rightly, and of how many."""
+        if "wrong" not in self.sums:
+            return None
+        visits = float(self.sums["times_seen"].sum())
+        return visits - float(self.sums["wrong"].sum()), visits
 
     def mean_probabilities(self) -> Tensor | None:
         """Return the mean predicted probabilities over the visits, ``[size, c]``; NaN without one, None if not kept."""
@@ -188,15 +195,6 @@ class TrainingDynamics:
             return None
         seen = self.sums["times_seen"]
         return self.sums["probabilities"].double() / torch.where(seen > 0, seen, torch.nan).unsqueeze(1)
-
-    def _mean_probability_margin(self, probabilities: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Margin of the given label in the mean probabilities, and the class with the largest of them."""
-        label = self.sums["label"].long()
-        own = label.clamp(min=0).unsqueeze(1)
-        others = probabilities.scatter(1, own, -torch.inf).amax(1)
-        margin = probabilities.gather(1, own).squeeze(1) - others
-        known = (label >= 0) & torch.isfinite(count)
-        return torch.where(known, margin, torch.nan), torch.where(known, probabilities.nan_to_num().argmax(1), -1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint."""
@@ -207,6 +205,20 @@ class TrainingDynamics:
         """Go on from a checkpoint."""
         self.sums.load_state_dict(state)
         self._waiting, self._rows = [], []
+
+
+def margin_of_label(shares: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how far shares by class ``[n, c]`` are for the given labels ``[n]``, and the best of the other classes.
+
+    NaN and -1 where the label or the shares are unknown, or there is but one class.
+    """
+    if shares.shape[1] < 2:
+        return torch.full((len(shares),), torch.nan, dtype=shares.dtype), torch.full_like(labels, -1)
+    own = labels.clamp(min=0).unsqueeze(1)
+    others, best = shares.scatter(1, own, -torch.inf).max(1)
+    margin = shares.gather(1, own).squeeze(1) - others
+    known = (labels >= 0) & margin.isfinite()
+    return torch.where(known, margin, torch.nan), torch.where(known, best, -1)
 
 
 def _rounds(indices: NDArray[np.int64], of: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

@@ -73,6 +73,17 @@ def disagreement(nearest: Tensor, labels: Tensor) -> Tensor:
     return shares.masked_fill(nearest[:, 0] < 0, torch.nan)
 
 
+def votes(nearest: Tensor, classes: int) -> Tensor:
+    """Return the share of each class among the nearest neighbours, ``[n, classes]``.
+
+    Args:
+        nearest: Labels ``[n, k]``, see ``nearest_labels``; none of them unknown.
+        classes: Number of classes.
+    """
+    share = torch.full(nearest.shape, 1 / max(nearest.shape[1], 1), device=nearest.device)
+    return torch.zeros(len(nearest), classes, device=nearest.device).scatter_add_(1, nearest, share)
+
+
 class NeighbourRecord:
     """What the neighbours of every example have said over a run, at every pass that looked for them.
 
@@ -86,15 +97,14 @@ class NeighbourRecord:
         self._passes = torch.zeros(size, dtype=torch.float64)
         self._votes = torch.zeros(size, 0)
 
-    def add(self, indices: Tensor, features: Tensor, labels: Tensor) -> None:
+    def add(self, indices: Tensor, nearest: Tensor, labels: Tensor) -> None:
         """Add one pass.
 
         Args:
             indices: Dataset indices ``[n]``.
-            features: ``[n, d]``.
+            nearest: Labels of their neighbours ``[n, k]``, see ``nearest_labels``.
             labels: ``[n]`` integers.
         """
-        nearest = nearest_labels(features, labels)
         shares = disagreement(nearest, labels).cpu().double()
         known = shares.isfinite()
         rows = indices.cpu()[known]
@@ -105,10 +115,8 @@ class NeighbourRecord:
         nearest = nearest.cpu()[known]
         classes = max(self._votes.shape[1], 1 + int(nearest.max()))
         if self.size * classes <= _VOTE_BUDGET:
-            added = torch.zeros(len(rows), classes)
-            added.scatter_add_(1, nearest, torch.full(nearest.shape, 1 / nearest.shape[1]))
             self._votes = F.pad(self._votes, (0, classes - self._votes.shape[1]))
-            self._votes[rows] += added
+            self._votes[rows] += votes(nearest, classes)
 
     @property
     def disagreement(self) -> Tensor | None:

@@ -20,11 +20,12 @@ from lightning_influence.training import optimizers
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.checkpoints import Checkpoint
 from lightning_influence.training.dynamics import TrainingDynamics
+from lightning_influence.training.evidence import LabelEvidence
 from lightning_influence.training.example_sums import ExampleSums, share
 from lightning_influence.training.flight.pace import Pace
 from lightning_influence.training.gaps import Gaps
 from lightning_influence.training.heard_losses import HeardLosses
-from lightning_influence.training.neighbours import NeighbourRecord
+from lightning_influence.training.label_record import LabelRecord
 from lightning_influence.training.settings import TracIn
 from lightning_influence.training.step_sizes import StepSizes
 from lightning_influence.training.table import table
@@ -51,7 +52,7 @@ class Recording:
         tracin: TracIn from passes.
         visits: TracIn in flight, if that is how it is computed.
         pace: Which batches are measured for it.
-        neighbours: What the features of passes have said.
+        labels: What the features of passes have said of the labels.
         gaps: What the columns lack.
         notes: Remarks for the report.
         directory: Of the audit; before resuming, of the run before.
@@ -79,7 +80,7 @@ class Recording:
         self.dynamics = TrainingDynamics(size)
         self.tracin = TracInScores(size)
         self.visits = VisitSums(size) if self._in_flight else None
-        self.neighbours = NeighbourRecord(size)
+        self.labels = LabelRecord(size)
         self._passes: list[int] = []  # steps
         self._seen = ExampleSums(size, "seen")
         self._unfiled: list[BatchRecord] = []
@@ -98,11 +99,6 @@ class Recording:
         self.gaps.start_again(epoch)
 
     # ---------------------------------------------------------------- batches
-
-    @property
-    def failed(self) -> bool:
-        """Whether recording has failed, and was given up."""
-        return bool(self.gaps.failures)
 
     def fail(self, what: str, error: Exception) -> None:
         """Record nothing more of the training: what is known is incomplete, and says so."""
@@ -134,7 +130,7 @@ class Recording:
         """File one training batch; the arguments are those of ``HeardLosses.read``."""
         try:
             self._note(batch)
-            if self.failed:
+            if self.gaps.failures:
                 return
             with torch.no_grad():
                 call = self.losses.read(batch, loss, calls, forms or {})
@@ -190,8 +186,12 @@ class Recording:
         self._passes.append(step)
         self.flush()
         self.gaps.relabel(self.dynamics.relabelled(scores.indices.cpu(), columns["label"].cpu()))
-        if scores.features is not None:
-            self.neighbours.add(scores.indices, scores.features, columns["label"])
+        self.add_snapshot(scores)
+
+    def add_snapshot(self, scores: ExampleScores) -> None:
+        """Add what the features of the moment say about the labels."""
+        self.flush()
+        self.labels.add(scores, trained=bool(self._seen["seen"].any()), right=self.dynamics.predicted_rightly())
 
     # ---------------------------------------------------------------- results
 
@@ -218,7 +218,12 @@ class Recording:
         dynamics, visits = self.dynamics, self.visits
         if self.gaps.misplaced:
             dynamics, visits = TrainingDynamics(self.size), None
-        return table(indices, dynamics, self.tracin, visits, self.neighbours, scores)
+        told = self.labels.neighbours, self.label_evidence(indices)
+        return table(indices, dynamics, self.tracin, visits, *told, scores)
+
+    def label_evidence(self, indices: Sequence[int]) -> LabelEvidence | None:
+        """Return what is known of the labels of the given examples without them, of what was synchronised."""
+        return None if self.gaps.misplaced else self.labels.about(indices, self.dynamics.mean_probabilities())
 
     def local_columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns of the examples that this process has seen, without talking to others."""
@@ -235,7 +240,7 @@ class Recording:
             "step_sizes": self.step_sizes,
             "tracin": self.tracin,
             "pace": self.pace,
-            "neighbours": self.neighbours,
+            "labels": self.labels,
             "gaps": self.gaps,
         }
         return parts if self.visits is None else {**parts, "visits": self.visits}
@@ -255,11 +260,7 @@ class Recording:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, tracin: bool = True) -> None:
-        """Go on from a checkpoint.
-
-        Args:
-            state: Of the recording then.
-            tracin: Whether TracIn was recorded as it will be from now on; else it starts anew.
+        """Go on from a checkpoint; without ``tracin``, which was recorded otherwise, that starts anew.
 
         Raises:
             ValueError: If it was written for a data set of another size.

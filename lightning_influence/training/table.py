@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_influence.core.precision import exact
 from lightning_influence.gradients.visitors import ExampleScores
-from lightning_influence.training.dynamics import TrainingDynamics
+from lightning_influence.training.dynamics import TrainingDynamics, margin_of_label
+from lightning_influence.training.evidence import LabelEvidence
 from lightning_influence.training.neighbours import NeighbourRecord
 from lightning_influence.training.tracin import TracInScores, VisitSums
 
@@ -23,6 +24,7 @@ def table(
     tracin: TracInScores,
     visits: VisitSums | None,
     neighbours: NeighbourRecord,
+    evidence: LabelEvidence | None = None,
     scores: ExampleScores | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Return all columns for some examples.
@@ -33,6 +35,7 @@ def table(
         tracin: From passes at checkpoints.
         visits: In flight, if that is how TracIn is computed.
         neighbours: What they have said.
+        evidence: What they have said of these examples in the first epochs.
         scores: Of the final pass, over the same examples.
 
     Returns:
@@ -53,8 +56,11 @@ def table(
     if (probabilities := dynamics.mean_probabilities()) is not None:
         # Where a network soon knows wrong labels by heart, its mean prediction stands up for them; its features
         # are slower to forget what the examples look like.
-        belief = probabilities[rows] + neighbours.votes(probabilities.shape[1])[rows]
-        columns["suggested"] = torch.where(columns["suggested"] < 0, -1, belief.nan_to_num().argmax(1))
+        shares = probabilities[rows] + neighbours.votes(probabilities.shape[1])[rows]
+        if evidence is not None:
+            late = evidence.late[:, : shares.shape[1]]  # of as many classes as labels name
+            shares[:, : late.shape[1]] += late
+        columns["support"], columns["suggested"] = margin_of_label(shares, columns["label"])
     if "nonfinite" in dynamics.sums:
         finite &= dynamics.sums["nonfinite"][rows] == 0
     if scores is not None:
@@ -67,6 +73,7 @@ def table(
         columns |= final
         if "suggested" not in columns and "predicted" in columns:
             # No mean over the run was kept (too many classes): the final prediction will have to do.
-            columns["suggested"] = columns["predicted"]
+            contradicts = columns["predicted"] != columns["label"]
+            columns["suggested"] = torch.where(contradicts, columns["predicted"], -1)
     columns["finite"] = finite
     return {name: np.asarray(values) for name, values in columns.items()}

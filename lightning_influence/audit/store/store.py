@@ -8,6 +8,7 @@ Layout of `<log_dir>/influence/`:
 | `scores.parquet` | one row per training example |
 | `pairs.parquet` | one row per pair of a query and one of its strongest training examples, if there are queries |
 | `candidates.csv` | the suspicious rows, worst first, for people and spreadsheets |
+| `columns.md` | what the columns mean |
 | `factors/<block>.safetensors` | the curvature factors of one parameter block |
 | `checkpoints/step-<step>.safetensors` | weights and step sizes at one time of training |
 
@@ -31,7 +32,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from lightning_influence.audit.columns import COLUMNS, PAIR_DESCRIPTIONS
+from lightning_influence.audit.columns import COLUMNS, meaning_in_pairs
 from lightning_influence.audit.store.atomic import FACTORS, StoreError, claim, local_path, reading, replacing, whole
 from lightning_influence.audit.store.kept_checkpoints import KeptCheckpoints
 from lightning_influence.audit.store.tables import candidates_csv, read_table, write_table
@@ -47,7 +48,7 @@ SCHEMA_VERSION = 1
 STATUSES = ("recording", "interrupted", "complete")
 
 _PAIRS = "pairs.parquet"
-_MANIFEST, _SCORES, _CANDIDATES = "manifest.json", "scores.parquet", "candidates.csv"
+_MANIFEST, _SCORES, _CANDIDATES, _GLOSSARY = "manifest.json", "scores.parquet", "candidates.csv", "columns.md"
 _CHECKPOINTS = "checkpoints"
 _VERSION = "lightning_influence.schema_version"
 # A manifest of a million layers has a tenth of this.
@@ -184,13 +185,13 @@ class AuditStore:
         return self._read_table(_SCORES)
 
     def write_pairs(self, columns: Mapping[str, ArrayLike]) -> None:
-        """Writes `pairs.parquet`, one entry per pair, see `columns.PAIR_DESCRIPTIONS`.
+        """Writes `pairs.parquet`, one entry per pair, see `columns.PAIR_DESCRIPTIONS` and `meaning_in_pairs`.
 
         Raises:
             ValueError: As for `write_scores`.
             StoreError: The file cannot be written.
         """
-        self._write_table(_PAIRS, columns, PAIR_DESCRIPTIONS)
+        self._write_table(_PAIRS, columns, {name: meaning_in_pairs(name) for name in columns})
 
     def read_pairs(self) -> dict[str, NDArray[Any]] | None:
         """Reads `pairs.parquet`: name to a writable array; None if the audit has no queries.
@@ -203,8 +204,10 @@ class AuditStore:
     def write_candidates(self, columns: Mapping[str, ArrayLike], label_names: Sequence[str] | None = None) -> None:
         """Writes `candidates.csv` (RFC 4180, UTF-8): the rows with `candidate` true, by `rank`.
 
-        Floats have 6 significant digits; NaN is an empty cell. Text that a spreadsheet would run as a formula
-        gets a leading apostrophe.
+        Its first columns, `decision` and `new_label`, are empty, for `AuditReport.apply_review` to read back. Floats
+        have 6 significant digits; NaN is an empty cell. Text that a spreadsheet would run as a formula, and ids that
+        it would take for numbers or dates (`0042`), get a leading apostrophe. Where there is more than ASCII, a byte
+        order mark comes first (in Python, the encoding "utf-8-sig").
 
         Args:
             columns: As for `write_scores`; `rank` and `candidate` are needed.
@@ -214,9 +217,15 @@ class AuditStore:
         Raises:
             StoreError: The file cannot be written.
         """
-        content = candidates_csv(columns, label_names)
-        with replacing(self.directory / _CANDIDATES) as handle:
-            handle.write(content)
+        self._write(_CANDIDATES, candidates_csv(columns, label_names))
+
+    def write_glossary(self, text: str) -> None:
+        """Writes `columns.md`, see `glossary.glossary`.
+
+        Raises:
+            StoreError: The file cannot be written.
+        """
+        self._write(_GLOSSARY, text.encode())
 
     def write_factors(
         self, block_name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
@@ -253,6 +262,10 @@ class AuditStore:
     def checkpoints(self) -> KeptCheckpoints:
         """The stored checkpoints, in order; each is read when it is asked for."""
         return KeptCheckpoints(self.directory / _CHECKPOINTS)
+
+    def _write(self, file_name: str, content: bytes) -> None:
+        with replacing(self.directory / file_name) as handle:
+            handle.write(content)
 
     def _write_table(self, file_name: str, columns: Mapping[str, ArrayLike], meanings: Mapping[str, str]) -> None:
         with replacing(self.directory / file_name) as handle:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,13 @@ _ENTRY_BYTES = 8
 # Spreadsheets run cells that start with these as formulas (OWASP "CSV injection"); the wide forms count in
 # Japanese and Chinese locales.
 _FORMULA_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+# Ids that they take for numbers or dates, and write back as others: 0042, 1e5, 2024-01-02, MARCH1 (a gene).
+_MONTHS = (
+    "jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|sept?(ember)?|oct(ober)?|nov(ember)?|"
+    "dec(ember)?"
+)
+_TURNED = re.compile(rf"-?\d[\d\s.,:/-]*(e[+-]?\d+)?|[\d\s./-]*({_MONTHS})[\d\s./-]*|true|false", re.IGNORECASE)
+_STAYS = re.compile(r"0|-?[1-9]\d{0,14}")  # an integer that all of them hold
 
 
 def write_table(
@@ -71,12 +79,14 @@ def candidates_csv(columns: Mapping[str, ArrayLike], label_names: Sequence[str] 
     """Return the candidates as CSV; see ``AuditStore.write_candidates``."""
     arrays = {name: np.asarray(values) for name, values in columns.items()}
     rows = candidate_rows(arrays)
-    cells: dict[str, list[str]] = {}
+    # For a person to fill in, see `review`.
+    answers = ("decision", "new_label") if "label" in arrays else ("decision",)
+    cells: dict[str, list[str]] = {name: [""] * len(rows) for name in answers}
     for name in dict.fromkeys((*(known for known in COLUMNS if known in arrays), *arrays)):
         if name == "candidate":
             continue
         values = arrays[name][rows].tolist()
-        cells[name] = [_cell(value) for value in values]
+        cells[name] = [(_id_cell if name == "id" else _cell)(value) for value in values]
         if label_names is not None and "names" in column_of(name).shown:
             named = dict(enumerate(label_names))
             cells[f"{name}_name"] = [_cell(named.get(label, "")) for label in values]
@@ -84,7 +94,9 @@ def candidates_csv(columns: Mapping[str, ArrayLike], label_names: Sequence[str] 
     writer = csv.writer(text, lineterminator="\r\n")
     writer.writerow(map(_cell, cells))
     writer.writerows(zip(*cells.values(), strict=True))
-    return text.getvalue().encode("utf-8", errors="backslashreplace")
+    content = text.getvalue()
+    # Without a byte order mark, Excel takes anything but ASCII for another encoding.
+    return content.encode("ascii" if content.isascii() else "utf-8-sig", errors="backslashreplace")
 
 
 def _cell(value: Any) -> str:
@@ -98,6 +110,12 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"
     return str(value)
+
+
+def _id_cell(value: Any) -> str:
+    """Return an id as a text that comes back from a spreadsheet as it is."""
+    text = _cell(value)
+    return f"'{text}" if _TURNED.fullmatch(text.strip()) and not _STAYS.fullmatch(text) else text
 
 
 def _arrays(table: pa.Table) -> dict[str, NDArray[Any]]:

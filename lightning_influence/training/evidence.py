@@ -1,0 +1,219 @@
+"""What others say about an example's label while the network has not yet learnt it by heart.
+
+Late features carry the given label, right or wrong; those of the first epochs do not yet. Two closed forms read them
+without the example's own label: ridge regression that leaves it out, and the votes of its nearest neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_influence.core.precision import exact
+from lightning_influence.training.neighbours import votes
+
+# Penalties of the ridge, shares of the number of examples; the one with the least error on left-out labels is taken.
+_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
+# A feature that hardly varies is not blown up to unit variance: this share of the largest deviation at least.
+_LEAST_DEVIATION = 1e-3
+_CHUNK = 2**16  # rows
+# Epochs that the belief is made of; more where the run learns so slowly that it is behind its neighbours' votes.
+_EARLY = 3
+# Three matrices are kept, of up to so many scalars (200 MB) each.
+_BUDGET = 5 * 10**7
+# Examples with a label.
+_FEWEST = 3
+_SUMS = ("first", "early", "late")
+# Snapshots so much less accurate than a later one are left out: the network had not begun to learn.
+_BEHIND = 0.03
+_STATE = ("epochs", "early", "late", "closed", "voted", "best", "right", "visits")
+
+
+def ridge_leave_one_out(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Predict each example's label from its features by ridge regression on all the others.
+
+    In closed form from one eigendecomposition ``[d, d]``: with the hat matrix ``H`` of all examples and targets ``Y``,
+    the prediction without example ``i`` is ``((H Y)_i - H_ii Y_i) / (1 - H_ii)``.
+
+    Args:
+        features: ``[n, d]``, finite; they are standardised.
+        labels: ``[n]`` from 0 to below ``classes``.
+        classes: Number of classes ``c``.
+
+    Returns:
+        ``[n, c]`` float64, each between 0 and 1; rows sum to about 1.
+    """
+    n = len(features)
+    mean = features.mean(0, dtype=features.dtype)
+    spread = exact(features.std(0, correction=0))
+    spread = spread.clamp(min=max(_LEAST_DEVIATION * float(spread.max()), torch.finfo(spread.dtype).tiny))
+    frequencies = exact(torch.bincount(labels, minlength=classes)) / n
+
+    def chunks() -> Iterator[tuple[Tensor, Tensor]]:
+        for part, given in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True):
+            yield exact(part - mean) / spread, F.one_hot(given, classes).to(frequencies) - frequencies
+
+    gram = sum(x.T @ x for x, _ in chunks())
+    eigenvalues, basis = torch.linalg.eigh(gram)
+    targets = basis.T @ sum(x.T @ y for x, y in chunks())  # [d, c]
+
+    def left_out(x: Tensor, y: Tensor, penalty: float) -> Tensor:
+        u, inverse = x @ basis, 1 / (eigenvalues.clamp(min=0) + penalty * n)
+        leverage = (u.square() @ inverse + 1 / n).unsqueeze(1)
+        found: Tensor = ((u * inverse) @ targets - leverage * y) / (1 - leverage).clamp(min=1e-6)
+        return found
+
+    errors = [sum(float((left_out(x, y, p) - y).square().sum()) for x, y in chunks()) for p in _PENALTIES]
+    penalty = _PENALTIES[errors.index(min(errors))]
+    return torch.cat([(left_out(x, y, penalty) + frequencies).clamp(0, 1) for x, y in chunks()])
+
+
+@dataclass(frozen=True, eq=False)
+class LabelEvidence:
+    """What is known of the labels of some examples, without their own: rows of shares by class, ``[n, c]``.
+
+    Attributes:
+        first: Ridge and votes, summed, before training and after its first epoch (4 at most); zeros where not known.
+        early: Mean of both over the snapshots of the first epochs; rows sum to 1.
+        late: The same over all snapshots until the run knew the labels by heart.
+        trained: Mean predicted probabilities over the run plus the mean votes.
+    """
+
+    first: Tensor
+    early: Tensor
+    late: Tensor
+    trained: Tensor
+
+
+class EvidenceRecord:
+    """Sums of what ridge and neighbours say, over the snapshots of a run; the features are not kept.
+
+    Args:
+        size: Number of examples of the data set.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._sums = {name: torch.zeros(size, 0) for name in _SUMS}
+        # Epochs looked at for `early`, snapshots in two of the sums, whether another would tell nothing, accuracy of
+        # the first votes and of the best snapshot, and what training had predicted by the last one.
+        self._state = dict.fromkeys(_STATE, 0.0)
+
+    @property
+    def closed(self) -> bool:
+        """Whether another snapshot would tell nothing."""
+        return bool(self._state["closed"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether there are enough snapshots, so that none is worth a pass of its own."""
+        return self.closed or self._state["epochs"] >= _EARLY
+
+    def close(self) -> None:
+        """Take no more snapshots."""
+        self._state["closed"] = 1.0
+
+    def add(
+        self,
+        indices: Tensor,
+        features: Tensor,
+        labels: Tensor,
+        nearest: Tensor,
+        *,
+        trained: bool,
+        right: tuple[float, float] | None = None,
+    ) -> None:
+        """Add a snapshot.
+
+        Args:
+            indices: Dataset indices ``[n]``.
+            features: Penultimate features ``[n, d]``.
+            labels: ``[n]`` integers, negative if unknown.
+            nearest: Labels of their neighbours, see ``nearest_labels``.
+            trained: Whether a step has been trained before.
+            right: Visits so far whose label training has predicted rightly, and all visits. Once their share, since
+                the last snapshot, is more than the others can tell, labels are learnt by heart, and features say what
+                they were told.
+        """
+        usable = (labels >= 0) & features.float().norm(dim=1).isfinite()  # as `nearest_labels` has it
+        rows, features, labels = indices[usable].cpu(), features[usable], labels[usable]
+        classes = max(self._sums["first"].shape[1], 1 + int(labels.max()) if len(labels) else 0)
+        if self.size * classes > _BUDGET:
+            self.close()
+        if self.closed or len(rows) < _FEWEST:
+            return
+        ridge = ridge_leave_one_out(features, labels, classes).cpu()
+        near = votes(nearest[usable], classes).cpu()
+        by_ridge, by_votes = ((labels.cpu() == told.argmax(1)).double().mean().item() for told in (ridge, near))
+        state, as_seen = self._state, self._as_seen(right)
+        if not state["late"]:
+            self._add("first", rows, ridge + near)
+        if state["epochs"] < _EARLY:
+            state["voted"] = max(state["voted"], by_votes)
+        if not trained:
+            return
+        if as_seen > max(by_ridge, by_votes) and state["late"]:
+            self.close()
+            return
+        both = (ridge / ridge.sum(1, keepdim=True).clamp(min=1e-12) + near) / 2
+        self._add("late", rows, both)
+        state["late"] += 1
+        if state["epochs"] < _EARLY or (state["epochs"] + 1 == state["late"] and as_seen < state["voted"]):
+            state["epochs"] += 1
+            self._add_early(rows, both, labels)
+
+    def _add_early(self, rows: Tensor, both: Tensor, labels: Tensor) -> None:
+        state, told = self._state, (labels.cpu() == both.argmax(1)).double().mean().item()
+        if told > state["best"] + _BEHIND:
+            self._sums["early"], state["early"] = torch.zeros(self.size, 0), 0.0
+        if told >= state["best"] - _BEHIND:
+            self._add("early", rows, both)
+            state["early"] += 1
+        state["best"] = max(state["best"], told)
+
+    def _as_seen(self, right: tuple[float, float] | None) -> float:
+        """Return the share of predictions since the last snapshot that were right; NaN if nothing is known of it."""
+        if right is None:
+            return float("nan")
+        before = self._state["right"], self._state["visits"]
+        self._state["right"], self._state["visits"] = right
+        return (right[0] - before[0]) / (right[1] - before[1]) if right[1] > before[1] else float("nan")
+
+    def _add(self, name: str, rows: Tensor, shares: Tensor) -> None:
+        kept = self._sums[name]
+        if kept.shape[1] < shares.shape[1]:
+            kept = F.pad(kept, (0, shares.shape[1] - kept.shape[1]))
+        kept[rows] += shares.float()
+        self._sums[name] = kept
+
+    def about(self, indices: Sequence[int], trained: Tensor | None) -> LabelEvidence | None:
+        """Return the evidence on the labels of some examples; None before a step was trained.
+
+        Args:
+            indices: Dataset indices ``[n]``.
+            trained: Mean probabilities and votes ``[n, c]``, if the run has kept them.
+        """
+        if not self._state["late"]:
+            return None
+        rows = torch.as_tensor(list(indices), dtype=torch.long)
+        classes = max(value.shape[1] for value in self._sums.values())
+        found = {name: F.pad(value[rows], (0, classes - value.shape[1])) for name, value in self._sums.items()}
+        found["early"] /= self._state["early"]
+        found["late"] /= self._state["late"]
+        if trained is None:
+            trained = torch.zeros(len(rows), classes)
+        return LabelEvidence(**found, trained=F.pad(trained, (0, max(0, classes - trained.shape[1])))[:, :classes])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return tensors only, for a Lightning checkpoint."""
+        state = torch.tensor([self._state[name] for name in _STATE], dtype=torch.float64)
+        return {name: value.clone() for name, value in self._sums.items()} | {"state": state}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
+        self._sums = {name: state[name].clone() for name in _SUMS}
+        self._state = dict(zip(_STATE, state["state"].tolist(), strict=True))

@@ -1,0 +1,62 @@
+"""Penultimate features: what the last linear map of a network is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightning_influence.gradients.capture import Capture
+from lightning_influence.gradients.passes import ExampleGradients
+from lightning_influence.gradients.visitors import ExampleColumns, ExampleScores, loss_columns
+
+# Features kept per example: 2 GB for a million examples.
+_FEATURES = 512
+
+
+def look_at_features(gradients: ExampleGradients, indices: Sequence[int], *, title: str = "features") -> ExampleScores:
+    """Return the features of examples at the weights of the moment, from one forward pass over them.
+
+    Args:
+        gradients: The passes; the loss scale does not matter.
+        indices: Dataset indices.
+        title: Text of the progress bar.
+
+    Returns:
+        ``features`` and the columns that a loss tells, ``label`` among them if it has classes.
+    """
+    capture = Capture(gradients.coverage)
+    columns = ExampleColumns(indices, gradients.device)
+    passes = gradients.with_scale(None)
+    with closing(passes.losses(indices, title=title, watch=capture.forward, capture=capture)) as losses:
+        for chosen, loss in losses:
+            found = capture.features(loss.n)
+            row = {} if found is None else {"features": projected(found.detach())}
+            columns.add(chosen, loss_columns(loss) | row)
+            capture.clear()
+    order, gathered = columns.gathered()
+    return ExampleScores(order, gathered, gathered.pop("features", None))
+
+
+def tells_labels(gradients: ExampleGradients, indices: Sequence[int]) -> bool:
+    """Tell from some examples whether there are classes, and features to tell them by."""
+    seen = look_at_features(gradients, indices, title="")
+    return seen.features is not None and "label" in seen.columns
+
+
+def projected(features: Tensor) -> Tensor:
+    """Return features ``[n, d]``; more than 512 are projected at random, which nearly keeps cosines."""
+    features = features.float()
+    if features.shape[1] <= _FEATURES:
+        return features
+    return torch.mm(features, _projection(features.shape[1], features.device))
+
+
+@lru_cache(maxsize=1)  # the same for all batches of a run: to draw it takes longer than many a batch
+def _projection(size: int, device: torch.device) -> Tensor:
+    drawn: Tensor = torch.randn(size, _FEATURES, generator=torch.Generator().manual_seed(0))
+    scaled: Tensor = drawn / _FEATURES**0.5
+    return scaled.to(device)

@@ -1,0 +1,61 @@
+"""What features tell of the labels over a run: by neighbours at every pass, and early, before labels are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.gradients.visitors import ExampleScores
+from lightning_influence.training.evidence import EvidenceRecord, LabelEvidence
+from lightning_influence.training.neighbours import NeighbourRecord, nearest_labels
+
+
+class LabelRecord:
+    """Looks at features, and keeps none of them.
+
+    Args:
+        size: Number of examples of the data set.
+
+    Attributes:
+        neighbours: What the neighbours have said at every pass.
+        evidence: What was told of the labels in the first epochs.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.neighbours = NeighbourRecord(size)
+        self.evidence = EvidenceRecord(size)
+
+    def add(self, scores: ExampleScores, *, trained: bool, right: tuple[float, float] | None) -> None:
+        """Add a snapshot: ``features`` and ``label`` of examples; the rest as ``EvidenceRecord.add``."""
+        labels, features = scores.columns.get("label"), scores.features
+        if features is None or labels is None:
+            return
+        nearest = nearest_labels(features, labels)
+        if trained:
+            self.neighbours.add(scores.indices, nearest, labels)
+        self.evidence.add(scores.indices, features, labels, nearest, trained=trained, right=right)
+
+    def about(self, indices: Sequence[int], probabilities: Tensor | None) -> LabelEvidence | None:
+        """Return the evidence on the labels of some examples; None before a step was trained.
+
+        Args:
+            indices: Dataset indices, ``n`` of them.
+            probabilities: Mean predictions of training for all examples, ``[size, c]``; NaN where there are none.
+        """
+        shares = None
+        if probabilities is not None:
+            rows = torch.as_tensor(list(indices), dtype=torch.long)
+            shares = probabilities[rows].nan_to_num() + self.neighbours.votes(probabilities.shape[1])[rows]
+        return self.evidence.about(indices, shares)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors only, for a Lightning checkpoint."""
+        return {"neighbours": self.neighbours.state_dict(), "evidence": self.evidence.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.neighbours.load_state_dict(state["neighbours"])
+        self.evidence.load_state_dict(state["evidence"])
