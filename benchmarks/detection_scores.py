@@ -20,8 +20,8 @@ from lightning_influence.metrics import mislabel_detection
 Mask = NDArray[np.bool_]
 Scores = dict[str, Any]
 
-# Derived from others: no rivals of the ranking.
-_OWN = {"suspicion", "rank", "wrong_probability"}
+# What the ranking is, under other names: no rivals of it.
+_OWN = {"suspicion", "support", "rank", "wrong_probability"}
 _BINS = 15
 
 
