@@ -166,7 +166,7 @@ for _column in (
     ),
     Column(
         "loss_worst",
-        "mean over epochs of the largest loss among the example's class decisions (tokens, labels), if it makes several",
+        "mean over epochs of the largest loss among its class decisions (tokens, labels), if there are several",
         "high",
     ),
     Column(
