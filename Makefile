@@ -20,7 +20,7 @@ BENCH_INSTALL = $(subst $(PY),$(BENCH)/bin/python,$(INSTALL))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test test-quick size lint bench cost detection lds solvers unlearning fairness robustness clean
+.PHONY: help demo clean-and-retrain test test-quick size lint bench cost detection queries lds solvers unlearning fairness robustness clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -32,6 +32,7 @@ help:
 	@echo 'make bench   side by side with kronfluence and captum: time, memory, agreement (half an hour)'
 	@echo 'make cost    measure what an audit costs, in passes of plain training'
 	@echo 'make detection   a grid of noisy data: wrong labels found and put right, beside cleanlab (an hour; resumes)'
+	@echo 'make queries   whether lists of queries can be read when labels are wrong'
 	@echo 'make lds     how well scores predict retraining, beside kronfluence and dattri (half an hour)'
 	@echo 'make solvers how many steps preconditioners save'
 	@echo 'make unlearning   removal and label repair by one Newton step, against retraining'
@@ -74,6 +75,9 @@ cost: $(VENV)/.dev
 
 detection: $(BENCH)/.bench
 	@$(BENCH)/bin/python benchmarks/detection.py $(DETECTION_ARGS)
+
+queries: $(VENV)/.dev
+	@$(PY) benchmarks/queries.py
 
 lds: $(VENV)/.peers
 	@$(PY) benchmarks/lds.py --out docs/results/lds.md
