@@ -46,10 +46,10 @@ def summary(columns: Columns, manifest: Mapping[str, Any], pairs: Columns | None
     )
     if len(rows):
         names = shown_in("table", columns)
-        lines.append("    " + "".join(f"{'given' if name == 'label' else name:>15}" for name in names))
+        lines.append("    " + "".join(f"{'given' if name == 'label' else name:>18}" for name in names))
         for row in rows[:_LISTED]:
             values = [columns[name][row] for name in names]
-            lines.append("    " + "".join(f"{v:>15}" if isinstance(v, np.integer) else f"{v:>15.4g}" for v in values))
+            lines.append("    " + "".join(f"{v:>18}" if isinstance(v, np.integer) else f"{v:>18.4g}" for v in values))
     if queries := manifest.get("queries"):
         lines += _queries(queries, pairs)
     if detection := manifest.get("detection"):
