@@ -161,7 +161,11 @@ def test_clean_data_have_next_to_no_candidates(seed: int, distance: float) -> No
     features, true, given = gaussians(distance, seed, flips=0.0)
     report = audited(features, given)
     assert len(report.candidates) <= 0.01 * N
-    assert report.beliefs.low == 0 or not report.beliefs.told or report.beliefs.noise_rate < 0.01
+    assert report.beliefs.told
+    assert report.beliefs.noise_rate < 0.01
+    assert report.columns["wrong_probability"].mean() == pytest.approx(
+        max(report.beliefs.noise_rate, 0.5 / N), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("flips", [0.0, 0.02, 0.1])
