@@ -120,14 +120,14 @@ def believe(
     raw = 1 - np.trace(joint) / n
     differs = early.argmax(1) != given
     rate = float(min(raw, differs.mean()))
-    beliefs, sure = _verdict(first, early, given, rate, raw, float(differs.mean()), joint)
+    beliefs, _ = _verdict(first, early, given, rate, raw, float(differs.mean()), joint)
     columns["suggested"][known] = _without(early + late, given).argmax(1)
     place = np.empty(len(labels))
     place[order] = np.arange(len(order))
     # Among the known ones only: the others have no label that could be wrong.
     places = place[known].argsort(kind="stable").argsort(kind="stable") / n
     odds = _log_odds(places, rate, given, early, late, trained, differs)
-    wrong = _with_mean(odds, rate if beliefs.told else min(rate, sure))
+    wrong = _with_mean(odds, min(rate, beliefs.noise_rate))
     if not beliefs.told:
         wrong = np.minimum(wrong, _DOUBT)
     columns["wrong_probability"][known] = wrong
