@@ -99,11 +99,7 @@ def merged_beliefs(manifests: Sequence[Mapping[str, Any]]) -> LabelBeliefs:
         reasons = dict.fromkeys(each.reason for each in found if not each.told)
         return LabelBeliefs(reason="; ".join(reasons), noise_rate=float(np.mean([each.noise_rate for each in found])))
     joints = [each.joint for each in told if each.joint is not None]
-<<<<<<< HEAD
     rate, low, high = np.mean([(each.noise_rate, each.low, each.high) for each in told], 0).tolist()
-=======
-    rate, low, high = (float(np.mean([getattr(each, name) for each in told])) for name in ("noise_rate", "low", "high"))
->>>>>>> i17-belief
     alike = len(joints) == len(told) and len({joint.shape for joint in joints}) == 1
     return LabelBeliefs("told", "", rate, low, high, np.mean(np.stack(joints), 0) if alike else None)
 

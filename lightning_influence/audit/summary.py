@@ -51,15 +51,8 @@ def summary(columns: Columns, manifest: Mapping[str, Any], pairs: Columns | None
     label_names = manifest.get("label_names")
     if len(rows):
         names = shown_in("table", columns)
-<<<<<<< HEAD
         lines += (f"    {line}" for line in _table(columns, names, rows[:_LISTED], label_names))
         lines += (f"    {line}" for line in textwrap.wrap(legend(names), _WIDTH))
-=======
-        lines.append("    " + "".join(f"{'given' if name == 'label' else name:>18}" for name in names))
-        for row in rows[:_LISTED]:
-            values = [columns[name][row] for name in names]
-            lines.append("    " + "".join(f"{v:>18}" if isinstance(v, np.integer) else f"{v:>18.4g}" for v in values))
->>>>>>> i17-belief
     if queries := manifest.get("queries"):
         lines += _queries(queries, pairs, label_names)
     if detection := manifest.get("detection"):
