@@ -179,10 +179,12 @@ def test_relabelling_by_default_does_no_harm(distance: float, flips: float) -> N
         assert gained > 0.7 * flips or distance < 6 or not flips
 
 
-@pytest.mark.xfail(strict=True, reason="classes that nothing tells apart pass for labels that are wrong at random")
-@pytest.mark.parametrize(("distance", "flips"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.1), (0.0, 0.1), (1.5, 0.3)])
+@pytest.mark.parametrize(
+    ("distance", "flips"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.1), (0.0, 0.1), (1.5, 0.1), (1.5, 0.3)]
+)
 def test_relabelling_where_nothing_tells_the_classes_apart(distance: float, flips: float) -> None:
-    for seed in range(3):
+    """The surest contradict as many labels as all do: that alone once passed for labels that are wrong at random."""
+    for seed in range(4):
         features, true, given = gaussians(distance, seed, flips)
         assert share_right(relabelled(audited(features, given), given), true) >= share_right(given, true) - 0.01
 
