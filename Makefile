@@ -2,9 +2,11 @@
 #
 #   make demo PYTHON=python3.12          another Python for the environment
 #   make test PYTEST_ARGS="-k capture"   part of the tests
+#   make detection DETECTION_ARGS="--only 'wine-*'"   part of the grid (--help tells more)
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+DETECTION_ARGS ?=
 
 VENV := .venv
 BENCH := .venv-bench
@@ -18,7 +20,7 @@ BENCH_INSTALL = $(subst $(PY),$(BENCH)/bin/python,$(INSTALL))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test test-quick size lint bench cost detection lds solvers unlearning fairness robustness clean
+.PHONY: help demo clean-and-retrain test test-quick size lint bench cost detection queries lds solvers unlearning fairness robustness clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -29,7 +31,8 @@ help:
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make bench   side by side with kronfluence and captum: time, memory, agreement (half an hour)'
 	@echo 'make cost    measure what an audit costs, in passes of plain training'
-	@echo 'make detection   how well flipped labels are found, over three seeds'
+	@echo 'make detection   a grid of noisy data: wrong labels found and put right, beside cleanlab (an hour; resumes)'
+	@echo 'make queries   whether lists of queries can be read when labels are wrong'
 	@echo 'make lds     how well scores predict retraining, beside kronfluence and dattri (half an hour)'
 	@echo 'make solvers how many steps preconditioners save'
 	@echo 'make unlearning   removal and label repair by one Newton step, against retraining'
@@ -70,8 +73,11 @@ bench: $(BENCH)/.bench
 cost: $(VENV)/.dev
 	@$(PY) benchmarks/audit_cost.py
 
-detection: $(VENV)/.dev
-	@$(PY) benchmarks/detection.py
+detection: $(BENCH)/.bench
+	@$(BENCH)/bin/python benchmarks/detection.py $(DETECTION_ARGS)
+
+queries: $(VENV)/.dev
+	@$(PY) benchmarks/queries.py
 
 lds: $(VENV)/.peers
 	@$(PY) benchmarks/lds.py --out docs/results/lds.md
@@ -128,10 +134,11 @@ $(VENV)/.peers: $(VENV)/.dev
 	@$(INSTALL) --no-deps dattri==0.3.0
 	@touch $@
 
-# The peers of `make bench`, without test tools. What kronfluence imports is named, for the reason above.
+# The peers of `make bench` and `make detection`, without test tools. What kronfluence imports is named, for the reason
+# above.
 $(BENCH)/.bench: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory VENV=$(BENCH) $(BENCH)/.created
 	@echo 'installing lightning-influence and its peers into $(BENCH) (once, some minutes) ...'
-	@$(BENCH_INSTALL) --editable '.[examples]' captum==0.9.0 accelerate einconv einops opt-einsum
+	@$(BENCH_INSTALL) --editable '.[examples]' captum==0.9.0 cleanlab==2.9.0 accelerate einconv einops opt-einsum
 	@$(BENCH_INSTALL) --no-deps kronfluence==1.0.1
 	@touch $@

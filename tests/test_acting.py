@@ -127,9 +127,7 @@ class TestAdvice:
             lambda: report().relabelled(pairs(), precision=precision),
         ]
         for act in acting:
-            with pytest.raises(
-                ValueError, match=rf"precision={precision!r}; expected a share of right decisions, abov"
-            ):
+            with pytest.raises(ValueError, match=rf"precision={precision!r}; expected a share of right decisions"):
                 act()
 
 

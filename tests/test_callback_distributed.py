@@ -230,6 +230,11 @@ def test_two_processes_give_the_table_of_one(name: str, two_processes: Path, tmp
         np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-7, equal_nan=True, err_msg=column)
     assert there.nonfinite.tolist() == list(scenario.bad)
     assert there.candidates.tolist() == here.candidates.tolist()
+    assert there.beliefs.verdict == here.beliefs.verdict
+    for name in ("noise_rate", "low", "high", "joint"):
+        ours, theirs = getattr(here.beliefs, name), getattr(there.beliefs, name)
+        assert (ours is None) == (theirs is None)
+        np.testing.assert_allclose(theirs, ours, rtol=1e-6) if ours is not None else None
     assert (there.pairs is None) == (here.pairs is None) == ("queries" not in scenario.audit)
     if there.pairs is not None and here.pairs is not None:
         assert "influence_on_demographic_parity_gap" in there.columns

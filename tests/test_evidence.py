@@ -1,4 +1,4 @@
-"""What the others say of a label: ridge regression against refitting without each example, and what is kept of a run."""
+"""What the others say of a label: ridge regression against refitting without each example, and the sums of a run."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_early_is_the_first_epochs_and_late_all_of_them() -> None:
     assert record.about(range(N), None) is None, "before a step was trained"
     for number, snapshot in enumerate(snapshots[1:], 1):
         assert record.complete == (number > evidence._EARLY)
-        add(record, snapshot, right=(10.0 * number, 40.0 * number))
+        add(record, snapshot, right=(40.0 * number, 40.0 * number))
     found = of(record)
     told = [both(snapshot) for snapshot in snapshots]
     close(found.early, torch.stack(told[1:4]).mean(0))
@@ -200,7 +200,7 @@ def test_a_run_that_learns_slowly_has_more_early_epochs() -> None:
 
 
 def test_no_more_is_asked_once_labels_are_learnt_by_heart() -> None:
-    """Training was right more often since the last snapshot than the others can tell: features say what they were told."""
+    """Training was right more often since the last snapshot than the others can tell: features say what it was told."""
     record, first, second = EvidenceRecord(N), noise(1), noise(2)
     add(record, first, right=(8.0, 40.0))
     add(record, second, right=(48.0, 80.0))  # all of the last 40

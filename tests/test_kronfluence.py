@@ -81,7 +81,7 @@ def theirs(net: nn.Module, dataset: TensorDataset, folder: Path) -> tuple[dict[s
 
 def ours(net: nn.Module, dataset: TensorDataset, name: CurvatureName = "ekfac") -> tuple[Curvature, dict[str, Tensor]]:
     influence = Influence(net, F.cross_entropy, dataset, batch_size=16)
-    influence = influence.fit(name, fisher="empirical", factor_examples=None)
+    influence = influence.fit(name, fisher="empirical", damping="relative", factor_examples=None)
     return influence.curvature, influence.scores().columns
 
 

@@ -31,6 +31,7 @@ from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import VerificationError, inspect
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.blocks import LayerError
+from lightning_influence.objective.task import TaskError
 
 EXACT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
 EXAMPLES = 5
@@ -733,7 +734,7 @@ class TestCapture:
 
         with pytest.raises(LayerError, match="copies of an example .ZeroDivisionError: in the middle"):
             passes(net, *data((4, 6, 7)), task=fails)
-        with pytest.raises(ZeroDivisionError, match="in the middle"):
+        with pytest.raises(TaskError, match="ZeroDivisionError: in the middle"):
             captured(passes(net, *data((4, 6, 7)), task=fails, coverage=gradients.coverage))
         assert not [module for module in net.modules() if module._forward_hooks or module._forward_pre_hooks]
         assert all(module.training for module in net.modules())

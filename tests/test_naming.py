@@ -25,12 +25,14 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
 
 from lightning_influence import InfluenceAudit
+from lightning_influence.audit import ranking
+from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import COLUMNS, PAIR_DESCRIPTIONS, Column
 from lightning_influence.audit.descriptions import description
 from lightning_influence.audit.ensemble import EnsembleError
 from lightning_influence.audit.glossary import glossary
 from lightning_influence.audit.naming import ExampleNames, origins
-from lightning_influence.audit.ranking import rank
+from lightning_influence.audit.ranking import judged, rank
 from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.store.tables import candidates_csv
@@ -51,6 +53,17 @@ def audited(audit: InfluenceAudit, directory: Path, data: Any, **arguments: Any)
     trainer.fit(model, loader(data, shuffle=True), *(() if validation is None else (loader(validation),)))
     assert audit.report is not None
     return audit.report
+
+
+@pytest.fixture
+def sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random labels are none that a run can tell anything of: here it does."""
+    found = ranking.believe
+
+    def believe(*arguments: Any) -> Any:
+        return LabelBeliefs("told", noise_rate=0.2), found(*arguments)[1]
+
+    monkeypatch.setattr(ranking, "believe", believe)
 
 
 def told(report: AuditReport) -> list[dict[str, str]]:
@@ -214,6 +227,7 @@ def test_a_selection_of_a_hugging_face_data_set() -> None:
 # ----------------------------------------------------------------------------------------------- everywhere
 
 
+@pytest.mark.usefixtures("sure")
 def test_ids_and_images_are_everywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     full = images(30)
     train, validation = Subset(full, range(29, 7, -1)), Subset(full, range(8))
@@ -256,16 +270,17 @@ def test_ids_and_images_are_everywhere(tmp_path: Path, caplog: pytest.LogCapture
 
     events = EventAccumulator(logger.log_dir, size_guidance={"images": 0})
     events.Reload()
-    for tag in ("influence/candidates", "influence/queries/1"):
+    for tag in ("influence/candidates", "influence/queries/1/strongest"):
         drawn = np.array(Image.open(io.BytesIO(events.Images(tag)[0].encoded_image_string)))
         assert ((drawn == (255, 0, 0)).all(-1)).sum() >= 160 * 80  # the images are grey
     text = events.Tensors("influence/candidates/text_summary")[0].tensor_proto.string_val[0].decode()
     assert rows[0]["id"] in text
-    shown = (read.pairs["rank"] <= 5).sum() + len({*read.pairs["number"].tolist()})
+    shown = (read.pairs["rank"] <= 5).sum() + 2 * len({*read.pairs["number"].tolist()})  # in two lists
     # Once to try it out, once to see that it is no text; then the candidates, the queries and their pairs.
     assert len(fetched) == 2 + len(rows) + shown
 
 
+@pytest.mark.usefixtures("sure")
 def test_texts_are_everywhere(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     audit = InfluenceAudit(describe=lambda example: f"x is {example[0][0]:.3f}\n=1", queries="worst")
@@ -280,7 +295,7 @@ def test_texts_are_everywhere(tmp_path: Path) -> None:
     assert expected[candidates[0]] in str(report)
     events = EventAccumulator(logger.log_dir)
     events.Reload()
-    assert {"influence/candidates", "influence/queries/1"} <= set(events.Tags()["images"])
+    assert {"influence/candidates", "influence/queries/1/strongest"} <= set(events.Tags()["images"])
     for tag in ("candidates", "queries/texts"):
         text = events.Tensors(f"influence/{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
         assert "x is " in text
@@ -316,6 +331,7 @@ def test_data_that_are_loaded_again_and_are_others_lose_their_ids(tmp_path: Path
     assert "id" not in audit.report.columns
 
 
+@pytest.mark.usefixtures("sure")
 def test_class_names_are_printed(tmp_path: Path) -> None:
     data = Named(vectors(), ["ant", "bee", "cat\x1b[2J"])
     report = audited(InfluenceAudit(queries="worst"), tmp_path, data, validation=vectors(7, 2))
@@ -477,6 +493,7 @@ def test_nothing_is_left_behind() -> None:
     assert torch.equal(data.data.tensors[0], held)
 
 
+@pytest.mark.usefixtures("sure")
 def test_a_run_is_the_same_with_and_without_names(tmp_path: Path) -> None:
     found = []
     for name, arguments in (("plain", {}), ("named", {"ids": NAMES, "describe": lambda example: str(torch.rand(1))})):
@@ -591,7 +608,7 @@ def test_ids_come_through_spreadsheets(name: str, cell: str) -> None:
 
 def test_long_whole_numbers_come_through_spreadsheets() -> None:
     columns = {"rank": [1, 2, 3], "candidate": [True] * 3, "id": np.array([7, -5, 2**62])}
-    assert candidates_csv(columns) == f"rank,id\r\n1,7\r\n2,-5\r\n3,'{2**62}\r\n".encode()
+    assert candidates_csv(columns) == f"decision,rank,id\r\n,1,7\r\n,2,-5\r\n,3,'{2**62}\r\n".encode()
 
 
 # --------------------------------------------------------------------------------------------------- ensembles
@@ -642,7 +659,8 @@ def test_the_folder_explains_its_own_columns(tmp_path: Path) -> None:
 
 def test_tables_explain_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:
     columns: dict[str, Any] = {name: np.arange(4.0) for name in ("el2n", "self_influence", "harm")}
-    ranked = rank({"index": np.arange(4), **columns})
+    columns["suggested"] = np.arange(4)
+    ranked, _ = judged({"index": np.arange(4), **columns}, beliefs=LabelBeliefs("told", noise_rate=0.5))
     told = " ".join(str(AuditReport(ranked)).split("rank")[1].split())
     shown = candidates_markdown(ranked, None).split("\n\n")[2].replace("&#58;", ":").replace("&#95;", "_")
     for name in ("suspicion", "el2n", "self_influence", "harm"):

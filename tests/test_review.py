@@ -360,8 +360,7 @@ class TestLabels:
                 ValueError,
                 r"indices is a mapping; new labels are passed as `labels={index: label}`",
             ),
-            ({"indices": [17], "labels": {17: 1}}, ValueError, "pass it without indices= and min_margin="),
-            ({"labels": {17: 1}, "min_margin": 0.5}, ValueError, "pass it without indices= and min_margin="),
+            ({"indices": [17], "labels": {17: 1}}, ValueError, "pass it without indices="),
             ({"labels": [1, 2]}, ValueError, "labels is a list; expected a mapping from index to label, `{17: 3}`"),
             (
                 {"labels": {17: 3}},

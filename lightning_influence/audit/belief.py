@@ -11,7 +11,7 @@ Index legend: ``n`` examples, ``c`` classes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +23,8 @@ Matrix = NDArray[np.float64]
 
 # Share of the noise rate that the surest examples must contradict; less where the features are late ones.
 _NEEDED, _NEEDED_LATE = 0.87, 0.58
+# More wrong labels are not believed in: most of what a run sees must be right. From so many on, chance is no excuse.
+_MOST, _MANY = 0.45, 0.3
 # So few wrong labels are none to be feared, whoever they are: the surest tell how many.
 _FEW = 0.05
 # Accuracy, below that of the belief, from which untrained features are of no use.
@@ -33,7 +35,7 @@ _FEWEST = 10
 _JOINT = 100
 # Where the run cannot tell, no label is called wrong with more probability than this.
 _DOUBT = 0.45
-_NUMBERS = ("noise_rate", "noise_rate_low", "noise_rate_high")
+_NUMBERS = ("noise_rate", "noise_rate_low", "noise_rate_high", "noise_rate_surest")
 # Of the posterior: fitted on 146 runs (digits, tables, reviews; random flips, none, and others), half of them held out.
 _POSTERIOR = {
     "depth": -1.098,
@@ -59,6 +61,7 @@ class LabelBeliefs:
         noise_rate: Share of the examples whose label is probably wrong; NaN if nothing is known of it.
         low: Lower end of an interval that should hold the true share in nine of ten runs.
         high: Its upper end.
+        surest: The share among the examples that are easiest to tell, at most the noise rate: so many can be acted on.
         joint: Examples by given (row) and probable label (column), ``[c, c]``; None with many classes.
     """
 
@@ -67,6 +70,7 @@ class LabelBeliefs:
     noise_rate: float = np.nan
     low: float = np.nan
     high: float = np.nan
+    surest: float = 0.0
     joint: Matrix | None = field(default=None, repr=False)
 
     @property
@@ -77,15 +81,15 @@ class LabelBeliefs:
     @classmethod
     def read(cls, about: Mapping[str, Any]) -> LabelBeliefs:
         """Read back what ``described`` has returned; in a manifest, null stands for NaN."""
-        rate, low, high = (np.nan if about.get(name) is None else float(about[name]) for name in _NUMBERS)
+        rate, low, high, surest = (np.nan if about.get(name) is None else float(about[name]) for name in _NUMBERS)
         joint = np.asarray(about["joint"], dtype=np.float64) if "joint" in about else None
         reason = about.get("reason", "nothing is recorded of it")
-        return cls(about.get("verdict", "cannot tell"), reason, rate, low, high, joint)
+        return cls(about.get("verdict", "cannot tell"), reason, rate, low, high, surest, joint)
 
     def described(self) -> dict[str, Any]:
         """Return it in terms of JSON."""
         about: dict[str, Any] = {"verdict": self.verdict, "reason": self.reason}
-        about |= dict(zip(_NUMBERS, (self.noise_rate, self.low, self.high), strict=True))
+        about |= dict(zip(_NUMBERS, (self.noise_rate, self.low, self.high, self.surest), strict=True))
         if self.joint is not None:
             about |= {"classes": list(range(len(self.joint))), "joint": self.joint.tolist()}
         return about
@@ -120,14 +124,14 @@ def believe(
     raw = 1 - np.trace(joint) / n
     differs = early.argmax(1) != given
     rate = float(min(raw, differs.mean()))
-    beliefs, sure = _verdict(first, early, given, rate, raw, float(differs.mean()), joint)
+    beliefs = _verdict(first, early, given, rate, raw, float(differs.mean()), joint)
     columns["suggested"][known] = _without(early + late, given).argmax(1)
     place = np.empty(len(labels))
     place[order] = np.arange(len(order))
     # Among the known ones only: the others have no label that could be wrong.
     places = place[known].argsort(kind="stable").argsort(kind="stable") / n
     odds = _log_odds(places, rate, given, early, late, trained, differs)
-    wrong = _with_mean(odds, rate if beliefs.told else min(rate, sure))
+    wrong = _with_mean(odds, min(rate, beliefs.noise_rate))
     if not beliefs.told:
         wrong = np.minimum(wrong, _DOUBT)
     columns["wrong_probability"][known] = wrong
@@ -176,26 +180,31 @@ def _verdict(
     raw: float,
     differs: float,
     joint: Matrix,
-) -> tuple[LabelBeliefs, float]:
-    """Tell whether a run can tell, and the share of labels that even the surest examples contradict.
+) -> LabelBeliefs:
+    """Tell whether a run can tell.
 
     Of every class, the examples are asked of which the features are surest. Where a label is hard to tell they are
-    right all the same; where labels are wrong at random, as many of theirs are as of any.
+    right all the same; where labels are wrong at random, as many of theirs are as of any. Where features tell nothing,
+    that is so as well, but then nearly all labels look wrong.
     """
     late = float((first.argmax(1) == given).mean()) < 1 - differs - _USELESS
     asked = [_contradicted(early if late else first, given, surest) for surest in _SUREST]
-    contradicted, enough = asked[0][0], _NEEDED_LATE if late else _NEEDED
+    surest, error = np.mean(asked, 0)
+    enough = (_NEEDED_LATE if late else _NEEDED) * raw
     low, high = _interval(rate, differs, len(given))
-    kept = joint if len(joint) <= _JOINT else None
-    if np.mean(np.sum(asked, 1)) >= enough * raw:
-        return LabelBeliefs("told", "", rate, low, high, kept), contradicted
+    found = LabelBeliefs("told", "", rate, low, high, min(asked[0][0], rate), joint if len(joint) <= _JOINT else None)
+    # Where many labels look wrong, chance is no excuse.
+    if raw <= _MOST and surest + (error if raw <= _MANY else 0.0) >= enough:
+        return found
     if raw <= _FEW:
-        return LabelBeliefs("told", "", min(rate, contradicted), 0.0, high, kept), contradicted
+        return replace(found, noise_rate=found.surest, low=0.0)
     reason = (
         f"{raw:.1%} of the labels look wrong, but among the examples that are easiest to tell only "
-        f"{contradicted:.1%} do: the classes overlap, or the network has learnt mistakes that are no accident"
+        f"{asked[0][0]:.1%} do: the classes overlap, or the network has learnt mistakes that are no accident"
+        if raw <= _MOST
+        else f"{raw:.1%} of the labels look wrong: the network has learnt too little to tell them from right ones"
     )
-    return LabelBeliefs("cannot tell", reason, contradicted, 0.0, high, kept), contradicted
+    return replace(found, verdict="cannot tell", reason=reason, noise_rate=asked[0][0], low=0.0, surest=0.0)
 
 
 def _contradicted(shares: Matrix, given: NDArray[np.int64], surest_share: float) -> tuple[float, float]:

@@ -104,6 +104,14 @@ def candidate_rows(columns: Columns, most: int | None = None) -> NDArray[np.int6
     return rows[np.argsort(columns["rank"][rows], kind="stable")][:most]
 
 
+def _places(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Return each value's place among all, from 0 for the lowest to 1; NaN stays."""
+    known = np.isfinite(values)
+    places = np.full(len(values), np.nan)
+    places[known] = np.searchsorted(np.sort(values[known]), values[known], side="right") / max(int(known.sum()), 1)
+    return places
+
+
 for _column in (
     Column("rank", "position by suspicion, 1 = most suspicious", merge="anew", shown=("table",)),
     Column("index", "position of the example in the training data set", merge="same", shown=("table",)),
@@ -155,6 +163,19 @@ for _column in (
         "high",
         shown=("scalar",),
         ranks=3,
+    ),
+    Column(
+        "loss_worst",
+        "mean over epochs of the largest loss among its class decisions (tokens, labels), if there are several",
+        "high",
+    ),
+    Column(
+        "worst_decision",
+        "mean of the example's places by `loss_worst` and `loss`, 0 to 1",
+        "high",
+        merge="anew",
+        ranks=1,
+        values=lambda columns: (_places(columns["loss_worst"]) + _places(columns["loss"])) / 2,
     ),
     Column("loss_variance", "variance over epochs of the example's own loss, loss squared", "high"),
     Column(

@@ -97,7 +97,9 @@ def _beside_trusted(
     low = min(rate, float(found[found >= _SURE].sum()) / len(found))
     error = 2 * (rate * (1 - rate) / max(int(right.sum()), 1)) ** 0.5
     found[~known] = np.nan
-    return replace(beliefs, verdict="told", reason="", noise_rate=rate, low=low, high=min(rate + error, 1.0)), found
+    return replace(
+        beliefs, verdict="told", reason="", noise_rate=rate, low=low, high=min(rate + error, 1.0), surest=rate
+    ), found
 
 
 def ingredients(columns: Columns) -> tuple[str, ...]:

@@ -80,11 +80,19 @@ class AuditRun:
 
     def catch_up(self, trainer: Trainer, module: LightningModule) -> None:
         """Make the last pass that a run which is resumed for more steps has postponed."""
-        if self.arguments.tracin is None or self.flight is not None:
+        if self.recording.postponed != trainer.global_step:
             return
-        if self.recording.postponed == trainer.global_step and self.recording.step_sizes.steps:
-            with bridge.at_epoch(trainer, trainer.current_epoch - 1), self._tolerated(trainer):
-                self._score_checkpoint(trainer, module, self.arguments.tracin)
+        with bridge.at_epoch(trainer, trainer.current_epoch - 1), self._tolerated(trainer):
+            tracin = self._due(trainer)
+            if tracin is not None and self.recording.step_sizes.steps:
+                self._score_checkpoint(trainer, module, tracin)
+            else:
+                self.look(trainer, module)
+
+    def _due(self, trainer: Trainer) -> TracIn | None:
+        """Return the settings of TracIn if a pass is due at the end of this epoch."""
+        tracin = None if self.flight is not None else self.arguments.tracin
+        return None if tracin is None or (trainer.current_epoch + 1) % tracin.every_n_epochs else tracin
 
     def take_data(self, source: ExampleSource, epoch: int) -> None:
         """Go on with the examples of a loader that was loaded again, and say so if they are others."""
@@ -137,16 +145,15 @@ class AuditRun:
         recording, tracin = self.recording, self.arguments.tracin
         recording.synchronise()
         due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
-        if not (due and self.flight is None) and not bridge.is_last_epoch(trainer):
+        last = bridge.is_last_epoch(trainer)
+        # The final pass comes next, and looks by the way; a run that is resumed for more epochs has to catch up.
+        recording.postponed = trainer.global_step if last else -1
+        if not (due and self.flight is None) and not last:
             self.look(trainer, module)  # other passes look by the way
         if tracin is not None and due and recording.step_sizes.steps:
             if self.flight is not None:
                 self._keep_checkpoint(trainer, module, tracin)
-            elif bridge.is_last_epoch(trainer):
-                # The final pass comes next; a run that is resumed from here for more epochs has to catch up.
-                recording.postponed = trainer.global_step
-            else:
-                recording.postponed = -1
+            elif not last:
                 self._score_checkpoint(trainer, module, tracin)
         if recording.visits is not None:
             visits = recording.visits.values()

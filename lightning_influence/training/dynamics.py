@@ -146,7 +146,7 @@ class TrainingDynamics:
         sums.add("nonfinite", rows, (~finite).double())
         rows, taken = _kept(rows, taken, finite)
         sums.add("times_seen", rows, torch.ones(len(rows), dtype=torch.float64))
-        for name in ("loss", "margin", "el2n", "wrong", "probabilities"):
+        for name in ("loss", "worst", "margin", "el2n", "wrong", "probabilities"):
             if name in taken:
                 sums.add(name, rows, taken[name])
         sums.add("loss_squared", rows, taken["loss"].double().square())
@@ -169,7 +169,7 @@ class TrainingDynamics:
             "loss_mean": mean,
             "loss_variance": (self.sums["loss_squared"] / count - mean.square()).clamp(min=0),
         }
-        for name, column in (("margin", "aum"), ("el2n", "el2n")):
+        for name, column in (("worst", "loss_worst"), ("margin", "aum"), ("el2n", "el2n")):
             if name in self.sums:
                 result[column] = self.sums[name] / count
         if "wrong" in self.sums:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_influence.gradients.capture import Capture
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import ExampleColumns, ExampleScores, loss_columns
+from lightning_influence.objective.scale import NoLossError
 
 # Features kept per example: 2 GB for a million examples.
 _FEATURES = 512
@@ -43,7 +44,10 @@ def look_at_features(gradients: ExampleGradients, indices: Sequence[int], *, tit
 
 def tells_labels(gradients: ExampleGradients, indices: Sequence[int]) -> bool:
     """Tell from some examples whether there are classes, and features to tell them by."""
-    seen = look_at_features(gradients, indices, title="")
+    try:
+        seen = look_at_features(gradients, indices, title="")
+    except NoLossError:  # not of these; a look at all will tell
+        return True
     return seen.features is not None and "label" in seen.columns
 
 

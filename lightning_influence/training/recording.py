@@ -184,6 +184,7 @@ class Recording:
         if step in self._passes or "label" not in columns:
             return
         self._passes.append(step)
+        self.postponed = -1
         self.flush()
         self.gaps.relabel(self.dynamics.relabelled(scores.indices.cpu(), columns["label"].cpu()))
         self.add_snapshot(scores)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_influence.core.precision import exact
 from lightning_influence.core.weights import parameters_of
 from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.layers import per_sample
@@ -135,7 +136,7 @@ class StepSizes:
         known = dict(self._known)
         for name, scale in (preconditioner or {}).items():
             # An entry that no step has moved has no part in the mean.
-            inverse = scale[scale > 0].double().reciprocal()
+            inverse = exact(scale[scale > 0]).reciprocal()
             if name in self.sums:
                 size, scaled = known.get(name, (0.0, 0.0))
                 by = self.sums[name] / float(inverse.mean()) if inverse.numel() else 0.0

@@ -163,7 +163,8 @@ class LossCall(TappedCall, ABC):
             counted: Bool, which elements count.
             values: ``[r, ...]``.
             decided: Of class decisions, ``[r, ...]`` or ``[r, ..., c]``; left out unless each example makes at most
-                one. Examples without have -1 (NaN in fractions).
+                one. Examples without have -1 (NaN in fractions). Where an example makes several, the largest loss
+                of one of them is ``worst``.
         """
         number = self.per_example(counted.to(working_dtype(self.input.dtype)), n)
         result = {name: self.per_example(torch.where(counted, v, 0), n) / number for name, v in values.items()}
@@ -172,6 +173,9 @@ class LossCall(TappedCall, ABC):
             for name, value in (decided or {}).items():
                 parts = shares.gather(value, math.nan if value.is_floating_point() else -1)
                 result[name] = parts.reshape(n, *parts.shape[1 + len(shares.shape) :])
+        elif decided and math.prod(shares.shape):
+            worst = shares.gather(torch.where(counted, values["loss"], -math.inf), -math.inf).flatten(1).amax(1)
+            result["worst"] = torch.where(number > 0, worst, math.nan)
         return result
 
 
