@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+from lightning_influence.audit import ranking
+from lightning_influence.audit.belief import LabelBeliefs
 
 # Sums that are split over more threads round differently: no more threads anywhere than CI has.
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -37,3 +41,14 @@ def _torch_state() -> dict[str, object]:
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),
     }
+
+
+@pytest.fixture
+def sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random labels are none that a run can tell anything of: here it does."""
+    found = ranking.believe
+
+    def believe(*arguments: Any) -> Any:
+        return LabelBeliefs("told", noise_rate=0.2), found(*arguments)[1]
+
+    monkeypatch.setattr(ranking, "believe", believe)

@@ -532,6 +532,7 @@ def test_validation_batches_of_another_kind_are_a_note(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------- files on disk
 
 
+@pytest.mark.usefixtures("sure")
 def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
     data = Named(vectors(), ["ant", "bee", "cat"])
     flipped = [1, 5, 8]
@@ -637,6 +638,7 @@ def test_a_second_fit_makes_a_second_audit(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- loggers
 
 
+@pytest.mark.usefixtures("sure")
 def test_tensorboard_has_the_documented_tags(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     audit = InfluenceAudit(known_noise=[0, 3, 4])

@@ -43,6 +43,7 @@ def surprise() -> Iterator[Column]:
 # <<<
 
 
+@pytest.mark.usefixtures("sure")
 def test_a_column_from_outside_is_everywhere(surprise: Column, tmp_path: Path) -> None:
     reports, logger = [], TensorBoardLogger(tmp_path)
     for seed in (0, 1):

@@ -598,7 +598,9 @@ def test_statistics_of_class_decisions(name: str) -> None:
         expected = torch.tensor([np.mean(v) if v else np.nan for v in values], dtype=torch.float64)
         torch.testing.assert_close(statistics[key], expected, equal_nan=True, **EXACT)
     if len(single["label"]) > N or case.input[2:]:
-        assert set(statistics) == set(collected)
+        assert set(statistics) == {*collected, "worst"}
+        largest = torch.tensor([max(v, default=np.nan) for v in collected["loss"]], dtype=torch.float64)
+        torch.testing.assert_close(statistics["worst"], largest, equal_nan=True, **EXACT)
     else:
         assert set(statistics) == set(collected) | set(single)
         assert statistics["predicted"].tolist() == single["predicted"]
@@ -625,7 +627,8 @@ def test_statistics_of_binary_outputs(name: str) -> None:
     for key, values in expected.items():
         torch.testing.assert_close(statistics[key], torch.from_numpy(values.mean(1)), **EXACT)
     if z.shape[1] > 1:  # several labels: no single class to suggest
-        assert set(statistics) == set(expected)
+        assert set(statistics) == {*expected, "worst"}
+        torch.testing.assert_close(statistics["worst"], torch.from_numpy(expected["loss"].max(1)), **EXACT)
         return
     assert set(statistics) == set(expected) | {"predicted", "label", "probabilities"}
     assert statistics["predicted"].tolist() == (z[:, 0] > 0).astype(int).tolist()
@@ -672,7 +675,9 @@ def test_statistics_of_divergences(name: str) -> None:
     for key, values in expected.items():
         torch.testing.assert_close(statistics[key], values.mean(1), **EXACT)
     single = z.shape[1] == 1
-    assert set(statistics) == set(expected) | ({"predicted", "label", "probabilities"} if single else set())
+    assert set(statistics) == set(expected) | ({"predicted", "label", "probabilities"} if single else {"worst"})
+    if not single:
+        torch.testing.assert_close(statistics["worst"], expected["loss"].amax(1), **EXACT)
     if single:
         assert statistics["label"].tolist() == label[:, 0].tolist()
         torch.testing.assert_close(statistics["probabilities"], p[:, 0], **EXACT)

@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
 
 from lightning_influence import InfluenceAudit
-from lightning_influence.audit import ranking
 from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import COLUMNS, PAIR_DESCRIPTIONS, Column
 from lightning_influence.audit.descriptions import description
@@ -53,17 +52,6 @@ def audited(audit: InfluenceAudit, directory: Path, data: Any, **arguments: Any)
     trainer.fit(model, loader(data, shuffle=True), *(() if validation is None else (loader(validation),)))
     assert audit.report is not None
     return audit.report
-
-
-@pytest.fixture
-def sure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random labels are none that a run can tell anything of: here it does."""
-    found = ranking.believe
-
-    def believe(*arguments: Any) -> Any:
-        return LabelBeliefs("told", noise_rate=0.2), found(*arguments)[1]
-
-    monkeypatch.setattr(ranking, "believe", believe)
 
 
 def told(report: AuditReport) -> list[dict[str, str]]:

@@ -84,7 +84,9 @@ def advice(columns: Columns, beliefs: LabelBeliefs, precision: float = PRECISION
     if beliefs.low <= 0:  # perhaps no label is wrong: each by itself must be that sure
         rows = rows[probability[rows] >= precision]
     sure = np.flatnonzero(np.cumsum(probability[rows]) >= precision * np.arange(1, len(rows) + 1))
-    rows = rows[: int(sure[-1]) + 1 if len(sure) else 0][: round(beliefs.surest * len(labels))]
+    rows = rows[: int(sure[-1]) + 1 if len(sure) else 0]
+    if np.isfinite(beliefs.surest):
+        rows = rows[: round(beliefs.surest * len(labels))]
     if not len(rows):
         return replace(nothing, spared=spared)
     found, counts = np.unique(labels[rows], return_counts=True)

@@ -61,7 +61,8 @@ class LabelBeliefs:
         noise_rate: Share of the examples whose label is probably wrong; NaN if nothing is known of it.
         low: Lower end of an interval that should hold the true share in nine of ten runs.
         high: Its upper end.
-        surest: The share among the examples that are easiest to tell, at most the noise rate: so many can be acted on.
+        surest: The share among the examples that are easiest to tell, at most the noise rate: so many can be acted on;
+            NaN for as many as are wrong.
         joint: Examples by given (row) and probable label (column), ``[c, c]``; None with many classes.
     """
 
@@ -70,7 +71,7 @@ class LabelBeliefs:
     noise_rate: float = np.nan
     low: float = np.nan
     high: float = np.nan
-    surest: float = 0.0
+    surest: float = np.nan
     joint: Matrix | None = field(default=None, repr=False)
 
     @property

@@ -28,7 +28,7 @@ from lightning_influence.influence import Influence
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.plan import influence_scores
 from lightning_influence.training.checkpoints import Checkpoint
-from lightning_influence.training.features import look_at_features, tells_labels
+from lightning_influence.training.features import look_at_labels
 from lightning_influence.training.optimizers import preconditioners
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
@@ -112,11 +112,8 @@ class AuditRun:
             return
         with self._tolerated(trainer), bridge.aside(trainer):
             indices, gradients = self._indices(trainer, last=False), self.passes.gradients(trainer, module)
-            if not tells_labels(gradients, indices[:2]):
-                evidence.close()
-                return
-            seen = look_at_features(gradients, indices, title=f"features, step {trainer.global_step}")
-            self.recording.add_snapshot(seen)
+            seen = look_at_labels(gradients, indices, title=f"features, step {trainer.global_step}")
+            evidence.close() if seen is None else self.recording.add_snapshot(seen)
 
     # --------------------------------------------------------------- an epoch
 
@@ -146,7 +143,7 @@ class AuditRun:
         recording.synchronise()
         due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
         last = bridge.is_last_epoch(trainer)
-        # The final pass comes next, and looks by the way; a run that is resumed for more epochs has to catch up.
+        # The final pass looks by the way; a run that is resumed for more epochs has to catch up.
         recording.postponed = trainer.global_step if last else -1
         if not (due and self.flight is None) and not last:
             self.look(trainer, module)  # other passes look by the way
@@ -181,14 +178,12 @@ class AuditRun:
 
     def _keep_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> Checkpoint:
         """Take a checkpoint that stands for the steps since the last one, and keep it."""
-        taken = self.recording.step_sizes
-        scales = preconditioners(trainer.optimizers, module)
-        steps, sums = taken.steps, taken.take(scales)
+        taken, scales = self.recording.step_sizes, preconditioners(trainer.optimizers, module)
         checkpoint = Checkpoint.of(
             module,
             trainer.global_step,
-            step_sizes=sums,
-            steps=steps,
+            steps=taken.steps,  # before they are taken
+            step_sizes=taken.take(scales),
             preconditioner=scales,
             optimizer=", ".join(sorted(taken.optimizers)),
         )

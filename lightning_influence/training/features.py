@@ -51,6 +51,13 @@ def tells_labels(gradients: ExampleGradients, indices: Sequence[int]) -> bool:
     return seen.features is not None and "label" in seen.columns
 
 
+def look_at_labels(
+    gradients: ExampleGradients, indices: Sequence[int], *, title: str = "features"
+) -> ExampleScores | None:
+    """Return the same, or None if a few of the examples show that there are no classes, or no features."""
+    return look_at_features(gradients, indices, title=title) if tells_labels(gradients, indices[:2]) else None
+
+
 def projected(features: Tensor) -> Tensor:
     """Return features ``[n, d]``; more than 512 are projected at random, which nearly keeps cosines."""
     features = features.float()
