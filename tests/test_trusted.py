@@ -1,0 +1,97 @@
+"""Labels that are known to be right: the surplus of suspicious ones among the others is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import Classifier, loader, make_trainer, vectors
+
+from lightning_influence import InfluenceAudit
+from lightning_influence.audit.belief import LabelBeliefs
+from lightning_influence.audit.ranking import judged
+from lightning_influence.audit.trusted import wrong_beside_trusted
+from lightning_influence.training.evidence import LabelEvidence
+
+
+def sample(n: int, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Suspicion, which labels are wrong (two standard deviations more suspicious), and which are trusted."""
+    generator = np.random.default_rng(seed)
+    wrong = np.arange(n) < round(share * n)
+    trusted = np.zeros(n, dtype=bool)
+    trusted[generator.choice(np.flatnonzero(~wrong), 400, replace=False)] = True
+    return generator.normal(size=n) + 2 * wrong, wrong, trusted
+
+
+def test_the_surplus_is_found() -> None:
+    """Means over samples: how many of 400 trusted lie above a threshold is a matter of chance."""
+    measured = []
+    for seed in range(6):
+        suspicion, wrong, trusted = sample(4000, 0.15, seed)
+        found = wrong_beside_trusted(suspicion, trusted)
+        chosen = found >= 0.5
+        measured.append((wrong[chosen].mean(), chosen[wrong].mean(), found[~trusted].mean()))
+        assert not found[trusted].any()
+        others = np.argsort(-suspicion[~trusted])
+        assert (np.diff(found[~trusted][others]) <= 1e-12).all(), "the more suspicious, the more probably wrong"
+    precision, recall, rate = np.mean(measured, 0)
+    assert precision > 0.6
+    assert recall > 0.4
+    assert rate == pytest.approx(0.165, abs=0.05)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_where_all_are_right_nothing_is_found(seed: int) -> None:
+    suspicion, _, trusted = sample(4000, 0.0, seed)
+    assert wrong_beside_trusted(suspicion, trusted).mean() < 0.05
+
+
+def test_units_and_order_do_not_matter() -> None:
+    suspicion, _, trusted = sample(1000, 0.2)
+    found, order = wrong_beside_trusted(suspicion, trusted), np.random.default_rng(1).permutation(1000)
+    np.testing.assert_allclose(wrong_beside_trusted(np.exp(suspicion), trusted), found)
+    np.testing.assert_allclose(wrong_beside_trusted(suspicion[order], trusted[order]), found[order])
+
+
+def test_mistakes_that_the_run_shares() -> None:
+    """The belief sees none of them: only beside trusted labels there are candidates, and none of those is one."""
+    suspicion, wrong, trusted = sample(4000, 0.15)
+    labels = np.arange(4000) % 2
+    agreed = torch.nn.functional.one_hot(torch.from_numpy(labels), 2).double() * 0.8 + 0.1
+    evidence = LabelEvidence(4 * agreed, agreed, agreed, 2 * agreed)
+    columns: dict[str, Any] = {"index": np.arange(4000), "label": labels, "support": -suspicion}
+    alone, beliefs = judged(columns, evidence)
+    assert (beliefs.verdict, int(alone["candidate"].sum())) == ("told", 0)
+    beside, beliefs = judged(columns, evidence, trusted=np.flatnonzero(trusted))
+    assert isinstance(beliefs, LabelBeliefs)
+    assert beliefs.low <= beliefs.noise_rate <= beliefs.high
+    assert 0.08 < beliefs.noise_rate < 0.22
+    assert wrong[beside["candidate"]].mean() > 0.6
+    assert not beside["candidate"][trusted].any()
+    assert not beside["wrong_probability"][trusted].any()
+
+
+@pytest.mark.usefixtures("sure")
+def test_a_run_beside_trusted_labels(tmp_path: Path) -> None:
+    audit = InfluenceAudit(trusted=[3, 4, 5])
+    make_trainer(tmp_path, callbacks=[audit]).fit(Classifier(), loader(vectors()))
+    report = audit.report
+    assert report is not None
+    assert report.manifest["labels"]["trusted"] == 3
+    assert not {3, 4, 5} & set(report.candidates.tolist())
+    assert len(report.candidates)
+    assert report.columns["wrong_probability"][[3, 4, 5]].tolist() == [0.0] * 3
+
+
+def test_bad_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="trusted holds negative or repeated indices"):
+        InfluenceAudit(trusted=[1, 1])
+    with pytest.raises(ValueError, match="trusted has the shape .* expected the dataset indices"):
+        InfluenceAudit(trusted=[0.5])  # type: ignore[list-item]
+    trainer = make_trainer(tmp_path, callbacks=[InfluenceAudit(trusted=[10_000])])
+    with pytest.raises(MisconfigurationException, match="trusted holds the index 10000"):
+        trainer.fit(Classifier(), loader(vectors()))
