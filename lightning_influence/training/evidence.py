@@ -21,14 +21,14 @@ _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 # A feature that hardly varies is not blown up to unit variance: this share of the largest deviation at least.
 _LEAST_DEVIATION = 1e-3
 _CHUNK = 2**16  # rows
-# Epochs that the belief is made of; more where the run learns so slowly that it is behind its neighbours' votes.
+# Epochs that the belief is made of; more where the run learns so slowly that it is well behind its neighbours' votes.
 _EARLY = 3
 # Three matrices are kept, of up to so many scalars (200 MB) each.
 _BUDGET = 5 * 10**7
 # Examples with a label.
 _FEWEST = 3
 _SUMS = ("first", "early", "late")
-# Snapshots so much less accurate than a later one are left out: the network had not begun to learn.
+# Well behind, in accuracy. Snapshots that are so behind a later one are left out: the network had not begun to learn.
 _BEHIND = 0.03
 _STATE = ("epochs", "early", "late", "closed", "voted", "best", "right", "visits")
 
@@ -162,7 +162,7 @@ class EvidenceRecord:
         both = (ridge / ridge.sum(1, keepdim=True).clamp(min=1e-12) + near) / 2
         self._add("late", rows, both)
         state["late"] += 1
-        if state["epochs"] < _EARLY or (state["epochs"] + 1 == state["late"] and as_seen < state["voted"]):
+        if state["epochs"] < _EARLY or (state["epochs"] + 1 == state["late"] and as_seen < state["voted"] - _BEHIND):
             state["epochs"] += 1
             self._add_early(rows, both, labels)
 
