@@ -92,6 +92,8 @@ def test_bad_ones(tmp_path: Path) -> None:
         InfluenceAudit(trusted=[1, 1])
     with pytest.raises(ValueError, match="trusted has the shape .* expected the dataset indices"):
         InfluenceAudit(trusted=[0.5])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"the examples \[2\] are in trusted and in known_noise"):
+        InfluenceAudit(trusted=[1, 2], known_noise=[2, 3])
     trainer = make_trainer(tmp_path, callbacks=[InfluenceAudit(trusted=[10_000])])
     with pytest.raises(MisconfigurationException, match="trusted holds the index 10000"):
         trainer.fit(Classifier(), loader(vectors()))

@@ -88,7 +88,8 @@ def advice(columns: Columns, beliefs: LabelBeliefs, precision: float = PRECISION
     if np.isfinite(beliefs.surest):
         rows = rows[: round(beliefs.surest * len(labels))]
     if not len(rows):
-        return replace(nothing, spared=spared)
+        reason = "most of the classes concerned would be gone" if spared else nothing.reason
+        return replace(nothing, spared=spared, reason=reason)
     found, counts = np.unique(labels[rows], return_counts=True)
     classes = {int(own): (int(sizes[own]), int(count)) for own, count in zip(found, counts, strict=True)}
     indices = [int(index) for index in columns["index"][rows]]
