@@ -64,6 +64,7 @@ class LabelBeliefs:
         surest: The share among the examples that are easiest to tell, at most the noise rate: so many can be acted on;
             NaN for as many as are wrong.
         joint: Examples by given (row) and probable label (column), ``[c, c]``; None with many classes.
+        trusted: Number of labels that were known to be right.
     """
 
     verdict: Literal["told", "cannot tell"] = "cannot tell"
@@ -73,24 +74,35 @@ class LabelBeliefs:
     high: float = np.nan
     surest: float = np.nan
     joint: Matrix | None = field(default=None, repr=False)
+    trusted: int = 0
 
     @property
     def told(self) -> bool:
         """Whether the run can tell."""
         return self.verdict == "told"
 
+    @property
+    def counted(self) -> str:
+        """Which mistakes the noise rate counts, in words."""
+        beside = f"beside {self.trusted:,} known to be right"
+        return beside if self.trusted else "mistakes that the network shares not counted"
+
     @classmethod
     def read(cls, about: Mapping[str, Any]) -> LabelBeliefs:
         """Read back what ``described`` has returned; in a manifest, null stands for NaN."""
         rate, low, high, surest = (np.nan if about.get(name) is None else float(about[name]) for name in _NUMBERS)
-        joint = np.asarray(about["joint"], dtype=np.float64) if "joint" in about else None
+        joint = np.asarray(about["joint"], dtype=np.float64) if about.get("joint") is not None else None
         reason = about.get("reason", "nothing is recorded of it")
-        return cls(about.get("verdict", "cannot tell"), reason, rate, low, high, surest, joint)
+        return cls(
+            about.get("verdict", "cannot tell"), reason, rate, low, high, surest, joint, int(about.get("trusted", 0))
+        )
 
     def described(self) -> dict[str, Any]:
         """Return it in terms of JSON."""
         about: dict[str, Any] = {"verdict": self.verdict, "reason": self.reason}
         about |= dict(zip(_NUMBERS, (self.noise_rate, self.low, self.high, self.surest), strict=True))
+        if self.trusted:
+            about["trusted"] = self.trusted
         if self.joint is not None:
             about |= {"classes": list(range(len(self.joint))), "joint": self.joint.tolist()}
         return about

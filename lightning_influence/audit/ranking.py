@@ -73,6 +73,7 @@ def judged(
         if "wrong_probability" in result:
             beliefs, result["wrong_probability"] = _beside_trusted(beliefs, result, right & np.isfinite(suspicion))
         eligible &= ~right
+        beliefs = replace(beliefs, trusted=int(right.sum()))
     result["candidate"] = np.zeros(size, dtype=bool)
     if beliefs.told:
         first = order[eligible[order]]
