@@ -34,7 +34,7 @@ _FEWEST = 10
 # The joint is kept for up to so many classes.
 _JOINT = 100
 # Where the run cannot tell, no label is called wrong with more probability than this.
-_DOUBT = 0.45
+DOUBT = 0.45
 _NUMBERS = ("noise_rate", "noise_rate_low", "noise_rate_high", "noise_rate_surest")
 # Of the posterior: fitted on 146 runs (digits, tables, reviews; random flips, none, and others), half of them held out.
 _POSTERIOR = {
@@ -138,7 +138,9 @@ def believe(
     differs = early.argmax(1) != given
     rate = float(min(raw, differs.mean()))
     beliefs = _verdict(first, early, given, rate, raw, float(differs.mean()), joint)
-    columns["suggested"][known] = _without(early + late, given).argmax(1)
+    others = _without(early + late + 1e-9 * trained, given)  # the run breaks ties
+    others[:, np.bincount(given, minlength=early.shape[1]) == 0] = -np.inf  # classes that nobody has
+    columns["suggested"][known] = np.where(np.isfinite(others).any(1), others.argmax(1), -1)
     place = np.empty(len(labels))
     place[order] = np.arange(len(order))
     # Among the known ones only: the others have no label that could be wrong.
@@ -146,7 +148,7 @@ def believe(
     odds = _log_odds(places, rate, given, early, late, trained, differs)
     wrong = _with_mean(odds, min(rate, beliefs.noise_rate))
     if not beliefs.told:
-        wrong = np.minimum(wrong, _DOUBT)
+        wrong = np.minimum(wrong, DOUBT)
     columns["wrong_probability"][known] = wrong
     return beliefs, columns
 

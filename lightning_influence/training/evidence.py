@@ -48,7 +48,7 @@ def ridge_leave_one_out(features: Tensor, labels: Tensor, classes: int) -> Tenso
         ``[n, c]`` float64, each between 0 and 1; rows sum to about 1.
     """
     n = len(features)
-    mean = features.mean(0, dtype=features.dtype)
+    mean = features.mean(0)
     spread = exact(features.std(0, correction=0))
     spread = spread.clamp(min=max(_LEAST_DEVIATION * float(spread.max()), torch.finfo(spread.dtype).tiny))
     frequencies = exact(torch.bincount(labels, minlength=classes)) / n
@@ -202,8 +202,8 @@ class EvidenceRecord:
         rows = torch.as_tensor(list(indices), dtype=torch.long)
         classes = max(value.shape[1] for value in self._sums.values())
         found = {name: F.pad(value[rows], (0, classes - value.shape[1])) for name, value in self._sums.items()}
-        found["early"] /= self._state["early"]
-        found["late"] /= self._state["late"]
+        for name in ("early", "late"):  # an example that turned up later was in fewer snapshots
+            found[name] /= found[name].sum(1, keepdim=True).clamp(min=1e-12)
         if trained is None:
             trained = torch.zeros(len(rows), classes)
         return LabelEvidence(**found, trained=F.pad(trained, (0, max(0, classes - trained.shape[1])))[:, :classes])
