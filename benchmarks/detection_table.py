@@ -108,6 +108,11 @@ def _judged(results: Results, cells: Sequence[Cell], package: str) -> Iterator[s
     yield f"{sum(run['verdict'] == REFUSED for run in runs)} of {len(runs)}" if audit else ""
 
 
+def _figures(results: Results, cell: Cell, package: str) -> Callable[..., str]:
+    """Return what gives a cell's means by name, in a form."""
+    return lambda name, form=".3f": number(_mean(results, cell, package, name), form)
+
+
 def _proposals(results: Results, cells: Sequence[Cell]) -> Iterator[str]:
     """What is proposed, cell by cell."""
     yield (
@@ -117,13 +122,7 @@ def _proposals(results: Results, cells: Sequence[Cell]) -> Iterator[str]:
     yield "|---" * 20 + "|"
     for cell in cells:
         runs = _runs(results, cell, OURS)
-
-        def ours(name: str, form: str = ".3f", cell: Cell = cell) -> str:
-            return number(_mean(results, cell, OURS, name), form)
-
-        def peer(name: str, form: str = ".3f", cell: Cell = cell) -> str:
-            return number(_mean(results, cell, PEER, name), form)
-
+        ours, peer = (_figures(results, cell, package) for package in (OURS, PEER))
         best = Counter(run["best_column"] for run in runs).most_common(1)[0][0]
         yield (
             f"| {cell.name} | {len(runs)} | {ours('examples', '.0f')} | {ours('wrong', '.0f')} | {ours('ap')} | "
@@ -144,13 +143,7 @@ def _beliefs(results: Results, cells: Sequence[Cell]) -> Iterator[str]:
     yield "|---" * 14 + "|"
     for cell in cells:
         runs = _runs(results, cell, OURS)
-
-        def ours(name: str, form: str = ".3f", cell: Cell = cell) -> str:
-            return number(_mean(results, cell, OURS, name), form)
-
-        def peer(name: str, form: str = ".3f", cell: Cell = cell) -> str:
-            return number(_mean(results, cell, PEER, name), form)
-
+        ours, peer = (_figures(results, cell, package) for package in (OURS, PEER))
         interval = f" ({ours('noise_rate_low')} to {ours('noise_rate_high')})" if ours("noise_rate") else ""
         yield (
             f"| {cell.name} | {number(_true_rate(runs))} | {ours('noise_rate')}{interval} | {ours('fnr', '.2f')} | "

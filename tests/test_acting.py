@@ -97,6 +97,11 @@ class TestAdvice:
         assert (advised.indices, advised.spared) == ([2], {0: 2})
         assert "Left alone, as most of the class would be gone: 0 (2 examples)." in str(advised)
         assert found.clean_indices() == [0, 1, 3, 4, 5, 6, 7]
+        alone = report(
+            LabelBeliefs("told", noise_rate=0.25, low=0.1, high=0.5), wrong_probability=wrong, support=support
+        )
+        assert alone.advice().indices == []
+        assert "nothing to act on: most of the classes " in str(alone.advice())
 
     @pytest.mark.parametrize(
         ("beliefs", "changes", "reason"),

@@ -327,3 +327,28 @@ def test_a_network_that_knows_wrong_labels_by_heart(tracin: Any, digits: Any, un
     assert len(found & set(flipped)) >= 0.8 * len(found)
     assert abs(report.beliefs.noise_rate - 0.1) < 0.05
     assert report.manifest["ranked_by"] == ["support"]
+
+
+def test_only_classes_that_somebody_has_are_suggested() -> None:
+    """Ties went to the smallest number: of labels 0 and 5, class 1 was suggested."""
+    features, _, given = gaussians(6.0, 0)
+    two = torch.where(given == 0, 0, 5)
+    report = audited(features, two)
+    assert set(report.columns["suggested"].tolist()) == {0, 5}
+    alone = audited(features, torch.full_like(given, 3))
+    assert set(alone.columns["suggested"].tolist()) == {-1}
+
+
+@pytest.mark.parametrize("tracin", ["epoch", None])
+def test_a_run_that_draws_a_part_of_the_data_can_tell(tracin: Any, digits: Any, tmp_path: Path) -> None:
+    """Before the first batch nobody knows which examples it will draw: no reason to look at none of them ever."""
+    data, flipped = digits
+    audit = InfluenceAudit(tracin=tracin, curvature="identity")
+    trainer = make_trainer(tmp_path, callbacks=[audit], max_epochs=8, limit_train_batches=50, logger=False)
+    trainer.fit(Memorising(), DataLoader(data, batch_size=6, shuffle=True))
+    report = audit.report
+    assert report is not None
+    assert report.beliefs.told, report.beliefs.reason
+    found = set(report.candidates.tolist())
+    assert len(found & set(flipped)) >= 0.5 * len(flipped)
+    assert len(found & set(flipped)) >= 0.7 * len(found)

@@ -145,8 +145,8 @@ class TestHealth:
         assert (found.inspect, found.expected) == (10, pytest.approx(8.0))
         assert str(found).splitlines() == [
             "Health of the labels of 40 examples",
-            "  wrong       25.0% of the labels (20.0% to 30.0%), about 10; mistakes that the network shares are not "
-            "among them",
+            "  wrong       25.0% of the labels (20.0% to 30.0%), about 10, mistakes that the network shares not "
+            "counted",
             "  inspect     the first 10 of the ranking; about 8 of them are wrong (80%)",
             "  by class    0 42.5% of 20, 1 5.0% of 10",
             "  overlap     labels that are one and may be the other: 0 and 1 8, 0 and 2 1",

@@ -27,6 +27,8 @@ from lightning_influence import InfluenceAudit
 from lightning_influence.data.contents import digest
 from lightning_influence.data.repeatable import DataError
 from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.discover import trace_model
+from lightning_influence.objective.task import TrainingStepTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:no logger")
 
@@ -549,7 +551,7 @@ def test_collation_with_a_counter(tmp_path: Path) -> None:
 
 
 def of_the_system() -> float:
-    return os.urandom(1)[0] / 255
+    return int.from_bytes(os.urandom(8), "big") / 2**64  # one byte is the same twice in 256
 
 
 class Large(Overwritten):
@@ -561,6 +563,18 @@ class Large(Overwritten):
 
     def __len__(self) -> int:
         return 22
+
+
+def test_what_the_data_refuse_is_no_failure_of_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taken for one, and the gradients were computed one example at a time."""
+
+    def refuses(*_: Any) -> Any:
+        raise DataError("no example has an index")
+
+    source = ExampleSource(vectors())
+    monkeypatch.setattr(source, "batches", refuses)
+    with pytest.raises(DataError, match="no example has an index"):
+        trace_model(Net(), TrainingStepTask(), source, indices=range(9))
 
 
 @pytest.mark.parametrize("data", [lambda: Augmented(of_the_system), Large], ids=["system", "overwritten"])

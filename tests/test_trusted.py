@@ -92,6 +92,27 @@ def test_bad_ones(tmp_path: Path) -> None:
         InfluenceAudit(trusted=[1, 1])
     with pytest.raises(ValueError, match="trusted has the shape .* expected the dataset indices"):
         InfluenceAudit(trusted=[0.5])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"the examples \[2\] are in trusted and in known_noise"):
+        InfluenceAudit(trusted=[1, 2], known_noise=[2, 3])
     trainer = make_trainer(tmp_path, callbacks=[InfluenceAudit(trusted=[10_000])])
     with pytest.raises(MisconfigurationException, match="trusted holds the index 10000"):
         trainer.fit(Classifier(), loader(vectors()))
+
+
+def test_trusted_labels_take_no_place_of_others() -> None:
+    """The rate is a share of all labels: of the others alone it was too few the more were trusted."""
+    suspicion, wrong, _ = sample(4000, 0.15)
+    labels = np.arange(4000) % 2
+    agreed = torch.nn.functional.one_hot(torch.from_numpy(labels), 2).double() * 0.8 + 0.1
+    evidence = LabelEvidence(4 * agreed, agreed, agreed, 2 * agreed)
+    columns: dict[str, Any] = {"index": np.arange(4000), "label": labels, "support": -suspicion}
+    counts = []
+    for share in (0.2, 0.8):
+        right = np.flatnonzero(~wrong)
+        found, _ = judged(columns, evidence, trusted=right[: int(share * len(right))])
+        counts.append(int(found["candidate"].sum()))
+    assert counts[1] > 0.7 * counts[0]
+    # Once more, of what several audits have said alike: who is trusted by all is known by the 0.
+    merged = {name: found[name] for name in (*columns, "suggested", "wrong_probability")}
+    again, _ = judged(merged, beliefs=LabelBeliefs("told", noise_rate=0.5))
+    assert not again["candidate"][right[: int(0.8 * len(right))]].any()

@@ -72,27 +72,40 @@ def advice(columns: Columns, beliefs: LabelBeliefs, precision: float = PRECISION
     if isinstance(precision, bool) or not isinstance(precision, (int, float)) or not 0 < precision <= 1:
         raise ValueError(f"precision={precision!r}; expected a share of right decisions, above 0 and up to 1.")
     nothing = Advice([], 0.0, precision, {}, {}, beliefs.reason or "no label is sure enough to be wrong")
-    if not beliefs.told or "wrong_probability" not in columns:
+    if not beliefs.told:
         return nothing
+    if "wrong_probability" not in columns:
+        return replace(nothing, reason="not all of the audits say how sure each label is")
     probability, labels = columns["wrong_probability"], columns["label"]
     rows = candidate_rows(columns)
     rows = rows[np.argsort(-probability[rows], kind="stable")]
-    sizes, taken = np.bincount(labels[labels >= 0]), np.bincount(labels[rows], minlength=1)
+    sure = _sure(probability, rows, beliefs, precision)[: _cap(beliefs, labels)]
+    sizes, taken = np.bincount(labels[labels >= 0]), np.bincount(labels[sure], minlength=1)
     most = max(_MOST_OF_A_CLASS, 2 * beliefs.noise_rate)
     spared = {int(own): int(taken[own]) for own in np.flatnonzero(taken) if taken[own] > most * sizes[own]}
-    rows = rows[~np.isin(labels[rows], list(spared))]
-    if beliefs.low <= 0:  # perhaps no label is wrong: each by itself must be that sure
-        rows = rows[probability[rows] >= precision]
-    sure = np.flatnonzero(np.cumsum(probability[rows]) >= precision * np.arange(1, len(rows) + 1))
-    rows = rows[: int(sure[-1]) + 1 if len(sure) else 0]
-    if np.isfinite(beliefs.surest):
-        rows = rows[: round(beliefs.surest * len(labels))]
+    rows = _sure(probability, rows[~np.isin(labels[rows], list(spared))], beliefs, precision)[: _cap(beliefs, labels)]
     if not len(rows):
-        return replace(nothing, spared=spared)
+        gone = f"most of the classes {listed(sorted(spared), 12)} would be gone"
+        return replace(nothing, spared=spared, reason=gone if spared else nothing.reason)
     found, counts = np.unique(labels[rows], return_counts=True)
     classes = {int(own): (int(sizes[own]), int(count)) for own, count in zip(found, counts, strict=True)}
     indices = [int(index) for index in columns["index"][rows]]
     return Advice(indices, float(probability[rows].sum()), precision, classes, spared)
+
+
+def _sure(
+    probability: NDArray[np.float64], rows: NDArray[np.int64], beliefs: LabelBeliefs, precision: float
+) -> NDArray[np.int64]:
+    """Return as many of the first rows as are expected to be wrong to that share."""
+    if beliefs.low <= 0:  # perhaps no label is wrong: each by itself must be that sure
+        rows = rows[probability[rows] >= precision]
+    enough = np.flatnonzero(np.cumsum(probability[rows]) >= precision * np.arange(1, len(rows) + 1))
+    return rows[: int(enough[-1]) + 1 if len(enough) else 0]
+
+
+def _cap(beliefs: LabelBeliefs, labels: NDArray[np.int64]) -> int | None:
+    """Return how many labels may be acted on at most: what the examples that are easiest to tell bear out."""
+    return round(beliefs.surest * int((labels >= 0).sum())) if np.isfinite(beliefs.surest) else None
 
 
 def clean_indices(columns: Columns, advised: Advice, drop: float | int | None = None) -> list[int]:
@@ -200,8 +213,8 @@ def _rows(columns: Columns, indices: Indices) -> NDArray[np.int64]:
     given, suggested = columns["label"][found], columns["suggested"][found]
     unknown = (suggested < 0) | (given < 0)
     if unknown.any():
-        listed = columns["index"][found[unknown]][:10].tolist()
-        raise LabelError(f"the audit knows no label, or suggests none, for the examples {listed}; leave them out.")
+        shown = columns["index"][found[unknown]][:10].tolist()
+        raise LabelError(f"the audit knows no label, or suggests none, for the examples {shown}; leave them out.")
     differing: NDArray[np.int64] = found[suggested != given]
     return differing
 

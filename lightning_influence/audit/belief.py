@@ -34,7 +34,7 @@ _FEWEST = 10
 # The joint is kept for up to so many classes.
 _JOINT = 100
 # Where the run cannot tell, no label is called wrong with more probability than this.
-_DOUBT = 0.45
+DOUBT = 0.45
 _NUMBERS = ("noise_rate", "noise_rate_low", "noise_rate_high", "noise_rate_surest")
 # Of the posterior: fitted on 146 runs (digits, tables, reviews; random flips, none, and others), half of them held out.
 _POSTERIOR = {
@@ -64,6 +64,7 @@ class LabelBeliefs:
         surest: The share among the examples that are easiest to tell, at most the noise rate: so many can be acted on;
             NaN for as many as are wrong.
         joint: Examples by given (row) and probable label (column), ``[c, c]``; None with many classes.
+        trusted: Number of labels that were known to be right.
     """
 
     verdict: Literal["told", "cannot tell"] = "cannot tell"
@@ -73,24 +74,35 @@ class LabelBeliefs:
     high: float = np.nan
     surest: float = np.nan
     joint: Matrix | None = field(default=None, repr=False)
+    trusted: int = 0
 
     @property
     def told(self) -> bool:
         """Whether the run can tell."""
         return self.verdict == "told"
 
+    @property
+    def counted(self) -> str:
+        """Which mistakes the noise rate counts, in words."""
+        beside = f"beside {self.trusted:,} known to be right"
+        return beside if self.trusted else "mistakes that the network shares not counted"
+
     @classmethod
     def read(cls, about: Mapping[str, Any]) -> LabelBeliefs:
         """Read back what ``described`` has returned; in a manifest, null stands for NaN."""
         rate, low, high, surest = (np.nan if about.get(name) is None else float(about[name]) for name in _NUMBERS)
-        joint = np.asarray(about["joint"], dtype=np.float64) if "joint" in about else None
+        joint = np.asarray(about["joint"], dtype=np.float64) if about.get("joint") is not None else None
         reason = about.get("reason", "nothing is recorded of it")
-        return cls(about.get("verdict", "cannot tell"), reason, rate, low, high, surest, joint)
+        return cls(
+            about.get("verdict", "cannot tell"), reason, rate, low, high, surest, joint, int(about.get("trusted", 0))
+        )
 
     def described(self) -> dict[str, Any]:
         """Return it in terms of JSON."""
         about: dict[str, Any] = {"verdict": self.verdict, "reason": self.reason}
         about |= dict(zip(_NUMBERS, (self.noise_rate, self.low, self.high, self.surest), strict=True))
+        if self.trusted:
+            about["trusted"] = self.trusted
         if self.joint is not None:
             about |= {"classes": list(range(len(self.joint))), "joint": self.joint.tolist()}
         return about
@@ -126,7 +138,9 @@ def believe(
     differs = early.argmax(1) != given
     rate = float(min(raw, differs.mean()))
     beliefs = _verdict(first, early, given, rate, raw, float(differs.mean()), joint)
-    columns["suggested"][known] = _without(early + late, given).argmax(1)
+    others = _without(early + late + 1e-9 * trained, given)  # the run breaks ties
+    others[:, np.bincount(given, minlength=early.shape[1]) == 0] = -np.inf  # classes that nobody has
+    columns["suggested"][known] = np.where(np.isfinite(others).any(1), others.argmax(1), -1)
     place = np.empty(len(labels))
     place[order] = np.arange(len(order))
     # Among the known ones only: the others have no label that could be wrong.
@@ -134,7 +148,7 @@ def believe(
     odds = _log_odds(places, rate, given, early, late, trained, differs)
     wrong = _with_mean(odds, min(rate, beliefs.noise_rate))
     if not beliefs.told:
-        wrong = np.minimum(wrong, _DOUBT)
+        wrong = np.minimum(wrong, DOUBT)
     columns["wrong_probability"][known] = wrong
     return beliefs, columns
 

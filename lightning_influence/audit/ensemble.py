@@ -97,12 +97,17 @@ def merged_beliefs(manifests: Sequence[Mapping[str, Any]]) -> LabelBeliefs:
     told = [each for each in found if each.told]
     if 2 * len(told) <= len(found):
         reasons = dict.fromkeys(each.reason for each in found if not each.told)
-        return LabelBeliefs(reason="; ".join(reasons), noise_rate=float(np.mean([each.noise_rate for each in found])))
+        return LabelBeliefs(reason="; ".join(reasons), noise_rate=_mean([each.noise_rate for each in found]))
     joints = [each.joint for each in told if each.joint is not None]
     numbers = [(each.noise_rate, each.low, each.high, each.surest) for each in told]
     rate, low, high, surest = np.mean(numbers, 0).tolist()
     alike = len(joints) == len(told) and len({joint.shape for joint in joints}) == 1
     return LabelBeliefs("told", "", rate, low, high, surest, np.mean(np.stack(joints), 0) if alike else None)
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _merged(name: str, members: Sequence[Columns]) -> NDArray[Any]:

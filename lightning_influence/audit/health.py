@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import Columns
 from lightning_influence.audit.words import label_text
 from lightning_influence.gradients.coverage import listed
@@ -51,6 +52,7 @@ class Health:
     expected: float
     nonfinite: int
     _names: Sequence[str] | None = field(default=None)
+    _counted: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it in terms of JSON; None where the audit can't tell."""
@@ -94,8 +96,8 @@ class Health:
         low, high = self.noise_interval
         between = f" ({low:.1%} to {high:.1%})" if math.isfinite(low + high) else ""
         return (
-            f"{self.noise_rate:.1%} of the labels{between}, about {self.noise_rate * self.examples:,.0f}; mistakes "
-            "that the network shares are not among them"
+            f"{self.noise_rate:.1%} of the labels{between}, about {self.noise_rate * self.examples:,.0f}, "
+            f"{self._counted}"
         )
 
     def _inspect(self) -> str:
@@ -119,8 +121,8 @@ class Health:
 def health(columns: Columns, manifest: Mapping[str, Any]) -> Health:
     """Return how good the labels are; see ``AuditReport.health``."""
     about = manifest.get("labels") or {}
-    told = about.get("verdict") == "told"
-    reason = about.get("reason") or "" if about else _unknown(columns)
+    beliefs = LabelBeliefs.read(about)
+    told, reason = beliefs.told, beliefs.reason if about else _unknown(columns)
     inspect, expected = _worth_a_look(columns, told)
     sizes = _counts(columns["label"]) if "label" in columns else {}
     wrong: dict[int, float] = dict.fromkeys(sizes, 0.0 if told else math.nan)
@@ -134,21 +136,22 @@ def health(columns: Columns, manifest: Mapping[str, Any]) -> Health:
         examples=len(columns["index"]),
         verdict="told" if told else "cannot tell",
         reason=reason,
-        noise_rate=_number(about.get("noise_rate")) if told else math.nan,
-        noise_interval=(_number(about.get("noise_rate_low")), _number(about.get("noise_rate_high"))),
+        noise_rate=beliefs.noise_rate if told else math.nan,
+        noise_interval=(beliefs.low, beliefs.high),
         classes={number: {"examples": size, "wrong": wrong[number]} for number, size in sizes.items()},
         overlaps=dict(sorted(((p, n) for p, n in overlaps.items() if n >= 0.5), key=lambda item: (-item[1], item[0]))),
         inspect=inspect,
         expected=expected,
         nonfinite=int((~columns["finite"].astype(bool)).sum()),
         _names=manifest.get("label_names"),
+        _counted=beliefs.counted,
     )
 
 
 def _unknown(columns: Columns) -> str:
     if "label" not in columns:
         return "the loss has no classes that the audit knows, so that no label can be contradicted"
-    return "no estimate was made (the run was interrupted, this is an ensemble, or an older version audited it)"
+    return "no estimate was made (the run was interrupted, or an older version audited it)"
 
 
 def _worth_a_look(columns: Columns, told: bool) -> tuple[int, float]:
@@ -184,10 +187,6 @@ def flows(columns: Columns, about: Mapping[str, Any]) -> dict[tuple[int, int], f
 def _counts(labels: NDArray[Any]) -> dict[int, int]:
     numbers, counts = np.unique(labels[labels >= 0], return_counts=True)
     return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
 
 
 def _known(value: float) -> float | None:

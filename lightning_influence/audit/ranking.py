@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_influence.audit.belief import LabelBeliefs, believe
+from lightning_influence.audit.belief import DOUBT, LabelBeliefs, believe
 from lightning_influence.audit.columns import COLUMNS, Columns
 from lightning_influence.audit.trusted import wrong_beside_trusted
 from lightning_influence.training.evidence import LabelEvidence
@@ -66,17 +66,25 @@ def judged(
     if evidence is not None and "label" in result:
         beliefs, found = believe(result["label"], evidence, order)
         result |= found
+    elif beliefs is not None and not beliefs.told and "wrong_probability" in result:  # of those who could tell
+        result["wrong_probability"] = np.minimum(result["wrong_probability"], DOUBT)
     beliefs = beliefs or LabelBeliefs(reason=_NO_CLASSES if "label" not in result else _NO_EVIDENCE)
     eligible = finite & (result["suggested"] >= 0 if "suggested" in result else False)
+    if "wrong_probability" in result:
+        eligible &= result["wrong_probability"] != 0  # trusted, by all members of an ensemble
     if trusted is not None and len(trusted):
         right = np.isin(result["index"], trusted)
         if "wrong_probability" in result:
             beliefs, result["wrong_probability"] = _beside_trusted(beliefs, result, right & np.isfinite(suspicion))
         eligible &= ~right
+        beliefs = replace(beliefs, trusted=int(right.sum()))
     result["candidate"] = np.zeros(size, dtype=bool)
     if beliefs.told:
         first = order[eligible[order]]
-        result["candidate"][first[: round(beliefs.noise_rate * len(first))]] = True
+        count = beliefs.noise_rate * len(first)
+        if beliefs.trusted:  # which have no part in it
+            count = float(np.nansum(result["wrong_probability"][first]))
+        result["candidate"][first[: round(count)]] = True
     return result, beliefs
 
 

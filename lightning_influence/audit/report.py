@@ -257,9 +257,10 @@ class AuditReport(ReportViews):
             ValueError: If an index is not in the audit or named twice, or ``precision`` is out of range.
         """
         size, advised = self.manifest.get("dataset_size"), self.advice(precision)
+        found = acting.relabelled(self.columns, dataset, advised.indices, indices=indices, labels=labels, size=size)
         if indices is None and labels is None:
             acting.tell_of_nothing(advised)
-        return acting.relabelled(self.columns, dataset, advised.indices, indices=indices, labels=labels, size=size)
+        return found
 
     def __repr__(self) -> str:
         where = f", {str(self.directory)!r}" if self.directory else ""

@@ -42,7 +42,7 @@ def summary(columns: Columns, manifest: Mapping[str, Any], pairs: Columns | None
     if bad := columns["index"][~columns["finite"].astype(bool)].tolist():
         lines.append(f"  non-finite  {len(bad)} examples, left out of the factors: {listed(bad, 10)}")
     if about := manifest.get("labels"):
-        lines += _labels(columns, LabelBeliefs.read(about), about.get("trusted", 0))
+        lines += _labels(columns, LabelBeliefs.read(about))
     rows = candidate_rows(columns)
     ranked_by = " + ".join(manifest.get("ranked_by", ()))
     lines.append(
@@ -81,13 +81,13 @@ def _table(
         yield "  ".join(line).rstrip()
 
 
-def _labels(columns: Columns, beliefs: LabelBeliefs, trusted: int) -> list[str]:
+def _labels(columns: Columns, beliefs: LabelBeliefs) -> list[str]:
     """Return what is believed of the labels as a whole."""
     if not beliefs.told:
         return [f"  labels      cannot tell which are wrong: {beliefs.reason}"]
-    counted = f"beside {trusted:,} known to be right" if trusted else "mistakes that the network shares not counted"
     return [
-        f"  labels      about {beliefs.noise_rate:.1%} are wrong ({beliefs.low:.1%} to {beliefs.high:.1%}), {counted}",
+        f"  labels      about {beliefs.noise_rate:.1%} are wrong ({beliefs.low:.1%} to {beliefs.high:.1%}), "
+        f"{beliefs.counted}",
         f"  advice      {advice(columns, beliefs)}",
     ]
 

@@ -58,6 +58,12 @@ class Arguments:
         _check_damping(self.damping)
         check_factor_examples(self.factor_examples)
         check_naming(self.ids, self.describe)
+        if self.trusted is not None and self.known_noise is not None:
+            both = self.trusted[torch.isin(self.trusted, self.known_noise)].tolist()
+            if both:
+                raise ValueError(
+                    f"the examples {both[:10]} are in trusted and in known_noise; expected one or the other."
+                )
         if self.task is not None and not callable(self.task):
             raise ValueError(f"task={self.task!r} is not callable; expected a function (module, batch) -> loss.")
 

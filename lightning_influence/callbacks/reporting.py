@@ -168,8 +168,6 @@ class Reporter:
         ranked, beliefs = judged(self._named(columns), evidence, trusted=self._trusted)
         ranked = self._with_texts(ranked)
         manifest = self._manifest | {"status": "complete", "step": step, "labels": beliefs.described()}
-        if self._trusted is not None:
-            manifest["labels"]["trusted"] = len(self._trusted)
         manifest |= audit_described(gradients, plan, inspection, result, ranked)
         with tolerated("reading the class names", self._said):
             if (names := bridge.label_names(gradients.source.dataset)) is not None:

@@ -108,11 +108,11 @@ class AuditRun:
     def look(self, trainer: Trainer, module: LightningModule) -> None:
         """Look at the features of all examples, forward only, as long as their labels are not learnt by heart."""
         evidence = self.recording.labels.evidence
-        if evidence.complete or bridge.is_dry_run(trainer):
+        indices = self._indices(trainer, last=False)  # of a limited run, none before its first batch
+        if not indices or evidence.complete or bridge.is_dry_run(trainer):
             return
         with self._tolerated(trainer), bridge.aside(trainer):
-            indices, gradients = self._indices(trainer, last=False), self.passes.gradients(trainer, module)
-            seen = look_at_labels(gradients, indices, title=f"features, step {trainer.global_step}")
+            seen = look_at_labels(self.passes.gradients(trainer, module), indices)
             evidence.close() if seen is None else self.recording.add_snapshot(seen)
 
     # --------------------------------------------------------------- an epoch

@@ -41,11 +41,11 @@ def examples(indices: Sequence[int]) -> str:
     return f"example{'s' * (len(indices) != 1)} {', '.join(map(str, indices[:_NAMED]))}{more}"
 
 
-def check_count(name: str, value: object, otherwise: str = "", *, least: int = 1) -> int:
+def check_count(name: str, value: Any, otherwise: str = "", *, least: int = 1) -> int:
     """Return an integer >= ``least``; raise ``ValueError`` for anything else, naming what else would do."""
     try:
-        if not isinstance(value, (bool, np.bool_)) and operator.index(value) >= least:  # type: ignore[arg-type]
-            return operator.index(value)  # type: ignore[arg-type]
+        if not isinstance(value, (bool, np.bool_)) and operator.index(value) >= least:
+            return operator.index(value)
     except TypeError:
         pass
     raise ValueError(f"{name}={value!r}; expected an integer >= {least}{otherwise and f', or {otherwise}'}.")

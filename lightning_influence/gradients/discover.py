@@ -16,7 +16,7 @@ from lightning_influence.core.layout import BatchLayout, Order, find_layout
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.core.snapshot import StateError
-from lightning_influence.data.source import ExampleSource
+from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered, cover
 from lightning_influence.gradients.trace import Trace
 from lightning_influence.gradients.tracer import Tracer
@@ -136,7 +136,9 @@ def trace_model(
         raise
     # Whatever goes wrong in a user's step on a tiny batch: its examples may still be run one at a time, as two copies.
     except Exception as error:
-        if is_out_of_memory(error):
+        # What the source itself refuses, it refuses for good; with a cause, it is what somebody's code made of a batch.
+        refused = isinstance(error, DataError) and error.__cause__ is None
+        if refused or is_out_of_memory(error):
             raise
         failure = f"{type(error).__name__}: {error}"
         try:

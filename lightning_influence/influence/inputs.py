@@ -201,8 +201,8 @@ def check_weight_decay(value: object, known: Collection[str]) -> None:
         raise ValueError(f"weight_decay={odd[0]!r}; expected a finite number >= 0, or one by parameter name.")
 
 
-def _is_coefficient(value: object) -> bool:
-    return is_number(value) and float(value) >= 0  # type: ignore[arg-type]
+def _is_coefficient(value: Any) -> bool:
+    return is_number(value) and float(value) >= 0
 
 
 def check_factor_examples(value: object) -> None:

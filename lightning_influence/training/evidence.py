@@ -21,14 +21,14 @@ _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 # A feature that hardly varies is not blown up to unit variance: this share of the largest deviation at least.
 _LEAST_DEVIATION = 1e-3
 _CHUNK = 2**16  # rows
-# Epochs that the belief is made of; more where the run learns so slowly that it is behind its neighbours' votes.
+# Epochs that the belief is made of; more where the run learns so slowly that it is well behind its neighbours' votes.
 _EARLY = 3
 # Three matrices are kept, of up to so many scalars (200 MB) each.
 _BUDGET = 5 * 10**7
 # Examples with a label.
 _FEWEST = 3
 _SUMS = ("first", "early", "late")
-# Snapshots so much less accurate than a later one are left out: the network had not begun to learn.
+# Well behind, in accuracy. Snapshots that are so behind a later one are left out: the network had not begun to learn.
 _BEHIND = 0.03
 _STATE = ("epochs", "early", "late", "closed", "voted", "best", "right", "visits")
 
@@ -48,7 +48,7 @@ def ridge_leave_one_out(features: Tensor, labels: Tensor, classes: int) -> Tenso
         ``[n, c]`` float64, each between 0 and 1; rows sum to about 1.
     """
     n = len(features)
-    mean = features.mean(0, dtype=features.dtype)
+    mean = features.mean(0)
     spread = exact(features.std(0, correction=0))
     spread = spread.clamp(min=max(_LEAST_DEVIATION * float(spread.max()), torch.finfo(spread.dtype).tiny))
     frequencies = exact(torch.bincount(labels, minlength=classes)) / n
@@ -162,7 +162,7 @@ class EvidenceRecord:
         both = (ridge / ridge.sum(1, keepdim=True).clamp(min=1e-12) + near) / 2
         self._add("late", rows, both)
         state["late"] += 1
-        if state["epochs"] < _EARLY or (state["epochs"] + 1 == state["late"] and as_seen < state["voted"]):
+        if state["epochs"] < _EARLY or (state["epochs"] + 1 == state["late"] and as_seen < state["voted"] - _BEHIND):
             state["epochs"] += 1
             self._add_early(rows, both, labels)
 
@@ -202,8 +202,8 @@ class EvidenceRecord:
         rows = torch.as_tensor(list(indices), dtype=torch.long)
         classes = max(value.shape[1] for value in self._sums.values())
         found = {name: F.pad(value[rows], (0, classes - value.shape[1])) for name, value in self._sums.items()}
-        found["early"] /= self._state["early"]
-        found["late"] /= self._state["late"]
+        for name in ("early", "late"):  # an example that turned up later was in fewer snapshots
+            found[name] /= found[name].sum(1, keepdim=True).clamp(min=1e-12)
         if trained is None:
             trained = torch.zeros(len(rows), classes)
         return LabelEvidence(**found, trained=F.pad(trained, (0, max(0, classes - trained.shape[1])))[:, :classes])

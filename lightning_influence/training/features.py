@@ -27,7 +27,10 @@ def look_at_features(gradients: ExampleGradients, indices: Sequence[int], *, tit
         title: Text of the progress bar.
 
     Returns:
-        ``features`` and the columns that a loss tells, ``label`` among them if it has classes.
+        ``features`` ``[n, d]`` and the columns that a loss tells, ``label`` among them if it has classes.
+
+    Raises:
+        NoLossError: If none of the examples has a loss.
     """
     capture = Capture(gradients.coverage)
     columns = ExampleColumns(indices, gradients.device)
@@ -42,20 +45,17 @@ def look_at_features(gradients: ExampleGradients, indices: Sequence[int], *, tit
     return ExampleScores(order, gathered, gathered.pop("features", None))
 
 
-def tells_labels(gradients: ExampleGradients, indices: Sequence[int]) -> bool:
-    """Tell from some examples whether there are classes, and features to tell them by."""
-    try:
-        seen = look_at_features(gradients, indices, title="")
-    except NoLossError:  # not of these; a look at all will tell
-        return True
-    return seen.features is not None and "label" in seen.columns
-
-
 def look_at_labels(
     gradients: ExampleGradients, indices: Sequence[int], *, title: str = "features"
 ) -> ExampleScores | None:
-    """Return the same, or None if a few of the examples show that there are no classes, or no features."""
-    return look_at_features(gradients, indices, title=title) if tells_labels(gradients, indices[:2]) else None
+    """Return the same, or None if the first examples show that there are no classes, or no features."""
+    try:
+        first = look_at_features(gradients, indices[:2], title="")
+    except NoLossError:  # of these; others may have one
+        first = None
+    if first is not None and (first.features is None or "label" not in first.columns):
+        return None
+    return look_at_features(gradients, indices, title=title)
 
 
 def projected(features: Tensor) -> Tensor:
