@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.callbacks.preparing import errors_as_misconfiguration
-from lightning_influence.data.collation import is_plain
+from lightning_influence.core import distributed
+from lightning_influence.data.collation import DataError, is_plain
+from lightning_influence.data.ids import SampleId
 from lightning_influence.data.source import ExampleSource
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.data.tagging import Tagging
 from lightning_influence.training.batch_record import BatchRecord
 
@@ -29,11 +33,19 @@ class BatchIndexRecorder:
     is kept as long as they live. What the training loop hands on is looked up by them, whoever else iterates the
     loader, and whatever a loader skips, repeats or stores.
 
+    A stream has no indices: its batches tell ids, which are read where a batch is looked up.
+
+    Args:
+        sample_id: How batches of a stream tell the ids of their examples.
+
     Attributes:
         source: The examples of the loader, as ``ExampleSource.from_loader`` tells; None before there is one.
+        known: Ids of a run that is resumed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sample_id: SampleId | None = None) -> None:
+        self.sample_id = sample_id
+        self.known: dict[str, Any] | None = None
         self.source: ExampleSource | None = None
         self._loader: DataLoader[Any] | None = None
         self._tagging: Tagging | None = None
@@ -54,7 +66,8 @@ class BatchIndexRecorder:
         def looking(data: Any) -> Any:
             # What the data fetcher handed on, before hooks and devices change it.
             if trainer.training:
-                self._found = self._look_up(data)
+                source = self.source
+                self._found = self._read(trainer, source, data) if isinstance(source, StreamSource) else self._look_up(data)
             return convert(data)
 
         # On the instances, over the classes' methods: `detach` deletes them again.
@@ -79,7 +92,7 @@ class BatchIndexRecorder:
         Raises:
             DataError: As ``ExampleSource.from_loader``.
         """
-        if self.source is None or loader is not self._loader:
+        if self.source is None or (loader is not self._loader and not isinstance(self.source, StreamSource)):
             return ExampleSource.from_loader(loader)
         return self.source
 
@@ -87,6 +100,15 @@ class BatchIndexRecorder:
         """Return what is known of the batch that the training loop got last. Call once per batch."""
         found, self._found = self._found, BatchRecord(None, _ELSEWHERE)
         return found
+
+    def _read(self, trainer: Trainer, source: StreamSource, batch: Any) -> BatchRecord:
+        endless = not math.isinf(trainer.num_training_batches)
+        try:
+            return BatchRecord(tuple(source.met(batch, trainer.current_epoch, endless=endless)))
+        except DataError as error:
+            if not len(source):  # before the first step
+                raise MisconfigurationException(f"InfluenceAudit: {error}") from error
+            return BatchRecord(None, str(error))
 
     def _look_up(self, batch: Any) -> BatchRecord:
         drawn = None if self._tagging is None else self._tagging.registry.find(batch)
@@ -106,7 +128,12 @@ class BatchIndexRecorder:
         return BatchRecord(tuple(own.tolist()), ragged=drawn.ragged)
 
     def _follow(self, loader: object) -> None:
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader is self._loader:
+        if loader is self._loader:
+            return
+        if self.sample_id is not None:
+            self._follow_stream(loader)
+            return
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return
         if loader.batch_sampler is None:
             return
@@ -122,6 +149,21 @@ class BatchIndexRecorder:
             return  # loaded again in the middle of training, which goes on
         self.source = source
         self._loader, self._tagging = loader, Tagging.of(loader, collating)
+
+    def _follow_stream(self, loader: Any) -> None:
+        with errors_as_misconfiguration():
+            if distributed.world_size() > 1:
+                raise DataError(
+                    f"{distributed.world_size()} processes train on a stream, each with examples of its own: expected "
+                    "one process, `Trainer(devices=1)`."
+                )
+            if isinstance(self.source, StreamSource):  # loaded again
+                self.source.take(loader)
+            else:
+                self.source = StreamSource(loader, self.sample_id)
+                if self.known is not None:
+                    self.source.book.load_state_dict(self.known)
+        self._loader = loader
 
     def _leave(self) -> None:
         if self._tagging is not None:

@@ -17,6 +17,7 @@ from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.curvature.choices import check_labels
 from lightning_influence.curvature.fit import check_curvature
 from lightning_influence.data.source import ExampleSource
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.verify import inspect, roomy_batch_size
 from lightning_influence.objective.scale import NoLossError
@@ -36,8 +37,10 @@ def begun(
         source: The training data.
         recording: Where the run is recorded.
     """
-    first = preparing.some_of(bridge.drawn_from(trainer.train_dataloader, len(source)), source.batch_size)
-    names = ExampleNames(source.dataset, arguments.ids, arguments.describe)
+    streamed = isinstance(source, StreamSource)
+    drawn = source.at_hand if streamed else bridge.drawn_from(trainer.train_dataloader, len(source))
+    first = preparing.some_of(drawn, source.batch_size)
+    names = ExampleNames(source.dataset, source.book if streamed else arguments.ids, arguments.describe)
     if trainer.is_global_zero:
         names.try_out(first[:1])
     try:

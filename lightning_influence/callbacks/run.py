@@ -22,6 +22,7 @@ from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
 from lightning_influence.data.source import ExampleSource, same_data
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Coverage, listed
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.influence import Influence
@@ -109,7 +110,7 @@ class AuditRun:
         """Look at the features of all examples, forward only, as long as their labels are not learnt by heart."""
         evidence = self.recording.labels.evidence
         indices = self._indices(trainer, last=False)  # of a limited run, none before its first batch
-        if not indices or evidence.complete or bridge.is_dry_run(trainer):
+        if not indices or evidence.complete or bridge.is_dry_run(trainer) or not self.passes.source.reads_apart:
             return
         with self._tolerated(trainer), bridge.aside(trainer):
             seen = look_at_labels(self.passes.gradients(trainer, module), indices)
@@ -150,7 +151,7 @@ class AuditRun:
         if tracin is not None and due and recording.step_sizes.steps:
             if self.flight is not None:
                 self._keep_checkpoint(trainer, module, tracin)
-            elif not last:
+            elif not last and self.passes.source.reads_apart:
                 self._score_checkpoint(trainer, module, tracin)
         if recording.visits is not None:
             visits = recording.visits.values()
@@ -215,7 +216,7 @@ class AuditRun:
         audited = self._indices(trainer, last=True)
         indices = self._unmissed(audited)
         if bridge.is_dry_run(trainer):
-            indices = (indices or list(range(self.recording.size)))[: self.passes.source.batch_size]
+            indices = (indices or list(range(len(self.passes.source))))[: self.passes.source.batch_size]
         if not indices:
             rank_zero_warn("no influence audit: no training batch was seen.")
             return None
@@ -274,7 +275,10 @@ class AuditRun:
         return [k for k in indices if distributed.world_size() > 1 or k not in self.passes.source.missing]
 
     def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
-        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.recording.size, last=last)
+        seen = self.recording.seen_indices()
+        if isinstance(self.passes.source, StreamSource):
+            return seen
+        return bridge.audited_indices(trainer, seen, self.recording.size, last=last)
 
     def _data_notes(self, trainer: Trainer, audited: list[int], scored: list[int]) -> list[str]:
         """Return what a reader should know of the data: how batches are made, and who is not in the report."""
@@ -286,6 +290,8 @@ class AuditRun:
             notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {named} ({reasons})")
         if lacking := ", ".join(sorted(map(str, self.passes.lacking))):
             notes.append(f"training has had terms of the loss that the passes, in eval mode, have not: {lacking}")
+        if isinstance(source, StreamSource):
+            return notes + source.notes()
         if never := len(bridge.drawn_from(trainer.train_dataloader, self.recording.size)) - len(audited):
             notes.append(f"{never} examples of the data set were never drawn, and are not audited")
         return notes

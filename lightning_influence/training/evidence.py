@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_influence.training.example_sums import lengthened
+
 from lightning_influence.core.precision import exact
 from lightning_influence.training.neighbours import votes
 
@@ -207,6 +209,11 @@ class EvidenceRecord:
         if trained is None:
             trained = torch.zeros(len(rows), classes)
         return LabelEvidence(**found, trained=F.pad(trained, (0, max(0, classes - trained.shape[1])))[:, :classes])
+
+    def grow(self, size: int) -> None:
+        """Have room for more examples."""
+        self.size = size
+        self._sums = {name: lengthened(column, size) for name, column in self._sums.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint."""

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_influence.training.example_sums import lengthened
+
 # Neighbours are looked for among at most so many examples: the cost then grows with N, not with N².
 _MAX_REFERENCES = 10_000
 _CHUNK_ELEMENTS = 2**24
@@ -127,6 +129,13 @@ class NeighbourRecord:
         """Return the mean share of neighbours of each class, ``[size, classes]``; zeros where unknown."""
         kept = self._votes[:, :classes].double() / self._passes.clamp(min=1).unsqueeze(1)
         return F.pad(kept, (0, classes - kept.shape[1]))
+
+    def grow(self, size: int) -> None:
+        """Have room for more examples."""
+        self.size = size
+        self._disagreement, self._passes, self._votes = (
+            lengthened(column, size) for column in (self._disagreement, self._passes, self._votes)
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint."""
