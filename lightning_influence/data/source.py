@@ -66,6 +66,11 @@ class ExampleSource:
         multiprocessing_context: Any = None,
         sequential: bool = False,
     ) -> None:
+        if isinstance(dataset, DataLoader):
+            raise DataError(
+                "ExampleSource got a DataLoader where it expects a data set; `ExampleSource.from_loader(loader)` takes "
+                "the data set, batch size and collate function from a loader."
+            )
         if isinstance(dataset, IterableDataset) or not (
             hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
         ):
@@ -126,6 +131,10 @@ class ExampleSource:
     def reads_apart(self) -> bool:
         """Whether passes may fetch while training goes on."""
         return True
+
+    def notes(self) -> list[str]:
+        """Return what a reader of the scores should know."""
+        return [self.collation.note] if self.collation.note else []
 
     @property
     def plain(self) -> bool:
