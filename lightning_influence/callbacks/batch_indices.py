@@ -40,7 +40,7 @@ class BatchIndexRecorder:
 
     Attributes:
         source: The examples of the loader, as ``ExampleSource.from_loader`` tells; None before there is one.
-        known: Ids of a run that is resumed.
+        known: State of the stream of a run that is resumed.
     """
 
     def __init__(self, sample_id: SampleId | None = None) -> None:
@@ -67,7 +67,9 @@ class BatchIndexRecorder:
             # What the data fetcher handed on, before hooks and devices change it.
             if trainer.training:
                 source = self.source
-                self._found = self._read(trainer, source, data) if isinstance(source, StreamSource) else self._look_up(data)
+                self._found = (
+                    self._read(trainer, source, data) if isinstance(source, StreamSource) else self._look_up(data)
+                )
             return convert(data)
 
         # On the instances, over the classes' methods: `detach` deletes them again.
@@ -162,7 +164,7 @@ class BatchIndexRecorder:
             else:
                 self.source = StreamSource(loader, self.sample_id)
                 if self.known is not None:
-                    self.source.book.load_state_dict(self.known)
+                    self.source.load_state_dict(self.known)
         self._loader = loader
 
     def _leave(self) -> None:

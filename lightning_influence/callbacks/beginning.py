@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_influence.audit.naming import ExampleNames
+from lightning_influence.audit.naming import ExampleNames, Ids
 from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.query_report import QueryReport
@@ -37,10 +38,12 @@ def begun(
         source: The training data.
         recording: Where the run is recorded.
     """
-    streamed = isinstance(source, StreamSource)
-    drawn = source.at_hand if streamed else bridge.drawn_from(trainer.train_dataloader, len(source))
+    if isinstance(source, StreamSource):
+        drawn, ids = source.at_hand, cast(Ids, source.book)
+    else:
+        drawn, ids = bridge.drawn_from(trainer.train_dataloader, len(source)), arguments.ids
     first = preparing.some_of(drawn, source.batch_size)
-    names = ExampleNames(source.dataset, source.book if streamed else arguments.ids, arguments.describe)
+    names = ExampleNames(source.dataset, ids, arguments.describe)
     if trainer.is_global_zero:
         names.try_out(first[:1])
     try:

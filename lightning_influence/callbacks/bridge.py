@@ -20,6 +20,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
@@ -32,6 +33,7 @@ from lightning_influence.core.origin import is_users
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.core.reachable import Found, shallow
 from lightning_influence.data.source import DataError, ExampleSource
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.training.optimizers import inner
 
@@ -52,7 +54,7 @@ def surroundings(trainer: Trainer, module: LightningModule) -> Surroundings:
     plugin = trainer.precision_plugin
 
     def to_device(batch: Any) -> Any:
-        batch = plugin.convert_input(batch)
+        batch = type(plugin).convert_input(plugin, batch)  # past what notes the batches of training
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         # Once training has ended, the strategy moves the model off its device.
         return trainer.strategy.batch_to_device(batch, device=module.device, dataloader_idx=0)
@@ -230,22 +232,38 @@ def validation_queries(trainer: Trainer, gradients: ExampleGradients) -> list[tu
     loaders: Any = [] if trainer.val_dataloaders is None else [loader for _, loader in leaves(trainer.val_dataloaders)]
     for loader, batches in zip(loaders, trainer.num_val_batches, strict=False):
         try:
-            source = ExampleSource.from_loader(loader)
-            if len(source):
-                source.repeatable(range(len(source)))
-            _ = source.collation
+            source, drawn = query_examples(loader, int(batches) if math.isfinite(batches) else None)
         # A data set may raise anything once its files are gone; other processes would wait for one that goes on alone.
         except Exception as error:
             if not isinstance(error, DataError) and distributed.world_size() > 1:
                 raise
             rank_zero_warn(f"validation data are left out of the influence audit (no harm column): {error!r}")
             continue
-        drawn = drawn_from(loader, len(source))
-        if batches < (sized_len(loader) or math.inf):
+        if not isinstance(source, StreamSource) and batches < (sized_len(loader) or math.inf):
             drawn = drawn[: int(batches) * source.batch_size * trainer.world_size]
         if drawn:
             queries.append((gradients.on(source), drawn))
     return queries
+
+
+def query_examples(loader: Any, batches: int | None = None) -> tuple[ExampleSource, list[int]]:
+    """Return the examples of a loader that are asked about, a stream's as it hands them out, and which those are.
+
+    Args:
+        loader: The loader.
+        batches: Of a stream: how many are taken, None for all.
+
+    Raises:
+        DataError: If they can't be visited.
+    """
+    if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, IterableDataset):
+        source = ExampleSource.from_loader(loader)
+        if len(source):
+            source.repeatable(range(len(source)))
+        _ = source.collation
+        return source, drawn_from(loader, len(source))
+    stream = StreamSource(loader, None)
+    return stream, stream.counted(math.inf if batches is None else batches)
 
 
 def label_names(dataset: Any) -> list[str] | None:

@@ -91,9 +91,10 @@ class InfluenceAudit(RunHooks):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: During ``fit``, before the first step: for a stream without ``sample_id``, collate functions whose order can't be followed, strategies that split the model,
-            manual optimization without a ``task``, models without a supported layer, losses that are not made of
-            per-example losses, ``ids`` that don't name each example, unwritable directories.
+        MisconfigurationException: During ``fit``, before the first step: for a stream without ``sample_id``, collate
+            functions whose order can't be followed, strategies that split the model, manual optimization without a
+            ``task``, models without a supported layer, losses that are not made of per-example losses, ``ids`` that
+            don't name each example, unwritable directories.
 
     Example:
         >>> trainer = Trainer(max_epochs=10, callbacks=[InfluenceAudit()])
@@ -256,17 +257,17 @@ class InfluenceAudit(RunHooks):
         if self._recording is None:
             return {}
         source = self._recorder.source
-        ids = {"ids": source.book.state_dict()} if isinstance(source, StreamSource) else {}
+        ids = {"stream": source.state_dict()} if isinstance(source, StreamSource) else {}
         return self._recording.state_dict() | {"arguments": self.arguments.described()} | ids
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the size of the data set is known."""
         self._restored = Restored(state_dict) if state_dict else None
-        self._recorder.known = state_dict.get("ids")
+        self._recorder.known = state_dict.get("stream")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over what an audit with other arguments has recorded: nearly all of it does not depend on them."""
         self._restored = state_for(self.state_key, self.arguments.described(), checkpoint.get("callbacks") or {})
         if self._restored is not None:  # Lightning has just said that it is not
-            self._recorder.known = self._restored.state.get("ids")
+            self._recorder.known = self._restored.state.get("stream")
             rank_zero_info("influence audit: what an audit with other arguments has recorded is taken over.")

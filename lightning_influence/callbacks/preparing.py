@@ -29,6 +29,7 @@ from lightning_influence.core.snapshot import StateError
 from lightning_influence.core.torch_private import is_compiled, meets_compiled
 from lightning_influence.data.collation import is_plain
 from lightning_influence.data.source import DataError, ExampleSource, is_deterministic
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.answering import answered
 from lightning_influence.gradients.capture import Capture
 from lightning_influence.gradients.coverage import Coverage, listed_reasons
@@ -176,6 +177,8 @@ def depends_on_batch_idx(gradients: ExampleGradients, indices: Sequence[int]) ->
 def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection: Inspection) -> bool:
     """Tell whether examples have other labels when they are fetched once more, without streams of their own."""
     source = gradients.source
+    if isinstance(source, StreamSource):  # a batch is all that there is of it so far
+        return False
     if is_deterministic(source.dataset) and is_plain(source.collate_fn) and not inspection.random:
         return False
     chosen, labels = source.settled(indices[: inspection.examples]), []

@@ -282,7 +282,9 @@ class AuditRun:
 
     def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
         seen = self.recording.seen_indices()
-        if isinstance(self.passes.source, StreamSource):
+        source = self.passes.source
+        if isinstance(source, StreamSource):
+            source.look_again()
             return seen
         return bridge.audited_indices(trainer, seen, self.recording.size, last=last)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from hashlib import blake2b
 from typing import Any, TypeAlias
@@ -96,8 +96,8 @@ def _column(batch: Any, key: str | int) -> Any:
 def _refusal(batch: Any, name: str, words: str) -> DataError:
     return DataError(
         f"sample_id={name} can't read the ids of a batch ({words}), which is {described(batch)}. Expected the name of "
-        'its column of ids, or a function from batch to ids, such as sample_id=lambda batch: batch["key"]; the data set '
-        "has to hand out something that names each example (a key, a file and line, a row number)."
+        'its column of ids, or a function from batch to ids, such as sample_id=lambda batch: batch["key"]; the data '
+        "set has to hand out something that names each example (a key, a file and line, a row number)."
     )
 
 
@@ -162,14 +162,10 @@ class IdBook:
         order = np.argsort(hashes, kind="stable")
         self._hashes, self._places, self._waiting = hashes[order], places[order], {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return tensors and primitives, for a Lightning checkpoint."""
-        return {"ids": self[np.arange(len(self))].tolist()}
-
-    def load_state_dict(self, state: Mapping[str, Sequence[Id]]) -> None:
-        """Go on from a checkpoint."""
-        self.__init__()  # type: ignore[misc]
-        self.add(state["ids"])
+    def ids(self) -> list[Id]:
+        """Return all ids."""
+        found: list[Id] = self[np.arange(len(self))].tolist()
+        return found
 
 
 def _hash(key: bytes) -> np.uint64:

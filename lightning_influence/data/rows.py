@@ -186,6 +186,5 @@ def described(batch: Any) -> str:
         return f"a {kind} of {', '.join(type(part).__name__ for part in batch[:6])}{', …' if len(batch) > 6 else ''}"
     if isinstance(batch, Tensor):
         return f"a tensor of shape {tuple(batch.shape)}"
-    names = list(getattr(batch, "_fields", None) or getattr(batch, "__dict__", ()))
+    names: list[str] = list(vars(batch)) if hasattr(batch, "__dict__") else list(getattr(batch, "_fields", ()))
     return f"a {kind}" + (f" with {', '.join(map(repr, names[:12]))}" if names else "")
-

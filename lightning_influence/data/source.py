@@ -104,9 +104,9 @@ class ExampleSource:
         """
         if not isinstance(loader, DataLoader):
             raise DataError(
-                f"the data come from a {type(loader).__name__}; expected a torch `DataLoader` over a map-style dataset, "
-                "whose examples can be fetched again by index. An audit of training files what comes from other "
-                f"loaders by ids that their batches hold: {BY_ID}."
+                f"the data come from a {type(loader).__name__}; expected a torch `DataLoader` over a map-style "
+                "dataset, whose examples can be fetched again by index. An audit of training files what others "
+                f"hand out by ids that their batches hold: {BY_ID}."
             )
         if isinstance(loader.dataset, IterableDataset):
             return cls(loader.dataset)  # raises, with the reason

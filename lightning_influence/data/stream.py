@@ -157,7 +157,8 @@ class StreamSource(ExampleSource):
         if picked is not None:
             raise DataError(
                 "the rows of a batch can't be picked: two of its examples have other ids by themselves than in the "
-                "batch. Expected batches of tensors, arrays and lists with one row for each example, the ids among them."
+                "batch. Expected batches of tensors, arrays and lists with one row for each example, the ids among "
+                "them."
             )
         held: dict[Id, list[int]] = {}
         for place, value in enumerate(ids):
@@ -168,8 +169,8 @@ class StreamSource(ExampleSource):
             if len({digest(row) for row in rows}) > 1:
                 raise DataError(
                     f"sample_id gives {len(places)} examples of the first batch the id {value!r}, and they hold "
-                    f"different things ({len(shared)} ids of {len(held)} are shared so). Expected ids that tell examples "
-                    "apart: add what differs (a row, a line, a shard)."
+                    f"different things ({len(shared)} ids of {len(held)} are shared so). Expected ids that tell "
+                    "examples apart: add what differs (a row, a line, a shard)."
                 )
 
     # ------------------------------------------------------------------ passes
@@ -198,6 +199,12 @@ class StreamSource(ExampleSource):
             for part in _parts(list(indices), size):
                 yield from _made([(index, rows[index]) for index in part])
             return
+        try:
+            yield from self._met_again(indices, size)
+        finally:
+            self._stream.rows = {}
+
+    def _met_again(self, indices: Sequence[int], size: int) -> Iterator[tuple[list[int], Any]]:
         left = np.bincount(np.asarray(indices, np.int64), minlength=len(self.book)).astype(np.uint16)
         waiting: list[tuple[int, Row]] = []
         met = 0
@@ -235,7 +242,9 @@ class StreamSource(ExampleSource):
         limit = math.inf if self._ends or self.sample_id is None or not self._longest else self._longest
         start = 0
         for number, batch in enumerate(self._drawn()):
-            ids = self._ids(batch)
+            ids: list[Id] = []
+            with suppress(DataError):  # nor are they known in training
+                ids = self._ids(batch)
             places = self.book.find(ids) if self.sample_id is not None else range(start, start + len(ids))
             start += len(ids)
             for place, index in enumerate(places):
@@ -305,9 +314,18 @@ class StreamSource(ExampleSource):
             "itself. They count as one example"
         ]
 
-    def state_dict(self) -> Mapping[str, Any]:
-        """Return the ids, for a Lightning checkpoint."""
-        return self.book.state_dict()
+    def look_again(self) -> None:
+        """Forget which examples the last pass did not meet: the next one may."""
+        self.missing = {index: reason for index, reason in self.missing.items() if reason != NOT_MET}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and primitives, for a Lightning checkpoint."""
+        return {"ids": self.book.ids(), "longest": self._longest, "ends": self._ends, "repeated": self.repeated}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.book.add(state["ids"])
+        self._longest, self._ends, self.repeated = state["longest"], state["ends"], state["repeated"]
 
 
 def _batch_size(loader: Any) -> int:
@@ -376,5 +394,3 @@ def _split(waiting: list[tuple[int, Row]]) -> Iterator[tuple[list[int], list[Row
 def _made(waiting: list[tuple[int, Row]]) -> Iterator[tuple[list[int], Any]]:
     for chosen, _, batch in _split(waiting):
         yield chosen, batch
-
-

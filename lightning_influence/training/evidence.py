@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.training.example_sums import lengthened
-
 from lightning_influence.core.precision import exact
+from lightning_influence.training.example_sums import lengthened
 from lightning_influence.training.neighbours import votes
 
 # Penalties of the ridge, shares of the number of examples; the one with the least error on left-out labels is taken.

@@ -92,8 +92,10 @@ class Recording:
         if size <= self.size:
             return
         self.size = size + size // 8 + 256
-        for part in (self.dynamics, self.tracin, self.labels, self._seen, *([] if self.visits is None else [self.visits])):
-            part.grow(self.size)
+        parts: list[Any] = [self.dynamics, self.tracin, self.labels, self._seen, self.visits]
+        for part in parts:
+            if part is not None:
+                part.grow(self.size)
 
     def start_again(self, size: int, epoch: int) -> None:
         """Forget what was recorded about other data, which the same indices stood for.
