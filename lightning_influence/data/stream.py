@@ -208,14 +208,16 @@ class StreamSource(ExampleSource):
         left = np.bincount(np.asarray(indices, np.int64), minlength=len(self.book)).astype(np.uint16)
         waiting: list[tuple[int, Row]] = []
         met = 0
-        for row, index in self._rows_again():
-            if index >= len(left) or not left[index]:
-                continue
-            waiting += [(index, row)] * int(left[index])
-            met += int(left[index])
-            left[index] = 0
-            if self.missing.get(index) == NOT_MET:
-                del self.missing[index]
+        for batch, numbers in self._again():
+            places = []
+            for place, index in enumerate(numbers):
+                if 0 <= index < len(left) and left[index]:
+                    places += [place] * int(left[index])
+                    left[index] = 0
+                    if self.missing.get(index) == NOT_MET:
+                        del self.missing[index]
+            met += len(places)
+            waiting += _rows_of(batch, numbers, places)
             # One more is waited for: a lone last example would meet steps that squeeze the batch away.
             while len(waiting) > size + 1:
                 yield from self._handed(waiting[:size])
@@ -237,19 +239,15 @@ class StreamSource(ExampleSource):
             self._stream.rows = dict(zip(chosen, rows, strict=True))
             yield chosen, batch
 
-    def _rows_again(self) -> Iterator[tuple[Row, int]]:
-        """Yield the examples of the stream from its beginning, with their numbers."""
+    def _again(self) -> Iterator[tuple[Any, Sequence[int]]]:
+        """Yield the batches of the stream from its beginning, with the numbers of their examples, -1 for strangers."""
         limit = math.inf if self._ends or self.sample_id is None or not self._longest else self._longest
         start = 0
         for number, batch in enumerate(self._drawn()):
-            ids: list[Id] = []
-            with suppress(DataError):  # nor are they known in training
+            with suppress(DataError):  # whose ids are not known in training, either
                 ids = self._ids(batch)
-            places = self.book.find(ids) if self.sample_id is not None else range(start, start + len(ids))
-            start += len(ids)
-            for place, index in enumerate(places):
-                if index >= 0:
-                    yield Row(batch, place, len(ids)), index
+                yield batch, range(start, start + len(ids)) if self.sample_id is None else self.book.find(ids)
+                start += len(ids)
             if number + 1 >= limit:
                 return
 
@@ -389,6 +387,16 @@ def _split(waiting: list[tuple[int, Row]]) -> Iterator[tuple[list[int], list[Row
             yield [chosen[k] for k in own], [rows[k] for k in own], joined([rows[k] for k in own])
         return
     yield chosen, rows, whole
+
+
+def _rows_of(batch: Any, numbers: Sequence[int], places: list[int]) -> list[tuple[int, Row]]:
+    """Return rows of a batch with their numbers; of few of them no more is held than they are."""
+    n = len(numbers)
+    rows = [Row(batch, place, n) for place in places]
+    if rows and len(rows) < n:
+        picked = joined(rows)
+        rows = [Row(picked, k, len(rows)) for k in range(len(rows))]
+    return [(numbers[place], row) for place, row in zip(places, rows, strict=True)]
 
 
 def _made(waiting: list[tuple[int, Row]]) -> Iterator[tuple[list[int], Any]]:

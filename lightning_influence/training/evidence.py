@@ -21,7 +21,7 @@ from lightning_influence.training.neighbours import votes
 _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 # A feature that hardly varies is not blown up to unit variance: this share of the largest deviation at least.
 _LEAST_DEVIATION = 1e-3
-_CHUNK = 2**16  # rows
+_CHUNK = 2**12  # rows
 # Epochs that the belief is made of; more where the run learns so slowly that it is well behind its neighbours' votes.
 _EARLY = 3
 # Three matrices are kept, of up to so many scalars (200 MB) each.

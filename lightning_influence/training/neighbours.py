@@ -12,7 +12,7 @@ from lightning_influence.training.example_sums import lengthened
 
 # Neighbours are looked for among at most so many examples: the cost then grows with N, not with N².
 _MAX_REFERENCES = 10_000
-_CHUNK_ELEMENTS = 2**24
+_CHUNK_ELEMENTS = 2**20
 # Votes are kept up to this many scalars (400 MB).
 _VOTE_BUDGET = 10**8
 _STATE = ("disagreement", "passes", "votes")
@@ -39,9 +39,9 @@ def nearest_labels(features: Tensor, labels: Tensor, *, neighbours: int = 20, se
     rows = usable.nonzero().squeeze(1)
     if len(rows) < 2:
         return labels.new_full((len(labels), 0), -1)
-    centred = features[rows].float()
-    centred = centred - centred.mean(0)
-    unit = centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    unit = features[rows].float()  # a copy, and the only one: features are what takes memory
+    unit -= unit.mean(0)
+    unit /= unit.norm(dim=1, keepdim=True).clamp(min=1e-12)
     own = labels[rows]
     generator = torch.Generator().manual_seed(seed)
     references = torch.randperm(len(rows), generator=generator)[:_MAX_REFERENCES].sort().values.to(rows.device)
@@ -49,9 +49,10 @@ def nearest_labels(features: Tensor, labels: Tensor, *, neighbours: int = 20, se
     k = min(neighbours, len(references) - 1)
     result = labels.new_full((len(labels), k), -1)
     step = max(1, _CHUNK_ELEMENTS // len(references))
+    room = among.new_empty(min(step, len(rows)), len(references))
     for start in range(0, len(rows), step):
         chunk = torch.arange(start, min(start + step, len(rows)), device=rows.device)
-        cosines = unit[chunk] @ among.T
+        cosines = torch.mm(unit[chunk], among.T, out=room[: len(chunk)])
         place = torch.searchsorted(references, chunk).clamp_(max=len(references) - 1)
         itself = references[place] == chunk
         cosines[itself.nonzero().squeeze(1), place[itself]] = -torch.inf
