@@ -187,10 +187,10 @@ class InfluenceAudit(RunHooks):
             source = self._recorder.source_of(trainer.train_dataloader)
             preparing.check_indices("known_noise", self.arguments.known_noise, source)
             preparing.check_indices("trusted", self.arguments.trusted, source)
-            self._recording = Recording(
-                len(source), module, self.arguments.tracin, grows=isinstance(source, StreamSource)
-            )
             restored, self._restored = self._restored, None
+            # How long a stream is, is not known: there is room for what has been met.
+            grown = restored.state.get("size", 0) if restored and isinstance(source, StreamSource) else len(source)
+            self._recording = Recording(grown, module, self.arguments.tracin)
             restore(self._recording, restored, trainer)
             self._run = begun(self.arguments, trainer, module, source, self._recording)
             self._run.take_over(trainer)

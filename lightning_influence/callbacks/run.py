@@ -112,7 +112,7 @@ class AuditRun:
         """Look at the features of all examples, forward only, as long as their labels are not learnt by heart."""
         evidence = self.recording.labels.evidence
         indices = self._indices(trainer, last=False)  # of a limited run, none before its first batch
-        if not indices or evidence.complete or bridge.is_dry_run(trainer) or not self.passes.source.reads_apart:
+        if not indices or evidence.complete or bridge.is_dry_run(trainer) or not self.passes.any_time:
             return
         with self._tolerated(trainer), bridge.aside(trainer):
             seen = look_at_labels(self.passes.gradients(trainer, module), indices)
@@ -153,7 +153,7 @@ class AuditRun:
         if tracin is not None and due and recording.step_sizes.steps:
             if self.flight is not None:
                 self._keep_checkpoint(trainer, module, tracin)
-            elif not last and self.passes.source.reads_apart:
+            elif not last and self.passes.any_time:
                 self._score_checkpoint(trainer, module, tracin)
         if recording.visits is not None:
             visits = recording.visits.values()
@@ -292,7 +292,8 @@ class AuditRun:
 def _data_notes(passes: TrainingPasses, audited: list[int], scored: list[int], never: int) -> list[str]:
     """Return what a reader should know of the data: how batches are made, and who is not in the report."""
     source = passes.source
-    notes = source.notes()
+    notes = [source.collation.note] if source.collation.note else []
+    notes += source.notes() if isinstance(source, StreamSource) else []
     if missing := sorted(set(audited) - set(scored)):
         reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
         notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed(missing, 10)} ({reasons})")

@@ -128,15 +128,6 @@ class ExampleSource:
         )
 
     @property
-    def reads_apart(self) -> bool:
-        """Whether passes may fetch while training goes on."""
-        return True
-
-    def notes(self) -> list[str]:
-        """Return what a reader of the scores should know."""
-        return [self.collation.note] if self.collation.note else []
-
-    @property
     def plain(self) -> bool:
         """Whether batches are rows of tensors: one look-up each, instead of one for every example and a stack."""
         return type(self.dataset) is TensorDataset and self.collate_fn in (None, default_collate)

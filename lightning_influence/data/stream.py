@@ -12,13 +12,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset
 
-from lightning_influence.core.errors import told
-from lightning_influence.core.isolation import LONGEST_OF_DATA, unchanged
-from lightning_influence.core.origin import is_stream
-from lightning_influence.core.random_streams import OwnStreams
-from lightning_influence.core.reachable import Walk
+from lightning_influence.data.again import Again
 from lightning_influence.data.collation import DataError
 from lightning_influence.data.contents import digest
 from lightning_influence.data.ids import Id, IdBook, SampleId, ids_in
@@ -27,7 +23,6 @@ from lightning_influence.data.source import ExampleSource
 
 NOT_MET = "the stream did not hold it again"
 
-_END = object()
 _NAMED = 5
 
 
@@ -79,27 +74,25 @@ class StreamSource(ExampleSource):
 
     def __init__(self, loader: Any, sample_id: SampleId | None) -> None:
         self.book = IdBook()
-        self._stream = Stream(getattr(loader, "dataset", loader), self.book)
-        super().__init__(self._stream, batch_size=_batch_size(loader), sequential=True)
+        self._loader = Again(loader)
+        self._stream = Stream(self._loader.dataset, self.book)
+        super().__init__(self._stream, batch_size=self._loader.batch_size, sequential=True)
+        self.changed = self._loader.changed
         self.sample_id = sample_id
         self.repeated, self.repeats = 0, list[Id]()
         self._epoch, self._batches, self._longest = -1, 0, 0
         self._seen = np.zeros(0, bool)  # in this epoch
         self._ends = False
-        self.take(loader)
 
     def take(self, loader: Any) -> None:
         """Go on with a loader that takes the place of the last one."""
-        self.loader = loader
-        self._stream.dataset = getattr(loader, "dataset", loader)
-        _check_again(loader)
+        self._loader = Again(loader)
+        self._stream.dataset = self._loader.dataset
 
     @property
     def reads_apart(self) -> bool:
         """Whether passes have an iterator that has nothing to do with training's: else they wait for its end."""
-        return isinstance(self.loader, DataLoader) and (
-            type(self.loader).__iter__ is DataLoader.__iter__ or type(self.loader).__module__.startswith("torchdata")
-        )
+        return self._loader.apart
 
     # ------------------------------------------------------------------ what training meets
 
@@ -179,7 +172,7 @@ class StreamSource(ExampleSource):
     def at_hand(self) -> list[int]:
         """The examples of the batch that was handed out last; a first one is drawn if there is none."""
         if not self._stream.rows:
-            for batch in self._drawn():
+            for batch in self._loader:
                 self.met(batch, self._epoch, endless=True)
                 break
         return list(self._stream.rows)
@@ -243,7 +236,7 @@ class StreamSource(ExampleSource):
         """Yield the batches of the stream from its beginning, with the numbers of their examples, -1 for strangers."""
         limit = math.inf if self._ends or self.sample_id is None or not self._longest else self._longest
         start = 0
-        for number, batch in enumerate(self._drawn()):
+        for number, batch in enumerate(self._loader):
             with suppress(DataError):  # whose ids are not known in training, either
                 ids = self._ids(batch)
                 yield batch, range(start, start + len(ids)) if self.sample_id is None else self.book.find(ids)
@@ -251,30 +244,10 @@ class StreamSource(ExampleSource):
             if number + 1 >= limit:
                 return
 
-    def _drawn(self) -> Iterator[Any]:
-        """Go over the loader once, with random streams of its own, and leave what it reaches as it was."""
-        own, loader = OwnStreams(), _another(self.loader) if self.reads_apart else self.loader
-        reached = (self._stream.dataset, *(getattr(loader, name, None) for name in ("batch_sampler", "sampler")))
-        with unchanged(*(each for each in reached if each is not None), getattr(loader, "collate_fn", None)) as state:
-            fetching: Iterator[Any] | None = None
-            while True:
-                with own, told(self._refusal):
-                    fetching = iter(loader) if fetching is None else fetching
-                    batch = next(fetching, _END)
-                if batch is _END:
-                    break
-                if batch is not None:
-                    yield batch
-            del fetching
-        self.changed |= state.changed
-
-    def _refusal(self, words: str) -> DataError:
-        return DataError(f"{type(self._stream.dataset).__name__} can't be gone over once more ({words}).")
-
     def counted(self, batches: float) -> list[int]:
         """Return the numbers of the examples of so many batches: of a stream without ids, by going over it."""
         found = 0
-        for number, batch in enumerate(self._drawn()):
+        for number, batch in enumerate(self._loader):
             found += len(self._ids(batch))
             if number + 1 >= batches:
                 break
@@ -324,48 +297,6 @@ class StreamSource(ExampleSource):
         """Go on from a checkpoint."""
         self.book.add(state["ids"])
         self._longest, self._ends, self.repeated = state["longest"], state["ends"], state["repeated"]
-
-
-def _batch_size(loader: Any) -> int:
-    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    return size if isinstance(size, int) and size > 0 else 32
-
-
-def _another(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return a loader of the same batches, whose iterators are not those of training."""
-    settings: dict[str, Any] = {"collate_fn": loader.collate_fn, "num_workers": loader.num_workers}
-    if loader.num_workers:
-        names = ("worker_init_fn", "multiprocessing_context", "prefetch_factor", "timeout")
-        settings |= {name: getattr(loader, name) for name in names}
-    if isinstance(loader.dataset, IterableDataset):
-        settings["batch_size"] = loader.batch_size
-    elif loader.batch_sampler is None:
-        settings |= {"batch_size": None, "sampler": loader.sampler}
-    else:
-        settings["batch_sampler"] = loader.batch_sampler
-    return DataLoader(loader.dataset, **settings)
-
-
-def _check_again(loader: Any) -> None:
-    """Raise ``DataError`` for what can be read only once."""
-    dataset = getattr(loader, "dataset", loader)
-    held = [("", dataset)] + [
-        (found.path, value)
-        for found in Walk([(type(dataset).__name__, dataset)], LONGEST_OF_DATA)
-        if found.slots is not None
-        for value in _values(found.slots.read())
-    ]
-    once = [path for path, value in held if is_stream(value)]
-    if once or hasattr(type(dataset), "__next__"):
-        raise DataError(
-            f"{type(dataset).__name__} can be read only once (it is, or holds, an iterator: "
-            f"{once[0] or type(dataset).__name__}): an audit goes over the data once more. Expected a data set whose "
-            "`__iter__` makes a new iterator each time it is called."
-        )
-
-
-def _values(held: Any) -> list[Any]:
-    return list(held.values()) if isinstance(held, Mapping) else list(held)
 
 
 def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:

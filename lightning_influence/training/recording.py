@@ -44,7 +44,6 @@ class Recording:
         size: Number of examples of the data set.
         module: The model, for the names of its parameters.
         tracin: How TracIn is computed; None for not at all.
-        grows: Whether it is not known how many examples there are.
 
     Attributes:
         losses: What the batches' losses are made of.
@@ -62,8 +61,7 @@ class Recording:
         postponed: Step of a TracIn checkpoint that was left to the final pass.
     """
 
-    def __init__(self, size: int, module: nn.Module, tracin: TracIn | None = None, *, grows: bool = False) -> None:
-        self._grows = grows
+    def __init__(self, size: int, module: nn.Module, tracin: TracIn | None = None) -> None:
         self.losses = HeardLosses()
         self.step_sizes = StepSizes(module)
         self.wants_tracin = tracin is not None
@@ -86,16 +84,6 @@ class Recording:
         self._passes: list[int] = []  # steps
         self._seen = ExampleSums(size, "seen")
         self._unfiled: list[BatchRecord] = []
-
-    def _make_room(self, size: int) -> None:
-        """Have room for so many examples, and some more: of a stream."""
-        if size <= self.size:
-            return
-        self.size = size + size // 8 + 256
-        parts: list[Any] = [self.dynamics, self.tracin, self.labels, self._seen, self.visits]
-        for part in parts:
-            if part is not None:
-                part.grow(self.size)
 
     def start_again(self, size: int, epoch: int) -> None:
         """Forget what was recorded about other data, which the same indices stood for.
@@ -165,8 +153,14 @@ class Recording:
         if self.wants_tracin and len(self.step_sizes.unknown) > known:
             warnings.warn(f"InfluenceAudit: {_plain_steps({optimizers.name_of(optimizer)})}", stacklevel=2)
 
+    def _grow(self) -> None:
+        for part in (self.dynamics, self._seen, self.tracin, self.labels, *([self.visits] if self.visits else [])):
+            part.grow(self.size)
+
     def _note(self, batch: BatchRecord) -> None:
-        self._make_room(1 + max(batch.indices or (), default=-1))
+        if (size := 1 + max(batch.indices or (), default=-1)) > self.size:  # of a stream
+            self.size = size + size // 8 + 256
+            self._grow()
         self._unfiled.append(batch)
         if len(self._unfiled) >= _FILE_EVERY:
             self.flush()
@@ -279,8 +273,6 @@ class Recording:
         Raises:
             ValueError: If it was written for a data set of another size.
         """
-        if self._grows:
-            self.size = state["size"]
         if state["size"] != self.size:
             raise ValueError(
                 f"the checkpoint was written for {state['size']} training examples, the data set has {self.size}. "
