@@ -5,16 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
+from lightning_influence.callbacks.lightning import AuditCallback, LightningModule, Trainer, rank_zero_info
 from lightning_influence.callbacks.run import AuditRun
 
 
-class RunHooks(Callback):
+class RunHooks(AuditCallback):
     """The hooks between the first and the last step of a fit."""
 
     def __init__(self) -> None:
