@@ -92,8 +92,8 @@ for kind in (NewError, OldError):
 
 @pytest.mark.parametrize("order", [(OURS, NEW, OLD), (OURS, OLD), (CLASS, OLD, NEW), (NEW, OURS, OLD), (OLD, OURS)])
 def test_the_callback_is_one_of_every_package_whatever_comes_first(order: tuple[str, ...]) -> None:
-    loaded = "\nimport sys; print([n for n in ('lightning', 'pytorch_lightning') if n in sys.modules])"
-    source = loaded.join(order) + loaded + CHECK
+    loaded = "import sys; print([n for n in ('lightning', 'pytorch_lightning') if n in sys.modules])"
+    source = "\n".join(line for statement in order for line in (statement, loaded)) + CHECK
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", source], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     # Nothing is imported but what the user imports.
@@ -123,22 +123,14 @@ def test_the_main_tests_under_the_other_package(tmp_path: Path) -> None:
         "test_nothing_lost.py": "logger or bar or dry",
     }
     words = " or ".join(f"({Path(file).stem} and ({words}))" for file, words in chosen.items())
-    check = tmp_path / "check.py"
-    check.write_text(
-        "import sys\ndef pytest_sessionfinish(session): print('loaded:', 'lightning' in sys.modules)\n",
-        encoding="utf-8",
-    )
+    check = "import sys\ndef pytest_sessionfinish(session): print('loaded:', 'lightning' in sys.modules)\n"
+    (tmp_path / "check.py").write_text(check, encoding="utf-8")
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("PYTEST_", "COV_"))}
     root = Path(lightning_influence.__file__).parent.parent
     environment |= {"LIGHTNING_PACKAGE": OTHER, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "check", "-p", "no:cacheprovider", "-k", words]
-    run = subprocess.run(
-        [*command, *(str(TESTS / file) for file in chosen)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
+    command += [str(TESTS / file) for file in chosen]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
     assert run.returncode == 0, run.stdout[-5000:]
     assert "loaded: False" in run.stdout
     assert " passed" in run.stdout
@@ -162,11 +154,9 @@ def test_tables_and_pictures_are_those_of_the_other_package(tmp_path: Path) -> N
         found[package] = audit.report, events_of(trainer.log_dir)
     (new, new_events), (old, old_events) = (found[package] for package in PACKAGES)
     assert new_events == old_events
-    assert any(
-        tag.startswith("influence/self_influence") for tag in [*new_events["histograms"], *new_events["tensors"]]
-    )
+    assert any("self_influence" in tag for tag in [*new_events["histograms"], *new_events["tensors"]])
     assert any("quer" in tag for tag in new_events["tensors"])
-    assert new.columns.keys() == old.columns.keys() >= {"self_influence", "harm", "tracin", "text"}
+    assert new.columns.keys() == old.columns.keys() >= {"self_influence", "harm", "tracin", "label"}
     for name in new.columns:
         np.testing.assert_array_equal(new.columns[name], old.columns[name], err_msg=name)
     for name in new.pairs:
@@ -186,15 +176,13 @@ def test_the_manifest_tells_whose_trainer_it_was(package: str, tmp_path: Path) -
 @pytest.mark.parametrize("package", PACKAGES)
 def test_passes_take_no_part_in_mixed_precision(package: str, tmp_path: Path) -> None:
     """Taken for another precision plugin, bfloat16 would round the gradients of every pass."""
-    kinds = set()
 
     def noted(module: Any, batch: Any) -> Tensor:
-        if not module.training:
-            kinds.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        assert not torch.is_autocast_enabled("cpu")
         return F.cross_entropy(module.net(batch[0]), batch[1])
 
-    fit(package, tmp_path, InfluenceAudit(task=noted), precision="bf16-mixed")
-    assert kinds == {torch.float32}
+    _, audit = fit(package, tmp_path, InfluenceAudit(task=noted), precision="bf16-mixed")
+    assert audit.has_report
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -304,11 +292,11 @@ def test_a_logger_of_the_other_package(kind: str, package: str, tmp_path: Path) 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_module_of_the_other_package_is_for_lightning_to_refuse(package: str, tmp_path: Path) -> None:
     other = next(each for each in PACKAGES if each != package)
-    with pytest.raises(TypeError, match="single import style"):
+    with pytest.raises(TypeError, match="single import style|must be a `LightningModule`"):
         trainer_of(package, tmp_path, InfluenceAudit()).fit(model_of(other), loader(vectors()))
 
 
-# ----------------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------------------------- several processes
 
 
 @pytest.mark.slow
