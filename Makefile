@@ -176,5 +176,5 @@ $(FLOOR)/.floor: pyproject.toml
 	@echo 'installing the oldest releases into $(FLOOR) (once, some minutes) ...'
 	@sed -n '/^dependencies/,/^]/s/^ *"\([a-z-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml >$(FLOOR)/oldest.txt
 	@sed -n 's/^lightning==/pytorch-lightning==/p' $(FLOOR)/oldest.txt >>$(FLOOR)/oldest.txt
-	@$(subst constraints.txt,$(FLOOR)/oldest.txt,$(FLOOR_INSTALL)) --editable . pytest pytest-xdist
+	@$(subst constraints.txt,$(FLOOR)/oldest.txt,$(FLOOR_INSTALL)) --editable . pytest pytest-xdist rich
 	@touch $@

@@ -31,7 +31,7 @@ OTHER = next(package for package in PACKAGES if package != PACKAGE)
 TESTS = Path(__file__).parent
 
 
-def model_of(package: str) -> Any:
+def kind_of(package: str) -> Any:
     """A small classifier with a validation step, of a package."""
 
     class Model(import_module(package).LightningModule):  # type: ignore[misc]
@@ -49,7 +49,11 @@ def model_of(package: str) -> Any:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    return Model()
+    return Model
+
+
+def model_of(package: str) -> Any:
+    return kind_of(package)()
 
 
 def trainer_of(package: str, directory: Path, audit: Any, **arguments: Any) -> Any:
@@ -265,9 +269,7 @@ trainer:
 """,
         encoding="utf-8",
     )
-    made = cli.LightningCLI(
-        type(model_of(package)), run=False, args=["--config", str(config)], save_config_callback=None
-    )
+    made = cli.LightningCLI(kind_of(package), run=False, args=["--config", str(config)], save_config_callback=None)
     (audit,) = (each for each in made.trainer.callbacks if isinstance(each, InfluenceAudit))
     assert audit.arguments.curvature == "kfac"
 
@@ -315,5 +317,9 @@ def test_two_processes_of_the_other_package(strategy: str, tmp_path: Path) -> No
     assert OTHER.partition(".")[0].replace("_", "-") in report.manifest["versions"]
 
 
+Spawned = kind_of(PACKAGE)
+Spawned.__qualname__ = "Spawned"  # where `ddp_spawn`, which pickles the model, finds its class
+
 if __name__ == "__main__":
-    fit(PACKAGE, Path(sys.argv[2]), devices=2, strategy=sys.argv[1])
+    distributed = trainer_of(PACKAGE, Path(sys.argv[2]), InfluenceAudit(), devices=2, strategy=sys.argv[1])
+    distributed.fit(Spawned(), loader(vectors()), loader(vectors(7, 2)))
