@@ -302,7 +302,7 @@ def test_a_module_of_the_other_package_is_for_lightning_to_refuse(package: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+@pytest.mark.parametrize("strategy", ["ddp"])
 def test_two_processes_of_the_other_package(strategy: str, tmp_path: Path) -> None:
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("PL_", "SLURM_", "LOCAL_RANK"))}
     root = Path(lightning_influence.__file__).parent.parent
