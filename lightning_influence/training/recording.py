@@ -35,6 +35,8 @@ from lightning_influence.training.tracin import TracInScores, VisitSums
 _FILE_EVERY = 64
 # What starts anew where TracIn was recorded otherwise.
 _OF_TRACIN = ("tracin", "visits", "pace")
+# What has a row for each example.
+_BY_EXAMPLE = {"dynamics", "seen", "tracin", "labels", "visits"}
 
 
 class Recording:
@@ -56,8 +58,7 @@ class Recording:
         gaps: What the columns lack.
         notes: Remarks for the report.
         directory: Of the audit; before resuming, of the run before.
-        kept: What the checkpoints there stand for.
-        carried: What none of them stands for any more or yet.
+        kept, carried: What the checkpoints there stand for, and what none of them does any more or yet.
         postponed: Step of a TracIn checkpoint that was left to the final pass.
     """
 
@@ -69,10 +70,9 @@ class Recording:
         self.pace = Pace() if tracin is None else Pace(tracin.every_n_steps, tracin.overhead)
         self.gaps = Gaps()
         self.notes: list[str] = []
-        self.directory = ""
+        self.directory, self.postponed = "", -1
         self.kept: list[Checkpoint] = []
         self.carried: Checkpoint | None = None
-        self.postponed = -1
         self._start(size)
 
     def _start(self, size: int) -> None:
@@ -153,14 +153,11 @@ class Recording:
         if self.wants_tracin and len(self.step_sizes.unknown) > known:
             warnings.warn(f"InfluenceAudit: {_plain_steps({optimizers.name_of(optimizer)})}", stacklevel=2)
 
-    def _grow(self) -> None:
-        for part in (self.dynamics, self._seen, self.tracin, self.labels, *([self.visits] if self.visits else [])):
-            part.grow(self.size)
-
     def _note(self, batch: BatchRecord) -> None:
         if (size := 1 + max(batch.indices or (), default=-1)) > self.size:  # of a stream
-            self.size = size + size // 8 + 256
-            self._grow()
+            self.size, parts = size + size // 8 + 256, self._parts()
+            for name in _BY_EXAMPLE & parts.keys():
+                parts[name].grow(self.size)
         self._unfiled.append(batch)
         if len(self._unfiled) >= _FILE_EVERY:
             self.flush()
@@ -241,7 +238,7 @@ class Recording:
 
     def _parts(self) -> dict[str, Any]:
         """Return those who keep something, each with a state of its own."""
-        parts = {
+        return {
             "losses": self.losses,
             "dynamics": self.dynamics,
             "seen": self._seen,
@@ -250,8 +247,8 @@ class Recording:
             "pace": self.pace,
             "labels": self.labels,
             "gaps": self.gaps,
+            **({} if self.visits is None else {"visits": self.visits}),
         }
-        return parts if self.visits is None else {**parts, "visits": self.visits}
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives only: Lightning can't resume from anything else."""
