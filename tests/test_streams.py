@@ -554,5 +554,5 @@ def test_the_book_is_not_asked_for_what_a_batch_does_not_hold() -> None:
     assert ids_in({"key": "only"}, "key") == ["only"]
     with pytest.raises(DataError, match="a list of Tensor, Tensor"):
         ids_in([torch.zeros(2), torch.zeros(2)], "key")
-    assert len(StreamSource(DataLoader(Stream(), 4), 2).at_hand) == 4
+    assert len(StreamSource([DataLoader(Stream(), 4)], 2).at_hand) == 4
     assert CLASSES == 3

@@ -9,8 +9,10 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.callbacks.lightning import MisconfigurationException, Trainer
+from lightning_influence.callbacks.loaders import train_loader, training_loaders
 from lightning_influence.callbacks.preparing import errors_as_misconfiguration
 from lightning_influence.core import distributed
+from lightning_influence.data.again import Again
 from lightning_influence.data.collation import DataError, is_plain
 from lightning_influence.data.ids import SampleId
 from lightning_influence.data.source import ExampleSource
@@ -49,6 +51,7 @@ class BatchIndexRecorder:
         self._loader: DataLoader[Any] | None = None
         self._tagging: Tagging | None = None
         self._found = BatchRecord(None, _ELSEWHERE)
+        self._unread = ""  # why ids of a batch could not be read
         self._undo: list[tuple[Any, str]] = []
 
     def attach(self, trainer: Trainer) -> None:
@@ -65,10 +68,8 @@ class BatchIndexRecorder:
         def looking(data: Any) -> Any:
             # What the data fetcher handed on, before hooks and devices change it.
             if trainer.training:
-                source = self.source
-                self._found = (
-                    self._read(trainer, source, data) if isinstance(source, StreamSource) else self._look_up(data)
-                )
+                streamed = self.sample_id is not None
+                self._found = self._read(trainer, data) if streamed else self._look_up(data)
             return convert(data)
 
         # On the instances, over the classes' methods: `detach` deletes them again.
@@ -87,13 +88,17 @@ class BatchIndexRecorder:
         self._leave()
         self.source, self._found = None, BatchRecord(None, _ELSEWHERE)
 
-    def source_of(self, loader: Any) -> ExampleSource:
-        """Return the examples of a loader.
+    def source_of(self, trainer: Trainer) -> ExampleSource:
+        """Return the examples that a trainer trains on.
 
         Raises:
-            DataError: As ``ExampleSource.from_loader``.
+            DataError: As ``ExampleSource.from_loader``, and for several loaders.
         """
-        if self.source is None or (loader is not self._loader and not isinstance(self.source, StreamSource)):
+        if self.sample_id is not None:
+            return self._stream(trainer)
+        training_loaders(trainer).check(by_id=False)
+        loader = train_loader(trainer)
+        if self.source is None or loader is not self._loader:
             return ExampleSource.from_loader(loader)
         return self.source
 
@@ -102,14 +107,29 @@ class BatchIndexRecorder:
         found, self._found = self._found, BatchRecord(None, _ELSEWHERE)
         return found
 
-    def _read(self, trainer: Trainer, source: StreamSource, batch: Any) -> BatchRecord:
-        endless = not math.isinf(trainer.num_training_batches)
+    def _read(self, trainer: Trainer, batch: Any) -> BatchRecord:
+        with errors_as_misconfiguration():
+            source = self._stream(trainer)
+        endless, own = not math.isinf(trainer.num_training_batches), training_loaders(trainer).own(batch)
         try:
-            return BatchRecord(tuple(source.met(batch, trainer.current_epoch, endless=endless)))
+            return BatchRecord(tuple(source.met(own, trainer.current_epoch, endless=endless)))
         except DataError as error:
             if not len(source):  # before the first step
                 raise MisconfigurationException(f"InfluenceAudit: {error}") from error
-            return BatchRecord(None, str(error))
+            self._unread = self._unread or str(error)
+            return BatchRecord(None, self._unread)
+
+    def _stream(self, trainer: Trainer) -> StreamSource:
+        """Return the examples of the loaders that there are by now."""
+        loaders = training_loaders(trainer)
+        if not isinstance(self.source, StreamSource):
+            loaders.check(by_id=True)
+            self.source = StreamSource(loaders.every, self.sample_id)
+            if self.known is not None:
+                self.source.load_state_dict(self.known)
+        elif list(map(id, loaders.every)) != list(map(id, self.source.loaders)):
+            self.source.take(loaders.every)
+        return self.source
 
     def _look_up(self, batch: Any) -> BatchRecord:
         drawn = None if self._tagging is None else self._tagging.registry.find(batch)
@@ -132,7 +152,8 @@ class BatchIndexRecorder:
         if loader is self._loader:
             return
         if self.sample_id is not None:
-            self._follow_stream(loader)
+            with errors_as_misconfiguration():
+                _check_stream(loader)
             return
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return
@@ -151,22 +172,24 @@ class BatchIndexRecorder:
         self.source = source
         self._loader, self._tagging = loader, Tagging.of(loader, collating)
 
-    def _follow_stream(self, loader: Any) -> None:
-        with errors_as_misconfiguration():
-            if distributed.world_size() > 1:
-                raise DataError(
-                    f"{distributed.world_size()} processes train on a stream, each with examples of its own: expected "
-                    "one process, `Trainer(devices=1)`."
-                )
-            if isinstance(self.source, StreamSource):  # loaded again
-                self.source.take(loader)
-            else:
-                self.source = StreamSource(loader, self.sample_id)
-                if self.known is not None:
-                    self.source.load_state_dict(self.known)
-        self._loader = loader
-
     def _leave(self) -> None:
         if self._tagging is not None:
             self._tagging.leave()
         self._loader = self._tagging = None
+
+
+def _check_stream(loader: Any) -> None:
+    """Raise ``DataError`` for what needs no ids, or has none that processes agree on."""
+    if distributed.world_size() > 1:
+        raise DataError(
+            f"{distributed.world_size()} processes train on a stream, each with examples of its own: expected one "
+            "process, `Trainer(devices=1)`."
+        )
+    Again([loader])
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    of_torch = type(sampler).__module__.startswith("torch.utils.data") and isinstance(loader, DataLoader)
+    if of_torch and not isinstance(loader.dataset, IterableDataset):
+        raise DataError(
+            f"{type(loader.dataset).__name__} has an index, which its examples are filed under. `ids=` names them: one "
+            "for each in their order, or a function from index to id; leave `sample_id` out."
+        )

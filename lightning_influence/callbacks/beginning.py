@@ -9,6 +9,7 @@ from lightning_influence.audit.naming import ExampleNames, Ids
 from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, version_of
+from lightning_influence.callbacks.loaders import train_loader
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.run import AuditRun
@@ -40,7 +41,7 @@ def begun(
     if isinstance(source, StreamSource):
         drawn, ids = source.at_hand, cast(Ids, source.book)
     else:
-        drawn, ids = bridge.drawn_from(trainer.train_dataloader, len(source)), arguments.ids
+        drawn, ids = bridge.drawn_from(train_loader(trainer), len(source)), arguments.ids
     first = preparing.some_of(drawn, source.batch_size)
     names = ExampleNames(source.dataset, ids, arguments.describe)
     if trainer.is_global_zero:

@@ -25,6 +25,7 @@ from lightning_influence.callbacks.lightning import (
     is_a,
     rank_zero_warn,
 )
+from lightning_influence.callbacks.loaders import train_loader, training_loaders
 from lightning_influence.core import distributed
 from lightning_influence.core.containers import leaves
 from lightning_influence.core.isolation import kept
@@ -53,6 +54,7 @@ def surroundings(trainer: Trainer, module: LightningModule) -> Surroundings:
     plugin = trainer.precision_plugin
 
     def to_device(batch: Any) -> Any:
+        batch = training_loaders(trainer).placed(batch)
         convert: Any = type(plugin).convert_input
         batch = convert(plugin, batch)  # past what notes the batches of training
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -103,7 +105,7 @@ def audited_indices(trainer: Trainer, seen: list[int], size: int, *, last: bool)
         size: Size of the data set.
         last: Whether no more examples are drawn. Until then some may turn up that passes must not have left out.
     """
-    loader: Any = trainer.train_dataloader
+    loader: Any = train_loader(trainer)
     limited = trainer.num_training_batches < length_of(loader) or bool(getattr(trainer, "overfit_batches", False))
     return seen if limited or (last and seen and not _draws_all(loader)) else drawn_from(loader, size)
 
@@ -270,7 +272,7 @@ def query_examples(loader: Any, batches: int | None = None) -> tuple[ExampleSour
         return source, drawn_from(loader, len(source))
     if distributed.world_size() > 1:
         raise DataError(f"{type(loader.dataset).__name__} is a stream, of which each process may have another part.")
-    stream = StreamSource(loader, None)
+    stream = StreamSource([loader], None)
     return stream, stream.counted(math.inf if batches is None else batches)
 
 

@@ -177,12 +177,12 @@ class InfluenceAudit(RunHooks):
         # Callbacks come before the model's own hooks, in which it may set up what its step needs.
         # Of a stream, the first batch is the only one that can be looked at without taking it from training.
         own = any(overrides(hook, pl_module) for hook in ("on_train_start", "on_train_epoch_start"))
-        if not own and not isinstance(self._recorder.source, StreamSource):
+        if not own and self.arguments.sample_id is None:
             self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> AuditRun:
         with preparing.errors_as_misconfiguration():
-            source = self._recorder.source_of(trainer.train_dataloader)
+            source = self._recorder.source_of(trainer)
             preparing.check_indices("known_noise", self.arguments.known_noise, source)
             preparing.check_indices("trusted", self.arguments.trusted, source)
             restored, self._restored = self._restored, None

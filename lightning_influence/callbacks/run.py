@@ -14,6 +14,7 @@ from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.keeping import keep_checkpoint, take_over_checkpoints
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_influence.callbacks.listening import BatchListener
+from lightning_influence.callbacks.loaders import train_loader
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
@@ -242,7 +243,7 @@ class AuditRun:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
         indices = result.scores.indices.tolist()
-        drawn = len(bridge.drawn_from(trainer.train_dataloader, recording.size))
+        drawn = len(bridge.drawn_from(train_loader(trainer), recording.size))
         never = 0 if isinstance(self.passes.source, StreamSource) else drawn - len(audited)
         result.notes.extend(_data_notes(self.passes, audited, indices, never))
         columns = recording.columns(indices, result.scores)

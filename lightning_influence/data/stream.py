@@ -60,7 +60,7 @@ class StreamSource(ExampleSource):
     """The examples of a loader that can only be gone over, filed by their ids.
 
     Args:
-        loader: A ``DataLoader`` of whatever kind, or another iterable of batches.
+        loaders: Each a ``DataLoader`` of whatever kind, or another iterable of batches.
         sample_id: How a batch tells the ids of its examples; None numbers them in the order of the loader.
 
     Attributes:
@@ -69,12 +69,12 @@ class StreamSource(ExampleSource):
         repeats: A few of their ids.
 
     Raises:
-        DataError: If the loader can be gone over only once.
+        DataError: If a loader can be gone over only once.
     """
 
-    def __init__(self, loader: Any, sample_id: SampleId | None) -> None:
+    def __init__(self, loaders: Sequence[Any], sample_id: SampleId | None) -> None:
         self.book = IdBook()
-        self._loader = Again(loader)
+        self._loader = Again(loaders)
         self._stream = Stream(self._loader.dataset, self.book)
         super().__init__(self._stream, batch_size=self._loader.batch_size, sequential=True)
         self.changed = self._loader.changed
@@ -84,9 +84,14 @@ class StreamSource(ExampleSource):
         self._seen = np.zeros(0, bool)  # in this epoch
         self._ends = False
 
-    def take(self, loader: Any) -> None:
-        """Go on with a loader that takes the place of the last one."""
-        self._loader = Again(loader)
+    @property
+    def loaders(self) -> list[Any]:
+        """What is gone over."""
+        return self._loader.loaders
+
+    def take(self, loaders: Sequence[Any]) -> None:
+        """Go on with loaders that take the place of the last ones."""
+        self._loader = Again(loaders)
         self._stream.dataset = self._loader.dataset
 
     @property
