@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import CLASSES, Classifier, Validated, make_trainer, vectors
 from torch import Tensor
@@ -342,7 +343,10 @@ class Once(IterableDataset[Any]):
 
 
 def test_a_stream_that_can_be_read_only_once(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"Once can be read only once .*makes a new iterator each time"):
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"Once can be read only once, as it holds an iterator \(examples\).*makes a new iterator each time",
+    ):
         report_of(tmp_path, DataLoader(Once(), 4))
 
 
@@ -554,5 +558,91 @@ def test_the_book_is_not_asked_for_what_a_batch_does_not_hold() -> None:
     assert ids_in({"key": "only"}, "key") == ["only"]
     with pytest.raises(DataError, match="a list of Tensor, Tensor"):
         ids_in([torch.zeros(2), torch.zeros(2)], "key")
-    assert len(StreamSource([DataLoader(Stream(), 4)], 2).at_hand) == 4
+    assert len(StreamSource(DataLoader(Stream(), 4), 2).at_hand) == 4
     assert CLASSES == 3
+
+
+# --------------------------------------------------------------------------------------------- several loaders
+
+
+class Unwrapping(Validated):
+    """Takes its batches out of what the trainer puts around them."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        while not isinstance(batch[next(iter(batch))] if isinstance(batch, dict) else batch[0], Tensor):
+            batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda loader: [loader],
+        lambda loader: {"labelled": loader},
+        lambda loader: {"a": [loader]},
+        lambda loader: CombinedLoader({"a": loader}, "min_size"),
+    ],
+)
+def test_one_loader_in_a_container(around: Callable[[Any], Any], stream: bool, tmp_path: Path) -> None:
+    validation = DataLoader(vectors(10, seed=4), 5)
+    if stream:
+        loader, audit = DataLoader(Stream(), 4), InfluenceAudit(sample_id=2)
+    else:
+        loader, audit = DataLoader(DATA, 4), InfluenceAudit()
+    found = report_of(tmp_path, around(loader), audit=audit, model=Unwrapping, validation=validation)
+    plain = report_of(tmp_path, DataLoader(DATA, 4), audit=InfluenceAudit(), model=Validated, validation=validation)
+    for column in SCORES:
+        np.testing.assert_allclose(found.columns[column], plain.columns[column], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("sample_id", [None, 2])
+@pytest.mark.parametrize("mode", ["max_size_cycle", "min_size"])
+def test_several_loaders_at_once_are_refused(mode: Any, sample_id: Any, tmp_path: Path) -> None:
+    data = Stream() if sample_id else [*Stream()]
+    loaders = CombinedLoader({"a": DataLoader(data, 4), "b": DataLoader(data, 4)}, mode)
+    with pytest.raises(MisconfigurationException, match=r"goes over 2 loaders at once \(a, b\).*`ConcatDataset`"):
+        fitted(tmp_path, loaders, audit=InfluenceAudit(sample_id=sample_id), model=Unwrapping)
+
+
+# ------------------------------------------------------------------------------------------------ what is shown
+
+
+class Pictures(Stream):
+    def example(self, k: int) -> Any:
+        generator = torch.Generator().manual_seed(k)
+        return torch.rand(1, 6, 6, generator=generator), DATA[k][1], name(k)
+
+
+def test_pictures_and_texts_of_a_stream(tmp_path: Path) -> None:
+    """They are fetched by going over it once more; an example is what a data set would return."""
+    asked: list[str] = []
+
+    def describe(example: Any) -> str:
+        asked.append(example[2])
+        return f"picture {example[2]} of {tuple(example[0].shape)}"
+
+    audit = InfluenceAudit(sample_id=2, describe=describe)
+    audit, _ = fitted(tmp_path, DataLoader(Pictures(), 4), audit=audit, model=lambda: Classifier(features=36))
+    assert audit is not None
+    assert asked
+    names = audit._run.reporter.names  # type: ignore[union-attr]
+    assert names.shown([3, 20]) == [f"picture {name(k)} of (1, 6, 6)" for k in (3, 20)]
+    plain, _ = fitted(
+        tmp_path, DataLoader(Pictures(), 4), audit=InfluenceAudit(sample_id=2), model=lambda: Classifier(features=36)
+    )
+    images = plain._run.reporter.names.shown([3, 20])  # type: ignore[union-attr]
+    assert [torch.equal(image, Pictures().example(k)[0]) for image, k in zip(images, (3, 20), strict=True)] == [
+        True
+    ] * 2
+
+
+@pytest.mark.parametrize("argument", ["known_noise", "trusted"])
+def test_a_stream_has_no_indices_to_know_of(argument: str, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=f"{argument} holds indices, and a stream has none"):
+        report_of(tmp_path, DataLoader(Stream(), 4), audit=InfluenceAudit(sample_id=2, **{argument: [1]}))  # type: ignore[arg-type]
+
+
+def test_data_with_an_index_are_named_by_ids(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"TensorDataset has an index.*`ids=` names them"):
+        report_of(tmp_path, DataLoader(DATA, 4))

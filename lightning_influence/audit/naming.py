@@ -22,6 +22,7 @@ from lightning_influence.core.errors import short
 from lightning_influence.core.isolation import left_alone
 from lightning_influence.data.contents import copied
 from lightning_influence.data.ids import IdBook, plain_id
+from lightning_influence.data.stream import Stream
 
 Ids = Sequence[Any] | NDArray[Any] | Tensor | Callable[[int], Any] | None
 Describe = Callable[[Any], Any] | Any
@@ -118,6 +119,7 @@ class ExampleNames:
         if self._describe is None:
             return None
         found = np.full(len(indices), "", dtype=object)
+        _fetch(self.dataset, indices[:_MOST_TEXTS])
         for place, shown in enumerate(self._described(self.dataset, list(indices[:_MOST_TEXTS]))):
             if isinstance(shown, Tensor):
                 return None
@@ -127,6 +129,7 @@ class ExampleNames:
     def shown(self, indices: Sequence[int], dataset: Any = None) -> Sequence[Tensor | str] | None:
         """Return what can be shown of some examples: as described, else the images that they hold; None for neither."""
         dataset, indices = self.dataset if dataset is None else dataset, list(indices)
+        _fetch(dataset, indices)
         if self._describe is not None:
             found = list(self._described(dataset, indices))
             if any(each is not None for each in found):
@@ -177,6 +180,12 @@ class ExampleNames:
             f"({type(error).__name__}: {error}). It is shown without; the audit goes on.",
             stacklevel=2,
         )
+
+
+def _fetch(dataset: Any, indices: Sequence[int]) -> None:
+    """Have the examples of a stream at hand, by going over it once for all of them."""
+    if isinstance(dataset, Stream):
+        dataset.fetch(indices)
 
 
 # ------------------------------------------------------------------ where examples come from

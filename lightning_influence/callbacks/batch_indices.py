@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.callbacks.lightning import MisconfigurationException, Trainer
-from lightning_influence.callbacks.loaders import train_loader, training_loaders
+from lightning_influence.callbacks.loaders import batch_of_loader, train_loader
 from lightning_influence.callbacks.preparing import errors_as_misconfiguration
 from lightning_influence.core import distributed
 from lightning_influence.data.again import Again
@@ -96,7 +96,6 @@ class BatchIndexRecorder:
         """
         if self.sample_id is not None:
             return self._stream(trainer)
-        training_loaders(trainer).check(by_id=False)
         loader = train_loader(trainer)
         if self.source is None or loader is not self._loader:
             return ExampleSource.from_loader(loader)
@@ -110,7 +109,7 @@ class BatchIndexRecorder:
     def _read(self, trainer: Trainer, batch: Any) -> BatchRecord:
         with errors_as_misconfiguration():
             source = self._stream(trainer)
-        endless, own = not math.isinf(trainer.num_training_batches), training_loaders(trainer).own(batch)
+        endless, own = not math.isinf(trainer.num_training_batches), batch_of_loader(trainer, batch)
         try:
             return BatchRecord(tuple(source.met(own, trainer.current_epoch, endless=endless)))
         except DataError as error:
@@ -120,15 +119,14 @@ class BatchIndexRecorder:
             return BatchRecord(None, self._unread)
 
     def _stream(self, trainer: Trainer) -> StreamSource:
-        """Return the examples of the loaders that there are by now."""
-        loaders = training_loaders(trainer)
+        """Return the examples of the loader that there is by now."""
+        loader = train_loader(trainer)
         if not isinstance(self.source, StreamSource):
-            loaders.check(by_id=True)
-            self.source = StreamSource(loaders.every, self.sample_id)
+            self.source = StreamSource(loader, self.sample_id)
             if self.known is not None:
                 self.source.load_state_dict(self.known)
-        elif list(map(id, loaders.every)) != list(map(id, self.source.loaders)):
-            self.source.take(loaders.every)
+        elif loader is not self.source.loader:
+            self.source.take(loader)
         return self.source
 
     def _look_up(self, batch: Any) -> BatchRecord:
@@ -185,7 +183,7 @@ def _check_stream(loader: Any) -> None:
             f"{distributed.world_size()} processes train on a stream, each with examples of its own: expected one "
             "process, `Trainer(devices=1)`."
         )
-    Again([loader])
+    Again(loader)
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     of_torch = type(sampler).__module__.startswith("torch.utils.data") and isinstance(loader, DataLoader)
     if of_torch and not isinstance(loader.dataset, IterableDataset):

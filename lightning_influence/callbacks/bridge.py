@@ -25,7 +25,7 @@ from lightning_influence.callbacks.lightning import (
     is_a,
     rank_zero_warn,
 )
-from lightning_influence.callbacks.loaders import train_loader, training_loaders
+from lightning_influence.callbacks.loaders import batch_of_step, train_loader
 from lightning_influence.core import distributed
 from lightning_influence.core.containers import leaves
 from lightning_influence.core.isolation import kept
@@ -54,7 +54,7 @@ def surroundings(trainer: Trainer, module: LightningModule) -> Surroundings:
     plugin = trainer.precision_plugin
 
     def to_device(batch: Any) -> Any:
-        batch = training_loaders(trainer).placed(batch)
+        batch = batch_of_step(trainer, batch)
         convert: Any = type(plugin).convert_input
         batch = convert(plugin, batch)  # past what notes the batches of training
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -272,7 +272,7 @@ def query_examples(loader: Any, batches: int | None = None) -> tuple[ExampleSour
         return source, drawn_from(loader, len(source))
     if distributed.world_size() > 1:
         raise DataError(f"{type(loader.dataset).__name__} is a stream, of which each process may have another part.")
-    stream = StreamSource([loader], None)
+    stream = StreamSource(loader, None)
     return stream, stream.counted(math.inf if batches is None else batches)
 
 

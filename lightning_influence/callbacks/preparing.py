@@ -219,6 +219,11 @@ def check_queries(trainer: Trainer, module: LightningModule, queries: Queries | 
 
 def check_indices(name: str, indices: Tensor | None, source: ExampleSource) -> None:
     """Raise ``DataError`` for indices beyond the data."""
+    if indices is not None and isinstance(source, StreamSource):
+        raise DataError(
+            f"{name} holds indices, and a stream has none before it is trained on. Leave it out, and compare "
+            'the ids of the report: `report["id"]`.'
+        )
     if indices is not None and int(indices.max()) >= len(source):
         raise DataError(f"{name} holds the index {int(indices.max())}; the data have {len(source)} examples.")
 

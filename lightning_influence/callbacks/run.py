@@ -295,7 +295,8 @@ def _data_notes(passes: TrainingPasses, audited: list[int], scored: list[int], n
     notes += source.notes() if isinstance(source, StreamSource) else []
     if missing := sorted(set(audited) - set(scored)):
         reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
-        notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed(missing, 10)} ({reasons})")
+        named = source.book[missing].tolist() if isinstance(source, StreamSource) else missing
+        notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed(named, 10)} ({reasons})")
     if lacking := ", ".join(sorted(map(str, passes.lacking))):
         notes.append(f"training has had terms of the loss that the passes, in eval mode, have not: {lacking}")
     if never:

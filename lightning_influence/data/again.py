@@ -2,68 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
+from types import FunctionType, ModuleType
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_influence.core.containers import children
 from lightning_influence.core.errors import told
-from lightning_influence.core.isolation import LONGEST_OF_DATA, unchanged
+from lightning_influence.core.isolation import unchanged
 from lightning_influence.core.origin import is_stream
 from lightning_influence.core.random_streams import OwnStreams
-from lightning_influence.core.reachable import Walk
 from lightning_influence.data.collation import DataError
 
 _END = object()
+# Where iterators are looked for in a data set.
+_DEEPEST, _WIDEST, _MOST_HELD = 6, 64, 2_000
 
 
 class Again:
-    """Loaders, to be gone over one after the other as often as somebody asks.
+    """A loader, to be gone over as often as somebody asks.
 
     Args:
-        loaders: Each a ``DataLoader`` of whatever kind, or another iterable of batches.
+        loader: A ``DataLoader`` of whatever kind, or another iterable of batches.
 
     Attributes:
-        dataset: The first one's data set; of a loader without one, itself.
-        changed: What was found to change in them, and put back.
+        dataset: Its data set; of a loader without one, itself.
+        changed: What was found to change in it, and put back.
 
     Raises:
-        DataError: If one can be gone over only once.
+        DataError: If it can be gone over only once.
     """
 
-    def __init__(self, loaders: Sequence[Any]) -> None:
-        self.loaders = list(loaders)
-        self.dataset = _data_of(self.loaders[0])
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.dataset = getattr(loader, "dataset", loader)
         self.changed: dict[str, None] = {}
-        for loader in self.loaders:
-            _check(_data_of(loader))
+        _check(self.dataset)
 
     @property
     def apart(self) -> bool:
-        """Whether iterators have nothing to do with training's: else they wait for its end."""
-        return all(map(_is_known, self.loaders))
+        """Whether an iterator has nothing to do with training's: else it waits for its end."""
+        kind = type(self.loader)
+        return isinstance(self.loader, DataLoader) and (
+            kind.__iter__ is DataLoader.__iter__ or kind.__module__.startswith("torchdata")
+        )
 
     @property
     def batch_size(self) -> int:
         """Number of examples in a batch, as far as the loader tells."""
-        told = self.loaders[0], getattr(self.loaders[0], "batch_sampler", None)
+        told = self.loader, getattr(self.loader, "batch_sampler", None)
         sizes = [getattr(each, "batch_size", None) for each in told]
         return next((size for size in sizes if isinstance(size, int) and size > 0), 32)
 
     def __iter__(self) -> Iterator[Any]:
-        """Go over all batches once, with random streams of its own, and leave what that reaches as it was."""
-        own = OwnStreams()
-        for loader in self.loaders:
-            yield from self._batches(_another(loader) if _is_known(loader) else loader, own)
-
-    def _batches(self, loader: Any, own: OwnStreams) -> Iterator[Any]:
-        names = "batch_sampler", "sampler", "collate_fn"
-        reached = [_data_of(loader), *(getattr(loader, name, None) for name in names)]
+        """Go over the loader once, with random streams of its own, and leave what that reaches as it was."""
+        own, loader = OwnStreams(), _another(self.loader) if self.apart else self.loader
+        reached = [self.dataset, *(getattr(loader, name, None) for name in ("batch_sampler", "sampler", "collate_fn"))]
         with unchanged(*(each for each in reached if each is not None)) as state:
             fetching: Iterator[Any] | None = None
             while True:
-                with own, told(partial(_refusal, _data_of(loader))):
+                with own, told(partial(_refusal, self.dataset)):
                     fetching = iter(loader) if fetching is None else fetching
                     batch = next(fetching, _END)
                 if batch is _END:
@@ -74,35 +77,36 @@ class Again:
         self.changed |= state.changed
 
 
-def _data_of(loader: Any) -> Any:
-    return getattr(loader, "dataset", loader)
-
-
-def _is_known(loader: Any) -> bool:
-    return isinstance(loader, DataLoader) and (
-        type(loader).__iter__ is DataLoader.__iter__ or type(loader).__module__.startswith("torchdata")
-    )
-
-
 def _refusal(dataset: Any, words: str) -> DataError:
     return DataError(f"{type(dataset).__name__} can't be gone over once more ({words}).")
 
 
 def _check(dataset: Any) -> None:
     """Raise ``DataError`` for what can be read only once."""
-    held = [("", dataset)] + [
-        (found.path, value)
-        for found in Walk([(type(dataset).__name__, dataset)], LONGEST_OF_DATA)
-        if found.slots is not None
-        for value in _values(found.slots.read())
-    ]
-    once = [path for path, value in held if is_stream(value)]
-    if once or hasattr(type(dataset), "__next__"):
+    held = next((path for path, value in _held_by(dataset) if is_stream(value)), None)
+    if held is not None or hasattr(type(dataset), "__next__"):
+        why = f"holds an iterator ({held})" if held else "is one"
         raise DataError(
-            f"{type(dataset).__name__} can be read only once (it is, or holds, an iterator: "
-            f"{(once or [''])[0] or type(dataset).__name__}): an audit goes over the data once more. Expected a "
-            "data set whose `__iter__` makes a new iterator each time it is called."
+            f"{type(dataset).__name__} can be read only once, as it {why}, and an audit goes over the data once more. "
+            "Expected a data set whose `__iter__` makes a new iterator each time it is called."
         )
+
+
+def _held_by(dataset: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what a data set holds, and what that holds, with names; not classes, functions, modules."""
+    waiting, seen = deque([("", dataset, _DEEPEST)]), set[int]()
+    while waiting and len(seen) < _MOST_HELD:
+        path, node, depth = waiting.popleft()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield path, node
+        items = children(node)
+        if items is None and not isinstance(node, (type, ModuleType, FunctionType, Tensor)):
+            items = getattr(node, "__dict__", {}).items()
+        if depth:
+            below = ((f"{path}.{key}".strip("."), item, depth - 1) for key, item in items or ())
+            waiting.extend(islice(below, _WIDEST))
 
 
 def _another(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -118,7 +122,3 @@ def _another(loader: DataLoader[Any]) -> DataLoader[Any]:
     else:
         settings["batch_sampler"] = loader.batch_sampler
     return DataLoader(loader.dataset, **settings)
-
-
-def _values(held: Any) -> list[Any]:
-    return list(held.values()) if isinstance(held, Mapping) else list(held)

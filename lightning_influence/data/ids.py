@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from typing import Any, TypeAlias
@@ -117,7 +117,7 @@ class IdBook:
         """Return the number of ids."""
         return len(self._ends) - 1
 
-    def __getitem__(self, at: NDArray[np.integer[Any]]) -> NDArray[Any]:
+    def __getitem__(self, at: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[Any]:
         """Return the ids of some numbers: integers if all of the book are, else texts."""
         found = [self._key(place).decode() for place in np.asarray(at).tolist()]
         return np.asarray(list(map(int, found)), np.int64) if self._whole else np.asarray(found, dtype=object)

@@ -32,20 +32,27 @@ class Stream(Dataset[Any]):
     Args:
         dataset: The stream.
         book: The ids of its examples.
+        go_over: Puts examples into ``held``.
 
     Attributes:
         rows: Those of the batch that was handed out last.
         held: What was asked to be kept.
     """
 
-    def __init__(self, dataset: Any, book: IdBook) -> None:
+    def __init__(self, dataset: Any, book: IdBook, go_over: Callable[[Sequence[int]], None]) -> None:
         self.dataset, self.book = dataset, book
         self.rows: dict[int, Row] = {}
         self.held: dict[int, Any] = {}
+        self._go_over = go_over
 
     def __len__(self) -> int:
         """Return the number of examples that have come so far."""
         return len(self.book)
+
+    def fetch(self, indices: Sequence[int]) -> None:
+        """Have a few examples at hand, and keep them: pictures and texts of the candidates."""
+        if wanted := [index for index in indices if index not in self.held and index not in self.rows]:
+            self._go_over(wanted)
 
     def __getitem__(self, index: int) -> Any:
         """Return what a batch held of an example that is at hand."""
@@ -60,7 +67,7 @@ class StreamSource(ExampleSource):
     """The examples of a loader that can only be gone over, filed by their ids.
 
     Args:
-        loaders: Each a ``DataLoader`` of whatever kind, or another iterable of batches.
+        loader: A ``DataLoader`` of whatever kind, or another iterable of batches.
         sample_id: How a batch tells the ids of its examples; None numbers them in the order of the loader.
 
     Attributes:
@@ -69,13 +76,13 @@ class StreamSource(ExampleSource):
         repeats: A few of their ids.
 
     Raises:
-        DataError: If a loader can be gone over only once.
+        DataError: If the loader can be gone over only once.
     """
 
-    def __init__(self, loaders: Sequence[Any], sample_id: SampleId | None) -> None:
+    def __init__(self, loader: Any, sample_id: SampleId | None) -> None:
         self.book = IdBook()
-        self._loader = Again(loaders)
-        self._stream = Stream(self._loader.dataset, self.book)
+        self._loader = Again(loader)
+        self._stream = Stream(self._loader.dataset, self.book, self._hold)
         super().__init__(self._stream, batch_size=self._loader.batch_size, sequential=True)
         self.changed = self._loader.changed
         self.sample_id = sample_id
@@ -85,13 +92,13 @@ class StreamSource(ExampleSource):
         self._ends = False
 
     @property
-    def loaders(self) -> list[Any]:
+    def loader(self) -> Any:
         """What is gone over."""
-        return self._loader.loaders
+        return self._loader.loader
 
-    def take(self, loaders: Sequence[Any]) -> None:
-        """Go on with loaders that take the place of the last ones."""
-        self._loader = Again(loaders)
+    def take(self, loader: Any) -> None:
+        """Go on with a loader that takes the place of the last one."""
+        self._loader = Again(loader)
         self._stream.dataset = self._loader.dataset
 
     @property
@@ -258,12 +265,10 @@ class StreamSource(ExampleSource):
                 break
         return list(range(found))
 
-    def hold(self, indices: Sequence[int]) -> None:
+    def _hold(self, indices: Sequence[int]) -> None:
         """Go over the stream for a few examples, and keep them in ``dataset``."""
-        wanted = [index for index in indices if index not in self._stream.held]
-        if wanted:
-            for chosen, _ in self.batches(wanted):
-                self._stream.held |= {index: self._stream.rows[index].example() for index in chosen}
+        for chosen, _ in self.batches(indices):
+            self._stream.held |= {index: self._stream.rows[index].example() for index in chosen}
 
     # ------------------------------------------------------------------ what an index would allow
 
