@@ -26,8 +26,8 @@ Columns = Mapping[str, NDArray[Any]]
 
 # Share of the labels acted on that are expected to be wrong, at least.
 PRECISION = 0.8
-# A class of which more would be gone (or twice the noise rate, if that is more) is left alone.
-_MOST_OF_A_CLASS = 0.5
+# A class of which more would be gone is left alone: twice the noise rate, within these bounds.
+_MOST_OF_A_CLASS = 0.5, 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def advice(columns: Columns, beliefs: LabelBeliefs, precision: float = PRECISION
     rows = rows[np.argsort(-probability[rows], kind="stable")]
     sure = _sure(probability, rows, beliefs, precision)[: _cap(beliefs, labels)]
     sizes, taken = np.bincount(labels[labels >= 0]), np.bincount(labels[sure], minlength=1)
-    most = max(_MOST_OF_A_CLASS, 2 * beliefs.noise_rate)
+    most = np.clip(2 * beliefs.noise_rate, *_MOST_OF_A_CLASS)
     spared = {int(own): int(taken[own]) for own in np.flatnonzero(taken) if taken[own] > most * sizes[own]}
     rows = _sure(probability, rows[~np.isin(labels[rows], list(spared))], beliefs, precision)[: _cap(beliefs, labels)]
     if not len(rows):
