@@ -21,7 +21,7 @@ from lightning_influence.audit.columns import COLUMNS, Columns
 from lightning_influence.audit.trusted import wrong_beside_trusted
 from lightning_influence.training.evidence import LabelEvidence
 
-_NO_CLASSES = "the loss has no classes: an example that fits badly may be right all the same"
+_NO_CLASSES = "an example has no single class (but a number, tokens or several labels): it may fit badly and be right"
 _NO_EVIDENCE = "no features of the first epochs were looked at"
 
 # Beside trusted labels some of the others must be wrong with this probability, or nothing is said of them.
@@ -76,6 +76,8 @@ def judged(
         right = np.isin(result["index"], trusted)
         if "wrong_probability" in result:
             beliefs, result["wrong_probability"] = _beside_trusted(beliefs, result, right & np.isfinite(suspicion))
+        else:
+            beliefs = replace(beliefs, reason=f"{beliefs.reason}, and trusted labels do not change that")
         eligible &= ~right
         beliefs = replace(beliefs, trusted=int(right.sum()))
     if "wrong_probability" in result:
