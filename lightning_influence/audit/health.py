@@ -39,6 +39,8 @@ class Health:
         inspect: How many examples of the ranking to look at, from the first.
         expected: How many of these are expected to be wrong.
         nonfinite: How many examples have a non-finite loss or gradient.
+        duplicates: Pairs of dataset indices that are likely copies of each other.
+        contradicting: Those of them that carry different labels.
     """
 
     examples: int
@@ -51,6 +53,8 @@ class Health:
     inspect: int
     expected: float
     nonfinite: int
+    duplicates: tuple[tuple[int, int], ...] = ()
+    contradicting: tuple[tuple[int, int], ...] = ()
     _names: Sequence[str] | None = field(default=None)
     _counted: str = ""
 
@@ -70,6 +74,8 @@ class Health:
             "inspect": self.inspect,
             "expected": _known(self.expected),
             "nonfinite": self.nonfinite,
+            "duplicates": [list(pair) for pair in self.duplicates],
+            "contradicting": [list(pair) for pair in self.contradicting],
         }
 
     def lines(self) -> list[tuple[str, str]]:
@@ -86,6 +92,11 @@ class Health:
         if self.overlaps:
             pairs = [f"{self._class(a)} and {self._class(b)} {n:,.0f}" for (a, b), n in self.overlaps.items()]
             told.append(("overlap", f"labels that are one and may be the other: {listed(pairs, _LISTED)}"))
+        if self.duplicates:
+            found = f"{len(self.duplicates):,} pairs are likely copies: {_pairs(self.duplicates)}"
+            if self.contradicting:
+                found += f"; {len(self.contradicting):,} with different labels: {_pairs(self.contradicting)}"
+            told.append(("duplicates", found))
         if self.nonfinite:
             told.append(("non-finite", f"{self.nonfinite:,} examples: look at their inputs first"))
         return told
@@ -118,6 +129,10 @@ class Health:
     __repr__ = __str__
 
 
+def _pairs(pairs: Sequence[tuple[int, int]]) -> str:
+    return listed([f"{one} and {other}" for one, other in pairs], _LISTED)
+
+
 def health(columns: Columns, manifest: Mapping[str, Any]) -> Health:
     """Return how good the labels are; see ``AuditReport.health``."""
     about = manifest.get("labels") or {}
@@ -132,6 +147,7 @@ def health(columns: Columns, manifest: Mapping[str, Any]) -> Health:
             wrong[given] += count
         pair = min(given, other), max(given, other)
         overlaps[pair] = overlaps.get(pair, 0.0) + count
+    duplicates, contradicting = _duplicates(columns)
     return Health(
         examples=len(columns["index"]),
         verdict="told" if told else "cannot tell",
@@ -143,9 +159,28 @@ def health(columns: Columns, manifest: Mapping[str, Any]) -> Health:
         inspect=inspect,
         expected=expected,
         nonfinite=int((~columns["finite"].astype(bool)).sum()),
+        duplicates=duplicates,
+        contradicting=contradicting,
         _names=manifest.get("label_names"),
         _counted=beliefs.counted,
     )
+
+
+def _duplicates(columns: Columns) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """Return the pairs that are likely copies, and those of them with different labels."""
+    if not {"nearest", "near_duplicate"} <= set(columns):
+        return (), ()
+    rows = np.flatnonzero(columns["near_duplicate"])
+    found = np.sort(np.stack([columns["index"][rows], columns["nearest"][rows]], 1), 1)
+    pairs = np.unique(found, axis=0)
+    if "label" not in columns or not len(pairs):
+        return _tuples(pairs), ()
+    given = columns["label"][np.searchsorted(columns["index"], pairs)]  # sorted by index
+    return _tuples(pairs), _tuples(pairs[(given >= 0).all(1) & (given[:, 0] != given[:, 1])])
+
+
+def _tuples(pairs: NDArray[Any]) -> tuple[tuple[int, int], ...]:
+    return tuple((int(one), int(other)) for one, other in pairs)
 
 
 def _unknown(columns: Columns) -> str:

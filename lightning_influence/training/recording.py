@@ -19,6 +19,7 @@ from lightning_influence.objective.terms import TermForm
 from lightning_influence.training import optimizers
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.checkpoints import Checkpoint
+from lightning_influence.training.curves import CurveRecord
 from lightning_influence.training.dynamics import TrainingDynamics
 from lightning_influence.training.evidence import LabelEvidence
 from lightning_influence.training.example_sums import ExampleSums, share
@@ -48,6 +49,7 @@ class Recording:
     Attributes:
         losses: What the batches' losses are made of.
         dynamics: What they have said of the examples.
+        curves: The same, epoch by epoch.
         step_sizes: Learning rates that were really used.
         tracin: TracIn from passes.
         visits: TracIn in flight, if that is how it is computed.
@@ -78,6 +80,7 @@ class Recording:
     def _start(self, size: int) -> None:
         self.size = size
         self.dynamics = TrainingDynamics(size)
+        self.curves = CurveRecord(self.dynamics)
         self.tracin = TracInScores(size)
         self.visits = VisitSums(size) if self._in_flight else None
         self.labels = LabelRecord(size)
@@ -95,6 +98,7 @@ class Recording:
         checks = self.dynamics.checks_labels
         self._start(size)
         self.dynamics.checks_labels = checks
+        self.curves.epoch = epoch
         self.losses.start_again()
         self.gaps.start_again(epoch)
 
@@ -237,6 +241,7 @@ class Recording:
         parts = {
             "losses": self.losses,
             "dynamics": self.dynamics,
+            "curves": self.curves,  # once the dynamics are there
             "seen": self._seen,
             "step_sizes": self.step_sizes,
             "tracin": self.tracin,
@@ -275,6 +280,8 @@ class Recording:
         for name, part in self._parts().items():
             if name in state["parts"] and (tracin or name not in _OF_TRACIN):
                 part.load_state_dict(state["parts"][name])
+        if "curves" not in state["parts"]:  # of an earlier version
+            self.curves.load_state_dict({})
         self.dynamics.contradicted_batches = self.gaps.contradicted
         self._passes, self.notes, self.directory = list(state["passes"]), list(state["notes"]), state["directory"]
         self.kept = [Checkpoint(parameters={}, **each) for each in state["kept"]]

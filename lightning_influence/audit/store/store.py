@@ -9,6 +9,7 @@ Layout of `<log_dir>/influence/`:
 | `pairs.parquet` | one row per pair of a query and one of its strongest training examples, if there are queries |
 | `candidates.csv` | the suspicious rows, worst first, for people and spreadsheets |
 | `columns.md` | what the columns mean |
+| `curves/epoch-<epoch>.safetensors` | loss, margin and probability of each example in one epoch |
 | `factors/<block>.safetensors` | the curvature factors of one parameter block |
 | `checkpoints/step-<step>.safetensors` | weights and step sizes at one time of training |
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,7 +51,7 @@ STATUSES = ("recording", "interrupted", "complete")
 
 _PAIRS = "pairs.parquet"
 _MANIFEST, _SCORES, _CANDIDATES, _GLOSSARY = "manifest.json", "scores.parquet", "candidates.csv", "columns.md"
-_CHECKPOINTS = "checkpoints"
+_CHECKPOINTS, _CURVES = "checkpoints", "curves"
 _VERSION = "lightning_influence.schema_version"
 # A manifest of a million layers has a tenth of this.
 _LARGEST_MANIFEST = 2**28
@@ -265,6 +267,39 @@ class AuditStore:
                     found[name] = load_tensors(path)
         return dict(sorted(found.items()))
 
+    def write_curves(self, kept: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Writes one file an epoch; those of other epochs go, and what is there stays: an epoch is over once.
+
+        Args:
+            kept: Epoch to curve name to values by dataset index, see `curves.Curves`.
+
+        Raises:
+            StoreError: A file cannot be written.
+        """
+        stored = self._curve_files()
+        for epoch in kept.keys() - stored.keys():
+            data = packed_tensors(kept[epoch], {})
+            with replacing(self.directory / _CURVES / f"epoch-{epoch:05d}{SUFFIX}") as handle:
+                handle.write(data)
+        for epoch in stored.keys() - kept.keys():
+            with suppress(OSError):
+                stored[epoch].unlink()
+
+    def read_curves(self) -> dict[int, dict[str, Tensor]]:
+        """Reads the curves, see `write_curves`; a damaged file is left out with a warning: the audit is whole."""
+        found = {}
+        for epoch, path in self._curve_files().items():
+            try:
+                with reading(path):
+                    found[epoch] = _flat(load_tensors(path)[0])
+            except StoreError as error:
+                warnings.warn(f"no curves of epoch {epoch}: {error}", stacklevel=3)
+        return found
+
+    def _curve_files(self) -> dict[int, Path]:
+        files = {file.stem.removeprefix("epoch-"): file for file in (self.directory / _CURVES).glob(f"epoch-*{SUFFIX}")}
+        return {int(number): file for number, file in sorted(files.items()) if number.isdecimal()}
+
     def checkpoints(self) -> KeptCheckpoints:
         """The stored checkpoints, in order; each is read when it is asked for."""
         return KeptCheckpoints(self.directory / _CHECKPOINTS)
@@ -281,6 +316,13 @@ class AuditStore:
         path = self.directory / file_name
         with reading(path, "" if path.exists() else f" (status of the audit: {self.status!r})"):
             return read_table(path)
+
+
+def _flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, tensor in tensors.items():
+        if tensor.ndim != 1 or tensor.dtype != torch.float32:
+            raise ValueError(f"{name!r} is {tensor.dtype} of the shape {tuple(tensor.shape)}; expected float32 [n]")
+    return tensors
 
 
 def jsonable(value: Any) -> Any:
