@@ -82,3 +82,20 @@ class TestTheBound:
         assert not copies[3:5].any()
         for few in (torch.zeros(0, 4), torch.ones(1, 4), torch.ones(4, 4), torch.zeros(20, 4)):
             assert not nearest_examples(few)[2].any()
+
+
+def test_targets_of_a_regression_that_are_far_off() -> None:
+    from lightning_influence.audit.ranking import rank
+
+    generator = np.random.default_rng(0)
+    residuals = np.abs(generator.standard_normal(2000))
+    clean = AuditReport(rank({"index": np.arange(2000), "el2n": residuals}))
+    residuals = residuals + 6 * (np.arange(2000) < 30)
+    report = AuditReport(rank({"index": np.arange(2000), "el2n": 7 * residuals}))
+    assert clean.health().inspect <= 4  # 0.9 are expected
+    assert 30 <= report.health().inspect <= 34
+    assert set(report.ranking[:30].tolist()) == set(range(30))
+    assert not len(report.candidates)
+    assert "0.9 would be if residuals were normal" in str(report)
+    assert "targets are over 3.5 robust deviations" in str(report.health())
+    assert AuditReport(rank({"index": np.arange(9), "el2n": np.zeros(9)})).health().inspect == 0

@@ -19,6 +19,7 @@ from lightning_influence.gradients.coverage import listed
 _WORTH_A_LOOK = 0.25
 _FIRST_LOOK = 50  # where nothing is known
 _LISTED = 5
+_FAR, _NORMAL_MEDIAN = 3.5, 0.6745  # deviations; of the distances of a standard normal number
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -113,6 +114,8 @@ class Health:
 
     def _inspect(self) -> str:
         if not self.inspect:
+            if math.isnan(self.expected):
+                return "nothing: no target is far off"
             return f"nothing: no label is wrong with a probability of {_WORTH_A_LOOK:.0%}"
         first = f"the first {self.inspect:,} of the ranking"
         if math.isnan(self.expected):
@@ -138,6 +141,8 @@ def health(columns: Columns, manifest: Mapping[str, Any]) -> Health:
     about = manifest.get("labels") or {}
     beliefs = LabelBeliefs.read(about)
     told, reason = beliefs.told, beliefs.reason if about else _unknown(columns)
+    if (residuals := far_off(columns)) is not None:
+        reason = f"{reason}; {far_off_told(*residuals)}"
     inspect, expected = _worth_a_look(columns, told)
     sizes = _counts(columns["label"]) if "label" in columns else {}
     wrong: dict[int, float] = dict.fromkeys(sizes, 0.0 if told else math.nan)
@@ -163,6 +168,28 @@ def health(columns: Columns, manifest: Mapping[str, Any]) -> Health:
         contradicting=contradicting,
         _names=manifest.get("label_names"),
         _counted=beliefs.counted,
+    )
+
+
+def far_off(columns: Columns) -> tuple[int, float] | None:
+    """Return how many targets of a regression are far off, and how many would be if residuals were normal.
+
+    Far: over 3.5 times the deviation that the median of their mean distances (``el2n``) speaks of. None for losses with
+    class decisions. With several outputs the distances vary less than one alone, so that fewer are far by chance.
+    """
+    if "el2n" not in columns or {"label", "aum"} & set(columns):
+        return None
+    distances = columns["el2n"][np.isfinite(columns["el2n"])]
+    deviation = float(np.median(distances)) / _NORMAL_MEDIAN if len(distances) else 0.0
+    far = int((distances > _FAR * deviation).sum()) if deviation > 0 else 0
+    return far, len(distances) * math.erfc(_FAR / math.sqrt(2))
+
+
+def far_off_told(far: int, expected: float) -> str:
+    """Return that as words."""
+    return (
+        f"{far:,} targets are over {_FAR:g} robust deviations from what training predicted, "
+        f"{expected:.1f} would be if residuals were normal"
     )
 
 
@@ -192,6 +219,8 @@ def _unknown(columns: Columns) -> str:
 def _worth_a_look(columns: Columns, told: bool) -> tuple[int, float]:
     """Return how many of the ranking to look at, and how many of these are expected to be wrong."""
     size = len(columns["index"])
+    if (residuals := far_off(columns)) is not None:
+        return residuals[0], math.nan
     if not told or "wrong_probability" not in columns:
         return min(max(int(columns["candidate"].sum()), _FIRST_LOOK), size), math.nan
     chances = columns["wrong_probability"]
