@@ -68,7 +68,7 @@ class AuditReport(ReportViews):
         store = AuditStore.open(directory)
         report = cls(store.read_scores(), store.manifest, store.directory, store.read_pairs())
         _check_readable(report, store.directory)
-        return replace(report, curves=Curves.of(store.read_curves(), report.columns["index"]))
+        return replace(report, curves=Curves.of(store.curves.read(), report.columns["index"]))
 
     @classmethod
     def ensemble(cls, reports: Sequence[AuditReport]) -> AuditReport:
@@ -156,7 +156,7 @@ class AuditReport(ReportViews):
             "glossary": lambda store: store.write_glossary(self.glossary()),
         }
         if self.curves:
-            files["curves"] = lambda store: store.write_curves(self.curves.by_epoch(self.columns["index"]))
+            files["curves"] = lambda store: store.curves.write(self.curves.by_epoch(self.columns["index"]))
         if (pairs := self.pairs) is not None:
             files["pairs"] = lambda store: store.write_pairs(pairs)
         return files

@@ -42,7 +42,7 @@ def keep_curves(store: AuditStore | None, recording: Recording) -> None:
     """Write the curves of the epochs so far, of which a checkpoint holds the numbers alone."""
     if store is not None:
         try:
-            store.write_curves(recording.curves.lasting())
+            store.curves.write(recording.curves.lasting())
         except StoreError as error:
             recording.note(f"curves were not kept while training went on: {error}")
 
@@ -50,7 +50,7 @@ def keep_curves(store: AuditStore | None, recording: Recording) -> None:
 def take_over_curves(recording: Recording) -> None:
     """Read the curves that a resumed run has kept in the directory it had before."""
     wanted, before = recording.curves.missing, recording.directory
-    lost = recording.curves.restore(AuditStore(Path(before)).read_curves() if before and wanted else {})
+    lost = recording.curves.restore(AuditStore(Path(before)).curves.read() if before and wanted else {})
     if lost:
         where = before or "memory, which nobody has any more"
         recording.note(f"curves lack the epochs {listed(lost)} before training was resumed: they were kept in {where}")

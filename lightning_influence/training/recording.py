@@ -49,7 +49,6 @@ class Recording:
     Attributes:
         losses: What the batches' losses are made of.
         dynamics: What they have said of the examples.
-        curves: The same, epoch by epoch.
         step_sizes: Learning rates that were really used.
         tracin: TracIn from passes.
         visits: TracIn in flight, if that is how it is computed.
@@ -106,8 +105,7 @@ class Recording:
 
     def fail(self, what: str, error: Exception) -> None:
         """Record nothing more of the training: what is known is incomplete, and says so."""
-        reason = f"{what}, recording them failed: {type(error).__name__}: {error}"
-        if reason not in self.gaps.failures:
+        if (reason := f"{what}, recording them failed: {type(error).__name__}: {error}") not in self.gaps.failures:
             self.gaps.failures.append(reason)
             warnings.warn(f"InfluenceAudit: {reason}", stacklevel=3)
 
@@ -277,11 +275,10 @@ class Recording:
                 "Resume with the same training data, or start a new run."
             )
         self._start(self.size)
+        kept = {"curves": {}, **state["parts"]}  # an earlier version has none
         for name, part in self._parts().items():
-            if name in state["parts"] and (tracin or name not in _OF_TRACIN):
-                part.load_state_dict(state["parts"][name])
-        if "curves" not in state["parts"]:  # of an earlier version
-            self.curves.load_state_dict({})
+            if name in kept and (tracin or name not in _OF_TRACIN):
+                part.load_state_dict(kept[name])
         self.dynamics.contradicted_batches = self.gaps.contradicted
         self._passes, self.notes, self.directory = list(state["passes"]), list(state["notes"]), state["directory"]
         self.kept = [Checkpoint(parameters={}, **each) for each in state["kept"]]

@@ -22,7 +22,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from torch import Tensor
 from lightning_influence.audit.columns import COLUMNS, meaning_in_pairs
 from lightning_influence.audit.store.atomic import FACTORS, StoreError, claim, local_path, reading, replacing, whole
 from lightning_influence.audit.store.kept_checkpoints import KeptCheckpoints
+from lightning_influence.audit.store.kept_curves import KeptCurves
 from lightning_influence.audit.store.tables import candidates_csv, read_table, write_table
 from lightning_influence.audit.store.tensors import (
     SUFFIX,
@@ -267,38 +267,10 @@ class AuditStore:
                     found[name] = load_tensors(path)
         return dict(sorted(found.items()))
 
-    def write_curves(self, kept: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Writes one file an epoch; those of other epochs go, and what is there stays: an epoch is over once.
-
-        Args:
-            kept: Epoch to curve name to values by dataset index, see `curves.Curves`.
-
-        Raises:
-            StoreError: A file cannot be written.
-        """
-        stored = self._curve_files()
-        for epoch in kept.keys() - stored.keys():
-            data = packed_tensors(kept[epoch], {})
-            with replacing(self.directory / _CURVES / f"epoch-{epoch:05d}{SUFFIX}") as handle:
-                handle.write(data)
-        for epoch in stored.keys() - kept.keys():
-            with suppress(OSError):
-                stored[epoch].unlink()
-
-    def read_curves(self) -> dict[int, dict[str, Tensor]]:
-        """Reads the curves, see `write_curves`; a damaged file is left out with a warning: the audit is whole."""
-        found = {}
-        for epoch, path in self._curve_files().items():
-            try:
-                with reading(path):
-                    found[epoch] = _flat(load_tensors(path)[0])
-            except StoreError as error:
-                warnings.warn(f"no curves of epoch {epoch}: {error}", stacklevel=3)
-        return found
-
-    def _curve_files(self) -> dict[int, Path]:
-        files = {file.stem.removeprefix("epoch-"): file for file in (self.directory / _CURVES).glob(f"epoch-*{SUFFIX}")}
-        return {int(number): file for number, file in sorted(files.items()) if number.isdecimal()}
+    @property
+    def curves(self) -> KeptCurves:
+        """The stored curves."""
+        return KeptCurves(self.directory / _CURVES)
 
     def checkpoints(self) -> KeptCheckpoints:
         """The stored checkpoints, in order; each is read when it is asked for."""
@@ -316,13 +288,6 @@ class AuditStore:
         path = self.directory / file_name
         with reading(path, "" if path.exists() else f" (status of the audit: {self.status!r})"):
             return read_table(path)
-
-
-def _flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for name, tensor in tensors.items():
-        if tensor.ndim != 1 or tensor.dtype != torch.float32:
-            raise ValueError(f"{name!r} is {tensor.dtype} of the shape {tuple(tensor.shape)}; expected float32 [n]")
-    return tensors
 
 
 def jsonable(value: Any) -> Any:
