@@ -96,8 +96,7 @@ class Recording:
         """
         checks = self.dynamics.checks_labels
         self._start(size)
-        self.dynamics.checks_labels = checks
-        self.curves.epoch = epoch
+        self.dynamics.checks_labels, self.curves.epoch = checks, epoch
         self.losses.start_again()
         self.gaps.start_again(epoch)
 
