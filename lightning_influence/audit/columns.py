@@ -198,6 +198,18 @@ for _column in (
         ranks=2,
     ),
     Column(
+        "nearest",
+        "training example whose features under the trained model are nearest, as an index; -1 = unknown. Looked for "
+        "among 10,000 at most",
+        merge="first",
+    ),
+    Column("nearest_cosine", "cosine between its centred features and those of `nearest`, -1 to 1", merge="first"),
+    Column(
+        "near_duplicate",
+        "whether `nearest` is so much nearer than other examples that one is likely a copy of the other",
+        merge="first",
+    ),
+    Column(
         "prob_margin",
         "mean probability of the given label minus the largest mean of another label, -1 to 1",
         "low",

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_influence.audit.columns import shown_in
+from lightning_influence.audit.curves import Curves
 from lightning_influence.audit.naming import ExampleNames
 from lightning_influence.audit.ranking import judged, rank
 from lightning_influence.audit.report import AuditReport
@@ -180,7 +181,8 @@ class Reporter:
             mislabelled = np.isin(ranked["index"], self.known_noise)
             if mislabelled.any() and not mislabelled.all():
                 manifest["detection"] = detection_of(ranked, mislabelled)
-        report = self._with_texts(AuditReport(ranked, manifest, self.directory))
+        curves = Curves() if recording.gaps.misplaced else Curves.of(recording.curves.kept, ranked["index"])
+        report = self._with_texts(AuditReport(ranked, manifest, self.directory, curves=curves))
         if self.queries is not None:
             manifest["notes"] += self.queries.notes
             with tolerated("naming the queries", self._said):
