@@ -240,7 +240,8 @@ class AuditRun:
         recording.add_pass(trainer.global_step, result.scores)
         indices = result.scores.indices.tolist()
         result.notes.extend(self._data_notes(trainer, audited, indices))
-        columns = recording.columns(indices, result.scores)
+        evidence = recording.label_evidence(indices)
+        columns = recording.columns(indices, result.scores, evidence)
         later = bridge.after_training(trainer, gradients)
         given = columns["label"].tolist() if "label" in columns else ()
         labels = {index: label for index, label in zip(indices, given, strict=False) if label >= 0}
@@ -251,7 +252,7 @@ class AuditRun:
         self.finished = True
         if not trainer.is_global_zero:
             return None, lambda: None
-        report = reporter.report(trainer.global_step, gradients, plan, inspection, result, columns, recording)
+        report = reporter.report(trainer.global_step, gradients, plan, inspection, result, columns, evidence, recording)
         return report, (lambda: reporter.publish(trainer, report, result.curvature))
 
     def _last_step_sizes(
