@@ -200,10 +200,12 @@ def _verdict(first: Matrix, early: Matrix, given: NDArray[np.int64], rate: float
     """
     differs = early.argmax(1) != given
     there = first.sum(1) > 0  # before some examples turned up
-    late = (first.argmax(1) == given)[there].sum() < (1 - differs[there].mean() - _USELESS) * there.sum()
-    shares, labels = (early, given) if late or not there.any() else (first[there], given[there])
-    sizes = np.bincount(given, minlength=len(joint))
-    asked = [_contradicted(shares, labels, share * np.diag(joint), sizes) for share in _ASKED]
+    gained = (first.argmax(1) != given)[there].sum() - differs[there].sum()  # labels that early features uphold more
+    late = gained >= _USELESS * there.sum()
+    shares, labels = (early, given) if late else (first[there], given[there])
+    sizes = np.bincount(labels, minlength=len(joint))
+    right = sizes * np.diag(joint) / np.maximum(joint.sum(1), 1)
+    asked = [_contradicted(shares, labels, share * right, sizes) for share in _ASKED]
     surest = float(np.mean(asked))
     kept = joint if len(joint) <= _JOINT else None
     if rate <= _FEW:

@@ -218,14 +218,12 @@ class Recording:
     ) -> dict[str, NDArray[Any]]:
         """Return all columns for the given examples, of what was synchronised; see ``table``."""
         self.flush()
-        dynamics, visits = self.dynamics, self.visits
-        if self.gaps.misplaced:
-            dynamics, visits = TrainingDynamics(self.size), None
+        known = not self.gaps.misplaced
+        dynamics, visits = (self.dynamics, self.visits) if known else (TrainingDynamics(self.size), None)
         return table(indices, dynamics, self.tracin, visits, self.labels.neighbours, evidence, scores)
 
     def label_evidence(self, indices: Sequence[int]) -> LabelEvidence | None:
         """Return what is known of the labels of the given examples without them, of what was synchronised."""
-        self.flush()
         return None if self.gaps.misplaced else self.labels.about(indices, self.dynamics.mean_probabilities())
 
     def local_columns(self) -> dict[str, NDArray[Any]]:
