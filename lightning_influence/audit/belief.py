@@ -203,10 +203,11 @@ def _verdict(first: Matrix, early: Matrix, given: NDArray[np.int64], rate: float
     gained = (first.argmax(1) != given)[there].sum() - differs[there].sum()  # labels that early features uphold more
     late = gained >= _USELESS * there.sum()
     shares, labels = (early, given) if late else (first[there], given[there])
-    sizes = np.bincount(labels, minlength=len(joint))
-    right = sizes * np.diag(joint) / np.maximum(joint.sum(1), 1)
-    asked = [_contradicted(shares, labels, share * right, sizes) for share in _ASKED]
+    sizes, labelled = (np.bincount(some, minlength=len(joint)) for some in (given, labels))
+    right = np.diag(joint) / np.maximum(sizes, 1)
+    asked = [_contradicted(shares, labels, share * right * labelled, labelled) for share in _ASKED]
     surest = float(np.mean(asked))
+    unlike = _contradicted(early, given, max(_ASKED) * right * sizes, sizes)
     kept = joint if len(joint) <= _JOINT else None
     if rate <= _FEW:
         predicted = np.bincount(early.argmax(1), minlength=len(joint))
@@ -222,9 +223,9 @@ def _verdict(first: Matrix, early: Matrix, given: NDArray[np.int64], rate: float
             f"{looks}, but among the examples that are easiest to tell only {surest:.1%} do: the classes overlap, or "
             "the network has learnt mistakes that are no accident"
         )
-    elif surest > _MOST * rate:
+    elif unlike > _MOST * rate:
         reason = (
-            f"{looks}, but of the examples that look most like each class {surest:.1%} are labelled otherwise: some "
+            f"{looks}, but of the examples that look most like each class {unlike:.1%} are labelled otherwise: some "
             "class cannot be told from the others"
         )
     else:
