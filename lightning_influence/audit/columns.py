@@ -150,8 +150,8 @@ for _column in (
     ),
     Column(
         "support",
-        "mean probability over the run, plus mean share of the neighbours, plus what the others' labels told of this "
-        "one before it was learnt by heart: of the given label, minus the largest of another, -3 to 3",
+        "mean probability over the run, plus what the others' labels told of this one before it was learnt by heart "
+        "(else the mean share of its neighbours): of the given label, minus the largest of another, -2 to 2",
         "low",
         ranks=1,
     ),

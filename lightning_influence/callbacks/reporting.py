@@ -36,6 +36,7 @@ from lightning_influence.influence.inputs import notes_of
 from lightning_influence.scores.plan import InfluencePlan, InfluenceScores
 from lightning_influence.tensorboard.candidate_sheets import write_candidates
 from lightning_influence.tensorboard.numbers import write_detection, write_histogram
+from lightning_influence.training.evidence import LabelEvidence
 from lightning_influence.training.recording import Recording
 
 Columns = dict[str, NDArray[Any]]
@@ -165,10 +166,10 @@ class Reporter:
         inspection: Inspection,
         result: InfluenceScores,
         columns: Columns,
+        evidence: LabelEvidence | None,
         recording: Recording,
     ) -> AuditReport:
         """Rank, and put everything together."""
-        evidence = recording.label_evidence(columns["index"].tolist())
         ranked, beliefs = judged(self._named(columns), evidence, trusted=self._trusted)
         manifest = self._manifest | {"status": "complete", "step": step, "labels": beliefs.described()}
         manifest |= audit_described(gradients, plan, inspection, result, ranked)

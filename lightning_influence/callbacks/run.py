@@ -249,7 +249,8 @@ class AuditRun:
         indices = result.scores.indices.tolist()
         never = len(bridge.drawn_from(trainer.train_dataloader, recording.size)) - len(audited)
         result.notes.extend(_data_notes(self.passes, audited, indices, never))
-        columns = recording.columns(indices, result.scores)
+        evidence = recording.label_evidence(indices)
+        columns = recording.columns(indices, result.scores, evidence)
         later = bridge.after_training(trainer, gradients)
         given = columns["label"].tolist() if "label" in columns else ()
         labels = {index: label for index, label in zip(indices, given, strict=False) if label >= 0}
@@ -260,7 +261,7 @@ class AuditRun:
         self.finished = True
         if not trainer.is_global_zero:
             return None, lambda: None
-        report = reporter.report(trainer.global_step, gradients, plan, inspection, result, columns, recording)
+        report = reporter.report(trainer.global_step, gradients, plan, inspection, result, columns, evidence, recording)
         return report, (lambda: reporter.publish(trainer, report, result.curvature))
 
     def _last_step_sizes(

@@ -214,14 +214,14 @@ class Recording:
         indices: list[int] = self._seen["seen"].nonzero().squeeze(1).tolist()
         return indices
 
-    def columns(self, indices: Sequence[int], scores: ExampleScores | None = None) -> dict[str, NDArray[Any]]:
+    def columns(
+        self, indices: Sequence[int], scores: ExampleScores | None = None, evidence: LabelEvidence | None = None
+    ) -> dict[str, NDArray[Any]]:
         """Return all columns for the given examples, of what was synchronised; see ``table``."""
         self.flush()
-        dynamics, visits = self.dynamics, self.visits
-        if self.gaps.misplaced:
-            dynamics, visits = TrainingDynamics(self.size), None
-        told = self.labels.neighbours, self.label_evidence(indices)
-        return table(indices, dynamics, self.tracin, visits, *told, scores)
+        known = not self.gaps.misplaced
+        dynamics, visits = (self.dynamics, self.visits) if known else (TrainingDynamics(self.size), None)
+        return table(indices, dynamics, self.tracin, visits, self.labels.neighbours, evidence, scores)
 
     def label_evidence(self, indices: Sequence[int]) -> LabelEvidence | None:
         """Return what is known of the labels of the given examples without them, of what was synchronised."""
@@ -229,7 +229,8 @@ class Recording:
 
     def local_columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns of the examples that this process has seen, without talking to others."""
-        return self.columns(self.seen_indices())
+        indices = self.seen_indices()
+        return self.columns(indices, evidence=self.label_evidence(indices))
 
     # ------------------------------------------------------------------ state
 
