@@ -343,10 +343,8 @@ class Once(IterableDataset[Any]):
 
 
 def test_a_stream_that_can_be_read_only_once(tmp_path: Path) -> None:
-    with pytest.raises(
-        MisconfigurationException,
-        match=r"Once can be read only once, as it holds an iterator \(examples\).*makes a new iterator each time",
-    ):
+    message = r"Once can be read only once, as it holds an iterator \(examples\).*makes a new iterator each time"
+    with pytest.raises(MisconfigurationException, match=message):
         report_of(tmp_path, DataLoader(Once(), 4))
 
 

@@ -21,8 +21,8 @@ def train_loader(trainer: Trainer) -> Any:
         names = ", ".join("/".join(map(str, path)) for path in loaders)
         raise DataError(
             f"training goes over {len(loaders)} loaders at once ({names}): the loss of a step is that of examples of "
-            "all of them, and which part of it is whose is not known. Expected one loader (`ConcatDataset` makes one of "
-            "several data sets). `Influence(model, loss, data)` audits the trained model on the data of one loader, "
+            "all of them, and which part of it is whose is not known. Expected one loader (`ConcatDataset` makes one "
+            "of several data sets). `Influence(model, loss, data)` audits the trained model on the data of one loader, "
             "with the part of the loss that is about them."
         )
     return next(iter(loaders.values()), None)
