@@ -113,6 +113,27 @@ def test_a_stream_has_the_scores_of_the_same_data_with_an_index(tracin: Any, tmp
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-9), column
 
 
+class Growing(Stream):
+    """Longer than there was room for when the first examples came, and longer in each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.epoch += 1
+        return map(self.example, range(400 * self.epoch))
+
+
+def test_a_stream_that_grows_in_later_epochs(tmp_path: Path) -> None:
+    audit = InfluenceAudit(sample_id=2)
+    report = report_of(tmp_path, DataLoader(Growing(), 50), audit=audit, max_epochs=3)
+    times = report.columns["times_seen"]
+    assert times.tolist() == [3] * 400 + [2] * 400 + [1] * 400
+    assert np.isfinite(report.columns["loss_mean"]).all()
+    assert len(report.columns["id"]) == 1200
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("tracin", ["epoch", "step"])
 def test_training_is_the_same_bit_by_bit(workers: int, tracin: Any, tmp_path: Path) -> None:

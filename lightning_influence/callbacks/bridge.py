@@ -96,18 +96,21 @@ def trained(trainer: Trainer, module: LightningModule) -> frozenset[int] | None:
     return frozenset(held.intersection(map(id, module.parameters()))) or None
 
 
-def audited_indices(trainer: Trainer, seen: list[int], size: int, *, last: bool) -> list[int]:
+def audited_indices(trainer: Trainer, seen: list[int], source: ExampleSource, *, last: bool) -> list[int]:
     """Return the training examples: what the sampler draws from, or what it has drawn if that may be less.
 
     Args:
         trainer: The trainer.
         seen: Sorted indices of the examples trained on so far.
-        size: Size of the data set.
+        source: The training data; of a stream, no more are known than those that it has drawn.
         last: Whether no more examples are drawn. Until then some may turn up that passes must not have left out.
     """
+    if isinstance(source, StreamSource):
+        source.look_again()
+        return seen
     loader: Any = train_loader(trainer)
     limited = trainer.num_training_batches < length_of(loader) or bool(getattr(trainer, "overfit_batches", False))
-    return seen if limited or (last and seen and not _draws_all(loader)) else drawn_from(loader, size)
+    return seen if limited or (last and seen and not _draws_all(loader)) else drawn_from(loader, len(source))
 
 
 def drawn_from(loader: Any, size: int) -> list[int]:

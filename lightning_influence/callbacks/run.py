@@ -287,12 +287,7 @@ class AuditRun:
         return [k for k in indices if distributed.world_size() > 1 or k not in self.passes.source.missing]
 
     def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
-        seen = self.recording.seen_indices()
-        source = self.passes.source
-        if isinstance(source, StreamSource):
-            source.look_again()
-            return seen
-        return bridge.audited_indices(trainer, seen, self.recording.size, last=last)
+        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.passes.source, last=last)
 
 
 def _data_notes(passes: TrainingPasses, audited: list[int], scored: list[int], never: int) -> list[str]:

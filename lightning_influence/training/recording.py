@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -37,7 +37,7 @@ _FILE_EVERY = 64
 # What starts anew where TracIn was recorded otherwise.
 _OF_TRACIN = ("tracin", "visits", "pace")
 # What has a row for each example.
-_BY_EXAMPLE = {"dynamics", "seen", "tracin", "labels", "visits"}
+_BY_EXAMPLE = {"curves", "dynamics", "seen", "tracin", "labels", "visits"}
 
 
 class Recording:
@@ -155,10 +155,7 @@ class Recording:
             warnings.warn(f"InfluenceAudit: {_plain_steps({optimizers.name_of(optimizer)})}", stacklevel=2)
 
     def _note(self, batch: BatchRecord) -> None:
-        if (size := 1 + max(batch.indices or (), default=-1)) > self.size:  # of a stream
-            self.size, parts = size + size // 8 + 256, self._parts()
-            for name in _BY_EXAMPLE & parts.keys():
-                parts[name].grow(self.size)
+        self.size = _room_for(batch, self.size, self._parts)
         self._unfiled.append(batch)
         if len(self._unfiled) >= _FILE_EVERY:
             self.flush()
@@ -293,6 +290,16 @@ class Recording:
             # Kept checkpoints still have to stand for them.
             waiting = Checkpoint(0, {}, step_sizes=self.step_sizes.take(), steps=steps)
             self.carried = waiting if self.carried is None else waiting.standing_for(self.carried)
+
+
+def _room_for(batch: BatchRecord, size: int, parts: Callable[[], dict[str, Any]]) -> int:
+    """Let parts grow if a batch, of a stream, holds examples beyond their size; return it."""
+    needed = 1 + max(batch.indices or (), default=-1)
+    if needed > size:
+        size, found = needed + needed // 8 + 256, parts()
+        for name in _BY_EXAMPLE & found.keys():
+            found[name].grow(size)
+    return size
 
 
 def _plain_steps(names: Collection[str]) -> str:
