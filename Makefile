@@ -10,6 +10,7 @@ DETECTION_ARGS ?=
 
 VENV := .venv
 BENCH := .venv-bench
+ALONE := .venv-wheel
 PY := $(VENV)/bin/python
 # Installed packages that satisfy the constraints are kept: torch is never replaced by a newer one.
 INSTALL := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input install \
@@ -20,7 +21,7 @@ BENCH_INSTALL = $(subst $(PY),$(BENCH)/bin/python,$(INSTALL))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test test-quick size lint bench cost detection queries lds solvers unlearning fairness robustness clean
+.PHONY: help demo clean-and-retrain test test-quick size lint bench cost detection queries lds solvers unlearning fairness robustness package clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -38,6 +39,7 @@ help:
 	@echo 'make unlearning   removal and label repair by one Newton step, against retraining'
 	@echo 'make fairness    whether removing what a fairness gap names makes it smaller (arrests)'
 	@echo 'make robustness  the same for the adversarial loss (MNIST-5k)'
+	@echo 'make package   build wheel and sdist, check them, and install the wheel alone beside torch'
 	@echo 'make clean   remove the environment, caches and builds (not the logs of runs)'
 	@echo
 	@echo 'The first use makes .venv and installs what constraints.txt names. PYTHON=... picks the Python.'
@@ -94,8 +96,20 @@ fairness: $(VENV)/.dev
 robustness: $(VENV)/.dev
 	@$(PY) benchmarks/robustness.py --out docs/results/robustness.md
 
+# What a user gets: from the wheel alone, without a checkout and without tools of tests and examples.
+package: $(VENV)/.created
+	@rm -rf dist $(ALONE)
+	@$(INSTALL) build twine
+	@$(PY) -m build --quiet --outdir dist
+	@$(PY) -m twine check --strict dist/*
+	@$(PYTHON) -m venv $(ALONE)
+	@$(subst $(PY),$(ALONE)/bin/python,$(INSTALL)) dist/*.whl
+	@cd $(ALONE) && bin/python -c 'from lightning_influence import *; print("installed:", __version__)'
+	@$(ALONE)/bin/python -m pip list --format freeze | grep -iE '^(pytest|scikit|mlxtend|transformers|matplotlib|pandas|mypy|ruff)' \
+	    && { echo 'make: the wheel brings tools that only tests and examples need' >&2; exit 1; } || true
+
 clean:
-	rm -rf $(VENV) $(BENCH) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(ALONE) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The files below mark what is done. Each is touched last, so a failed step is repeated.

@@ -79,7 +79,6 @@ def measured(rate: float, seed: int, epochs: int = EPOCHS) -> dict[str, np.ndarr
             enable_model_summary=False,
         )
         trainer.fit(Classifier(rate), DataLoader(train, batch_size=32, shuffle=True))
-    assert audit.report is not None
     pairs = audit.report.pairs
     assert pairs is not None
     wrong = np.isin(pairs["index"], flipped.numpy())

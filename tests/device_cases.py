@@ -216,7 +216,7 @@ def audited(
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 trainer.fit(model, shuffled, DataLoader(own, batch_size=8))
-        if audit.report is None:
+        if not audit.has_report:
             raise RuntimeError("\n".join(str(warning.message) for warning in caught))
         assert model.seen == device
         kept = {name: value.tolist() for name, value in audit.report.columns.items()}

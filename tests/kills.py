@@ -183,7 +183,7 @@ def train(job: Job) -> None:
     model = Killed(moments)
     trainer.fit(model, loader, held_out, ckpt_path="last")
     result = {
-        "directory": None if audit.report is None else str(audit.report.directory),
+        "directory": None if not audit.has_report else str(audit.report.directory),
         "weights": [trainer.global_step, *(float(p.detach().abs().sum()) for p in model.parameters())],
         "seconds": time.perf_counter() - start,
         "counts": moments.counts,

@@ -389,6 +389,6 @@ def train(drawn: Draw, directory: Path, with_audit: bool) -> Fit:
     fit = Fit(trainer, model, data, watcher, trace)
     if audits:
         assert isinstance(audits[0], InfluenceAudit)
-        fit.report = audits[0].report
+        fit.report = audits[0].report if audits[0].has_report else None
         fit.said = [str(warning.message) for warning in caught if "nfluence" in str(warning.message)]
     return fit

@@ -56,7 +56,7 @@ def audited(name: str, directory: Path) -> tuple[AuditReport, Wrapped]:
     data: Any = architecture.data()
     loader = DataLoader(data, batch_size=4, collate_fn=architecture.collate, shuffle=True)
     make_trainer(directory, callbacks=[audit], max_steps=2).fit(module, loader)
-    assert audit.report is not None
+    assert audit.has_report
     return audit.report, module
 
 

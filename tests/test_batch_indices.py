@@ -68,7 +68,7 @@ def trained(
     torch.manual_seed(3)
     model, audit = Noting(), audit or InfluenceAudit(curvature="identity")
     make_trainer(directory, callbacks=[audit, *more], **arguments).fit(model, loader)
-    assert audit.report is not None
+    assert audit.has_report
     return audit.report, model
 
 
@@ -350,7 +350,7 @@ def test_going_on_in_the_middle_of_an_epoch(kind: Any, workers: int, tmp_path: P
     trainer = make_trainer(tmp_path / "b", callbacks=[audit], max_epochs=3)
     trainer.fit(model, kind(DATA, 4, num_workers=workers), ckpt_path=tmp_path / "mid.ckpt")
     assert model.order[0] == [8, 9, 10, 11]
-    assert audit.report is not None
+    assert audit.has_report
     check(audit.report, model)
     assert audit.report.columns["times_seen"].tolist() == [3] * SIZE
     assert counted_for_nobody(audit.report) == []
@@ -448,7 +448,7 @@ def bags(
     audit, model = InfluenceAudit(), Bags()
     loader = DataLoader(data, 5, shuffle=True, collate_fn=collate, **arguments)
     make_trainer(directory, callbacks=[audit]).fit(model, loader)
-    assert audit.report is not None
+    assert audit.has_report
     return audit.report, model
 
 
@@ -724,7 +724,7 @@ def test_other_data_are_not_mixed_with_the_last(make: Any, changes: list[int], t
 def test_the_same_data_loaded_again_are_one_run(tmp_path: Path) -> None:
     audit, model = InfluenceAudit(), Reloads(lambda round_: Shifted(0))
     make_trainer(tmp_path, callbacks=[audit], max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(model)
-    assert audit.report is not None
+    assert audit.has_report
     check(audit.report, model)
     assert audit.report.manifest["notes"] == []
 
@@ -792,7 +792,7 @@ def test_rows_that_move_in_training_alone(tracin: Any, tmp_path: Path) -> None:
     """A few batches have the right labels by chance: what they say would be filed under other examples, too."""
     audit = InfluenceAudit(tracin=tracin, curvature="identity")
     make_trainer(tmp_path, callbacks=[audit], max_epochs=6).fit(Moving(), loader(vectors()))
-    assert audit.report is not None
+    assert audit.has_report
     assert not {"loss_mean", "aum", "el2n"} & audit.report.columns.keys()
     assert ("tracin" in audit.report.columns) == (tracin == "epoch")
     assert any("what training said of each example is left out" in note for note in audit.report.manifest["notes"])
@@ -808,6 +808,6 @@ def test_examples_that_a_loader_keeps_to_itself_are_not_audited(tmp_path: Path) 
     audit = InfluenceAudit(curvature="identity")
     data = WithoutTheNinth(TensorDataset(x, y, torch.arange(len(x))), batch_size=4)
     make_trainer(tmp_path, callbacks=[audit]).fit(Classifier(), data)
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.columns["index"].tolist() == [k for k in range(len(x)) if k not in range(8, 12)]
     assert any("4 examples of the data set were never drawn" in note for note in audit.report.manifest["notes"])

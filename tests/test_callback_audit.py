@@ -61,7 +61,7 @@ def fit(
     callbacks = trainer.pop("callbacks", [audit])
     made = make_trainer(directory, callbacks=callbacks, **trainer)
     made.fit(model, *data)
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.status == "complete"
     return audit.report, made
 
@@ -629,7 +629,7 @@ def test_a_second_fit_makes_a_second_audit(tmp_path: Path) -> None:
     report, trainer = fit(model, audit, tmp_path, data)
     trainer.fit_loop.max_epochs = 4
     trainer.fit(model, data)
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report is not report
     assert audit.report.directory == Path(f"{report.directory}-v1")
     assert AuditReport.load(report.directory).status == AuditReport.load(audit.report.directory).status == "complete"
@@ -742,7 +742,7 @@ def test_fast_dev_run_goes_through_and_writes_nothing(batches: int, tmp_path: Pa
     trainer = make_trainer(tmp_path, callbacks=[audit], fast_dev_run=batches, logger=TensorBoardLogger(tmp_path))
     trainer.fit(Validated(), loader(vectors(), shuffle=True), loader(vectors(6, 2)))
     assert list(tmp_path.iterdir()) == []
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.directory is None
     assert len(audit.report) > 0
 

@@ -305,7 +305,7 @@ def test_an_unwritable_directory(tmp_path: Path) -> None:
 def test_verification_can_be_left_out(tmp_path: Path) -> None:
     audit = InfluenceAudit(verify=False)
     make_trainer(tmp_path, callbacks=[audit]).fit(Contrastive(), loader(vectors()))
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.manifest["verification_error"] is None
 
 
@@ -318,7 +318,7 @@ def test_other_stages_need_nothing(tmp_path: Path) -> None:
 def test_no_training_batches(tmp_path: Path) -> None:
     audit = InfluenceAudit()
     make_trainer(tmp_path, callbacks=[audit], limit_train_batches=0).fit(Classifier(), loader(vectors()))
-    assert audit.report is None
+    assert not audit.has_report
     assert list(tmp_path.rglob("manifest.json")) == []
 
 
@@ -410,7 +410,7 @@ def test_losses_that_are_infinite(tmp_path: Path) -> None:
     model = Guarded(classes=1, loss=lambda outputs, batch: F.mse_loss(outputs, batch[1]))
     audit = InfluenceAudit()
     make_trainer(tmp_path, callbacks=[audit]).fit(model, loader(TensorDataset(x, y), 3, shuffle=True))
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.nonfinite.tolist() == BAD
     for name in ("self_influence", "grad_norm_squared", "loss", "loss_mean"):
         assert np.flatnonzero(~np.isfinite(audit.report.columns[name])).tolist() == BAD, name
@@ -430,7 +430,7 @@ def test_masked_logits_make_an_infinite_loss(tmp_path: Path) -> None:
     ruled_out[BAD] = y[BAD]
     audit = InfluenceAudit()
     make_trainer(tmp_path, callbacks=[audit]).fit(Masked(), loader(TensorDataset(x, y, ruled_out), 3, shuffle=True))
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.nonfinite.tolist() == BAD
     assert np.flatnonzero(~np.isfinite(audit.report.columns["self_influence"])).tolist() == BAD
 
@@ -440,7 +440,7 @@ def test_a_first_batch_that_is_not_finite_is_no_reason_to_stop(tmp_path: Path) -
     x[:5] = float("nan")
     audit = InfluenceAudit()
     make_trainer(tmp_path, callbacks=[audit]).fit(Guarded(), loader(TensorDataset(x, y)))
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.nonfinite.tolist() == [0, 1, 2, 3, 4]
 
 
@@ -472,7 +472,7 @@ def test_weights_that_became_nan(tmp_path: Path) -> None:
     for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
     assert trainer.state.finished
-    assert audit.report is None
+    assert not audit.has_report
     report = AuditReport.load(Path(trainer.log_dir) / "influence")
     assert report.status == "interrupted"
     assert "no example was counted" in report.manifest["error"]
@@ -491,7 +491,7 @@ def test_an_exception_in_the_final_audit(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.warns(UserWarning, match=f"(?s){FAILED}.*kept in .*influence.*out of everything"):
         trainer = trained(tmp_path, model, [audit])
     assert trainer.state.finished
-    assert audit.report is None
+    assert not audit.has_report
     report = AuditReport.load(Path(trainer.log_dir) / "influence")
     assert report.status == "interrupted"
     assert "out of everything" in report.manifest["error"]
@@ -560,7 +560,7 @@ def test_a_training_step_that_skips_bad_batches(bad: tuple[int, ...], tmp_path: 
     audit, model = InfluenceAudit(curvature="identity"), Skips()
     trainer = make_trainer(tmp_path, callbacks=[audit])
     trainer.fit(model, loader(TensorDataset(x, y)))
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.status == "complete"
     rest = [index for index in range(len(x)) if index not in bad]
     assert audit.report.columns["index"].tolist() == rest
@@ -588,7 +588,7 @@ def test_harm_without_a_validation_during_training(tmp_path: Path) -> None:
     audit = InfluenceAudit()
     trainer = make_trainer(tmp_path, callbacks=[audit], check_val_every_n_epoch=100)
     trainer.fit(Validated(), loader(vectors()), loader(vectors()))
-    assert audit.report is not None
+    assert audit.has_report
     assert "harm" in audit.report.columns
 
 
@@ -628,7 +628,7 @@ def _interrupt_signal() -> Iterator[None]:
 
 def check_interrupted(trainer: pl.Trainer, model: nn.Module, audit: InfluenceAudit, error: str) -> AuditReport:
     check_clean(trainer, model)
-    assert audit.report is None
+    assert not audit.has_report
     report = AuditReport.load(Path(trainer.log_dir) / "influence")
     assert report.status == "interrupted"
     assert error in report.manifest["error"]
@@ -741,7 +741,7 @@ def test_training_can_go_on_after_an_exception(tmp_path: Path) -> None:
     again = make_trainer(tmp_path, callbacks=[audit], max_epochs=1)
     again.fit(model, data)
     assert AuditReport.load(first).status == "interrupted"
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.status == "complete"
     assert audit.report.columns["times_seen"].tolist() == [1] * 22
 
@@ -757,7 +757,7 @@ def test_early_stopping_on_what_the_audit_must_not_touch(tmp_path: Path) -> None
     trainer = make_trainer(tmp_path, callbacks=[audit, EarlyStopping("val_loss"), Raises()])
     with pytest.raises(RuntimeError, match="lightning struck"):
         trainer.fit(Validated(), loader(vectors()), loader(vectors(6, 2)))
-    assert audit.report is not None
+    assert audit.has_report
     assert AuditReport.load(Path(trainer.log_dir) / "influence").status == "complete"
 
 
@@ -779,7 +779,7 @@ def test_loaders_without_a_length(tmp_path: Path) -> None:
     audit = InfluenceAudit()
     data = DataLoader(vectors(), batch_sampler=batches)
     make_trainer(tmp_path, callbacks=[audit]).fit(Validated(), data, DataLoader(vectors(), batch_sampler=batches))
-    assert audit.report is not None
+    assert audit.has_report
     assert len(audit.report) == 22
     assert np.isfinite(audit.report.columns["harm"]).all()
 
@@ -796,7 +796,7 @@ def test_validation_examples_are_those_that_the_sampler_draws(tmp_path: Path) ->
             held = DataLoader(data, batch_size=5, sampler=SubsetRandomSampler(range(30, 40)))
         audit = InfluenceAudit(queries="worst", factor_examples=None, fisher="empirical")
         make_trainer(tmp_path / way, callbacks=[audit]).fit(Validated(), train, held)
-        assert audit.report is not None
+        assert audit.has_report
         assert audit.report.pairs is not None
         found[way] = audit.report
     assert set(np.asarray(found["sampler"].pairs["query"])) <= set(range(30, 40))
@@ -824,7 +824,7 @@ def test_epochs_that_a_stop_can_not_end_are_not_the_last(tmp_path: Path) -> None
     audit = InfluenceAudit()
     trainer = make_trainer(tmp_path, callbacks=[Impatient(), audit], max_epochs=9, min_epochs=4)
     trainer.fit(Classifier(), loader(vectors()))
-    assert audit.report is not None
+    assert audit.has_report
     assert len(audit.report.manifest["tracin_steps"]) == 4
 
 
@@ -841,7 +841,7 @@ def test_loaders_that_are_made_anew_without_notice(tmp_path: Path) -> None:
 
     audit = InfluenceAudit()
     make_trainer(tmp_path, callbacks=[audit, Anew()], max_epochs=3).fit(Reloading())
-    assert audit.report is not None
+    assert audit.has_report
     assert (audit.report.columns["times_seen"] == 3).all()
 
 

@@ -126,7 +126,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if key not in reports:
             audit = InfluenceAudit(**arguments)
             run(tmp_path_factory.mktemp("straight"), epochs=4, audits=[audit])
-            assert audit.report is not None
+            assert audit.has_report
             reports[key] = audit.report
         return reports[key]
 
@@ -145,7 +145,7 @@ def test_resumed_after_the_last_epoch_of_a_shorter_run(
     checkpoint = tmp_path / "first" / "kept" / f"step={5 * stop}.ckpt"
     run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=checkpoint)
     check_same(audit.report, straight(tracin=settings))
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.columns["times_seen"].tolist() == [4] * 22
 
 
@@ -183,7 +183,7 @@ def test_kept_checkpoints_come_along(mode: Any, straight: Any, tmp_path: Path) -
     audit = InfluenceAudit(tracin=settings)
     run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=tmp_path / "first" / "kept" / "step=10.ckpt")
     check_same(audit.report, straight(tracin=settings))
-    assert audit.report is not None
+    assert audit.has_report
     assert [kept.step for kept in audit.report.checkpoints()] == [5, 10, 15, 20]
     for kept, other in zip(audit.report.checkpoints(), straight(tracin=settings).checkpoints(), strict=True):
         assert kept.step_sizes == other.step_sizes
@@ -215,7 +215,7 @@ def test_in_flight_resumed_within_an_epoch(tmp_path: Path) -> None:
     audit = InfluenceAudit(tracin=settings)
     checkpoint = tmp_path / "first" / "kept" / "step=7.ckpt"
     run(tmp_path / "second", epochs=3, audits=[audit], ckpt_path=checkpoint, model=two)
-    assert audit.report is not None
+    assert audit.has_report
 
     expected, network = np.zeros(22), Diary().net
     visits, rates = one.visits[:7] + two.visits, one.steps[:7] + two.steps
@@ -249,7 +249,7 @@ def test_resumed_by_the_same_trainer_and_callback(straight: Any, tmp_path: Path)
     trainer.fit(model, *data(), ckpt_path=str(tmp_path / "kept" / "step=10.ckpt"))
     check_same(audit.report, straight())
     assert first is not None
-    assert audit.report is not None
+    assert audit.has_report
     assert AuditReport.load(first.directory).columns["times_seen"].tolist() == [2] * 22  # type: ignore[arg-type]
     assert audit.report.directory == Path(f"{first.directory}-v1")
 
@@ -260,7 +260,7 @@ def test_resumed_within_an_epoch(tmp_path: Path) -> None:
     audit = InfluenceAudit()
     checkpoint = tmp_path / "first" / "kept" / "step=7.ckpt"
     _, two = run(tmp_path / "second", epochs=3, audits=[audit], ckpt_path=checkpoint)
-    assert audit.report is not None
+    assert audit.has_report
 
     losses: dict[int, list[float]] = {}
     before = [5, 5, 5, 5, 2, 5, 5]  # examples in the first seven batches
@@ -332,7 +332,7 @@ def test_after_a_refused_resumption_the_callback_starts_afresh(tmp_path: Path) -
     with pytest.raises(MisconfigurationException, match="the data set has 20"):
         run(tmp_path / "second", epochs=2, audits=[audit], ckpt_path=path, loaders=others)
     run(tmp_path / "third", epochs=2, audits=[audit], loaders=others)
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.columns["times_seen"].tolist() == [2] * 20
 
 
@@ -343,7 +343,7 @@ def test_what_a_run_lacks_it_still_lacks_when_resumed(tmp_path: Path, monkeypatc
             run(tmp_path / "first", epochs=2, audits=[InfluenceAudit()])
     audit = InfluenceAudit()
     run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=tmp_path / "first" / "kept" / "step=10.ckpt")
-    assert audit.report is not None
+    assert audit.has_report
     (note,) = (note for note in audit.report.manifest["notes"] if "the passes at the ends of the epochs" in note)
     assert "epochs [0] failed: tracin lacks their steps" in note
     assert audit.report.manifest["tracin_steps"] == [10, 15, 20]
@@ -353,7 +353,7 @@ def test_an_audit_that_joins_later_and_one_that_leaves(tmp_path: Path) -> None:
     run(tmp_path / "without", epochs=2, audits=[])
     audit = InfluenceAudit()
     run(tmp_path / "joins", epochs=4, audits=[audit], ckpt_path=tmp_path / "without" / "kept" / "step=10.ckpt")
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.columns["times_seen"].tolist() == [2] * 22
     assert audit.report.manifest["tracin_steps"] == [15, 20]
     trainer, model = run(
@@ -391,8 +391,8 @@ def test_two_audits_in_one_run(second: dict[str, Any], straight: Any, tmp_path: 
 
     first = both()
     run(tmp_path / "first", epochs=2, audits=list(first))
-    assert first[0].report is not None
-    assert first[1].report is not None
+    assert first[0].has_report
+    assert first[1].has_report
     assert str(first[1].report.directory) == f"{first[0].report.directory}-v1"
     for name in ("times_seen", "loss_mean", "aum", "el2n"):
         np.testing.assert_array_equal(first[0].report.columns[name], first[1].report.columns[name])
@@ -400,7 +400,7 @@ def test_two_audits_in_one_run(second: dict[str, Any], straight: Any, tmp_path: 
     resumed = both()
     run(tmp_path / "second", epochs=4, audits=list(resumed), ckpt_path=tmp_path / "first" / "kept" / "step=10.ckpt")
     check_same(resumed[0].report, straight())
-    assert resumed[1].report is not None
+    assert resumed[1].has_report
     assert resumed[1].report.columns["times_seen"].tolist() == [4] * 22
     alone = straight(**second)
     check_same(resumed[1].report, alone)

@@ -60,13 +60,13 @@ def run(
     torch.manual_seed(seed)
     trainer = make_trainer(directory, callbacks=[*callbacks, audit], max_epochs=3)
     trainer.fit(net, DataLoader(DATA, batch_size, shuffle=True))
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.status == "complete"
     return audit
 
 
 def columns(audit: InfluenceAudit) -> dict[str, np.ndarray[Any, Any]]:
-    assert audit.report is not None
+    assert audit.has_report
     return dict(audit.report.columns)
 
 
@@ -234,7 +234,7 @@ MASKS: dict[str, Loss] = {
 @pytest.fixture(scope="module")
 def ignored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     audit = run(tmp_path_factory.mktemp("ignored"), Net(MASKS["ignore_index"]), batch_size=8)
-    assert audit.report is not None
+    assert audit.has_report
     return columns(audit) | {"candidates": audit.report.candidates}
 
 
@@ -243,7 +243,7 @@ def test_what_is_masked_by_hand_is_not_trained_on(tmp_path: Path, name: str, ign
     """Examples without a label were the top candidates, as the loss that nobody trains on stays high."""
     audit = run(tmp_path, Net(MASKS[name]), batch_size=8)
     found = columns(audit)
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.candidates.tolist() == ignored["candidates"].tolist()
     assert (found["label"] >= 0).tolist() == KNOWN.tolist()
     assert not found["grad_norm_squared"][~KNOWN.numpy()].any()
@@ -365,7 +365,7 @@ def test_what_no_optimizer_holds_counts_as_frozen(tmp_path: Path, tracin: Any, c
     frozen, left_out = map(columns, audits)
     for name in ("self_influence", "tracin", "grad_norm_squared", "loss"):
         np.testing.assert_allclose(left_out[name], frozen[name], rtol=1e-9, atol=1e-12, err_msg=name)
-    assert audits[1].report is not None
+    assert audits[1].has_report
     assert audits[1].report.manifest["coverage"]["share"] == 1.0
     assert "36 others are in no optimizer" in audits[1].report.manifest["coverage"]["summary"]
 

@@ -209,7 +209,7 @@ def test_training_is_bitwise_the_same(setting: Setting, tmp_path: Path) -> None:
     assert with_audit["function modes in validation"] <= {0}
     assert model.net[5].training is False
     # The comparison means something: there was an audit, and training did something.
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.status == "complete"
     assert len(set(map(tuple, with_audit["data order"]))) > 1
     assert "log" not in model.__dict__
@@ -277,7 +277,7 @@ def test_a_batch_that_is_skipped_leaves_no_tap_for_the_audit(tmp_path: Path) -> 
     audit = InfluenceAudit()
     make_trainer(tmp_path, callbacks=[audit]).fit(Skips(), loader(vectors()))
     assert depths == [0, 0]
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.columns["times_seen"].tolist() == [2] * 10 + [0] * 12
 
 
@@ -424,7 +424,7 @@ def test_the_audit_can_be_copied_before_and_after_training(tmp_path: Path) -> No
     audit = copy.deepcopy(InfluenceAudit())
     make_trainer(tmp_path, callbacks=[audit], logger=False).fit(Classifier(classes=CLASSES), loader(vectors()))
     again = copy.deepcopy(audit)
-    assert again.report is not None
+    assert again.has_report
     np.testing.assert_array_equal(again.report.ranking, audit.report.ranking)
 
 

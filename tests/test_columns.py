@@ -50,7 +50,7 @@ def test_a_column_from_outside_is_everywhere(surprise: Column, tmp_path: Path) -
         torch.manual_seed(seed)
         audit = InfluenceAudit(known_noise=[1, 5])
         make_trainer(tmp_path / str(seed), callbacks=[audit], logger=logger).fit(Classifier(), loader(vectors()))
-        assert audit.report is not None
+        assert audit.has_report
         reports.append(audit.report)
     report = reports[0]
     expected = np.exp(report.columns["loss"] - report.columns["loss_mean"])

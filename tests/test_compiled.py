@@ -85,7 +85,7 @@ def test_a_compiled_step_is_compiled_as_often_and_no_other(what: str, tmp_path: 
     audit = InfluenceAudit(curvature="diagonal")
     without, with_audit = (compiled_training(what, tmp_path, audits) for audits in ([], [audit]))
     assert_same(without, with_audit)
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.status == "complete"
     assert "loss_mean" in audit.report.columns
 
@@ -93,7 +93,7 @@ def test_a_compiled_step_is_compiled_as_often_and_no_other(what: str, tmp_path: 
 def test_a_loss_within_what_is_compiled_leaves_no_dynamics(tmp_path: Path) -> None:
     audit = InfluenceAudit(curvature="diagonal")
     compiled_training("method", tmp_path, [audit], "aot_eager")
-    assert audit.report is not None
+    assert audit.has_report
     assert "loss_mean" not in audit.report.columns
     assert any("no known loss call outside of what is compiled" in note for note in audit.report.manifest["notes"])
 
@@ -113,7 +113,7 @@ def test_what_is_kept_from_compiling_may_be_measured_in_flight(tmp_path: Path) -
 
     audit = InfluenceAudit(tracin="step", curvature="diagonal")
     make_trainer(tmp_path, callbacks=[audit]).fit(Disabled(), loader(vectors()))
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.status == "complete"
 
 

@@ -203,7 +203,7 @@ def fit(audit: InfluenceAudit, directory: Path, model: Any = None) -> AuditRepor
     torch.manual_seed(0)
     trainer = make_trainer(directory, callbacks=[audit])
     trainer.fit(model or Validated(), loader(vectors()), loader(vectors(6, 2)))
-    assert audit.report is not None
+    assert audit.has_report
     return audit.report
 
 

@@ -154,7 +154,7 @@ def test_audits_of_real_runs(tmp_path: Path) -> None:
         torch.manual_seed(seed)
         trainer = make_trainer(tmp_path / str(seed), callbacks=[audit := InfluenceAudit()])
         trainer.fit(Classifier(), loader(data))
-        assert audit.report is not None
+        assert audit.has_report
         directories.append(audit.report.directory)
     reports = [AuditReport.load(str(directory)) for directory in directories]
     found = AuditReport.ensemble(reports[:2])

@@ -764,7 +764,7 @@ def test_an_audits_directory_knows_its_data_and_buffers(tmp_path: Path) -> None:
     model.net = nn.Sequential(nn.BatchNorm1d(data.tensors[0].shape[1], dtype=torch.float64), model.net)
     audit = InfluenceAudit()
     make_trainer(tmp_path, callbacks=[audit]).fit(model, DataLoader(data, batch_size=6))
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.directory is not None
     back = Influence.load(audit.report.directory, model, None, data)
     np.testing.assert_allclose(back.self_influence(), audit.report.columns["self_influence"], rtol=1e-9)

@@ -50,7 +50,7 @@ def audited(audit: InfluenceAudit, directory: Path, data: Any, **arguments: Any)
     model = Validated(features=features) if validation is not None else Classifier(features=features)
     trainer = make_trainer(directory, callbacks=[audit], **arguments)
     trainer.fit(model, loader(data, shuffle=True), *(() if validation is None else (loader(validation),)))
-    assert audit.report is not None
+    assert audit.has_report
     return audit.report
 
 
@@ -314,7 +314,7 @@ def test_data_that_are_loaded_again_and_are_others_lose_their_ids(tmp_path: Path
     audit = InfluenceAudit(ids=NAMES)
     with pytest.warns(UserWarning, match=r"are others, and have no ids. ids: 22 are given; expected 20"):
         make_trainer(tmp_path, callbacks=[audit], reload_dataloaders_every_n_epochs=1).fit(Reloaded())
-    assert audit.report is not None
+    assert audit.has_report
     assert len(audit.report) == N - 2
     assert "id" not in audit.report.columns
 
@@ -439,7 +439,7 @@ def test_only_candidates_are_fetched_and_a_description_that_fails_is_known_befor
     data, model = Counted(), Classifier()
     audit = InfluenceAudit(describe=describe)
     make_trainer(tmp_path, callbacks=[audit], logger=TensorBoardLogger(tmp_path)).fit(model, loader(data))
-    assert audit.report is not None
+    assert audit.has_report
     assert epochs[0] == 0
     assert len(fetched) <= 1 + len(audit.report.candidates) < 60
 
@@ -492,8 +492,8 @@ def test_a_run_is_the_same_with_and_without_names(tmp_path: Path) -> None:
     (plain, first), (named, second) = found
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), named.parameters(), strict=True))
     assert first.state_key == second.state_key  # a checkpoint of one resumes with the other
-    assert first.report is not None
-    assert second.report is not None
+    assert first.has_report
+    assert second.has_report
     assert {*second.report.columns} - {*first.report.columns} == {"id", "text"}
     for name, values in first.report.columns.items():
         np.testing.assert_array_equal(values, second.report.columns[name])

@@ -95,7 +95,7 @@ def test_a_logger_that_fails_late(kind: Any, said: str, tmp_path: Path) -> None:
         trainer.fit(Classifier(features=36), loader(images()))
     messages = [str(warning.message) for warning in caught if f"{said} failed" in str(warning.message)]
     assert len(messages) == len(set(messages))
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.directory is not None
     assert AuditReport.load(audit.report.directory).status == "complete"
     assert "influence/coverage" in (Path(other.log_dir) / "metrics.csv").read_text()
@@ -166,7 +166,7 @@ def test_a_disk_that_is_full_during_training(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "replace", replaced)
     with pytest.warns(UserWarning, match="writing the table so far"):
         trainer.fit(Classifier(), loader(vectors()))
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.manifest["tracin_steps"] == [5, 10, 15]
     assert [(kept.step, kept.steps) for kept in audit.report.checkpoints()] == [(10, 10), (15, 5)]
     assert any("checkpoint of step 5 was not kept" in note for note in audit.report.manifest["notes"])
@@ -180,7 +180,7 @@ def test_a_directory_that_was_deleted_is_made_again(when: str, tmp_path: Path) -
     setattr(Tidy, when, lambda *_: shutil.rmtree(tmp_path / "audit"))
     audit = InfluenceAudit(dirpath=tmp_path / "audit")
     make_trainer(tmp_path, callbacks=[Tidy(), audit], max_epochs=2).fit(Classifier(), loader(vectors()))
-    assert audit.report is not None
+    assert audit.has_report
     on_disk = AuditReport.load(tmp_path / "audit")
     assert on_disk.status == "complete"
     np.testing.assert_array_equal(on_disk.columns["self_influence"], audit.report.columns["self_influence"])
@@ -283,8 +283,8 @@ def test_an_audit_that_was_cut_goes_on(arguments: Any, tmp_path: Path, monkeypat
     audit, whole = InfluenceAudit(**arguments), InfluenceAudit(**arguments)
     trained(tmp_path / "cut", audit, optimizer=adam, ckpt=tmp_path / "cut" / "kept" / "last.ckpt")
     trained(tmp_path / "whole", whole, optimizer=adam)
-    assert audit.report is not None
-    assert whole.report is not None
+    assert audit.has_report
+    assert whole.has_report
     assert AuditReport.load(audit.report.directory).status == "complete"  # type: ignore[arg-type]
     assert set(audit.report.columns) == set(whole.report.columns)
     for name, values in whole.report.columns.items():
@@ -298,7 +298,7 @@ def test_an_audit_that_was_cut_goes_on(arguments: Any, tmp_path: Path, monkeypat
     # Once it is complete, it stays, and resuming makes the same once more.
     again = InfluenceAudit(**arguments)
     trained(tmp_path / "whole", again, optimizer=adam, ckpt=tmp_path / "whole" / "kept" / "last.ckpt")
-    assert again.report is not None
+    assert again.has_report
     assert again.report.directory != whole.report.directory
     for name, values in whole.report.columns.items():
         np.testing.assert_allclose(again.report.columns[name], values, rtol=1e-6, atol=1e-9, err_msg=name)
@@ -330,8 +330,8 @@ def test_kept_checkpoints_stand_for_all_steps_after_a_kill(tmp_path: Path) -> No
     audit, whole = InfluenceAudit(tracin=settings), InfluenceAudit(tracin=settings)
     trained(tmp_path / "cut", audit, epochs=5, ckpt=tmp_path / "cut" / "kept" / "last.ckpt")
     trained(tmp_path / "whole", whole, epochs=5)
-    assert audit.report is not None
-    assert whole.report is not None
+    assert audit.has_report
+    assert whole.has_report
     kept = list(audit.report.checkpoints())
     assert sum(each.steps for each in kept) == 25
     assert sum(each.step_sizes["net.1.weight"] for each in kept) == pytest.approx(25 * 0.1)
@@ -350,7 +350,7 @@ def test_resuming_with_other_arguments_keeps_what_was_recorded(then: Any, tmp_pa
     trained(tmp_path, InfluenceAudit(), epochs=2)
     audit = InfluenceAudit(**then)
     trained(tmp_path, audit, epochs=3, ckpt=tmp_path / "kept" / "last.ckpt")
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.columns["times_seen"].tolist() == [3] * 22
     assert audit.report.manifest["tracin_steps"] == [5, 10, 15]
     assert audit.report.manifest["notes"] == []
@@ -369,7 +369,7 @@ def test_resuming_with_another_tracin_says_what_it_lacks(first: Any, then: Any, 
     trained(tmp_path, InfluenceAudit(**first), epochs=2)
     audit = InfluenceAudit(**then)
     trained(tmp_path, audit, epochs=3, ckpt=tmp_path / "kept" / "last.ckpt")
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.columns["times_seen"].tolist() == [3] * 22
     (note,) = (note for note in audit.report.manifest["notes"] if "tracin lacks" in note)
     assert "the 10 steps before training was resumed" in note
@@ -381,7 +381,7 @@ def test_known_noise_that_is_told_once_the_audit_is_complete_is_measured(tmp_pat
     trained(tmp_path, InfluenceAudit(), epochs=2)
     audit = InfluenceAudit(known_noise=[1, 2, 5])
     trained(tmp_path, audit, epochs=2, ckpt=tmp_path / "kept" / "last.ckpt")
-    assert audit.report is not None
+    assert audit.has_report
     assert "self_influence" in audit.report.manifest["detection"]
 
 
@@ -389,7 +389,7 @@ def test_an_audit_that_joins_says_which_epochs_it_lacks(tmp_path: Path) -> None:
     trained(tmp_path, None, epochs=2)
     audit = InfluenceAudit()
     trained(tmp_path, audit, epochs=3, ckpt=tmp_path / "kept" / "last.ckpt")
-    assert audit.report is not None
+    assert audit.has_report
     (note,) = audit.report.manifest["notes"]
     assert "after 10 steps, in epoch 2: the epochs 0 to 1 and the steps before it are missing" in note
 
@@ -400,11 +400,11 @@ def test_two_audits_find_their_states_under_other_arguments(tmp_path: Path) -> N
     audits = InfluenceAudit(damping=0.3), InfluenceAudit(tracin="step", damping=0.3)
     trained(tmp_path, *audits, epochs=3, ckpt=tmp_path / "kept" / "last.ckpt")
     for audit in audits:
-        assert audit.report is not None
+        assert audit.has_report
         assert audit.report.columns["times_seen"].tolist() == [3] * 22
         assert audit.report.manifest["notes"] == []
         assert np.isfinite(audit.report.columns["tracin"]).all()
-    assert audits[0].report is not None
+    assert audits[0].has_report
     assert audits[0].report.manifest["tracin_steps"] == [5, 10, 15]
 
 
@@ -476,7 +476,7 @@ def test_one_huge_example_is_listed_and_spoils_nobody(
         audit = InfluenceAudit(tracin=None, curvature=curvature, fisher="empirical", damping="relative")
         trainer = make_trainer(tmp_path / str(number), callbacks=[audit], max_epochs=1, logger=False)
         trainer.fit(Still(network), loader(data))
-        assert audit.report is not None
+        assert audit.has_report
         assert audit.report.nonfinite.tolist() == ([] if number else [place])
         columns.append(audit.report.columns)
     for name in ("grad_norm_squared", "self_influence", "loss", "neighbour_disagreement"):
@@ -503,7 +503,7 @@ def test_examples_without_a_loss_are_listed(spoilt: list[int], arguments: Any, t
         audit = InfluenceAudit(fisher="empirical", factor_examples=None, **arguments)
         trainer = make_trainer(tmp_path / str(number), callbacks=[audit], max_epochs=2, logger=False)
         trainer.fit(Guarded("deep"), loader(data))
-        assert audit.report is not None
+        assert audit.has_report
         notes, steps = audit.report.manifest["notes"], trainer.global_step
         assert number or any(f"{len(spoilt)} of 22 examples are not scored" in note for note in notes)
         assert number or any("the step returns no loss for it" in note for note in notes)
@@ -539,7 +539,7 @@ def test_rich_bars_show_the_passes(place: int, tmp_path: Path) -> None:
     callbacks.insert(place, bar)
     trainer = make_trainer(tmp_path, callbacks=callbacks, enable_progress_bar=True)
     trainer.fit(Validated(), loader(vectors()), loader(vectors(7, 2)))
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.manifest["tracin_steps"] == [5, 10]
     assert bar not in display._BROKEN
 
@@ -559,7 +559,7 @@ def test_a_rich_display_that_breaks_is_off(broken: str, tmp_path: Path) -> None:
     make_trainer(tmp_path, callbacks=[Break(), audit, bar], enable_progress_bar=True).fit(
         Classifier(), loader(vectors())
     )
-    assert audit.report is not None
+    assert audit.has_report
     assert bar in display._BROKEN
 
 
@@ -573,7 +573,7 @@ def test_plain_bars_are_off_unless_somebody_watches(
         trainer = make_trainer(tmp_path, callbacks=[audit, TQDMProgressBar()], enable_progress_bar=True, logger=False)
         trainer.fit(Classifier(), loader(vectors()))
         assert ("influence: self-influence" in capfd.readouterr().err) == watched
-    assert audit.report is not None
+    assert audit.has_report
 
 
 # ------------------------------------------------------------------------------------------------------ files

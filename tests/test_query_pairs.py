@@ -46,7 +46,7 @@ def audited(
     audit = InfluenceAudit(queries=queries, **EVERYTHING)
     made = make_trainer(directory, callbacks=[audit], max_epochs=3, **trainer)
     made.fit(model, *(data or (loader(TRAINING), loader(VALIDATION, 4))))
-    assert audit.report is not None
+    assert audit.has_report
     return audit.report, model, made
 
 
@@ -330,7 +330,7 @@ def test_scores_pairs_and_sweep_share_one_pass(
     audit = InfluenceAudit(queries=asked, factor_examples=None)
     trainer = make_trainer(tmp_path, callbacks=[audit], max_epochs=2)
     trainer.fit(Several().double(), loader(TRAINING), [loader(VALIDATION, 4) for _ in range(loaders)])
-    assert audit.report is not None
+    assert audit.has_report
     assert (audit.report.pairs is not None) == (queries is not None)
     assert "damping_sweep" in audit.report.manifest
     assert sorted(visited[N]) == sorted(3 * list(range(N)))
@@ -418,12 +418,16 @@ def test_a_dry_run_goes_through_and_writes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("pairs.parquet"))
 
 
-def test_no_validation_data_is_a_warning(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="no pairs of queries: there are no validation examples.*pass a DataLoader"):
-        report, _, _ = audited(tmp_path, "worst", loader(TRAINING), model=Classifier().double())
-    assert report.status == "complete"
-    assert report.pairs is None
-    assert any("no validation examples" in note for note in report.manifest["notes"])
+@pytest.mark.parametrize("lacking", ["fit` was given", "no `validation_step`", "limit_val_batches=0"])
+def test_worst_queries_without_validation_are_refused(tmp_path: Path, lacking: str) -> None:
+    model = Classifier() if "step" in lacking else Validated()
+    given = None if "given" in lacking else loader(VALIDATION)
+    audit = InfluenceAudit(queries="worst")
+    limit = 0 if "limit" in lacking else None
+    trainer = make_trainer(tmp_path, callbacks=[audit], limit_val_batches=limit)
+    with pytest.raises(MisconfigurationException, match=f"asks about validation examples, but .*{lacking}"):
+        trainer.fit(model.double(), loader(TRAINING), given)
+    assert trainer.global_step == 0
 
 
 def test_validation_batches_of_another_kind_are_a_note(tmp_path: Path) -> None:

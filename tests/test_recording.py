@@ -126,7 +126,7 @@ def _train(path: Path, module: Switching) -> tuple[AuditReport, list[bool]]:
             heard.append(audit._run.listener.batch.tap is not None)
 
     make_trainer(path, callbacks=[audit, Watch()], max_epochs=3).fit(module, loader(data, 3))
-    assert audit.report is not None
+    assert audit.has_report
     return audit.report, heard
 
 

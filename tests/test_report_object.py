@@ -57,7 +57,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> AuditReport:
     audit = InfluenceAudit(queries=loader(vectors()))
     trainer = make_trainer(folder, callbacks=[audit], max_epochs=2)
     trainer.fit(Classifier(), loader(vectors()))
-    assert audit.report is not None
+    assert audit.has_report
     return AuditReport.load(audit.report.directory)  # type: ignore[arg-type]
 
 

@@ -75,7 +75,7 @@ def check(make: Callable[[], Net], data: Callable[[], Dataset[Any]], directory: 
     without, with_audit = (trained(make, data, directory, *audits, **arguments) for audits in ((), (audit,)))
     for one, other in zip(without, with_audit, strict=True):
         assert torch.equal(one, other)
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.status == "complete"
     return list(audit.report.manifest["notes"])
 
@@ -327,7 +327,7 @@ def test_every_batch_of_a_pass_starts_where_training_stands(tmp_path: Path) -> N
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ExampleSource, "batches", in_size)
             trained(lambda: Teacher(by_copy), vectors, tmp_path, audit)
-        assert audit.report is not None
+        assert audit.has_report
         found.append(audit.report.columns["grad_norm_squared"])
     np.testing.assert_allclose(*found, rtol=1e-3)
 

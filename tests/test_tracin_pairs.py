@@ -173,7 +173,7 @@ def train(path: Path, tracin: TracIn, optimizer: Any = None, epochs: int = 6, **
     made = make_trainer(path, callbacks=[audit], max_epochs=epochs, **trainer)
     resumed = trainer.pop("resumed", None)
     made.fit(model, loader(vectors(dtype=torch.float64), shuffle=True), ckpt_path=resumed)
-    assert audit.report is not None
+    assert audit.has_report
     return audit.report, model, made
 
 

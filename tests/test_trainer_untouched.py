@@ -103,7 +103,7 @@ def test_a_step_that_does_nothing_besides_has_no_note(weights: Tensor | None, tm
 
     audit = InfluenceAudit(curvature="identity")
     fitted(Plain(lambda *_: None), tmp_path, audit)
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.manifest["notes"] == []
 
 
@@ -113,7 +113,7 @@ def test_what_a_step_does_to_its_trainer(also: Any, named: str, tracin: Any, tmp
     """Rates that a step lowers were lowered by every pass, too."""
     audit = InfluenceAudit(curvature="identity", tracin=tracin)
     assert fitted(Net(also), tmp_path) == fitted(Net(also), tmp_path, audit)
-    assert audit.report is not None
+    assert audit.has_report
     assert any("the step changes" in note and named in note for note in audit.report.manifest["notes"])
 
 
@@ -171,7 +171,7 @@ def test_a_stream_that_a_task_leaves_alone(tmp_path: Path) -> None:
         curvature="identity", task=lambda model, batch: F.cross_entropy(model.net(batch[0]), batch[1])
     )
     fitted(Streaming(lambda: (k for k in range(1000))), tmp_path, audit)
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.status == "complete"
 
 
@@ -189,5 +189,5 @@ def test_what_a_hook_of_the_model_sets_up_is_there(hook: str, tmp_path: Path) ->
     models, audit = (Prepares(hook), Prepares(hook)), InfluenceAudit(curvature="identity")
     assert fitted(models[0], tmp_path) == fitted(models[1], tmp_path, audit)
     assert models[0].losses == models[1].losses
-    assert audit.report is not None
+    assert audit.has_report
     assert audit.report.status == "complete"

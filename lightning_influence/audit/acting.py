@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import candidate_rows
 from lightning_influence.audit.relabel import LabelError, Path, Relabelled, as_label, fetched, find_label
+from lightning_influence.core.errors import short
 from lightning_influence.core.indices import Indices, distinct
 from lightning_influence.gradients.coverage import listed
 
@@ -70,7 +71,7 @@ class Advice:
 def advice(columns: Columns, beliefs: LabelBeliefs, precision: float = PRECISION) -> Advice:
     """Return what one may act on; see ``AuditReport.advice``."""
     if isinstance(precision, bool) or not isinstance(precision, (int, float)) or not 0 < precision <= 1:
-        raise ValueError(f"precision={precision!r}; expected a share of right decisions, above 0 and up to 1.")
+        raise ValueError(f"precision={short(precision)}; expected a share of right decisions, above 0 and up to 1.")
     nothing = Advice([], 0.0, precision, {}, {}, beliefs.reason or "no label is sure enough to be wrong")
     if not beliefs.told:
         return nothing
@@ -119,7 +120,8 @@ def clean_indices(columns: Columns, advised: Advice, drop: float | int | None = 
         number = isinstance(drop, (int, np.integer)) and not isinstance(drop, bool)
         if not (share or number) or not 0 <= drop < (1 if share else len(kept)):
             raise ValueError(
-                f"drop={drop!r}; expected a share from 0 to below 1, a number of examples below {len(kept)}, or None "
+                f"drop={short(drop)}; expected a share from 0 to below 1, a number of examples below "
+                f"{len(kept)}, or None "
                 "for what is sure enough. Without examples of your choice: "
                 "`sorted({*report.clean_indices(0)} - {*mine})`."
             )

@@ -19,6 +19,7 @@ from torch.utils.data import ConcatDataset, Subset
 from lightning_influence.audit.columns import Columns
 from lightning_influence.audit.descriptions import Description, description, guessed_images
 from lightning_influence.audit.relabel import Relabelled
+from lightning_influence.core.errors import short
 from lightning_influence.core.isolation import left_alone
 from lightning_influence.data.contents import copied
 
@@ -43,7 +44,8 @@ def check_naming(ids: Any, describe: Any) -> None:
         )
     if not (describe is None or callable(describe) or callable(getattr(describe, "decode", None))):
         raise ValueError(
-            f"describe={describe!r}; expected a function from an example (what the data set returns for an index) to "
+            f"describe={short(describe)}; expected a function from an example (what the data set "
+            "returns for an index) to "
             "a text or an image, or a tokenizer with `decode`."
         )
 

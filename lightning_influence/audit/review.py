@@ -23,6 +23,7 @@ from lightning_influence.audit.acting import classes_of
 from lightning_influence.audit.relabel import Relabelled, as_label
 from lightning_influence.audit.store.atomic import replacing, whole
 from lightning_influence.audit.store.tables import candidates_csv
+from lightning_influence.core.errors import short
 from lightning_influence.core.indices import integers
 from lightning_influence.gradients.coverage import listed
 
@@ -110,7 +111,9 @@ class Review:
 def write_review(report: AuditReport, path: str | os.PathLike[str], most: int) -> Path:
     """Write the table that a person fills in; see ``AuditReport.write_review``."""
     if isinstance(most, bool) or not hasattr(most, "__index__") or operator.index(most) < 1:
-        raise ReviewError(f"most={most!r}; expected how many examples to write, 1 or more (`health()` may say none).")
+        raise ReviewError(
+            f"most={short(most)}; expected how many examples to write, 1 or more (`health()` may say none)."
+        )
     place = Path(path).expanduser()
     if place.exists():
         raise ReviewError(f"{place} is there already, and may hold what a person has decided; pass another path.")

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_influence.audit.naming import Ids, check_naming
 from lightning_influence.audit.queries import Queries
 from lightning_influence.callbacks.query_report import described
+from lightning_influence.core.errors import short
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.gradients.coverage import Layers, Uncovered, listed_layers
 from lightning_influence.influence.inputs import (
@@ -65,7 +66,7 @@ class Arguments:
                     f"the examples {both[:10]} are in trusted and in known_noise; expected one or the other."
                 )
         if self.task is not None and not callable(self.task):
-            raise ValueError(f"task={self.task!r} is not callable; expected a function (module, batch) -> loss.")
+            raise ValueError(f"task={short(self.task)} is not callable; expected a function (module, batch) -> loss.")
 
     @property
     def fitting(self) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def checked_tracin(value: object) -> TracIn | None:
         return value
     if value not in get_args(Mode):
         raise ValueError(
-            f'tracin={value!r}; expected "epoch" (a pass at epoch ends), "step" (in flight), None, or TracIn(...).'
+            f'tracin={short(value)}; expected "epoch" (a pass at epoch ends), "step" (in flight), None, or TracIn(...).'
         )
     return TracIn(mode=value)  # type: ignore[arg-type]
 
@@ -125,6 +126,6 @@ def _check_damping(damping: Any) -> None:
     is_number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
     if not is_number or not math.isfinite(damping) or damping <= 0:
         raise ValueError(
-            f'damping={damping!r}; expected a number > 0, "relative" (0.1 times the mean eigenvalue), "trainer" '
+            f'damping={short(damping)}; expected a number > 0, "relative" (0.1 times the mean eigenvalue), "trainer" '
             '(1 / sum of step sizes) or "auto".'
         )

@@ -5,23 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_influence.audit.report import AuditReport
+from lightning_influence.callbacks.answers import Answers
 from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
 from lightning_influence.callbacks.run import AuditRun
 
 
-class RunHooks(Callback):
+class RunHooks(Answers):
     """The hooks between the first and the last step of a fit."""
 
     def __init__(self) -> None:
-        self.report: AuditReport | None = None
+        super().__init__()
         self._recorder = BatchIndexRecorder()
-        # From the start of training until the next `fit`.
-        self._run: AuditRun | None = None
 
     @abstractmethod
     def _prepare(self, trainer: Trainer, module: LightningModule) -> AuditRun:
@@ -70,10 +68,12 @@ class RunHooks(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo everything and keep what was recorded so far."""
         self._recorder.detach()
+        if self._report is None:
+            self._no_report = f"the run ended with {type(exception).__name__}: {exception}"
         if self._run is not None:
             self._run.listener.stop()
             of_fit = trainer.state.fn == "fit" and self._run.reporter.directory is not None
-            if self.report is None and of_fit:
+            if self._report is None and of_fit:
                 self._run.interrupt(trainer, repr(exception))
                 rank_zero_info(
                     f"influence audit: interrupted; what was recorded is kept in {self._run.reporter.directory}. "

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from lightning_influence.audit.naming import Describe, Ids
 from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.report import AuditReport
-from lightning_influence.audit.unlearning import Unlearner
 from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.arguments import Arguments, checked_indices, checked_tracin
 from lightning_influence.callbacks.beginning import begun
@@ -27,7 +26,6 @@ from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.core import distributed
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.gradients.coverage import Layers, Uncovered
-from lightning_influence.influence import Influence
 from lightning_influence.objective.task import Task
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import Mode, TracIn
@@ -85,9 +83,6 @@ class InfluenceAudit(RunHooks):
         dirpath: Directory of the audit, instead of ``<log_dir>/influence``. An existing audit is never overwritten:
             a version suffix is added.
         verify: Whether to check per-example gradients against autograd on half a training batch before training starts.
-
-    Attributes:
-        report: The audit, once training has ended.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -155,13 +150,17 @@ class InfluenceAudit(RunHooks):
 
     # ------------------------------------------------------------------ start
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule | None = None, stage: str = "fit") -> None:
         """Check the combination of model and trainer, and start to note batch indices."""
+        if pl_module is None:
+            preparing.refuse_class(self)
         if stage != "fit":
             return
+        preparing.check_queries(trainer, pl_module, self.arguments.queries)
         # Of an earlier fit: an error before training starts must not be filed under that one's audit.
-        self._before = self.report, self._recording, self._run
-        self.report = self._recording = self._run = self._restored = None
+        self._before = self._report, self._recording, self._run
+        self._report = self._recording = self._run = self._restored = None
+        self._no_report = "training has not ended yet"
         preparing.check_optimization(pl_module, self.arguments.task, self.arguments.tracin)
         bridge.check_strategy(trainer)
         preparing.warn_of_averaging(trainer, self)
@@ -192,7 +191,7 @@ class InfluenceAudit(RunHooks):
         """Undo everything and keep what was recorded so far: that of the fit before, if this one did not begin."""
         super().on_exception(trainer, pl_module, exception)
         if self._run is None and self._before[2] is not None:
-            self.report, self._recording, self._run = self._before
+            self._report, self._recording, self._run = self._before
 
     # -------------------------------------------------------------------- end
 
@@ -206,14 +205,15 @@ class InfluenceAudit(RunHooks):
         if self._run is not None or bridge.is_dry_run(trainer):
             return
         if not trainer.global_step or trainer.train_dataloader is None:
-            rank_zero_warn(
-                f"no influence audit: no step was trained (max_epochs={trainer.max_epochs}, "
-                f"max_steps={trainer.max_steps}, limit_train_batches={trainer.limit_train_batches})."
+            self._no_report = (
+                f"no step was trained (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
+                f"limit_train_batches={trainer.limit_train_batches})"
             )
+            rank_zero_warn(f"no influence audit: {self._no_report}.")
             return
         before = self._before[2]
         if self._restored is None and before is not None and before.finished:
-            self.report, self._recording, self._run = self._before
+            self._report, self._recording, self._run = self._before
             rank_zero_info("influence audit: nothing was left to train; `report` is that of the fit before.")
             return
         rank_zero_info("influence audit: nothing was left to train; what was recorded until then is audited now.")
@@ -223,45 +223,20 @@ class InfluenceAudit(RunHooks):
             except Exception as error:
                 if distributed.world_size() > 1:
                     raise
+                self._no_report = str(error)
                 rank_zero_warn(f"no influence audit: {error}")
                 return
             self._finish(run, trainer, pl_module)
 
     def _finish(self, run: AuditRun, trainer: Trainer, module: LightningModule) -> None:
         finished = run.finish_or_warn(trainer, module)
-        if finished is not None:
-            # Before anything is written: what is computed is not lost to a disk or a logger.
-            self.report, publish = finished
-            publish()
-
-    def influence(self, curvature: CurvatureName = "ggn") -> Influence:
-        """Return everything else that can be asked of the model and its training data, as ``Influence`` does.
-
-        The curvature is fitted with the audit's arguments, at the weights that the model has now, so load the weights
-        that are meant first. With several processes, call it on all of them.
-
-        Args:
-            curvature: For removal and repair, the GGN comes closest to retraining; Kronecker factors with their
-                relative damping, good for ranking, step far too wide (``benchmarks/unlearning.py``).
-
-        Raises:
-            RuntimeError: Before an audit is complete.
-            ValueError, IndefiniteError: As ``Influence.fit``.
-
-        Example:
-            >>> update = audit.influence().remove(audit.report.candidates[:10], leverage=True)
-            >>> cleaner = update.applied_to_copy(model)
-        """
-        if self._run is None or self._run.make_influence is None:
-            raise RuntimeError("there is no complete audit yet; let `trainer.fit` end first.")
-        return self._run.make_influence().fit(**{**self._run.arguments.fitting, "curvature": curvature})
-
-    def unlearner(self, curvature: CurvatureName = "ggn") -> Unlearner:
-        """Return removal and repair alone; see ``influence``."""
-        found = self.influence(curvature)
-        return Unlearner(
-            found.training, found.curvature, found.examples, labels=found.labels, weight_decay=found.weight_decay
-        )
+        if finished is None:
+            self._no_report = run.failure
+            return
+        # Before anything is written: what is computed is not lost to a disk or a logger.
+        self._report, publish = finished
+        self._no_report = f"it is that of rank zero, and this is rank {trainer.global_rank}"
+        publish()
 
     # ------------------------------------------------------------------ state
 

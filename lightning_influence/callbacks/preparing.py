@@ -8,15 +8,17 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.store.store import AuditStore, StoreError
 from lightning_influence.callbacks import bridge
 from lightning_influence.core import distributed
@@ -52,6 +54,17 @@ def errors_as_misconfiguration() -> Iterator[None]:
         yield
     except (DataError, StateError, LayerError, TaskError, VerificationError, StoreError, ValueError) as error:
         raise MisconfigurationException(f"InfluenceAudit: {error}") from error
+
+
+def refuse_class(trainer: Any) -> NoReturn:
+    """Raise ``TypeError`` for a callback's class where the trainer expects a callback.
+
+    The trainer calls hooks of the class then, with itself for the callback.
+    """
+    classes = [each for each in trainer.callbacks if isinstance(each, type)]
+    trainer.callbacks[:] = [each for each in trainer.callbacks if each not in classes]  # their other hooks would fail
+    names = ", ".join(each.__name__ for each in classes)
+    raise TypeError(f"`callbacks=` holds a class, {names}, where a callback belongs: write {names}().")
 
 
 def check_optimization(module: LightningModule, task: Task | None, tracin: TracIn | None) -> None:
@@ -178,6 +191,22 @@ def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection:
             labels.append(None if loss.primary is None else loss.primary.statistics(loss.n).get("label"))
     first, second = labels
     return first is not None and second is not None and not torch.equal(first, second)
+
+
+def check_queries(trainer: Trainer, module: LightningModule, queries: Queries | None) -> None:
+    """Raise ``MisconfigurationException`` for queries among validation examples that the trainer will not load."""
+    if queries is None or queries.which != "worst" or trainer.enable_validation:
+        return
+    if not is_overridden("validation_step", module):
+        lacking = f"{type(module).__name__} has no `validation_step`, so the trainer loads no validation data"
+    elif trainer.limit_val_batches == 0:
+        lacking = "limit_val_batches=0 leaves none"
+    else:
+        lacking = "`trainer.fit` was given no validation data"
+    raise MisconfigurationException(
+        f'InfluenceAudit(queries="worst") asks about validation examples, but {lacking}. Mend that, or pass a '
+        "DataLoader of the examples in question as `queries=`."
+    )
 
 
 def check_indices(name: str, indices: Tensor | None, source: ExampleSource) -> None:

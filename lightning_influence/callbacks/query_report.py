@@ -18,6 +18,7 @@ from lightning_influence.audit.naming import ExampleNames
 from lightning_influence.audit.queries import Columns, Queries, QueryPairs, QuerySearch
 from lightning_influence.callbacks import bridge
 from lightning_influence.core import distributed
+from lightning_influence.core.errors import short
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.curvature import Curvature, SolverError
 from lightning_influence.data.source import DataError, ExampleSource
@@ -40,7 +41,8 @@ def checked_queries(queries: Any) -> Queries | None:
     if queries == "worst" or isinstance(queries, DataLoader):
         return Queries(queries)
     raise ValueError(
-        f'queries={queries!r}; expected None, "worst" (the validation examples with the highest loss), a DataLoader, '
+        f'queries={short(queries)}; expected None, "worst" (the validation examples with the highest '
+        "loss), a DataLoader, "
         "or `Queries(...)`."
     )
 

@@ -54,6 +54,7 @@ class AuditRun:
         queries: What the audit is asked about.
         make_influence: Returns what the finished audit can still do, once it is: nothing is held but references.
         finished: Whether it is, and its report computed.
+        failure: Why there is no report of a run that has ended.
         digests: What a few examples hold, if the data may be loaded again.
         listener: Hears the batches.
     """
@@ -67,6 +68,7 @@ class AuditRun:
     queries: QueryReport | None = None
     make_influence: Callable[[], Influence] | None = None
     finished: bool = False
+    failure: str = ""
     digests: Sequence[bytes | None] = ()
 
     def __post_init__(self) -> None:
@@ -203,6 +205,7 @@ class AuditRun:
             # would wait for this one at the next collective.
             if distributed.world_size() > 1:
                 raise
+            self.failure = f"the audit failed ({error!r}); what was recorded is kept in {self.reporter.directory}"
             self.interrupt(trainer, repr(error))
             rank_zero_warn(
                 f"the influence audit failed; training is not affected, and what was recorded until then is kept in "
@@ -217,7 +220,8 @@ class AuditRun:
         if bridge.is_dry_run(trainer):
             indices = (indices or list(range(self.recording.size)))[: self.passes.source.batch_size]
         if not indices:
-            rank_zero_warn("no influence audit: no training batch was seen.")
+            self.failure = "no training batch was seen"
+            rank_zero_warn(f"no influence audit: {self.failure}.")
             return None
         recording, reporter, inspection = self.recording, self.reporter, self.inspection
         start = time.perf_counter()
@@ -239,7 +243,8 @@ class AuditRun:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
         indices = result.scores.indices.tolist()
-        result.notes.extend(self._data_notes(trainer, audited, indices))
+        never = len(bridge.drawn_from(trainer.train_dataloader, recording.size)) - len(audited)
+        result.notes.extend(_data_notes(self.passes, audited, indices, never))
         columns = recording.columns(indices, result.scores)
         later = bridge.after_training(trainer, gradients)
         given = columns["label"].tolist() if "label" in columns else ()
@@ -276,19 +281,19 @@ class AuditRun:
     def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
         return bridge.audited_indices(trainer, self.recording.seen_indices(), self.recording.size, last=last)
 
-    def _data_notes(self, trainer: Trainer, audited: list[int], scored: list[int]) -> list[str]:
-        """Return what a reader should know of the data: how batches are made, and who is not in the report."""
-        source = self.passes.source
-        notes = [source.collation.note] if source.collation.note else []
-        if missing := sorted(set(audited) - set(scored)):
-            reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
-            named = listed(missing, 10)
-            notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {named} ({reasons})")
-        if lacking := ", ".join(sorted(map(str, self.passes.lacking))):
-            notes.append(f"training has had terms of the loss that the passes, in eval mode, have not: {lacking}")
-        if never := len(bridge.drawn_from(trainer.train_dataloader, self.recording.size)) - len(audited):
-            notes.append(f"{never} examples of the data set were never drawn, and are not audited")
-        return notes
+
+def _data_notes(passes: TrainingPasses, audited: list[int], scored: list[int], never: int) -> list[str]:
+    """Return what a reader should know of the data: how batches are made, and who is not in the report."""
+    source = passes.source
+    notes = [source.collation.note] if source.collation.note else []
+    if missing := sorted(set(audited) - set(scored)):
+        reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
+        notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed(missing, 10)} ({reasons})")
+    if lacking := ", ".join(sorted(map(str, passes.lacking))):
+        notes.append(f"training has had terms of the loss that the passes, in eval mode, have not: {lacking}")
+    if never:
+        notes.append(f"{never} examples of the data set were never drawn, and are not audited")
+    return notes
 
 
 def _step_sizes(checkpoint: Checkpoint, coverage: Coverage, module: LightningModule) -> dict[str, StepSize]:

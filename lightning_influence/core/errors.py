@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from lightning_influence.core.memory import is_out_of_memory
 
 _OWN = __name__.partition(".")[0]
 _NAMED = 10
+_SHORT = 160
+_WORDS = reprlib.Repr()
+_WORDS.maxstring = _WORDS.maxother = _SHORT
 
 
 @contextmanager
@@ -41,6 +45,12 @@ def examples(indices: Sequence[int]) -> str:
     return f"example{'s' * (len(indices) != 1)} {', '.join(map(str, indices[:_NAMED]))}{more}"
 
 
+def short(value: object) -> str:
+    """Return a value as messages name it: a data set handed in by mistake does not fill the screen."""
+    words = " ".join(_WORDS.repr(value).split())
+    return words if len(words) <= _SHORT else words[: _SHORT - 3] + "..."
+
+
 def check_count(name: str, value: Any, otherwise: str = "", *, least: int = 1) -> int:
     """Return an integer >= ``least``; raise ``ValueError`` for anything else, naming what else would do."""
     try:
@@ -48,13 +58,13 @@ def check_count(name: str, value: Any, otherwise: str = "", *, least: int = 1) -
             return operator.index(value)
     except TypeError:
         pass
-    raise ValueError(f"{name}={value!r}; expected an integer >= {least}{otherwise and f', or {otherwise}'}.")
+    raise ValueError(f"{name}={short(value)}; expected an integer >= {least}{otherwise and f', or {otherwise}'}.")
 
 
 def check_flag(name: str, value: object) -> None:
     """Raise ``ValueError`` for what is neither True nor False: any other object would count as True."""
     if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name}={value!r}; expected True or False.")
+        raise ValueError(f"{name}={short(value)}; expected True or False.")
 
 
 def check_path(name: str, value: object) -> None:

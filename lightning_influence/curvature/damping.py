@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_influence.core.errors import short
 from lightning_influence.gradients.coverage import listed
 from lightning_influence.layers.blocks import ParameterBlock
 from lightning_influence.training.step_sizes import OptimizerHistory
@@ -70,7 +71,7 @@ def choose_damping(
     """
     number = isinstance(damping, (int, float)) and not isinstance(damping, bool) and 0 <= damping <= sys.float_info.max
     if not number and not (isinstance(damping, str) and damping in ("auto", "relative", "trainer")):
-        raise ValueError(f'damping={damping!r}; expected a number >= 0, "relative", "trainer" or "auto".')
+        raise ValueError(f'damping={short(damping)}; expected a number >= 0, "relative", "trainer" or "auto".')
     if not isinstance(damping, str):
         return DampingChoice(absolute=float(damping), rule="absolute", source="given")
     rule = default if damping == "auto" else damping

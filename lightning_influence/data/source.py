@@ -65,6 +65,11 @@ class ExampleSource:
         multiprocessing_context: Any = None,
         sequential: bool = False,
     ) -> None:
+        if isinstance(dataset, DataLoader):
+            raise DataError(
+                "ExampleSource got a DataLoader where it expects a data set; `ExampleSource.from_loader(loader)` takes "
+                "the data set, batch size and collate function from a loader."
+            )
         if isinstance(dataset, IterableDataset) or not (
             hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
         ):

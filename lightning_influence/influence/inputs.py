@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import UninitializedParameter
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
-from lightning_influence.core.errors import check_count, is_number
+from lightning_influence.core.errors import check_count, is_number, short
 from lightning_influence.core.indices import Indices as Many
 from lightning_influence.core.indices import integers
 from lightning_influence.curvature import LADDER, SOLVERS, CurvatureName, Fisher, Solver
@@ -165,7 +165,7 @@ def positions(indices: Indices | None, known: Sequence[int], what: str) -> list[
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise ``ValueError`` for an argument that is none of the choices."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, choices))}.")
+        raise ValueError(f"{name}={short(value)}; expected one of {', '.join(map(repr, choices))}.")
 
 
 def notes_of(inspection: Inspection) -> list[str]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed, memory
-from lightning_influence.core.errors import check_flag
+from lightning_influence.core.errors import check_flag, short
 from lightning_influence.core.indices import Indices, integers
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.gradients.coverage import listed
@@ -243,7 +243,9 @@ def _check(
     """Raise ``ValueError`` for arguments that do not go together."""
     check_pairs(gradients, indices, queries, query_indices)
     if normalise not in get_args(Normalisation):
-        raise ValueError(f"normalise={normalise!r}; expected one of {', '.join(map(repr, get_args(Normalisation)))}.")
+        raise ValueError(
+            f"normalise={short(normalise)}; expected one of {', '.join(map(repr, get_args(Normalisation)))}."
+        )
     check_layers(gradients, "the curvature", curvature.dampings.keys())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lightning_influence.core.errors import check_count
+from lightning_influence.core.errors import check_count, short
 from lightning_influence.gradients.coverage import Layers, listed_layers
 
 Mode = Literal["epoch", "step"]
@@ -52,12 +52,14 @@ class TracIn:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
-            raise ValueError(f"mode={self.mode!r}; expected one of {', '.join(map(repr, get_args(Mode)))}.")
+            raise ValueError(f"mode={short(self.mode)}; expected one of {', '.join(map(repr, get_args(Mode)))}.")
         for name, least in (("every_n_epochs", 1), ("every_n_steps", 1), ("keep_checkpoints", 0), ("keep_bytes", 0)):
             check_count(name, getattr(self, name), least=least)
         budget = self.overhead
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0):
-            raise ValueError(f"overhead={budget!r}; expected a share of the training time > 0, such as 0.1, or None.")
+            raise ValueError(
+                f"overhead={short(budget)}; expected a share of the training time > 0, such as 0.1, or None."
+            )
         asked = [name for name in ("layers", "overhead") if getattr(self, name) is not None]
         asked += ["every_n_steps"] if self.every_n_steps != 1 else []
         if self.mode == "epoch" and asked:

@@ -97,10 +97,10 @@ class AuditStore:
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> AuditStore:
-        """Opens an existing audit directory, finished or not (see `status`).
+        """Opens an existing audit directory, finished or not (see `status`), or the only one inside a run's directory.
 
         Raises:
-            StoreError: No directory, no manifest, a damaged one, or one of a newer schema version.
+            StoreError: No directory, no manifest, a damaged one, or one of a newer schema version; several audits.
         """
         path = local_path(directory)
         if not path.is_dir():
@@ -110,6 +110,12 @@ class AuditStore:
         with reading(path):
             names = sorted(entry.name for entry in path.iterdir())
         if _MANIFEST not in names:
+            inside = _audits_inside(path)
+            if len(inside) == 1:
+                return cls.open(inside[0])
+            if inside:
+                listing = ", ".join(str(each.relative_to(path)) for each in inside[:8])
+                raise StoreError(f"{path} has {len(inside)} audits inside it: {listing}. Pass the path of one of them.")
             listing = ", ".join(names[:8]) + (" and more" if len(names) > 8 else "") or "nothing"
             raise StoreError(f"{path} holds no audit: expected {_MANIFEST}, found {listing}.")
         _ = store.manifest
@@ -280,6 +286,15 @@ class AuditStore:
 def jsonable(value: Any) -> Any:
     """`value` in terms of JSON, see `AuditStore.write_manifest`."""
     return json.loads(json.dumps(value, default=_plain), parse_constant=lambda word: None)
+
+
+def _audits_inside(path: Path) -> list[Path]:
+    """Return the audits in a run's directory, or in that of several runs: those of the highest level with any."""
+    for pattern in ("*", "*/*", "*/*/*"):
+        folders = [file.parent for file in sorted(path.glob(f"{pattern}/{_MANIFEST}"))]
+        if audits := [each for each in folders if each.name.startswith("influence") or (each / _SCORES).exists()]:
+            return audits
+    return []
 
 
 def _plain(value: Any) -> Any:

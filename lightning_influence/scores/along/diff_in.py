@@ -27,7 +27,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_influence.core.errors import check_count, is_number
+from lightning_influence.core.errors import check_count, is_number, short
 from lightning_influence.core.precision import wide
 from lightning_influence.curvature.choices import random_subset
 from lightning_influence.gradients.passes import ExampleGradients
@@ -78,7 +78,7 @@ def diff_in_scores(
     check_count("batch", batch)
     check_count("seed", seed, least=0)
     if not is_number(step, above=0):
-        raise ValueError(f"step={step!r}; expected a finite number > 0.")
+        raise ValueError(f"step={short(step)}; expected a finite number > 0.")
     moved = plain_steps(checkpoints, gradients.module)
     total = PairSum(gradients, indices, queries, query_indices)
     chosen = random_subset(list(indices), batch, seed)

@@ -26,7 +26,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_influence.core.errors import check_count
+from lightning_influence.core.errors import check_count, short
 from lightning_influence.core.precision import wide
 from lightning_influence.curvature import BLOCKS, BlockCurvature, Curvature, CurvatureName, FactorExamples, fit
 from lightning_influence.curvature.damping import block_means
@@ -119,7 +119,7 @@ def source_scores(
         QueryError: If the training task can't be run on the queries.
     """
     if at not in get_args(At):
-        raise ValueError(f"at={at!r}; expected one of {', '.join(map(repr, get_args(At)))}.")
+        raise ValueError(f"at={short(at)}; expected one of {', '.join(map(repr, get_args(At)))}.")
     if curvature not in BLOCKS:
         raise ValueError(f"curvature={curvature!r} is not block-diagonal; expected one of {', '.join(BLOCKS)}.")
     stretches = training_segments(plain_steps(checkpoints, gradients.module), segments)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.containers import map_tensors, tensors_in
-from lightning_influence.core.errors import check_count, is_number
+from lightning_influence.core.errors import check_count, is_number, short
 from lightning_influence.objective.losses import known_losses
 from lightning_influence.objective.terms import BatchLoss
 from lightning_influence.scores.measurements.base import MeasurementError, Statistic
@@ -87,7 +87,7 @@ class AdversarialLoss(Loss):
 
     def __post_init__(self) -> None:
         if not is_number(self.epsilon, above=0):
-            raise ValueError(f"epsilon={self.epsilon!r}; expected a finite number > 0.")
+            raise ValueError(f"epsilon={short(self.epsilon)}; expected a finite number > 0.")
         check_count("steps", self.steps)
 
     @classmethod

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from lightning_influence.core.errors import short
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import ExampleColumns, Visitor, in_order, visit
@@ -68,7 +69,8 @@ def as_measurement(measurement: AnyMeasurement) -> Measurement:
         return Margin()
     if isinstance(measurement, str) or not callable(measurement) or isinstance(measurement, type):
         raise ValueError(
-            f"measurement={measurement!r}; expected {' or '.join(map(repr, get_args(MeasurementName)))}, an instance "
+            f"measurement={short(measurement)}; expected "
+            f"{' or '.join(map(repr, get_args(MeasurementName)))}, an instance "
             "of a measurement, or a function (module, batch) -> number of the whole set."
         )
     return Custom(measurement)

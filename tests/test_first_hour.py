@@ -1,0 +1,216 @@
+"""What a person meets in the first hour: a sentence for each thing that is missing or in the wrong place."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import Classifier, Stream, loader, make_trainer, vectors
+from torch.utils.data import DataLoader
+
+from lightning_influence import AuditReport, InfluenceAudit
+from lightning_influence.audit.store.atomic import StoreError
+from lightning_influence.callbacks.uninvited import UninvitedAudit
+from lightning_influence.core.errors import short
+from lightning_influence.data.source import DataError, ExampleSource
+from lightning_influence.every_training import callbacks
+
+VARIABLE = "LIGHTNING_INFLUENCE"
+
+
+def fitted(directory: Path, *audits: Callback, **arguments: Any) -> pl.Trainer:
+    trainer = make_trainer(directory, callbacks=list(audits), **arguments)
+    trainer.fit(Classifier(), loader(vectors()))
+    return trainer
+
+
+# --------------------------------------------------------------------------------------------- the callback itself
+
+
+def test_a_class_among_the_callbacks_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"holds a class, InfluenceAudit, .*write InfluenceAudit\(\)"):
+        fitted(tmp_path, InfluenceAudit)  # type: ignore[arg-type]
+
+
+def test_a_report_that_is_not_there_says_why(tmp_path: Path) -> None:
+    audit = InfluenceAudit()
+    assert not audit.has_report
+    with pytest.raises(RuntimeError, match="there is no report: `trainer.fit` has not run"):
+        _ = audit.report
+
+    class Early(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            with pytest.raises(RuntimeError, match="training has not ended yet"):
+                _ = audit.report
+
+    fitted(tmp_path, audit, Early())
+    assert audit.has_report
+    assert audit.report.status == "complete"
+
+
+def test_a_report_lost_to_an_error_names_it(tmp_path: Path) -> None:
+    class Breaks(Callback):
+        def on_train_epoch_start(self, *_: Any) -> None:
+            raise ZeroDivisionError("of the user")
+
+    audit = InfluenceAudit()
+    with pytest.raises(ZeroDivisionError):
+        fitted(tmp_path, audit, Breaks())
+    with pytest.raises(RuntimeError, match="the run ended with ZeroDivisionError: of the user"):
+        _ = audit.report
+
+
+def test_a_report_of_a_failed_audit_names_the_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("lightning_influence.callbacks.run.influence_scores", fail)
+    audit = InfluenceAudit()
+    with pytest.warns(UserWarning, match="the influence audit failed"):
+        fitted(tmp_path, audit)
+    with pytest.raises(RuntimeError, match="the disk is gone.*kept in"):
+        _ = audit.report
+
+
+def test_a_report_of_no_training_says_so(tmp_path: Path) -> None:
+    audit = InfluenceAudit()
+    with pytest.warns(UserWarning, match="no step was trained"):
+        fitted(tmp_path, audit, max_epochs=0)
+    with pytest.raises(RuntimeError, match=r"no step was trained \(max_epochs=0"):
+        _ = audit.report
+
+
+# ------------------------------------------------------------------------------------------------ where things lie
+
+
+def test_an_audit_is_found_inside_its_run(tmp_path: Path) -> None:
+    fitted(tmp_path, audit := InfluenceAudit())
+    directory = audit.report.directory
+    assert directory is not None
+    for above in (directory, directory.parent, tmp_path):
+        assert AuditReport.load(above).directory == directory
+    shutil.copytree(directory, directory.with_name("influence-v1"))
+    with pytest.raises(StoreError, match="has 2 audits inside it: influence, influence-v1"):
+        AuditReport.load(directory.parent)
+    shutil.rmtree(directory)
+    (directory.parent / "hparams").mkdir()
+    assert AuditReport.load(directory.parent).directory == directory.with_name("influence-v1")
+    with pytest.raises(StoreError, match="holds no audit"):
+        AuditReport.load(directory.parent / "hparams")
+
+
+def test_a_loader_for_a_data_set_is_told_the_way() -> None:
+    data = DataLoader(vectors())
+    with pytest.raises(DataError, match=r"from_loader\(loader\)"):
+        ExampleSource(data)  # type: ignore[arg-type]
+    assert len(ExampleSource.from_loader(data)) == len(vectors())
+
+
+def test_messages_name_large_values_shortly() -> None:
+    with pytest.raises(ValueError, match=r"^queries=.*; expected None") as raised:
+        InfluenceAudit(queries=[(torch.randn(50), "word" * 50)] * 1000)  # type: ignore[arg-type]
+    assert len(str(raised.value)) < 3000
+    assert short("nystorm") == "'nystorm'"
+
+
+# ------------------------------------------------------------------------------------------- audits without any code
+
+
+def test_nothing_comes_uninvited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert callbacks() == []
+    monkeypatch.setenv(VARIABLE, "")
+    assert callbacks() == []
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_both_packages_ask(package: str) -> None:
+    (found,) = [each for each in entry_points(group=f"{package}.callbacks_factory") if "influence" in each.name]
+    assert found.load() is callbacks
+
+
+def test_a_variable_audits_every_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "audit.yaml").write_text("curvature: kfac\ntracin:\n  mode: epoch\n  every_n_epochs: 2\n")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "audit.yaml"))
+    trainer = fitted(tmp_path)
+    (audit,) = [each for each in trainer.callbacks if isinstance(each, InfluenceAudit)]  # type: ignore[attr-defined]
+    assert audit.report.manifest["curvature"]["name"] == "kfac"
+    assert audit.report.manifest["arguments"]["tracin"]["every_n_epochs"] == 2
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "audit.yaml").write_text("")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "audit.yaml"))
+    assert callbacks()[0].arguments.described() == InfluenceAudit().arguments.described()
+
+
+def test_an_audit_of_the_user_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "audit.yaml").write_text("curvature: kfac")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "audit.yaml"))
+    own = InfluenceAudit(curvature="diagonal")
+    trainer = fitted(tmp_path, own)
+    assert [each for each in trainer.callbacks if isinstance(each, InfluenceAudit)] == [own]  # type: ignore[attr-defined]
+    assert own.report.manifest["curvature"]["name"] == "diagonal"
+
+
+class Undecided(Classifier):
+    """Has a loss that is not made of per-example losses."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch, batch_idx).square() * batch[0].std()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_cannot_be_audited_is_trained_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    (tmp_path / "audit.yaml").write_text("")
+    models = []
+    for path in (str(tmp_path / "audit.yaml"), ""):
+        monkeypatch.setenv(VARIABLE, path)
+        torch.manual_seed(0)
+        models.append(Undecided() if late else Classifier())
+        trainer = make_trainer(tmp_path)
+        data = loader(vectors()) if late else DataLoader(Stream(), batch_size=4)
+        if path:
+            with pytest.warns(UserWarning, match=f"{VARIABLE}: this training is not audited"):
+                trainer.fit(models[-1], data)
+        else:
+            trainer.fit(models[-1], data)
+        assert not any(isinstance(each, UninvitedAudit) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        assert trainer.global_step > 0
+    assert all(torch.equal(one, other) for one, other in zip(*(each.parameters() for each in models), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "can't be read: .*No such file"),
+        ("curvature: [", "can't be read"),
+        ("- ekfac", "is no mapping"),
+        ("curvatur: ekfac", "has curvatur; expected arguments of InfluenceAudit: curvature,"),
+        ("curvature: ekfax", "curvature='ekfax'; expected one of"),
+        ("tracin:\n  mode: never", "mode='never'; expected one of"),
+        ("tracin:\n  evry: 2", "evry"),
+    ],
+)
+def test_a_file_that_describes_no_audit_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, said: str
+) -> None:
+    if content is not None:
+        (tmp_path / "audit.yaml").write_text(content)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "audit.yaml"))
+    with pytest.raises(ValueError, match=f"{VARIABLE}=.*{said}"):
+        callbacks()
+
+
+def test_other_refusals_stay(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException):
+        make_trainer(tmp_path, callbacks=[InfluenceAudit()]).fit(Classifier(), DataLoader(Stream(), batch_size=4))
