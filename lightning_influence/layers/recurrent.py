@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_influence.core.torch_private import filled_rows, packed_rows
 
 State: TypeAlias = "tuple[Tensor, ...]"
 """Hidden state ``[n, o]``, and the cell's ``[n, o]`` of an LSTM."""
@@ -81,7 +84,7 @@ class Recurrent:
         """Look at a finished call: sorting and packing are what matters."""
         if function == Tensor.index_select and len(args) == 3:
             self._orders[id(output)] = output, args[2]
-        elif function == torch._VF._pack_padded_sequence and id(args[0]) in self._orders:
+        elif function == packed_rows and id(args[0]) in self._orders:
             self._packed[id(output[1])] = output[1], self._orders[id(args[0])][1]
 
     def in_steps(
@@ -128,13 +131,13 @@ def _of_packed(
 ) -> tuple[Tensor, ...]:
     """Run packed sequences, filled up and in the order of the batch."""
     back = order.argsort()
-    filled, lengths = torch._VF._pad_packed_sequence(data, sizes, False, 0.0, len(sizes))
+    filled, lengths = filled_rows(data, sizes, False, 0.0, len(sizes))
     first = states if isinstance(states, (tuple, list)) else (states,)
     first = tuple(state.index_select(1, back) for state in first)
     own = lengths.to(data.device)[back]
     with watched():
-        found, *last = _layers(function, filled.index_select(1, back), first, *settings, False, lengths=own)
-    rows, _ = torch._VF._pack_padded_sequence(found.index_select(1, order), lengths, False)
+        found, *last = partial(_layers, lengths=own)(function, filled.index_select(1, back), first, *settings)
+    rows, _ = packed_rows(found.index_select(1, order), lengths, False)
     return rows, *(state.index_select(1, order) for state in last)
 
 
@@ -155,8 +158,7 @@ def _layers(
     dropout: float,
     training: bool,
     bidirectional: bool,
-    batch_first: bool,
-    *,
+    batch_first: bool = False,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the states of the last layer at all steps, and the last states of all layers, ``[layers, n, o]``."""
@@ -197,5 +199,5 @@ def _grouped(parameters: Sequence[Tensor], biases: bool, groups: int) -> Iterato
     size = len(parameters) // groups
     for start in range(0, len(parameters), size):
         own = list(parameters[start : start + size])
-        bias = own[2:4] if biases else [None, None]
-        yield _Weights(own[0], own[1], *bias, own[-1] if size % 2 else None)
+        bias: list[Any] = own[2:4] if biases else [None, None]
+        yield _Weights(own[0], own[1], bias[0], bias[1], own[-1] if size % 2 else None)

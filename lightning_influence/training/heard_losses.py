@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_influence.objective.handwritten import HAND_WRITTEN, handwritten
 from lightning_influence.objective.losses import LossCall
-from lightning_influence.objective.scale import HeardTerms, TermKey
-from lightning_influence.objective.tap import calls_in
+from lightning_influence.objective.scale import HeardTerms, Place, TermKey
+from lightning_influence.objective.tap import Heard, calls_in
 from lightning_influence.objective.terms import TermForm, placed_calls, steady_terms
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.loss_graph import call_in_graph, trained_elements
@@ -34,6 +35,7 @@ class HeardLosses:
         self._agreed = 0
         self._failed = False
         self._epoch = -1
+        self._silent: set[Place] = set()  # softmaxes that have told nothing of the loss
 
     def needs_tap(self, epoch: int) -> bool:
         """Tell whether the calls of the next batch have to be heard.
@@ -71,7 +73,9 @@ class HeardLosses:
     def _first(
         self, batch: BatchRecord, loss: Tensor, n: int, calls: Sequence[LossCall], forms: Mapping[TermKey, TermForm]
     ) -> LossCall | None:
-        placed = placed_calls(calls_in(loss, calls), forms)
+        known = calls_in(loss, calls)
+        written = self._by_hand(loss, calls, known, n, forms)
+        placed = placed_calls([*written, *known], forms)
         self.terms.terms.update(key for key, call, _ in placed if call.rows_match(n))
         self.terms.add(steady_terms(placed, n))
         _, first, form = placed[0] if placed else (None, None, None)
@@ -86,7 +90,28 @@ class HeardLosses:
         if batch.ragged:  # only one row for each example is read then
             return None
         call = next((call for _, call, _ in placed if call.rows_match(n)), None)
-        return None if call is None else trained_elements(loss, call)
+        return call if call is None or call in written else trained_elements(loss, call)
+
+    def _by_hand(
+        self,
+        loss: Tensor,
+        calls: Sequence[LossCall],
+        known: Sequence[LossCall],
+        n: int,
+        forms: Mapping[TermKey, TermForm],
+    ) -> list[LossCall]:
+        """Return the losses that are written by hand, unless known calls tell of the examples."""
+        places = {key.place for key in forms if key.kind in HAND_WRITTEN}
+        told = any(call.rows_match(n) for _, call, _ in placed_calls(known, forms))
+        if not isinstance(calls, Heard) or (told and not places):
+            return []
+        asked = [each for each in calls.decisions if each.place not in self._silent]
+        found = [written.call for written in handwritten(loss, asked, known, sure=bool(places))]
+        if found:
+            self._silent |= {each.place for each in asked} - {call.place for call in found}
+        elif not places:
+            self._silent |= {each.place for each in asked}
+        return found
 
     def start_again(self) -> None:
         """Forget the terms of other data."""
