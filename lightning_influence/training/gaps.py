@@ -19,6 +19,7 @@ class Gaps:
     Attributes:
         batches: Number of training batches.
         untapped: Those without a known loss call.
+        mixed: Those from the first on whose step has mixed examples, where ``task=`` says what is audited.
         skipped: Those without a loss or a backward pass.
         ragged: Those whose rows of several lengths lie end to end.
         contradicted: Those whose examples had other labels before.
@@ -31,6 +32,7 @@ class Gaps:
 
     batches: int = 0
     untapped: int = 0
+    mixed: int = 0
     skipped: int = 0
     ragged: int = 0
     contradicted: int = 0
@@ -65,6 +67,8 @@ class Gaps:
         found = {
             f"{self.untapped} training batches had no known loss call"
             f"{' outside of what is compiled' if compiled else ''}: no training dynamics there": self.untapped,
+            "training mixes the labels of examples (mixup, CutMix), and what it says is of no example alone: no training "
+            "dynamics": self.mixed,
             f"{self.skipped} of {self.batches} training batches had no loss or no backward pass: no training dynamics "
             "there": self.skipped,
             f"{sum(self.unknown.values())} of {self.batches} training batches count for nobody, as it is not known "
