@@ -183,7 +183,7 @@ def told_of_task(gradients: ExampleGradients, indices: Sequence[int]) -> str:
         ((_, batch),) = gradients.source.batches(indices[:2], len(indices[:2]))
         with untouched(gradients.module, task):
             what = f'`task="{task.name}"`, {gradients.applied(task.written_out, batch)}'
-    return f"the loss behind scores and labels is {what}; training dynamics are of what `training_step` does"
+    return f"the loss behind scores and labels is {what}, not that of `training_step`"
 
 
 def looked_at(gradients: ExampleGradients, indices: Sequence[int], recording: Recording, *, verify: bool) -> Inspection:

@@ -82,7 +82,7 @@ class StandardTask:
         outputs, labels = _outputs(found), parts.labels
         call = parts.call + ("" if isinstance(found, Tensor) else ".logits" if hasattr(found, "logits") else "[0]")
         one = outputs.numel() == labels.numel() == len(labels)
-        if self.name == "regression" or (one and not _is_soft(labels, outputs)):
+        if self.name != "classification" or (one and not _is_soft(labels, outputs)):
             call += "" if outputs.shape == labels.shape else f".reshape({parts.label}.shape)"
             if self.name == "regression":
                 return f"F.mse_loss({call}, {parts.label})"
@@ -91,7 +91,8 @@ class StandardTask:
         call += ".log()" if _made_by(outputs, "Softmax") else ""
         if outputs.ndim > 2 and labels.shape == outputs.shape[:-1]:
             call += ".movedim(-1, 1)"
-        return f"F.cross_entropy({call}, {parts.label})"
+        column = labels.ndim == outputs.ndim and labels.shape[1] == 1
+        return f"F.cross_entropy({call}, {parts.label}{'.squeeze(1)' if column else ''})"
 
 
 def checked_task(task: Any) -> Any:

@@ -67,8 +67,8 @@ class Gaps:
         found = {
             f"{self.untapped} training batches had no known loss call"
             f"{' outside of what is compiled' if compiled else ''}: no training dynamics there": self.untapped,
-            "training mixes the labels of examples (mixup, CutMix), and what it says is of no example alone: no training "
-            "dynamics": self.mixed,
+            "training mixes the labels of examples (mixup, CutMix), and what it says is of no example alone: no "
+            "training dynamics": self.mixed,
             f"{self.skipped} of {self.batches} training batches had no loss or no backward pass: no training dynamics "
             "there": self.skipped,
             f"{sum(self.unknown.values())} of {self.batches} training batches count for nobody, as it is not known "
