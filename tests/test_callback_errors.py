@@ -67,7 +67,8 @@ def _no_workers_left() -> Iterator[None]:
         ({"tracin": "batch"}, r"""tracin='batch'; expected "epoch" .*, "step" \(in flight\), None, or TracIn"""),
         ({"tracin": 1}, r"tracin=1; expected"),
         ({"tracin": True}, r"tracin=True; expected"),
-        ({"task": "loss"}, r"task='loss' is not callable; expected a function \(module, batch\) -> loss"),
+        ({"task": "loss"}, r"task='loss'; expected one of .* or a function \(module, batch\) -> loss"),
+        ({"task": 3}, r"task=3 is not callable; expected a function \(module, batch\) -> loss"),
         ({"known_noise": []}, r"known_noise .*expected .*non-empty list of integers"),
         ({"known_noise": [0.5]}, r"known_noise has the shape \(1,\) and dtype torch.float32.*integers"),
         ({"known_noise": [True, False]}, r"known_noise .*torch.bool"),
@@ -145,7 +146,7 @@ class Detached(Stepless):
 
 class Summed(Stepless):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return -self(batch[0]).log_softmax(1).gather(1, batch[1][:, None]).sum()
+        return F.multi_margin_loss(self(batch[0]), batch[1], reduction="sum")
 
 
 class Contrastive(Stepless):

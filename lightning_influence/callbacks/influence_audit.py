@@ -65,8 +65,8 @@ class InfluenceAudit(RunHooks):
             such as a budget of time; None for no TracIn.
         layers: What to audit: names of modules (with everything in them), of layers or parameters, glob patterns, or
             types such as ``torch.nn.Linear``; None for everything that is trained.
-        uncovered: What to do about trainable parameters whose per-example gradients have no closed form (recurrent
-            layers, custom autograd functions, very large reparametrised weights): ``"report"`` them with their share
+        uncovered: What to do about trainable parameters whose per-example gradients have no closed form (packed
+            recurrent layers, custom autograd functions, very large reparametrised weights): ``"report"`` them with their share
             and leave them out, or ``"exact"``: one backward pass per example.
         task: A function ``(module, batch) -> loss`` in place of ``training_step``. Needed for manual optimization, and
             where a step mixes examples. ``"classification"``, ``"binary"`` and ``"regression"`` are the plain losses of

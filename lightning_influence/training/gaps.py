@@ -47,6 +47,15 @@ class Gaps:
         """Whether so many batches had other labels that none of them can be trusted."""
         return self.contradicted > _MOST_CONTRADICTED * self.batches
 
+    def silent(self, *, mixed: bool, ragged: bool) -> None:
+        """Count a batch that has told nothing of its examples."""
+        if mixed or self.mixed:
+            self.mixed += 1
+        elif ragged:
+            self.ragged += 1
+        else:
+            self.untapped += 1
+
     def start_again(self, epoch: int) -> None:
         """Forget what was about other data than those from an epoch on."""
         kept = {"failed_passes": self.failed_passes, "failures": self.failures}

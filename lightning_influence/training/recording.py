@@ -134,22 +134,14 @@ class Recording:
                 return
             with torch.no_grad():
                 call = self.losses.read(batch, loss, calls, forms or {})
-                if self.losses.mixed or self.gaps.mixed:
-                    self._forget_dynamics()
-                elif call is not None:
+                if self.losses.mixed and not self.gaps.mixed:  # not every such batch can be told from others
+                    self.dynamics, self.gaps.contradicted = TrainingDynamics(self.size), 0
+                if call is not None and not self.gaps.mixed:
                     self.dynamics.record_call(batch, call)
-                elif batch.ragged and calls is not None:
-                    self.gaps.ragged += 1
                 else:
-                    self.gaps.untapped += 1
+                    self.gaps.silent(mixed=self.losses.mixed, ragged=batch.ragged and calls is not None)
         except Exception as error:  # a statistic must never end a training run
             self.fail("training dynamics are incomplete", error)
-
-    def _forget_dynamics(self) -> None:
-        """Keep nothing of a training that mixes examples: not every batch of it can be told from others."""
-        if not self.gaps.mixed:
-            self.dynamics, self.gaps.contradicted = TrainingDynamics(self.size), 0
-        self.gaps.mixed += 1
 
     def record_step(self, optimizer: Any) -> None:
         """Note the learning rates of one optimizer step."""
