@@ -9,18 +9,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, EarlyStopping, StochasticWeightAveraging
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, Stream, Validated, leftovers, loader, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, SubsetRandomSampler, TensorDataset
+from which_lightning import (
+    Callback,
+    CombinedLoader,
+    EarlyStopping,
+    MisconfigurationException,
+    StochasticWeightAveraging,
+    pl,
+)
 
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.audit.store.store import AuditStore
@@ -69,10 +73,14 @@ def _no_workers_left() -> Iterator[None]:
         ({"tracin": True}, r"tracin=True; expected"),
         ({"task": "loss"}, r"task='loss'; expected one of .* or a function \(module, batch\) -> loss"),
         ({"task": 3}, r"task=3 is not callable; expected a function \(module, batch\) -> loss"),
-        ({"known_noise": []}, r"known_noise .*expected .*non-empty list of integers"),
-        ({"known_noise": [0.5]}, r"known_noise has the shape \(1,\) and dtype torch.float32.*integers"),
-        ({"known_noise": [True, False]}, r"known_noise .*torch.bool"),
-        ({"known_noise": [[1, 2]]}, r"known_noise has the shape \(1, 2\)"),
+        ({"known_noise": []}, r"known_noise=\[\] holds no indices; expected a list"),
+        ({"known_noise": [0.5]}, r"known_noise: indices must be integers, got \[0.5\]"),
+        ({"known_noise": [True, False]}, r"known_noise: indices must be integers.*np.flatnonzero"),
+        ({"known_noise": {1, 2}}, r"known_noise: indices=\{1, 2\}: a set has no order"),
+        ({"trusted": {1: 2}}, r"trusted: .*values of a mapping would be ignored"),
+        ({"trusted": 300}, r"trusted=300 holds no indices; expected a list"),
+        ({"trusted": "all"}, r"trusted: indices must be integers, got \['all'\]"),
+        ({"known_noise": [[1, 2]]}, r"known_noise: indices must be integers, got \[\[1, 2\]\]"),
         ({"known_noise": [-1, 2]}, r"known_noise holds negative or repeated indices; expected distinct .* >= 0"),
         ({"known_noise": [2, 2]}, r"known_noise holds negative or repeated indices"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -13,19 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_influence.audit.columns import candidate_rows, shown_in
+from lightning_influence.audit.columns import shown_in
+from lightning_influence.audit.curves import Curves
 from lightning_influence.audit.naming import ExampleNames
 from lightning_influence.audit.ranking import judged, rank
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.display import tolerated
+from lightning_influence.callbacks.lightning import Trainer, is_a, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.manifest import audit_described, detection_of, put_back
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.core.memory import readable
@@ -37,12 +36,15 @@ from lightning_influence.influence.inputs import notes_of
 from lightning_influence.scores.plan import InfluencePlan, InfluenceScores
 from lightning_influence.tensorboard.candidate_sheets import write_candidates
 from lightning_influence.tensorboard.numbers import write_detection, write_histogram
+from lightning_influence.training.evidence import LabelEvidence
 from lightning_influence.training.recording import Recording
 
 Columns = dict[str, NDArray[Any]]
 
 # Partial tables may take this share of the time at most.
 _PARTIAL_SHARE = 0.05
+# Examples that are described, at least: there are no candidates where the run can't tell, but a ranking to look at.
+_LOOKED_AT = 50
 
 
 class Reporter:
@@ -55,6 +57,7 @@ class Reporter:
         queries: What the audit is asked about.
         names: What the training examples are called.
         trusted: Dataset indices of labels known to be right.
+        lightning: Which package of Lightning the run is of, and its version.
 
     Attributes:
         seconds_per_example: Of a pass over the training data, once one was timed.
@@ -68,6 +71,7 @@ class Reporter:
         queries: QueryReport | None = None,
         names: ExampleNames | None = None,
         trusted: NDArray[Any] | None = None,
+        lightning: Mapping[str, str] | None = None,
     ) -> None:
         self.store = store
         self._trusted = trusted
@@ -83,7 +87,8 @@ class Reporter:
             "arguments": arguments,
             "versions": {
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("lightning-influence", "lightning", "torch")},
+                **{name: version(name) for name in ("lightning-influence", "torch")},
+                **(lightning or {}),
             },
         }
 
@@ -161,12 +166,11 @@ class Reporter:
         inspection: Inspection,
         result: InfluenceScores,
         columns: Columns,
+        evidence: LabelEvidence | None,
         recording: Recording,
     ) -> AuditReport:
         """Rank, and put everything together."""
-        evidence = recording.label_evidence(columns["index"].tolist())
         ranked, beliefs = judged(self._named(columns), evidence, trusted=self._trusted)
-        ranked = self._with_texts(ranked)
         manifest = self._manifest | {"status": "complete", "step": step, "labels": beliefs.described()}
         manifest |= audit_described(gradients, plan, inspection, result, ranked)
         with tolerated("reading the class names", self._said):
@@ -178,7 +182,8 @@ class Reporter:
             mislabelled = np.isin(ranked["index"], self.known_noise)
             if mislabelled.any() and not mislabelled.all():
                 manifest["detection"] = detection_of(ranked, mislabelled)
-        report = AuditReport(ranked, manifest, self.directory)
+        curves = Curves() if recording.gaps.misplaced else Curves.of(recording.curves.kept, ranked["index"])
+        report = self._with_texts(AuditReport(ranked, manifest, self.directory, curves=curves))
         if self.queries is not None:
             manifest["notes"] += self.queries.notes
             with tolerated("naming the queries", self._said):
@@ -188,16 +193,19 @@ class Reporter:
                 report = replace(report, pairs=pairs.table)
         return report
 
-    def _with_texts(self, ranked: Columns) -> Columns:
-        """Return the ranked columns and what is said of the candidates, if anything is."""
-        rows, texts = candidate_rows(ranked), None
+    def _with_texts(self, report: AuditReport) -> AuditReport:
+        """Return the report with what is said, if anything is, of those whom a person will look at."""
+        columns, texts = report.columns, None
+        first = columns["rank"] <= max(report.health().inspect, _LOOKED_AT)
+        rows = np.flatnonzero(first | columns["candidate"])
+        rows = rows[np.argsort(columns["rank"][rows])]
         with tolerated("describing the candidates", self._said):
-            texts = self.names.texts(ranked["index"][rows].tolist())
+            texts = self.names.texts(columns["index"][rows].tolist())
         if texts is None:
-            return ranked
-        column = np.full(len(ranked["index"]), "", dtype=object)
+            return report
+        column = np.full(len(report), "", dtype=object)
         column[rows] = texts
-        return ranked | {"text": column}
+        return replace(report, columns={**columns, "text": column})
 
     def publish(self, trainer: Trainer, report: AuditReport, curvature: Curvature | None) -> None:
         """Write every file, then to every logger, then the summary; what fails is said, and stops nothing else."""
@@ -274,7 +282,7 @@ class Reporter:
     def _in_tensorboard(self, trainer: Trainer, what: str, write: Callable[[Any], None]) -> None:
         """Hand the event-file writer of every TensorBoard logger to a function; on rank zero only."""
         for logger in bridge.real_loggers(trainer) if trainer.is_global_zero else ():
-            if isinstance(logger, TensorBoardLogger):
+            if is_a(logger, "TensorBoardLogger"):
                 with tolerated(what, self._said):
                     write(logger.experiment)
 
