@@ -229,8 +229,7 @@ class Recording:
 
     def local_columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns of the examples that this process has seen, without talking to others."""
-        indices = self.seen_indices()
-        return self.columns(indices, evidence=self.label_evidence(indices))
+        return self.columns(seen := self.seen_indices(), evidence=self.label_evidence(seen))
 
     # ------------------------------------------------------------------ state
 
