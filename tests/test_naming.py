@@ -36,8 +36,8 @@ from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.store.tables import candidates_csv
 from lightning_influence.callbacks import bridge
-from lightning_influence.tensorboard.candidate_sheets import candidates_markdown
-from lightning_influence.tensorboard.pictures import sheet
+from lightning_influence.loggers.candidate_sheets import candidates_markdown
+from lightning_influence.loggers.pictures import sheet
 
 N = 22
 NAMES = [f"set/{k:03d}.png" for k in range(N)]

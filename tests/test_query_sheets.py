@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_influence.tensorboard.pictures import sheet
-from lightning_influence.tensorboard.query_sheets import _example, _query, queries_markdown, write_queries
+from lightning_influence.loggers.pictures import sheet
+from lightning_influence.loggers.query_sheets import _example, _query, queries_markdown, write_queries
 
 PAPER = 255
 

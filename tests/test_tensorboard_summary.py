@@ -18,10 +18,10 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_influence.audit.columns import COLUMNS, Column, candidate_rows
-from lightning_influence.tensorboard.candidate_sheets import candidates_markdown, write_candidates
-from lightning_influence.tensorboard.numbers import _bin_edges, write_detection, write_histogram
-from lightning_influence.tensorboard.pictures import drawable, sheet
-from lightning_influence.tensorboard.text import caption
+from lightning_influence.loggers.candidate_sheets import candidates_markdown, write_candidates
+from lightning_influence.loggers.numbers import _bin_edges, write_detection, write_histogram
+from lightning_influence.loggers.pictures import drawable, sheet
+from lightning_influence.loggers.text import caption
 
 TILE, GAP, LINE = 192, 12, 23
 STEP = 7
