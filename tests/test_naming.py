@@ -16,13 +16,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, Named, Validated, images, loader, make_trainer, vectors
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
+from which_lightning import MisconfigurationException, TensorBoardLogger
 
 from lightning_influence import InfluenceAudit
 from lightning_influence.audit.belief import LabelBeliefs

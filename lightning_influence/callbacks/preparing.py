@@ -11,16 +11,21 @@ from copy import deepcopy
 from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.store.store import AuditStore, StoreError
 from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.lightning import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    is_a,
+    overrides,
+    rank_zero_warn,
+)
 from lightning_influence.core import distributed
 from lightning_influence.core.isolation import rewind, unchanged, untouched
 from lightning_influence.core.random_streams import seed_everything
@@ -44,7 +49,7 @@ _COMPLETE = 0.99
 # Examples that the look before training may choose from, at least.
 _LOOKED_AT = 64
 
-_AVERAGING_CALLBACKS = {"StochasticWeightAveraging", "WeightAveraging"}
+_AVERAGING_CALLBACKS = ("StochasticWeightAveraging", "WeightAveraging")
 
 
 @contextmanager
@@ -120,10 +125,9 @@ def warn_of_averaging(trainer: Trainer, audit: Callback) -> None:
     """Warn of callbacks that replace the weights once the audit is done."""
     callbacks: list[Callback] = getattr(trainer, "callbacks", [])
     after = callbacks[callbacks.index(audit) + 1 :]
-    later = {kind.__name__ for callback in after for kind in type(callback).__mro__}
-    if averaging := _AVERAGING_CALLBACKS & later:
+    if averaging := [name for name in _AVERAGING_CALLBACKS for callback in after if is_a(callback, name)]:
         rank_zero_warn(
-            f"{averaging.pop()} comes after InfluenceAudit and replaces the weights once the audit is done: the "
+            f"{averaging[0]} comes after InfluenceAudit and replaces the weights once the audit is done: the "
             "audit describes the weights before. List InfluenceAudit after it."
         )
 
@@ -197,7 +201,7 @@ def check_queries(trainer: Trainer, module: LightningModule, queries: Queries | 
     """Raise ``MisconfigurationException`` for queries among validation examples that the trainer will not load."""
     if queries is None or queries.which != "worst" or trainer.enable_validation:
         return
-    if not is_overridden("validation_step", module):
+    if not overrides("validation_step", module):
         lacking = f"{type(module).__name__} has no `validation_step`, so the trainer loads no validation data"
     elif trainer.limit_val_batches == 0:
         lacking = "limit_val_batches=0 leaves none"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +23,7 @@ from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.audit.summary import brief
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.display import tolerated
+from lightning_influence.callbacks.lightning import Trainer, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.manifest import audit_described, detection_of, put_back
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.showing import Showing
@@ -58,6 +57,7 @@ class Reporter:
         queries: What the audit is asked about.
         names: What the training examples are called.
         trusted: Dataset indices of labels known to be right.
+        lightning: Which package of Lightning the run is of, and its version.
 
     Attributes:
         seconds_per_example: Of a pass over the training data, once one was timed.
@@ -71,6 +71,7 @@ class Reporter:
         queries: QueryReport | None = None,
         names: ExampleNames | None = None,
         trusted: NDArray[Any] | None = None,
+        lightning: Mapping[str, str] | None = None,
     ) -> None:
         self.store = store
         self._trusted = trusted
@@ -87,7 +88,8 @@ class Reporter:
             "arguments": arguments,
             "versions": {
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("lightning-influence", "lightning", "torch")},
+                **{name: version(name) for name in ("lightning-influence", "torch")},
+                **(lightning or {}),
             },
         }
 

@@ -6,11 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.display import tolerated
+from lightning_influence.callbacks.lightning import Trainer, rank_zero_info
 from lightning_influence.loggers.exhibits import Exhibit
 from lightning_influence.loggers.writers import show, shows
 
