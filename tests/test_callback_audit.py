@@ -695,6 +695,7 @@ def test_tensorboard_has_the_documented_tags(tmp_path: Path) -> None:
     assert auroc == pytest.approx(report.manifest["detection"]["suspicion"]["auroc"], abs=1e-6)
 
 
+@pytest.mark.usefixtures("sure")
 def test_no_tag_has_two_kinds_of_data(tmp_path: Path) -> None:
     """TensorBoard serves one kind per tag and drops the others without a word: once, the first sheet of images."""
     logger = TensorBoardLogger(tmp_path)

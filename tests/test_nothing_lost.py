@@ -87,6 +87,7 @@ class NoImages(TensorBoardLogger):
         return writer
 
 
+@pytest.mark.usefixtures("sure")
 @pytest.mark.parametrize(
     ("kind", "said"),
     [(Gone, "logging to Gone"), (NoWriter, "logging to NoWriter"), (NoImages, "showing pictures in NoImages")],
@@ -107,6 +108,7 @@ def test_a_logger_that_fails_late(kind: Any, said: str, tmp_path: Path) -> None:
     assert "influence/coverage" in (Path(other.log_dir) / "metrics.csv").read_text()
 
 
+@pytest.mark.usefixtures("sure")
 def test_pictures_that_fail_leave_the_table(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
