@@ -16,13 +16,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, Named, Validated, images, loader, make_trainer, vectors
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
+from which_lightning import MisconfigurationException, TensorBoardLogger
 
 from lightning_influence import InfluenceAudit
 from lightning_influence.audit.belief import LabelBeliefs
@@ -36,8 +35,8 @@ from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.store.tables import candidates_csv
 from lightning_influence.callbacks import bridge
-from lightning_influence.tensorboard.candidate_sheets import candidates_markdown
-from lightning_influence.tensorboard.pictures import sheet
+from lightning_influence.loggers.candidate_sheets import candidates_table
+from lightning_influence.loggers.pictures import sheet
 
 N = 22
 NAMES = [f"set/{k:03d}.png" for k in range(N)]
@@ -216,7 +215,7 @@ def test_a_selection_of_a_hugging_face_data_set() -> None:
 
 
 @pytest.mark.usefixtures("sure")
-def test_ids_and_images_are_everywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ids_and_images_are_everywhere(tmp_path: Path) -> None:
     full = images(30)
     train, validation = Subset(full, range(29, 7, -1)), Subset(full, range(8))
     names = [f"digits/{k:04d}.png" for k in range(30)]
@@ -228,8 +227,7 @@ def test_ids_and_images_are_everywhere(tmp_path: Path, caplog: pytest.LogCapture
         return Image.new("RGB", (40, 20), "red")
 
     audit = InfluenceAudit(ids=names, describe=describe, queries="worst")
-    with caplog.at_level("INFO", logger="lightning.pytorch"):
-        report = audited(audit, tmp_path, train, validation=validation, logger=logger)
+    report = audited(audit, tmp_path, train, validation=validation, logger=logger)
     index = report.columns["index"]
     assert report.columns["original_index"].tolist() == (29 - index).tolist()
     assert report.columns["id"].tolist() == [names[29 - k] for k in index]
@@ -245,7 +243,7 @@ def test_ids_and_images_are_everywhere(tmp_path: Path, caplog: pytest.LogCapture
     rows = told(report)
     assert rows
     assert [row["id"] for row in rows] == [names[29 - int(row["index"])] for row in rows]
-    assert f"  {rows[0]['id']}  " in caplog.text
+    assert f"  {rows[0]['id']}  " in str(report)
 
     assert read.pairs is not None
     assert read.pairs["id"].tolist() == [names[29 - k] for k in read.pairs["index"]]
@@ -276,7 +274,7 @@ def test_texts_are_everywhere(tmp_path: Path) -> None:
     report = audited(audit, tmp_path, data, validation=vectors(7, 2), logger=logger)
     candidates = report.candidates.tolist()
     assert candidates
-    expected = {k: f"x is {data[k][0][0]:.3f} =1" if k in candidates else "" for k in range(N)}
+    expected = {k: f"x is {data[k][0][0]:.3f} =1" for k in range(N)}  # as many as one looks at in any case
     assert dict(zip(report.columns["index"].tolist(), report.columns["text"].tolist(), strict=True)) == expected
     assert AuditReport.load(report.directory).columns["text"].tolist() == report.columns["text"].tolist()  # type: ignore[arg-type]
     assert [row["text"] for row in told(report)] == [expected[k] for k in candidates]
@@ -287,8 +285,7 @@ def test_texts_are_everywhere(tmp_path: Path) -> None:
     for tag in ("candidates", "queries/texts"):
         text = events.Tensors(f"influence/{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
         assert "x is " in text
-    markdown = candidates_markdown(report.columns, None)
-    assert markdown.split("\n\n")[1].splitlines()[0].endswith("| text |")
+    assert candidates_table(report.columns, None).names[-1] == "text"
 
 
 def test_an_interrupted_audit_has_its_ids(tmp_path: Path) -> None:
@@ -418,7 +415,7 @@ def test_errors_are_said_once_and_cost_only_their_example(tmp_path: Path) -> Non
     assert "text" not in report.columns
 
 
-def test_only_candidates_are_fetched_and_a_description_that_fails_is_known_before_training(tmp_path: Path) -> None:
+def test_only_the_first_are_fetched_and_a_description_that_fails_is_known_before_training(tmp_path: Path) -> None:
     class Counted(Dataset[Any]):
         def __init__(self) -> None:
             self.data, self.describing = vectors(60), False
@@ -441,7 +438,21 @@ def test_only_candidates_are_fetched_and_a_description_that_fails_is_known_befor
     make_trainer(tmp_path, callbacks=[audit], logger=TensorBoardLogger(tmp_path)).fit(model, loader(data))
     assert audit.has_report
     assert epochs[0] == 0
-    assert len(fetched) <= 1 + len(audit.report.candidates) < 60
+    columns = audit.report.columns
+    assert sorted(columns["rank"][columns["text"] == "something"]) == [*range(1, 51)]
+    assert len(fetched) <= 1 + 50 < 60
+
+
+def test_what_to_look_at_is_described_where_the_run_cannot_tell(tmp_path: Path) -> None:
+    """A regression has no candidates: the table that a person fills in had no word of the examples."""
+    audit = InfluenceAudit(describe=lambda example: f"x is {example[0][0]:.3f}", trusted=[0, 1, 2])
+    data = TensorDataset(torch.randn(20, 5), torch.randn(20, 3))
+    model = Classifier(features=5, classes=3, loss=lambda out, batch: torch.nn.functional.mse_loss(out, batch[1]))
+    make_trainer(tmp_path, callbacks=[audit]).fit(model, loader(data))
+    assert not len(audit.report.candidates)
+    assert "and trusted labels do not change that" in audit.report.beliefs.reason
+    with audit.report.write_review(tmp_path / "review.csv").open() as file:
+        assert all(row["text"].startswith("x is ") for row in csv.DictReader(file))
 
 
 def test_nothing_is_left_behind() -> None:
@@ -650,7 +661,7 @@ def test_tables_explain_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:
     columns["suggested"] = np.arange(4)
     ranked, _ = judged({"index": np.arange(4), **columns}, beliefs=LabelBeliefs("told", noise_rate=0.5))
     told = " ".join(str(AuditReport(ranked)).split("rank")[1].split())
-    shown = candidates_markdown(ranked, None).split("\n\n")[2].replace("&#58;", ":").replace("&#95;", "_")
+    shown = candidates_table(ranked, None).markdown().split("\n\n")[2].replace("&#58;", ":").replace("&#95;", "_")
     for name in ("suspicion", "el2n", "self_influence", "harm"):
         assert f"{name}: {COLUMNS[name].legend}" in told
         assert f"{name}: {COLUMNS[name].legend}"[:40].split(">")[0] in shown

@@ -7,18 +7,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, Stream, Validated, images, loader, make_trainer, vectors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from which_lightning import MisconfigurationException, TensorBoardLogger, pl
 
 from lightning_influence import AdversarialLoss, AuditReport, DemographicParityGap, InfluenceAudit, Margin, Queries
 from lightning_influence.audit.columns import PAIR_DESCRIPTIONS
@@ -387,7 +385,7 @@ def test_pictures_and_table_in_tensorboard(tmp_path: Path) -> None:
     written = text.tensor_proto.string_val[0].decode()
     first = of_query(report, 1, "proponent")
     assert f"| &#35;{first['query'][0]} | {first['query_label'][0]} |" in written
-    assert f"&#35;{first['index'][0]} &#40;{first['label'][0]}, {first['score'][0]:+.3g}&#41;" in written
+    assert f"| proponent | &#35;{first['index'][0]} | {first['label'][0]} | {first['score'][0]:.3g} |" in written
 
 
 def test_a_table_alone_where_inputs_are_no_images(tmp_path: Path) -> None:

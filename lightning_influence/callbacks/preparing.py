@@ -11,16 +11,21 @@ from copy import deepcopy
 from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.store.store import AuditStore, StoreError
 from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.lightning import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    is_a,
+    overrides,
+    rank_zero_warn,
+)
 from lightning_influence.core import distributed
 from lightning_influence.core.isolation import rewind, unchanged, untouched
 from lightning_influence.core.random_streams import seed_everything
@@ -33,9 +38,11 @@ from lightning_influence.gradients.answering import answered
 from lightning_influence.gradients.capture import Capture
 from lightning_influence.gradients.coverage import Coverage, listed_reasons
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.verify import Inspection, VerificationError
+from lightning_influence.gradients.verify import Inspection, VerificationError, inspect
 from lightning_influence.layers.blocks import LayerError
+from lightning_influence.objective.standard_task import StandardTask
 from lightning_influence.objective.task import Task, TaskError, TrainingStepTask, run_tapped
+from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
 
 # Less than this share of the parameters is worth a warning.
@@ -44,7 +51,7 @@ _COMPLETE = 0.99
 # Examples that the look before training may choose from, at least.
 _LOOKED_AT = 64
 
-_AVERAGING_CALLBACKS = {"StochasticWeightAveraging", "WeightAveraging"}
+_AVERAGING_CALLBACKS = ("StochasticWeightAveraging", "WeightAveraging")
 
 
 @contextmanager
@@ -120,10 +127,9 @@ def warn_of_averaging(trainer: Trainer, audit: Callback) -> None:
     """Warn of callbacks that replace the weights once the audit is done."""
     callbacks: list[Callback] = getattr(trainer, "callbacks", [])
     after = callbacks[callbacks.index(audit) + 1 :]
-    later = {kind.__name__ for callback in after for kind in type(callback).__mro__}
-    if averaging := _AVERAGING_CALLBACKS & later:
+    if averaging := [name for name in _AVERAGING_CALLBACKS for callback in after if is_a(callback, name)]:
         rank_zero_warn(
-            f"{averaging.pop()} comes after InfluenceAudit and replaces the weights once the audit is done: the "
+            f"{averaging[0]} comes after InfluenceAudit and replaces the weights once the audit is done: the "
             "audit describes the weights before. List InfluenceAudit after it."
         )
 
@@ -173,6 +179,45 @@ def depends_on_batch_idx(gradients: ExampleGradients, indices: Sequence[int]) ->
     return losses[0] == losses[1] and not all(math.isclose(loss, losses[0], rel_tol=1e-4) for loss in losses)
 
 
+def told_of_task(gradients: ExampleGradients, indices: Sequence[int]) -> str:
+    """Return what a reader should know of a loss that is not that of `training_step`."""
+    task = gradients.task
+    what = f"`task={getattr(task, '__name__', type(task).__name__)}`"
+    if isinstance(task, StandardTask):
+        ((_, batch),) = gradients.source.batches(indices[:2], len(indices[:2]))
+        with untouched(gradients.module, task):
+            what = f'`task="{task.name}"`, {gradients.applied(task.written_out, batch)}'
+    return f"the loss behind scores and labels is {what}, not that of `training_step`"
+
+
+def looked_at(gradients: ExampleGradients, indices: Sequence[int], recording: Recording, *, verify: bool) -> Inspection:
+    """Return what the look at a batch has told, see ``inspect``.
+
+    Where a task stands for a step that mixes examples, so may the collate function: batches of passes are then those
+    of torch's own.
+    """
+    source = gradients.source
+    try:
+        return inspect(gradients, indices, verify=verify)
+    except VerificationError:
+        own = source.collate_fn
+        if isinstance(gradients.task, TrainingStepTask) or is_plain(own):
+            raise
+        try:
+            source.collate_fn = None
+            inspection = inspect(gradients, indices, verify=verify)
+        except Exception:
+            source.collate_fn = own
+        else:
+            recording.note(f"passes make batches without {_name_of(own)}, in which an example depends on the others")
+            return inspection
+        raise
+
+
+def _name_of(function: object) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection: Inspection) -> bool:
     """Tell whether examples have other labels when they are fetched once more, without streams of their own."""
     source = gradients.source
@@ -197,7 +242,7 @@ def check_queries(trainer: Trainer, module: LightningModule, queries: Queries | 
     """Raise ``MisconfigurationException`` for queries among validation examples that the trainer will not load."""
     if queries is None or queries.which != "worst" or trainer.enable_validation:
         return
-    if not is_overridden("validation_step", module):
+    if not overrides("validation_step", module):
         lacking = f"{type(module).__name__} has no `validation_step`, so the trainer loads no validation data"
     elif trainer.limit_val_batches == 0:
         lacking = "limit_val_batches=0 leaves none"
@@ -232,13 +277,27 @@ def warn_of_gaps(coverage: Coverage) -> None:
     )
 
 
+def run_directory(trainer: Trainer) -> str:
+    """Return the folder of a run, as ModelCheckpoint finds it: of the first logger, with the run's id.
+
+    ``trainer.log_dir`` is one for all runs where loggers have no ``log_dir`` of their own, and the root of MLflow's
+    files may hold nothing else. To be called on all processes: rank zero's is everybody's.
+    """
+    folder = [trainer.default_root_dir]
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = [logger.save_dir or trainer.default_root_dir, str(logger.name), version]
+    return str(trainer.strategy.broadcast(os.path.join(*folder)))
+
+
 def open_store(trainer: Trainer, dirpath: str | os.PathLike[str] | None) -> AuditStore | None:
     """Make the audit directory; None in a dry run and on other ranks than zero.
 
     Raises:
         StoreError: On every rank, if it can't be made.
     """
-    directory = dirpath or os.path.join(trainer.log_dir or trainer.default_root_dir, "influence")
+    directory = dirpath or os.path.join(run_directory(trainer), "influence")
     store: AuditStore | None = None
     failure: StoreError | None = None
     if trainer.is_global_zero and not bridge.is_dry_run(trainer):
