@@ -62,9 +62,7 @@ class Streamed(IterableDataset[dict[str, Any]]):
 
 
 def as_huggingface() -> Any:
-    """Return a data set of Hugging Face, or what looks the same to a loader where that package is not installed."""
-    if not find_spec("datasets"):
-        return Columns()
+    """Return a data set of Hugging Face."""
     from datasets import Dataset as Table
 
     x, y = rows(N)
@@ -157,6 +155,8 @@ def run(pl: Any, data: str, optimization: str, logger: str, audited: bool) -> di
         options["task"] = lambda module, batch: module.loss(batch)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if data == "Hugging Face" and not find_spec("datasets"):
+            return {"outcome": "not installed"}
         made, holds = logger_of(pl, logger, Path(folder))
         if made is None:
             return {"outcome": "not installed"}
@@ -174,10 +174,15 @@ def run(pl: Any, data: str, optimization: str, logger: str, audited: bool) -> di
         model = model_of(pl, manual)
         try:
             trainer.fit(model, data_of(pl, data))
+            if made:
+                made.finalize("success")
         except Exception as error:
             ours = type(error).__name__ == "MisconfigurationException" and "InfluenceAudit" in str(error)
             words = str(error) if ours else f"{type(error).__name__}: {error}"
             return {"outcome": "refused" if ours else "failed", "words": words}
+        finally:
+            if logger == "W&B":  # else the next logger would go on with this run
+                importlib.import_module("wandb").finish()
         found: dict[str, Any] = {"weights": [parameter.tolist() for parameter in model.parameters()]}
         if audit is None:
             return found | {"outcome": "trained"}
@@ -185,16 +190,10 @@ def run(pl: Any, data: str, optimization: str, logger: str, audited: bool) -> di
             return found | {"outcome": "silent"}
         report: AuditReport = audit.report
         order = np.argsort(report.columns["index"])
-        if made and hasattr(made, "finalize"):
-            made.finalize("success")
-        shown = holds()
-        if logger == "W&B":
-            importlib.import_module("wandb").finish(quiet=True)
-            shown = holds()
         return found | {
             "outcome": "right" if report.status == "complete" and len(order) == N else f"{report.status}, {len(order)}",
             "scores": report.columns["self_influence"][order].tolist(),
-            "shown": shown,
+            "shown": holds(),
             "on disk": AuditReport.load(report.directory).status if report.directory else "nowhere",
         }
 
@@ -227,7 +226,7 @@ def main() -> None:
     except ImportError:
         print(json.dumps({"missing": package}))
         return
-    names = {name: name for name in ("lightning", "pytorch-lightning", "torch", "tensorboard", "wandb", "mlflow")}
+    names = ("lightning", "pytorch-lightning", "torch", "tensorboard", "wandb", "mlflow-skinny", "datasets")
     print(json.dumps({"versions": {name: _version(name) for name in names}}), flush=True)
     reference = run(pl, "DataLoader", "automatic", "none", True)["scores"]
     for data in DATA:

@@ -14,7 +14,7 @@ LOGGERS = ("TensorBoard", "CSV", "W&B", "MLflow", "none")
 _LEGEND = """Each cell is a small training, run with and without the audit.
 **✓** right: the weights are bit for bit those of the training alone, every example has the scores that the plainest
 workflow gives it, the audit is whole on disk, and the logger holds it. A number is a refusal before the first step; its
-words are below. **–** the logger's package was not installed there."""
+words are below. **–** the package of the logger or data was not installed there."""
 
 Environment = tuple[str, str]
 """Which releases (newest or floor), and which package."""
@@ -32,7 +32,7 @@ def page(found: Mapping[Environment, Sequence[dict[str, Any]]], versions: Mappin
         "| | " + " | ".join(f"{releases} {package}" for releases, package in found) + " |",
         "|---|" + "---|" * len(found),
     ]
-    for name in ("lightning", "pytorch-lightning", "torch", "tensorboard", "wandb", "mlflow"):
+    for name in ("lightning", "pytorch-lightning", "torch", "tensorboard", "wandb", "mlflow-skinny", "datasets"):
         told = [str(versions[each].get(name) or "–") for each in found]
         lines.append(f"| {name} | " + " | ".join(told) + " |")
     for releases, package in found:
