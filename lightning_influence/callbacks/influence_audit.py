@@ -19,6 +19,7 @@ from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.arguments import Arguments, checked_indices, checked_tracin
 from lightning_influence.callbacks.beginning import begun
+from lightning_influence.callbacks.chosen_weights import Weights, check_weights
 from lightning_influence.callbacks.hooks import RunHooks
 from lightning_influence.callbacks.query_report import checked_queries
 from lightning_influence.callbacks.resuming import Restored, as_at_the_end_of_training, restore, state_for
@@ -80,6 +81,9 @@ class InfluenceAudit(RunHooks):
             dataset index to id.
         describe: What a person sees of an example: a function from what the data set returns for an index to a text or
             an image, or a tokenizer (``decode``) for token batches. Asked for the few examples that are shown.
+        weights: Which weights the final pass is about: those at the end of training (``"last"``), those of the
+            checkpoint that the trainer's ``ModelCheckpoint`` has found ``"best"``, or ``"averaged"`` ones, of
+            ``StochasticWeightAveraging``, ``WeightAveraging`` or ``EMAWeightAveraging``. The model's own are put back.
         dirpath: Directory of the audit, instead of ``<log_dir>/influence``. An existing audit is never overwritten:
             a version suffix is added.
         verify: Whether to check per-example gradients against autograd on half a training batch before training starts.
@@ -116,6 +120,7 @@ class InfluenceAudit(RunHooks):
         verify: bool = True,
         ids: Ids = None,
         describe: Describe | None = None,
+        weights: Weights = "last",
     ) -> None:
         self.arguments = Arguments(
             curvature,
@@ -134,6 +139,7 @@ class InfluenceAudit(RunHooks):
             verify,
             ids,
             describe,
+            weights,
         )
         super().__init__()
         # What checkpoints keep: from a checkpoint until the size of the data is known, then of the run.
@@ -145,7 +151,10 @@ class InfluenceAudit(RunHooks):
     def state_key(self) -> str:
         """Key of the callback's state in checkpoints: two audits of one run have two states."""
         # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
-        arguments = {name: value for name, value in self.arguments.described().items() if name != "verify"}
+        arguments = self.arguments.described()
+        arguments.pop("verify")
+        if arguments["weights"] == "last":  # as checkpoints of earlier versions have it
+            arguments.pop("weights")
         return self._generate_state_key(**arguments)
 
     # ------------------------------------------------------------------ start
@@ -163,7 +172,7 @@ class InfluenceAudit(RunHooks):
         self._no_report = "training has not ended yet"
         preparing.check_optimization(pl_module, self.arguments.task, self.arguments.tracin)
         bridge.check_strategy(trainer)
-        preparing.warn_of_averaging(trainer, self)
+        check_weights(trainer, self, self.arguments.weights)
         self._recorder.attach(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

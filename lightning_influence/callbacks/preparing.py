@@ -11,7 +11,7 @@ from copy import deepcopy
 from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -43,8 +43,6 @@ _COMPLETE = 0.99
 
 # Examples that the look before training may choose from, at least.
 _LOOKED_AT = 64
-
-_AVERAGING_CALLBACKS = {"StochasticWeightAveraging", "WeightAveraging"}
 
 
 @contextmanager
@@ -114,18 +112,6 @@ def _step_is_compiled(gradients: ExampleGradients, chosen: list[int]) -> bool:
             return met.found
     except Exception:  # whatever a step makes of two examples: the look that comes next says so
         return False
-
-
-def warn_of_averaging(trainer: Trainer, audit: Callback) -> None:
-    """Warn of callbacks that replace the weights once the audit is done."""
-    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
-    after = callbacks[callbacks.index(audit) + 1 :]
-    later = {kind.__name__ for callback in after for kind in type(callback).__mro__}
-    if averaging := _AVERAGING_CALLBACKS & later:
-        rank_zero_warn(
-            f"{averaging.pop()} comes after InfluenceAudit and replaces the weights once the audit is done: the "
-            "audit describes the weights before. List InfluenceAudit after it."
-        )
 
 
 def some_of(indices: Sequence[int], batch_size: int) -> list[int]:

@@ -58,6 +58,7 @@ class Reporter:
 
     Attributes:
         seconds_per_example: Of a pass over the training data, once one was timed.
+        weights: Which ones are audited, for the manifest.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Reporter:
         self.queries = queries
         self.names = names or ExampleNames(())
         self.seconds_per_example: float | None = None
+        self.weights: dict[str, Any] = {}
         self._said: set[str] = set()  # what has been said to have failed
         self._partial = 0.0, 0.0  # when the last partial table was written, and how long it took
         self._manifest: dict[str, Any] = {
@@ -168,6 +170,7 @@ class Reporter:
         ranked, beliefs = judged(self._named(columns), evidence, trusted=self._trusted)
         ranked = self._with_texts(ranked)
         manifest = self._manifest | {"status": "complete", "step": step, "labels": beliefs.described()}
+        manifest["audited_weights"] = self.weights
         manifest |= audit_described(gradients, plan, inspection, result, ranked)
         with tolerated("reading the class names", self._said):
             if (names := bridge.label_names(gradients.source.dataset)) is not None:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.arguments import Arguments
+from lightning_influence.callbacks.chosen_weights import chosen
 from lightning_influence.callbacks.keeping import keep_checkpoint, take_over_checkpoints
 from lightning_influence.callbacks.listening import BatchListener
 from lightning_influence.callbacks.query_report import QueryReport
@@ -87,7 +88,7 @@ class AuditRun:
         with bridge.at_epoch(trainer, trainer.current_epoch - 1), self._tolerated(trainer):
             tracin = self._due(trainer)
             if tracin is not None and self.recording.step_sizes.steps:
-                self._score_checkpoint(trainer, module, tracin)
+                self.score_checkpoint(trainer, module, tracin)
             else:
                 self.look(trainer, module)
 
@@ -144,7 +145,7 @@ class AuditRun:
         recording, tracin = self.recording, self.arguments.tracin
         recording.synchronise()
         due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
-        last = bridge.is_last_epoch(trainer)
+        last = bridge.is_last_epoch(trainer) and self.arguments.weights == "last"
         # The final pass looks by the way; a run that is resumed for more epochs has to catch up.
         recording.postponed = trainer.global_step if last else -1
         if not (due and self.flight is None) and not last:
@@ -153,14 +154,15 @@ class AuditRun:
             if self.flight is not None:
                 self._keep_checkpoint(trainer, module, tracin)
             elif not last:
-                self._score_checkpoint(trainer, module, tracin)
+                self.score_checkpoint(trainer, module, tracin)
         if recording.visits is not None:
             visits = recording.visits.values()
             self.reporter.log_tracin(trainer, visits[visits.isfinite()])  # NaN: not measured so far
         self.reporter.log_dynamics(trainer, recording.dynamics.columns())
         self.reporter.write_partial(recording.local_columns, "recording", due=False)
 
-    def _score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
+    def score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
+        """Add what every example says at the weights of the moment, for the steps since the checkpoint before."""
         indices = self._indices(trainer, last=False)
         start = time.perf_counter()
         with bridge.aside(trainer):
@@ -197,9 +199,7 @@ class AuditRun:
     def finish_or_warn(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         """Fit the curvature and score every example; None if there is nothing to audit, or if that fails."""
         try:
-            self.reporter.write_partial(self.recording.local_columns, "recording")
-            with bridge.at_epoch(trainer, trainer.current_epoch - 1):
-                return self._finish(trainer, module)
+            return self.finish(trainer, module)
         except Exception as error:
             # In one process the training that has just ended is worth more than the audit; with several, the others
             # would wait for this one at the next collective.
@@ -212,6 +212,19 @@ class AuditRun:
                 f"{self.reporter.directory}.\n{traceback.format_exc()}"
             )
             return None
+
+    def finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
+        """Fit the curvature and score every example, at the weights that are asked for; None if there is nothing."""
+        self.reporter.write_partial(self.recording.local_columns, "recording")
+        with bridge.at_epoch(trainer, trainer.current_epoch - 1):
+            tracin = self.arguments.tracin if self.arguments.weights != "last" else None
+            if tracin is not None and self.recording.step_sizes.steps and not bridge.is_dry_run(trainer):
+                # No part of the final pass, which is about other weights.
+                self.recording.synchronise()
+                (self.score_checkpoint if self.flight is None else self._keep_checkpoint)(trainer, module, tracin)
+            with chosen(trainer, module, self.arguments.weights) as about:
+                self.reporter.weights = about | self.reporter.weights
+                return self._finish(trainer, module)
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         self.recording.synchronise()

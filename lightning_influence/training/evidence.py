@@ -113,6 +113,10 @@ class EvidenceRecord:
         """Whether there are enough snapshots, so that none is worth a pass of its own."""
         return self.closed or self._state["epochs"] >= _EARLY
 
+    def end_early(self) -> None:
+        """Take further snapshots for late ones."""
+        self._state["epochs"] = max(self._state["epochs"], _EARLY)
+
     def close(self) -> None:
         """Take no more snapshots."""
         self._state["closed"] = 1.0

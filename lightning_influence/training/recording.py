@@ -59,6 +59,8 @@ class Recording:
         kept: What the checkpoints there stand for.
         carried: What none of them stands for any more or yet.
         postponed: Step of a TracIn checkpoint that was left to the final pass.
+        heard_of: Whether snapshots are of a training that nobody listened to, from its checkpoints.
+        unknown_labels: Why nothing can be told of the labels, if it is known.
     """
 
     def __init__(self, size: int, module: nn.Module, tracin: TracIn | None = None) -> None:
@@ -73,6 +75,9 @@ class Recording:
         self.kept: list[Checkpoint] = []
         self.carried: Checkpoint | None = None
         self.postponed = -1
+        self.heard_of = False
+        self.unknown_labels = ""
+        self._right = 0.0, 0.0
         self._start(size)
 
     def _start(self, size: int) -> None:
@@ -143,11 +148,11 @@ class Recording:
         except Exception as error:  # a statistic must never end a training run
             self.fail("training dynamics are incomplete", error)
 
-    def record_step(self, optimizer: Any) -> None:
-        """Note the learning rates of one optimizer step."""
+    def record_step(self, optimizer: Any, times: int = 1) -> None:
+        """Note the learning rates of one optimizer step, or of several that are alike."""
         known = len(self.step_sizes.unknown)
         try:
-            self.step_sizes.record(optimizer)
+            self.step_sizes.record(optimizer, times)
         except Exception as error:
             self.fail("learning rates are incomplete", error)
         if self.wants_tracin and len(self.step_sizes.unknown) > known:
@@ -192,7 +197,12 @@ class Recording:
     def add_snapshot(self, scores: ExampleScores) -> None:
         """Add what the features of the moment say about the labels."""
         self.flush()
-        self.labels.add(scores, trained=bool(self._seen["seen"].any()), right=self.dynamics.predicted_rightly())
+        right = self.dynamics.predicted_rightly()
+        if self.heard_of and "predicted" in scores.columns:  # what the batches would have told
+            label, told = scores.columns["label"], scores.columns["predicted"]
+            self._right = self._right[0] + float((label == told).sum()), self._right[1] + len(label)
+            right = self._right
+        self.labels.add(scores, trained=self.heard_of or bool(self._seen["seen"].any()), right=right)
 
     # ---------------------------------------------------------------- results
 
