@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import transformers as hf
 from torch import Tensor, nn
 from torch.utils.data import default_collate
+from which_lightning import pl
 
 TOKENS, CLASSES, EXAMPLES = 60, 3, 7
 IGNORED = -100

@@ -17,14 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning.pytorch as pl
 import pretend_device
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from which_lightning import PACKAGE, Accelerator, SingleDeviceStrategy, pl
 
 from lightning_influence import Influence, InfluenceAudit, Margin, Queries, TracIn, tracin_scores
 from lightning_influence.audit.unlearning import Unlearner
@@ -422,7 +420,7 @@ def strictness() -> dict[str, str]:
 
 
 def main() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger(PACKAGE).setLevel(logging.ERROR)
     outcomes = {}
     for name, case in CASES.items():
         outcomes[name] = {"cpu": outcome(case, torch.device("cpu"))}

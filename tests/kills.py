@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from models import Validated, make_trainer, vectors
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+from which_lightning import Callback, ModelCheckpoint, TorchCheckpointIO, pl
 
 from lightning_influence import InfluenceAudit
 

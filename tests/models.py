@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
+from which_lightning import CSVLogger, pl
 
 FEATURES, CLASSES = 5, 3
 HOOKS = [name for name in nn.Module().__dict__ if name.endswith("_hooks")]

@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from torch.utils.data import (
     default_collate,
 )
 from torchmetrics import MeanMetric
+from which_lightning import pl
 
 if TYPE_CHECKING:
     from random_trainers import Draw

@@ -13,24 +13,25 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import (
-    Callback,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    RichProgressBar,
-    TQDMProgressBar,
-)
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import QUIET, logged_rows
 from random_models import Data, Model, parts
 from torch import Tensor, nn
+from which_lightning import (
+    Callback,
+    CSVLogger,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    MisconfigurationException,
+    ModelCheckpoint,
+    RichProgressBar,
+    SingleDeviceStrategy,
+    TensorBoardLogger,
+    TQDMProgressBar,
+    pl,
+)
 
 from lightning_influence import AuditReport, InfluenceAudit, Queries, TracIn
 

@@ -7,16 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.loggers import TensorBoardLogger
 from models import Classifier, loader, make_trainer, vectors
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
+from which_lightning import TensorBoardLogger, pl
 
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.audit.belief import LabelBeliefs

@@ -9,13 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import CLASSES, FEATURES, Classifier, loader, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -27,6 +24,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 from torchdata.stateful_dataloader import StatefulDataLoader
+from which_lightning import MisconfigurationException, ModelCheckpoint, pl
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
 from lightning_influence.data.collation import Collating, DataError

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from models import make_trainer
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from which_lightning import pl
 
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.audit import belief

@@ -11,16 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, EarlyStopping
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import (
     CLASSES,
     FEATURES,
@@ -39,6 +34,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
 from tracing import covered
+from which_lightning import (
+    PACKAGE,
+    Callback,
+    CSVLogger,
+    EarlyStopping,
+    MisconfigurationException,
+    Strategy,
+    TensorBoardLogger,
+    pl,
+)
 
 from lightning_influence import AuditReport, InfluenceAudit, Queries, TracIn
 from lightning_influence.audit.store.store import AuditStore
@@ -1089,7 +1094,7 @@ def test_one_example_per_batch_and_one_batch_per_epoch(tmp_path: Path) -> None:
 
 
 def test_the_report_in_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="lightning.pytorch"):
+    with caplog.at_level("INFO", logger=PACKAGE):
         report, trainer = fit(Validated(), InfluenceAudit(), tmp_path, loader(vectors()), loader(vectors(6, 2)))
     text = str(report)
     assert text in caplog.text

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
 from models import Validated, loader, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, Sampler, SubsetRandomSampler, TensorDataset
+from which_lightning import ModelCheckpoint
 
 import lightning_influence
 from lightning_influence import AuditReport, DemographicParityGap, InfluenceAudit, Queries, TracIn

@@ -9,18 +9,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, EarlyStopping, StochasticWeightAveraging
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, Stream, Validated, leftovers, loader, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, SubsetRandomSampler, TensorDataset
+from which_lightning import (
+    Callback,
+    CombinedLoader,
+    EarlyStopping,
+    MisconfigurationException,
+    StochasticWeightAveraging,
+    pl,
+)
 
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.audit.store.store import AuditStore

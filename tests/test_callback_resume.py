@@ -8,17 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Numbered, Validated, leftovers, loader, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
+from which_lightning import Callback, MisconfigurationException, ModelCheckpoint, pl
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
 from lightning_influence.callbacks import run as audit_run

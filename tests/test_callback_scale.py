@@ -6,16 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import make_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from which_lightning import Callback, MisconfigurationException, pl
 
 from lightning_influence import InfluenceAudit
 from lightning_influence.callbacks import training_passes

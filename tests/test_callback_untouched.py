@@ -11,14 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.tuner import Tuner
 from models import (
     CLASSES,
     Classifier,
@@ -34,6 +30,7 @@ from models import (
 )
 from torch import Tensor
 from torch.utils.data import BatchSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
+from which_lightning import Callback, EarlyStopping, ModelCheckpoint, TensorBoardLogger, Tuner, pl
 
 from lightning_influence import InfluenceAudit, TracIn
 

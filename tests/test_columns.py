@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from models import Classifier, loader, make_trainer, vectors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from which_lightning import TensorBoardLogger
 
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.audit.belief import LabelBeliefs

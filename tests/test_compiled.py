@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, loader, make_trainer, vectors
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import TensorDataset
+from which_lightning import Callback, MisconfigurationException, pl
 
 from lightning_influence import Checkpoint, Influence, InfluenceAudit, StepSizes
 

@@ -12,11 +12,11 @@ import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, Validated, loader, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tracing import covered
+from which_lightning import MisconfigurationException
 
 from lightning_influence import Influence, InfluenceAudit, TracIn
 from lightning_influence.audit.report import AuditReport

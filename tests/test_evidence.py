@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
 from models import CLASSES, Classifier, loader, make_trainer, vectors
 from torch import Tensor
+from which_lightning import ModelCheckpoint
 
 from lightning_influence import InfluenceAudit, TracIn
 from lightning_influence.training import evidence

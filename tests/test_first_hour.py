@@ -7,13 +7,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, Stream, loader, make_trainer, vectors
 from torch.utils.data import DataLoader
+from which_lightning import Callback, MisconfigurationException, pl
 
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.audit.store.atomic import StoreError

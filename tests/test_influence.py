@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import reference as ref
@@ -19,6 +18,7 @@ import trajectory_cases
 from models import Classifier, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from which_lightning import pl
 
 from lightning_influence import AuditReport, Checkpoint, Influence, InfluenceAudit, StepSizes
 from lightning_influence.audit.relabel import LabelError

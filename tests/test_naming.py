@@ -16,13 +16,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, Named, Validated, images, loader, make_trainer, vectors
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
+from which_lightning import PACKAGE, MisconfigurationException, TensorBoardLogger
 
 from lightning_influence import InfluenceAudit
 from lightning_influence.audit.belief import LabelBeliefs
@@ -228,7 +227,7 @@ def test_ids_and_images_are_everywhere(tmp_path: Path, caplog: pytest.LogCapture
         return Image.new("RGB", (40, 20), "red")
 
     audit = InfluenceAudit(ids=names, describe=describe, queries="worst")
-    with caplog.at_level("INFO", logger="lightning.pytorch"):
+    with caplog.at_level("INFO", logger=PACKAGE):
         report = audited(audit, tmp_path, train, validation=validation, logger=logger)
     index = report.columns["index"]
     assert report.columns["original_index"].tolist() == (29 - index).tolist()

@@ -13,17 +13,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import CLASSES, FEATURES, Classifier, Validated, images, loader, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from which_lightning import (
+    Callback,
+    CSVLogger,
+    MisconfigurationException,
+    ModelCheckpoint,
+    RichProgressBar,
+    TensorBoardLogger,
+    TQDMProgressBar,
+    pl,
+)
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
 from lightning_influence.audit.store import tensors as files

@@ -17,9 +17,9 @@ import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
+from which_lightning import CombinedLoader
 
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients import passes

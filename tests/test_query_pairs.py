@@ -7,18 +7,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, Stream, Validated, images, loader, make_trainer, vectors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from which_lightning import MisconfigurationException, TensorBoardLogger, pl
 
 from lightning_influence import AdversarialLoss, AuditReport, DemographicParityGap, InfluenceAudit, Margin, Queries
 from lightning_influence.audit.columns import PAIR_DESCRIPTIONS

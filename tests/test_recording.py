@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from models import loader, make_trainer
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from which_lightning import pl
 
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.gradients.visitors import ExampleScores

@@ -13,15 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import CLASSES, FEATURES, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
+from which_lightning import MisconfigurationException, pl
 
 from lightning_influence import InfluenceAudit
 from lightning_influence.data.contents import digest

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
 from loss_cases import evaluate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from which_lightning import Callback, LightningModule, Trainer
 
 from lightning_influence.objective.losses import CrossEntropy
 from lightning_influence.objective.losses.binary import BinaryCrossEntropy

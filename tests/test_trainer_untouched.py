@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import CLASSES, FEATURES, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from which_lightning import MisconfigurationException, pl
 
 from lightning_influence import InfluenceAudit
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import Classifier, loader, make_trainer, vectors
+from which_lightning import MisconfigurationException
 
 from lightning_influence import InfluenceAudit
 from lightning_influence.audit.belief import LabelBeliefs

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback
-
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.unlearning import Unlearner
+from lightning_influence.callbacks.lightning import AuditCallback
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.curvature import CurvatureName
 from lightning_influence.influence import Influence
 
 
-class Answers(Callback):
+class Answers(AuditCallback):
     """The report, and what else the model and its training data can be asked."""
 
     def __init__(self) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_influence.callbacks.lightning import MisconfigurationException, Trainer
 from lightning_influence.callbacks.preparing import errors_as_misconfiguration
 from lightning_influence.data.collation import is_plain
 from lightning_influence.data.source import ExampleSource

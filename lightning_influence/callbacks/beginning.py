@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lightning_influence.audit.naming import ExampleNames
 from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.arguments import Arguments
+from lightning_influence.callbacks.lightning import LightningModule, Trainer, version_of
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.run import AuditRun
@@ -93,7 +92,7 @@ def _begun(
         recording,
         passes,
         inspection,
-        Reporter(store, arguments.described(), known_noise, queries, names, trusted),
+        Reporter(store, arguments.described(), known_noise, queries, names, trusted, version_of(trainer)),
         arguments,
         flight=flight,
         queries=queries,

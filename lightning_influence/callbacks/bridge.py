@@ -7,15 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypedDict
 
-from lightning.fabric.utilities.data import sized_len
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -25,10 +16,18 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+from lightning_influence.callbacks.lightning import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    dummy_logger,
+    is_a,
+    rank_zero_warn,
+)
 from lightning_influence.core import distributed
 from lightning_influence.core.containers import leaves
 from lightning_influence.core.isolation import kept
-from lightning_influence.core.origin import is_users
+from lightning_influence.core.origin import is_lightnings, is_users
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.core.reachable import Found, shallow
 from lightning_influence.data.source import DataError, ExampleSource
@@ -57,7 +56,7 @@ def surroundings(trainer: Trainer, module: LightningModule) -> Surroundings:
         # Once training has ended, the strategy moves the model off its device.
         return trainer.strategy.batch_to_device(batch, device=module.device, dataloader_idx=0)
 
-    own_precision = not isinstance(plugin, MixedPrecision)
+    own_precision = not is_a(plugin, "MixedPrecision")
     return {"to_device": to_device, "forward_context": plugin.forward_context if own_precision else nullcontext}
 
 
@@ -102,9 +101,7 @@ def audited_indices(trainer: Trainer, seen: list[int], size: int, *, last: bool)
         last: Whether no more examples are drawn. Until then some may turn up that passes must not have left out.
     """
     loader: Any = trainer.train_dataloader
-    limited = trainer.num_training_batches < (sized_len(loader) or math.inf) or bool(
-        getattr(trainer, "overfit_batches", False)
-    )
+    limited = trainer.num_training_batches < length_of(loader) or bool(getattr(trainer, "overfit_batches", False))
     return seen if limited or (last and seen and not _draws_all(loader)) else drawn_from(loader, size)
 
 
@@ -116,10 +113,18 @@ def drawn_from(loader: Any, size: int) -> list[int]:
     return list(range(size))
 
 
+def length_of(loader: Any) -> float:
+    """Return the number of a loader's batches; infinity if it can't tell, or has none."""
+    try:
+        return len(loader) or math.inf
+    except (TypeError, NotImplementedError):
+        return math.inf
+
+
 def _sampler(loader: Any) -> Any:
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    if isinstance(sampler, DistributedSamplerWrapper):  # Lightning's, around the user's own
-        sampler = getattr(sampler.dataset, "_sampler", None)
+    if is_a(sampler, "DistributedSamplerWrapper"):  # around the user's own
+        sampler = getattr(getattr(sampler, "dataset", None), "_sampler", None)
     return sampler
 
 
@@ -128,7 +133,7 @@ def _draws_all(loader: Any) -> bool:
     if type(loader).__iter__ is not DataLoader.__iter__ and not type(loader).__module__.startswith("torchdata"):
         return False  # who knows which batches it hands on
     sampler, batches = _sampler(loader), loader.batch_sampler
-    plain = type(batches) is BatchSampler or type(batches).__module__.startswith(("lightning", "pytorch_lightning"))
+    plain = type(batches) is BatchSampler or is_lightnings(type(batches).__module__)
     if type(sampler) is RandomSampler:
         return plain and not sampler.replacement and sampler.num_samples >= len(sampler.data_source)
     if type(sampler) is SequentialSampler:
@@ -143,7 +148,7 @@ def check_strategy(trainer: Trainer) -> None:
         MisconfigurationException: For anything but one device or data-parallel training.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
+    if not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy") or is_a(strategy, "DeepSpeedStrategy"):
         raise MisconfigurationException(
             f"InfluenceAudit does not support {type(strategy).__name__}: it needs the whole model on every process. "
             'Use a single device or `strategy="ddp"`, or audit a checkpoint afterwards on one device.'
@@ -176,9 +181,9 @@ def loss_scale(trainer: Trainer) -> float:
     return float(plugin.scaler.get_scale()) if has_loss_scaler(trainer) else 1.0
 
 
-def real_loggers(trainer: Trainer) -> list[Logger]:
+def real_loggers(trainer: Trainer) -> list[Any]:
     """Return the loggers that write something (Lightning puts dummies in place during a dry run)."""
-    return [logger for logger in trainer.loggers if not isinstance(logger, DummyLogger)]
+    return [logger for logger in trainer.loggers if not is_a(logger, "DummyLogger")]
 
 
 @contextmanager
@@ -190,7 +195,7 @@ def aside(trainer: Trainer) -> Iterator[None]:
     """
     loggers = trainer.loggers
     try:
-        trainer.loggers = [DummyLogger() for _ in loggers]
+        trainer.loggers = [dummy_logger(trainer) for _ in loggers]
         with kept(trainer.lightning_module, list(_belongings(trainer))):
             yield
     finally:
@@ -206,7 +211,7 @@ def _belongings(trainer: Trainer) -> Iterator[Found]:
     for config in trainer.lr_scheduler_configs:
         for scheduler in (config.scheduler, *getattr(config.scheduler, "_schedulers", ())):
             yield from shallow(type(scheduler).__name__, vars(scheduler))
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:  # type: ignore[union-attr]
         own = not any(kind.__module__.startswith("lightning_influence.") for kind in type(callback).__mro__)
         if own and is_users(type(callback).__module__):
             yield from shallow(type(callback).__name__, vars(callback))
@@ -241,7 +246,7 @@ def validation_queries(trainer: Trainer, gradients: ExampleGradients) -> list[tu
             rank_zero_warn(f"validation data are left out of the influence audit (no harm column): {error!r}")
             continue
         drawn = drawn_from(loader, len(source))
-        if batches < (sized_len(loader) or math.inf):
+        if batches < length_of(loader):
             drawn = drawn[: int(batches) * source.batch_size * trainer.world_size]
         if drawn:
             queries.append((gradients.on(source), drawn))

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.cloud_io import _load as load_file
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from lightning_influence.callbacks.lightning import LightningModule, Trainer, is_a, of_package
 from lightning_influence.core.errors import short
 from lightning_influence.core.torch_private import eager_name
 from lightning_influence.core.weights import places_of, swapped
@@ -42,14 +41,18 @@ class TrainerCheckpoint:
     content: Mapping[str, Any]
 
     @classmethod
-    def read(cls, path: str) -> TrainerCheckpoint:
-        """Read a file, tensors on the host.
+    def read(cls, path: str, module: LightningModule) -> TrainerCheckpoint:
+        """Read a file, tensors on the host, as Lightning reads what it has saved.
+
+        Args:
+            path: Of the file, or its address.
+            module: A module of the package of Lightning to read it with.
 
         Raises:
             CheckpointFileError: If there is none, or it is no checkpoint.
         """
         try:
-            content = load_file(path, map_location="cpu", weights_only=True)
+            content = of_package(module, "core.saving", "pl_load")(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise CheckpointFileError(f"there is no checkpoint {path}{_beside(path)}.") from error
         except Exception as error:
@@ -69,7 +72,9 @@ class TrainerCheckpoint:
             return cls(path, content)
         if isinstance(content, Mapping) and content and any(isinstance(v, Tensor) for v in content.values()):
             return cls(path, {"state_dict": content})
-        found = f"the keys {listed(list(content), 5)}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        found = (
+            f"the keys {listed(list(content), 5)}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        )
         raise CheckpointFileError(
             f"{path} holds {found}; expected a checkpoint of a Trainer, or a model's `state_dict()` (save that alone)."
         )
@@ -207,9 +212,8 @@ def _of_trainer(which: str, trainer: Trainer | None) -> str:
 
 def keepers_of(trainer: Trainer) -> Sequence[Any]:
     """Return the trainer's ``ModelCheckpoint`` callbacks, those that monitor something first."""
-    callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    # By name: those of `lightning` and of `pytorch_lightning` are different classes.
-    keepers = [each for each in callbacks if any(kind.__name__ == "ModelCheckpoint" for kind in type(each).__mro__)]
+    callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[union-attr]
+    keepers = [each for each in callbacks if is_a(each, "ModelCheckpoint")]
     return sorted(keepers, key=lambda keeper: keeper.monitor is None)
 
 
@@ -247,4 +251,3 @@ def precision_of(weights: Mapping[str, Any]) -> str:
     kinds = {str(value.dtype) for value in weights.values() if isinstance(value, Tensor) and value.is_floating_point()}
     names = {"torch.float64": "64-true", "torch.bfloat16": "bf16-true", "torch.float16": "16-true"}
     return names.get(kinds.pop(), "32-true") if len(kinds) == 1 else "32-true"
-

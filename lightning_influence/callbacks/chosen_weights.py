@@ -6,13 +6,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_influence.callbacks.checkpoint_files import CheckpointFileError, TrainerCheckpoint, best_of, keepers_of
+from lightning_influence.callbacks.lightning import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    is_a,
+    rank_zero_warn,
+)
 from lightning_influence.core import distributed
 from lightning_influence.core.weights import places_of, swapped
 
@@ -27,8 +32,8 @@ _AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")
 
 def averaging_of(trainer: Trainer) -> list[Any]:
     """Return the trainer's callbacks that put an average into the model once training has ended."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [each for each in callbacks if any(kind.__name__ in _AVERAGING for kind in type(each).__mro__)]
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[union-attr]
+    return [each for each in callbacks if is_a(each, *_AVERAGING)]
 
 
 def check_weights(trainer: Trainer, audit: Callback, weights: Weights) -> None:
@@ -37,7 +42,7 @@ def check_weights(trainer: Trainer, audit: Callback, weights: Weights) -> None:
     Raises:
         MisconfigurationException: For weights that this trainer will not have.
     """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[union-attr]
     later = [each for each in averaging_of(trainer) if callbacks.index(each) > callbacks.index(audit)]
     if later and weights == "last":
         rank_zero_warn(
@@ -82,10 +87,8 @@ def chosen(trainer: Trainer, module: LightningModule, weights: Weights) -> Itera
 
 def _last(trainer: Trainer) -> Found:
     # Callbacks that come before the audit have put their average into the model by now.
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    audits = [
-        place for place, each in enumerate(callbacks) if type(each).__module__.startswith("lightning_influence.")
-    ]
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[union-attr]
+    audits = [place for place, each in enumerate(callbacks) if type(each).__module__.startswith("lightning_influence.")]
     before = [each for each in averaging_of(trainer) if callbacks.index(each) < min(audits, default=0)]
     average = f", averaged by {type(before[0]).__name__}" if before else ""
     told = f"those at the end of training, step {trainer.global_step:,}{average}"
@@ -98,7 +101,7 @@ def _best(trainer: Trainer) -> Found:
     try:
         if not path:
             raise CheckpointFileError(f"none was kept ({keeper.monitor} may never have been logged)")
-        file = TrainerCheckpoint.read(path)
+        file = TrainerCheckpoint.read(path, trainer.lightning_module)
         file.check_fits(trainer.lightning_module)
     except CheckpointFileError as error:  # what was trained is worth an audit all the same
         file, reason = None, str(error)

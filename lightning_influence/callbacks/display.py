@@ -7,9 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from weakref import WeakSet
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
+from lightning_influence.callbacks.lightning import Trainer, is_a, rank_zero_warn
 from lightning_influence.gradients.passes import Progress
 from lightning_influence.influence.progress import is_watched
 
@@ -42,8 +40,7 @@ def progress_of(trainer: Trainer) -> Progress | None:
     bar = trainer.progress_bar_callback
     if bar is None or not trainer.is_global_zero or getattr(bar, "is_disabled", False) or bar in _BROKEN:
         return None
-    # By name: the bars of `lightning` and of `pytorch_lightning` are different classes.
-    rich = any(kind.__name__ == "RichProgressBar" for kind in type(bar).__mro__)
+    rich = is_a(bar, "RichProgressBar")
 
     def tried(action: Callable[[], _Result]) -> _Result | None:
         try:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_influence.callbacks.answers import Answers
 from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
+from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_info
 from lightning_influence.callbacks.run import AuditRun
 
 

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -21,6 +18,7 @@ from lightning_influence.callbacks.arguments import Arguments, checked_indices, 
 from lightning_influence.callbacks.beginning import begun
 from lightning_influence.callbacks.chosen_weights import Weights, check_weights
 from lightning_influence.callbacks.hooks import RunHooks
+from lightning_influence.callbacks.lightning import LightningModule, Trainer, overrides, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.query_report import checked_queries
 from lightning_influence.callbacks.resuming import Restored, as_at_the_end_of_training, restore, state_for
 from lightning_influence.callbacks.run import AuditRun
@@ -178,7 +176,7 @@ class InfluenceAudit(RunHooks):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at one batch before the first step, so that nothing fails after hours of training."""
         # Callbacks come before the model's own hooks, in which it may set up what its step needs.
-        if not any(is_overridden(hook, pl_module) for hook in ("on_train_start", "on_train_epoch_start")):
+        if not any(overrides(hook, pl_module) for hook in ("on_train_start", "on_train_epoch_start")):
             self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> AuditRun:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_influence.callbacks.lightning import LightningModule, Trainer
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.objective.tap import TrainingTap

@@ -11,16 +11,20 @@ from copy import deepcopy
 from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.store.store import AuditStore, StoreError
 from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.lightning import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    log_dir,
+    overrides,
+    rank_zero_warn,
+)
 from lightning_influence.core import distributed
 from lightning_influence.core.isolation import rewind, unchanged, untouched
 from lightning_influence.core.random_streams import seed_everything
@@ -183,7 +187,7 @@ def check_queries(trainer: Trainer, module: LightningModule, queries: Queries | 
     """Raise ``MisconfigurationException`` for queries among validation examples that the trainer will not load."""
     if queries is None or queries.which != "worst" or trainer.enable_validation:
         return
-    if not is_overridden("validation_step", module):
+    if not overrides("validation_step", module):
         lacking = f"{type(module).__name__} has no `validation_step`, so the trainer loads no validation data"
     elif trainer.limit_val_batches == 0:
         lacking = "limit_val_batches=0 leaves none"
@@ -224,7 +228,7 @@ def open_store(trainer: Trainer, dirpath: str | os.PathLike[str] | None) -> Audi
     Raises:
         StoreError: On every rank, if it can't be made.
     """
-    directory = dirpath or os.path.join(trainer.log_dir or trainer.default_root_dir, "influence")
+    directory = dirpath or os.path.join(log_dir(trainer), "influence")
     store: AuditStore | None = None
     failure: StoreError | None = None
     if trainer.is_global_zero and not bridge.is_dry_run(trainer):

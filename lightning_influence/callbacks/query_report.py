@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence.audit.naming import ExampleNames
 from lightning_influence.audit.queries import Columns, Queries, QueryPairs, QuerySearch
 from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.lightning import MisconfigurationException, Trainer, rank_zero_warn
 from lightning_influence.core import distributed
 from lightning_influence.core.errors import short
 from lightning_influence.core.memory import is_out_of_memory

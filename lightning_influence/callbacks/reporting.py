@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -13,9 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,6 +23,7 @@ from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.display import tolerated
+from lightning_influence.callbacks.lightning import Trainer, is_a, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.manifest import audit_described, detection_of, put_back
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.core.memory import readable
@@ -55,6 +53,7 @@ class Reporter:
         queries: What the audit is asked about.
         names: What the training examples are called.
         trusted: Dataset indices of labels known to be right.
+        lightning: Which package of Lightning the run is of, and its version.
 
     Attributes:
         seconds_per_example: Of a pass over the training data, once one was timed.
@@ -69,6 +68,7 @@ class Reporter:
         queries: QueryReport | None = None,
         names: ExampleNames | None = None,
         trusted: NDArray[Any] | None = None,
+        lightning: Mapping[str, str] | None = None,
     ) -> None:
         self.store = store
         self._trusted = trusted
@@ -85,7 +85,8 @@ class Reporter:
             "arguments": arguments,
             "versions": {
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("lightning-influence", "lightning", "torch")},
+                **{name: version(name) for name in ("lightning-influence", "torch")},
+                **(lightning or {}),
             },
         }
 
@@ -168,6 +169,8 @@ class Reporter:
         """Rank, and put everything together."""
         evidence = recording.label_evidence(columns["index"].tolist())
         ranked, beliefs = judged(self._named(columns), evidence, trusted=self._trusted)
+        if evidence is None and recording.unknown_labels and not beliefs.told and "label" in ranked:
+            beliefs = replace(beliefs, reason=recording.unknown_labels)
         ranked = self._with_texts(ranked)
         manifest = self._manifest | {"status": "complete", "step": step, "labels": beliefs.described()}
         manifest["audited_weights"] = self.weights
@@ -277,7 +280,7 @@ class Reporter:
     def _in_tensorboard(self, trainer: Trainer, what: str, write: Callable[[Any], None]) -> None:
         """Hand the event-file writer of every TensorBoard logger to a function; on rank zero only."""
         for logger in bridge.real_loggers(trainer) if trainer.is_global_zero else ():
-            if isinstance(logger, TensorBoardLogger):
+            if is_a(logger, "TensorBoardLogger"):
                 with tolerated(what, self._said):
                     write(logger.experiment)
 

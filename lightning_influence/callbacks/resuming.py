@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.lightning import LightningModule, Trainer
 from lightning_influence.training.recording import Recording
 
 

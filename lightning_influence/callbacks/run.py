@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.chosen_weights import chosen
 from lightning_influence.callbacks.keeping import keep_checkpoint, take_over_checkpoints
+from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_influence.callbacks.listening import BatchListener
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 
 from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.lightning import LightningModule, Trainer
 from lightning_influence.gradients.coverage import Layers, cover, listed_reasons
 from lightning_influence.gradients.trace import Trace
 from lightning_influence.layers.blocks import LayerError

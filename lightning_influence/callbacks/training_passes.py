@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.display import progress_of
+from lightning_influence.callbacks.lightning import LightningModule, Trainer
 from lightning_influence.core import distributed
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.coverage import Layers, Uncovered, cover

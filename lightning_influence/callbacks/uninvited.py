@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_influence.callbacks.influence_audit import InfluenceAudit
+from lightning_influence.callbacks.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_warn
 from lightning_influence.core import distributed
 from lightning_influence.training.settings import TracIn
 
@@ -27,7 +25,7 @@ class UninvitedAudit(InfluenceAudit):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule | None = None, stage: str = "fit") -> None:
         """As ``InfluenceAudit``."""
-        others = [each for each in trainer.callbacks if isinstance(each, InfluenceAudit) and each is not self]  # type: ignore[attr-defined]
+        others = [each for each in trainer.callbacks if isinstance(each, InfluenceAudit) and each is not self]  # type: ignore[union-attr]
         if others:
             self._leave(trainer)
         else:
@@ -55,7 +53,7 @@ class UninvitedAudit(InfluenceAudit):
     def _leave(self, trainer: Trainer) -> None:
         self._recorder.detach()
         # Another list: the trainer is going through this one.
-        trainer.callbacks = [each for each in trainer.callbacks if each is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [each for each in trainer.callbacks if each is not self]  # type: ignore[union-attr]
 
 
 def audit_of(path: str) -> UninvitedAudit:

@@ -10,8 +10,11 @@ import sysconfig
 from collections.abc import Iterator
 from typing import Any
 
+# One code under two names, the second of which has its lower half in a package of its own.
+LIGHTNING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric"})
+
 # What these hold is theirs, or a whole Trainer; modules and data sets among them are looked into all the same.
-_LIBS = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "numpy"}
+_LIBS = {"torch", *LIGHTNING, "lightning_utilities", "torchmetrics", "numpy"}
 _TRANSPARENT = ("torch.nn.", "torch.utils.data.", "lightning.pytorch.core.", "pytorch_lightning.core.")
 _HOLDERS_OF_THE_LIBRARY = {"argparse", "collections", "queue", "types", "multiprocessing.sharedctypes"}
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
@@ -31,6 +34,11 @@ def _origin(module_name: str) -> str:
     if file.startswith(_INSTALLED):
         return "installed"
     return "standard library" if file.startswith(_STANDARD_LIBRARY) else "user"
+
+
+def is_lightnings(module_name: str) -> bool:
+    """Tell whether a module of this name is of one of Lightning's packages."""
+    return module_name.partition(".")[0] in LIGHTNING
 
 
 def is_users(module_name: str) -> bool:

@@ -22,12 +22,14 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from lightning_influence.core.origin import LIGHTNING
+
 Place: TypeAlias = tuple[tuple[str, int, int], ...]
 
 # Frames of a call's way that tell places apart: a loss function of the user's own is called from several.
 _DEPTH = 8
 _OWN = __name__.partition(".")[0]
-_CALLERS = {_OWN, "lightning", "pytorch_lightning"}
+_CALLERS = {_OWN, *LIGHTNING}
 _ALIKE = 1e-5
 
 
