@@ -14,10 +14,10 @@ from lightning_influence.audit.naming import Describe, Ids
 from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge, preparing
+from lightning_influence.callbacks.afterwards import Afterwards
 from lightning_influence.callbacks.arguments import Arguments, checked_indices, checked_tracin
 from lightning_influence.callbacks.beginning import begun
 from lightning_influence.callbacks.chosen_weights import Weights, check_weights
-from lightning_influence.callbacks.hooks import RunHooks
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, overrides, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.query_report import checked_queries
 from lightning_influence.callbacks.resuming import Restored, as_at_the_end_of_training, restore, state_for
@@ -30,7 +30,7 @@ from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import Mode, TracIn
 
 
-class InfluenceAudit(RunHooks):
+class InfluenceAudit(Afterwards):
     """Audits the training data of a run: self-influence of every example, and the labels that are probably wrong.
 
     Training is left bitwise unchanged. The user's own ``training_step`` defines the loss; everything else is read off

@@ -103,6 +103,15 @@ class Recording:
         self.losses.start_again()
         self.gaps.start_again(epoch)
 
+    def forget(self) -> None:
+        """Keep nothing of what was recorded but the learning rates: it was about other data, and no more will come."""
+        self._in_flight = self.wants_tracin = False
+        checks = self.dynamics.checks_labels
+        self._start(self.size)
+        self.dynamics.checks_labels = checks
+        self.losses.start_again()
+        self.gaps = Gaps()
+
     # ---------------------------------------------------------------- batches
 
     def fail(self, what: str, error: Exception) -> None:
