@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,11 +59,11 @@ class TrainerCheckpoint:
             raise CheckpointFileError(f"there is no checkpoint {path}{_beside(path)}.") from error
         except Exception as error:
             told = " ".join(str(error).split())
-            if "weights_only" in told.lower().replace(" ", "_"):
+            if object_found := re.search(r"Unsupported global: GLOBAL (\S+)", told):
                 raise CheckpointFileError(
-                    f"{path} holds objects other than tensors and plain values, which may run code when they are read "
-                    f"({short(told)}). If you trust it, allow their classes by `torch.serialization.add_safe_globals`, "
-                    "or load the model yourself and audit it without `ckpt_path`."
+                    f"{path} holds objects other than tensors and plain values, a {object_found[1]}, which may run "
+                    "code when they are read. If you trust it, allow that by `torch.serialization.add_safe_globals("
+                    f"[{object_found[1]}])`, or load the model yourself and audit it without `ckpt_path`."
                 ) from error
             raise CheckpointFileError(
                 f"{path} can't be read as a checkpoint ({type(error).__name__}: {short(told)}): it may be cut off, or "
@@ -90,6 +92,17 @@ class TrainerCheckpoint:
         progress = self.content.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
         begun = progress.get("ready", self.content.get("epoch", -1) + 1)
         return max(int(begun), 0)
+
+    @property
+    def batches(self) -> float:
+        """Number of batches of an epoch, infinite if that is not known."""
+        progress = self.content.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+        return float(progress["current"]["ready"]) if progress.get("is_last_batch") else math.inf
+
+    @property
+    def scheduled_by_step(self) -> bool:
+        """Whether learning rates may have been others at every step."""
+        return any(state.get("last_epoch", 0) > self.epochs for state in self.content.get("lr_schedulers", ()))
 
     @property
     def name(self) -> str:

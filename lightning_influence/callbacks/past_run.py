@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -133,16 +134,17 @@ class PastRun:
         """Do it; to be called once the trainer has set up everything."""
         trainer: Any = self.trainer
         module, file = self.module, self.files.audited
+        if file is not None:
+            file.load_into(module)
         with preparing.errors_as_misconfiguration():
             bridge.check_strategy(trainer)
             preparing.check_optimization(module, self.arguments.task, None)
             preparing.check_queries(trainer, module, self.arguments.queries)
             if file is not None:
-                file.load_into(module)
                 state = file.content.get(type(trainer.datamodule).__qualname__)
                 if state is not None and trainer.datamodule is not None:
                     trainer.datamodule.load_state_dict(state)
-            self._go_to(file)
+            no_training.go_to(trainer, *(self.before if file is None else (file.epochs, file.step)))
             no_training.set_up_data(trainer)
             source = ExampleSource.from_loader(trainer.train_dataloader)
             preparing.check_indices("known_noise", self.arguments.known_noise, source)
@@ -152,8 +154,10 @@ class PastRun:
             recording = self.recording = Recording(len(source), module, arguments.tracin)
             if restored is not None:
                 restore(recording, restored, trainer)
-            if not recording.seen_indices():  # what a run was limited to is not known
-                trainer.fit_loop.max_batches, trainer.overfit_batches = float("inf"), 0.0
+                self._go_to(file)
+            # What training was limited to is in its records, or not known.
+            limit = file.batches if file is not None and recording.seen_indices() else math.inf
+            trainer.fit_loop.max_batches, trainer.overfit_batches = limit, 0.0
             for hook in ("on_train_start", "on_train_epoch_start"):  # which may set up what a step needs
                 if overrides(hook, module):
                     with bridge.aside(trainer):
@@ -227,39 +231,59 @@ class PastRun:
 
     def _follow(self, run: AuditRun) -> None:
         """Look at the examples along the checkpoints, as far as there are some."""
-        recording, files, trainer = run.recording, self.files, self.trainer
+        recording, files = run.recording, self.files
         recording.unknown_labels = f"{_WITHOUT}; {_WITH}"
-        holder = "it" if files.audited is None else files.audited.name
-        why = "" if files.audited is None else f", and {holder} holds no record of an InfluenceAudit of these data"
+        why = "" if files.audited is None else f", and {files.audited.name} holds no record of one"
         self._notes.append(f"no training dynamics: the audit was made after training{why}")
-        before = 0
+        steps = epochs = 0
         for step, path in files.along:
             of_audited = files.audited is not None and path == files.audited.path
             file = files.audited if of_audited else TrainerCheckpoint.read(path, self.module)
             assert file is not None
             last = of_audited and step == files.along[-1][0] and not file.averaged
             with nullcontext() if last else file.loaded(self.module, trained=True):
-                self._stand_for(recording, step - before, self._go_to(file))
+                self._stand_for(recording, file, file.step - steps, file.epochs - epochs)
                 recording.heard_of = step > 0
-                self._look(run, file, first=not before, last=last)
-            before = step
-        reason = self._go_to(files.audited)
-        if not files.along and files.audited is not None and files.audited.step:
-            # What a damping asks for that follows the learning rates.
-            self._stand_for(recording, files.audited.step, reason)
-            recording.step_sizes.take(preconditioners(trainer.optimizers, self.module))
+                self._look(run, file, first=not steps, last=last)
+            steps, epochs = file.step, file.epochs
+        if files.audited is None:
+            self._go_to(None)
+        elif files.along:
+            self._go_to(files.audited)
+        else:  # what a damping asks for that follows the learning rates
+            self._stand_for(recording, files.audited, files.audited.step, files.audited.epochs)
+            taken = recording.step_sizes.take(preconditioners(self.trainer.optimizers, self.module))
+            if taken and self._follows_rates():
+                self._notes.append(
+                    f"the damping follows learning rates of which {files.audited.name} tells the last ones alone"
+                )
 
-    def _stand_for(self, recording: Recording, steps: int, reason: str) -> None:
-        """Note the learning rates of the steps since the checkpoint before, as this one has them."""
-        optimizers = self.trainer.optimizers
-        if bridge.trained(self.trainer, self.module) is None:
-            if recording.wants_tracin:
-                self._notes.append(f"no tracin: learning rates are not known, {reason or 'there is no optimizer'}")
+    def _follows_rates(self) -> bool:
+        rule, curvature = self.arguments.damping, self.arguments.curvature
+        return rule == "trainer" or (rule == "auto" and curvature in ("block_ggn", "ggn", "hessian"))
+
+    def _stand_for(self, recording: Recording, file: TrainerCheckpoint, steps: int, epochs: int) -> None:
+        """Go to a checkpoint, and note the learning rates of the steps on the way there.
+
+        Epoch-wise schedules have moved on when a checkpoint is saved at the end of an epoch: the rates before it are
+        those of the checkpoint before. On a longer way, or with rates that change at every step, both count by half.
+        """
+        later = steps // 2 if epochs > 1 or file.scheduled_by_step else 0
+        self._record(recording, steps - later)
+        reason = self._go_to(file)
+        self._record(recording, later)
+        if not recording.wants_tracin or not steps:
             return
-        if reason and recording.wants_tracin:
+        if bridge.trained(self.trainer, self.module) is None:
+            self._notes.append(f"no tracin: learning rates are not known, {reason or 'there is no optimizer'}")
+        elif reason:
             self._notes.append(f"tracin has the learning rates that configure_optimizers starts with: {reason}")
-        for optimizer in optimizers:
-            recording.record_step(optimizer, steps // len(optimizers))
+
+    def _record(self, recording: Recording, steps: int) -> None:
+        optimizers = self.trainer.optimizers
+        if bridge.trained(self.trainer, self.module) is not None and steps:
+            for optimizer in optimizers:
+                recording.record_step(optimizer, steps // len(optimizers))
 
     def _look(self, run: AuditRun, file: TrainerCheckpoint, *, first: bool, last: bool) -> None:
         """Add what the weights of a checkpoint say; of the last one, the final pass adds it."""
