@@ -15,6 +15,7 @@ from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.afterwards import Afterwards
+from lightning_influence.callbacks.answers import WITHOUT_TRAINING
 from lightning_influence.callbacks.arguments import Arguments, checked_indices, checked_tracin
 from lightning_influence.callbacks.beginning import begun
 from lightning_influence.callbacks.chosen_weights import Weights, check_weights
@@ -162,6 +163,8 @@ class InfluenceAudit(Afterwards):
         if pl_module is None:
             preparing.refuse_class(self)
         if stage != "fit":
+            if stage == "validate" and not self.has_report:
+                rank_zero_info(f"influence audit: `trainer.validate` makes none; {WITHOUT_TRAINING}.")
             return
         preparing.check_queries(trainer, pl_module, self.arguments.queries)
         # Of an earlier fit: an error before training starts must not be filed under that one's audit.
@@ -216,7 +219,7 @@ class InfluenceAudit(Afterwards):
                 f"no step was trained (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
                 f"limit_train_batches={trainer.limit_train_batches})"
             )
-            rank_zero_warn(f"no influence audit: {self._no_report}.")
+            rank_zero_warn(f"no influence audit: {self._no_report}; {WITHOUT_TRAINING}.")
             return
         before = self._before[2]
         if self._restored is None and before is not None and before.finished:
@@ -231,7 +234,7 @@ class InfluenceAudit(Afterwards):
                 if distributed.world_size() > 1:
                     raise
                 self._no_report = str(error)
-                rank_zero_warn(f"no influence audit: {error}")
+                rank_zero_warn(f"no influence audit: {error}\nOnce that is mended: {WITHOUT_TRAINING}.")
                 return
             self._finish(run, trainer, pl_module)
 
