@@ -10,24 +10,27 @@ DETECTION_ARGS ?=
 
 VENV := .venv
 BENCH := .venv-bench
+FLOOR := .venv-floor
 ALONE := .venv-wheel
 PY := $(VENV)/bin/python
 # Installed packages that satisfy the constraints are kept: torch is never replaced by a newer one.
 INSTALL := $(PY) -m pip --quiet --quiet --disable-pip-version-check --no-input install \
 	--no-warn-conflicts --constraint constraints.txt
 BENCH_INSTALL = $(subst $(PY),$(BENCH)/bin/python,$(INSTALL))
+FLOOR_INSTALL = $(subst $(PY),$(FLOOR)/bin/python,$(INSTALL))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test test-quick size lint bench cost detection queries lds solvers unlearning fairness robustness package clean
+.PHONY: help demo clean-and-retrain test test-quick test-floor size lint bench cost detection queries lds solvers unlearning fairness robustness package clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
 	@echo 'make clean-and-retrain   act on the audit and train again, against an oracle that knows the flips'
 	@echo 'make test    run the test suite'
 	@echo 'make test-quick   a minute of it: the rooms, the public door, the callback on small nets, how to add things'
+	@echo 'make test-floor   the callback with the oldest releases that pyproject.toml allows, under both names of Lightning'
 	@echo 'make size    lines of code by room'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make bench   side by side with kronfluence and captum: time, memory, agreement (half an hour)'
@@ -60,6 +63,15 @@ QUICK := $(addprefix tests/test_,imports.py core.py docs.py influence.py columns
 
 test-quick: $(VENV)/.dev
 	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal $(QUICK) $(PYTEST_ARGS)
+
+# The callback under its package's two names, in an environment of the oldest releases.
+FLOOR_TESTS := $(addprefix tests/test_,imports.py lightning.py callback_audit.py callback_errors.py \
+	callback_untouched.py callback_resume.py nothing_lost.py)
+FLOOR_PYTEST = OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest --numprocesses auto --dist worksteal
+
+test-floor: $(FLOOR)/.floor
+	@$(FLOOR_PYTEST) $(FLOOR_TESTS) $(PYTEST_ARGS)
+	@LIGHTNING_PACKAGE=pytorch_lightning $(FLOOR_PYTEST) tests/test_callback_errors.py $(PYTEST_ARGS)
 
 size:
 	@$(firstword $(PYTHON)) tests/size.py
@@ -109,7 +121,7 @@ package: $(VENV)/.created
 	    && { echo 'make: the wheel brings tools that only tests and examples need' >&2; exit 1; } || true
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(ALONE) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(FLOOR) $(ALONE) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The files below mark what is done. Each is touched last, so a failed step is repeated.
@@ -155,4 +167,14 @@ $(BENCH)/.bench: pyproject.toml constraints.txt
 	@echo 'installing lightning-influence and its peers into $(BENCH) (once, some minutes) ...'
 	@$(BENCH_INSTALL) --editable '.[examples]' captum==0.9.0 cleanlab==2.9.0 accelerate einconv einops opt-einsum
 	@$(BENCH_INSTALL) --no-deps kronfluence==1.0.1
+	@touch $@
+
+# What pyproject.toml asks for at least, and both packages of Lightning at that release, which refuses much of what
+# constraints.txt names.
+$(FLOOR)/.floor: pyproject.toml
+	@$(MAKE) --no-print-directory VENV=$(FLOOR) $(FLOOR)/.created
+	@echo 'installing the oldest releases into $(FLOOR) (once, some minutes) ...'
+	@sed -n '/^dependencies/,/^]/s/^ *"\([a-z-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml >$(FLOOR)/oldest.txt
+	@sed -n 's/^lightning==/pytorch-lightning==/p' $(FLOOR)/oldest.txt >>$(FLOOR)/oldest.txt
+	@$(subst constraints.txt,$(FLOOR)/oldest.txt,$(FLOOR_INSTALL)) --editable . pytest pytest-xdist rich
 	@touch $@

@@ -67,8 +67,8 @@ class TestAdvice:
         assert advised.expected == pytest.approx(1.8)
         assert advised.classes == {0: (3, 1), 2: (2, 1)}
         assert str(advised) == (
-            "2 labels are surer to be wrong than 80% together: about 2 are expected to be. By class: 0: 1 of 3, "
-            "2: 1 of 2."
+            "2 labels are sure enough: about 2 of them are expected to be wrong (90%; asked for: 80%). By class: "
+            "0: 1 of 3, 2: 1 of 2."
         )
         assert str(advised) in str(AuditReport(report().columns, report().manifest))
         assert report().advice(0.89).indices == [4, 2]  # .95 and .85
@@ -83,6 +83,14 @@ class TestAdvice:
         perhaps = LabelBeliefs("told", noise_rate=0.25, low=0.0, high=0.4)
         assert report(perhaps).advice(0.9).indices == [4]
         assert report(perhaps).advice(0.8).indices == [4, 2]
+
+    def test_no_class_goes_as_a_whole_however_many_labels_are_wrong(self) -> None:
+        many = LabelBeliefs("told", noise_rate=0.7, low=0.6, high=0.8)
+        advised = report(many, wrong_probability=np.where(np.array(GIVEN) == 1, 0.01, 0.95)).advice()
+        assert (sorted(advised.indices), advised.spared) == ([4, 7], {2: 2})
+
+    def test_a_level_of_any_library(self) -> None:
+        assert report().advice(np.float32(0.8)).indices == report().advice(0.8).indices
 
     def test_a_class_of_which_most_would_be_gone_is_spared(self) -> None:
         wrong = np.array([0.9, 0.02, 0.85, 0.03, 0.95, 0.05, 0.1, 0.1])

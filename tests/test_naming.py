@@ -275,7 +275,7 @@ def test_texts_are_everywhere(tmp_path: Path) -> None:
     report = audited(audit, tmp_path, data, validation=vectors(7, 2), logger=logger)
     candidates = report.candidates.tolist()
     assert candidates
-    expected = {k: f"x is {data[k][0][0]:.3f} =1" if k in candidates else "" for k in range(N)}
+    expected = {k: f"x is {data[k][0][0]:.3f} =1" for k in range(N)}  # as many as one looks at in any case
     assert dict(zip(report.columns["index"].tolist(), report.columns["text"].tolist(), strict=True)) == expected
     assert AuditReport.load(report.directory).columns["text"].tolist() == report.columns["text"].tolist()  # type: ignore[arg-type]
     assert [row["text"] for row in told(report)] == [expected[k] for k in candidates]
@@ -417,7 +417,7 @@ def test_errors_are_said_once_and_cost_only_their_example(tmp_path: Path) -> Non
     assert "text" not in report.columns
 
 
-def test_only_candidates_are_fetched_and_a_description_that_fails_is_known_before_training(tmp_path: Path) -> None:
+def test_only_the_first_are_fetched_and_a_description_that_fails_is_known_before_training(tmp_path: Path) -> None:
     class Counted(Dataset[Any]):
         def __init__(self) -> None:
             self.data, self.describing = vectors(60), False
@@ -440,7 +440,21 @@ def test_only_candidates_are_fetched_and_a_description_that_fails_is_known_befor
     make_trainer(tmp_path, callbacks=[audit], logger=TensorBoardLogger(tmp_path)).fit(model, loader(data))
     assert audit.has_report
     assert epochs[0] == 0
-    assert len(fetched) <= 1 + len(audit.report.candidates) < 60
+    columns = audit.report.columns
+    assert sorted(columns["rank"][columns["text"] == "something"]) == [*range(1, 51)]
+    assert len(fetched) <= 1 + 50 < 60
+
+
+def test_what_to_look_at_is_described_where_the_run_cannot_tell(tmp_path: Path) -> None:
+    """A regression has no candidates: the table that a person fills in had no word of the examples."""
+    audit = InfluenceAudit(describe=lambda example: f"x is {example[0][0]:.3f}", trusted=[0, 1, 2])
+    data = TensorDataset(torch.randn(20, 5), torch.randn(20, 3))
+    model = Classifier(features=5, classes=3, loss=lambda out, batch: torch.nn.functional.mse_loss(out, batch[1]))
+    make_trainer(tmp_path, callbacks=[audit]).fit(model, loader(data))
+    assert not len(audit.report.candidates)
+    assert "and trusted labels do not change that" in audit.report.beliefs.reason
+    with audit.report.write_review(tmp_path / "review.csv").open() as file:
+        assert all(row["text"].startswith("x is ") for row in csv.DictReader(file))
 
 
 def test_nothing_is_left_behind() -> None:

@@ -160,6 +160,14 @@ def test_deleted_rows_are_not_even_undecided(tmp_path: Path) -> None:
     assert (review.labels, review.kept, review.undecided) == (LABELS, (), ())
 
 
+def test_cells_in_quotes(tmp_path: Path) -> None:
+    (tmp_path / "edited.csv").write_text(
+        'index,decision,new_label\n1,"""keep""",\n"""12""",“Relabel ”,\n2999,,"\'1\'"\n'
+    )
+    review = report().apply_review(tmp_path / "edited.csv")
+    assert (review.kept, review.labels) == ((1,), {12: 1, 2999: 1})
+
+
 def test_nothing_was_decided(tmp_path: Path) -> None:
     saved = report().save(tmp_path / "audit")
     review = saved.apply_review("candidates.csv")  # found in the directory of the audit
@@ -187,16 +195,22 @@ class TestWhatIsRefused:
     @pytest.mark.parametrize(
         ("cells", "message"),
         [
-            ("index,decision\n12,maybe", r"row 2: the decision 'maybe' is not known; expected keep, relabel \(to"),
-            ("index,decision\n12,keep\n12,drop", "row 3: the index 12 is in row 2, too; leave one of the two"),
+            (
+                "index,decision\n12,maybe",
+                r"row 2 \(index 12\): the decision 'maybe' is not known; expected keep, relabel \(to",
+            ),
+            (
+                "index,decision\n12,keep\n12,drop",
+                r"row 3 \(index 12\): the index 12 is in row 2, too; leave one of the two",
+            ),
             ("index,decision\n3000,keep", "index '3000' is not in the audit; is this the table of another one"),
             ("index,decision\n-1,keep", "index '-1' is not in the audit"),
             ("index,decision\n1.5,keep", "index '1.5' is none; expected the position in the data set"),
-            ("index,decision\n,keep", "row 2: the index '' is none"),
+            ("index,decision\n,keep", r"row 2 \(index missing\): there is no index; expected the position"),
             ("index;decision\n2.000;keep", "index '2.000' can be 2 or 2000; write it without separators|2000 or 2;"),
             ("index,label,decision\n12,1,keep", "`label` of the example 12 is '1' here and 0 in the audit: .* another"),
             ("index,suggested,decision\n12,2,accept", "`suggested` of the example 12 is '2' here and 1 in the audit"),
-            ("index,decision\n5,accept", "row 2: 'accept', but the audit suggests no other label; write one into"),
+            ("index,decision\n5,accept", "'accept', but the audit suggests no other label; write one into"),
             ("index,decision,new_label\n12,keep,1", "the decision is 'keep', and there is a new label, 1; empty one"),
             ("index,decision,new_label\n12,?,1", "the decision is '\\?', and there is a new label, 1"),
             ("index,decision,new_label\n12,wrong,0", "the decision is 'wrong', and the new label is the given one, 0"),
@@ -223,7 +237,7 @@ class TestWhatIsRefused:
 
     def test_all_rows_are_named_and_none_is_applied(self, tmp_path: Path) -> None:
         (tmp_path / "edited.csv").write_text("index,decision\n12,nope\n1,keep\n\n2,never\n3,ask Ann\n")
-        with pytest.raises(ReviewError, match=r"3 of 4 rows can't .* none was\.\n  row 2: .*\n  row 5: .*\n  row 6: "):
+        with pytest.raises(ReviewError, match=r"3 of 4 rows can't .* none was\.\n  row 2 .*\n  row 5 .*\n  row 6 "):
             report().apply_review(tmp_path / "edited.csv")
 
     @pytest.mark.parametrize(
@@ -265,9 +279,9 @@ class TestWhatIsRefused:
         assert other.apply_review({1: "keep", 2: "drop"}).dropped == (2,)
         assert len(other.apply_review({2: "drop"}).cleaned(Data())) == 4
         for answer in (1, "1"):
-            with pytest.raises(ReviewError, match="the audit knows none; only keep and drop are possible"):
+            with pytest.raises(ReviewError, match="the audit knows no labels; only keep and drop are"):
                 other.apply_review({1: answer})
-        with pytest.raises(ReviewError, match="the audit suggests no other label"):
+        with pytest.raises(ReviewError, match="'wrong', but the audit knows no labels; only keep and drop"):
             other.apply_review({1: "wrong"})
 
     def test_examples_without_a_label(self) -> None:

@@ -12,6 +12,7 @@ from models import Classifier, loader, make_trainer, vectors
 from which_lightning import MisconfigurationException
 
 from lightning_influence import InfluenceAudit
+from lightning_influence.audit.acting import advice
 from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.ranking import judged
 from lightning_influence.audit.trusted import wrong_beside_trusted
@@ -32,7 +33,7 @@ def test_the_surplus_is_found() -> None:
     measured = []
     for seed in range(6):
         suspicion, wrong, trusted = sample(4000, 0.15, seed)
-        found = wrong_beside_trusted(suspicion, trusted)
+        found = wrong_beside_trusted(suspicion, trusted, np.zeros(len(suspicion), dtype=np.int64))
         chosen = found >= 0.5
         measured.append((wrong[chosen].mean(), chosen[wrong].mean(), found[~trusted].mean()))
         assert not found[trusted].any()
@@ -47,14 +48,15 @@ def test_the_surplus_is_found() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_where_all_are_right_nothing_is_found(seed: int) -> None:
     suspicion, _, trusted = sample(4000, 0.0, seed)
-    assert wrong_beside_trusted(suspicion, trusted).mean() < 0.05
+    assert wrong_beside_trusted(suspicion, trusted, np.zeros(len(suspicion), dtype=np.int64)).mean() < 0.05
 
 
 def test_units_and_order_do_not_matter() -> None:
     suspicion, _, trusted = sample(1000, 0.2)
-    found, order = wrong_beside_trusted(suspicion, trusted), np.random.default_rng(1).permutation(1000)
-    np.testing.assert_allclose(wrong_beside_trusted(np.exp(suspicion), trusted), found)
-    np.testing.assert_allclose(wrong_beside_trusted(suspicion[order], trusted[order]), found[order])
+    one = np.zeros(1000, dtype=np.int64)
+    found, order = wrong_beside_trusted(suspicion, trusted, one), np.random.default_rng(1).permutation(1000)
+    np.testing.assert_allclose(wrong_beside_trusted(np.exp(suspicion), trusted, one), found)
+    np.testing.assert_allclose(wrong_beside_trusted(suspicion[order], trusted[order], one), found[order])
 
 
 def test_mistakes_that_the_run_shares() -> None:
@@ -90,7 +92,7 @@ def test_a_run_beside_trusted_labels(tmp_path: Path) -> None:
 def test_bad_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="trusted holds negative or repeated indices"):
         InfluenceAudit(trusted=[1, 1])
-    with pytest.raises(ValueError, match="trusted has the shape .* expected the dataset indices"):
+    with pytest.raises(ValueError, match=r"trusted: indices must be integers, got \[0.5\]"):
         InfluenceAudit(trusted=[0.5])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"the examples \[2\] are in trusted and in known_noise"):
         InfluenceAudit(trusted=[1, 2], known_noise=[2, 3])
@@ -116,3 +118,51 @@ def test_trusted_labels_take_no_place_of_others() -> None:
     merged = {name: found[name] for name in (*columns, "suggested", "wrong_probability")}
     again, _ = judged(merged, beliefs=LabelBeliefs("told", noise_rate=0.5))
     assert not again["candidate"][right[: int(0.8 * len(right))]].any()
+
+
+def test_classes_that_were_checked_unevenly() -> None:
+    """An easy class's right labels say nothing of a hard one's: all 1,600 of those were advised to be changed."""
+    suspicion, _, _ = sample(2000, 0.0)
+    labels = (np.arange(2000) % 5 > 0).astype(np.int64)
+    suspicion += 3 * labels  # right, but harder to tell
+    for checked in (np.flatnonzero(labels == 0)[:300], np.r_[np.flatnonzero(labels == 0)[:250], 1:40]):
+        trusted = np.isin(np.arange(2000), checked)
+        found = wrong_beside_trusted(suspicion, trusted, labels)
+        assert np.isnan(found[(labels == 1) & ~trusted]).all() == (not (labels[checked] == 1).any())
+        assert np.nanmean(found) < 0.05
+        assert np.nanmax(found) < 0.5
+
+
+def test_labels_of_a_class_that_nobody_checked_are_no_candidates() -> None:
+    suspicion, wrong, trusted = sample(4000, 0.15)
+    labels = np.arange(4000) % 3
+    agreed = torch.nn.functional.one_hot(torch.from_numpy(labels), 3).double() * 0.8 + 0.1
+    columns: dict[str, Any] = {"index": np.arange(4000), "label": labels, "support": -suspicion}
+    evidence = LabelEvidence(4 * agreed, agreed, agreed, 2 * agreed)
+    found, beliefs = judged(columns, evidence, trusted=np.flatnonzero(trusted & (labels < 2)))
+    assert beliefs.told
+    assert set(labels[found["candidate"]]) == {0, 1}
+    assert np.isnan(found["wrong_probability"][labels == 2]).all()
+    acted = advice(found, beliefs, 0.5).indices
+    assert acted
+    assert wrong[acted].mean() > 0.5
+
+
+def test_a_run_that_calls_right_labels_wrong_is_not_believed() -> None:
+    """Half of what it calls wrong are labels that somebody has checked: 389 of 500 changes made things worse."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 4, 2000)
+    seen = np.where(generator.random(2000) < 0.25, (labels + 1) % 4, labels)
+    shares = torch.nn.functional.one_hot(torch.from_numpy(seen), 4).double() * 0.8 + 0.05
+    columns: dict[str, Any] = {"index": np.arange(2000), "label": labels, "support": (seen == labels) * 1.0}
+    evidence = LabelEvidence(4 * shares, shares, shares, 2 * shares)
+    alone, beliefs = judged(columns, evidence)
+    assert beliefs.told
+    assert alone["candidate"].sum() > 400
+    beside, beliefs = judged(columns, evidence, trusted=np.arange(300))
+    assert not beliefs.told
+    assert "of the 300 labels for wrong that are known to be right" in beliefs.reason
+    assert not beside["candidate"].any()
+    few, beliefs = judged(columns, evidence, trusted=np.flatnonzero(seen == labels)[:300])
+    assert beliefs.told, "none of those was called wrong"
+    assert few["candidate"].sum() > 400

@@ -26,8 +26,8 @@ Columns = Mapping[str, NDArray[Any]]
 
 # Share of the labels acted on that are expected to be wrong, at least.
 PRECISION = 0.8
-# A class of which more would be gone (or twice the noise rate, if that is more) is left alone.
-_MOST_OF_A_CLASS = 0.5
+# A class of which more would be gone is left alone: twice the noise rate, within these bounds.
+_MOST_OF_A_CLASS = 0.5, 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +59,9 @@ class Advice:
             return f"nothing to act on: {self.reason}."
         changes = [f"{own}: {taken} of {size}" for own, (size, taken) in self.classes.items()]
         lines = [
-            f"{len(self)} labels are surer to be wrong than {self.precision:.0%} together: about {self.expected:.0f} "
-            f"are expected to be. By class: {listed(changes, 12)}."
+            f"{len(self)} labels are sure enough: about {self.expected:.0f} of them are expected to be wrong "
+            f"({self.expected / len(self):.0%}; asked for: {100 * self.precision:.3g}%). By class: "
+            f"{listed(changes, 12)}."
         ]
         if self.spared:
             told = ", ".join(f"{own} ({count} examples)" for own, count in self.spared.items())
@@ -70,9 +71,9 @@ class Advice:
 
 def advice(columns: Columns, beliefs: LabelBeliefs, precision: float = PRECISION) -> Advice:
     """Return what one may act on; see ``AuditReport.advice``."""
-    if isinstance(precision, bool) or not isinstance(precision, (int, float)) or not 0 < precision <= 1:
+    if isinstance(precision, bool) or not isinstance(precision, (int, float, np.floating)) or not 0 < precision <= 1:
         raise ValueError(f"precision={short(precision)}; expected a share of right decisions, above 0 and up to 1.")
-    nothing = Advice([], 0.0, precision, {}, {}, beliefs.reason or "no label is sure enough to be wrong")
+    nothing = Advice([], 0.0, float(precision), {}, {}, beliefs.reason or "no label is sure enough to be wrong")
     if not beliefs.told:
         return nothing
     if "wrong_probability" not in columns:
@@ -82,7 +83,7 @@ def advice(columns: Columns, beliefs: LabelBeliefs, precision: float = PRECISION
     rows = rows[np.argsort(-probability[rows], kind="stable")]
     sure = _sure(probability, rows, beliefs, precision)[: _cap(beliefs, labels)]
     sizes, taken = np.bincount(labels[labels >= 0]), np.bincount(labels[sure], minlength=1)
-    most = max(_MOST_OF_A_CLASS, 2 * beliefs.noise_rate)
+    most = np.clip(2 * beliefs.noise_rate, *_MOST_OF_A_CLASS)
     spared = {int(own): int(taken[own]) for own in np.flatnonzero(taken) if taken[own] > most * sizes[own]}
     rows = _sure(probability, rows[~np.isin(labels[rows], list(spared))], beliefs, precision)[: _cap(beliefs, labels)]
     if not len(rows):
@@ -91,7 +92,7 @@ def advice(columns: Columns, beliefs: LabelBeliefs, precision: float = PRECISION
     found, counts = np.unique(labels[rows], return_counts=True)
     classes = {int(own): (int(sizes[own]), int(count)) for own, count in zip(found, counts, strict=True)}
     indices = [int(index) for index in columns["index"][rows]]
-    return Advice(indices, float(probability[rows].sum()), precision, classes, spared)
+    return Advice(indices, float(probability[rows].sum()), float(precision), classes, spared)
 
 
 def _sure(

@@ -123,7 +123,7 @@ for _column in (
         merge="same",
         shown=("table",),
     ),
-    Column("text", "what `describe=` says of a candidate; empty for others", merge="first", shown=("table",)),
+    Column("text", "what `describe=` says of those to look at; empty for others", merge="first", shown=("table",)),
     Column("label", "given label as a class number; -1 = unknown", merge="same", shown=("table", "names")),
     Column("predicted", "class the trained model predicts; -1 = unknown", merge="vote", shown=("names",)),
     Column(

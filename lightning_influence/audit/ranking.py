@@ -21,11 +21,13 @@ from lightning_influence.audit.columns import COLUMNS, Columns
 from lightning_influence.audit.trusted import wrong_beside_trusted
 from lightning_influence.training.evidence import LabelEvidence
 
-_NO_CLASSES = "the loss has no classes: an example that fits badly may be right all the same"
+_NO_CLASSES = "an example has no single class (but a number, tokens or several labels): it may fit badly and be right"
 _NO_EVIDENCE = "no features of the first epochs were looked at"
 
 # Beside trusted labels some of the others must be wrong with this probability, or nothing is said of them.
 _SURE = 0.5
+# Of the labels that a run calls wrong so many must be so, as far as the trusted ones can tell.
+_CONFIRMED = 0.8
 
 
 def rank(columns: Columns) -> dict[str, NDArray[Any]]:
@@ -70,14 +72,17 @@ def judged(
         result["wrong_probability"] = np.minimum(result["wrong_probability"], DOUBT)
     beliefs = beliefs or LabelBeliefs(reason=_NO_CLASSES if "label" not in result else _NO_EVIDENCE)
     eligible = finite & (result["suggested"] >= 0 if "suggested" in result else False)
-    if "wrong_probability" in result:
-        eligible &= result["wrong_probability"] != 0  # trusted, by all members of an ensemble
     if trusted is not None and len(trusted):
         right = np.isin(result["index"], trusted)
         if "wrong_probability" in result:
             beliefs, result["wrong_probability"] = _beside_trusted(beliefs, result, right & np.isfinite(suspicion))
+        else:
+            beliefs = replace(beliefs, reason=f"{beliefs.reason}, and trusted labels do not change that")
         eligible &= ~right
         beliefs = replace(beliefs, trusted=int(right.sum()))
+    if "wrong_probability" in result:
+        # Not those that all members of an ensemble trust, nor those of which nothing is known.
+        eligible &= result["wrong_probability"] > 0
     result["candidate"] = np.zeros(size, dtype=bool)
     if beliefs.told:
         first = order[eligible[order]]
@@ -94,20 +99,36 @@ def _beside_trusted(
     """Believe what labels known to be right tell, where it is more than the run alone does."""
     wrong = np.array(columns["wrong_probability"])
     known = np.isfinite(columns["suspicion"]) & np.isfinite(wrong)
-    found = np.zeros(len(wrong))
+    found = np.full(len(wrong), np.nan)
     if right.any() and (known & ~right).any():
-        found[known] = wrong_beside_trusted(columns["suspicion"][known], right[known])
-    rate = float(found[known].mean()) if known.any() else 0.0
+        found[known] = wrong_beside_trusted(columns["suspicion"][known], right[known], columns["label"][known])
+    told = found[np.isfinite(found)]
+    rate = float(told.mean()) if len(told) else 0.0
+    beliefs, wrong = _contradicted(beliefs, wrong, right)
     wrong[right] = 0.0
     # The run alone knows better how sure each single label is, as long as both agree on how many are wrong.
-    if found.max(initial=0.0) < _SURE or (beliefs.told and rate <= beliefs.high):
+    if told.max(initial=0.0) < _SURE or (beliefs.told and rate <= beliefs.high):
         return beliefs, wrong
-    low = min(rate, float(found[found >= _SURE].sum()) / len(found))
+    low = min(rate, float(told[told >= _SURE].sum()) / len(found))
     error = 2 * (rate * (1 - rate) / max(int(right.sum()), 1)) ** 0.5
-    found[~known] = np.nan
     return replace(
         beliefs, verdict="told", reason="", noise_rate=rate, low=low, high=min(rate + error, 1.0), surest=rate
     ), found
+
+
+def _contradicted(
+    beliefs: LabelBeliefs, wrong: NDArray[np.float64], right: NDArray[np.bool_]
+) -> tuple[LabelBeliefs, NDArray[np.float64]]:
+    """Take back what a run believes, if it calls too many of the labels wrong that are known to be right."""
+    if not beliefs.told or not right.any():
+        return beliefs, wrong
+    called, count = wrong >= _SURE, int(right.sum())
+    alarms = float(called[right].mean())
+    surely = alarms - 2 * (alarms * (1 - alarms) / count) ** 0.5
+    if surely * (1 - beliefs.noise_rate) * (~right).sum() <= (1 - _CONFIRMED) * called[~right].sum():
+        return beliefs, wrong
+    reason = f"it takes {alarms:.1%} of the {count:,} labels for wrong that are known to be right"
+    return replace(beliefs, verdict="cannot tell", reason=reason, low=0.0, surest=0.0), np.minimum(wrong, DOUBT)
 
 
 def ingredients(columns: Columns) -> tuple[str, ...]:

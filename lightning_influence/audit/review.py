@@ -43,6 +43,8 @@ DECISIONS = {
 _MEANT = {word: decision for decision, words in DECISIONS.items() for word in words}
 _ANSWERS = "decision", "new_label", "new_label_name"
 _READ = "index", "label", "suggested", *_ANSWERS
+_NO_LABELS = "the audit knows no labels; only keep and drop are possible."
+_QUOTES = "'\"“”„’"  # the first keeps spreadsheets from running a text
 _LISTED = 5  # rows that can't be applied
 # No text: a zip archive (.xlsx, .ods), the older .xls, parquet.
 _BINARY = b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"PAR1"
@@ -131,7 +133,7 @@ def read_review(report: AuditReport, source: Any) -> Review:
         try:
             reader.read(number, row)
         except ReviewError as error:
-            wrong.append(f"row {number}: {error}")
+            wrong.append(f"row {number} (index {row['index'].strip() or 'missing'}): {error}")
     if wrong:
         told = f"{title}: {len(wrong)} of {len(rows)} rows can't be applied, so none was.\n  "
         raise ReviewError(told + listed(wrong, _LISTED, "\n  "))
@@ -172,6 +174,8 @@ class _Reader:
                 raise ReviewError(f"the decision is {told!r}, and there is a new label, {label}; empty one of the two.")
             label = None
         elif label is None and decision == "relabel":
+            if not self.classes:
+                raise ReviewError(f"{told!r}, but {_NO_LABELS}")
             if suggested < 0 or suggested == given:
                 raise ReviewError(f"{told!r}, but the audit suggests no other label; write one into `new_label`.")
             label = suggested
@@ -195,7 +199,8 @@ class _Reader:
             raise ReviewError(f"the index {text!r} can be {known[0]} or {known[1]}; write it without separators.")
         if read:
             raise ReviewError(f"the index {text!r} is not in the audit; is this the table of another one?")
-        raise ReviewError(f"the index {text!r} is none; expected the position in the data set, a whole number.")
+        what = f"the index {text!r} is none" if text.strip() else "there is no index"
+        raise ReviewError(f"{what}; expected the position in the data set, a whole number.")
 
     def _of_audit(self, name: str, index: int, row: Row) -> int:
         """Return a label of the audit, -1 for none, after a look at whether the table says the same."""
@@ -227,7 +232,7 @@ class _Reader:
         if not text and not name:
             return None
         if not self.classes:
-            raise ReviewError("there is a new label, but the audit knows none; only keep and drop are possible.")
+            raise ReviewError(f"there is a new label, but {_NO_LABELS}")
         meant = (_numbers(text) | self._classes_named(text) if text else self.classes) & self.classes
         meant &= self._classes_named(name) if name else self.classes
         if len(meant) == 1:
@@ -342,12 +347,16 @@ def _by_name(title: str, names: list[str], rows: Iterable[tuple[int, list[str]]]
 
 def _numbers(text: str) -> set[int]:
     """Return the whole numbers that a cell can stand for: ``1.000`` is a thousand, or one with decimals."""
-    text = text.strip().removeprefix("'").replace("−", "-")
+    text = _bare(text).replace("−", "-")
     plain, grouped = _DECIMALS.fullmatch(text), _THOUSANDS.fullmatch(text)
     found = {int(plain[1])} if plain else set()
     return found | ({int(re.sub(r"[^-\d]", "", grouped[1]))} if grouped else set())
 
 
 def _word(text: str) -> str:
-    """Return text without regard to case, spaces, and the apostrophe that keeps spreadsheets from running it."""
-    return " ".join(text.strip().removeprefix("'").casefold().split())
+    """Return text without regard to case, spaces, and quotes around it."""
+    return " ".join(_bare(text).casefold().split())
+
+
+def _bare(text: str) -> str:
+    return text.strip().strip(_QUOTES).strip()

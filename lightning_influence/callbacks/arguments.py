@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,6 +15,7 @@ from lightning_influence.audit.queries import Queries
 from lightning_influence.callbacks.chosen_weights import Weights
 from lightning_influence.callbacks.query_report import described
 from lightning_influence.core.errors import short
+from lightning_influence.core.indices import Indices, integers
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.gradients.coverage import Layers, Uncovered, listed_layers
 from lightning_influence.influence.inputs import (
@@ -107,20 +107,19 @@ def checked_tracin(value: object) -> TracIn | None:
     return TracIn(mode=value)  # type: ignore[arg-type]
 
 
-def checked_indices(name: str, indices: Sequence[int] | Tensor | None) -> Tensor | None:
+def checked_indices(name: str, indices: Indices | None) -> Tensor | None:
     """Return distinct dataset indices as a tensor; raise ``ValueError`` for anything else."""
     if indices is None:
         return None
-    values = torch.as_tensor(indices)
-    if values.ndim != 1 or not len(values) or values.is_floating_point() or values.dtype == torch.bool:
-        raise ValueError(
-            f"{name} has the shape {tuple(values.shape)} and dtype {values.dtype}; expected the dataset indices "
-            "of some examples, a non-empty list of integers."
-        )
-    values = values.long().cpu()
-    if int(values.min()) < 0 or len(values.unique()) != len(values):
+    try:
+        chosen = integers(indices) if hasattr(indices, "__len__") else []
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if not chosen:
+        raise ValueError(f"{name}={indices!r} holds no indices; expected a list of dataset indices, one at least.")
+    if min(chosen) < 0 or len(set(chosen)) != len(chosen):
         raise ValueError(f"{name} holds negative or repeated indices; expected distinct dataset indices >= 0.")
-    return values
+    return torch.tensor(chosen)
 
 
 def _check_damping(damping: Any) -> None:

@@ -30,6 +30,7 @@ from lightning_influence.callbacks.resuming import Restored, restore, state_for
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.training.features import look_at_labels
+from lightning_influence.training.gaps import Gaps
 from lightning_influence.training.optimizers import preconditioners
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
@@ -225,14 +226,16 @@ class PastRun:
             f"the training data are not those of the training: {len(other)} of {len(asked)} examples had another "
             "label there; what it said of each is left out"
         )
-        run.recording.forget()
+        recording = run.recording
+        recording.start_again(recording.size, self.trainer.current_epoch)
+        recording.visits, recording.wants_tracin, recording.gaps = None, False, Gaps()
         run.flight, run.arguments = None, replace(run.arguments, tracin=None)
         return True
 
     def _follow(self, run: AuditRun) -> None:
         """Look at the examples along the checkpoints, as far as there are some."""
         recording, files = run.recording, self.files
-        recording.unknown_labels = f"{_WITHOUT}; {_WITH}"
+        recording.labels.unknown = f"{_WITHOUT}; {_WITH}"
         why = "" if files.audited is None else f", and {files.audited.name} holds no record of one"
         self._notes.append(f"no training dynamics: the audit was made after training{why}")
         steps = epochs = 0
@@ -243,7 +246,7 @@ class PastRun:
             last = of_audited and step == files.along[-1][0] and not file.averaged
             with nullcontext() if last else file.loaded(self.module, trained=True):
                 self._stand_for(recording, file, file.step - steps, file.epochs - epochs)
-                recording.heard_of = step > 0
+                recording.labels.heard_of = step > 0
                 self._look(run, file, first=not steps, last=last)
             steps, epochs = file.step, file.epochs
         if files.audited is None:
@@ -290,7 +293,7 @@ class PastRun:
         evidence, recording = run.recording.labels.evidence, run.recording
         if file.epochs > _EARLY_EPOCHS:
             if first:
-                recording.unknown_labels = (
+                recording.labels.unknown = (
                     f"{_WITHOUT}, and the earliest checkpoint, {file.name}, was taken after {file.epochs} epochs; "
                     f"{_WITH}"
                 )

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_influence.audit.columns import candidate_rows, shown_in
+from lightning_influence.audit.columns import shown_in
 from lightning_influence.audit.naming import ExampleNames
 from lightning_influence.audit.ranking import judged, rank
 from lightning_influence.audit.report import AuditReport
@@ -41,6 +41,8 @@ Columns = dict[str, NDArray[Any]]
 
 # Partial tables may take this share of the time at most.
 _PARTIAL_SHARE = 0.05
+# Examples that are described, at least: there are no candidates where the run can't tell, but a ranking to look at.
+_LOOKED_AT = 50
 
 
 class Reporter:
@@ -169,9 +171,8 @@ class Reporter:
         """Rank, and put everything together."""
         evidence = recording.label_evidence(columns["index"].tolist())
         ranked, beliefs = judged(self._named(columns), evidence, trusted=self._trusted)
-        if evidence is None and recording.unknown_labels and not beliefs.told and "label" in ranked:
-            beliefs = replace(beliefs, reason=recording.unknown_labels)
-        ranked = self._with_texts(ranked)
+        if evidence is None and recording.labels.unknown and not beliefs.told and "label" in ranked:
+            beliefs = replace(beliefs, reason=recording.labels.unknown)
         manifest = self._manifest | {"status": "complete", "step": step, "labels": beliefs.described()}
         manifest["audited_weights"] = self.weights
         manifest |= audit_described(gradients, plan, inspection, result, ranked)
@@ -184,7 +185,7 @@ class Reporter:
             mislabelled = np.isin(ranked["index"], self.known_noise)
             if mislabelled.any() and not mislabelled.all():
                 manifest["detection"] = detection_of(ranked, mislabelled)
-        report = AuditReport(ranked, manifest, self.directory)
+        report = self._with_texts(AuditReport(ranked, manifest, self.directory))
         if self.queries is not None:
             manifest["notes"] += self.queries.notes
             with tolerated("naming the queries", self._said):
@@ -194,16 +195,19 @@ class Reporter:
                 report = replace(report, pairs=pairs.table)
         return report
 
-    def _with_texts(self, ranked: Columns) -> Columns:
-        """Return the ranked columns and what is said of the candidates, if anything is."""
-        rows, texts = candidate_rows(ranked), None
+    def _with_texts(self, report: AuditReport) -> AuditReport:
+        """Return the report with what is said, if anything is, of those whom a person will look at."""
+        columns, texts = report.columns, None
+        first = columns["rank"] <= max(report.health().inspect, _LOOKED_AT)
+        rows = np.flatnonzero(first | columns["candidate"])
+        rows = rows[np.argsort(columns["rank"][rows])]
         with tolerated("describing the candidates", self._said):
-            texts = self.names.texts(ranked["index"][rows].tolist())
+            texts = self.names.texts(columns["index"][rows].tolist())
         if texts is None:
-            return ranked
-        column = np.full(len(ranked["index"]), "", dtype=object)
+            return report
+        column = np.full(len(report), "", dtype=object)
         column[rows] = texts
-        return ranked | {"text": column}
+        return replace(report, columns={**columns, "text": column})
 
     def publish(self, trainer: Trainer, report: AuditReport, curvature: Curvature | None) -> None:
         """Write every file, then to every logger, then the summary; what fails is said, and stops nothing else."""

@@ -83,7 +83,7 @@ class AuditRun:
         """Make the last pass that a run which is resumed for more steps has postponed."""
         if self.recording.postponed != trainer.global_step:
             return
-        with bridge.at_epoch(trainer, trainer.current_epoch - 1), self._tolerated(trainer):
+        with bridge.at_epoch(trainer, trainer.current_epoch - 1), _tolerated(self.recording, trainer):
             tracin = self._due(trainer)
             if tracin is not None and self.recording.step_sizes.steps:
                 self.score_checkpoint(trainer, module, tracin)
@@ -112,7 +112,7 @@ class AuditRun:
         indices = self._indices(trainer, last=False)  # of a limited run, none before its first batch
         if not indices or evidence.complete or bridge.is_dry_run(trainer):
             return
-        with self._tolerated(trainer), bridge.aside(trainer):
+        with _tolerated(self.recording, trainer), bridge.aside(trainer):
             seen = look_at_labels(self.passes.gradients(trainer, module), indices)
             evidence.close() if seen is None else self.recording.add_snapshot(seen)
 
@@ -123,21 +123,8 @@ class AuditRun:
         self.listener.stop()  # a batch that `on_train_batch_start` skipped has no end
         if bridge.is_dry_run(trainer):
             return
-        with self._tolerated(trainer):
+        with _tolerated(self.recording, trainer):
             self._end_epoch(trainer, module)
-
-    @contextmanager
-    def _tolerated(self, trainer: Trainer) -> Iterator[None]:
-        try:
-            yield
-        except Exception:
-            if distributed.world_size() > 1:
-                raise  # the others would wait for this process at the next collective
-            self.recording.gaps.failed_passes.append(trainer.current_epoch)
-            rank_zero_warn(
-                f"the influence audit's pass at the end of epoch {trainer.current_epoch} failed; training goes on.\n"
-                f"{traceback.format_exc()}"
-            )
 
     def _end_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         recording, tracin = self.recording, self.arguments.tracin
@@ -217,8 +204,7 @@ class AuditRun:
         with bridge.at_epoch(trainer, trainer.current_epoch - 1):
             tracin = self.arguments.tracin if self.arguments.weights != "last" else None
             if tracin is not None and self.recording.step_sizes.steps and not bridge.is_dry_run(trainer):
-                # No part of the final pass, which is about other weights.
-                self.recording.synchronise()
+                self.recording.synchronise()  # it is no part of the final pass, which is about other weights
                 (self.score_checkpoint if self.flight is None else self._keep_checkpoint)(trainer, module, tracin)
             with chosen(trainer, module, self.arguments.weights) as about:
                 self.reporter.weights = about | self.reporter.weights
@@ -291,6 +277,20 @@ class AuditRun:
 
     def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
         return bridge.audited_indices(trainer, self.recording.seen_indices(), self.recording.size, last=last)
+
+
+@contextmanager
+def _tolerated(recording: Recording, trainer: Trainer) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        if distributed.world_size() > 1:
+            raise  # the others would wait for this process at the next collective
+        recording.gaps.failed_passes.append(trainer.current_epoch)
+        rank_zero_warn(
+            f"the influence audit's pass at the end of epoch {trainer.current_epoch} failed; training goes on.\n"
+            f"{traceback.format_exc()}"
+        )
 
 
 def _data_notes(passes: TrainingPasses, audited: list[int], scored: list[int], never: int) -> list[str]:

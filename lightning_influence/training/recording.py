@@ -59,8 +59,6 @@ class Recording:
         kept: What the checkpoints there stand for.
         carried: What none of them stands for any more or yet.
         postponed: Step of a TracIn checkpoint that was left to the final pass.
-        heard_of: Whether snapshots are of a training that nobody listened to, from its checkpoints.
-        unknown_labels: Why nothing can be told of the labels, if it is known.
     """
 
     def __init__(self, size: int, module: nn.Module, tracin: TracIn | None = None) -> None:
@@ -75,9 +73,6 @@ class Recording:
         self.kept: list[Checkpoint] = []
         self.carried: Checkpoint | None = None
         self.postponed = -1
-        self.heard_of = False
-        self.unknown_labels = ""
-        self._right = 0.0, 0.0
         self._start(size)
 
     def _start(self, size: int) -> None:
@@ -102,15 +97,6 @@ class Recording:
         self.dynamics.checks_labels = checks
         self.losses.start_again()
         self.gaps.start_again(epoch)
-
-    def forget(self) -> None:
-        """Keep nothing of what was recorded but the learning rates: it was about other data, and no more will come."""
-        self._in_flight = self.wants_tracin = False
-        checks = self.dynamics.checks_labels
-        self._start(self.size)
-        self.dynamics.checks_labels = checks
-        self.losses.start_again()
-        self.gaps = Gaps()
 
     # ---------------------------------------------------------------- batches
 
@@ -206,12 +192,7 @@ class Recording:
     def add_snapshot(self, scores: ExampleScores) -> None:
         """Add what the features of the moment say about the labels."""
         self.flush()
-        right = self.dynamics.predicted_rightly()
-        if self.heard_of and "predicted" in scores.columns:  # what the batches would have told
-            label, told = scores.columns["label"], scores.columns["predicted"]
-            self._right = self._right[0] + float((label == told).sum()), self._right[1] + len(label)
-            right = self._right
-        self.labels.add(scores, trained=self.heard_of or bool(self._seen["seen"].any()), right=right)
+        self.labels.add(scores, trained=bool(self._seen["seen"].any()), right=self.dynamics.predicted_rightly())
 
     # ---------------------------------------------------------------- results
 

@@ -1,0 +1,325 @@
+"""``lightning`` and ``pytorch_lightning``: one callback for both, whatever is imported first, and mixes of them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from models import CLASSES, FEATURES, QUIET, loader, vectors
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from which_lightning import PACKAGE
+
+import lightning_influence
+from lightning_influence import AuditReport, InfluenceAudit
+from lightning_influence.callbacks import bridge, lightning
+from lightning_influence.callbacks.display import progress_of
+
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+OTHER = next(package for package in PACKAGES if package != PACKAGE)
+TESTS = Path(__file__).parent
+
+
+def kind_of(package: str) -> Any:
+    """A small classifier with a validation step, of a package."""
+
+    class Model(import_module(package).LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.net = nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.log("loss", loss := F.cross_entropy(self.net(batch[0]), batch[1]))
+            return loss
+
+        validation_step = training_step
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Model
+
+
+def model_of(package: str) -> Any:
+    return kind_of(package)()
+
+
+def trainer_of(package: str, directory: Path, audit: Any, **arguments: Any) -> Any:
+    pl = import_module(package)
+    settings = {"max_epochs": 2, "enable_checkpointing": False, "default_root_dir": directory, "callbacks": audit}
+    if "logger" not in arguments:
+        settings["logger"] = pl.loggers.TensorBoardLogger(directory, name="tb")
+    return pl.Trainer(**{**QUIET, "num_sanity_val_steps": 0, "log_every_n_steps": 1, **settings, **arguments})
+
+
+def fit(package: str, directory: Path, audit: InfluenceAudit | None = None, **arguments: Any) -> tuple[Any, Any]:
+    """Train and audit with a package; the callback is handed over alone, which only a real ``Callback`` can be."""
+    audit = audit or InfluenceAudit()
+    trainer = trainer_of(package, directory, audit, **arguments)
+    trainer.fit(model_of(package), loader(vectors()), loader(vectors(7, 2)))
+    return trainer, audit
+
+
+# ------------------------------------------------------------------------------------------------------------ imports
+
+OURS = "from lightning_influence import InfluenceAudit as Audit; audit = Audit()"
+CLASS = "from lightning_influence.callbacks import InfluenceAudit as Audit"
+NEW, OLD = "import lightning.pytorch as new", "import pytorch_lightning as old"
+CHECK = """
+import lightning.pytorch as new, pytorch_lightning as old
+from lightning_influence.callbacks.lightning import MisconfigurationException as Ours
+from lightning.pytorch.utilities.exceptions import MisconfigurationException as NewError
+from pytorch_lightning.utilities.exceptions import MisconfigurationException as OldError
+early = globals().get("audit", Audit())
+for package in (new, old):
+    assert issubclass(Audit, package.Callback) and isinstance(Audit(), package.Callback)
+    assert isinstance(early, package.Callback), package
+    found = [kind for kind in package.Callback.__subclasses__() if issubclass(Audit, kind)]
+    assert len(found) == 1, found
+    assert package.Trainer(callbacks=early, logger=False, enable_checkpointing=False).callbacks[0] is early
+for kind in (NewError, OldError):
+    assert issubclass(Ours, kind)
+"""
+
+
+@pytest.mark.parametrize("order", [(OURS, NEW, OLD), (OURS, OLD), (CLASS, OLD, NEW), (NEW, OURS, OLD), (OLD, OURS)])
+def test_the_callback_is_one_of_every_package_whatever_comes_first(order: tuple[str, ...]) -> None:
+    loaded = "import sys; print([n for n in ('lightning', 'pytorch_lightning') if n in sys.modules])"
+    source = "\n".join(line for statement in order for line in (statement, loaded)) + CHECK
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", source], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    # Nothing is imported but what the user imports.
+    expected, so_far = [], set()
+    for statement in order:
+        so_far |= {"lightning"} if statement == NEW else {"pytorch_lightning"} if statement == OLD else set()
+        expected.append(str(sorted(so_far)))
+    assert run.stdout.splitlines() == expected
+
+
+def test_messages_stay_where_the_user_looks_for_them() -> None:
+    """A second package takes over the log messages of the first when it is imported; nobody asked for one."""
+    source = f"{NEW}\n{OURS}\nimport lightning_utilities.core.rank_zero as r; print(r.log.name)"
+    run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=300, check=True)
+    assert run.stdout.strip() == "lightning.pytorch.utilities.rank_zero"
+
+
+def test_the_main_tests_under_the_other_package(tmp_path: Path) -> None:
+    """Errors, resuming, indices and loggers; ``LIGHTNING_PACKAGE=pytorch_lightning`` runs all tests in this way."""
+    if os.environ.get("LIGHTNING_PACKAGE"):
+        pytest.skip("these are the tests under the other package")
+    chosen = {
+        "test_callback_errors.py": "stream or manual or unwritable or averaging",
+        "test_callback_resume.py": "after_a_crash or same_trainer",
+        "test_batch_indices.py": "Peeks",
+        "test_callback_untouched.py": "bitwise and (plain or accumulation or mixed) and not flight",
+        "test_nothing_lost.py": "logger or bars",
+    }
+    words = " or ".join(f"({Path(file).stem} and ({words}))" for file, words in chosen.items())
+    check = "import sys\ndef pytest_sessionfinish(session): print('loaded:', 'lightning' in sys.modules)\n"
+    (tmp_path / "check.py").write_text(check, encoding="utf-8")
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(("PYTEST_", "COV_"))}
+    root = Path(lightning_influence.__file__).parent.parent
+    environment |= {"LIGHTNING_PACKAGE": OTHER, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "check", "-p", "no:cacheprovider", "-k", words]
+    command += [str(TESTS / file) for file in chosen]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+    assert run.returncode == 0, run.stdout[-5000:]
+    assert "loaded: False" in run.stdout
+    assert " passed" in run.stdout
+
+
+# ------------------------------------------------------------------------------------------ the same with both packages
+
+
+def events_of(directory: str) -> dict[str, list[str]]:
+    tags = EventAccumulator(directory).Reload().Tags()
+    return {kind: sorted(tags[kind]) for kind in ("scalars", "histograms", "images", "tensors")}
+
+
+def test_tables_and_pictures_are_those_of_the_other_package(tmp_path: Path) -> None:
+    """By ``isinstance`` with one package's logger, the other's got no histograms, candidates and queries."""
+    found = {}
+    for package in PACKAGES:
+        audit = InfluenceAudit(queries="worst", known_noise=[1, 5], describe=lambda example: f"label {example[1]}")
+        trainer, _ = fit(package, tmp_path / package, audit)
+        assert Path(audit.report.directory) == Path(trainer.log_dir) / "influence"
+        found[package] = audit.report, events_of(trainer.log_dir)
+    (new, new_events), (old, old_events) = (found[package] for package in PACKAGES)
+    assert new_events == old_events
+    assert any("self_influence" in tag for tag in [*new_events["histograms"], *new_events["tensors"]])
+    assert any("quer" in tag for tag in new_events["tensors"])
+    assert new.columns.keys() == old.columns.keys() >= {"self_influence", "harm", "tracin", "label"}
+    for name in new.columns:
+        np.testing.assert_array_equal(new.columns[name], old.columns[name], err_msg=name)
+    for name in new.pairs:
+        np.testing.assert_array_equal(new.pairs[name], old.pairs[name], err_msg=name)
+    assert new.manifest["notes"] == old.manifest["notes"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_manifest_tells_whose_trainer_it_was(package: str, tmp_path: Path) -> None:
+    _, audit = fit(package, tmp_path)
+    name, *_ = package.split(".")
+    versions = AuditReport.load(audit.report.directory).manifest["versions"]
+    assert set(versions) == {"python", "lightning-influence", "torch", name.replace("_", "-")}
+    assert versions[name.replace("_", "-")] == import_module(name).__version__
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_passes_take_no_part_in_mixed_precision(package: str, tmp_path: Path) -> None:
+    """Taken for another precision plugin, bfloat16 would round the gradients of every pass."""
+
+    def noted(module: Any, batch: Any) -> Tensor:
+        assert not torch.is_autocast_enabled("cpu")
+        return F.cross_entropy(module.net(batch[0]), batch[1])
+
+    _, audit = fit(package, tmp_path, InfluenceAudit(task=noted), precision="bf16-mixed")
+    assert audit.has_report
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_dry_run_writes_nothing(package: str, tmp_path: Path) -> None:
+    trainer, audit = fit(package, tmp_path, fast_dev_run=True)
+    assert audit.has_report
+    assert bridge.real_loggers(trainer) == []
+    assert list(tmp_path.rglob("influence*")) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_cannot_be_audited_is_refused_as_each_package_does(package: str, tmp_path: Path) -> None:
+    model = model_of(package)
+    model.automatic_optimization = False
+    for catching in PACKAGES:
+        error = import_module(f"{catching}.utilities.exceptions").MisconfigurationException
+        with pytest.raises(error, match="manual optimization"):
+            trainer_of(package, tmp_path, InfluenceAudit()).fit(model, loader(vectors()))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_strategies(package: str) -> None:
+    strategies = import_module(f"{package}.strategies")
+    for whole in (strategies.SingleDeviceStrategy(), strategies.DDPStrategy()):
+        bridge.check_strategy(SimpleNamespace(strategy=whole))
+    for split in (strategies.FSDPStrategy, strategies.DeepSpeedStrategy):
+        with pytest.raises(lightning.MisconfigurationException, match=f"does not support {split.__name__}"):
+            bridge.check_strategy(SimpleNamespace(strategy=object.__new__(split)))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_averaging_after_the_audit_is_warned_of(package: str, tmp_path: Path) -> None:
+    averaging = import_module(package).callbacks.StochasticWeightAveraging(swa_lrs=0.01)
+    trainer = trainer_of(package, tmp_path, [InfluenceAudit(), averaging], max_epochs=1)
+    with pytest.warns(UserWarning, match="StochasticWeightAveraging comes after InfluenceAudit"):
+        trainer.fit(model_of(package), loader(vectors()))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("bar", ["RichProgressBar", "TQDMProgressBar"])
+def test_progress_bars(bar: str, package: str, tmp_path: Path) -> None:
+    shown = getattr(import_module(package).callbacks, bar)()
+    trainer = trainer_of(package, tmp_path, [InfluenceAudit(), shown], enable_progress_bar=True, max_epochs=1)
+    trainer.fit(model_of(package), loader(vectors()))
+    assert lightning.is_a(trainer.progress_bar_callback, bar)
+    assert progress_of(trainer) is not None
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_resuming_with_the_other_package(package: str, tmp_path: Path) -> None:
+    """Checkpoints are the same files: one package's run may be another's to go on with."""
+    other = next(each for each in PACKAGES if each != package)
+    trainer, _ = fit(package, tmp_path / "first")
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    audit = InfluenceAudit()
+    again = trainer_of(other, tmp_path / "second", audit, max_epochs=3)
+    again.fit(model_of(other), loader(vectors()), ckpt_path=tmp_path / "kept.ckpt")
+    assert set(audit.report.columns["times_seen"].tolist()) == {3}
+
+
+def test_copies_and_pickles() -> None:
+    for same in (copy.deepcopy(InfluenceAudit()), pickle.loads(pickle.dumps(InfluenceAudit()))):
+        assert all(isinstance(same, import_module(package).Callback) for package in PACKAGES)
+        assert same.state_key == InfluenceAudit().state_key
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_from_the_command_line(package: str, tmp_path: Path) -> None:
+    pytest.importorskip("jsonargparse", exc_type=ImportError)
+    cli = import_module(f"{package}.cli")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        """
+trainer:
+  accelerator: cpu
+  logger: false
+  callbacks:
+    - class_path: lightning_influence.InfluenceAudit
+      init_args: {curvature: kfac, tracin: null, layers: [net]}
+""",
+        encoding="utf-8",
+    )
+    made = cli.LightningCLI(kind_of(package), run=False, args=["--config", str(config)], save_config_callback=None)
+    (audit,) = (each for each in made.trainer.callbacks if isinstance(each, InfluenceAudit))
+    assert audit.arguments.curvature == "kfac"
+
+
+# --------------------------------------------------------------------------------------------------------------- mixes
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("kind", ["TensorBoardLogger", "CSVLogger"])
+def test_a_logger_of_the_other_package(kind: str, package: str, tmp_path: Path) -> None:
+    """Lightning takes it; but ``trainer.log_dir`` is then not the run's folder, where the audit belongs."""
+    other = next(each for each in PACKAGES if each != package)
+    logger = getattr(import_module(other).loggers, kind)(tmp_path, name="logs")
+    _, audit = fit(package, tmp_path, logger=logger)
+    assert Path(audit.report.directory) == Path(logger.log_dir) / "influence"
+    if kind == "TensorBoardLogger":
+        events = events_of(logger.log_dir)
+        assert any("self_influence" in tag for tag in [*events["histograms"], *events["tensors"]])
+        assert "influence/coverage" in events["scalars"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_module_of_the_other_package_is_for_lightning_to_refuse(package: str, tmp_path: Path) -> None:
+    other = next(each for each in PACKAGES if each != package)
+    with pytest.raises(TypeError, match="single import style|must be a `LightningModule`"):
+        trainer_of(package, tmp_path, InfluenceAudit()).fit(model_of(other), loader(vectors()))
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp"])
+def test_two_processes_of_the_other_package(strategy: str, tmp_path: Path) -> None:
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(("PL_", "SLURM_", "LOCAL_RANK"))}
+    root = Path(lightning_influence.__file__).parent.parent
+    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "LIGHTNING_PACKAGE": OTHER}
+    command = [sys.executable, "-W", "ignore", __file__, strategy, str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr[-5000:]
+    (manifest,) = tmp_path.rglob("manifest.json")
+    report = AuditReport.load(manifest.parent)
+    assert report.status == "complete"
+    assert report.columns["index"].tolist() == list(range(22))
+    assert OTHER.partition(".")[0].replace("_", "-") in report.manifest["versions"]
+
+
+Spawned = kind_of(PACKAGE)
+Spawned.__qualname__ = "Spawned"  # where `ddp_spawn`, which pickles the model, finds its class
+
+if __name__ == "__main__":
+    distributed = trainer_of(PACKAGE, Path(sys.argv[2]), InfluenceAudit(), devices=2, strategy=sys.argv[1])
+    distributed.fit(Spawned(), loader(vectors()), loader(vectors(7, 2)))
