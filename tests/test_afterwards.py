@@ -186,6 +186,56 @@ def test_a_model_in_double_precision_stays_so(tmp_path: Path) -> None:
     assert_same(report, audit.report, but=set())
 
 
+class Compiled(Validated):
+    def __init__(self, compiled: bool) -> None:
+        super().__init__(adam)
+        if compiled:
+            self.net = torch.compile(self.net, backend="eager")
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_names_do_not_tell_what_is_compiled(tmp_path: Path, compiled: bool) -> None:
+    audit = InfluenceAudit()
+    trained(tmp_path, Compiled(compiled), audit)
+    report = InfluenceAudit().audit(Compiled(not compiled), train_data(), ckpt_path=kept(tmp_path)[-1])
+    assert_same(report, audit.report, but=set())
+
+
+class Late(pl.LightningModule):
+    """Made in hooks, and its step writes to the logger."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net = nn.Linear(FEATURES, CLASSES)
+
+    def on_train_start(self) -> None:
+        self.weight = torch.ones(CLASSES)
+        self.log("started", 1.0)
+
+    def on_train_epoch_start(self) -> None:
+        if self.trainer.max_epochs == 1:
+            raise RuntimeError("no epoch")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log("loss", 1.0)
+        self.logger.log_metrics({"a": 1.0})
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1], weight=self.weight)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_what_hooks_make_is_there(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    audit = InfluenceAudit()
+    trainer = make_trainer(tmp_path, callbacks=[audit])
+    trainer.fit(Late(), train_data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match="Late.on_train_epoch_start fails outside of its training: .*no epoch"):
+        report = InfluenceAudit().audit(Late(), train_data(), ckpt_path=tmp_path / "last.ckpt")
+    assert_same(report, audit.report, but=set())
+
+
 class Data(pl.LightningDataModule):
     """Everything that a data module may do."""
 
@@ -353,9 +403,16 @@ def test_data_unlike_those_of_the_audit_beside_it(tmp_path: Path) -> None:
     model = Validated()
     trained(tmp_path, model, InfluenceAudit())
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    with pytest.warns(UserWarning, match="the data are not those of the audit in .*influence: Labelled|TensorDataset"):
-        report = InfluenceAudit().audit(model, DataLoader(Labelled(shift=1), 8), ckpt_path=tmp_path / "weights.pt")
-    assert report.status == "complete"
+    x, y = vectors(40).tensors
+    for data, told in (
+        (Labelled(shift=1), r"TensorDataset \w+ then, Labelled \w+ now"),
+        (Labelled(39), "40 examples then, 39 now"),
+        (TensorDataset(x + 1, y), "examples hold something else"),
+    ):
+        with pytest.warns(UserWarning, match=f"the data are not those of the audit in .*influence: .*{told}"):
+            report = InfluenceAudit().audit(model, DataLoader(data, 8), ckpt_path=tmp_path / "weights.pt")
+        assert report.status == "complete"
+        assert "the data are not those of the audit" in str(AuditReport.load(str(report.directory)))
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

@@ -11,17 +11,23 @@ from torch.optim import Optimizer
 
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.checkpoint_files import TrainerCheckpoint
-from lightning_influence.callbacks.lightning import LightningModule, Trainer, of_package, overrides, rank_zero_warn
+from lightning_influence.callbacks.lightning import (
+    LightningModule,
+    Trainer,
+    dummy_logger,
+    of_package,
+    overrides,
+    rank_zero_warn,
+)
 from lightning_influence.core.containers import leaves
 from lightning_influence.core.random_streams import isolated_rng
 
-_KEPT = ("fit_loop", "callbacks", "num_sanity_val_steps", "limit_train_batches", "overfit_batches")
+_KEPT = ("fit_loop", "callbacks", "loggers", "num_sanity_val_steps", "limit_train_batches", "overfit_batches")
 # What Lightning says of a fit, and nobody who does not train can heed.
 _BESIDE_THE_POINT = (
     ".*configure_optimizers` returned `None`",
     ".*is smaller than the logging interval",
     ".*You defined a `validation_step` but have no",
-    "no logger: the influence audit",
 )
 
 
@@ -59,6 +65,7 @@ def fit_in_name(trainer: Any, module: LightningModule, work: Callable[[], None],
     trainer.fit_loop, trainer.num_sanity_val_steps = loop, 0
     trainer.callbacks = [each for each in trainer.callbacks if each is trainer.progress_bar_callback]
     trainer.limit_train_batches = trainer.limit_train_batches or 1.0
+    trainer.loggers = trainer.loggers or [dummy_logger(trainer)]  # which steps write to
     try:
         with _steps_for_nobody(module), warnings.catch_warnings(), isolated_rng():
             for message in _BESIDE_THE_POINT:
@@ -96,6 +103,18 @@ def _steps_for_nobody(module: LightningModule) -> Iterator[None]:
         for name in hooks:
             del vars(module)[name]
         vars(module).update(before)
+
+
+def call_hooks(trainer: Any, module: LightningModule) -> None:
+    """Call what the model may set up for its steps at the start of training; it may fail, and need not matter then."""
+    call = of_package(trainer, "trainer.call", "_call_lightning_module_hook")
+    for hook in ("on_train_start", "on_train_epoch_start"):
+        if overrides(hook, module):
+            try:
+                with bridge.aside(trainer):
+                    call(trainer, hook)
+            except Exception as error:
+                rank_zero_warn(f"{type(module).__name__}.{hook} fails outside of its training: {error!r}")
 
 
 def set_up_data(trainer: Any) -> None:

@@ -23,7 +23,6 @@ from lightning_influence.callbacks.lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
-    overrides,
     rank_zero_warn,
 )
 from lightning_influence.callbacks.resuming import Restored, restore, state_for
@@ -159,10 +158,7 @@ class PastRun:
             # What training was limited to is in its records, or not known.
             limit = file.batches if file is not None and recording.seen_indices() else math.inf
             trainer.fit_loop.max_batches, trainer.overfit_batches = limit, 0.0
-            for hook in ("on_train_start", "on_train_epoch_start"):  # which may set up what a step needs
-                if overrides(hook, module):
-                    with bridge.aside(trainer):
-                        getattr(module, hook)()
+            no_training.call_hooks(trainer, module)
             run = self.run = begun(arguments, trainer, module, source, recording)
             run.take_over(trainer)
             run.reporter.weights = self.files.told
@@ -323,16 +319,25 @@ class PastRun:
             now = report.manifest
             if then.get("status") != "complete" or place == str(report.directory):
                 continue
-            same = {name: then.get(name) == now.get(name) for name in ("dataset_size", "examples")}
-            prints = [each.get("fingerprint", {}).get("data") for each in (then, now)]
-            held = zip(then.get("examples_hold") or (), now.get("examples_hold") or (), strict=False)
-            other = any(a and b and a != b for a, b in held) if all(same.values()) else not same["dataset_size"]
-            if other or (all(same.values()) and prints[0] != prints[1]):
-                told = f"the data are not those of the audit in {place}: {prints[0]} then, {prints[1]} now"
-                rank_zero_warn(f"InfluenceAudit: {told}.")
-                report.manifest["notes"].append(told)
+            told = _unlike(then, now)
+            if told:
+                rank_zero_warn(f"InfluenceAudit: the data are not those of the audit in {place}: {told}.")
+                report.manifest["notes"].append(f"the data are not those of the audit in {place}: {told}")
             return
 
     def _warn(self, told: str) -> None:
         rank_zero_warn(f"InfluenceAudit: {told}.")
         self._notes.append(told)
+
+
+def _unlike(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return how the data of an audit differ from those of another, by their manifests; empty if they do not."""
+    if then.get("dataset_size") != now.get("dataset_size"):
+        return f"{then.get('dataset_size')} examples then, {now.get('dataset_size')} now"
+    if then.get("examples") != now.get("examples"):  # others of the same data may have been audited
+        return ""
+    prints = [each.get("fingerprint", {}).get("data") for each in (then, now)]
+    if prints[0] != prints[1]:
+        return f"other labels or another class, {prints[0]} then, {prints[1]} now"
+    held = zip(then.get("examples_hold") or (), now.get("examples_hold") or (), strict=False)
+    return "examples hold something else" if any(a and b and a != b for a, b in held) else ""
