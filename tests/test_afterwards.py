@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from which_lightning import PACKAGE, ModelCheckpoint, StochasticWeightAveraging, pl
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
+from lightning_influence.core import distributed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:no logger"),
@@ -468,6 +469,12 @@ def test_the_only_checkpoint_of_a_directory(tmp_path: Path) -> None:
     trained(tmp_path, Classifier(), epochs=1)
     report = InfluenceAudit().audit(Classifier(), train_data(), ckpt_path=tmp_path)
     assert report.directory == tmp_path / "influence"
+
+
+def test_one_of_several_processes_needs_their_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="one of 2 processes, which share an audit: pass their `trainer=`"):
+        InfluenceAudit().audit(Classifier(), train_data())
 
 
 def test_other_arguments_that_can_not_be(tmp_path: Path) -> None:

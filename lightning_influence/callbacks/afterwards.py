@@ -13,6 +13,7 @@ from lightning_influence.callbacks.hooks import RunHooks
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, is_a, overrides
 from lightning_influence.callbacks.past_run import PastRun, RunFiles
 from lightning_influence.callbacks.resuming import Restored
+from lightning_influence.core import distributed
 from lightning_influence.core.errors import short
 from lightning_influence.training.recording import Recording
 
@@ -64,6 +65,11 @@ class Afterwards(RunHooks):
         self._no_report = "the last audit has failed"
         if not is_a(model, "LightningModule"):
             raise TypeError(f"the model is {short(model)}; expected the LightningModule that was trained.")
+        if trainer is None and distributed.world_size() > 1:
+            raise ValueError(
+                f"this is one of {distributed.world_size()} processes, which share an audit: pass their `trainer=` and "
+                "call `audit` on all of them, or audit a checkpoint in a process of its own."
+            )
         files = RunFiles.of(model, trainer, ckpt_path, ckpt_paths)
         loaders = _data(model, data, val_dataloaders, trainer)
         weights = model.state_dict() if files.audited is None else files.audited.weights
