@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lightning_influence.audit.acting import advice
 from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import PAIR_LISTS, Columns, candidate_rows, column_of, legend, shown_in
+from lightning_influence.audit.health import far_off, far_off_told
 from lightning_influence.audit.words import called, cell_text, label_text
 from lightning_influence.gradients.coverage import listed
 
@@ -45,6 +46,8 @@ def summary(columns: Columns, manifest: Mapping[str, Any], pairs: Columns | None
         lines.append(f"  non-finite  {len(bad)} examples, left out of the factors: {listed(bad, 10)}")
     if about := manifest.get("labels"):
         lines += _labels(columns, LabelBeliefs.read(about))
+    if (residuals := far_off(columns)) is not None:
+        lines.append(f"  residuals   {far_off_told(*residuals)}: the first of `report.ranking`")
     rows = candidate_rows(columns)
     ranked_by = " + ".join(manifest.get("ranked_by", ()))
     lines.append(

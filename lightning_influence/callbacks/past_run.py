@@ -243,7 +243,7 @@ class PastRun:
             with nullcontext() if last else file.loaded(self.module, trained=True):
                 self._stand_for(recording, file, file.step - steps, file.epochs - epochs)
                 recording.labels.heard_of = step > 0
-                self._look(run, file, first=not steps, last=last)
+                self._look(run, file, epochs, last=last)
             steps, epochs = file.step, file.epochs
         if files.audited is None:
             self._go_to(None)
@@ -284,11 +284,18 @@ class PastRun:
             for optimizer in optimizers:
                 recording.record_step(optimizer, steps // len(optimizers))
 
-    def _look(self, run: AuditRun, file: TrainerCheckpoint, *, first: bool, last: bool) -> None:
-        """Add what the weights of a checkpoint say; of the last one, the final pass adds it."""
+    def _look(self, run: AuditRun, file: TrainerCheckpoint, before: int, *, last: bool) -> None:
+        """Add what the weights of a checkpoint say; of the last one, the final pass adds it.
+
+        Args:
+            run: The run.
+            file: The checkpoint.
+            before: Epochs by the checkpoint before.
+            last: Whether it is the last one.
+        """
         evidence, recording = run.recording.labels.evidence, run.recording
-        if file.epochs > _EARLY_EPOCHS:
-            if first:
+        if file.epochs > _EARLY_EPOCHS and file.epochs > before + 1:
+            if not before:
                 recording.labels.unknown = (
                     f"{_WITHOUT}, and the earliest checkpoint, {file.name}, was taken after {file.epochs} epochs; "
                     f"{_WITH}"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_influence.audit.columns import shown_in
+from lightning_influence.audit.curves import Curves
 from lightning_influence.audit.naming import ExampleNames
 from lightning_influence.audit.ranking import judged, rank
 from lightning_influence.audit.report import AuditReport
@@ -35,6 +36,7 @@ from lightning_influence.influence.inputs import notes_of
 from lightning_influence.scores.plan import InfluencePlan, InfluenceScores
 from lightning_influence.tensorboard.candidate_sheets import write_candidates
 from lightning_influence.tensorboard.numbers import write_detection, write_histogram
+from lightning_influence.training.evidence import LabelEvidence
 from lightning_influence.training.recording import Recording
 
 Columns = dict[str, NDArray[Any]]
@@ -166,10 +168,10 @@ class Reporter:
         inspection: Inspection,
         result: InfluenceScores,
         columns: Columns,
+        evidence: LabelEvidence | None,
         recording: Recording,
     ) -> AuditReport:
         """Rank, and put everything together."""
-        evidence = recording.label_evidence(columns["index"].tolist())
         ranked, beliefs = judged(self._named(columns), evidence, trusted=self._trusted)
         if evidence is None and recording.labels.unknown and not beliefs.told and "label" in ranked:
             beliefs = replace(beliefs, reason=recording.labels.unknown)
@@ -185,7 +187,8 @@ class Reporter:
             mislabelled = np.isin(ranked["index"], self.known_noise)
             if mislabelled.any() and not mislabelled.all():
                 manifest["detection"] = detection_of(ranked, mislabelled)
-        report = self._with_texts(AuditReport(ranked, manifest, self.directory))
+        curves = Curves() if recording.gaps.misplaced else Curves.of(recording.curves.kept, ranked["index"])
+        report = self._with_texts(AuditReport(ranked, manifest, self.directory, curves=curves))
         if self.queries is not None:
             manifest["notes"] += self.queries.notes
             with tolerated("naming the queries", self._said):
