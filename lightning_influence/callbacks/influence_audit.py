@@ -26,6 +26,7 @@ from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.core import distributed
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.gradients.coverage import Layers, Uncovered
+from lightning_influence.objective.standard_task import TaskName, checked_task
 from lightning_influence.objective.task import Task
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import Mode, TracIn
@@ -64,10 +65,12 @@ class InfluenceAudit(Afterwards):
             such as a budget of time; None for no TracIn.
         layers: What to audit: names of modules (with everything in them), of layers or parameters, glob patterns, or
             types such as ``torch.nn.Linear``; None for everything that is trained.
-        uncovered: What to do about trainable parameters whose per-example gradients have no closed form (recurrent
-            layers, custom autograd functions, very large reparametrised weights): ``"report"`` them with their share
+        uncovered: What to do about trainable parameters whose per-example gradients have no closed form (some
+            packed sequences, own autograd functions, large reparametrised weights): ``"report"`` them with their share
             and leave them out, or ``"exact"``: one backward pass per example.
-        task: A function ``(module, batch) -> loss`` in place of ``training_step``. Needed for manual optimization.
+        task: A function ``(module, batch) -> loss`` in place of ``training_step``. Needed for manual optimization, and
+            where a step mixes examples. ``"classification"``, ``"binary"`` and ``"regression"`` are the plain losses of
+            ``module(x)`` and ``y``, found in batches ``(x, y)`` or mappings with usual names.
         queries: Examples to ask about: the training examples that help and harm each of them most are found, kept in
             ``pairs.parquet`` and shown in TensorBoard. ``"worst"`` takes the eight validation examples with the highest
             loss, a ``DataLoader`` its first eight; ``Queries(...)`` has more to choose, such as what is measured: a
@@ -111,7 +114,7 @@ class InfluenceAudit(Afterwards):
         tracin: Mode | TracIn | None = "epoch",
         layers: Layers = None,
         uncovered: Uncovered = "report",
-        task: Task | None = None,
+        task: Task | TaskName | None = None,
         queries: Literal["worst"] | DataLoader[Any] | Queries | None = None,
         known_noise: Sequence[int] | Tensor | None = None,
         trusted: Sequence[int] | Tensor | None = None,
@@ -130,7 +133,7 @@ class InfluenceAudit(Afterwards):
             checked_tracin(tracin),
             layers,
             uncovered,
-            task,
+            checked_task(task),
             checked_queries(queries),
             checked_indices("known_noise", known_noise),
             checked_indices("trusted", trusted),

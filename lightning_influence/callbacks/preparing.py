@@ -37,9 +37,11 @@ from lightning_influence.gradients.answering import answered
 from lightning_influence.gradients.capture import Capture
 from lightning_influence.gradients.coverage import Coverage, listed_reasons
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.verify import Inspection, VerificationError
+from lightning_influence.gradients.verify import Inspection, VerificationError, inspect
 from lightning_influence.layers.blocks import LayerError
+from lightning_influence.objective.standard_task import StandardTask
 from lightning_influence.objective.task import Task, TaskError, TrainingStepTask, run_tapped
+from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
 
 # Less than this share of the parameters is worth a warning.
@@ -161,6 +163,45 @@ def depends_on_batch_idx(gradients: ExampleGradients, indices: Sequence[int]) ->
     except Exception:  # whatever a step makes of two examples: the look that comes next says so
         return False
     return losses[0] == losses[1] and not all(math.isclose(loss, losses[0], rel_tol=1e-4) for loss in losses)
+
+
+def told_of_task(gradients: ExampleGradients, indices: Sequence[int]) -> str:
+    """Return what a reader should know of a loss that is not that of `training_step`."""
+    task = gradients.task
+    what = f"`task={getattr(task, '__name__', type(task).__name__)}`"
+    if isinstance(task, StandardTask):
+        ((_, batch),) = gradients.source.batches(indices[:2], len(indices[:2]))
+        with untouched(gradients.module, task):
+            what = f'`task="{task.name}"`, {gradients.applied(task.written_out, batch)}'
+    return f"the loss behind scores and labels is {what}, not that of `training_step`"
+
+
+def looked_at(gradients: ExampleGradients, indices: Sequence[int], recording: Recording, *, verify: bool) -> Inspection:
+    """Return what the look at a batch has told, see ``inspect``.
+
+    Where a task stands for a step that mixes examples, so may the collate function: batches of passes are then those
+    of torch's own.
+    """
+    source = gradients.source
+    try:
+        return inspect(gradients, indices, verify=verify)
+    except VerificationError:
+        own = source.collate_fn
+        if isinstance(gradients.task, TrainingStepTask) or is_plain(own):
+            raise
+        try:
+            source.collate_fn = None
+            inspection = inspect(gradients, indices, verify=verify)
+        except Exception:
+            source.collate_fn = own
+        else:
+            recording.note(f"passes make batches without {_name_of(own)}, in which an example depends on the others")
+            return inspection
+        raise
+
+
+def _name_of(function: object) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection: Inspection) -> bool:

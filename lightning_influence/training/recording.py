@@ -135,12 +135,12 @@ class Recording:
                 return
             with torch.no_grad():
                 call = self.losses.read(batch, loss, calls, forms or {})
-                if call is not None:
+                if self.losses.mixed and not self.gaps.mixed:  # not every such batch can be told from others
+                    self.dynamics, self.gaps.contradicted = TrainingDynamics(self.size), 0
+                if call is not None and not self.gaps.mixed:
                     self.dynamics.record_call(batch, call)
-                elif batch.ragged and calls is not None:
-                    self.gaps.ragged += 1
                 else:
-                    self.gaps.untapped += 1
+                    self.gaps.silent(mixed=self.losses.mixed, ragged=batch.ragged and calls is not None)
         except Exception as error:  # a statistic must never end a training run
             self.fail("training dynamics are incomplete", error)
 
@@ -229,8 +229,7 @@ class Recording:
 
     def local_columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns of the examples that this process has seen, without talking to others."""
-        indices = self.seen_indices()
-        return self.columns(indices, evidence=self.label_evidence(indices))
+        return self.columns(seen := self.seen_indices(), evidence=self.label_evidence(seen))
 
     # ------------------------------------------------------------------ state
 
