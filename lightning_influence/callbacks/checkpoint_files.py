@@ -241,7 +241,7 @@ def last_of(keeper: Any) -> str:
     return path if os.path.exists(path) else ""
 
 
-def run_directory(path: str) -> str | None:
+def folder_of_run(path: str) -> str | None:
     """Return the directory of the run that a checkpoint is of, if it lies on this machine."""
     if "://" in path:
         return None

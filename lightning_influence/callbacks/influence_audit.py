@@ -36,7 +36,8 @@ class InfluenceAudit(Afterwards):
     """Audits the training data of a run: self-influence of every example, and the labels that are probably wrong.
 
     Training is left bitwise unchanged. The user's own ``training_step`` defines the loss; everything else is read off
-    the run. At the end of training the audit lies in ``<log_dir>/influence``, in TensorBoard, and in ``report``.
+    the run. At the end of training the audit lies in ``influence`` beside the checkpoints, in the loggers, and in
+    ``report``.
 
     During training, loss, margin and EL2N of every example are noted from the training pass itself, and TracIn adds up
     ``η gᵀPg`` per example (P: what Adam and its kin multiply gradients with), in a fixed-order pass at epoch ends or
@@ -72,7 +73,7 @@ class InfluenceAudit(Afterwards):
             where a step mixes examples. ``"classification"``, ``"binary"`` and ``"regression"`` are the plain losses of
             ``module(x)`` and ``y``, found in batches ``(x, y)`` or mappings with usual names.
         queries: Examples to ask about: the training examples that help and harm each of them most are found, kept in
-            ``pairs.parquet`` and shown in TensorBoard. ``"worst"`` takes the eight validation examples with the highest
+            ``pairs.parquet`` and shown in the loggers. ``"worst"`` takes the eight validation examples with the highest
             loss, a ``DataLoader`` its first eight; ``Queries(...)`` has more to choose, such as what is measured: a
             margin, an adversarial loss, or a gap between groups.
         known_noise: Dataset indices of labels that are known to be wrong, to measure the detection.
@@ -86,8 +87,8 @@ class InfluenceAudit(Afterwards):
         weights: Which weights the final pass is about: those at the end of training (``"last"``), those of the
             checkpoint that the trainer's ``ModelCheckpoint`` has found ``"best"``, or ``"averaged"`` ones, of
             ``StochasticWeightAveraging``, ``WeightAveraging`` or ``EMAWeightAveraging``. The model's own are put back.
-        dirpath: Directory of the audit, instead of ``<log_dir>/influence``. An existing audit is never overwritten:
-            a version suffix is added.
+        dirpath: Directory of the audit, instead of ``influence`` in the run's folder, beside the checkpoints. An
+            existing audit is never overwritten: a version suffix is added.
         verify: Whether to check per-example gradients against autograd on half a training batch before training starts.
 
     Raises:

@@ -16,8 +16,8 @@ from lightning_influence.callbacks.beginning import begun
 from lightning_influence.callbacks.checkpoint_files import (
     StrPath,
     TrainerCheckpoint,
+    folder_of_run,
     found,
-    run_directory,
 )
 from lightning_influence.callbacks.lightning import (
     LightningModule,
@@ -118,7 +118,7 @@ class PastRun:
         self, arguments: Arguments, key: str, files: RunFiles, module: LightningModule, trainer: Trainer, lent: bool
     ) -> None:
         self.files, self.module, self.trainer = files, module, trainer
-        where = None if files.audited is None else run_directory(files.audited.path)
+        where = None if files.audited is None else folder_of_run(files.audited.path)
         if arguments.dirpath is None and where is not None and not (lent and trainer.loggers):
             arguments = replace(arguments, dirpath=os.path.join(where, "influence"))
         # A checkpoint's weights are those that are asked for.
@@ -316,7 +316,7 @@ class PastRun:
     def _compare(self, report: AuditReport, directory: str) -> None:
         """Warn if an audit that the same run has left is about other data."""
         places = [directory] if directory else []
-        if self.files.audited is not None and (run := run_directory(self.files.audited.path)):
+        if self.files.audited is not None and (run := folder_of_run(self.files.audited.path)):
             places.append(os.path.join(run, "influence"))
         for place in places:
             try:

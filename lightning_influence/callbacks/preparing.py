@@ -21,7 +21,6 @@ from lightning_influence.callbacks.lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
-    log_dir,
     overrides,
     rank_zero_warn,
 )
@@ -263,13 +262,27 @@ def warn_of_gaps(coverage: Coverage) -> None:
     )
 
 
+def run_directory(trainer: Trainer) -> str:
+    """Return the folder of a run, as ModelCheckpoint finds it: of the first logger, with the run's id.
+
+    ``trainer.log_dir`` is one for all runs where loggers have no ``log_dir`` of their own, and the root of MLflow's
+    files may hold nothing else. To be called on all processes: rank zero's is everybody's.
+    """
+    folder = [trainer.default_root_dir]
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = [logger.save_dir or trainer.default_root_dir, str(logger.name), version]
+    return str(trainer.strategy.broadcast(os.path.join(*folder)))
+
+
 def open_store(trainer: Trainer, dirpath: str | os.PathLike[str] | None) -> AuditStore | None:
     """Make the audit directory; None in a dry run and on other ranks than zero.
 
     Raises:
         StoreError: On every rank, if it can't be made.
     """
-    directory = dirpath or os.path.join(log_dir(trainer), "influence")
+    directory = dirpath or os.path.join(run_directory(trainer), "influence")
     store: AuditStore | None = None
     failure: StoreError | None = None
     if trainer.is_global_zero and not bridge.is_dry_run(trainer):
