@@ -25,6 +25,8 @@ from lightning_influence.callbacks.resuming import Restored, as_at_the_end_of_tr
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.core import distributed
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
+from lightning_influence.data.ids import SampleId
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Layers, Uncovered
 from lightning_influence.objective.standard_task import TaskName, checked_task
 from lightning_influence.objective.task import Task
@@ -90,13 +92,16 @@ class InfluenceAudit(Afterwards):
         dirpath: Directory of the audit, instead of ``influence`` in the run's folder, beside the checkpoints. An
             existing audit is never overwritten: a version suffix is added.
         verify: Whether to check per-example gradients against autograd on half a training batch before training starts.
+        sample_id: For streams (``IterableDataset``, WebDataset, loaders without an index): the name or place of the
+            column of a batch that holds each example's id, or a function from batch to ids. Everything is filed by
+            these, and the examples are met again by going over the loader once more, see ``docs/streams.md``.
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: During ``fit``, before the first step: for data that can't be indexed (an
-            ``IterableDataset``), collate functions whose order can't be followed, strategies that split the model,
-            manual optimization without a ``task``, models without a supported layer, losses that are not made of
-            per-example losses, ``ids`` that don't name each example, unwritable directories.
+        MisconfigurationException: During ``fit``, before the first step: for a stream without ``sample_id``, collate
+            functions whose order can't be followed, strategies that split the model, manual optimization without a
+            ``task``, models without a supported layer, losses that are not made of per-example losses, ``ids`` that
+            don't name each example, unwritable directories.
 
     Example:
         >>> trainer = Trainer(max_epochs=10, callbacks=[InfluenceAudit()])
@@ -124,6 +129,7 @@ class InfluenceAudit(Afterwards):
         ids: Ids = None,
         describe: Describe | None = None,
         weights: Weights = "last",
+        sample_id: SampleId | None = None,
     ) -> None:
         self.arguments = Arguments(
             curvature,
@@ -143,8 +149,10 @@ class InfluenceAudit(Afterwards):
             ids,
             describe,
             weights,
+            sample_id,
         )
         super().__init__()
+        self._recorder.sample_id = sample_id
         # What checkpoints keep: from a checkpoint until the size of the data is known, then of the run.
         self._restored: Restored | None = None
         self._recording: Recording | None = None
@@ -183,16 +191,20 @@ class InfluenceAudit(Afterwards):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at one batch before the first step, so that nothing fails after hours of training."""
         # Callbacks come before the model's own hooks, in which it may set up what its step needs.
-        if not any(overrides(hook, pl_module) for hook in ("on_train_start", "on_train_epoch_start")):
+        # Of a stream, the first batch is the only one that can be looked at without taking it from training.
+        own = any(overrides(hook, pl_module) for hook in ("on_train_start", "on_train_epoch_start"))
+        if not own and self.arguments.sample_id is None:
             self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> AuditRun:
         with preparing.errors_as_misconfiguration():
-            source = self._recorder.source_of(trainer.train_dataloader)
+            source = self._recorder.source_of(trainer)
             preparing.check_indices("known_noise", self.arguments.known_noise, source)
             preparing.check_indices("trusted", self.arguments.trusted, source)
-            self._recording = Recording(len(source), module, self.arguments.tracin)
             restored, self._restored = self._restored, None
+            # How long a stream is, is not known: there is room for what has been met.
+            grown = restored.state.get("size", 0) if restored and isinstance(source, StreamSource) else len(source)
+            self._recording = Recording(grown, module, self.arguments.tracin)
             restore(self._recording, restored, trainer)
             self._run = begun(self.arguments, trainer, module, source, self._recording)
             self._run.take_over(trainer)
@@ -258,14 +270,18 @@ class InfluenceAudit(Afterwards):
         """Return what a resumed run needs: tensors and primitives."""
         if self._recording is None:
             return {}
-        return self._recording.state_dict() | {"arguments": self.arguments.described()}
+        source = self._recorder.source
+        ids = {"stream": source.state_dict()} if isinstance(source, StreamSource) else {}
+        return self._recording.state_dict() | {"arguments": self.arguments.described()} | ids
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the size of the data set is known."""
         self._restored = Restored(state_dict) if state_dict else None
+        self._recorder.known = state_dict.get("stream")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over what an audit with other arguments has recorded: nearly all of it does not depend on them."""
         self._restored = state_for(self.state_key, self.arguments.described(), checkpoint.get("callbacks") or {})
         if self._restored is not None:  # Lightning has just said that it is not
+            self._recorder.known = self._restored.state.get("stream")
             rank_zero_info("influence audit: what an audit with other arguments has recorded is taken over.")

@@ -32,6 +32,7 @@ from lightning_influence.core.snapshot import StateError
 from lightning_influence.core.torch_private import is_compiled, meets_compiled
 from lightning_influence.data.collation import is_plain
 from lightning_influence.data.source import DataError, ExampleSource, is_deterministic
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.answering import answered
 from lightning_influence.gradients.capture import Capture
 from lightning_influence.gradients.coverage import Coverage, listed_reasons
@@ -206,6 +207,8 @@ def _name_of(function: object) -> str:
 def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection: Inspection) -> bool:
     """Tell whether examples have other labels when they are fetched once more, without streams of their own."""
     source = gradients.source
+    if isinstance(source, StreamSource):  # a batch is all that there is of it so far
+        return False
     if is_deterministic(source.dataset) and is_plain(source.collate_fn) and not inspection.random:
         return False
     chosen, labels = source.settled(indices[: inspection.examples]), []
@@ -241,6 +244,11 @@ def check_queries(trainer: Trainer, module: LightningModule, queries: Queries | 
 
 def check_indices(name: str, indices: Tensor | None, source: ExampleSource) -> None:
     """Raise ``DataError`` for indices beyond the data."""
+    if indices is not None and isinstance(source, StreamSource):
+        raise DataError(
+            f"{name} holds indices, and a stream has none before it is trained on. Leave it out, and compare "
+            'the ids of the report: `report["id"]`.'
+        )
     if indices is not None and int(indices.max()) >= len(source):
         raise DataError(f"{name} holds the index {int(indices.max())}; the data have {len(source)} examples.")
 

@@ -15,12 +15,14 @@ from lightning_influence.callbacks.chosen_weights import chosen
 from lightning_influence.callbacks.keeping import keep_checkpoint, keep_curves, take_over_checkpoints, take_over_curves
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_influence.callbacks.listening import BatchListener
+from lightning_influence.callbacks.loaders import train_loader
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
 from lightning_influence.data.source import ExampleSource, same_data
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Coverage, listed
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.influence import Influence
@@ -114,7 +116,7 @@ class AuditRun:
         """Look at the features of all examples, forward only, as long as their labels are not learnt by heart."""
         evidence = self.recording.labels.evidence
         indices = self._indices(trainer, last=False)  # of a limited run, none before its first batch
-        if not indices or evidence.complete or bridge.is_dry_run(trainer):
+        if not indices or evidence.complete or bridge.is_dry_run(trainer) or not self.passes.any_time:
             return
         with _tolerated(self.recording, trainer), bridge.aside(trainer):
             seen = look_at_labels(self.passes.gradients(trainer, module), indices)
@@ -144,7 +146,7 @@ class AuditRun:
         if tracin is not None and due and recording.step_sizes.steps:
             if self.flight is not None:
                 self._keep_checkpoint(trainer, module, tracin)
-            elif not last:
+            elif not last and self.passes.any_time:
                 self.score_checkpoint(trainer, module, tracin)
         if recording.visits is not None:
             visits = recording.visits.values()
@@ -208,7 +210,8 @@ class AuditRun:
         """Fit the curvature and score every example, at the weights that are asked for; None if there is nothing."""
         self.reporter.write_partial(self.recording.local_columns, "recording")
         with bridge.at_epoch(trainer, trainer.current_epoch - 1):
-            tracin = self.arguments.tracin if self.arguments.weights != "last" else None
+            alone = self.arguments.weights != "last" and (self.passes.any_time or self.flight is not None)
+            tracin = self.arguments.tracin if alone else None
             if tracin is not None and self.recording.step_sizes.steps and not bridge.is_dry_run(trainer):
                 self.recording.synchronise()  # it is no part of the final pass, which is about other weights
                 (self.score_checkpoint if self.flight is None else self._keep_checkpoint)(trainer, module, tracin)
@@ -221,7 +224,7 @@ class AuditRun:
         audited = self._indices(trainer, last=True)
         indices = self._unmissed(audited)
         if bridge.is_dry_run(trainer):
-            indices = (indices or list(range(self.recording.size)))[: self.passes.source.batch_size]
+            indices = (indices or list(range(len(self.passes.source))))[: self.passes.source.batch_size]
         if not indices:
             self.failure = "no training batch was seen"
             rank_zero_warn(f"no influence audit: {self.failure}.")
@@ -246,7 +249,8 @@ class AuditRun:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
         indices = result.scores.indices.tolist()
-        never = len(bridge.drawn_from(trainer.train_dataloader, recording.size)) - len(audited)
+        drawn = len(bridge.drawn_from(train_loader(trainer), recording.size))
+        never = 0 if isinstance(self.passes.source, StreamSource) else drawn - len(audited)
         result.notes.extend(_data_notes(self.passes, audited, indices, never))
         evidence = recording.label_evidence(indices)
         columns = recording.columns(indices, result.scores, evidence)
@@ -283,7 +287,7 @@ class AuditRun:
         return [k for k in indices if distributed.world_size() > 1 or k not in self.passes.source.missing]
 
     def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
-        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.recording.size, last=last)
+        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.passes.source, last=last)
 
 
 @contextmanager
@@ -304,9 +308,11 @@ def _data_notes(passes: TrainingPasses, audited: list[int], scored: list[int], n
     """Return what a reader should know of the data: how batches are made, and who is not in the report."""
     source = passes.source
     notes = [source.collation.note] if source.collation.note else []
+    notes += source.notes() if isinstance(source, StreamSource) else []
     if missing := sorted(set(audited) - set(scored)):
         reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
-        notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed(missing, 10)} ({reasons})")
+        named = source.book[missing].tolist() if isinstance(source, StreamSource) else missing
+        notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed(named, 10)} ({reasons})")
     if lacking := ", ".join(sorted(map(str, passes.lacking))):
         notes.append(f"training has had terms of the loss that the passes, in eval mode, have not: {lacking}")
     if never:
