@@ -86,9 +86,8 @@ class InfluenceAudit(Afterwards):
             dataset index to id.
         describe: What a person sees of an example: a function from what the data set returns for an index to a text or
             an image, or a tokenizer (``decode``) for token batches. Asked for the few examples that are shown.
-        weights: Which weights the final pass is about: those at the end of training (``"last"``), those of the
-            checkpoint that the trainer's ``ModelCheckpoint`` has found ``"best"``, or ``"averaged"`` ones, of
-            ``StochasticWeightAveraging``, ``WeightAveraging`` or ``EMAWeightAveraging``. The model's own are put back.
+        weights: Which ones the final pass is about: the ``"last"``, those that ``ModelCheckpoint`` has found ``"best"``,
+            or ``"averaged"`` ones, of an averaging callback (SWA, EMA). The model's own are put back.
         dirpath: Directory of the audit, instead of ``influence`` in the run's folder, beside the checkpoints. An
             existing audit is never overwritten: a version suffix is added.
         verify: Whether to check per-example gradients against autograd on half a training batch before training starts.
