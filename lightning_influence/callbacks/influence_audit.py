@@ -86,7 +86,7 @@ class InfluenceAudit(Afterwards):
             dataset index to id.
         describe: What a person sees of an example: a function from what the data set returns for an index to a text or
             an image, or a tokenizer (``decode``) for token batches. Asked for the few examples that are shown.
-        weights: Which ones the final pass is about: the ``"last"``, those that ``ModelCheckpoint`` has found ``"best"``,
+        weights: Which ones the final pass is about: the ``"last"``, those that ``ModelCheckpoint`` found ``"best"``,
             or ``"averaged"`` ones, of an averaging callback (SWA, EMA). The model's own are put back.
         dirpath: Directory of the audit, instead of ``influence`` in the run's folder, beside the checkpoints. An
             existing audit is never overwritten: a version suffix is added.
