@@ -32,6 +32,7 @@ ROOMS = (
     ("influence",),
     ("loggers",),
     ("callbacks",),
+    ("cli",),
     ("every_training",),
 )
 FLOOR = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}

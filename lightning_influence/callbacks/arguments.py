@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_influence.audit.naming import Ids, check_naming
 from lightning_influence.audit.queries import Queries
+from lightning_influence.callbacks.chosen_weights import Weights
 from lightning_influence.callbacks.query_report import described
 from lightning_influence.core.errors import short
 from lightning_influence.core.indices import Indices, integers
@@ -52,12 +53,14 @@ class Arguments:
     verify: bool
     ids: Ids = None
     describe: Any = None
+    weights: Weights = "last"
     sample_id: SampleId | None = None
 
     def __post_init__(self) -> None:
         check_curvature_choices(self.curvature, self.fisher, self.solver)
         check_choice("uncovered", self.uncovered, get_args(Uncovered))
         check_layers(self.layers)
+        check_choice("weights", self.weights, get_args(Weights))
         _check_damping(self.damping)
         check_factor_examples(self.factor_examples)
         check_naming(self.ids, self.describe)
@@ -92,6 +95,7 @@ class Arguments:
             "queries": described(self.queries),
             "task": None if task is None else getattr(task, "__name__", type(task).__name__),
             "verify": self.verify,
+            "weights": self.weights,
         }
 
 

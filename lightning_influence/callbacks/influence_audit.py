@@ -14,9 +14,11 @@ from lightning_influence.audit.naming import Describe, Ids
 from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge, preparing
+from lightning_influence.callbacks.afterwards import Afterwards
+from lightning_influence.callbacks.answers import WITHOUT_TRAINING
 from lightning_influence.callbacks.arguments import Arguments, checked_indices, checked_tracin
 from lightning_influence.callbacks.beginning import begun
-from lightning_influence.callbacks.hooks import RunHooks
+from lightning_influence.callbacks.chosen_weights import Weights, check_weights
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, overrides, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.query_report import checked_queries
 from lightning_influence.callbacks.resuming import Restored, as_at_the_end_of_training, restore, state_for
@@ -32,7 +34,7 @@ from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import Mode, TracIn
 
 
-class InfluenceAudit(RunHooks):
+class InfluenceAudit(Afterwards):
     """Audits the training data of a run: self-influence of every example, and the labels that are probably wrong.
 
     Training is left bitwise unchanged. The user's own ``training_step`` defines the loss; everything else is read off
@@ -84,6 +86,8 @@ class InfluenceAudit(RunHooks):
             dataset index to id.
         describe: What a person sees of an example: a function from what the data set returns for an index to a text or
             an image, or a tokenizer (``decode``) for token batches. Asked for the few examples that are shown.
+        weights: Which ones the final pass is about: the ``"last"``, those that ``ModelCheckpoint`` found ``"best"``,
+            or ``"averaged"`` ones, of an averaging callback (SWA, EMA). The model's own are put back.
         dirpath: Directory of the audit, instead of ``influence`` in the run's folder, beside the checkpoints. An
             existing audit is never overwritten: a version suffix is added.
         verify: Whether to check per-example gradients against autograd on half a training batch before training starts.
@@ -123,6 +127,7 @@ class InfluenceAudit(RunHooks):
         verify: bool = True,
         ids: Ids = None,
         describe: Describe | None = None,
+        weights: Weights = "last",
         sample_id: SampleId | None = None,
     ) -> None:
         self.arguments = Arguments(
@@ -142,6 +147,7 @@ class InfluenceAudit(RunHooks):
             verify,
             ids,
             describe,
+            weights,
             sample_id,
         )
         super().__init__()
@@ -155,7 +161,10 @@ class InfluenceAudit(RunHooks):
     def state_key(self) -> str:
         """Key of the callback's state in checkpoints: two audits of one run have two states."""
         # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
-        arguments = {name: value for name, value in self.arguments.described().items() if name != "verify"}
+        arguments = self.arguments.described()
+        arguments.pop("verify")
+        if arguments["weights"] == "last":  # as checkpoints of earlier versions have it
+            arguments.pop("weights")
         return self._generate_state_key(**arguments)
 
     # ------------------------------------------------------------------ start
@@ -165,6 +174,8 @@ class InfluenceAudit(RunHooks):
         if pl_module is None:
             preparing.refuse_class(self)
         if stage != "fit":
+            if stage == "validate" and not self.has_report:
+                rank_zero_info(f"influence audit: `trainer.validate` makes none; {WITHOUT_TRAINING}.")
             return
         preparing.check_queries(trainer, pl_module, self.arguments.queries)
         # Of an earlier fit: an error before training starts must not be filed under that one's audit.
@@ -173,7 +184,7 @@ class InfluenceAudit(RunHooks):
         self._no_report = "training has not ended yet"
         preparing.check_optimization(pl_module, self.arguments.task, self.arguments.tracin)
         bridge.check_strategy(trainer)
-        preparing.warn_of_averaging(trainer, self)
+        check_weights(trainer, self, self.arguments.weights)
         self._recorder.attach(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -223,7 +234,7 @@ class InfluenceAudit(RunHooks):
                 f"no step was trained (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
                 f"limit_train_batches={trainer.limit_train_batches})"
             )
-            rank_zero_warn(f"no influence audit: {self._no_report}.")
+            rank_zero_warn(f"no influence audit: {self._no_report}; {WITHOUT_TRAINING}.")
             return
         before = self._before[2]
         if self._restored is None and before is not None and before.finished:
@@ -238,7 +249,7 @@ class InfluenceAudit(RunHooks):
                 if distributed.world_size() > 1:
                     raise
                 self._no_report = str(error)
-                rank_zero_warn(f"no influence audit: {error}")
+                rank_zero_warn(f"no influence audit: {error}\nOnce that is mended: {WITHOUT_TRAINING}.")
                 return
             self._finish(run, trainer, pl_module)
 

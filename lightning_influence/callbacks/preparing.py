@@ -18,11 +18,9 @@ from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.store.store import AuditStore, StoreError
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.lightning import (
-    Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
-    is_a,
     overrides,
     rank_zero_warn,
 )
@@ -51,8 +49,6 @@ _COMPLETE = 0.99
 
 # Examples that the look before training may choose from, at least.
 _LOOKED_AT = 64
-
-_AVERAGING_CALLBACKS = ("StochasticWeightAveraging", "WeightAveraging")
 
 
 @contextmanager
@@ -122,17 +118,6 @@ def _step_is_compiled(gradients: ExampleGradients, chosen: list[int]) -> bool:
             return met.found
     except Exception:  # whatever a step makes of two examples: the look that comes next says so
         return False
-
-
-def warn_of_averaging(trainer: Trainer, audit: Callback) -> None:
-    """Warn of callbacks that replace the weights once the audit is done."""
-    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
-    after = callbacks[callbacks.index(audit) + 1 :]
-    if averaging := [name for name in _AVERAGING_CALLBACKS for callback in after if is_a(callback, name)]:
-        rank_zero_warn(
-            f"{averaging[0]} comes after InfluenceAudit and replaces the weights once the audit is done: the "
-            "audit describes the weights before. List InfluenceAudit after it."
-        )
 
 
 def some_of(indices: Sequence[int], batch_size: int) -> list[int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.arguments import Arguments
+from lightning_influence.callbacks.chosen_weights import chosen
 from lightning_influence.callbacks.keeping import keep_checkpoint, keep_curves, take_over_checkpoints, take_over_curves
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_influence.callbacks.listening import BatchListener
@@ -87,10 +88,10 @@ class AuditRun:
         """Make the last pass that a run which is resumed for more steps has postponed."""
         if self.recording.postponed != trainer.global_step:
             return
-        with bridge.at_epoch(trainer, trainer.current_epoch - 1), self._tolerated(trainer):
+        with bridge.at_epoch(trainer, trainer.current_epoch - 1), _tolerated(self.recording, trainer):
             tracin = self._due(trainer)
             if tracin is not None and self.recording.step_sizes.steps:
-                self._score_checkpoint(trainer, module, tracin)
+                self.score_checkpoint(trainer, module, tracin)
             else:
                 self.look(trainer, module)
 
@@ -117,7 +118,7 @@ class AuditRun:
         indices = self._indices(trainer, last=False)  # of a limited run, none before its first batch
         if not indices or evidence.complete or bridge.is_dry_run(trainer) or not self.passes.any_time:
             return
-        with self._tolerated(trainer), bridge.aside(trainer):
+        with _tolerated(self.recording, trainer), bridge.aside(trainer):
             seen = look_at_labels(self.passes.gradients(trainer, module), indices)
             evidence.close() if seen is None else self.recording.add_snapshot(seen)
 
@@ -128,21 +129,8 @@ class AuditRun:
         self.listener.stop()  # a batch that `on_train_batch_start` skipped has no end
         if bridge.is_dry_run(trainer):
             return
-        with self._tolerated(trainer):
+        with _tolerated(self.recording, trainer):
             self._end_epoch(trainer, module)
-
-    @contextmanager
-    def _tolerated(self, trainer: Trainer) -> Iterator[None]:
-        try:
-            yield
-        except Exception:
-            if distributed.world_size() > 1:
-                raise  # the others would wait for this process at the next collective
-            self.recording.gaps.failed_passes.append(trainer.current_epoch)
-            rank_zero_warn(
-                f"the influence audit's pass at the end of epoch {trainer.current_epoch} failed; training goes on.\n"
-                f"{traceback.format_exc()}"
-            )
 
     def _end_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         recording, tracin = self.recording, self.arguments.tracin
@@ -150,7 +138,7 @@ class AuditRun:
         recording.curves.end(trainer.current_epoch)
         keep_curves(self.reporter.store, recording)
         due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
-        last = bridge.is_last_epoch(trainer)
+        last = bridge.is_last_epoch(trainer) and self.arguments.weights == "last"
         # The final pass looks by the way; a run that is resumed for more epochs has to catch up.
         recording.postponed = trainer.global_step if last else -1
         if not (due and self.flight is None) and not last:
@@ -159,14 +147,15 @@ class AuditRun:
             if self.flight is not None:
                 self._keep_checkpoint(trainer, module, tracin)
             elif not last and self.passes.any_time:
-                self._score_checkpoint(trainer, module, tracin)
+                self.score_checkpoint(trainer, module, tracin)
         if recording.visits is not None:
             visits = recording.visits.values()
             self.reporter.log_tracin(trainer, visits[visits.isfinite()])  # NaN: not measured so far
         self.reporter.log_dynamics(trainer, recording.dynamics.columns())
         self.reporter.write_partial(recording.local_columns, "recording", due=False)
 
-    def _score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
+    def score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
+        """Add what every example says at the weights of the moment, for the steps since the checkpoint before."""
         indices = self._indices(trainer, last=False)
         start = time.perf_counter()
         with bridge.aside(trainer):
@@ -203,9 +192,7 @@ class AuditRun:
     def finish_or_warn(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         """Fit the curvature and score every example; None if there is nothing to audit, or if that fails."""
         try:
-            self.reporter.write_partial(self.recording.local_columns, "recording")
-            with bridge.at_epoch(trainer, trainer.current_epoch - 1):
-                return self._finish(trainer, module)
+            return self.finish(trainer, module)
         except Exception as error:
             # In one process the training that has just ended is worth more than the audit; with several, the others
             # would wait for this one at the next collective.
@@ -218,6 +205,19 @@ class AuditRun:
                 f"{self.reporter.directory}.\n{traceback.format_exc()}"
             )
             return None
+
+    def finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
+        """Fit the curvature and score every example, at the weights that are asked for; None if there is nothing."""
+        self.reporter.write_partial(self.recording.local_columns, "recording")
+        with bridge.at_epoch(trainer, trainer.current_epoch - 1):
+            alone = self.arguments.weights != "last" and (self.passes.any_time or self.flight is not None)
+            tracin = self.arguments.tracin if alone else None
+            if tracin is not None and self.recording.step_sizes.steps and not bridge.is_dry_run(trainer):
+                self.recording.synchronise()  # it is no part of the final pass, which is about other weights
+                (self.score_checkpoint if self.flight is None else self._keep_checkpoint)(trainer, module, tracin)
+            with chosen(trainer, module, self.arguments.weights) as about:
+                self.reporter.weights = about | self.reporter.weights
+                return self._finish(trainer, module)
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         self.recording.synchronise()
@@ -288,6 +288,20 @@ class AuditRun:
 
     def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
         return bridge.audited_indices(trainer, self.recording.seen_indices(), self.passes.source, last=last)
+
+
+@contextmanager
+def _tolerated(recording: Recording, trainer: Trainer) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        if distributed.world_size() > 1:
+            raise  # the others would wait for this process at the next collective
+        recording.gaps.failed_passes.append(trainer.current_epoch)
+        rank_zero_warn(
+            f"the influence audit's pass at the end of epoch {trainer.current_epoch} failed; training goes on.\n"
+            f"{traceback.format_exc()}"
+        )
 
 
 def _data_notes(passes: TrainingPasses, audited: list[int], scored: list[int], never: int) -> list[str]:

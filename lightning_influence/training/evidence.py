@@ -115,6 +115,10 @@ class EvidenceRecord:
         """Whether there are enough snapshots, so that none is worth a pass of its own."""
         return self.closed or bool(self._state["done"])
 
+    def end_early(self) -> None:
+        """Take further snapshots for late ones."""
+        self._state["done"] = 1.0
+
     def close(self) -> None:
         """Take no more snapshots."""
         self._state["closed"] = 1.0

@@ -144,11 +144,11 @@ class Recording:
         except Exception as error:  # a statistic must never end a training run
             self.fail("training dynamics are incomplete", error)
 
-    def record_step(self, optimizer: Any) -> None:
-        """Note the learning rates of one optimizer step."""
+    def record_step(self, optimizer: Any, times: int = 1) -> None:
+        """Note the learning rates of one optimizer step, or of several that are alike."""
         known = len(self.step_sizes.unknown)
         try:
-            self.step_sizes.record(optimizer)
+            self.step_sizes.record(optimizer, times)
         except Exception as error:
             self.fail("learning rates are incomplete", error)
         if self.wants_tracin and len(self.step_sizes.unknown) > known:
