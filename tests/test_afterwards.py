@@ -154,6 +154,29 @@ class Failing(Validated):
         return super().configure_optimizers()
 
 
+def test_an_audit_that_fails_leaves_the_report_and_the_records(tmp_path: Path) -> None:
+    audit, model = InfluenceAudit(), Validated(adam)
+    trainer = trained(tmp_path, model, audit, epochs=2)
+    report, key = audit.report, audit.state_key
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        audit.audit(model, train_data(), ckpt_path=tmp_path / "none.ckpt")
+    assert audit.report is report
+    audit.audit(model, train_data())  # of weights alone: what training has recorded is the run's
+    trainer.save_checkpoint(tmp_path / "over.ckpt")
+    seen = torch.load(tmp_path / "over.ckpt", weights_only=True)["callbacks"][key]["parts"]
+    assert seen.keys() == torch.load(kept(tmp_path)[-1], weights_only=True)["callbacks"][key]["parts"].keys()
+    again = InfluenceAudit().audit(Validated(adam), train_data(), ckpt_path=tmp_path / "over.ckpt")
+    assert again.columns["times_seen"].tolist() == report.columns["times_seen"].tolist()
+
+
+def test_the_best_weights_of_a_trainer_are_audited_without_a_path(tmp_path: Path) -> None:
+    keeper = ModelCheckpoint(tmp_path / "best", monitor="val_loss", mode="max")  # the first epoch's
+    model = Validated(adam)
+    trainer = trained(tmp_path, model, None, keeper)
+    report = InfluenceAudit(weights="best").audit(model, trainer=trainer)
+    assert report.manifest["audited_weights"]["file"] == keeper.best_model_path
+
+
 def test_no_optimizer_is_needed(tmp_path: Path) -> None:
     audit = InfluenceAudit()
     trained(tmp_path, Failing(), audit)

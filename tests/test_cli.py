@@ -294,6 +294,15 @@ def test_ids_tell_examples_apart_where_both_have_them(run: tuple[Path, AuditRepo
     assert not len(found.entered) + len(found.left)
 
 
+def test_the_order_of_a_stream_tells_no_examples_apart(run: tuple[Path, AuditReport]) -> None:
+    named = {**run[1].columns, "id": np.asarray([f"k{index}" for index in run[1].columns["index"]], dtype=object)}
+    stream = AuditReport(named, {"stream": True})
+    for both in ((stream, run[1]), (run[1], stream)):
+        with pytest.raises(ValueError, match=r"is of a stream.*Audit that one with `ids=`"):
+            Comparison.of(*both)
+    assert Comparison.of(stream, AuditReport(named, {})).by == "id"
+
+
 def test_reports_need_neither_lightning_nor_the_rest(run: tuple[Path, AuditReport]) -> None:
     source = f"""
 import json, sys

@@ -158,6 +158,19 @@ def test_an_audit_of_the_user_goes_first(tmp_path: Path, monkeypatch: pytest.Mon
     assert own.report.manifest["curvature"]["name"] == "diagonal"
 
 
+def test_what_it_has_recorded_is_of_use_to_an_audit_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "audit.yaml").write_text("")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "audit.yaml"))
+    trainer: Any = fitted(tmp_path)
+    (uninvited,) = [each for each in trainer.callbacks if isinstance(each, InfluenceAudit)]
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    report = InfluenceAudit().audit(trainer.lightning_module, trainer=trainer, ckpt_path=tmp_path / "last.ckpt")
+    assert report.columns["loss_mean"].tolist() == uninvited.report.columns["loss_mean"].tolist()
+    assert report.columns["tracin"].tolist() == pytest.approx(uninvited.report.columns["tracin"].tolist())
+
+
 class Undecided(Classifier):
     """Has a loss that is not made of per-example losses."""
 

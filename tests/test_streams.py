@@ -519,6 +519,74 @@ def test_a_run_that_is_resumed_goes_on_with_its_ids(tmp_path: Path) -> None:
         assert by_id(resumed, column) == pytest.approx(by_id(whole, column), rel=1e-5)
 
 
+def test_what_is_saved_once_training_is_over_knows_whose_it_is(tmp_path: Path) -> None:
+    """Else the ids that come next would be given the numbers, and the records, of those that came first."""
+    audit, model = InfluenceAudit(sample_id=2), Classifier()
+    trainer = make_trainer(tmp_path, callbacks=[audit], max_epochs=1)
+    trainer.fit(model, DataLoader(Stream(shuffled=True), 4))
+    trainer.save_checkpoint(tmp_path / "over.ckpt")
+    held = torch.load(tmp_path / "over.ckpt", weights_only=True)["callbacks"][audit.state_key]["stream"]
+    assert held["ids"] == audit.report.columns["id"].tolist()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_records_by_index_are_not_those_of_a_stream(streamed: bool, tmp_path: Path) -> None:
+    """Of the same size, nothing else would tell that example 3 is not the third that comes."""
+    loaders = DataLoader(Stream(), 4), DataLoader(DATA, 4)
+    audits = InfluenceAudit(sample_id=2), InfluenceAudit()
+    first, second = (0, 1) if streamed else (1, 0)
+    trainer = make_trainer(tmp_path, callbacks=[audits[first]], max_epochs=1)
+    trainer.fit(Classifier(), loaders[first])
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(MisconfigurationException, match="filed by .*, and these data are filed by"):
+        make_trainer(tmp_path, callbacks=[audits[second]]).fit(
+            Classifier(), loaders[second], ckpt_path=tmp_path / "last.ckpt"
+        )
+
+
+def test_after_training(tmp_path: Path) -> None:
+    """With records, all is as it was; without, the same scores; of what the stream no longer holds nothing is told."""
+    audit, model = InfluenceAudit(sample_id=2, queries="worst"), Validated()
+    validation = DataLoader(vectors(8, 2), 4)
+    trainer = make_trainer(tmp_path, callbacks=[audit])
+    trainer.fit(model, DataLoader(Stream(), 4), validation)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    torch.save(model.state_dict(), tmp_path / "weights.ckpt")
+
+    def after(path: str, size: int = SIZE) -> AuditReport:
+        again = InfluenceAudit(sample_id=2, queries="worst")
+        loader = DataLoader(Stream(size=size), 4)
+        return again.audit(Validated(), loader, ckpt_path=tmp_path / path, val_dataloaders=validation)
+
+    for path, columns in (("last.ckpt", SCORES), ("weights.ckpt", ("self_influence", "harm", "loss"))):
+        report = after(path)
+        for column in columns:
+            assert by_id(report, column) == pytest.approx(by_id(audit.report, column), rel=1e-5, abs=1e-7), column
+    fewer = after("last.ckpt", SIZE - 6)
+    assert fewer.columns["id"].tolist() == [name(k) for k in range(SIZE - 6)]
+    assert "times_seen" in fewer.columns
+    assert any(note.startswith(f"6 of {SIZE} examples are not scored") for note in fewer.manifest["notes"])
+
+
+def test_after_training_on_other_data(tmp_path: Path) -> None:
+    class Renamed(Stream):
+        def example(self, k: int) -> Any:
+            x, y, key = super().example(k)
+            return x, y, f"new/{key}"
+
+    trainer = make_trainer(tmp_path, callbacks=[InfluenceAudit(sample_id=2)])
+    trainer.fit(Classifier(), DataLoader(Stream(), 4))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for sample_id, loader, told in (
+        (2, DataLoader(Renamed(), 4), "4 of the first batch are none of these"),
+        (None, DataLoader(DATA, 4), "filed by the ids of a stream"),
+    ):
+        with pytest.warns(UserWarning, match=told):
+            report = InfluenceAudit(sample_id=sample_id).audit(Classifier(), loader, ckpt_path=tmp_path / "last.ckpt")
+        assert len(report) == SIZE
+        assert "times_seen" not in report.columns
+
+
 def test_a_dry_run(tmp_path: Path) -> None:
     report = report_of(tmp_path, DataLoader(Stream(), 4), fast_dev_run=1)
     assert len(report.columns["index"]) == 4

@@ -49,9 +49,20 @@ class Comparison:
 
     @classmethod
     def of(cls, first: AuditReport, second: AuditReport) -> Comparison:
-        """Compare two audits."""
+        """Compare two audits.
+
+        Raises:
+            ValueError: If which example of one is which of the other is not known.
+        """
         a, b = first.columns, second.columns
         by = "id" if "id" in a and "id" in b else "index"
+        streams = [each for each in (first, second) if each.manifest.get("stream")]
+        if by == "index" and streams:
+            raise ValueError(
+                f"{_name(streams[0])} is of a stream, whose examples are numbered in the order in which they came, and "
+                "the other audit has no ids: which example is which is not known. Audit that one with `ids=`, the ids "
+                "of the stream."
+            )
         _, rows, others = np.intersect1d(a[by].astype(str), b[by].astype(str), return_indices=True)
         common = [name for name in (*COLUMNS, *a) if name in a and name in b]
         numbers = [name for name in dict.fromkeys(common) if name not in _OF_NOBODY and a[name].dtype.kind in "iuf"]

@@ -12,18 +12,14 @@ from lightning_influence.callbacks.checkpoint_files import StrPath, precision_of
 from lightning_influence.callbacks.hooks import RunHooks
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, is_a, overrides
 from lightning_influence.callbacks.past_run import PastRun, RunFiles
-from lightning_influence.callbacks.resuming import Restored
 from lightning_influence.core import distributed
 from lightning_influence.core.errors import short
-from lightning_influence.training.recording import Recording
 
 
 class Afterwards(RunHooks):
     """What needs no fit with this callback."""
 
     arguments: Arguments
-    _restored: Restored | None
-    _recording: Recording | None
 
     def audit(
         self,
@@ -61,8 +57,8 @@ class Afterwards(RunHooks):
         Example:
             >>> report = InfluenceAudit().audit(model, datamodule, ckpt_path="lightning_logs/version_0")
         """
-        self._report = self._recording = self._run = self._restored = None
-        self._no_report = "the last audit has failed"
+        if not self.has_report:
+            self._no_report = "the last audit has failed"
         if not is_a(model, "LightningModule"):
             raise TypeError(f"the model is {short(model)}; expected the LightningModule that was trained.")
         if trainer is None and distributed.world_size() > 1:
@@ -70,13 +66,15 @@ class Afterwards(RunHooks):
                 f"this is one of {distributed.world_size()} processes, which share an audit: pass their `trainer=` and "
                 "call `audit` on all of them, or audit a checkpoint in a process of its own."
             )
+        if ckpt_path is None and not ckpt_paths and trainer is not None and self.arguments.weights == "best":
+            ckpt_path = "best"
         files = RunFiles.of(model, trainer, ckpt_path, ckpt_paths)
         loaders = _data(model, data, val_dataloaders, trainer)
         weights = model.state_dict() if files.audited is None else files.audited.weights
         used = trainer or no_training.evaluating_trainer(model, precision_of(weights))
         done = PastRun(self.arguments, self.state_key, files, model, used, lent=trainer is not None)
         no_training.fit_in_name(used, model, done.audit, **loaders)
-        self._report, self._run, self._recording = done.report, done.run, done.recording
+        self._report, self._run = done.report, done.run
         self._no_report = "it is that of rank zero"
         return self._report  # type: ignore[return-value]  # on rank zero, where people look
 

@@ -107,7 +107,7 @@ def audited_indices(trainer: Trainer, seen: list[int], source: ExampleSource, *,
     """
     if isinstance(source, StreamSource):
         source.look_again()
-        return seen
+        return seen or (list(range(len(source))) if source.whole else [])
     loader: Any = train_loader(trainer)
     limited = trainer.num_training_batches < length_of(loader) or bool(getattr(trainer, "overfit_batches", False))
     return seen if limited or (last and seen and not _draws_all(loader)) else drawn_from(loader, len(source))

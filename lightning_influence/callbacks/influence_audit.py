@@ -201,9 +201,10 @@ class InfluenceAudit(Afterwards):
             preparing.check_indices("known_noise", self.arguments.known_noise, source)
             preparing.check_indices("trusted", self.arguments.trusted, source)
             restored, self._restored = self._restored, None
+            stream = source if isinstance(source, StreamSource) else None
             # How long a stream is, is not known: there is room for what has been met.
-            grown = restored.state.get("size", 0) if restored and isinstance(source, StreamSource) else len(source)
-            self._recording = Recording(grown, module, self.arguments.tracin)
+            grown = restored.state.get("size", 0) if restored and stream else len(source)
+            self._recording = Recording(grown, module, self.arguments.tracin, stream)
             restore(self._recording, restored, trainer)
             self._run = begun(self.arguments, trainer, module, source, self._recording)
             self._run.take_over(trainer)
@@ -269,9 +270,7 @@ class InfluenceAudit(Afterwards):
         """Return what a resumed run needs: tensors and primitives."""
         if self._recording is None:
             return {}
-        source = self._recorder.source
-        ids = {"stream": source.state_dict()} if isinstance(source, StreamSource) else {}
-        return self._recording.state_dict() | {"arguments": self.arguments.described()} | ids
+        return self._recording.state_dict() | {"arguments": self.arguments.described()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the size of the data set is known."""

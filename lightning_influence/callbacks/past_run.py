@@ -25,9 +25,11 @@ from lightning_influence.callbacks.lightning import (
     Trainer,
     rank_zero_warn,
 )
+from lightning_influence.callbacks.loaders import train_loader
 from lightning_influence.callbacks.resuming import Restored, restore, state_for
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.data.source import ExampleSource
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.training.features import look_at_labels
 from lightning_influence.training.gaps import Gaps
 from lightning_influence.training.optimizers import preconditioners
@@ -146,12 +148,11 @@ class PastRun:
                     trainer.datamodule.load_state_dict(state)
             no_training.go_to(trainer, *(self.before if file is None else (file.epochs, file.step)))
             no_training.set_up_data(trainer)
-            source = ExampleSource.from_loader(trainer.train_dataloader)
-            preparing.check_indices("known_noise", self.arguments.known_noise, source)
-            preparing.check_indices("trusted", self.arguments.trusted, source)
-            restored = self._restored(len(source))
+            source, restored = self._data()
             arguments = self._arguments(restored)
-            recording = self.recording = Recording(len(source), module, arguments.tracin)
+            size = len(source) if restored is None else restored.state["size"]  # streams are given room
+            stream = source if isinstance(source, StreamSource) else None
+            recording = self.recording = Recording(size, module, arguments.tracin, stream)
             if restored is not None:
                 restore(recording, restored, trainer)
                 self._go_to(file)
@@ -184,20 +185,46 @@ class PastRun:
         no_training.go_to(self.trainer, file.epochs, file.step)
         return no_training.restore_optimizers(self.trainer, file)
 
-    def _restored(self, size: int) -> Restored | None:
-        """Return what the checkpoint holds of an audit's records, if they are of these data."""
+    def _data(self) -> tuple[ExampleSource, Restored | None]:
+        """Return the training data, and what the checkpoint holds of an audit's records, if they are of these data."""
+        trainer: Any = self.trainer
+        loader, sample_id = train_loader(trainer), self.arguments.sample_id
+        source = ExampleSource.from_loader(loader) if sample_id is None else StreamSource(loader, sample_id)
+        preparing.check_indices("known_noise", self.arguments.known_noise, source)
+        preparing.check_indices("trusted", self.arguments.trusted, source)
+        restored = self._restored()
+        stream = isinstance(source, StreamSource)
+        if restored is not None and restored.of_stream != stream:
+            filed = "the ids of a stream" if restored.of_stream else "index"
+            self._warn(
+                f"what training said of each example is left out: it is filed by {filed}, and these data are not"
+            )
+            restored = None
+        if not isinstance(source, StreamSource):
+            if restored is not None and (size := restored.state["size"]) != len(source):
+                self._others(f"it had {size:,} examples, these are {len(source):,}")
+                restored = None
+            return source, restored
+        if restored is not None:
+            source.load_state_dict(restored.state["stream"])
+            known = len(source)
+            if source.at_hand and (new := len(source) - known):
+                self._others(f"it had {known:,} examples, and {new} of the first batch are none of these")
+                source, restored = StreamSource(loader, sample_id), None
+        if restored is None:
+            source.counted(trainer.num_training_batches)
+        source.whole = True
+        return source, restored
+
+    def _others(self, told: str) -> None:
+        self._warn(f"the training data are not those of the training: {told}; what it said of each is left out")
+
+    def _restored(self) -> Restored | None:
+        """Return what the checkpoint holds of an audit's records."""
         callbacks = {} if self.files.audited is None else self.files.audited.content.get("callbacks") or {}
         own = callbacks.get(self._key)
         found = Restored(own) if own else state_for(self._key, self.arguments.described(), callbacks)
-        if found is None or "parts" not in found.state:
-            return None
-        if found.state["size"] != size:
-            self._warn(
-                f"the training data are not those of the training: it had {found.state['size']:,} examples, these are "
-                f"{size:,}; what it said of each is left out"
-            )
-            return None
-        return found
+        return None if found is None or "parts" not in found.state else found
 
     def _arguments(self, restored: Restored | None) -> Arguments:
         tracin = self.arguments.tracin
@@ -215,13 +242,11 @@ class PastRun:
             seen = look_at_labels(run.passes.gradients(self.trainer, self.module), asked, title="labels")
         if seen is None or "label" not in seen.columns:
             return False
-        other = run.recording.dynamics.relabelled(seen.indices.cpu(), seen.columns["label"].cpu())
-        if len(other) <= _OTHERS * len(asked):
+        other = set(run.recording.dynamics.relabelled(seen.indices.cpu(), seen.columns["label"].cpu()))
+        missing = run.passes.source.missing
+        if len(other - missing.keys()) <= _OTHERS * len(asked):
             return False
-        self._warn(
-            f"the training data are not those of the training: {len(other)} of {len(asked)} examples had another "
-            "label there; what it said of each is left out"
-        )
+        self._others(f"{len(other - missing.keys())} of {len(asked)} examples had another label there")
         recording = run.recording
         recording.start_again(recording.size, self.trainer.current_epoch)
         recording.visits, recording.wants_tracin, recording.gaps = None, False, Gaps()
@@ -232,7 +257,8 @@ class PastRun:
         """Look at the examples along the checkpoints, as far as there are some."""
         recording, files = run.recording, self.files
         recording.labels.unknown = f"{_WITHOUT}; {_WITH}"
-        why = "" if files.audited is None else f", and {files.audited.name} holds no record of one"
+        left_out = bool(self._notes)
+        why = "" if files.audited is None or left_out else f", and {files.audited.name} holds no record of one"
         self._notes.append(f"no training dynamics: the audit was made after training{why}")
         steps = epochs = 0
         for step, path in files.along:
@@ -308,7 +334,7 @@ class PastRun:
             run.score_checkpoint(self.trainer, self.module, run.arguments.tracin)
         elif not evidence.closed:
             with bridge.aside(self.trainer):
-                indices = bridge.drawn_from(self.trainer.train_dataloader, recording.size)
+                indices = bridge.drawn_from(train_loader(self.trainer), recording.size)
                 seen = look_at_labels(run.passes.gradients(self.trainer, self.module), indices)
             if seen is not None:
                 recording.add_snapshot(seen)

@@ -247,7 +247,7 @@ def check_indices(name: str, indices: Tensor | None, source: ExampleSource) -> N
     if indices is not None and isinstance(source, StreamSource):
         raise DataError(
             f"{name} holds indices, and a stream has none before it is trained on. Leave it out, and compare "
-            'the ids of the report: `report["id"]`.'
+            'the ids of the report: `report.columns["id"]`.'
         )
     if indices is not None and int(indices.max()) >= len(source):
         raise DataError(f"{name} holds the index {int(indices.max())}; the data have {len(source)} examples.")

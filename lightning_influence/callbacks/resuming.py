@@ -11,6 +11,9 @@ from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.lightning import LightningModule, Trainer
 from lightning_influence.training.recording import Recording
 
+# Whoever put an audit into a trainer: what is recorded is the same.
+_KINDS = ("InfluenceAudit", "UninvitedAudit")
+
 
 @dataclass(frozen=True)
 class Restored:
@@ -24,6 +27,11 @@ class Restored:
     state: Mapping[str, Any]
     unlike: tuple[str, ...] = ()
 
+    @property
+    def of_stream(self) -> bool:
+        """Whether its examples are numbered in the order in which they came."""
+        return "stream" in self.state
+
 
 def state_for(own: str, arguments: Mapping[str, Any], states: Mapping[Any, Any]) -> Restored | None:
     """Find the state of an audit that had other arguments; None if there is none, or it is found by its key.
@@ -35,8 +43,8 @@ def state_for(own: str, arguments: Mapping[str, Any], states: Mapping[Any, Any])
         arguments: Its arguments.
         states: Of all the checkpoint's callbacks, by key.
     """
-    kind, settings = own.partition("{")[0] + "{", _of_tracin(arguments)
-    others = {key: state for key, state in states.items() if isinstance(key, str) and key.startswith(kind) and state}
+    kinds, settings = {own.partition("{")[0], *_KINDS}, _of_tracin(arguments)
+    others = {key: state for key, state in states.items() if str(key).partition("{")[0] in kinds and state}
     if own in others or not others:
         return None
     found = []
@@ -60,10 +68,17 @@ def restore(recording: Recording, restored: Restored | None, trainer: Trainer) -
     """Take over what a checkpoint holds, and note what the columns will lack.
 
     Raises:
-        ValueError: If it was written for a data set of another size, or by a version that kept it otherwise.
+        ValueError: If it was written for a data set of another size or kind, or by a version that kept it otherwise.
     """
     step, epoch = trainer.global_step, trainer.current_epoch
     if restored is not None:
+        stream = recording.stream is not None
+        if "parts" in restored.state and restored.of_stream != stream:
+            then, now = ("by ids of a stream" if one else "by index" for one in (restored.of_stream, stream))
+            raise ValueError(
+                f"what the checkpoint holds of each example is filed {then}, and these data are filed {now}: which is "
+                "whose is not known. Go on with the data and the `sample_id=` of the training, or without an audit."
+            )
         if "parts" not in restored.state:
             raise ValueError(
                 "the checkpoint holds what an earlier version of lightning-influence has recorded. Resume with that "

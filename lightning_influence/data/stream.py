@@ -74,6 +74,7 @@ class StreamSource(ExampleSource):
         book: The ids that have come so far; an example's index is its number there.
         repeated: How many examples came once more in the same epoch.
         repeats: A few of their ids.
+        whole: Whether all of its examples are known, those that nobody was trained on included.
 
     Raises:
         DataError: If the loader can be gone over only once.
@@ -87,6 +88,7 @@ class StreamSource(ExampleSource):
         self.changed = self._loader.changed
         self.sample_id = sample_id
         self.repeated, self.repeats = 0, list[Id]()
+        self.whole = False
         self._epoch, self._batches, self._longest = -1, 0, 0
         self._seen = np.zeros(0, bool)  # in this epoch
         self._ends = False
@@ -257,12 +259,22 @@ class StreamSource(ExampleSource):
                 return
 
     def counted(self, batches: float) -> list[int]:
-        """Return the numbers of the examples of so many batches: of a stream without ids, by going over it."""
+        """Return the numbers of the examples of so many batches, of a stream that nobody trains on, by going over it.
+
+        Raises:
+            DataError: If ids can't be read.
+        """
         found = 0
         for number, batch in enumerate(self._loader):
-            found += len(self._ids(batch))
+            if self.sample_id is None:
+                found += len(self._ids(batch))
+            else:
+                self.met(batch, 0, endless=False)
+                found = len(self.book)
             if number + 1 >= batches:
                 break
+        else:
+            self._ends = True
         return list(range(found))
 
     def _hold(self, indices: Sequence[int]) -> None:

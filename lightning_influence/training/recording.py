@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.objective.losses import LossCall
 from lightning_influence.objective.scale import TermKey
@@ -47,6 +48,7 @@ class Recording:
         size: Number of examples of the data set.
         module: The model, for the names of its parameters.
         tracin: How TracIn is computed; None for not at all.
+        stream: The training data, if their examples are numbered in the order in which they come.
 
     Attributes:
         losses: What the batches' losses are made of.
@@ -63,7 +65,10 @@ class Recording:
         postponed: Step of a TracIn checkpoint that was left to the final pass.
     """
 
-    def __init__(self, size: int, module: nn.Module, tracin: TracIn | None = None) -> None:
+    def __init__(
+        self, size: int, module: nn.Module, tracin: TracIn | None = None, stream: StreamSource | None = None
+    ) -> None:
+        self.stream = stream
         self.losses = HeardLosses()
         self.step_sizes = StepSizes(module)
         self.wants_tracin = tracin is not None
@@ -261,6 +266,7 @@ class Recording:
             "kept": [each.described() for each in self.kept],
             "carried": [] if self.carried is None else [self.carried.described()],
             "postponed": self.postponed,
+            **({} if self.stream is None else {"stream": self.stream.state_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, tracin: bool = True) -> None:
