@@ -204,7 +204,8 @@ class InfluenceAudit(Afterwards):
             stream = source if isinstance(source, StreamSource) else None
             # How long a stream is, is not known: there is room for what has been met.
             grown = restored.state.get("size", 0) if restored and stream else len(source)
-            self._recording = Recording(grown, module, self.arguments.tracin, stream)
+            self._recording = Recording(grown, module, self.arguments.tracin)
+            self._recording.stream = stream
             restore(self._recording, restored, trainer)
             self._run = begun(self.arguments, trainer, module, source, self._recording)
             self._run.take_over(trainer)

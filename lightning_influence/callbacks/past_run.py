@@ -151,8 +151,8 @@ class PastRun:
             source, restored = self._data()
             arguments = self._arguments(restored)
             size = len(source) if restored is None else restored.state["size"]  # streams are given room
-            stream = source if isinstance(source, StreamSource) else None
-            recording = self.recording = Recording(size, module, arguments.tracin, stream)
+            recording = self.recording = Recording(size, module, arguments.tracin)
+            recording.stream = source if isinstance(source, StreamSource) else None
             if restored is not None:
                 restore(recording, restored, trainer)
                 self._go_to(file)
@@ -174,7 +174,8 @@ class PastRun:
             raise MisconfigurationException(f"InfluenceAudit: there is nothing to audit: {run.failure}.")
         self.report, publish = finished
         if self.report is not None:
-            self._compare(self.report, "" if restored is None else str(restored.state.get("directory", "")))
+            directory = "" if restored is None else str(restored.state.get("directory", ""))
+            _compare(self.report, self.files.audited, directory)
         publish()
 
     def _go_to(self, file: TrainerCheckpoint | None) -> str:
@@ -339,28 +340,29 @@ class PastRun:
             if seen is not None:
                 recording.add_snapshot(seen)
 
-    def _compare(self, report: AuditReport, directory: str) -> None:
-        """Warn if an audit that the same run has left is about other data."""
-        places = [directory] if directory else []
-        if self.files.audited is not None and (run := folder_of_run(self.files.audited.path)):
-            places.append(os.path.join(run, "influence"))
-        for place in places:
-            try:
-                then: Mapping[str, Any] = AuditStore.open(place).manifest
-            except StoreError:
-                continue
-            now = report.manifest
-            if then.get("status") != "complete" or place == str(report.directory):
-                continue
-            told = _unlike(then, now)
-            if told:
-                rank_zero_warn(f"InfluenceAudit: the data are not those of the audit in {place}: {told}.")
-                report.manifest["notes"].append(f"the data are not those of the audit in {place}: {told}")
-            return
-
     def _warn(self, told: str) -> None:
         rank_zero_warn(f"InfluenceAudit: {told}.")
         self._notes.append(told)
+
+
+def _compare(report: AuditReport, audited: TrainerCheckpoint | None, directory: str) -> None:
+    """Warn if an audit that the same run has left is about other data."""
+    places = [directory] if directory else []
+    if audited is not None and (run := folder_of_run(audited.path)):
+        places.append(os.path.join(run, "influence"))
+    for place in places:
+        try:
+            then: Mapping[str, Any] = AuditStore.open(place).manifest
+        except StoreError:
+            continue
+        now = report.manifest
+        if then.get("status") != "complete" or place == str(report.directory):
+            continue
+        told = _unlike(then, now)
+        if told:
+            rank_zero_warn(f"InfluenceAudit: the data are not those of the audit in {place}: {told}.")
+            report.manifest["notes"].append(f"the data are not those of the audit in {place}: {told}")
+        return
 
 
 def _unlike(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -259,23 +259,13 @@ class StreamSource(ExampleSource):
                 return
 
     def counted(self, batches: float) -> list[int]:
-        """Return the numbers of the examples of so many batches, of a stream that nobody trains on, by going over it.
-
-        Raises:
-            DataError: If ids can't be read.
-        """
+        """Return the numbers of the examples of so many batches of a stream that nobody trains on, by going over it."""
         found = 0
         for number, batch in enumerate(self._loader):
-            if self.sample_id is None:
-                found += len(self._ids(batch))
-            else:
-                self.met(batch, 0, endless=False)
-                found = len(self.book)
+            found += len(self._ids(batch) if self.sample_id is None else self.met(batch, 0, endless=False))
             if number + 1 >= batches:
                 break
-        else:
-            self._ends = True
-        return list(range(found))
+        return list(range(len(self.book) or found))
 
     def _hold(self, indices: Sequence[int]) -> None:
         """Go over the stream for a few examples, and keep them in ``dataset``."""

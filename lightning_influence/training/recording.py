@@ -48,9 +48,9 @@ class Recording:
         size: Number of examples of the data set.
         module: The model, for the names of its parameters.
         tracin: How TracIn is computed; None for not at all.
-        stream: The training data, if their examples are numbered in the order in which they come.
 
     Attributes:
+        stream: The training data, if their examples are numbered in the order in which they come.
         losses: What the batches' losses are made of.
         dynamics: What they have said of the examples.
         step_sizes: Learning rates that were really used.
@@ -65,17 +65,13 @@ class Recording:
         postponed: Step of a TracIn checkpoint that was left to the final pass.
     """
 
-    def __init__(
-        self, size: int, module: nn.Module, tracin: TracIn | None = None, stream: StreamSource | None = None
-    ) -> None:
-        self.stream = stream
-        self.losses = HeardLosses()
-        self.step_sizes = StepSizes(module)
+    def __init__(self, size: int, module: nn.Module, tracin: TracIn | None = None) -> None:
+        self.stream: StreamSource | None = None
+        self.losses, self.step_sizes = HeardLosses(), StepSizes(module)
         self.wants_tracin = tracin is not None
         self._in_flight = tracin is not None and tracin.mode == "step"
         self.pace = Pace() if tracin is None else Pace(tracin.every_n_steps, tracin.overhead)
-        self.gaps = Gaps()
-        self.notes: list[str] = []
+        self.gaps, self.notes = Gaps(), list[str]()
         self.directory, self.postponed = "", -1
         self.kept: list[Checkpoint] = []
         self.carried: Checkpoint | None = None
