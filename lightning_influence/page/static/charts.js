@@ -119,15 +119,15 @@ export function binned(values, inside, marked, log, bins = 48) {
 /**
  * A histogram with candidates marked in it.
  * @param {{ edges: number[], counts: number[], candidates?: number[] }} bins
- * @param {{ label: string, logX?: boolean, logY?: boolean, mark?: number, width?: number, height?: number,
+ * @param {{ label: string, logX?: boolean, logY?: boolean, mark?: number, width: number, height?: number,
  *   highest?: number }} options `mark`: a value to point at.
  */
 export function histogram({ edges, counts, candidates = [] }, options) {
-  const { label, logX = false, logY = false, mark, width = 760, height = 260, highest } = options;
+  const { label, logX = false, logY = false, mark, width, height = 250, highest } = options;
   const most = Math.max(1, highest ?? Math.max(...counts));
   const base = height - BOTTOM;
   const [low, high] = [edges[0], edges[edges.length - 1]];
-  const x = logX ? logarithmic(low, high, LEFT, width - RIGHT) : linear(low, high, LEFT, width - RIGHT, 8);
+  const x = logX ? logarithmic(low, high, LEFT, width - RIGHT) : linear(low, high, LEFT, width - RIGHT, Math.max(2, width / 90));
   const y = logY ? logarithmic(0.5, most * 1.2, base, TOP) : linear(0, most, base, TOP, 4);
   const top = (/** @type {number} */ count) => (count > 0 ? y.to(count) : base);
   const bars = counts.flatMap((count, k) => {
@@ -143,7 +143,7 @@ export function histogram({ edges, counts, candidates = [] }, options) {
       : [];
   return s(
     'svg',
-    { class: 'chart', viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': label },
+    { class: 'chart', width, height, role: 'img', 'aria-label': label },
     axes(x, y, width, height),
     bars,
     pointer,
@@ -165,14 +165,14 @@ function bar(kind, count, size, top, base) {
  * Curves over epochs.
  * @param {number[]} epochs
  * @param {{ name: string, values: ArrayLike<number>, kind: string }[]} series
- * @param {{ label: string, width?: number, height?: number, low?: number, high?: number }} options
+ * @param {{ label: string, width: number, height?: number, low?: number, high?: number }} options
  */
-export function curves(epochs, series, { label, width = 360, height = 170, low, high }) {
+export function curves(epochs, series, { label, width, height = 150, low, high }) {
   const known = series.flatMap(({ values }) => Array.from(values)).filter((value) => Number.isFinite(value));
   let [least, most] = [low ?? Math.min(0, ...known), high ?? Math.max(...known, 0)];
   if (least === most) most = least + 1;
   const [first, last] = [epochs[0], epochs[epochs.length - 1]];
-  const x = linear(first, Math.max(last, first + 1), LEFT, width - RIGHT, 6);
+  const x = linear(first, Math.max(last, first + 1), LEFT, width - RIGHT, Math.max(2, width / 60));
   x.ticks = x.ticks.filter((value) => Number.isInteger(value));
   const y = linear(least, most, height - BOTTOM, TOP, 4);
   const drawn = series.flatMap(({ name, values, kind }) => [
@@ -189,8 +189,7 @@ export function curves(epochs, series, { label, width = 360, height = 170, low, 
         )
       : []),
   ]);
-  const size = { viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': label };
-  return s('svg', { class: 'chart', ...size }, axes(x, y, width, height, String), drawn);
+  return s('svg', { class: 'chart', width, height, role: 'img', 'aria-label': label }, axes(x, y, width, height, String), drawn);
 }
 
 /**

@@ -7,7 +7,7 @@ import { scatter } from './scatter.js';
 /** @typedef {import('./app.js').Context} Context */
 /** @typedef {import('./audit.js').Audit} Audit */
 
-const LISTED = 60;
+const LISTED = 30;
 
 /**
  * @param {Context} context
@@ -15,7 +15,7 @@ const LISTED = 60;
  */
 export function compare(context) {
   const { audit, runs, kept } = context;
-  const others = runs.filter(({ id, error }) => id !== audit.id && !error);
+  const others = runs.filter(({ id, error }) => id !== audit.id && !error).sort((a, b) => likeness(audit.id, b) - likeness(audit.id, a));
   const element = h('div', { class: 'page compare' });
   if (!others.length) {
     const told = 'There is no other audit here. Point `lightning-influence view` or TensorBoard at a directory that holds several.';
@@ -27,13 +27,24 @@ export function compare(context) {
     kept.other = value;
     context.refresh();
   });
-  const body = h('div', {}, h('p', { class: 'nothing' }, 'reading …'));
+  const body = h('div', { class: 'stack' }, h('p', { class: 'nothing' }, 'reading …'));
   element.append(h('div', { class: 'controls' }, pick), body);
   context
     .load(chosen)
     .then((other) => body.replaceChildren(...sideBySide(context, other)))
     .catch((error) => body.replaceChildren(h('p', { class: 'banner bad' }, `it can't be compared: ${error.message}`)));
   return { element };
+}
+
+/**
+ * How much a run is one to compare with: complete, and from near by.
+ * @param {string} id
+ * @param {import('./host.js').Run} run
+ */
+function likeness(id, run) {
+  let same = 0;
+  while (same < id.length && id[same] === run.id[same]) same += 1;
+  return same + (run.status === 'complete' ? 1000 : 0);
 }
 
 /**
@@ -68,14 +79,15 @@ function sideBySide(context, other) {
   const entered = rows.filter(([a, b]) => !audit.candidate[a] && other.candidate[b]);
   entered.sort((p, q) => other.rank[p[1]] - other.rank[q[1]]);
   left.sort((a, b) => audit.rank[a] - audit.rank[b]);
+  const columns = h('section', {}, h('h2', {}, 'Column by column'), h('div', { class: 'controls' }, pick, h('span', {}, told)), h('div', { class: 'drawing' }, scatter(points, { label: `${name} in both audits; ${told}`, height: 460 })), h('p', { class: 'legend' }, h('span', { class: 'swatch bar' }), 'the same in both', h('span', { class: 'swatch marked' }), 'a candidate in one of them'));
   return [
     figures(audit, other),
-    h('section', {}, h('h2', {}, 'Column by column'), h('div', { class: 'controls' }, pick, h('span', {}, told)), h('div', { class: 'drawing square' }, scatter(points, { label: `${name} in both audits; ${told}`, height: 460 })), h('p', { class: 'legend' }, h('span', { class: 'swatch bar' }), 'the same in both', h('span', { class: 'swatch marked' }), 'a candidate in one of them')),
     h(
       'div',
       { class: 'halves' },
-      list(context, `Candidates in ${audit.name} alone`, left),
-      list(context, `Candidates in ${other.name} alone`, entered.map(([a]) => a)),
+      columns,
+      h('div', { class: 'stack' }, list(context, `Candidates in ${audit.name} alone`, left),
+      list(context, `Candidates in ${other.name} alone`, entered.map(([a]) => a))),
     ),
   ];
 }

@@ -45,7 +45,7 @@ function filled(element, attributes, children) {
       element.setAttribute(name, value === true ? '' : String(value));
     }
   }
-  element.append(...children.flat().filter(isChild).map(asNode));
+  element.append(...children.flat(Infinity).filter(isChild).map(asNode));
   return element;
 }
 
@@ -94,15 +94,36 @@ export function check(label, value, act) {
 }
 
 /**
+ * A drawing that is as wide as there is room, and drawn anew when that changes.
+ * @param {number} height In pixels, so that nothing jumps.
+ * @param {(width: number) => Node} draw
+ */
+export function fitted(height, draw) {
+  const box = h('div', { class: 'fitted', style: { 'min-height': `${height}px` } });
+  let width = 0;
+  const observer = new ResizeObserver((entries) => {
+    const room = Math.round(entries[0].contentRect.width);
+    if (room && room !== width) box.replaceChildren(draw((width = room)));
+  });
+  observer.observe(box);
+  return box;
+}
+
+/**
  * A number as a person reads it.
  * @param {number} value
  */
 export function number(value) {
   if (!Number.isFinite(value)) return '–';
   const size = Math.abs(value);
-  if (Number.isInteger(value) && size < 1e6) return value.toLocaleString('en');
-  if (size >= 1e5 || (size < 1e-3 && size > 0)) return value.toExponential(2).replace('e+', 'e');
-  return size >= 1000 ? Math.round(value).toLocaleString('en') : String(Number(value.toPrecision(3)));
+  return `${value < 0 ? '−' : ''}${positive(size)}`;
+}
+
+/** @param {number} size */
+function positive(size) {
+  if (Number.isInteger(size) && size < 1e6) return size.toLocaleString('en');
+  if (size >= 1e5 || (size < 1e-3 && size > 0)) return size.toExponential(2).replace('e+', 'e').replace('e-', 'e−');
+  return size >= 1000 ? Math.round(size).toLocaleString('en') : String(Number(size.toPrecision(3)));
 }
 
 /**

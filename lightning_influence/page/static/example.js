@@ -1,7 +1,7 @@
 // Everything that an audit knows about one example.
 
 import { binned, curves, histogram } from './charts.js';
-import { button, h, number, percent } from './dom.js';
+import { button, fitted, h, number, percent } from './dom.js';
 import { badge, labels, meter, picture } from './parts.js';
 
 /** @typedef {import('./app.js').Context} Context */
@@ -114,7 +114,8 @@ function overEpochs(audit, row) {
     if (!values) return [];
     const range = name === 'probability' ? { low: 0, high: 1 } : {};
     const told = name === 'probability' ? 'probability of the given label' : name;
-    const chart = curves(epochs, [{ name: told, values, kind: 'first' }], { label: `${told} over the epochs`, ...range });
+    const series = [{ name: told, values, kind: 'first' }];
+    const chart = fitted(150, (width) => curves(epochs, series, { label: `${told} over the epochs`, width, ...range }));
     return [h('figure', {}, h('figcaption', {}, told), chart)];
   });
   if (!drawn.length) return h('p', { class: 'muted' }, 'The curves of this example are not in the page: report.curves has them.');
@@ -152,8 +153,9 @@ export function entry(context, index, told, more = null) {
     h(
       'button',
       { type: 'button', class: 'entry', disabled: !known, on: { click: () => go('example', { index: String(index) }) } },
-      (audit.hasPictures || audit.hasTexts) && picture(audit, index, 'thumb'),
-      h('span', { class: 'name' }, h('span', { class: 'index' }, `#${index}`), known && audit.labelled && labels(audit, row)),
+      audit.hasPictures && picture(audit, index, 'thumb'),
+      h('span', { class: 'name' }, h('span', { class: 'index' }, `#${index}`), known && audit.labelled && labels(audit, row, false)),
+      known && !audit.hasPictures && audit.hasTexts && h('span', { class: 'cut snippet' }, audit.text(row)),
       more,
       h('span', { class: 'muted told' }, told),
     ),
@@ -184,8 +186,8 @@ function inQueries(context, row) {
         const key = `${pair.set}/${pair.query}`;
         const told = `${pair.list}, place ${pair.rank}: ${number(pair.list === 'specific' ? pair.relative : pair.score)}`;
         const open = () => go('queries', { number: String(pair.number) });
-        const name = `query ${pair.query}: ${audit.label(pair.label)}, predicted ${audit.label(pair.predicted)}`;
-        const shown = audit.queryPictures[key] || audit.queryTexts[key] ? picture(audit, key, 'thumb', true) : null;
+        const name = pair.label >= 0 ? `query ${pair.query}: ${audit.label(pair.label)}, predicted ${audit.label(pair.predicted)}` : `query ${pair.query}`;
+        const shown = audit.queryPictures[key] ? picture(audit, key, 'thumb', true) : null;
         return h('li', {}, h('button', { type: 'button', class: 'entry', on: { click: open } }, shown, h('span', { class: 'name' }, name), h('span', { class: 'muted told' }, told)));
       });
       return [h('h2', {}, title), h('ul', { class: 'kin' }, entries)];
@@ -201,12 +203,12 @@ function inQueries(context, row) {
 function columns(audit, row) {
   const body = [...audit.columns.values()].map(({ name, meaning, direction, kind, texts, values }) => {
     const value = texts ? texts[row] : values[row];
-    const shown = NAMES.includes(name) ? audit.label(Number(value)) : kind === 'bool' ? (value ? 'yes' : 'no') : texts ? String(value) : number(Number(value));
+    const shown = NAMES.includes(name) ? audit.label(Number(value)) : kind === 'bool' ? (value ? 'yes' : 'no') : texts ? String(value) : name === 'wrong_probability' ? percent(Number(value)) : number(Number(value));
     const share = direction ? audit.percentiles(name)[row] : NaN;
     const place = Number.isFinite(share) ? [meter(share, `more suspicious than ${percent(share)}`, 'place'), h('span', { class: 'muted' }, percent(share))] : [];
-    return h('tr', {}, h('th', { scope: 'row', title: meaning }, name.replaceAll('_', ' ')), h('td', { class: 'number' }, shown), h('td', { class: 'placed' }, place), h('td', { class: 'meaning' }, meaning));
+    return h('tr', {}, h('th', { scope: 'row' }, name.replaceAll('_', ' '), h('span', { class: 'meaning' }, meaning)), h('td', { class: 'number' }, shown), h('td', { class: 'placed' }, place));
   });
-  const head = h('tr', {}, h('th', { scope: 'col' }, 'column'), h('th', { scope: 'col' }, 'value'), h('th', { scope: 'col', title: 'share of the examples that are less suspicious' }, 'more suspicious than'), h('th', { scope: 'col' }, 'meaning'));
+  const head = h('tr', {}, h('th', { scope: 'col' }, 'column'), h('th', { scope: 'col' }, 'value'), h('th', { scope: 'col', title: 'share of the examples that are less suspicious' }, 'above'));
   const name = ['suspicion', 'self_influence'].find((each) => audit.columns.has(each));
   return h('section', { class: 'columns' }, h('h2', {}, 'All columns'), name && amongAll(audit, name, row), h('table', {}, h('thead', {}, head), h('tbody', {}, body)));
 }
@@ -221,5 +223,5 @@ function amongAll(audit, name, row) {
   const bins = binned(values, () => true, (each) => Boolean(audit.candidate[each]), false);
   if (!bins.counts.length) return null;
   const label = `where the example is in the histogram of ${name}`;
-  return h('figure', {}, h('figcaption', {}, `${name} among all`), histogram(bins, { label, logY: true, mark: values[row], height: 150 }));
+  return h('figure', {}, h('figcaption', {}, `${name} among all`), fitted(130, (width) => histogram(bins, { label, logY: true, mark: values[row], width, height: 130 })));
 }

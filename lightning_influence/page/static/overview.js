@@ -1,7 +1,7 @@
 // What an audit found as a whole: figures, notes, and how its scores are spread.
 
 import { binned, histogram } from './charts.js';
-import { button, check, counted, h, select } from './dom.js';
+import { button, check, counted, fitted, h, select } from './dom.js';
 
 /** @typedef {import('./app.js').Context} Context */
 
@@ -54,15 +54,15 @@ function spread(context) {
   const over = historyNames(audit);
   const names = [...numeric.map(({ name }) => name), ...over.filter((name) => !audit.columns.has(name))];
   if (!names.length) return null;
-  const start = ['self_influence', 'suspicion', 'loss_mean', ...names].find((name) => names.includes(name)) ?? names[0];
+  const wanted = audit.status === 'recording' ? over : ['self_influence', 'suspicion', 'loss_mean'];
+  const start = [...wanted, ...names].find((name) => names.includes(name)) ?? names[0];
   const state = (context.kept.spread ??= { name: start, logX: start === 'self_influence', logY: true, given: '', epoch: -1, over: false });
   const box = h('div', { class: 'drawing' });
   const controls = h('div', { class: 'controls' });
 
   function draw() {
-    const history = state.over && over.includes(state.name);
     controls.replaceChildren(...tools());
-    box.replaceChildren(...(history ? byEpoch(audit, state) : asItIs(audit, state)));
+    box.replaceChildren(...(state.over ? byEpoch(audit, state) : asItIs(audit, state)));
   }
 
   function tools() {
@@ -117,7 +117,7 @@ function asItIs(audit, state) {
   if (!bins.counts.length) return [meaning, h('p', { class: 'nothing' }, state.logX ? 'no value is positive: see them without the logarithm' : 'no value is known')];
   const label = `histogram of ${state.name}`;
   const left = bins.left > 0 && h('p', { class: 'muted' }, `${counted(bins.left, 'example')} without ${state.logX ? 'a positive' : 'a finite'} value`);
-  return [meaning, histogram(bins, { label, logX: state.logX, logY: state.logY }), left].filter((each) => each instanceof Node);
+  return [meaning, fitted(250, (width) => histogram(bins, { label, logX: state.logX, logY: state.logY, width })), left].filter((each) => each instanceof Node);
 }
 
 /**
@@ -139,7 +139,7 @@ function byEpoch(audit, state) {
   const label = `histogram of ${state.name} in epoch ${one.epoch}`;
   return [
     h('p', { class: 'muted' }, `${state.name} as training saw it in epoch ${one.epoch}`),
-    histogram(one, { label, logY: state.logY, highest }),
+    fitted(250, (width) => histogram(one, { label, logY: state.logY, highest, width })),
   ];
 }
 

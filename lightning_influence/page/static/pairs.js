@@ -1,11 +1,13 @@
 // Which classes are taken for which, and two columns against each other; both lead to triage.
 
 import { button, check, counted, h, number, select } from './dom.js';
+import { meter } from './parts.js';
 import { scatter } from './scatter.js';
 
 /** @typedef {import('./app.js').Context} Context */
 
 const MOST = 24; // classes of a matrix
+const LISTED = 8; // pairs beside it
 
 /**
  * @param {Context} context
@@ -69,14 +71,42 @@ function matrix(context) {
       h('td', { class: 'sum' }, number(Math.round(counts[a].reduce((x, y) => x + y, 0)))),
     ),
   );
-  const head = h('tr', {}, h('th', { scope: 'col' }, 'given ↓  suggested →'), shown.map((b) => h('th', { scope: 'col' }, name(b))), h('th', { scope: 'col' }, 'sum'));
+  const head = h('tr', {}, h('th', { scope: 'col' }, 'given ↓  likely →'), shown.map((b) => h('th', { scope: 'col' }, name(b))), h('th', { scope: 'col' }, 'sum'));
   const options = /** @type {[string, string][]} */ ([...(estimated ? [['estimated', 'estimated wrong labels']] : []), ['candidates', 'candidates']]);
   const pick = select('count', options, which, (value) => {
     kept.flows = value;
     context.refresh();
   });
   const left = all.length > MOST && h('span', { class: 'muted' }, `the ${MOST} of ${audit.classes.length} classes with most of them`);
-  return h('section', {}, h('h2', {}, 'Given and suggested'), h('div', { class: 'controls' }, pick, left), h('div', { class: 'wide' }, h('table', { class: 'matrix' }, h('thead', {}, head), h('tbody', {}, body))));
+  return h('section', {}, h('h2', {}, 'Given and suggested'), h('div', { class: 'controls' }, pick, left), h('div', { class: 'beside' }, h('div', { class: 'wide' }, h('table', { class: 'matrix' }, h('thead', {}, head), h('tbody', {}, body))), frequent(context, counts, candidates, open)));
+}
+
+/**
+ * The pairs with the most labels, as a list.
+ * @param {Context} context
+ * @param {Float64Array[]} counts
+ * @param {Float64Array[]} candidates
+ * @param {(a: number, b: number) => void} open
+ */
+function frequent({ audit }, counts, candidates, open) {
+  const every = counts.flatMap((row, a) => Array.from(row, (count, b) => ({ a, b, count })));
+  const first = every.sort((p, q) => q.count - p.count).slice(0, LISTED).filter(({ count }) => count > 0);
+  const most = first[0]?.count ?? 1;
+  const name = (/** @type {number} */ k) => h('span', { class: 'label' }, audit.label(audit.classes[k]));
+  const entries = first.map(({ a, b, count }) =>
+    h(
+      'li',
+      {},
+      h(
+        'button',
+        { type: 'button', class: 'entry', on: { click: () => open(a, b) } },
+        h('span', { class: 'name' }, name(a), h('span', { class: 'arrow' }, '→'), name(b)),
+        meter(count / most, `${number(count)} labels`, 'proponent'),
+        h('span', { class: 'muted told' }, `${number(Number(count.toPrecision(3)))}; ${counted(candidates[a][b], 'candidate')}`),
+      ),
+    ),
+  );
+  return h('div', {}, h('h3', {}, 'Most frequent'), h('ol', { class: 'kin' }, entries));
 }
 
 /**
@@ -89,10 +119,8 @@ function matrix(context) {
 function cell(count, most, same, told, open) {
   if (same) return h('td', { class: 'same', 'aria-label': 'the same class' });
   if (!count) return h('td', { class: 'zero' }, '·');
-  const strength = Math.sqrt(count / most);
-  const kind = strength > 0.62 ? 'strong' : '';
-  const shade = { '--strength': `${Math.round(100 * strength)}%` };
-  return h('td', { class: `cell ${kind}`, style: shade }, button(count < 10 ? count.toFixed(count < 1 ? 1 : 0) : number(Math.round(count)), open, { title: told, 'aria-label': told }));
+  const shade = { '--strength': `${Math.round(100 * Math.sqrt(count / most))}%` };
+  return h('td', { class: 'cell', style: shade }, button(count < 10 ? count.toFixed(count < 1 ? 1 : 0) : number(Math.round(count)), open, { title: told, 'aria-label': told }));
 }
 
 /** @param {Context} context */

@@ -34,16 +34,19 @@ export function picture(audit, key, kind, ofQuery = false) {
  * The given label and, if there is one, what is suggested instead.
  * @param {Audit} audit
  * @param {number} row
+ * @param {boolean} [always] Whether what is suggested is shown of examples that are no candidates, too.
  */
-export function labels(audit, row) {
-  const [given, suggested] = [audit.given(row), audit.suggested(row)];
+export function labels(audit, row, always = true) {
+  const given = audit.given(row);
+  const suggested = always || audit.candidate[row] ? audit.suggested(row) : -1;
   const told = [h('span', { class: 'label given', title: `given: ${audit.label(given)}` }, audit.label(given))];
   if (suggested >= 0) {
     const name = audit.label(suggested);
     told.push(h('span', { class: 'arrow', 'aria-hidden': 'true' }, '→'));
     told.push(h('span', { class: 'label suggested', title: `suggested: ${name}` }, name));
   }
-  return h('span', { class: 'labels' }, told);
+  const long = audit.classes.some((label) => audit.label(label).length > 6);
+  return h('span', { class: long ? 'labels long' : 'labels' }, told);
 }
 
 /** @typedef {{ title: string, name: string, strength: (row: number) => number, told: (row: number) => string }} Evidence */

@@ -63,28 +63,26 @@ export function queries(context) {
 
 /**
  * @param {Context} context
- * @param {number} number
+ * @param {number} own
  * @param {boolean} current
  * @param {(number: number) => void} choose
  */
-function choice({ audit }, number, current, choose) {
-  const pair = /** @type {Pair} */ (audit.pairs.find((each) => each.number === number));
+function choice({ audit }, own, current, choose) {
+  const pair = /** @type {Pair} */ (audit.pairs.find((each) => each.number === own));
   const key = `${pair.set}/${pair.query}`;
   const state = current ? { 'aria-current': 'true' } : {};
-  const about = pair.label >= 0 ? `${audit.label(pair.label)} → ${audit.label(pair.predicted)}` : `loss ${short(pair.loss)}`;
+  const about = pair.label >= 0 ? `${audit.label(pair.label)}, predicted ${audit.label(pair.predicted)}` : `loss ${number(pair.loss)}`;
   return h(
     'li',
     {},
     h(
       'button',
-      { type: 'button', class: 'entry', ...state, on: { click: () => choose(number) } },
-      (audit.queryPictures[key] || audit.queryTexts[key]) && picture(audit, key, 'thumb', true),
-      h('span', { class: 'name' }, h('span', { class: 'index' }, `#${pair.query}`), h('span', {}, about)),
+      { type: 'button', class: 'entry', ...state, on: { click: () => choose(own) } },
+      audit.queryPictures[key] && picture(audit, key, 'thumb', true),
+      h('span', { class: 'name' }, h('span', { class: 'index' }, `#${pair.query}`), h('span', { class: 'cut', title: about }, about), !audit.queryPictures[key] && audit.queryTexts[key] && h('span', { class: 'cut index' }, audit.queryTexts[key])),
     ),
   );
 }
-
-const short = number;
 
 /**
  * @param {Context} context
@@ -95,13 +93,13 @@ function query({ audit }, pair) {
   const facts = [
     ['given', audit.label(pair.label)],
     ['predicted', audit.label(pair.predicted)],
-    ['loss', short(pair.loss)],
-    ...(pair.measured !== undefined && pair.measured !== pair.loss ? [['measured', short(pair.measured)]] : []),
+    ['loss', number(pair.loss)],
+    ...(pair.measured !== undefined && pair.measured !== pair.loss ? [['measured', number(pair.measured)]] : []),
   ];
   const told = pair.label >= 0 ? facts : facts.slice(2);
   return h(
     'section',
-    { class: 'about' },
+    { class: 'about brief' },
     (audit.queryPictures[key] || audit.queryTexts[key]) && picture(audit, key, 'large', true),
     h(
       'div',
@@ -126,9 +124,9 @@ function side(context, own, list, kind) {
   const [title, told] =
     kind === 'proponent' ? ['Proponents', 'training on them makes the query better'] : ['Opponents', 'training on them makes it worse'];
   const entries = some.map((pair) => {
-    const bar = meter(Math.abs(pair[name]) / most, `${name} ${short(pair[name])}`, kind);
-    const relative = pair.relative === undefined || pair.relative === null ? '' : `, relative ${short(pair.relative)}`;
-    return entry(context, pair.index, `score ${short(pair.score)}${relative}`, bar);
+    const bar = meter(Math.abs(pair[name]) / most, `${name} ${number(pair[name])}`, kind);
+    const relative = pair.relative === undefined || pair.relative === null ? '' : `, relative ${number(pair.relative)}`;
+    return entry(context, pair.index, `score ${number(pair.score)}${relative}`, bar);
   });
   return h(
     'section',

@@ -29,6 +29,19 @@ function spoken(audit, decisions, row) {
   return parts.join(', ');
 }
 
+/** @type {Record<string, string>} */
+const WIDTHS = {
+  rank: '46px',
+  thumb: '42px',
+  index: '54px',
+  text: 'minmax(110px, 3fr)',
+  labels: 'minmax(132px, 1fr)',
+  doubt: '72px',
+  'evidence-head': 'minmax(60px, 66px)',
+  loss: '86px',
+  decision: 'minmax(76px, 110px)',
+};
+
 /** @typedef {{ key: string, title: string, sort: string | null, hint: string }} Head */
 
 /**
@@ -55,10 +68,10 @@ export function rowMaker(audit, decisions) {
     shown.picture && { key: 'thumb', title: '', sort: null, hint: '' },
     { key: 'index', title: 'example', sort: 'index', hint: meaning('index') },
     shown.text && { key: 'text', title: audit.hasTexts ? 'text' : 'id', sort: null, hint: '' },
-    shown.labels && { key: 'labels', title: 'given → suggested', sort: 'label', hint: 'sort by the given label' },
+    shown.labels && { key: 'labels', title: 'given → other', sort: 'label', hint: 'sort by the given label' },
     shown.doubt && { key: 'doubt', title: 'wrong?', sort: 'wrong_probability', hint: meaning('wrong_probability') },
     shown.score && { key: 'doubt', title: 'suspicion', sort: 'suspicion', hint: meaning('suspicion') },
-    ...about.map(({ title, name }) => ({ key: 'meter', title, sort: name, hint: `${name}: ${meaning(name)}` })),
+    ...about.map(({ title, name }) => ({ key: 'evidence-head', title, sort: name, hint: `${name}: ${meaning(name)}` })),
     shown.loss && {
       key: 'loss',
       title: 'loss by epoch',
@@ -68,10 +81,7 @@ export function rowMaker(audit, decisions) {
     { key: 'decision', title: 'decision', sort: null, hint: '' },
   ];
   const kept = /** @type {Head[]} */ (heads.filter(Boolean));
-  const widths = { rank: '52px', thumb: '52px', index: '70px', text: 'minmax(90px, 2fr)', labels: 'minmax(110px, 1fr)' };
-  /** @type {Record<string, string>} */
-  const more = { doubt: '86px', meter: 'minmax(58px, 84px)', loss: '96px', decision: 'minmax(74px, 100px)' };
-  const template = kept.map(({ key }) => /** @type {Record<string, string>} */ (widths)[key] ?? more[key]).join(' ');
+  const template = kept.map(({ key }) => WIDTHS[key]).join(' ');
 
   /** @param {number} row */
   function line(row) {

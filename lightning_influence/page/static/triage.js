@@ -8,8 +8,13 @@ import { VirtualList } from './virtual.js';
 
 /** @typedef {import('./app.js').Context} Context */
 
+const HINTS = [
+  ['↑↓', 'move'],
+  ['U', 'undo'],
+  ['/', 'search'],
+];
 const TABLE = { height: 56, least: Infinity };
-const GRID = { height: 214, least: 150 };
+const GRID = { height: 198, least: 150 };
 
 /**
  * @param {Context} context
@@ -295,7 +300,8 @@ function progressParts({ audit, decisions }, listed, total) {
         h('span', { class: 'fill', style: { width: `${100 * share}%` } }),
       ),
     h('span', { class: 'muted' }, `${counted(listed, 'example')} listed`),
-    h('span', { class: 'gap' }),
     h('span', { class: decisions.failed ? 'bad' : 'muted' }, decisions.kept),
+    h('span', { class: 'gap' }),
+    h('span', { class: 'hints' }, HINTS.map(([key, told]) => [h('kbd', {}, key), told])),
   ].filter(isNode);
 }
