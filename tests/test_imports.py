@@ -30,6 +30,8 @@ ROOMS = (
     ("scores",),
     ("audit",),
     ("influence",),
+    ("page",),
+    ("view",),
     ("tensorboard",),
     ("callbacks",),
     ("every_training",),
