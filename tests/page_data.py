@@ -60,7 +60,11 @@ def pairs_of(columns: dict[str, NDArray[Any]], generator: np.random.Generator) -
     table = {name: np.array([row[place] for row in rows]) for place, name in enumerate(names)}
     size = len(rows)
     table |= {"kind": table["kind"].astype(object), "list": table["list"].astype(object)}
-    table |= {"query_label": np.ones(size, dtype=int), "query_predicted": np.full(size, 2), "query_loss": np.full(size, 4.5)}
+    table |= {
+        "query_label": np.ones(size, dtype=int),
+        "query_predicted": np.full(size, 2),
+        "query_loss": np.full(size, 4.5),
+    }
     return table | {name: np.zeros(size) for name in ("measured", "relative", "label", "predicted", "loss")}
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from page_data import HOSTILE, picture, report_of
 
 from lightning_influence.audit.curves import Curves
 from lightning_influence.page import one_file, static_files
 from lightning_influence.page.document import document, files, shown_indices
-from lightning_influence.page.one_file import Embedded
-from page_data import HOSTILE, picture, report_of
+from lightning_influence.page.embedding import Embedded
 
 TYPES = {"float": "<f4", "int": "<i4", "bool": "u1"}
 
@@ -173,10 +173,12 @@ def test_the_page_is_small() -> None:
 @pytest.mark.parametrize("name", scripts())
 def test_texts_never_become_markup_and_nothing_is_fetched_from_elsewhere(name: str) -> None:
     text = scripts()[name]
-    forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|importScripts|createContextual"
+    forbidden = (
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|importScripts|createContextual"
+    )
     assert re.findall(forbidden, text) == []
     assert re.findall(r"https?://[^\s'\"`]+", text) in ([], ["http://www.w3.org/2000/svg"])
-    for target in re.findall(r"\bfrom\s*'([^']*)'", text):
+    for target in re.findall(r"^(?:import|export|\})[^;]*\bfrom '([^']*)';$", text, re.MULTILINE):
         assert target.startswith("./")
         assert target.removeprefix("./") in static_files()
 
@@ -220,7 +222,7 @@ def test_one_file_holds_all_and_refers_to_nothing() -> None:
     assert imports.keys() == {f"influence/{name}" for name in scripts()}
     for address in imports.values():
         source = base64.b64decode(address.partition("base64,")[2]).decode()
-        targets = re.findall(r"\bfrom\s*[\"']([^\"']*)[\"']", source)
+        targets = re.findall(r"^(?:import|export|\})[^;]*\bfrom '([^']*)';$", source, re.MULTILINE)
         assert set(targets) <= imports.keys()
 
 

@@ -385,7 +385,7 @@ def test_pictures_and_table_in_tensorboard(tmp_path: Path) -> None:
     written = text.tensor_proto.string_val[0].decode()
     first = of_query(report, 1, "proponent")
     assert f"| &#35;{first['query'][0]} | {first['query_label'][0]} |" in written
-    assert f"&#35;{first['index'][0]} &#40;{first['label'][0]}, {first['score'][0]:+.3g}&#41;" in written
+    assert f"| proponent | &#35;{first['index'][0]} | {first['label'][0]} | {first['score'][0]:.3g} |" in written
 
 
 def test_a_table_alone_where_inputs_are_no_images(tmp_path: Path) -> None:

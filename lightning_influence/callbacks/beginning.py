@@ -17,7 +17,7 @@ from lightning_influence.curvature.choices import check_labels
 from lightning_influence.curvature.fit import check_curvature
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import trace_model
-from lightning_influence.gradients.verify import inspect, roomy_batch_size
+from lightning_influence.gradients.verify import roomy_batch_size
 from lightning_influence.objective.scale import NoLossError
 from lightning_influence.objective.task import TrainingStepTask
 from lightning_influence.training.recording import Recording
@@ -66,7 +66,10 @@ def _begun(
         if arguments.layers is None:
             preparing.warn_of_gaps(gradients.coverage)
         check_curvature(gradients, arguments.curvature, first)
-        inspection = inspect(gradients, first, verify=arguments.verify)
+        if arguments.task is not None:
+            recording.losses.task_apart = True
+            recording.note(preparing.told_of_task(gradients, first))
+        inspection = preparing.looked_at(gradients, first, recording, verify=arguments.verify)
         check_labels(arguments.curvature, arguments.fisher, inspection.tapped, inspection.exact_draws)
         if preparing.labels_vary(gradients, first, inspection):
             recording.dynamics.checks_labels = False

@@ -24,6 +24,7 @@ from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.core import distributed
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.gradients.coverage import Layers, Uncovered
+from lightning_influence.objective.standard_task import TaskName, checked_task
 from lightning_influence.objective.task import Task
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import Mode, TracIn
@@ -33,7 +34,8 @@ class InfluenceAudit(RunHooks):
     """Audits the training data of a run: self-influence of every example, and the labels that are probably wrong.
 
     Training is left bitwise unchanged. The user's own ``training_step`` defines the loss; everything else is read off
-    the run. At the end of training the audit lies in ``<log_dir>/influence``, in TensorBoard, and in ``report``.
+    the run. At the end of training the audit lies in ``influence`` beside the checkpoints, in the loggers, and in
+    ``report``.
 
     During training, loss, margin and EL2N of every example are noted from the training pass itself, and TracIn adds up
     ``η gᵀPg`` per example (P: what Adam and its kin multiply gradients with), in a fixed-order pass at epoch ends or
@@ -62,12 +64,14 @@ class InfluenceAudit(RunHooks):
             such as a budget of time; None for no TracIn.
         layers: What to audit: names of modules (with everything in them), of layers or parameters, glob patterns, or
             types such as ``torch.nn.Linear``; None for everything that is trained.
-        uncovered: What to do about trainable parameters whose per-example gradients have no closed form (recurrent
-            layers, custom autograd functions, very large reparametrised weights): ``"report"`` them with their share
+        uncovered: What to do about trainable parameters whose per-example gradients have no closed form (some
+            packed sequences, own autograd functions, large reparametrised weights): ``"report"`` them with their share
             and leave them out, or ``"exact"``: one backward pass per example.
-        task: A function ``(module, batch) -> loss`` in place of ``training_step``. Needed for manual optimization.
+        task: A function ``(module, batch) -> loss`` in place of ``training_step``. Needed for manual optimization, and
+            where a step mixes examples. ``"classification"``, ``"binary"`` and ``"regression"`` are the plain losses of
+            ``module(x)`` and ``y``, found in batches ``(x, y)`` or mappings with usual names.
         queries: Examples to ask about: the training examples that help and harm each of them most are found, kept in
-            ``pairs.parquet`` and shown in TensorBoard. ``"worst"`` takes the eight validation examples with the highest
+            ``pairs.parquet`` and shown in the loggers. ``"worst"`` takes the eight validation examples with the highest
             loss, a ``DataLoader`` its first eight; ``Queries(...)`` has more to choose, such as what is measured: a
             margin, an adversarial loss, or a gap between groups.
         known_noise: Dataset indices of labels that are known to be wrong, to measure the detection.
@@ -78,8 +82,8 @@ class InfluenceAudit(RunHooks):
             dataset index to id.
         describe: What a person sees of an example: a function from what the data set returns for an index to a text or
             an image, or a tokenizer (``decode``) for token batches. Asked for the few examples that are shown.
-        dirpath: Directory of the audit, instead of ``<log_dir>/influence``. An existing audit is never overwritten:
-            a version suffix is added.
+        dirpath: Directory of the audit, instead of ``influence`` in the run's folder, beside the checkpoints. An
+            existing audit is never overwritten: a version suffix is added.
         verify: Whether to check per-example gradients against autograd on half a training batch before training starts.
 
     Raises:
@@ -106,7 +110,7 @@ class InfluenceAudit(RunHooks):
         tracin: Mode | TracIn | None = "epoch",
         layers: Layers = None,
         uncovered: Uncovered = "report",
-        task: Task | None = None,
+        task: Task | TaskName | None = None,
         queries: Literal["worst"] | DataLoader[Any] | Queries | None = None,
         known_noise: Sequence[int] | Tensor | None = None,
         trusted: Sequence[int] | Tensor | None = None,
@@ -124,7 +128,7 @@ class InfluenceAudit(RunHooks):
             checked_tracin(tracin),
             layers,
             uncovered,
-            task,
+            checked_task(task),
             checked_queries(queries),
             checked_indices("known_noise", known_noise),
             checked_indices("trusted", trusted),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.arguments import Arguments
-from lightning_influence.callbacks.keeping import keep_checkpoint, take_over_checkpoints
+from lightning_influence.callbacks.keeping import keep_checkpoint, keep_curves, take_over_checkpoints, take_over_curves
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_influence.callbacks.listening import BatchListener
 from lightning_influence.callbacks.query_report import QueryReport
@@ -73,7 +73,10 @@ class AuditRun:
         self.listener = BatchListener(self.recording, self.passes, self.flight)
 
     def take_over(self, trainer: Trainer) -> None:
-        """Take over the checkpoints that a run which is resumed has kept."""
+        """Take over the checkpoints and curves that a run which is resumed has kept."""
+        self.recording.curves.begin(trainer.current_epoch)
+        if trainer.is_global_zero:
+            take_over_curves(self.recording)
         if self.arguments.tracin is not None:
             take_over_checkpoints(self.reporter.store, self.arguments.tracin, self.recording, trainer.global_step)
         self.recording.directory = str(self.reporter.directory or "")
@@ -97,6 +100,7 @@ class AuditRun:
     def take_data(self, source: ExampleSource, epoch: int) -> None:
         """Go on with the examples of a loader that was loaded again, and say so if they are others."""
         passes = self.passes
+        self.recording.curves.begin(epoch)
         if source is passes.source:
             return
         if distributed.any_process(not same_data(passes.source, self.digests or passes.source.digests(), source)):
@@ -141,6 +145,8 @@ class AuditRun:
     def _end_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         recording, tracin = self.recording, self.arguments.tracin
         recording.synchronise()
+        recording.curves.end(trainer.current_epoch)
+        keep_curves(self.reporter.store, recording)
         due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
         last = bridge.is_last_epoch(trainer)
         # The final pass looks by the way; a run that is resumed for more epochs has to catch up.
@@ -243,7 +249,8 @@ class AuditRun:
         indices = result.scores.indices.tolist()
         never = len(bridge.drawn_from(trainer.train_dataloader, recording.size)) - len(audited)
         result.notes.extend(_data_notes(self.passes, audited, indices, never))
-        columns = recording.columns(indices, result.scores)
+        evidence = recording.label_evidence(indices)
+        columns = recording.columns(indices, result.scores, evidence)
         later = bridge.after_training(trainer, gradients)
         given = columns["label"].tolist() if "label" in columns else ()
         labels = {index: label for index, label in zip(indices, given, strict=False) if label >= 0}
@@ -254,7 +261,7 @@ class AuditRun:
         self.finished = True
         if not trainer.is_global_zero:
             return None, lambda: None
-        report = reporter.report(trainer.global_step, gradients, plan, inspection, result, columns, recording)
+        report = reporter.report(trainer.global_step, gradients, plan, inspection, result, columns, evidence, recording)
         return report, (lambda: reporter.publish(trainer, report, result.curvature))
 
     def _last_step_sizes(

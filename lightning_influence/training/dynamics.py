@@ -146,7 +146,7 @@ class TrainingDynamics:
         sums.add("nonfinite", rows, (~finite).double())
         rows, taken = _kept(rows, taken, finite)
         sums.add("times_seen", rows, torch.ones(len(rows), dtype=torch.float64))
-        for name in ("loss", "worst", "margin", "el2n", "wrong", "probabilities"):
+        for name in ("loss", "worst", "margin", "el2n", "wrong", "probability", "probabilities"):
             if name in taken:
                 sums.add(name, rows, taken[name])
         sums.add("loss_squared", rows, taken["loss"].double().square())

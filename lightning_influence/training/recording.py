@@ -19,6 +19,7 @@ from lightning_influence.objective.terms import TermForm
 from lightning_influence.training import optimizers
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.checkpoints import Checkpoint
+from lightning_influence.training.curves import CurveRecord
 from lightning_influence.training.dynamics import TrainingDynamics
 from lightning_influence.training.evidence import LabelEvidence
 from lightning_influence.training.example_sums import ExampleSums, share
@@ -78,6 +79,7 @@ class Recording:
     def _start(self, size: int) -> None:
         self.size = size
         self.dynamics = TrainingDynamics(size)
+        self.curves = CurveRecord(self.dynamics)
         self.tracin = TracInScores(size)
         self.visits = VisitSums(size) if self._in_flight else None
         self.labels = LabelRecord(size)
@@ -94,7 +96,7 @@ class Recording:
         """
         checks = self.dynamics.checks_labels
         self._start(size)
-        self.dynamics.checks_labels = checks
+        self.dynamics.checks_labels, self.curves.epoch = checks, epoch
         self.losses.start_again()
         self.gaps.start_again(epoch)
 
@@ -102,8 +104,7 @@ class Recording:
 
     def fail(self, what: str, error: Exception) -> None:
         """Record nothing more of the training: what is known is incomplete, and says so."""
-        reason = f"{what}, recording them failed: {type(error).__name__}: {error}"
-        if reason not in self.gaps.failures:
+        if (reason := f"{what}, recording them failed: {type(error).__name__}: {error}") not in self.gaps.failures:
             self.gaps.failures.append(reason)
             warnings.warn(f"InfluenceAudit: {reason}", stacklevel=3)
 
@@ -134,12 +135,12 @@ class Recording:
                 return
             with torch.no_grad():
                 call = self.losses.read(batch, loss, calls, forms or {})
-                if call is not None:
+                if self.losses.mixed and not self.gaps.mixed:  # not every such batch can be told from others
+                    self.dynamics, self.gaps.contradicted = TrainingDynamics(self.size), 0
+                if call is not None and not self.gaps.mixed:
                     self.dynamics.record_call(batch, call)
-                elif batch.ragged and calls is not None:
-                    self.gaps.ragged += 1
                 else:
-                    self.gaps.untapped += 1
+                    self.gaps.silent(mixed=self.losses.mixed, ragged=batch.ragged and calls is not None)
         except Exception as error:  # a statistic must never end a training run
             self.fail("training dynamics are incomplete", error)
 
@@ -213,14 +214,14 @@ class Recording:
         indices: list[int] = self._seen["seen"].nonzero().squeeze(1).tolist()
         return indices
 
-    def columns(self, indices: Sequence[int], scores: ExampleScores | None = None) -> dict[str, NDArray[Any]]:
+    def columns(
+        self, indices: Sequence[int], scores: ExampleScores | None = None, evidence: LabelEvidence | None = None
+    ) -> dict[str, NDArray[Any]]:
         """Return all columns for the given examples, of what was synchronised; see ``table``."""
         self.flush()
-        dynamics, visits = self.dynamics, self.visits
-        if self.gaps.misplaced:
-            dynamics, visits = TrainingDynamics(self.size), None
-        told = self.labels.neighbours, self.label_evidence(indices)
-        return table(indices, dynamics, self.tracin, visits, *told, scores)
+        known = not self.gaps.misplaced
+        dynamics, visits = (self.dynamics, self.visits) if known else (TrainingDynamics(self.size), None)
+        return table(indices, dynamics, self.tracin, visits, self.labels.neighbours, evidence, scores)
 
     def label_evidence(self, indices: Sequence[int]) -> LabelEvidence | None:
         """Return what is known of the labels of the given examples without them, of what was synchronised."""
@@ -228,7 +229,7 @@ class Recording:
 
     def local_columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns of the examples that this process has seen, without talking to others."""
-        return self.columns(self.seen_indices())
+        return self.columns(seen := self.seen_indices(), evidence=self.label_evidence(seen))
 
     # ------------------------------------------------------------------ state
 
@@ -237,6 +238,7 @@ class Recording:
         parts = {
             "losses": self.losses,
             "dynamics": self.dynamics,
+            "curves": self.curves,  # once the dynamics are there
             "seen": self._seen,
             "step_sizes": self.step_sizes,
             "tracin": self.tracin,
@@ -272,9 +274,10 @@ class Recording:
                 "Resume with the same training data, or start a new run."
             )
         self._start(self.size)
+        kept = {"curves": {}, **state["parts"]}  # an earlier version has none
         for name, part in self._parts().items():
-            if name in state["parts"] and (tracin or name not in _OF_TRACIN):
-                part.load_state_dict(state["parts"][name])
+            if name in kept and (tracin or name not in _OF_TRACIN):
+                part.load_state_dict(kept[name])
         self.dynamics.contradicted_batches = self.gaps.contradicted
         self._passes, self.notes, self.directory = list(state["passes"]), list(state["notes"]), state["directory"]
         self.kept = [Checkpoint(parameters={}, **each) for each in state["kept"]]

@@ -8,7 +8,7 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from lightning_influence.page.one_file import Embedded, one_file
+from lightning_influence.page.embedding import Embedded, one_file
 from lightning_influence.view.audits import Audits, ViewError
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
-from lightning_influence.page.static_files import static_files
+from lightning_influence.page.assets import static_files
 from lightning_influence.view.audits import Audits, ViewError
 
 PORT = 6116
