@@ -148,7 +148,7 @@ function frequent({ audit }, counts, candidates, open) {
       {},
       h(
         'button',
-        { type: 'button', class: 'entry', on: { click: () => open(a, b) } },
+        { type: 'button', class: 'entry flow', on: { click: () => open(a, b) } },
         h('span', { class: 'name' }, name(a), h('span', { class: 'arrow' }, '→'), name(b)),
         meter(count / most, `${number(count)} labels`, 'proponent'),
         h(
