@@ -71,6 +71,7 @@ export function triage(context) {
     empty.textContent = state.asked.which === 'open' ? 'everything is decided' : 'no example is like this';
     choose(Math.max(0, place));
     context.took = performance.now() - started;
+    shown();
     toolbar();
   }
 
@@ -111,9 +112,11 @@ export function triage(context) {
 
   function toolbar() {
     const focused = bar.contains(document.activeElement) ? document.activeElement?.getAttribute('aria-label') : null;
-    fill(bar, tools(context, ask, swap));
-    if (focused)
-      /** @type {HTMLElement | null} */ (bar.querySelector(`[aria-label="${CSS.escape(focused)}"]`))?.focus();
+    if (focused !== 'search') {
+      fill(bar, tools(context, ask, swap)); // whoever types goes on typing
+      const again = focused && bar.querySelector(`[aria-label="${CSS.escape(focused)}"]`);
+      if (again) /** @type {HTMLElement} */ (again).focus();
+    }
     head.replaceChildren(...maker.heads.map((each) => headCell(each, state.asked, ask)));
   }
 
