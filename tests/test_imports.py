@@ -34,6 +34,7 @@ ROOMS = (
     ("view",),
     ("loggers",),
     ("callbacks",),
+    ("cli",),
     ("every_training",),
 )
 FLOOR = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
