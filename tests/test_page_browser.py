@@ -105,7 +105,9 @@ def test_decisions_by_keys_are_what_apply_review_reads(page: Any, server: ViewSe
     page.get_by_text("8 of 40 candidates decided").wait_for()
     # An edited table, as of a spreadsheet in another country, is taken over.
     text = f"index;decision;new_label\n{order[20]};Keep;\n{order[21]};;{suggested[order[21]]}\n999999;keep;\n"
-    page.get_by_label("import a review").set_input_files([{"name": "a.csv", "mimeType": "text/csv", "buffer": text.encode()}])
+    page.get_by_label("import a review").set_input_files(
+        [{"name": "a.csv", "mimeType": "text/csv", "buffer": text.encode()}]
+    )
     page.get_by_text("2 decisions taken over; 1 rows can't be used").wait_for()
     page.get_by_text("10 of 40 candidates decided").wait_for()
     page.keyboard.press("u")
@@ -197,7 +199,7 @@ def test_from_a_query_to_an_example_and_back(page: Any, server: ViewServer, audi
     page.get_by_role("heading", name="Query 2").wait_for()
 
 
-def test_from_a_pair_of_classes_and_from_a_box_to_triage(page: Any, server: ViewServer, audits: dict[str, Path]) -> None:
+def test_from_classes_and_from_a_box_to_triage(page: Any, server: ViewServer, audits: dict[str, Path]) -> None:
     columns = AuditReport.load(audits["pictures"]).columns
     show(page, server, "pairs", "digits/influence")
     count = int((columns["candidate"] & (columns["label"] == 1) & (columns["suggested"] == 2)).sum())

@@ -264,7 +264,10 @@ export class App {
     const target = /** @type {HTMLElement} */ (event.target);
     const typing = target.closest('input:not([type=checkbox]), select, textarea');
     if (typing) {
-      if (event.key === 'Escape') target.blur();
+      if (event.key === 'Escape') {
+        event.preventDefault(); // browsers empty a search without saying so
+        target.blur();
+      }
       return;
     }
     if (target.closest('button, a, summary, input') && [' ', 'Enter'].includes(event.key)) return;
