@@ -334,4 +334,5 @@ def test_dark_where_the_system_is(page: Any, server: ViewServer) -> None:
     colour = "getComputedStyle(document.querySelector('#influence')).backgroundColor"
     light = page.evaluate(colour)
     page.emulate_media(color_scheme="dark")
+    page.wait_for_selector("html[data-theme=dark]")
     assert page.evaluate(colour) != light

@@ -60,7 +60,7 @@ export function unfinished(audit) {
 
 /** @param {Context} context */
 function next({ audit, decisions, go }) {
-  const total = Array.from(audit.candidate).filter(Boolean).length;
+  const total = audit.candidates;
   if (!total) return null;
   const told = decisions.count
     ? `${decisions.count.toLocaleString('en')} decided so far.`

@@ -126,8 +126,7 @@ export function triage(context) {
   }
 
   function shown() {
-    const total = Array.from(audit.candidate).filter(Boolean).length;
-    fill(progress, progressParts(context, rows.length, total));
+    fill(progress, progressParts(context, rows.length));
   }
 
   decisions.addEventListener('change', shown);
