@@ -34,7 +34,7 @@ export function overview(context) {
 }
 
 /** @param {{ title: string, value: string, note: string }} about */
-export function card({ title, value, note }) {
+function card({ title, value, note }) {
   return h(
     'div',
     { class: 'card' },
@@ -45,7 +45,7 @@ export function card({ title, value, note }) {
 }
 
 /** @param {import('./audit.js').Audit} audit */
-export function unfinished(audit) {
+function unfinished(audit) {
   if (audit.status === 'complete') return null;
   const epochs =
     audit.done === null
