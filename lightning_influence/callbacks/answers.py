@@ -15,7 +15,11 @@ class Answers(AuditCallback):
 
     def __init__(self) -> None:
         self._report: AuditReport | None = None
-        self._no_report = "`trainer.fit` has not run with this callback"
+        # Where processes are spawned for training, the callback is copied to them, and nothing comes back.
+        self._no_report = (
+            "`trainer.fit` has not run with this callback (or it ran in processes of its own, as with "
+            "`ddp_spawn` and `ddp_notebook`: `AuditReport.load` reads what they wrote)"
+        )
         # From the start of training until the next `fit`.
         self._run: AuditRun | None = None
 
