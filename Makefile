@@ -177,4 +177,5 @@ $(FLOOR)/.floor: pyproject.toml
 	@sed -n '/^dependencies/,/^]/s/^ *"\([a-z-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml >$(FLOOR)/oldest.txt
 	@sed -n 's/^lightning==/pytorch-lightning==/p' $(FLOOR)/oldest.txt >>$(FLOOR)/oldest.txt
 	@$(subst constraints.txt,$(FLOOR)/oldest.txt,$(FLOOR_INSTALL)) --editable . pytest pytest-xdist 'rich<14'
+	@$(FLOOR_INSTALL) --no-deps torchdata==0.11.0
 	@touch $@
