@@ -1209,6 +1209,26 @@ class Cells(nn.Module):
         return state[0] if isinstance(state, tuple) else state
 
 
+class Packed(nn.Module):
+    """Sequences of different lengths, packed: torch sorts them, and puts them back."""
+
+    def __init__(self, layer: nn.Module, *, last: bool = False) -> None:
+        super().__init__()
+        self.recurrent, self.last = layer, last
+        self.head = nn.Linear(4 * (2 if getattr(layer, "bidirectional", False) else 1), 4)
+
+    def forward(self, value: Tensor, mask: Tensor) -> Any:
+        first = getattr(self.recurrent, "batch_first", False)
+        lengths = (~mask).sum(1).cpu()
+        value = value if first else value.transpose(0, 1)
+        packed = nn.utils.rnn.pack_padded_sequence(value, lengths, batch_first=first, enforce_sorted=False)
+        states, final = self.recurrent(packed)
+        if self.last:
+            return self.head((final[0] if isinstance(final, tuple) else final)[-1])
+        filled, _ = nn.utils.rnn.pad_packed_sequence(states, batch_first=True, total_length=mask.shape[1])
+        return self.head(filled).masked_fill(mask.unsqueeze(-1), 0.0)
+
+
 class TwoSided(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1310,22 +1330,26 @@ REPEATED: dict[str, tuple[Make, tuple[int, ...]]] = {
         (3, 4),
     ),
 }
-# Exact only with `uncovered="exact"`. The names are globs, without the leading "layer.".
-UNCOVERED: dict[str, tuple[Make, Any, dict[str, str]]] = {
-    "RNN": (lambda: Recurrent(nn.RNN(4, 4, batch_first=True)), (3, 4), {"recurrent.*": "(?i)rnn"}),
-    "LSTM": (lambda: Recurrent(nn.LSTM(4, 4, batch_first=True)), (3, 4), {"recurrent.*": "(?i)lstm"}),
+RECURRENT: dict[str, tuple[Make, tuple[int, ...]]] = {
+    "RNN": (lambda: Recurrent(nn.RNN(4, 4, batch_first=True)), (3, 4)),
+    "RNN of relu, without biases": (lambda: Recurrent(nn.RNN(4, 4, 1, "relu", False, batch_first=True)), (3, 4)),
+    "LSTM": (lambda: Recurrent(nn.LSTM(4, 4, batch_first=True)), (3, 4)),
+    "LSTM, projected": (lambda: Recurrent(nn.LSTM(4, 6, 2, batch_first=True, proj_size=4)), (3, 4)),
     "LSTM, two layers, both directions": (
         lambda: Recurrent(nn.LSTM(4, 4, 2, batch_first=True, bidirectional=True)),
         (3, 4),
-        {"recurrent.*": "(?i)lstm"},
     ),
     "LSTM, time first": (
         lambda: Inside(lambda x: x.transpose(0, 1), lambda y, n: y.transpose(0, 1), Recurrent(nn.LSTM(4, 4))),
         (3, 4),
-        {"layers.0.recurrent.*": "(?i)lstm"},
     ),
-    "GRU": (lambda: Recurrent(nn.GRU(4, 4, batch_first=True)), (3, 4), {"recurrent.*": "(?i)gru"}),
-    "LSTM cell": (lambda: Cells(nn.LSTMCell(4, 4)), (3, 4), {"cell.*": "(?i)lstm"}),
+    "GRU, two layers": (lambda: Recurrent(nn.GRU(4, 4, 2, batch_first=True)), (3, 4)),
+    "LSTM cell": (lambda: Cells(nn.LSTMCell(4, 4)), (3, 4)),
+    "GRU cell": (lambda: Cells(nn.GRUCell(4, 4)), (3, 4)),
+    "RNN cell": (lambda: Cells(nn.RNNCell(4, 4)), (3, 4)),
+}
+# Exact only with `uncovered="exact"`. The names are globs, without the leading "layer.".
+UNCOVERED: dict[str, tuple[Make, Any, dict[str, str]]] = {
     "own autograd function": (bare(lambda x, w: Relu3.apply(x, w), (4,)), (3, 4), {"a": "."}),
     "token in place": (bare(token_in_place, (4,)), (3, 4), {"a": "__setitem__"}),
     "traced by jit": (Scripted, (4,), {"inner.*": "."}),
@@ -1372,6 +1396,15 @@ COVERED: dict[str, Case] = {
     "attention: padding, nested": Case(lambda: Reading(MaskedEncoder(nested=True)), padded),
     "attention: padding, norm first": Case(lambda: Reading(MaskedEncoder(norm_first=True)), padded),
     "attention: padding, time first": Case(lambda: Reading(MaskedEncoder(batch_first=False)), padded),
+    **_read(RECURRENT, "recurrent", alone=False),
+    "recurrent: LSTM, alone": Case(lambda: Reading(RECURRENT["LSTM"][0]()), numbers((3, 4))),
+    "recurrent: packed LSTM": Case(lambda: Reading(Packed(nn.LSTM(4, 4, batch_first=True))), padded),
+    "recurrent: packed LSTM, both directions, time first": Case(
+        lambda: Reading(Packed(nn.LSTM(4, 4, 2, bidirectional=True))), padded
+    ),
+    "recurrent: packed GRU, last state": Case(
+        lambda: Reading(Packed(nn.GRU(4, 4, batch_first=True), last=True)), padded
+    ),
     "attention: causal": Case(lambda: Reading(CausalDecoder()), numbers((3, 4))),
     "tied: language model": Case(Tied, tokens, next_token),
     "tied: language model with a bias": Case(lambda: Tied(bias=True), tokens, next_token),

@@ -104,7 +104,9 @@ def fail(*_: Any, **__: Any) -> None:
     raise RuntimeError("out of everything")
 
 
-def check_same(one: AuditReport | None, other: AuditReport | None, without: tuple[str, ...] = ()) -> None:
+def check_same(
+    one: AuditReport | None, other: AuditReport | None, without: tuple[str, ...] = (), *, curves: bool = True
+) -> None:
     assert one is not None
     assert other is not None
     assert one.status == other.status == "complete"
@@ -112,6 +114,12 @@ def check_same(one: AuditReport | None, other: AuditReport | None, without: tupl
     for name in sorted(set(one.columns) - set(without)):
         np.testing.assert_allclose(one.columns[name], other.columns[name], rtol=1e-12, atol=1e-12, err_msg=name)
     assert one.manifest["tracin_steps"] == other.manifest["tracin_steps"]
+    if not curves:
+        return
+    assert one.curves.epochs.tolist() == other.curves.epochs.tolist()
+    assert set(one.curves) == set(other.curves) == {"loss", "margin", "probability"}
+    for name, values in one.curves.items():
+        np.testing.assert_allclose(values, other.curves[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +375,9 @@ def test_a_resumed_run_may_write_elsewhere(straight: Any, tmp_path: Path) -> Non
     audit = InfluenceAudit(dirpath=tmp_path / "new")
     shutil.rmtree(tmp_path / "old")
     run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=tmp_path / "first" / "kept" / "step=10.ckpt")
-    check_same(audit.report, straight())
+    check_same(audit.report, straight(), curves=False)
+    assert audit.report.curves.epochs.tolist() == [2, 3]  # the others were kept there
+    assert any("curves lack the epochs 0, 1" in note for note in audit.report.manifest["notes"])
     assert AuditReport.load(tmp_path / "new").status == "complete"
 
 

@@ -71,7 +71,7 @@ def test_a_column_from_outside_is_everywhere(surprise: Column, tmp_path: Path) -
 
     tags = EventAccumulator(logger.log_dir).Reload().Tags()
     assert "influence/last_surprise/log10" in tags["histograms"]
-    assert "influence/detection/last_surprise_auroc" in tags["scalars"]
+    assert "influence/detection/last_surprise" in tags["tensors"]
 
 
 def test_adding_one_takes_fewer_than_forty_lines() -> None:

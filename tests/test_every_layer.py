@@ -387,7 +387,7 @@ NAN = [
     "structure: positions by ids, a long table, later",
     "attention: self, time first",
     "embedding: bag, weights, padding",
-    "LSTM",
+    "recurrent: LSTM, alone",
     "a weight and its transpose",
 ]
 

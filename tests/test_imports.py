@@ -31,7 +31,7 @@ ROOMS = (
     ("scores",),
     ("audit",),
     ("influence",),
-    ("tensorboard",),
+    ("loggers",),
     ("callbacks",),
     ("every_training",),
 )
@@ -232,7 +232,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 # ------------------------------------------------------------------------------------------------------- what is public
 
-# What a user who builds on a room needs is what it exports. `core` and `tensorboard` are nobody's to build on.
+# What a user who builds on a room needs is what it exports. `core` and `loggers` are nobody's to build on.
 PUBLIC = {name: text for name, text in modules().items() if (ROOT / name.replace(".", "/") / "__init__.py").is_file()}
 EXPORTS = sorted(
     (name, exported)
@@ -258,7 +258,7 @@ def documented(source: str) -> set[str]:
 
 
 def test_each_room_exports_something() -> None:
-    silent = {"core", "tensorboard"} | {f"curvature.{name}" for name in ("blocks", "products", "solve")}
+    silent = {"core", "loggers"} | {f"curvature.{name}" for name in ("blocks", "products", "solve")}
     assert set(PUBLIC) - {name for name, _ in EXPORTS} == silent | {"training.flight"}
 
 

@@ -462,16 +462,23 @@ def test_long_passes_show_how_far_they_are(
 
 class Last(nn.Module):
     def forward(self, value: Any) -> Tensor:
-        last: Tensor = value[0][:, -1]
+        last: Tensor = value[1][0][-1]
         return last
 
 
+class Pack(nn.Module):
+    """Rows of which nothing tells in which order the examples are."""
+
+    def forward(self, value: Tensor) -> Any:
+        return nn.utils.rnn.pack_padded_sequence(value, torch.full((len(value),), value.shape[1]), batch_first=True)
+
+
 def test_notes_on_parameters_that_are_left_out(trained: Trained) -> None:
-    net = nn.Sequential(nn.LSTM(3, 4, batch_first=True), Last(), nn.Linear(4, 2)).double()
+    net = nn.Sequential(Pack(), nn.LSTM(3, 4, batch_first=True), Last(), nn.Linear(4, 2)).double()
     data = TensorDataset(torch.randn(8, 5, 3).double(), torch.arange(8) % 2)
     (note,) = Influence(net, F.cross_entropy, data).notes
     assert re.match(
-        r"scores leave out 4 trainable parameters, 0.weight_ih_l0 \(used by lstm.* and 1 more; `uncov", note
+        r"scores leave out 4 trainable parameters, 1.weight_ih_l0 \(used by lstm.* and 1 more; `uncov", note
     )
     assert not Influence(net, F.cross_entropy, data, uncovered="exact").notes
     assert not Influence(trained.net, F.cross_entropy, trained.train_set, layers="2").notes  # that was asked for

@@ -21,7 +21,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
-from which_lightning import PACKAGE, MisconfigurationException, TensorBoardLogger
+from which_lightning import MisconfigurationException, TensorBoardLogger
 
 from lightning_influence import InfluenceAudit
 from lightning_influence.audit.belief import LabelBeliefs
@@ -35,8 +35,8 @@ from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.store.tables import candidates_csv
 from lightning_influence.callbacks import bridge
-from lightning_influence.tensorboard.candidate_sheets import candidates_markdown
-from lightning_influence.tensorboard.pictures import sheet
+from lightning_influence.loggers.candidate_sheets import candidates_table
+from lightning_influence.loggers.pictures import sheet
 
 N = 22
 NAMES = [f"set/{k:03d}.png" for k in range(N)]
@@ -215,7 +215,7 @@ def test_a_selection_of_a_hugging_face_data_set() -> None:
 
 
 @pytest.mark.usefixtures("sure")
-def test_ids_and_images_are_everywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ids_and_images_are_everywhere(tmp_path: Path) -> None:
     full = images(30)
     train, validation = Subset(full, range(29, 7, -1)), Subset(full, range(8))
     names = [f"digits/{k:04d}.png" for k in range(30)]
@@ -227,8 +227,7 @@ def test_ids_and_images_are_everywhere(tmp_path: Path, caplog: pytest.LogCapture
         return Image.new("RGB", (40, 20), "red")
 
     audit = InfluenceAudit(ids=names, describe=describe, queries="worst")
-    with caplog.at_level("INFO", logger=PACKAGE):
-        report = audited(audit, tmp_path, train, validation=validation, logger=logger)
+    report = audited(audit, tmp_path, train, validation=validation, logger=logger)
     index = report.columns["index"]
     assert report.columns["original_index"].tolist() == (29 - index).tolist()
     assert report.columns["id"].tolist() == [names[29 - k] for k in index]
@@ -244,7 +243,7 @@ def test_ids_and_images_are_everywhere(tmp_path: Path, caplog: pytest.LogCapture
     rows = told(report)
     assert rows
     assert [row["id"] for row in rows] == [names[29 - int(row["index"])] for row in rows]
-    assert f"  {rows[0]['id']}  " in caplog.text
+    assert f"  {rows[0]['id']}  " in str(report)
 
     assert read.pairs is not None
     assert read.pairs["id"].tolist() == [names[29 - k] for k in read.pairs["index"]]
@@ -286,8 +285,7 @@ def test_texts_are_everywhere(tmp_path: Path) -> None:
     for tag in ("candidates", "queries/texts"):
         text = events.Tensors(f"influence/{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
         assert "x is " in text
-    markdown = candidates_markdown(report.columns, None)
-    assert markdown.split("\n\n")[1].splitlines()[0].endswith("| text |")
+    assert candidates_table(report.columns, None).names[-1] == "text"
 
 
 def test_an_interrupted_audit_has_its_ids(tmp_path: Path) -> None:
@@ -663,7 +661,7 @@ def test_tables_explain_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:
     columns["suggested"] = np.arange(4)
     ranked, _ = judged({"index": np.arange(4), **columns}, beliefs=LabelBeliefs("told", noise_rate=0.5))
     told = " ".join(str(AuditReport(ranked)).split("rank")[1].split())
-    shown = candidates_markdown(ranked, None).split("\n\n")[2].replace("&#58;", ":").replace("&#95;", "_")
+    shown = candidates_table(ranked, None).markdown().split("\n\n")[2].replace("&#58;", ":").replace("&#95;", "_")
     for name in ("suspicion", "el2n", "self_influence", "harm"):
         assert f"{name}: {COLUMNS[name].legend}" in told
         assert f"{name}: {COLUMNS[name].legend}"[:40].split(">")[0] in shown

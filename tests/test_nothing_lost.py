@@ -87,9 +87,10 @@ class NoImages(TensorBoardLogger):
         return writer
 
 
+@pytest.mark.usefixtures("sure")
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [(Gone, "logging to Gone"), (NoWriter, "logging to NoWriter"), (NoImages, "the candidates in TensorBoard")],
+    [(Gone, "logging to Gone"), (NoWriter, "logging to NoWriter"), (NoImages, "showing pictures in NoImages")],
 )
 def test_a_logger_that_fails_late(kind: Any, said: str, tmp_path: Path) -> None:
     """It used to replace the complete table by a partial one, with `report` None and the other loggers left out."""
@@ -107,11 +108,12 @@ def test_a_logger_that_fails_late(kind: Any, said: str, tmp_path: Path) -> None:
     assert "influence/coverage" in (Path(other.log_dir) / "metrics.csv").read_text()
 
 
+@pytest.mark.usefixtures("sure")
 def test_pictures_that_fail_leave_the_table(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = NoImages(tmp_path, "board")
-    with pytest.warns(UserWarning, match="the candidates in TensorBoard failed.*no pictures today"):
+    with pytest.warns(UserWarning, match="showing pictures in NoImages failed.*no pictures today"):
         make_trainer(tmp_path, callbacks=[InfluenceAudit()], logger=logger).fit(
             Classifier(features=36), loader(images())
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_influence.tensorboard.pictures import sheet
-from lightning_influence.tensorboard.query_sheets import _example, _query, queries_markdown, write_queries
+from lightning_influence.loggers.exhibits import Picture, Table
+from lightning_influence.loggers.pictures import sheet
+from lightning_influence.loggers.query_sheets import _example, _query, queries, queries_table
 
 PAPER = 255
 
@@ -34,18 +36,16 @@ def pairs(
     return {name: np.array(values, dtype=object if name in ("kind", "list") else None) for name, values in rows.items()}
 
 
-class Log:
-    """Notes what is written."""
-
-    def __init__(self) -> None:
-        self.images: dict[str, Tensor] = {}
-        self.texts: dict[str, str] = {}
-
-    def add_image(self, tag: str, image: Tensor, step: int) -> None:
-        self.images[tag] = image
-
-    def add_text(self, tag: str, text: str, step: int) -> None:
-        self.texts[tag] = text
+def written(exhibits: Iterator[Table | Picture]) -> tuple[dict[str, Table], dict[str, Tensor]]:
+    """Tables and pictures by tag."""
+    tables: dict[str, Table] = {}
+    pictures: dict[str, Tensor] = {}
+    for one in exhibits:
+        if isinstance(one, Table):
+            tables[one.tag] = one
+        else:
+            pictures[one.tag] = one.image
+    return tables, pictures
 
 
 def test_pictures_are_at_their_places() -> None:
@@ -85,48 +85,59 @@ def test_captions() -> None:
 
 
 def test_a_sheet_for_every_query_with_five_of_each() -> None:
-    log = Log()
     asked: list[tuple[int | None, list[int]]] = []
 
     def images(of: int | None, indices: list[int]) -> Tensor:
         asked.append((of, indices))
         return torch.rand(len(indices), 1, 6, 6)
 
-    write_queries(log, pairs(), images=images, step=3)
-    assert list(log.images) == [
+    tables, pictures = written(queries(pairs(), images=images))
+    assert list(pictures) == [
         f"influence/queries/{number}/{name}" for number in (1, 2) for name in ("strongest", "specific")
     ]
     assert asked[:2] == [(0, [10]), (None, [101, 102, 103, 104, 105, 151, 152, 153, 154, 155])]
     assert asked[2:4] == asked[:2]
     assert asked[4] == (1, [20])
-    assert list(log.texts) == ["influence/queries"]
+    assert list(tables) == ["influence/queries"]
+    table = tables["influence/queries"]
+    assert len(table.rows) == 2 * 2 * (5 + 5)
+    assert table.rows[0] == ["#10", "0", "1", 3.25, "strongest", "proponent", "#101", "1", 20.0]
+    assert table.rows[-1] == ["#20", "0", "1", 3.25, "specific", "opponent", "#255", "1", -0.1]
 
 
 @pytest.mark.parametrize(("proponents", "opponents"), [(0, 2), (2, 0), (1, 1)])
 def test_queries_with_few_pairs(proponents: int, opponents: int) -> None:
-    log = Log()
     table = pairs(proponents, opponents, queries=1, lists=("specific",))
-    write_queries(log, table, images=lambda of, indices: torch.rand(len(indices), 1, 6, 6), step=0)
-    assert list(log.images) == ["influence/queries/1/specific"]
-    last = log.texts["influence/queries"].strip().splitlines()[-1]
-    assert ("| – |" in last) == (opponents == 0 or proponents == 0)
+    tables, pictures = written(queries(table, images=lambda of, indices: torch.rand(len(indices), 1, 6, 6)))
+    assert list(pictures) == ["influence/queries/1/specific"]
+    assert tables["influence/queries"].columns()["kind"] == ["proponent"] * proponents + ["opponent"] * opponents
 
 
 def test_no_images() -> None:
-    log = Log()
-    write_queries(log, pairs(), images=lambda of, indices: None, step=0)
-    assert not log.images
-    assert log.texts
+    tables, pictures = written(queries(pairs(), images=lambda of, indices: None))
+    assert not pictures
+    assert tables
+
+
+@pytest.mark.parametrize("length", [3, 24])
+def test_no_word_is_squeezed(length: int) -> None:
+    """TensorBoard breaks words of a table that is wider than its card, in the narrow columns first: "que ry"."""
+    names = ["a" * length, "b" * length]
+    (head, body) = queries_table(pairs(), label_names=names).markdown().split("\n\n", 1)
+    assert ("| query |" in body) == (length == 3)
+    assert ("* **&#35;10** given aaa" in body) == (length == 24)
+    texts = Table("t", ("example", "text"), [("#1", "some words " * 10)])
+    assert texts.markdown().startswith("* **&#35;1** text some words")
 
 
 def test_class_names_are_only_text() -> None:
-    name = "<script>|`*[x](y)"
-    written = queries_markdown(pairs(), label_names=[name, "b"])
-    assert not any(character in written.split("\n", 7)[7] for character in "<>`*[]")
-    for line in written.splitlines():
-        assert line.count("|") in (0, 8), "a name must not end a cell"
+    for name, bars in (("<b>|`*[x](y)", 10), ("<script>|`*[x](y) and more", 0)):  # in a table, and in a list
+        shown = queries_table(pairs(), label_names=[name, "b"]).markdown()
+        for line in shown.splitlines()[7:]:
+            assert not any(character in line.removeprefix("* **").replace("** ", "", 1) for character in "<>`*[]")
+            assert line.count("|") in (0, bars), "a name must not end a cell"
 
 
 def test_the_order_of_the_rows_does_not_matter() -> None:
     order = np.random.default_rng(0).permutation(52)
-    assert queries_markdown({name: values[order] for name, values in pairs().items()}) == queries_markdown(pairs())
+    assert queries_table({name: values[order] for name, values in pairs().items()}) == queries_table(pairs())

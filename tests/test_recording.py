@@ -64,17 +64,19 @@ def test_a_sure_run_outvotes_its_neighbours() -> None:
     assert (support > 0).all()
 
 
-def test_early_features_outvote_both() -> None:
-    """Against a run that is sure of the given label: neighbours and what was told early weigh one each."""
-    record, _ = recording(own=1.0)
-    before = record.columns(range(SIZE))["support"]
-    evidence = record.labels.about(range(SIZE), None)
+def test_what_was_told_before_labels_were_known_stands_in_for_the_neighbours() -> None:
+    record, _ = recording(own=0.6)
+    evidence = record.label_evidence(range(SIZE))
     assert evidence is not None
-    record.labels.evidence = EvidenceRecord(SIZE)
-    without = record.columns(range(SIZE))["support"]
-    assert without[0] >= 0
-    assert before[0] < -0.5
-    assert evidence.late[0, 0] > 0.7
+    evidence.late[1] = 0  # an example that turned up later
+    record.labels.neighbours._votes[0] = torch.tensor([0.0, 1.0])
+    support = record.columns(range(SIZE), evidence=evidence)["support"]
+    late = evidence.late[0]
+    assert support[0] == pytest.approx(0.6 - 0.4 - float(late[0] - late[1]), abs=1e-6)
+    assert support[0] < 0
+    assert support[1] == pytest.approx(record.columns(range(SIZE))["support"][1])
+    assert record.columns(range(SIZE))["support"][0] > 0
+    assert record.local_columns()["support"][0] < 0, "so far"
 
 
 def test_without_a_pass_the_run_speaks_alone() -> None:

@@ -300,7 +300,7 @@ class TestFigures:
             (
                 {"what": "loss"},
                 ValueError,
-                r"plot\('loss'\): expected one of 'suspicion', 'classes', or an index alone",
+                r"plot\('loss'\): expected one of 'suspicion', 'classes', 'curves', or an index alone",
             ),
             ({"what": "classes", "index": 104}, ValueError, r"plot\('classes', index=104\): expected one of"),
             ({"index": 3}, KeyError, "no example 3"),

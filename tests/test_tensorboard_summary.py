@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,22 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_influence.audit.columns import COLUMNS, Column, candidate_rows
-from lightning_influence.tensorboard.candidate_sheets import candidates_markdown, write_candidates
-from lightning_influence.tensorboard.numbers import _bin_edges, write_detection, write_histogram
-from lightning_influence.tensorboard.pictures import drawable, sheet
-from lightning_influence.tensorboard.text import caption
+from lightning_influence.loggers.candidate_sheets import candidates, candidates_table
+from lightning_influence.loggers.exhibits import Exhibit
+from lightning_influence.loggers.numbers import _bin_edges, detection_curves, log_histogram
+from lightning_influence.loggers.pictures import drawable, sheet
+from lightning_influence.loggers.text import caption
+from lightning_influence.loggers.writers import show
 
 TILE, GAP, LINE = 192, 12, 23
 STEP = 7
+
+
+class TensorBoardLogger:
+    """As far as this room knows it: by its name."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        self.experiment = writer
 
 
 class Log:
@@ -33,6 +42,11 @@ class Log:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.writer = SummaryWriter(str(path))
+        self.logger = TensorBoardLogger(self.writer)
+
+    def show(self, exhibits: Iterable[Exhibit]) -> None:
+        for exhibit in exhibits:
+            show(self.logger, exhibit, STEP)
 
     def read(self) -> EventAccumulator:
         self.writer.close()
@@ -73,7 +87,7 @@ def table(n: int = 40, candidates: int = 12) -> dict[str, np.ndarray]:
 
 def test_histogram_of_many_decades(log: Log) -> None:
     values = 10 ** np.random.default_rng(0).uniform(-12, 3, size=3000)
-    write_histogram(log.writer, "influence/x", values, STEP)
+    log.show(log_histogram("influence/x", values)[0])
     reader = log.read()
     assert reader.Tags()["histograms"] == ["influence/x/log10"]
     assert reader.Tags()["scalars"] == []
@@ -95,19 +109,16 @@ def test_histogram_of_many_decades(log: Log) -> None:
 
 def test_histogram_counts_what_has_no_logarithm(log: Log) -> None:
     values = np.array([0.0, 0.0, -1.0, np.nan, np.inf, -np.inf, 1.0, 10.0])
-    write_histogram(log.writer, "x", values, STEP)
+    log.show(log_histogram("x", values)[0])
+    assert log_histogram("x", values)[1] == {"zero": 2, "negative": 1, "non-finite": 3}
     reader = log.read()
-    assert {tag: reader.Scalars(tag)[0].value for tag in reader.Tags()["scalars"]} == {
-        "x/zero": 2,
-        "x/negative": 1,
-        "x/non_finite": 3,
-    }
+    assert reader.Tags()["scalars"] == []
     assert reader.Histograms("x/log10")[0].histogram_value.num == 2
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [np.nan, -3.0]])
 def test_histogram_of_nothing(log: Log, values: Any) -> None:
-    write_histogram(log.writer, "x", values, STEP)
+    log.show(log_histogram("x", values)[0])
     assert "histograms" not in log.tags()
 
 
@@ -117,7 +128,7 @@ def test_histogram_of_nothing(log: Log, values: Any) -> None:
 )
 def test_histogram_keeps_every_positive_value(log: Log, values: Any) -> None:
     """Also of values that sit exactly on an edge, and of equal ones."""
-    write_histogram(log.writer, "x", values, STEP)
+    log.show(log_histogram("x", values)[0])
     histogram = log.read().Histograms("x/log10")[0].histogram_value
     assert sum(histogram.bucket) == histogram.num == len(values)
     assert len(histogram.bucket) <= 102
@@ -285,7 +296,7 @@ def test_markdown_table(monkeypatch: pytest.MonkeyPatch) -> None:
     columns["el2n"][79] = np.nan
     columns["self_influence"][78] = 0.000123456
     columns["suggested"][78] = -1
-    markdown = candidates_markdown(columns, ["cat", "dog", "owl"])
+    markdown = candidates_table(columns, ["cat", "dog", "owl"]).markdown()
     assert markdown.startswith("**60 candidates** among 80 training examples; the 50 most suspicious are shown.\n")
     cells = rendered(markdown)
     assert cells.rows[0] == ["rank", "index", "given", "suggested", "suspicion", "el2n", "self_influence"]
@@ -294,7 +305,7 @@ def test_markdown_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cells.rows[2][6] == "0.000123"
     assert len(cells.rows) == 51
     monkeypatch.setitem(COLUMNS, "el2n", Column("el2n", "", "low", shown=("table",)))
-    assert "High scores are suspicious; for el2n, low ones are." in candidates_markdown(columns, None)
+    assert "High scores are suspicious; for el2n, low ones are." in candidates_table(columns, None).markdown()
 
 
 def test_markdown_shows_only_present_columns() -> None:
@@ -302,19 +313,24 @@ def test_markdown_shows_only_present_columns() -> None:
         "rank": np.array([2, 1]), "index": np.array([5, 6]), "suspicion": np.array([0.0, np.inf]),
         "candidate": np.array([True, True]),
     }  # fmt: skip
-    markdown = candidates_markdown(columns, None)
+    markdown = candidates_table(columns, None).markdown()
     assert markdown.startswith("**2 candidates** among 2 training examples, most suspicious first.")
     assert rendered(markdown).rows == [["rank", "index", "suspicion"], ["1", "6", "inf"], ["2", "5", "0"]]
 
 
 def test_long_class_names_are_cut() -> None:
-    assert rendered(candidates_markdown(table(), ["w" * 100] * 3)).rows[1][2] == "w" * 23 + "…"
+    shown = candidates_table(table(), ["w" * 100] * 3)
+    assert shown.rows[0][2] == "w" * 23 + "…"
+    # Too wide for a table without broken words.
+    cells = rendered(shown.markdown())
+    assert cells.rows == []
+    assert cells.tags == {"p", "strong", "ul", "li"}
 
 
 def test_markdown_without_candidates() -> None:
-    assert candidates_markdown(table(candidates=0), None) == "**No candidates** among 40 training examples."
+    assert candidates_table(table(candidates=0), None).markdown() == "**No candidates** among 40 training examples."
     empty = {name: column[:0] for name, column in table().items()}
-    assert candidates_markdown(empty, None) == "**No candidates** among 0 training examples."
+    assert candidates_table(empty, None).markdown() == "**No candidates** among 0 training examples."
 
 
 @pytest.mark.parametrize(
@@ -339,18 +355,18 @@ def test_markdown_without_candidates() -> None:
 )
 def test_class_names_are_only_text(name: str) -> None:
     """TensorBoard's own renderer must give back exactly the name, in its own cell, with no tag from it."""
-    cells = rendered(candidates_markdown(table(), [name] * 3))
+    cells = rendered(candidates_table(table(), [name] * 3).markdown())
     assert {row[2] for row in cells.rows[1:]} == {name}
     assert {len(row) for row in cells.rows} == {7}
     assert cells.tags == {"p", "strong", "table", "thead", "tbody", "tr", "th", "td"}
-    source = candidates_markdown(table(), [name] * 3).split("---:", 1)[1].split("\n\n")[0]
+    source = candidates_table(table(), [name] * 3).markdown().split("---:", 1)[1].split("\n\n")[0]
     assert not re.search(r"[<>`*_\[\]\\]", source)
     assert {line.count("|") for line in source.splitlines()[1:]} == {8}
 
 
 def test_class_names_on_several_lines() -> None:
     names = ["a\n\n| b\r\n# c", "x\x00\x1b\u2028y‮z", " \n\t"]
-    cells = rendered(candidates_markdown(table(), names))
+    cells = rendered(candidates_table(table(), names).markdown())
     assert {row[2] for row in cells.rows[1:]} == {"a | b # c", "x yz", "2"}
     assert len(cells.rows) == 13
 
@@ -358,7 +374,7 @@ def test_class_names_on_several_lines() -> None:
 def test_labels_outside_the_names() -> None:
     columns = {"rank": np.arange(1, 6), "index": np.arange(5), "candidate": np.ones(5, dtype=bool)}
     columns["label"] = np.array([0.0, 1.0, 2.5, np.nan, -1.0])
-    cells = rendered(candidates_markdown(columns, ["zero"]))
+    cells = rendered(candidates_table(columns, ["zero"]).markdown())
     assert [row[2] for row in cells.rows[1:]] == ["zero", "1", "2.5", "–", "–"]
 
 
@@ -371,7 +387,7 @@ def test_candidates_in_the_event_file(log: Log) -> None:
         asked.extend(indices)
         return pixels[torch.tensor(indices) - 1000]
 
-    write_candidates(log.writer, columns, images=images, label_names=names, step=STEP)
+    log.show(candidates(columns, images=images, label_names=names))
     assert asked == list(range(1039, 1027, -1))
     reader = log.read()
     assert reader.Tags()["images"] == ["influence/candidates", "influence/candidates/2"]
@@ -394,12 +410,12 @@ def test_candidates_in_the_event_file(log: Log) -> None:
 
     text = reader.Tensors("influence/candidates/text_summary")[0]
     assert text.step == STEP
-    assert text.tensor_proto.string_val[0].decode() == candidates_markdown(columns, names)
+    assert text.tensor_proto.string_val[0].decode() == candidates_table(columns, names).markdown()
 
 
-@pytest.mark.parametrize("candidates", [12, 0])
-def test_candidates_without_images(log: Log, candidates: int) -> None:
-    write_candidates(log.writer, table(candidates=candidates), images=lambda indices: None, step=STEP)
+@pytest.mark.parametrize("count", [12, 0])
+def test_candidates_without_images(log: Log, count: int) -> None:
+    log.show(candidates(table(candidates=count), images=lambda indices: None))
     assert log.tags() == {"tensors": ["influence/candidates/text_summary"]}
 
 
@@ -408,7 +424,7 @@ def test_images_that_fail_come_after_the_table(log: Log) -> None:
         raise OSError("the volume is gone")
 
     with pytest.raises(OSError, match="the volume is gone"):
-        write_candidates(log.writer, table(), images=images, step=STEP)
+        log.show(candidates(table(), images=images))
     assert log.tags() == {"tensors": ["influence/candidates/text_summary"]}
 
 
@@ -439,7 +455,7 @@ def curve(reader: EventAccumulator, column: str) -> dict[str, np.ndarray]:
 def test_detection_in_the_event_file(log: Log) -> None:
     columns, is_mislabelled = noisy_table()
     columns["suspicion"][::10] = np.nan
-    write_detection(log.writer, columns, is_mislabelled, STEP)
+    log.show(detection_curves(columns, is_mislabelled))
     scored = ["suspicion", "aum", "epochs_wrong", "prob_margin", "self_influence"]
     reader = log.read()
     assert set(reader.Tags()["tensors"]) == {f"influence/detection/{name}" for name in scored}
@@ -459,7 +475,7 @@ def test_curve_is_fine_where_the_mislabelled_are(log: Log) -> None:
     """2 % label noise: evenly spaced ranks would spend 3 of the 127 thresholds on them, these spend 18."""
     n = 5000
     is_mislabelled = np.arange(n) < 100
-    write_detection(log.writer, {"suspicion": -np.arange(float(n))}, is_mislabelled, STEP)
+    log.show(detection_curves({"suspicion": -np.arange(float(n))}, is_mislabelled))
     points = curve(log.read(), "suspicion")
     rising = np.unique(points["recall"][(points["recall"] > 0) & (points["recall"] < 1)])
     assert len(rising) >= 15
@@ -468,12 +484,12 @@ def test_curve_is_fine_where_the_mislabelled_are(log: Log) -> None:
 
 def test_equal_scores_give_no_information(log: Log) -> None:
     is_mislabelled = np.arange(20) < 4
-    write_detection(log.writer, {"harm": np.full(20, 3.0)}, is_mislabelled, STEP)
+    log.show(detection_curves({"harm": np.full(20, 3.0)}, is_mislabelled))
     points = curve(log.read(), "harm")
     assert set(np.unique(points["tp"] + points["fp"])) <= {0, 20}
 
 
 def test_column_without_a_number_is_left_out(log: Log) -> None:
     columns = {"loss": np.full(4, np.nan), "harm": np.arange(4.0)}
-    write_detection(log.writer, columns, np.arange(4) == 3, STEP)
+    log.show(detection_curves(columns, np.arange(4) == 3))
     assert log.tags()["tensors"] == ["influence/detection/harm"]

@@ -162,6 +162,34 @@ def test_views_and_versions() -> None:
     assert torch_private.versions([tensor]) == before, gone("torch._C._autograd._unsafe_set_version_counter")
 
 
+def test_hooks_of_tensors() -> None:
+    tensor = torch.zeros(3, requires_grad=True) * 1
+    assert not torch_private.has_hooks(tensor), gone("Tensor._backward_hooks")
+    tensor.register_hook(lambda gradient: None)
+    assert torch_private.has_hooks(tensor), gone("Tensor._backward_hooks")
+
+
+def test_rows_of_packed_sequences() -> None:
+    class Mode(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Any] = []
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    value = torch.arange(6.0).reshape(2, 3)
+    with Mode() as mode:
+        packed = nn.utils.rnn.pack_padded_sequence(value, torch.tensor([1, 3]), True, False)
+        filled, lengths = nn.utils.rnn.pad_packed_sequence(packed, True)
+    assert torch_private.packed_rows in mode.seen, gone("torch._VF._pack_padded_sequence")
+    assert torch_private.filled_rows in mode.seen, gone("torch._VF._pad_packed_sequence")
+    assert Tensor.index_select in mode.seen, gone("the sorting of `enforce_sorted=False`")
+    assert filled.tolist() == [[0, 0, 0], [3, 4, 5]]
+    assert lengths.tolist() == [1, 3]
+
+
 @pytest.mark.parametrize(
     "path", ["_orig_mod.body.0", "body._orig_mod.0", "body.0._orig_mod", "body._orig_mod._orig_mod.0", "body.0"]
 )

@@ -21,16 +21,19 @@ from lightning_influence.training.evidence import LabelEvidence
 
 Matrix = NDArray[np.float64]
 
-# Share of the noise rate that the surest examples must contradict; less where the features are late ones.
-_NEEDED, _NEEDED_LATE = 0.87, 0.58
-# More wrong labels are not believed in: most of what a run sees must be right. From so many on, chance is no excuse.
-_MOST, _MANY = 0.45, 0.3
-# So few wrong labels are none to be feared, whoever they are: the surest tell how many.
+# Of the examples that look most like each class, those labelled otherwise, as a share of the noise rate: where labels
+# are wrong at random. Fewer where classes overlap (or the features are late ones), more where no class is told apart.
+_LEAST, _LEAST_LATE, _MOST = 0.9, 0.5, 1.75
+# How many are asked, as shares of a class: more tell more surely, fewer are easier to tell.
+_ASKED = (1 / 2, 1 / 4)
+# More wrong labels are not believed in: most of what a run sees must be right.
+_TOO_MANY = 0.45
+# So few wrong labels are none to be feared, whoever they are.
 _FEW = 0.05
 # Accuracy, below that of the belief, from which untrained features are of no use.
 _USELESS = 0.10
-_SUREST = (0.2, 0.1)
-_FEWEST = 10
+# A label that nothing contradicts counts so much where the features are not sure of it either.
+_UNSURE = 0.5
 # The joint is kept for up to so many classes.
 _JOINT = 100
 # Where the run cannot tell, no label is called wrong with more probability than this.
@@ -134,10 +137,9 @@ def believe(
     early, late, first, trained = early[known], late[known], first[known], trained[known]
     n = len(given)
     joint = _confident_joint(early, given)
-    raw = 1 - np.trace(joint) / n
     differs = early.argmax(1) != given
-    rate = float(min(raw, differs.mean()))
-    beliefs = _verdict(first, early, given, rate, raw, float(differs.mean()), joint)
+    rate = float(min(1 - np.trace(joint) / n, differs.mean()))
+    beliefs = _verdict(first, early, given, rate, joint)
     others = _without(early + late + 1e-9 * trained, given)  # the run breaks ties
     others[:, np.bincount(given, minlength=early.shape[1]) == 0] = -np.inf  # classes that nobody has
     columns["suggested"][known] = np.where(np.isfinite(others).any(1), others.argmax(1), -1)
@@ -169,73 +171,78 @@ def _without(shares: Matrix, given: NDArray[np.int64]) -> Matrix:
 
 
 def _confident_joint(shares: Matrix, given: NDArray[np.int64]) -> Matrix:
-    """Count examples by given and probable label ``[c, c]``, rows summing to the sizes of the classes.
+    """Return how many examples of each given class (rows) are probably of each class (columns).
 
-    Probable is the class with the largest share among those whose share is at least what it is on average among the
-    examples that carry the label.
+    Another class is probable where its share is as large as usual among those labelled so, and larger than that of the
+    given one: where most of a small class's labels are wrong, its usual share is so small that anybody reaches it.
     """
     classes = shares.shape[1]
-    sizes = np.bincount(given, minlength=classes)
-    usual = np.bincount(given, _own(shares, given), minlength=classes) / np.maximum(sizes, 1)
-    confident = np.where((shares >= usual) & (sizes > 0), shares, -1.0)
-    probable, some = confident.argmax(1), confident.max(1) >= 0
+    sizes, own = np.bincount(given, minlength=classes), _own(shares, given)
+    usual = np.bincount(given, own, minlength=classes) / np.maximum(sizes, 1)
+    others = np.where((shares >= usual) & (shares > own[:, None]) & (sizes > 0), shares, -1.0)
+    contradicted, sure = others.max(1) >= 0, own >= usual[given]
+    counts = np.where(contradicted | sure, 1.0, np.where(own >= shares.max(1), _UNSURE, 0.0))
     joint = np.zeros((classes, classes))
-    np.add.at(joint, (given[some], probable[some]), 1.0)
+    np.add.at(joint, (given, np.where(contradicted, others.argmax(1), given)), counts)
     counted = joint.sum(1)
     joint[counted == 0] = np.diag(sizes)[counted == 0]
     scaled: Matrix = joint * (sizes / np.maximum(joint.sum(1), 1))[:, None]
     return scaled
 
 
-def _verdict(
-    first: Matrix,
-    early: Matrix,
-    given: NDArray[np.int64],
-    rate: float,
-    raw: float,
-    differs: float,
-    joint: Matrix,
-) -> LabelBeliefs:
+def _verdict(first: Matrix, early: Matrix, given: NDArray[np.int64], rate: float, joint: Matrix) -> LabelBeliefs:
     """Tell whether a run can tell.
 
-    Of every class, the examples are asked of which the features are surest. Where a label is hard to tell they are
-    right all the same; where labels are wrong at random, as many of theirs are as of any. Where features tell nothing,
-    that is so as well, but then nearly all labels look wrong.
+    Of every class, the examples are asked that look most like it: half and a quarter as many as its labels that are
+    believed to be right. Where labels are wrong at random, as many of theirs are as of any. Where classes overlap,
+    fewer: those that are easy to tell are right. Where a class is not told from others, more: nobody looks like it.
+    Where next to no label looks wrong, those that are hard to tell do not count.
     """
-    late = float((first.argmax(1) == given).mean()) < 1 - differs - _USELESS
-    asked = [_contradicted(early if late else first, given, surest) for surest in _SUREST]
-    surest, error = np.mean(asked, 0)
-    enough = (_NEEDED_LATE if late else _NEEDED) * raw
-    low, high = _interval(rate, differs, len(given))
-    found = LabelBeliefs("told", "", rate, low, high, min(asked[0][0], rate), joint if len(joint) <= _JOINT else None)
-    # Where many labels look wrong, chance is no excuse.
-    if raw <= _MOST and surest + (error if raw <= _MANY else 0.0) >= enough:
+    differs = early.argmax(1) != given
+    there = first.sum(1) > 0  # before some examples turned up
+    gained = (first.argmax(1) != given)[there].sum() - differs[there].sum()  # labels that early features uphold more
+    late = gained >= _USELESS * there.sum()
+    shares, labels = (early, given) if late else (first[there], given[there])
+    sizes, labelled = (np.bincount(some, minlength=len(joint)) for some in (given, labels))
+    right = np.diag(joint) / np.maximum(sizes, 1)
+    asked = [_contradicted(shares, labels, share * right * labelled, labelled) for share in _ASKED]
+    surest = float(np.mean(asked))
+    unlike = _contradicted(early, given, max(_ASKED) * right * sizes, sizes)
+    kept = joint if len(joint) <= _JOINT else None
+    if rate <= _FEW:
+        predicted = np.bincount(early.argmax(1), minlength=len(joint))
+        rate = min(rate, _contradicted(early, given, min(_ASKED) * predicted, predicted))
+        return LabelBeliefs("told", "", rate, *_interval(rate, differs.mean(), len(given)), rate, kept)
+    low, high = _interval(rate, differs.mean(), len(given))
+    found = LabelBeliefs("told", "", rate, low, high, min(*asked, rate), kept)
+    looks = f"{rate:.1%} of the labels look wrong"
+    if rate > _TOO_MANY:
+        reason = f"{looks}: the network has learnt too little to tell them from right ones"
+    elif surest < (_LEAST_LATE if late else _LEAST) * rate:
+        reason = (
+            f"{looks}, but among the examples that are easiest to tell only {surest:.1%} do: the classes overlap, or "
+            "the network has learnt mistakes that are no accident"
+        )
+    elif unlike > _MOST * rate:
+        reason = (
+            f"{looks}, but of the examples that look most like each class {unlike:.1%} are labelled otherwise: some "
+            "class cannot be told from the others"
+        )
+    else:
         return found
-    if raw <= _FEW:
-        return replace(found, noise_rate=found.surest, low=0.0)
-    reason = (
-        f"{raw:.1%} of the labels look wrong, but among the examples that are easiest to tell only "
-        f"{asked[0][0]:.1%} do: the classes overlap, or the network has learnt mistakes that are no accident"
-        if raw <= _MOST
-        else f"{raw:.1%} of the labels look wrong: the network has learnt too little to tell them from right ones"
-    )
-    return replace(found, verdict="cannot tell", reason=reason, noise_rate=asked[0][0], low=0.0, surest=0.0)
+    return replace(found, verdict="cannot tell", reason=reason, noise_rate=min(surest, rate), low=0.0, surest=0.0)
 
 
-def _contradicted(shares: Matrix, given: NDArray[np.int64], surest_share: float) -> tuple[float, float]:
-    """Return which share of the labels the surest examples of every class contradict, and its standard error."""
-    predicted = shares.argmax(1)
+def _contradicted(shares: Matrix, given: NDArray[np.int64], asked: NDArray[Any], weights: NDArray[np.int64]) -> float:
+    """Return the share of other labels among the ``asked`` examples that look most like each class, weighted."""
     two = np.partition(shares, -2, axis=1)[:, -2:]
-    margin = two[:, 1] - two[:, 0]
-    total, variance = 0.0, 0.0
-    for own in np.unique(predicted):
-        rows = np.flatnonzero(predicted == own)
-        asked = min(max(_FEWEST, int(np.ceil(surest_share * len(rows)))), len(rows))
-        surest = rows[np.argsort(-margin[rows], kind="stable")[:asked]]
-        share, weight = float((given[surest] != own).mean()), len(rows) / len(given)
-        total += weight * share
-        variance += weight**2 * max(share * (1 - share), 0.25 / asked) / asked
-    return total, variance**0.5
+    predicted, total = shares.argmax(1), 0.0
+    for own in np.flatnonzero(weights):
+        number = min(max(int(np.ceil(asked[own])), 1), len(given))
+        lead = shares[:, own] - np.where(predicted == own, two[:, 0], two[:, 1])
+        most = np.argpartition(-lead, number - 1)[:number]
+        total += float(weights[own] * (given[most] != own).mean())
+    return total / float(weights.sum())
 
 
 def _interval(rate: float, differs: float, n: int) -> tuple[float, float]:

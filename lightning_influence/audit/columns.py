@@ -150,8 +150,8 @@ for _column in (
     ),
     Column(
         "support",
-        "mean probability over the run, plus mean share of the neighbours, plus what the others' labels told of this "
-        "one before it was learnt by heart: of the given label, minus the largest of another, -3 to 3",
+        "mean probability over the run, plus what the others' labels told of this one before it was learnt by heart "
+        "(else the mean share of its neighbours): of the given label, minus the largest of another, -2 to 2",
         "low",
         ranks=1,
     ),
@@ -196,6 +196,18 @@ for _column in (
         "share of the nearest training examples with another given label, mean over epochs, 0 to 1",
         "high",
         ranks=2,
+    ),
+    Column(
+        "nearest",
+        "training example whose features under the trained model are nearest, as an index; -1 = unknown. Looked for "
+        "among 10,000 at most",
+        merge="first",
+    ),
+    Column("nearest_cosine", "cosine between its centred features and those of `nearest`, -1 to 1", merge="first"),
+    Column(
+        "near_duplicate",
+        "whether `nearest` is so much nearer than other examples that one is likely a copy of the other",
+        merge="first",
     ),
     Column(
         "prob_margin",

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_influence.audit.columns import COLUMNS, Columns, column_of
-from lightning_influence.audit.words import cell_text, label_text
+from lightning_influence.audit.curves import Curves, sparkline
+from lightning_influence.audit.words import cell_text, label_text, number_text
 
 _LISTED = 10  # pairs
 _SAID = "index", "id", "text", "rank", "candidate"  # before the columns are listed
@@ -25,6 +27,8 @@ class Example:
         values: What the audit says of it, by column.
         percentiles: Share of the examples that are less suspicious, by column that rates examples, from 0 to 1.
         pairs: Its rows in the table of pairs: the queries that it is a strong proponent or opponent of.
+        curves: Curve name to values by epoch, ``[e]``.
+        epochs: Their numbers.
 
     Example:
         >>> print(report[17])
@@ -36,6 +40,8 @@ class Example:
     percentiles: Mapping[str, float]
     pairs: tuple[Mapping[str, Any], ...]
     examples: int
+    curves: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    epochs: tuple[int, ...] = ()
     _names: Sequence[str] | None = field(default=None)
 
     @property
@@ -78,6 +84,7 @@ class Example:
             lines.append(f"  {name:<{width}}{shown:>12}{place:>8}  {column_of(name).description}".rstrip())
         if self.percentiles:
             lines.append("  (per cent: share of the examples that are less suspicious by this column)")
+        lines += self._over_epochs()
         for pair in self.pairs[:_LISTED]:
             query = f"query {pair['number']}, example {pair['query']} of set {pair['query_set']}"
             lines.append(f"  {pair['kind']} {pair['rank']} of {query}: {pair['score']:+.3g}")
@@ -86,6 +93,16 @@ class Example:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _over_epochs(self) -> list[str]:
+        if not self.curves:
+            return []
+        width = max(map(len, self.curves))
+        each = [
+            f"    {name:<{width}}  {sparkline(values)}  {' to '.join(number_text(values[k]) for k in (0, -1))}"
+            for name, values in self.curves.items()
+        ]
+        return [f"  over the epochs {self.epochs[0]} to {self.epochs[-1]}, as training saw it:", *each]
 
     def _candidate(self) -> str:
         return ", a candidate" if self.values.get("candidate") else ""
@@ -98,7 +115,9 @@ class Example:
         return told + ("" if np.isnan(chance) else f"; the label is wrong with a probability of {chance:.0%}")
 
 
-def example_of(columns: Columns, pairs: Columns | None, manifest: Mapping[str, Any], index: Any) -> Example:
+def example_of(
+    columns: Columns, pairs: Columns | None, manifest: Mapping[str, Any], index: Any, curves: Curves
+) -> Example:
     """Return what is known of an example; see ``AuditReport.__getitem__``."""
     row = row_of(columns, index)
     values = {name: _plain(column[row]) for name, column in columns.items()}
@@ -112,7 +131,9 @@ def example_of(columns: Columns, pairs: Columns | None, manifest: Mapping[str, A
                 percentiles[name] = float((known < scores[row]).sum() / (len(known) - 1))
     about_it = np.flatnonzero(pairs["index"] == values["index"]) if pairs is not None else ()
     told = tuple({name: _plain(pairs[name][each]) for name in pairs} for each in about_it) if pairs is not None else ()
-    return Example(values["index"], values, percentiles, told, len(columns["index"]), manifest.get("label_names"))
+    over = {name: table[row] for name, table in curves.items()}
+    epochs, names = tuple(curves.epochs.tolist()), manifest.get("label_names")
+    return Example(values["index"], values, percentiles, told, len(columns["index"]), over, epochs, names)
 
 
 def row_of(columns: Columns, index: Any) -> int:

@@ -19,6 +19,7 @@ from lightning_influence.gradients.coverage import listed
 _WORTH_A_LOOK = 0.25
 _FIRST_LOOK = 50  # where nothing is known
 _LISTED = 5
+_FAR, _NORMAL_MEDIAN = 3.5, 0.6745  # deviations; of the distances of a standard normal number
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,6 +40,8 @@ class Health:
         inspect: How many examples of the ranking to look at, from the first.
         expected: How many of these are expected to be wrong.
         nonfinite: How many examples have a non-finite loss or gradient.
+        duplicates: Pairs of dataset indices that are likely copies of each other.
+        contradicting: Those of them that carry different labels.
     """
 
     examples: int
@@ -51,6 +54,8 @@ class Health:
     inspect: int
     expected: float
     nonfinite: int
+    duplicates: tuple[tuple[int, int], ...] = ()
+    contradicting: tuple[tuple[int, int], ...] = ()
     _names: Sequence[str] | None = field(default=None)
     _counted: str = ""
 
@@ -70,6 +75,8 @@ class Health:
             "inspect": self.inspect,
             "expected": _known(self.expected),
             "nonfinite": self.nonfinite,
+            "duplicates": [list(pair) for pair in self.duplicates],
+            "contradicting": [list(pair) for pair in self.contradicting],
         }
 
     def lines(self) -> list[tuple[str, str]]:
@@ -86,6 +93,11 @@ class Health:
         if self.overlaps:
             pairs = [f"{self._class(a)} and {self._class(b)} {n:,.0f}" for (a, b), n in self.overlaps.items()]
             told.append(("overlap", f"labels that are one and may be the other: {listed(pairs, _LISTED)}"))
+        if self.duplicates:
+            found = f"{len(self.duplicates):,} pairs are likely copies: {_pairs(self.duplicates)}"
+            if self.contradicting:
+                found += f"; {len(self.contradicting):,} with different labels: {_pairs(self.contradicting)}"
+            told.append(("duplicates", found))
         if self.nonfinite:
             told.append(("non-finite", f"{self.nonfinite:,} examples: look at their inputs first"))
         return told
@@ -102,6 +114,8 @@ class Health:
 
     def _inspect(self) -> str:
         if not self.inspect:
+            if math.isnan(self.expected):
+                return "nothing: no target is far off"
             return f"nothing: no label is wrong with a probability of {_WORTH_A_LOOK:.0%}"
         first = f"the first {self.inspect:,} of the ranking"
         if math.isnan(self.expected):
@@ -118,11 +132,17 @@ class Health:
     __repr__ = __str__
 
 
+def _pairs(pairs: Sequence[tuple[int, int]]) -> str:
+    return listed([f"{one} and {other}" for one, other in pairs], _LISTED)
+
+
 def health(columns: Columns, manifest: Mapping[str, Any]) -> Health:
     """Return how good the labels are; see ``AuditReport.health``."""
     about = manifest.get("labels") or {}
     beliefs = LabelBeliefs.read(about)
     told, reason = beliefs.told, beliefs.reason if about else _unknown(columns)
+    if (residuals := far_off(columns)) is not None:
+        reason = f"{reason}; {far_off_told(*residuals)}"
     inspect, expected = _worth_a_look(columns, told)
     sizes = _counts(columns["label"]) if "label" in columns else {}
     wrong: dict[int, float] = dict.fromkeys(sizes, 0.0 if told else math.nan)
@@ -132,6 +152,7 @@ def health(columns: Columns, manifest: Mapping[str, Any]) -> Health:
             wrong[given] += count
         pair = min(given, other), max(given, other)
         overlaps[pair] = overlaps.get(pair, 0.0) + count
+    duplicates, contradicting = _duplicates(columns)
     return Health(
         examples=len(columns["index"]),
         verdict="told" if told else "cannot tell",
@@ -143,9 +164,50 @@ def health(columns: Columns, manifest: Mapping[str, Any]) -> Health:
         inspect=inspect,
         expected=expected,
         nonfinite=int((~columns["finite"].astype(bool)).sum()),
+        duplicates=duplicates,
+        contradicting=contradicting,
         _names=manifest.get("label_names"),
         _counted=beliefs.counted,
     )
+
+
+def far_off(columns: Columns) -> tuple[int, float] | None:
+    """Return how many targets of a regression are far off, and how many would be if residuals were normal.
+
+    Far: over 3.5 times the deviation that the median of their mean distances (``el2n``) speaks of. None for losses with
+    class decisions. With several outputs the distances vary less than one alone, so that fewer are far by chance.
+    """
+    if "el2n" not in columns or {"label", "aum"} & set(columns):
+        return None
+    distances = columns["el2n"][np.isfinite(columns["el2n"])]
+    deviation = float(np.median(distances)) / _NORMAL_MEDIAN if len(distances) else 0.0
+    far = int((distances > _FAR * deviation).sum()) if deviation > 0 else 0
+    return far, len(distances) * math.erfc(_FAR / math.sqrt(2))
+
+
+def far_off_told(far: int, expected: float) -> str:
+    """Return that as words."""
+    return (
+        f"{far:,} targets are over {_FAR:g} robust deviations from what training predicted, "
+        f"{expected:.1f} would be if residuals were normal"
+    )
+
+
+def _duplicates(columns: Columns) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """Return the pairs that are likely copies, and those of them with different labels."""
+    if not {"nearest", "near_duplicate"} <= set(columns):
+        return (), ()
+    rows = np.flatnonzero(columns["near_duplicate"])
+    found = np.sort(np.stack([columns["index"][rows], columns["nearest"][rows]], 1), 1)
+    pairs = np.unique(found, axis=0)
+    if "label" not in columns or not len(pairs):
+        return _tuples(pairs), ()
+    given = columns["label"][np.searchsorted(columns["index"], pairs)]  # sorted by index
+    return _tuples(pairs), _tuples(pairs[(given >= 0).all(1) & (given[:, 0] != given[:, 1])])
+
+
+def _tuples(pairs: NDArray[Any]) -> tuple[tuple[int, int], ...]:
+    return tuple((int(one), int(other)) for one, other in pairs)
 
 
 def _unknown(columns: Columns) -> str:
@@ -157,6 +219,8 @@ def _unknown(columns: Columns) -> str:
 def _worth_a_look(columns: Columns, told: bool) -> tuple[int, float]:
     """Return how many of the ranking to look at, and how many of these are expected to be wrong."""
     size = len(columns["index"])
+    if (residuals := far_off(columns)) is not None:
+        return residuals[0], math.nan
     if not told or "wrong_probability" not in columns:
         return min(max(int(columns["candidate"].sum()), _FIRST_LOOK), size), math.nan
     chances = columns["wrong_probability"]

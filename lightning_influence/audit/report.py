@@ -17,6 +17,7 @@ from lightning_influence.audit import acting, ensemble
 from lightning_influence.audit.acting import PRECISION, Advice
 from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import PAIRS_NEEDED, Columns, candidate_rows
+from lightning_influence.audit.curves import Curves
 from lightning_influence.audit.glossary import glossary
 from lightning_influence.audit.ranking import ingredients, judged
 from lightning_influence.audit.relabel import Relabelled
@@ -42,6 +43,7 @@ class AuditReport(ReportViews):
         directory: Where it lies on disk, if anywhere.
         pairs: If there were queries: column name to array, one row per query and strong proponent or opponent. See
             ``columns.PAIR_DESCRIPTIONS``.
+        curves: Loss, margin and probability of the given label over the epochs, ``[n, epochs]`` each; see ``Curves``.
 
     Example:
         >>> report = AuditReport.load("lightning_logs/version_0/influence")
@@ -52,6 +54,7 @@ class AuditReport(ReportViews):
     manifest: Mapping[str, Any] = field(default_factory=dict)
     directory: Path | None = None
     pairs: Columns | None = None
+    curves: Curves = field(default_factory=Curves)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> AuditReport:
@@ -65,7 +68,7 @@ class AuditReport(ReportViews):
         store = AuditStore.open(directory)
         report = cls(store.read_scores(), store.manifest, store.directory, store.read_pairs())
         _check_readable(report, store.directory)
-        return report
+        return replace(report, curves=Curves.of(store.curves.read(), report.columns["index"]))
 
     @classmethod
     def ensemble(cls, reports: Sequence[AuditReport]) -> AuditReport:
@@ -152,6 +155,8 @@ class AuditReport(ReportViews):
             "candidates": lambda store: store.write_candidates(self.columns, label_names=names),
             "glossary": lambda store: store.write_glossary(self.glossary()),
         }
+        if self.curves:
+            files["curves"] = lambda store: store.curves.write(self.curves.by_epoch(self.columns["index"]))
         if (pairs := self.pairs) is not None:
             files["pairs"] = lambda store: store.write_pairs(pairs)
         return files

@@ -10,8 +10,10 @@ from html import escape
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_influence.audit.columns import Columns, candidate_rows, column_of, scored, shown_in
+from lightning_influence.audit.curves import Curves
 from lightning_influence.audit.example import Example, example_of, row_of
 from lightning_influence.audit.health import Health, flows, health
 from lightning_influence.audit.words import called, cell_text, label_text
@@ -21,7 +23,7 @@ _PANELS = 12  # classes, or columns, in a figure
 _CLASSES = 30  # in a matrix
 _NUMBERED = 12  # classes, up to which a matrix has its numbers written in
 _BINS = 40
-_PLOTS = "suspicion", "classes"
+_PLOTS = "suspicion", "classes", "curves"
 _USUAL, _CANDIDATE = "0.65", "tab:red"
 
 _STYLE = """
@@ -43,6 +45,7 @@ class ReportViews:
     columns: Columns
     manifest: Mapping[str, Any]
     pairs: Columns | None
+    curves: Curves
 
     __iter__ = None  # else, by `__getitem__`, over the indices from 0 to the first that was not audited
 
@@ -53,7 +56,7 @@ class ReportViews:
             KeyError: If the audit has no such example.
             TypeError: For a slice, or what else is no index.
         """
-        return example_of(self.columns, self.pairs, self.manifest, index)
+        return example_of(self.columns, self.pairs, self.manifest, index, self.curves)
 
     def health(self) -> Health:
         """Return how good the labels are: how many are wrong, in which classes, and how many examples to look at."""
@@ -72,14 +75,15 @@ class ReportViews:
 
         Args:
             what: ``"suspicion"``: its histogram in each class, with the candidates; ``"classes"``: how many labels of
-                one class are likely of another.
-            index: An example, to see where it lies among all.
+                one class are likely of another; ``"curves"``: loss, margin and probability over the epochs, of the
+                candidates and of the others.
+            index: An example, to see where it lies among all, and its curves.
 
         Raises:
             ImportError: If matplotlib is not installed.
             ValueError: If there is no such plot, or nothing to be seen in it.
         """
-        return plot(self.columns, self.manifest, what, index)
+        return plot(self.columns, self.manifest, what, index, self.curves)
 
     def _repr_html_(self) -> str:
         return html(self.columns, self.manifest, repr(self), str(self), self.health())
@@ -133,7 +137,7 @@ def data_frame(columns: Columns) -> Any:
     return pandas.DataFrame({name: values for name, values in columns.items() if name != "index"}, index=index)
 
 
-def plot(columns: Columns, manifest: Mapping[str, Any], what: str, index: int | None) -> Any:
+def plot(columns: Columns, manifest: Mapping[str, Any], what: str, index: int | None, curves: Curves) -> Any:
     """Return a figure, see ``AuditReport.plot``."""
     if what not in _PLOTS or (index is not None and what != _PLOTS[0]):
         raise ValueError(
@@ -143,7 +147,9 @@ def plot(columns: Columns, manifest: Mapping[str, Any], what: str, index: int | 
     row = None if index is None else row_of(columns, index)
     _needed("matplotlib", "`report.to_pandas()` has the numbers")
     if row is not None:
-        return _of_example(columns, row)
+        return _of_example(columns, row, curves)
+    if what == "curves":
+        return _of_curves(columns, curves)
     draw = _of_classes if what == "classes" else _of_suspicion
     return draw(columns, manifest)
 
@@ -203,14 +209,48 @@ def _of_classes(columns: Columns, manifest: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _of_example(columns: Columns, row: int) -> Any:
+def _of_curves(columns: Columns, curves: Curves) -> Any:
+    """Draw the median, and where the middle eight of ten are, of the candidates and of the others."""
+    if not curves:
+        raise ValueError("there is nothing to plot: the audit has no curves (an earlier version, an ensemble).")
+    candidate = columns["candidate"].astype(bool)
+    figure, axes = _panels(len(curves))
+    for axis, (name, table) in zip(axes, curves.items(), strict=True):
+        for kind, color, chosen in (("others", _USUAL, ~candidate), ("candidates", _CANDIDATE, candidate)):
+            _band(axis, curves.epochs, table[chosen], color, kind)
+        _over_epochs(axis, name)
+    axes[0].legend(fontsize="small")
+    figure.suptitle(f"{int(candidate.sum()):,} candidates among {len(candidate):,} examples: median, 10 % to 90 %")
+    return figure
+
+
+def _band(axis: Any, epochs: NDArray[np.int64], table: NDArray[np.float32], color: str, label: str) -> None:
+    known = [(epoch, column[np.isfinite(column)]) for epoch, column in zip(epochs, table.T, strict=True)]
+    told = [(epoch, *np.quantile(column, (0.1, 0.5, 0.9))) for epoch, column in known if len(column)]
+    if told:
+        at, low, middle, high = map(np.asarray, zip(*told, strict=True))
+        axis.fill_between(at, low, high, color=color, alpha=0.25, linewidth=0)
+        axis.plot(at, middle, color=color, label=label, marker="o" if len(at) == 1 else "")
+
+
+def _over_epochs(axis: Any, name: str) -> None:
+    axis.set_title(f"{name} over epochs", fontsize="medium")
+    axis.set_xlabel("epoch", fontsize="small")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _of_example(columns: Columns, row: int, curves: Curves) -> Any:
     """Draw where an example lies among all, in the columns that rate examples."""
     every = {name: columns[name] for name in scored(columns) if np.isfinite(columns[name][row])}
-    if not every:
+    if not every and not curves:
         raise ValueError(f"there is nothing to plot: no score of the example {columns['index'][row]} is finite.")
-    chosen = dict(list(every.items())[:_PANELS])
-    figure, axes = _panels(len(chosen))
-    for axis, (name, values) in zip(axes, chosen.items(), strict=True):
+    chosen = dict(list(every.items())[: _PANELS - len(curves)])
+    figure, axes = _panels(len(curves) + len(chosen))
+    for axis, (name, table) in zip(axes, curves.items(), strict=False):
+        _band(axis, curves.epochs, table, _USUAL, "all")
+        axis.plot(curves.epochs, table[row], color=_CANDIDATE, marker=".")
+        _over_epochs(axis, name)
+    for axis, (name, values) in zip(axes[len(curves) :], chosen.items(), strict=True):
         axis.hist(values[np.isfinite(values)], _BINS, color=_USUAL)
         axis.axvline(values[row], color=_CANDIDATE)
         axis.set_yscale("symlog")

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from lightning_influence.audit.acting import advice
 from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import PAIR_LISTS, Columns, candidate_rows, column_of, legend, shown_in
+from lightning_influence.audit.health import far_off, far_off_told
 from lightning_influence.audit.words import called, cell_text, label_text
 from lightning_influence.gradients.coverage import listed
 
 _LISTED = 10  # candidates, and queries
 _WIDTH = 116  # letters of a line that explains
+_NOTED = 2  # notes, where it has to be short
 _NAMED = 3  # proponents, and opponents, of each query
 
 
@@ -43,6 +45,8 @@ def summary(columns: Columns, manifest: Mapping[str, Any], pairs: Columns | None
         lines.append(f"  non-finite  {len(bad)} examples, left out of the factors: {listed(bad, 10)}")
     if about := manifest.get("labels"):
         lines += _labels(columns, LabelBeliefs.read(about))
+    if (residuals := far_off(columns)) is not None:
+        lines.append(f"  residuals   {far_off_told(*residuals)}: the first of `report.ranking`")
     rows = candidate_rows(columns)
     ranked_by = " + ".join(manifest.get("ranked_by", ()))
     lines.append(
@@ -61,6 +65,22 @@ def summary(columns: Columns, manifest: Mapping[str, Any], pairs: Columns | None
         for name, values in detection.items():
             numbers = "".join(_told(values[key], "8.3f") for key in ("auroc", "average_precision", "recall_at"))
             lines.append(f"    {name:<24}{numbers}")
+    if directory is not None:
+        lines.append(f"  saved in    {directory}")
+    return "\n".join(lines)
+
+
+def brief(columns: Columns, manifest: Mapping[str, Any], directory: object = None) -> str:
+    """Return the most important of it in at most eight lines, for logs and notebooks."""
+    size, candidates = len(columns["index"]), int(columns["candidate"].sum())
+    lines = [f"Influence audit of {size:,} training examples ({manifest.get('status', 'complete')})"]
+    notes = manifest.get("notes", ())
+    lines += [f"  note        {note}" for note in notes[:_NOTED]]
+    if len(notes) > _NOTED:
+        lines.append(f"  note        and {len(notes) - _NOTED} more, see `print(report)`")
+    if about := manifest.get("labels"):
+        lines += _labels(columns, LabelBeliefs.read(about))
+    lines.append(f"  candidates  {candidates:,} ({candidates / max(size, 1):.1%}); all of it: `print(report)`")
     if directory is not None:
         lines.append(f"  saved in    {directory}")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from lightning_influence.callbacks.query_report import described
 from lightning_influence.core.errors import short
 from lightning_influence.core.indices import Indices, integers
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
+from lightning_influence.data.ids import SampleId, check_sample_id
 from lightning_influence.gradients.coverage import Layers, Uncovered, listed_layers
 from lightning_influence.influence.inputs import (
     check_choice,
@@ -51,6 +52,7 @@ class Arguments:
     verify: bool
     ids: Ids = None
     describe: Any = None
+    sample_id: SampleId | None = None
 
     def __post_init__(self) -> None:
         check_curvature_choices(self.curvature, self.fisher, self.solver)
@@ -59,6 +61,7 @@ class Arguments:
         _check_damping(self.damping)
         check_factor_examples(self.factor_examples)
         check_naming(self.ids, self.describe)
+        check_sample_id(self.sample_id)
         if self.trusted is not None and self.known_noise is not None:
             both = self.trusted[torch.isin(self.trusted, self.known_noise)].tolist()
             if both:

@@ -23,7 +23,10 @@ from lightning_influence.callbacks.resuming import Restored, as_at_the_end_of_tr
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.core import distributed
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
+from lightning_influence.data.ids import SampleId
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Layers, Uncovered
+from lightning_influence.objective.standard_task import TaskName, checked_task
 from lightning_influence.objective.task import Task
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import Mode, TracIn
@@ -33,7 +36,8 @@ class InfluenceAudit(RunHooks):
     """Audits the training data of a run: self-influence of every example, and the labels that are probably wrong.
 
     Training is left bitwise unchanged. The user's own ``training_step`` defines the loss; everything else is read off
-    the run. At the end of training the audit lies in ``<log_dir>/influence``, in TensorBoard, and in ``report``.
+    the run. At the end of training the audit lies in ``influence`` beside the checkpoints, in the loggers, and in
+    ``report``.
 
     During training, loss, margin and EL2N of every example are noted from the training pass itself, and TracIn adds up
     ``η gᵀPg`` per example (P: what Adam and its kin multiply gradients with), in a fixed-order pass at epoch ends or
@@ -62,12 +66,14 @@ class InfluenceAudit(RunHooks):
             such as a budget of time; None for no TracIn.
         layers: What to audit: names of modules (with everything in them), of layers or parameters, glob patterns, or
             types such as ``torch.nn.Linear``; None for everything that is trained.
-        uncovered: What to do about trainable parameters whose per-example gradients have no closed form (recurrent
-            layers, custom autograd functions, very large reparametrised weights): ``"report"`` them with their share
+        uncovered: What to do about trainable parameters whose per-example gradients have no closed form (some
+            packed sequences, own autograd functions, large reparametrised weights): ``"report"`` them with their share
             and leave them out, or ``"exact"``: one backward pass per example.
-        task: A function ``(module, batch) -> loss`` in place of ``training_step``. Needed for manual optimization.
+        task: A function ``(module, batch) -> loss`` in place of ``training_step``. Needed for manual optimization, and
+            where a step mixes examples. ``"classification"``, ``"binary"`` and ``"regression"`` are the plain losses of
+            ``module(x)`` and ``y``, found in batches ``(x, y)`` or mappings with usual names.
         queries: Examples to ask about: the training examples that help and harm each of them most are found, kept in
-            ``pairs.parquet`` and shown in TensorBoard. ``"worst"`` takes the eight validation examples with the highest
+            ``pairs.parquet`` and shown in the loggers. ``"worst"`` takes the eight validation examples with the highest
             loss, a ``DataLoader`` its first eight; ``Queries(...)`` has more to choose, such as what is measured: a
             margin, an adversarial loss, or a gap between groups.
         known_noise: Dataset indices of labels that are known to be wrong, to measure the detection.
@@ -78,16 +84,19 @@ class InfluenceAudit(RunHooks):
             dataset index to id.
         describe: What a person sees of an example: a function from what the data set returns for an index to a text or
             an image, or a tokenizer (``decode``) for token batches. Asked for the few examples that are shown.
-        dirpath: Directory of the audit, instead of ``<log_dir>/influence``. An existing audit is never overwritten:
-            a version suffix is added.
+        dirpath: Directory of the audit, instead of ``influence`` in the run's folder, beside the checkpoints. An
+            existing audit is never overwritten: a version suffix is added.
         verify: Whether to check per-example gradients against autograd on half a training batch before training starts.
+        sample_id: For streams (``IterableDataset``, WebDataset, loaders without an index): the name or place of the
+            column of a batch that holds each example's id, or a function from batch to ids. Everything is filed by
+            these, and the examples are met again by going over the loader once more, see ``docs/streams.md``.
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: During ``fit``, before the first step: for data that can't be indexed (an
-            ``IterableDataset``), collate functions whose order can't be followed, strategies that split the model,
-            manual optimization without a ``task``, models without a supported layer, losses that are not made of
-            per-example losses, ``ids`` that don't name each example, unwritable directories.
+        MisconfigurationException: During ``fit``, before the first step: for a stream without ``sample_id``, collate
+            functions whose order can't be followed, strategies that split the model, manual optimization without a
+            ``task``, models without a supported layer, losses that are not made of per-example losses, ``ids`` that
+            don't name each example, unwritable directories.
 
     Example:
         >>> trainer = Trainer(max_epochs=10, callbacks=[InfluenceAudit()])
@@ -106,7 +115,7 @@ class InfluenceAudit(RunHooks):
         tracin: Mode | TracIn | None = "epoch",
         layers: Layers = None,
         uncovered: Uncovered = "report",
-        task: Task | None = None,
+        task: Task | TaskName | None = None,
         queries: Literal["worst"] | DataLoader[Any] | Queries | None = None,
         known_noise: Sequence[int] | Tensor | None = None,
         trusted: Sequence[int] | Tensor | None = None,
@@ -114,6 +123,7 @@ class InfluenceAudit(RunHooks):
         verify: bool = True,
         ids: Ids = None,
         describe: Describe | None = None,
+        sample_id: SampleId | None = None,
     ) -> None:
         self.arguments = Arguments(
             curvature,
@@ -124,7 +134,7 @@ class InfluenceAudit(RunHooks):
             checked_tracin(tracin),
             layers,
             uncovered,
-            task,
+            checked_task(task),
             checked_queries(queries),
             checked_indices("known_noise", known_noise),
             checked_indices("trusted", trusted),
@@ -132,8 +142,10 @@ class InfluenceAudit(RunHooks):
             verify,
             ids,
             describe,
+            sample_id,
         )
         super().__init__()
+        self._recorder.sample_id = sample_id
         # What checkpoints keep: from a checkpoint until the size of the data is known, then of the run.
         self._restored: Restored | None = None
         self._recording: Recording | None = None
@@ -167,16 +179,20 @@ class InfluenceAudit(RunHooks):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at one batch before the first step, so that nothing fails after hours of training."""
         # Callbacks come before the model's own hooks, in which it may set up what its step needs.
-        if not any(overrides(hook, pl_module) for hook in ("on_train_start", "on_train_epoch_start")):
+        # Of a stream, the first batch is the only one that can be looked at without taking it from training.
+        own = any(overrides(hook, pl_module) for hook in ("on_train_start", "on_train_epoch_start"))
+        if not own and self.arguments.sample_id is None:
             self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> AuditRun:
         with preparing.errors_as_misconfiguration():
-            source = self._recorder.source_of(trainer.train_dataloader)
+            source = self._recorder.source_of(trainer)
             preparing.check_indices("known_noise", self.arguments.known_noise, source)
             preparing.check_indices("trusted", self.arguments.trusted, source)
-            self._recording = Recording(len(source), module, self.arguments.tracin)
             restored, self._restored = self._restored, None
+            # How long a stream is, is not known: there is room for what has been met.
+            grown = restored.state.get("size", 0) if restored and isinstance(source, StreamSource) else len(source)
+            self._recording = Recording(grown, module, self.arguments.tracin)
             restore(self._recording, restored, trainer)
             self._run = begun(self.arguments, trainer, module, source, self._recording)
             self._run.take_over(trainer)
@@ -242,14 +258,18 @@ class InfluenceAudit(RunHooks):
         """Return what a resumed run needs: tensors and primitives."""
         if self._recording is None:
             return {}
-        return self._recording.state_dict() | {"arguments": self.arguments.described()}
+        source = self._recorder.source
+        ids = {"stream": source.state_dict()} if isinstance(source, StreamSource) else {}
+        return self._recording.state_dict() | {"arguments": self.arguments.described()} | ids
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the size of the data set is known."""
         self._restored = Restored(state_dict) if state_dict else None
+        self._recorder.known = state_dict.get("stream")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over what an audit with other arguments has recorded: nearly all of it does not depend on them."""
         self._restored = state_for(self.state_key, self.arguments.described(), checkpoint.get("callbacks") or {})
         if self._restored is not None:  # Lightning has just said that it is not
+            self._recorder.known = self._restored.state.get("stream")
             rank_zero_info("influence audit: what an audit with other arguments has recorded is taken over.")

@@ -1,4 +1,4 @@
-"""Which checkpoints an audit keeps: within its budget, whatever fails, and across a run that is resumed."""
+"""Which checkpoints and curves an audit keeps: within its budget, whatever fails, and across a run that is resumed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning_influence.audit.store.atomic import StoreError
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.core.memory import readable
+from lightning_influence.gradients.coverage import listed
 from lightning_influence.training.checkpoints import Checkpoint
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
@@ -35,6 +36,24 @@ def keep_checkpoint(store: AuditStore | None, checkpoint: Checkpoint, tracin: Tr
         recording.notes.append(note)
     with suppress(StoreError):  # what is damaged says so when it is asked for
         recording.kept = [each.outline() for each in kept.outlines]
+
+
+def keep_curves(store: AuditStore | None, recording: Recording) -> None:
+    """Write the curves of the epochs so far, of which a checkpoint holds the numbers alone."""
+    if store is not None:
+        try:
+            store.curves.write(recording.curves.lasting())
+        except StoreError as error:
+            recording.note(f"curves were not kept while training went on: {error}")
+
+
+def take_over_curves(recording: Recording) -> None:
+    """Read the curves that a resumed run has kept in the directory it had before."""
+    wanted, before = recording.curves.missing, recording.directory
+    lost = recording.curves.restore(AuditStore(Path(before)).curves.read() if before and wanted else {})
+    if lost:
+        where = before or "memory, which nobody has any more"
+        recording.note(f"curves lack the epochs {listed(lost)} before training was resumed: they were kept in {where}")
 
 
 def take_over_checkpoints(store: AuditStore | None, tracin: TracIn, recording: Recording, step: int) -> None:

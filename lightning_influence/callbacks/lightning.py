@@ -58,7 +58,6 @@ __all__ = [
     "Trainer",
     "dummy_logger",
     "is_a",
-    "log_dir",
     "overrides",
     "package_of",
     "rank_zero_info",
@@ -134,14 +133,3 @@ def overrides(hook: str, module: LightningModule) -> bool:
 def dummy_logger(trainer: Trainer) -> Any:
     """Return a logger of the trainer's package that writes nothing, whatever is called."""
     return sys.modules[f"{package_of(trainer)}.loggers.logger"].DummyLogger()
-
-
-def log_dir(trainer: Trainer) -> str:
-    """Return where a run's files go: as ``trainer.log_dir``, also where the first logger is of the other package.
-
-    To be called on all processes: rank zero's is everybody's.
-    """
-    first: Any = next(iter(trainer.loggers), None)
-    of_logger = is_a(first, "TensorBoardLogger", "CSVLogger")
-    found = trainer.strategy.broadcast(first.log_dir) if of_logger else trainer.log_dir
-    return str(found or trainer.default_root_dir)

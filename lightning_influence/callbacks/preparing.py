@@ -23,7 +23,6 @@ from lightning_influence.callbacks.lightning import (
     MisconfigurationException,
     Trainer,
     is_a,
-    log_dir,
     overrides,
     rank_zero_warn,
 )
@@ -35,13 +34,16 @@ from lightning_influence.core.snapshot import StateError
 from lightning_influence.core.torch_private import is_compiled, meets_compiled
 from lightning_influence.data.collation import is_plain
 from lightning_influence.data.source import DataError, ExampleSource, is_deterministic
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.answering import answered
 from lightning_influence.gradients.capture import Capture
 from lightning_influence.gradients.coverage import Coverage, listed_reasons
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.verify import Inspection, VerificationError
+from lightning_influence.gradients.verify import Inspection, VerificationError, inspect
 from lightning_influence.layers.blocks import LayerError
+from lightning_influence.objective.standard_task import StandardTask
 from lightning_influence.objective.task import Task, TaskError, TrainingStepTask, run_tapped
+from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
 
 # Less than this share of the parameters is worth a warning.
@@ -178,9 +180,50 @@ def depends_on_batch_idx(gradients: ExampleGradients, indices: Sequence[int]) ->
     return losses[0] == losses[1] and not all(math.isclose(loss, losses[0], rel_tol=1e-4) for loss in losses)
 
 
+def told_of_task(gradients: ExampleGradients, indices: Sequence[int]) -> str:
+    """Return what a reader should know of a loss that is not that of `training_step`."""
+    task = gradients.task
+    what = f"`task={getattr(task, '__name__', type(task).__name__)}`"
+    if isinstance(task, StandardTask):
+        ((_, batch),) = gradients.source.batches(indices[:2], len(indices[:2]))
+        with untouched(gradients.module, task):
+            what = f'`task="{task.name}"`, {gradients.applied(task.written_out, batch)}'
+    return f"the loss behind scores and labels is {what}, not that of `training_step`"
+
+
+def looked_at(gradients: ExampleGradients, indices: Sequence[int], recording: Recording, *, verify: bool) -> Inspection:
+    """Return what the look at a batch has told, see ``inspect``.
+
+    Where a task stands for a step that mixes examples, so may the collate function: batches of passes are then those
+    of torch's own.
+    """
+    source = gradients.source
+    try:
+        return inspect(gradients, indices, verify=verify)
+    except VerificationError:
+        own = source.collate_fn
+        if isinstance(gradients.task, TrainingStepTask) or is_plain(own):
+            raise
+        try:
+            source.collate_fn = None
+            inspection = inspect(gradients, indices, verify=verify)
+        except Exception:
+            source.collate_fn = own
+        else:
+            recording.note(f"passes make batches without {_name_of(own)}, in which an example depends on the others")
+            return inspection
+        raise
+
+
+def _name_of(function: object) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection: Inspection) -> bool:
     """Tell whether examples have other labels when they are fetched once more, without streams of their own."""
     source = gradients.source
+    if isinstance(source, StreamSource):  # a batch is all that there is of it so far
+        return False
     if is_deterministic(source.dataset) and is_plain(source.collate_fn) and not inspection.random:
         return False
     chosen, labels = source.settled(indices[: inspection.examples]), []
@@ -216,6 +259,11 @@ def check_queries(trainer: Trainer, module: LightningModule, queries: Queries | 
 
 def check_indices(name: str, indices: Tensor | None, source: ExampleSource) -> None:
     """Raise ``DataError`` for indices beyond the data."""
+    if indices is not None and isinstance(source, StreamSource):
+        raise DataError(
+            f"{name} holds indices, and a stream has none before it is trained on. Leave it out, and compare "
+            'the ids of the report: `report["id"]`.'
+        )
     if indices is not None and int(indices.max()) >= len(source):
         raise DataError(f"{name} holds the index {int(indices.max())}; the data have {len(source)} examples.")
 
@@ -237,13 +285,27 @@ def warn_of_gaps(coverage: Coverage) -> None:
     )
 
 
+def run_directory(trainer: Trainer) -> str:
+    """Return the folder of a run, as ModelCheckpoint finds it: of the first logger, with the run's id.
+
+    ``trainer.log_dir`` is one for all runs where loggers have no ``log_dir`` of their own, and the root of MLflow's
+    files may hold nothing else. To be called on all processes: rank zero's is everybody's.
+    """
+    folder = [trainer.default_root_dir]
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = [logger.save_dir or trainer.default_root_dir, str(logger.name), version]
+    return str(trainer.strategy.broadcast(os.path.join(*folder)))
+
+
 def open_store(trainer: Trainer, dirpath: str | os.PathLike[str] | None) -> AuditStore | None:
     """Make the audit directory; None in a dry run and on other ranks than zero.
 
     Raises:
         StoreError: On every rank, if it can't be made.
     """
-    directory = dirpath or os.path.join(log_dir(trainer), "influence")
+    directory = dirpath or os.path.join(run_directory(trainer), "influence")
     store: AuditStore | None = None
     failure: StoreError | None = None
     if trainer.is_global_zero and not bridge.is_dry_run(trainer):

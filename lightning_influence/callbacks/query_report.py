@@ -19,13 +19,14 @@ from lightning_influence.core import distributed
 from lightning_influence.core.errors import short
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.curvature import Curvature, SolverError
-from lightning_influence.data.source import DataError, ExampleSource
+from lightning_influence.data.source import DataError
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import Visitor
+from lightning_influence.loggers.exhibits import Exhibit
+from lightning_influence.loggers.query_sheets import queries
 from lightning_influence.scores.examples import ExampleScorer
 from lightning_influence.scores.measurements import MeasurementError, QuerySets
 from lightning_influence.scores.queries import QueryError
-from lightning_influence.tensorboard.query_sheets import write_queries
 
 
 def checked_queries(queries: Any) -> Queries | None:
@@ -142,31 +143,27 @@ class QueryReport:
             added = names.in_pairs(self.pairs.table, [passes.source.dataset for passes, _ in self._sets])
             self.pairs = replace(self.pairs, table=self.pairs.table | added)
 
-    def write(self, writer: Any, names: ExampleNames, label_names: Sequence[str] | None, step: int) -> None:
-        """Write table and pictures to an event file."""
+    def exhibits(self, names: ExampleNames, label_names: Sequence[str] | None) -> Iterator[Exhibit]:
+        """Yield table and pictures, if there are any pairs."""
         if self.pairs is None:
             return
 
         def images(of: int | None, indices: list[int]) -> Sequence[Tensor | str] | None:
             return names.shown(indices, None if of is None else self._sets[of][0].source.dataset)
 
-        write_queries(
-            writer,
-            self.pairs.table,
-            images=images,
-            measured=self.pairs.about["per_query"],
-            label_names=label_names,
-            step=step,
+        yield from queries(
+            self.pairs.table, images=images, measured=self.pairs.about["per_query"], label_names=label_names
         )
 
     def _queries(self, trainer: Trainer, gradients: ExampleGradients, validation: QuerySets) -> QuerySets:
         if not isinstance(self.asked.which, DataLoader):
             return validation
         try:
-            source = ExampleSource.from_loader(self.asked.which)
+            # Of a stream without end as many as are asked about are enough.
+            batches = None if self.asked.of_set else self.asked.count
+            source, drawn = bridge.query_examples(self.asked.which, batches)
         except DataError as error:
             raise MisconfigurationException(f"InfluenceAudit(queries=...): {error}") from error
-        drawn = bridge.drawn_from(self.asked.which, len(source))
         if bridge.is_dry_run(trainer):
             drawn = drawn[: self.asked.count]
         if not drawn:

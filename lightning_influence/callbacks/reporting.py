@@ -1,12 +1,11 @@
-"""Where an audit goes: directory, TensorBoard, other loggers, and the lines a user reads."""
+"""Where an audit goes: directory, loggers, and the lines a user reads."""
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_influence.audit.columns import shown_in
+from lightning_influence.audit.curves import Curves
 from lightning_influence.audit.naming import ExampleNames
 from lightning_influence.audit.ranking import judged, rank
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.store.store import AuditStore
+from lightning_influence.audit.summary import brief
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.display import tolerated
-from lightning_influence.callbacks.lightning import Trainer, is_a, rank_zero_info, rank_zero_warn
+from lightning_influence.callbacks.lightning import Trainer, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.manifest import audit_described, detection_of, put_back
 from lightning_influence.callbacks.query_report import QueryReport
+from lightning_influence.callbacks.showing import Showing
 from lightning_influence.core.memory import readable
 from lightning_influence.curvature import Curvature
 from lightning_influence.curvature.registry import fitted_bytes
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.influence.inputs import notes_of
+from lightning_influence.influence.progress import is_terminal
+from lightning_influence.loggers.candidate_sheets import candidates
+from lightning_influence.loggers.exhibits import Exhibit, Histogram
+from lightning_influence.loggers.numbers import detection_curves, log_histogram
+from lightning_influence.loggers.summary import compared_numbers, detection_table, summary_table
 from lightning_influence.scores.plan import InfluencePlan, InfluenceScores
-from lightning_influence.tensorboard.candidate_sheets import write_candidates
-from lightning_influence.tensorboard.numbers import write_detection, write_histogram
+from lightning_influence.training.evidence import LabelEvidence
 from lightning_influence.training.recording import Recording
 
 Columns = dict[str, NDArray[Any]]
@@ -78,6 +84,7 @@ class Reporter:
         self.names = names or ExampleNames(())
         self.seconds_per_example: float | None = None
         self._said: set[str] = set()  # what has been said to have failed
+        self._showing = Showing(self._said)
         self._partial = 0.0, 0.0  # when the last partial table was written, and how long it took
         self._manifest: dict[str, Any] = {
             "status": "recording",
@@ -143,10 +150,12 @@ class Reporter:
         return columns | names
 
     def log_tracin(self, trainer: Trainer, scores: Tensor) -> None:
-        """Write the histogram of TracIn at the end of an epoch: of this checkpoint, or in flight of all so far."""
-        values, step = scores.cpu().double().numpy(), trainer.global_step
-        write = partial(write_histogram, tag="influence/tracin_epoch", values=values, step=step)
-        self._in_tensorboard(trainer, "the histogram of tracin", write)
+        """Show the histogram of TracIn at the end of an epoch: of this checkpoint, or in flight of all so far."""
+
+        def histogram() -> Iterator[Histogram]:
+            yield from log_histogram("influence/tracin_epoch", scores.cpu().double().numpy())[0]
+
+        self._showing.show(trainer, "the histogram of tracin", histogram)
 
     def log_dynamics(self, trainer: Trainer, columns: dict[str, Tensor]) -> None:
         """Write means of the training dynamics."""
@@ -154,7 +163,7 @@ class Reporter:
         means = {f"dynamics/{name}": float(known[name].double().nanmean()) for name in shown_in("scalar", known)}
         if "prob_margin" in columns:
             means["dynamics/contradicted_labels"] = float((columns["prob_margin"] < 0).sum())
-        self._log_scalars(trainer, means)
+        self._showing.numbers(trainer, means)
 
     def report(
         self,
@@ -164,10 +173,10 @@ class Reporter:
         inspection: Inspection,
         result: InfluenceScores,
         columns: Columns,
+        evidence: LabelEvidence | None,
         recording: Recording,
     ) -> AuditReport:
         """Rank, and put everything together."""
-        evidence = recording.label_evidence(columns["index"].tolist())
         ranked, beliefs = judged(self._named(columns), evidence, trusted=self._trusted)
         manifest = self._manifest | {"status": "complete", "step": step, "labels": beliefs.described()}
         manifest |= audit_described(gradients, plan, inspection, result, ranked)
@@ -180,7 +189,8 @@ class Reporter:
             mislabelled = np.isin(ranked["index"], self.known_noise)
             if mislabelled.any() and not mislabelled.all():
                 manifest["detection"] = detection_of(ranked, mislabelled)
-        report = self._with_texts(AuditReport(ranked, manifest, self.directory))
+        curves = Curves() if recording.gaps.misplaced else Curves.of(recording.curves.kept, ranked["index"])
+        report = self._with_texts(AuditReport(ranked, manifest, self.directory, curves=curves))
         if self.queries is not None:
             manifest["notes"] += self.queries.notes
             with tolerated("naming the queries", self._said):
@@ -208,7 +218,8 @@ class Reporter:
         """Write every file, then to every logger, then the summary; what fails is said, and stops nothing else."""
         self._write(report, curvature)
         self._log_report(trainer, report)
-        self.tell(lambda: f"\n{report}")
+        # All of it where it is read as it comes; elsewhere it would bury what else a log or a notebook has.
+        self.tell(lambda: f"\n{report}" if is_terminal() else brief(report.columns, report.manifest, report.directory))
 
     def _write(self, report: AuditReport, curvature: Curvature | None) -> None:
         store = self.store
@@ -239,56 +250,35 @@ class Reporter:
             )
 
     def _log_report(self, trainer: Trainer, report: AuditReport) -> None:
-        step, columns, manifest = trainer.global_step, report.columns, report.manifest
-        queries, label_names = self.queries, manifest.get("label_names")
-        for name in shown_in("histogram", columns):
-            tag = f"influence/{name}" + (f"/{manifest['curvature']['name']}" if name == "self_influence" else "")
-            write = partial(write_histogram, tag=tag, values=columns[name], step=step)
-            self._in_tensorboard(trainer, f"the histogram of {name}", write)
-        self._in_tensorboard(
-            trainer,
-            "the candidates in TensorBoard",
-            lambda writer: write_candidates(
-                writer,
-                columns,
-                images=self.names.shown,
-                label_names=label_names,
-                step=step,
-            ),
+        columns, manifest, queries = report.columns, report.manifest, self.queries
+        label_names = manifest.get("label_names")
+        left_out: dict[str, int] = {}
+        shown = self._showing
+        compared = compared_numbers(manifest, len(report.candidates))
+        shown.numbers(trainer, compared)
+
+        def histograms() -> Iterator[Histogram]:
+            for name in shown_in("histogram", columns):
+                tag = f"influence/{name}" + (f"/{manifest['curvature']['name']}" if name == "self_influence" else "")
+                drawn, without = log_histogram(tag, columns[name])
+                left_out.update({f"{name}, {reason}": count for reason, count in without.items()})
+                yield from drawn
+
+        def detection() -> Iterator[Exhibit]:
+            yield detection_table(manifest)
+            yield from detection_curves(columns, np.isin(columns["index"], np.asarray(self.known_noise)))
+
+        shown.show(trainer, "the histograms", histograms)
+        every = compared | {"nonfinite_count": len(report.nonfinite)} | left_out
+        shown.show(trainer, "the summary", lambda: [summary_table(manifest, every)])
+        shown.show(
+            trainer, "the candidates", lambda: candidates(columns, images=self.names.shown, label_names=label_names)
         )
         if "detection" in manifest:
-            mislabelled = np.isin(columns["index"], np.asarray(self.known_noise))
-            write = partial(write_detection, columns=columns, mislabelled=mislabelled, step=step)
-            self._in_tensorboard(trainer, "the detection curves", write)
+            shown.show(trainer, "the detection of known label noise", detection)
         if queries is not None:
-            self._in_tensorboard(
-                trainer,
-                "the queries in TensorBoard",
-                lambda writer: queries.write(writer, self.names, label_names, step),
-            )
-        scalars = {f"seconds/{name.replace(' ', '_')}": value for name, value in manifest["seconds"].items()}
-        scalars |= {f"detection/{name}_auroc": found["auroc"] for name, found in manifest.get("detection", {}).items()}
-        scalars |= {
-            "coverage": manifest["coverage"]["share"],
-            # Not "candidates": TensorBoard serves one kind of data per tag, and the images have that one.
-            "candidate_count": len(report.candidates),
-            "nonfinite_count": len(report.nonfinite),
-        }
-        self._log_scalars(trainer, scalars)
-
-    def _in_tensorboard(self, trainer: Trainer, what: str, write: Callable[[Any], None]) -> None:
-        """Hand the event-file writer of every TensorBoard logger to a function; on rank zero only."""
-        for logger in bridge.real_loggers(trainer) if trainer.is_global_zero else ():
-            if is_a(logger, "TensorBoardLogger"):
-                with tolerated(what, self._said):
-                    write(logger.experiment)
-
-    def _log_scalars(self, trainer: Trainer, scalars: dict[str, float]) -> None:
-        """Write scalars to every logger; on rank zero only."""
-        finite = {f"influence/{name}": float(value) for name, value in scalars.items() if np.isfinite(value)}
-        for logger in bridge.real_loggers(trainer) if trainer.is_global_zero else ():
-            with tolerated(f"logging to {type(logger).__name__}", self._said):
-                logger.log_metrics(finite, step=trainer.global_step)
+            shown.show(trainer, "the queries", lambda: queries.exhibits(self.names, label_names))
+        shown.tell_lacking(trainer)
 
 
 def _write_factors(store: AuditStore, curvature: Curvature) -> None:

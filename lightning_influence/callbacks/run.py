@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.arguments import Arguments
-from lightning_influence.callbacks.keeping import keep_checkpoint, take_over_checkpoints
+from lightning_influence.callbacks.keeping import keep_checkpoint, keep_curves, take_over_checkpoints, take_over_curves
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_influence.callbacks.listening import BatchListener
+from lightning_influence.callbacks.loaders import train_loader
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
 from lightning_influence.data.source import ExampleSource, same_data
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Coverage, listed
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.influence import Influence
@@ -73,7 +75,10 @@ class AuditRun:
         self.listener = BatchListener(self.recording, self.passes, self.flight)
 
     def take_over(self, trainer: Trainer) -> None:
-        """Take over the checkpoints that a run which is resumed has kept."""
+        """Take over the checkpoints and curves that a run which is resumed has kept."""
+        self.recording.curves.begin(trainer.current_epoch)
+        if trainer.is_global_zero:
+            take_over_curves(self.recording)
         if self.arguments.tracin is not None:
             take_over_checkpoints(self.reporter.store, self.arguments.tracin, self.recording, trainer.global_step)
         self.recording.directory = str(self.reporter.directory or "")
@@ -97,6 +102,7 @@ class AuditRun:
     def take_data(self, source: ExampleSource, epoch: int) -> None:
         """Go on with the examples of a loader that was loaded again, and say so if they are others."""
         passes = self.passes
+        self.recording.curves.begin(epoch)
         if source is passes.source:
             return
         if distributed.any_process(not same_data(passes.source, self.digests or passes.source.digests(), source)):
@@ -109,7 +115,7 @@ class AuditRun:
         """Look at the features of all examples, forward only, as long as their labels are not learnt by heart."""
         evidence = self.recording.labels.evidence
         indices = self._indices(trainer, last=False)  # of a limited run, none before its first batch
-        if not indices or evidence.complete or bridge.is_dry_run(trainer):
+        if not indices or evidence.complete or bridge.is_dry_run(trainer) or not self.passes.any_time:
             return
         with self._tolerated(trainer), bridge.aside(trainer):
             seen = look_at_labels(self.passes.gradients(trainer, module), indices)
@@ -141,6 +147,8 @@ class AuditRun:
     def _end_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         recording, tracin = self.recording, self.arguments.tracin
         recording.synchronise()
+        recording.curves.end(trainer.current_epoch)
+        keep_curves(self.reporter.store, recording)
         due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
         last = bridge.is_last_epoch(trainer)
         # The final pass looks by the way; a run that is resumed for more epochs has to catch up.
@@ -150,7 +158,7 @@ class AuditRun:
         if tracin is not None and due and recording.step_sizes.steps:
             if self.flight is not None:
                 self._keep_checkpoint(trainer, module, tracin)
-            elif not last:
+            elif not last and self.passes.any_time:
                 self._score_checkpoint(trainer, module, tracin)
         if recording.visits is not None:
             visits = recording.visits.values()
@@ -216,7 +224,7 @@ class AuditRun:
         audited = self._indices(trainer, last=True)
         indices = self._unmissed(audited)
         if bridge.is_dry_run(trainer):
-            indices = (indices or list(range(self.recording.size)))[: self.passes.source.batch_size]
+            indices = (indices or list(range(len(self.passes.source))))[: self.passes.source.batch_size]
         if not indices:
             self.failure = "no training batch was seen"
             rank_zero_warn(f"no influence audit: {self.failure}.")
@@ -241,9 +249,11 @@ class AuditRun:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
         indices = result.scores.indices.tolist()
-        never = len(bridge.drawn_from(trainer.train_dataloader, recording.size)) - len(audited)
+        drawn = len(bridge.drawn_from(train_loader(trainer), recording.size))
+        never = 0 if isinstance(self.passes.source, StreamSource) else drawn - len(audited)
         result.notes.extend(_data_notes(self.passes, audited, indices, never))
-        columns = recording.columns(indices, result.scores)
+        evidence = recording.label_evidence(indices)
+        columns = recording.columns(indices, result.scores, evidence)
         later = bridge.after_training(trainer, gradients)
         given = columns["label"].tolist() if "label" in columns else ()
         labels = {index: label for index, label in zip(indices, given, strict=False) if label >= 0}
@@ -254,7 +264,7 @@ class AuditRun:
         self.finished = True
         if not trainer.is_global_zero:
             return None, lambda: None
-        report = reporter.report(trainer.global_step, gradients, plan, inspection, result, columns, recording)
+        report = reporter.report(trainer.global_step, gradients, plan, inspection, result, columns, evidence, recording)
         return report, (lambda: reporter.publish(trainer, report, result.curvature))
 
     def _last_step_sizes(
@@ -277,16 +287,18 @@ class AuditRun:
         return [k for k in indices if distributed.world_size() > 1 or k not in self.passes.source.missing]
 
     def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
-        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.recording.size, last=last)
+        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.passes.source, last=last)
 
 
 def _data_notes(passes: TrainingPasses, audited: list[int], scored: list[int], never: int) -> list[str]:
     """Return what a reader should know of the data: how batches are made, and who is not in the report."""
     source = passes.source
     notes = [source.collation.note] if source.collation.note else []
+    notes += source.notes() if isinstance(source, StreamSource) else []
     if missing := sorted(set(audited) - set(scored)):
         reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
-        notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed(missing, 10)} ({reasons})")
+        named = source.book[missing].tolist() if isinstance(source, StreamSource) else missing
+        notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed(named, 10)} ({reasons})")
     if lacking := ", ".join(sorted(map(str, passes.lacking))):
         notes.append(f"training has had terms of the loss that the passes, in eval mode, have not: {lacking}")
     if never:

@@ -19,11 +19,14 @@ __all__ = [
     "base_of",
     "eager_name",
     "eagerly",
+    "filled_rows",
+    "has_hooks",
     "is_compiled",
     "is_packed",
     "is_view",
     "leave_mode",
     "meets_compiled",
+    "packed_rows",
     "saved",
     "set_version",
     "shape_of",
@@ -39,6 +42,10 @@ visible_attention = types.FunctionType(
     "multi_head_attention_forward",
     F.multi_head_attention_forward.__defaults__,
 )
+
+
+packed_rows: Callable[..., tuple[Tensor, Tensor]] = torch._VF._pack_padded_sequence
+filled_rows: Callable[..., tuple[Tensor, Tensor]] = torch._VF._pad_packed_sequence
 
 
 def leave_mode(mode: object) -> None:
@@ -98,6 +105,11 @@ def base_of(tensor: Tensor) -> Tensor | None:
 def eager_name(path: str) -> str:
     """Drop what ``torch.compile`` puts into module paths."""
     return path.replace("_orig_mod.", "").removesuffix("._orig_mod").removesuffix("_orig_mod")
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Tell whether somebody wants to be told of a tensor's gradient."""
+    return bool(tensor._backward_hooks)
 
 
 def version(tensor: Tensor) -> int:

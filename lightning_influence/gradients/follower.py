@@ -19,6 +19,7 @@ from lightning_influence.core.containers import tensors_in
 from lightning_influence.core.torch_private import visible_attention
 from lightning_influence.gradients.block_rows import Source
 from lightning_influence.layers.embedding import EmbeddingCall
+from lightning_influence.layers.recurrent import Recurrent
 from lightning_influence.layers.registry import overwrites, read_call
 from lightning_influence.layers.site import NotUnderstoodError, Site
 from lightning_influence.objective.losses import all_arguments
@@ -46,6 +47,7 @@ class Follower(TorchFunctionMode, ABC):
         self.sources = {
             id(parameter): Source(parameter, ((name, parameter),)) for name, parameter in parameters.items()
         }
+        self._recurrent = Recurrent()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -56,10 +58,16 @@ class Follower(TorchFunctionMode, ABC):
             # Its linear maps are the layers. This copy does not ask the mode again, so the mode can see what it calls.
             with self:
                 return visible_attention(*args, **kwargs)
+        stepped = self._recurrent.in_steps(func, args, kwargs, lambda: self)
+        if stepped is not None:
+            # Parameters were seen in the steps. Rows that were packed, and what is the batch's own, are so still.
+            self.after(func, (args[:1], {}), list(tensors_in(stepped)), args)
+            return stepped
         before = args
         if overwrites(func) and any(id(tensor) in self.sources for tensor in tensors_in((args, kwargs))):
             before = (args[0].detach().clone(), *args[1:])
         output = func(*args, **kwargs)
+        self._recurrent.note(func, args, output)
         made = [args[0]] if func == Tensor.__setitem__ else list(tensors_in(output))
         if made:
             self.after(func, (args, kwargs), made, before)

@@ -19,6 +19,7 @@ from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.precision_watch import PrecisionWatch, lower_precision
 from lightning_influence.layers import per_sample
 from lightning_influence.objective.scale import LossScale
+from lightning_influence.objective.standard_task import StandardTask, suggested
 
 # Of sums over a batch, and of an example's own gradient in a batch and among copies of itself, by the lowest precision
 # that takes part; the last below single precision.
@@ -290,9 +291,21 @@ def _compare_alone(
                     "batch is not the first dimension of "
                     "the layers' inputs and the logits, or the batch loss is not the mean of the losses of its "
                     "examples alone and no known loss call was seen that would tell each one's part. Influence of "
-                    "single examples is not defined then; pass `task=` (`loss=` of `Influence`), a function (module, "
-                    "batch) -> one loss per example, or accept it with `verify=False`."
+                    "single examples is not defined then; pass "
+                    f"{_way_out(gradients, indices)}, or accept it with `verify=False`."
                 )
+
+
+def _way_out(gradients: ExampleGradients, indices: list[int]) -> str:
+    """Return a task that is defined for every example alone, in the terms of the module and of the batch at hand."""
+    task = "`task=` (`loss=` of `Influence`), a function (module, batch) -> one loss per example"
+    if isinstance(gradients.task, StandardTask):
+        return f"{task}, and mix examples in `training_step` rather than before it"
+    with isolated_rng():
+        ((_, batch),) = gradients.source.batches(indices, len(indices))
+    with untouched(gradients.module, gradients.task):
+        line = gradients.applied(suggested, batch)
+    return task if line is None else f"the loss of each example alone, {line} (else {task})"
 
 
 def _smallest_own(look: _Look, name: str, k: int) -> float:

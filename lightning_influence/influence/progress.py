@@ -10,9 +10,14 @@ from contextlib import contextmanager
 _DELAY = 2.0
 
 
+def is_terminal() -> bool:
+    """Tell whether what is printed goes to a screen."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def is_watched() -> bool:
     """Tell whether what is printed goes to a screen or a notebook."""
-    return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+    return "ipykernel" in sys.modules or is_terminal()
 
 
 @contextmanager

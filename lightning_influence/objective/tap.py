@@ -9,9 +9,29 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_influence.core.torch_private import ahead_of, leave_mode
+from lightning_influence.core.torch_private import ahead_of, leave_mode, version
+from lightning_influence.objective.handwritten import DECIDING, MOST, Decision, decision
 from lightning_influence.objective.losses import LossCall, all_arguments, known_loss, read_call
 from lightning_influence.objective.scale import calling_place
+
+
+class Heard(list[LossCall]):
+    """The known loss calls of a step, and what else may tell of a loss.
+
+    Attributes:
+        decisions: Of what the last softmaxes and sigmoids were taken.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decisions: list[Decision] = []
+
+    def decide(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note a call of one of ``DECIDING``."""
+        found = decision(func, args, kwargs)
+        if found is not None:
+            self.decisions.append(Decision(*found, version(found[0]), calling_place()))
+            del self.decisions[:-MOST]
 
 
 class LossTap(TorchFunctionMode):
@@ -27,7 +47,7 @@ class LossTap(TorchFunctionMode):
 
     def __init__(self, *, protect: bool = False) -> None:
         super().__init__()
-        self.calls: list[LossCall] = []
+        self.calls = Heard()
         self._listening = True
         self._protect = protect
 
@@ -46,7 +66,10 @@ class LossTap(TorchFunctionMode):
     ) -> Any:
         """Run the call unchanged and take note of it."""
         if not known_loss(func):  # nearly all of them, in every training step
-            return func(*args, **(kwargs or {}))
+            output = func(*args, **(kwargs or {}))
+            if func in DECIDING and self._listening:
+                self.calls.decide(func, args, kwargs or {})
+            return output
         kwargs = all_arguments(func, kwargs or {})
         output = func(*args, **kwargs)
         call = read_call(func, args, kwargs, output) if self._listening and output.requires_grad else None
@@ -71,11 +94,11 @@ class TrainingTap(LossTap):
 
     def forget(self) -> None:
         """Let go of what was heard: it holds the graph of the batch."""
-        self.calls = []
+        self.calls = Heard()
 
-    def taken(self) -> list[LossCall]:
+    def taken(self) -> Heard:
         """Return the calls and forget them: they hold the graph of the batch."""
-        calls, self.calls = self.calls, []
+        calls, self.calls = self.calls, Heard()
         return calls
 
 

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from lightning_influence.objective.losses import LossCall
 from lightning_influence.objective.scale import NoLossError, TaskError
-from lightning_influence.objective.tap import LossTap
+from lightning_influence.objective.tap import Heard, LossTap
 
 
 class Task(Protocol):
@@ -83,7 +82,7 @@ class TrainingStepTask:
         return result
 
 
-def run_tapped(task: Task, module: nn.Module, batch: Any) -> tuple[Tensor, list[LossCall]]:
+def run_tapped(task: Task, module: nn.Module, batch: Any) -> tuple[Tensor, Heard]:
     """Run ``task`` on one batch and return what it returned, and the known loss calls it made."""
     with LossTap(protect=True) as tap:
         loss = task(module, batch)

@@ -19,9 +19,10 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.core.torch_private import shape_of
+from lightning_influence.objective.handwritten import HAND_WRITTEN, handwritten
 from lightning_influence.objective.losses import LossCall, single
 from lightning_influence.objective.scale import LossScale, TaskError, TermKey, TermShare
-from lightning_influence.objective.tap import edges_below
+from lightning_influence.objective.tap import Heard, edges_below
 
 __all__ = ["BatchLoss", "LossTerm", "TaskError", "TermForm", "placed_calls", "steady_terms", "understand"]
 
@@ -255,19 +256,55 @@ def understand(
             "Was it computed under `torch.no_grad()` or from detached tensors?"
         )
     seen = _seen(loss, calls, n, scale, forms or {})
-    terms = tuple(term for term in seen if term.call.rows_match(n))
+    terms, remainder = _told(loss, seen, n)
+    if remainder or not terms:
+        seen = (*_by_hand(loss, calls, [term.call for term in seen], n, scale, forms or {}), *seen)
+        terms, remainder = _told(loss, seen, n)
     with torch.no_grad():
-        explained = sum((float((term.coefficient * term.call.output).sum()) for term in terms), 0.0)
-        total = float(loss)
-        if math.isfinite(total) and math.isfinite(explained):
-            rounding = max(1e-4, 4 * torch.finfo(loss.dtype).eps)
-            remainder = abs(total - explained) > rounding * max(abs(total), abs(explained), 1e-8)
-        else:  # explained if the known calls are non-finite themselves
-            remainder = math.isfinite(explained)
         if terms and not remainder:
             parts = [term.call.per_example(term.call.elements() * term.scale(n), n) for term in terms]
             values = torch.stack([part.to(loss.dtype) for part in parts]).sum(0)
     return BatchLoss(loss, n, terms, remainder, values, seen)
+
+
+def _told(loss: Tensor, seen: Sequence[LossTerm], n: int) -> tuple[tuple[LossTerm, ...], bool]:
+    """Return those whose rows can be shared out, and whether the loss has a part besides them."""
+    terms = tuple(term for term in seen if term.call.rows_match(n))
+    with torch.no_grad():
+        explained = sum((float((term.coefficient * term.call.output).sum()) for term in terms), 0.0)
+    total = float(loss.detach())
+    if not (math.isfinite(total) and math.isfinite(explained)):  # explained if the calls are non-finite themselves
+        return terms, math.isfinite(explained)
+    rounding = max(1e-4, 4 * torch.finfo(loss.dtype).eps)
+    return terms, abs(total - explained) > rounding * max(abs(total), abs(explained), 1e-8)
+
+
+def _by_hand(
+    loss: Tensor,
+    calls: Sequence[LossCall],
+    known: Sequence[LossCall],
+    n: int,
+    scale: LossScale | None,
+    forms: Mapping[TermKey, TermForm],
+) -> tuple[LossTerm, ...]:
+    """Return what is written by hand, as terms; with forms only where the trace has found it."""
+    decisions = calls.decisions if isinstance(calls, Heard) else []
+    places = {key.place for key in forms if key.kind in HAND_WRITTEN}
+    if forms:
+        decisions = [each for each in decisions if each.place in places]
+    found = handwritten(loss, decisions, known, sure=bool(places))
+    terms = []
+    placed = placed_calls([written.call for written in found], forms)
+    for (key, call, form), written in zip(placed, found, strict=True):
+        reference = scale[key] if scale is not None and call.rows_match(n) else None
+        reduction = _reduction_of(loss, written.logits.grad_fn)
+        if reduction is None:
+            factor = _divided(written.weight, n)
+        else:
+            (at_reduction,) = torch.autograd.grad(loss, reduction[:1], retain_graph=True)
+            factor = at_reduction.abs() / reduction[1]
+        terms.append(LossTerm(call, written.weight, key, reference, form, float(factor)))
+    return tuple(terms)
 
 
 def _seen(
@@ -280,7 +317,7 @@ def _seen(
     """Return the calls that the loss is made of, as terms."""
     if not calls:
         return ()
-    reductions = [_reduction_of(loss, call) if call.reduction == "none" else None for call in calls]
+    reductions = [_reduction_of(loss, call.output.grad_fn) if call.reduction == "none" else None for call in calls]
     wanted: list[Any] = [call.output for call in calls]
     wanted += [reduction[0] for reduction in reductions if reduction is not None]
     found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
@@ -314,9 +351,8 @@ def _divided(coefficient: Tensor, n: int) -> Tensor:
     return counted[0] if alike else torch.tensor(1 / n)
 
 
-def _reduction_of(loss: Tensor, call: LossCall) -> tuple[GradientEdge, int] | None:
-    """Find the operation that made one number of a call's elements, if there is just one, and what it divides by."""
-    target: Any = call.output.grad_fn
+def _reduction_of(loss: Tensor, target: Any) -> tuple[GradientEdge, int] | None:
+    """Find the operation that made one number of a node's elements, if there is just one, and what it divides by."""
     users: dict[Any, list[tuple[Any, int]]] = defaultdict(list)
     for node, following, number in edges_below(loss, {target}):
         users[following].append((node, number))

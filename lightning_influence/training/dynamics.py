@@ -146,7 +146,7 @@ class TrainingDynamics:
         sums.add("nonfinite", rows, (~finite).double())
         rows, taken = _kept(rows, taken, finite)
         sums.add("times_seen", rows, torch.ones(len(rows), dtype=torch.float64))
-        for name in ("loss", "worst", "margin", "el2n", "wrong", "probabilities"):
+        for name in ("loss", "worst", "margin", "el2n", "wrong", "probability", "probabilities"):
             if name in taken:
                 sums.add(name, rows, taken[name])
         sums.add("loss_squared", rows, taken["loss"].double().square())
@@ -155,6 +155,11 @@ class TrainingDynamics:
             sums.add("forgetting", rows, ((before < 0.5) & (taken["wrong"].double() >= 0.5)).double())
         if "label" in taken:
             sums.put("label", rows, taken["label"])
+
+    def grow(self, size: int) -> None:
+        """Have room for more examples."""
+        self.size = size
+        self.sums.grow(size)
 
     def columns(self) -> dict[str, Tensor]:
         """Return one column per score, ``[size]``; NaN (or -1) for examples that were never trained on."""

@@ -14,23 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_influence.core.precision import exact
+from lightning_influence.training.example_sums import lengthened
 from lightning_influence.training.neighbours import votes
 
 # Penalties of the ridge, shares of the number of examples; the one with the least error on left-out labels is taken.
 _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 # A feature that hardly varies is not blown up to unit variance: this share of the largest deviation at least.
 _LEAST_DEVIATION = 1e-3
-_CHUNK = 2**16  # rows
-# Epochs that the belief is made of; more where the run learns so slowly that it is well behind its neighbours' votes.
+_CHUNK = 2**12  # rows
+# Epochs that the belief is made of at least; more while the run predicts labels well worse than the others tell them.
 _EARLY = 3
 # Three matrices are kept, of up to so many scalars (200 MB) each.
 _BUDGET = 5 * 10**7
 # Examples with a label.
 _FEWEST = 3
 _SUMS = ("first", "early", "late")
-# Well behind, in accuracy. Snapshots that are so behind a later one are left out: the network had not begun to learn.
-_BEHIND = 0.03
-_STATE = ("epochs", "early", "late", "closed", "voted", "best", "right", "visits")
+# Well worse, in accuracy. Snapshots that are so behind a later one are left out: the network had not begun to learn.
+_BEHIND = 0.05
+_STATE = ("epochs", "early", "late", "closed", "done", "best", "right", "visits")
 
 
 def ridge_leave_one_out(features: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -77,8 +78,9 @@ class LabelEvidence:
     """What is known of the labels of some examples, without their own: rows of shares by class, ``[n, c]``.
 
     Attributes:
-        first: Ridge and votes, summed, before training and after its first epoch (4 at most); zeros where not known.
-        early: Mean of both over the snapshots of the first epochs; rows sum to 1.
+        first: Mean of ridge and votes, before training and after its first epoch; rows sum to 1, or to 0 where an
+            example turned up later.
+        early: The same over the snapshots of the first epochs.
         late: The same over all snapshots until the run knew the labels by heart.
         trained: Mean predicted probabilities over the run plus the mean votes.
     """
@@ -99,8 +101,8 @@ class EvidenceRecord:
     def __init__(self, size: int) -> None:
         self.size = size
         self._sums = {name: torch.zeros(size, 0) for name in _SUMS}
-        # Epochs looked at for `early`, snapshots in two of the sums, whether another would tell nothing, accuracy of
-        # the first votes and of the best snapshot, and what training had predicted by the last one.
+        # Epochs looked at for `early`, snapshots in two of the sums, whether another would tell nothing, whether
+        # `early` is complete, accuracy of its best snapshot, and what training had predicted by the last one.
         self._state = dict.fromkeys(_STATE, 0.0)
 
     @property
@@ -111,7 +113,7 @@ class EvidenceRecord:
     @property
     def complete(self) -> bool:
         """Whether there are enough snapshots, so that none is worth a pass of its own."""
-        return self.closed or self._state["epochs"] >= _EARLY
+        return self.closed or bool(self._state["done"])
 
     def close(self) -> None:
         """Take no more snapshots."""
@@ -152,8 +154,6 @@ class EvidenceRecord:
         state, as_seen = self._state, self._as_seen(right)
         if not state["late"]:
             self._add("first", rows, ridge + near)
-        if state["epochs"] < _EARLY:
-            state["voted"] = max(state["voted"], by_votes)
         if not trained:
             return
         if as_seen > max(by_ridge, by_votes) and state["late"]:
@@ -162,12 +162,14 @@ class EvidenceRecord:
         both = (ridge / ridge.sum(1, keepdim=True).clamp(min=1e-12) + near) / 2
         self._add("late", rows, both)
         state["late"] += 1
-        if state["epochs"] < _EARLY or (state["epochs"] + 1 == state["late"] and as_seen < state["voted"] - _BEHIND):
-            state["epochs"] += 1
-            self._add_early(rows, both, labels)
+        if not state["done"]:
+            told = (labels.cpu() == both.argmax(1)).double().mean().item()
+            self._add_early(rows, both, told)
+            state["done"] = float(state["epochs"] >= _EARLY and not as_seen < told - _BEHIND)
 
-    def _add_early(self, rows: Tensor, both: Tensor, labels: Tensor) -> None:
-        state, told = self._state, (labels.cpu() == both.argmax(1)).double().mean().item()
+    def _add_early(self, rows: Tensor, both: Tensor, told: float) -> None:
+        state = self._state
+        state["epochs"] += 1
         if told > state["best"] + _BEHIND:
             self._sums["early"], state["early"] = torch.zeros(self.size, 0), 0.0
         if told >= state["best"] - _BEHIND:
@@ -202,11 +204,16 @@ class EvidenceRecord:
         rows = torch.as_tensor(list(indices), dtype=torch.long)
         classes = max(value.shape[1] for value in self._sums.values())
         found = {name: F.pad(value[rows], (0, classes - value.shape[1])) for name, value in self._sums.items()}
-        for name in ("early", "late"):  # an example that turned up later was in fewer snapshots
-            found[name] /= found[name].sum(1, keepdim=True).clamp(min=1e-12)
+        for shares in found.values():  # an example that turned up later was in fewer snapshots
+            shares /= shares.sum(1, keepdim=True).clamp(min=1e-12)
         if trained is None:
             trained = torch.zeros(len(rows), classes)
         return LabelEvidence(**found, trained=F.pad(trained, (0, max(0, classes - trained.shape[1])))[:, :classes])
+
+    def grow(self, size: int) -> None:
+        """Have room for more examples."""
+        self.size = size
+        self._sums = {name: lengthened(column, size) for name, column in self._sums.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint."""

@@ -19,6 +19,7 @@ class Gaps:
     Attributes:
         batches: Number of training batches.
         untapped: Those without a known loss call.
+        mixed: Those from the first on whose step has mixed examples, where ``task=`` says what is audited.
         skipped: Those without a loss or a backward pass.
         ragged: Those whose rows of several lengths lie end to end.
         contradicted: Those whose examples had other labels before.
@@ -31,6 +32,7 @@ class Gaps:
 
     batches: int = 0
     untapped: int = 0
+    mixed: int = 0
     skipped: int = 0
     ragged: int = 0
     contradicted: int = 0
@@ -44,6 +46,15 @@ class Gaps:
     def misplaced(self) -> bool:
         """Whether so many batches had other labels that none of them can be trusted."""
         return self.contradicted > _MOST_CONTRADICTED * self.batches
+
+    def silent(self, *, mixed: bool, ragged: bool) -> None:
+        """Count a batch that has told nothing of its examples."""
+        if mixed or self.mixed:
+            self.mixed += 1
+        elif ragged:
+            self.ragged += 1
+        else:
+            self.untapped += 1
 
     def start_again(self, epoch: int) -> None:
         """Forget what was about other data than those from an epoch on."""
@@ -65,6 +76,8 @@ class Gaps:
         found = {
             f"{self.untapped} training batches had no known loss call"
             f"{' outside of what is compiled' if compiled else ''}: no training dynamics there": self.untapped,
+            "training mixes the labels of examples (mixup, CutMix), and what it says is of no example alone: no "
+            "training dynamics": self.mixed,
             f"{self.skipped} of {self.batches} training batches had no loss or no backward pass: no training dynamics "
             "there": self.skipped,
             f"{sum(self.unknown.values())} of {self.batches} training batches count for nobody, as it is not known "

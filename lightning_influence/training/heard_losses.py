@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_influence.objective.losses import LossCall
-from lightning_influence.objective.scale import HeardTerms, TermKey
-from lightning_influence.objective.tap import calls_in
+from lightning_influence.objective.handwritten import HAND_WRITTEN, handwritten
+from lightning_influence.objective.losses import CrossEntropy, LossCall
+from lightning_influence.objective.scale import HeardTerms, Place, TermKey
+from lightning_influence.objective.tap import Heard, calls_in
 from lightning_influence.objective.terms import TermForm, placed_calls, steady_terms
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.loss_graph import call_in_graph, trained_elements
@@ -26,14 +28,19 @@ class HeardLosses:
         terms: What they have told of their scale.
         compiled: Whether training runs compiled code: what watches its calls would have it compiled anew, perhaps
             otherwise.
+        task_apart: Whether passes minimise something else than training does: its step may mix examples.
+        mixed: Whether it did in the batch that was read last: what that says is of no example alone.
     """
 
     def __init__(self) -> None:
         self.terms = HeardTerms()
         self.compiled = False
+        self.task_apart = False
+        self.mixed = False
         self._agreed = 0
         self._failed = False
         self._epoch = -1
+        self._silent: set[Place] = set()  # softmaxes that have told nothing of the loss
 
     def needs_tap(self, epoch: int) -> bool:
         """Tell whether the calls of the next batch have to be heard.
@@ -56,8 +63,13 @@ class HeardLosses:
             calls: What was heard; None if nothing has listened: then its graph tells.
             forms: See ``discover.term_forms``.
         """
-        n = len(batch.indices or ())
-        return self._in_graph(loss, n, forms) if calls is None else self._first(batch, loss, n, calls, forms)
+        n, self.mixed = len(batch.indices or ()), False
+        if calls is None:
+            return self._in_graph(loss, n, forms)
+        forms = {} if self.task_apart else forms  # they are those of the task's calls
+        found = self._first(batch, loss, n, calls, forms)
+        self.mixed = found is not None and self.task_apart and _mixes(found, calls_in(loss, calls))
+        return None if self.mixed else found
 
     def _in_graph(self, loss: Tensor, n: int, forms: Mapping[TermKey, TermForm]) -> LossCall | None:
         call = call_in_graph(loss)
@@ -71,7 +83,9 @@ class HeardLosses:
     def _first(
         self, batch: BatchRecord, loss: Tensor, n: int, calls: Sequence[LossCall], forms: Mapping[TermKey, TermForm]
     ) -> LossCall | None:
-        placed = placed_calls(calls_in(loss, calls), forms)
+        known = calls_in(loss, calls)
+        written = self._by_hand(loss, calls, known, n, forms)
+        placed = placed_calls([*written, *known], forms)
         self.terms.terms.update(key for key, call, _ in placed if call.rows_match(n))
         self.terms.add(steady_terms(placed, n))
         _, first, form = placed[0] if placed else (None, None, None)
@@ -86,7 +100,28 @@ class HeardLosses:
         if batch.ragged:  # only one row for each example is read then
             return None
         call = next((call for _, call, _ in placed if call.rows_match(n)), None)
-        return None if call is None else trained_elements(loss, call)
+        return call if call is None or call in written else trained_elements(loss, call)
+
+    def _by_hand(
+        self,
+        loss: Tensor,
+        calls: Sequence[LossCall],
+        known: Sequence[LossCall],
+        n: int,
+        forms: Mapping[TermKey, TermForm],
+    ) -> list[LossCall]:
+        """Return the losses that are written by hand, unless known calls tell of the examples."""
+        places = {key.place for key in forms if key.kind in HAND_WRITTEN}
+        told = any(call.rows_match(n) for _, call, _ in placed_calls(known, forms))
+        if not isinstance(calls, Heard) or (told and not places):
+            return []
+        asked = [each for each in calls.decisions if each.place not in self._silent]
+        found = [written.call for written in handwritten(loss, asked, known, sure=bool(places))]
+        if found:
+            self._silent |= {each.place for each in asked} - {call.place for call in found}
+        elif not places:
+            self._silent |= {each.place for each in asked}
+        return found
 
     def start_again(self) -> None:
         """Forget the terms of other data."""
@@ -104,6 +139,20 @@ class HeardLosses:
 def _is_plain(call: LossCall, n: int, form: TermForm | None) -> bool:
     """Tell whether a class decision has one row for each of ``n`` examples, in their order."""
     return n > 0 and (form is None or (form.layout is not None and form.layout.dim == 0)) and call.single_rows(n)
+
+
+def _mixes(found: LossCall, calls: Sequence[LossCall]) -> bool:
+    """Tell whether a loss has labels of several examples for the same outputs: mixup, CutMix."""
+    for call in calls:
+        if call.input is found.input and call is not found:
+            other = call.target
+            if other.shape == found.target.shape and not torch.equal(other, found.target):
+                return True
+    if not isinstance(found, CrossEntropy) or not found.target.is_floating_point():
+        return False
+    largest = found.target.detach().topk(min(3, found.target.shape[1]), 1).values
+    # Smoothed labels have all others alike; of two classes that can't be told.
+    return bool((largest[:, 1] > largest[:, -1] + 1e-4 if largest.shape[1] > 2 else largest[:, -1] > 1e-4).any())
 
 
 def _agree(heard: LossCall, told: LossCall) -> bool:

@@ -51,6 +51,11 @@ class LabelRecord:
             shares = probabilities[rows].nan_to_num() + self.neighbours.votes(probabilities.shape[1])[rows]
         return self.evidence.about(indices, shares)
 
+    def grow(self, size: int) -> None:
+        """Have room for more examples."""
+        self.neighbours.grow(size)
+        self.evidence.grow(size)
+
     def state_dict(self) -> dict[str, Any]:
         """Return tensors only, for a Lightning checkpoint."""
         return {"neighbours": self.neighbours.state_dict(), "evidence": self.evidence.state_dict()}

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_influence.training.example_sums import lengthened
+
 # Neighbours are looked for among at most so many examples: the cost then grows with N, not with N².
 _MAX_REFERENCES = 10_000
-_CHUNK_ELEMENTS = 2**24
+_CHUNK_ELEMENTS = 2**20
 # Votes are kept up to this many scalars (400 MB).
 _VOTE_BUDGET = 10**8
+# The nearest is compared with this one of the nearest; copies by chance that are expected in a data set.
+_CROWD, _FALSE_PAIRS = 6, 0.1
+_ROUNDING = 2e-7  # of cosines in float32
 _STATE = ("disagreement", "passes", "votes")
 
 
@@ -37,24 +43,69 @@ def nearest_labels(features: Tensor, labels: Tensor, *, neighbours: int = 20, se
     rows = usable.nonzero().squeeze(1)
     if len(rows) < 2:
         return labels.new_full((len(labels), 0), -1)
-    centred = features[rows].float()
-    centred = centred - centred.mean(0)
-    unit = centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
     own = labels[rows]
-    generator = torch.Generator().manual_seed(seed)
-    references = torch.randperm(len(rows), generator=generator)[:_MAX_REFERENCES].sort().values.to(rows.device)
-    among = unit[references]
-    k = min(neighbours, len(references) - 1)
+    k = min(neighbours, len(rows) - 1, _MAX_REFERENCES - 1)
     result = labels.new_full((len(labels), k), -1)
+    for chunk, _, places in _nearest(_unit(features[rows]), k, seed):
+        result[rows[chunk]] = own[places]
+    return result
+
+
+def _unit(features: Tensor) -> Tensor:
+    features = features.float()
+    unit = features - features.mean(0)
+    unit /= unit.norm(dim=1, keepdim=True).clamp(min=1e-12)  # in place: features are what takes memory
+    return unit
+
+
+def _nearest(unit: Tensor, k: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield some rows, and of their ``k`` nearest among the references the cosines and rows, the nearest first."""
+    generator = torch.Generator().manual_seed(seed)
+    references = torch.randperm(len(unit), generator=generator)[:_MAX_REFERENCES].sort().values.to(unit.device)
+    among = unit[references]
     step = max(1, _CHUNK_ELEMENTS // len(references))
-    for start in range(0, len(rows), step):
-        chunk = torch.arange(start, min(start + step, len(rows)), device=rows.device)
-        cosines = unit[chunk] @ among.T
+    room = among.new_empty(min(step, len(unit)), len(references))
+    for start in range(0, len(unit), step):
+        chunk = torch.arange(start, min(start + step, len(unit)), device=unit.device)
+        cosines = torch.mm(unit[chunk], among.T, out=room[: len(chunk)])
         place = torch.searchsorted(references, chunk).clamp_(max=len(references) - 1)
         itself = references[place] == chunk
         cosines[itself.nonzero().squeeze(1), place[itself]] = -torch.inf
-        result[rows[chunk]] = own[references[cosines.topk(k, 1).indices]]
-    return result
+        found = cosines.topk(k, 1)
+        yield chunk, found.values, references[found.indices]
+
+
+def nearest_examples(features: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each example's nearest other example by features, how near it is, and which are likely copies.
+
+    A copy is far nearer than the sixth nearest. How much nearer the nearest is by chance follows from the dimension of
+    the features: with ``d`` of them that count, the ratio of both squared distances to the power ``d / 2`` has the
+    distribution Beta(1, 5). ``d`` is read off the median ratio, and so few ratios are taken for copies that one false
+    pair is expected in ten data sets. Of more than five copies of an example none is recognised.
+
+    Args:
+        features: ``[n, d]``; distances and references as in ``nearest_labels``.
+        seed: Seed of the random reference set.
+
+    Returns:
+        Rows of the nearest ``[n]``, -1 where unknown; cosines ``[n]``, NaN there; and whether it is a copy ``[n]``.
+    """
+    n = len(features)
+    found = torch.full((n,), -1, dtype=torch.long)
+    cosines, ratios = torch.full((n,), torch.nan), torch.full((n,), torch.nan)
+    rows = torch.isfinite(features.float().norm(dim=1)).nonzero().squeeze(1)
+    if len(rows) < 2:
+        return found, cosines, ratios < 0
+    for chunk, values, places in _nearest(_unit(features[rows]), min(_CROWD, len(rows) - 1), seed):
+        at = rows[chunk].cpu()
+        found[at], cosines[at] = rows[places[:, 0]].cpu(), values[:, 0].cpu()
+        distances = (1 - values).clamp(min=_ROUNDING)
+        ratios[at] = (distances[:, 0] / distances[:, -1]).cpu() if values.shape[1] == _CROWD else torch.nan
+    usual = float(ratios.nanmedian())
+    if not 0 < usual < 1:
+        return found, cosines, ratios < 0
+    half_dimension = math.log(1 - 0.5 ** (1 / (_CROWD - 1))) / math.log(usual)
+    return found, cosines, ratios < (_FALSE_PAIRS / (_CROWD - 1) / len(rows)) ** (1 / half_dimension)
 
 
 def disagreement(nearest: Tensor, labels: Tensor) -> Tensor:
@@ -127,6 +178,13 @@ class NeighbourRecord:
         """Return the mean share of neighbours of each class, ``[size, classes]``; zeros where unknown."""
         kept = self._votes[:, :classes].double() / self._passes.clamp(min=1).unsqueeze(1)
         return F.pad(kept, (0, classes - kept.shape[1]))
+
+    def grow(self, size: int) -> None:
+        """Have room for more examples."""
+        self.size = size
+        self._disagreement, self._passes, self._votes = (
+            lengthened(column, size) for column in (self._disagreement, self._passes, self._votes)
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint."""

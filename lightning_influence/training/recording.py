@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning_influence.objective.terms import TermForm
 from lightning_influence.training import optimizers
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.checkpoints import Checkpoint
+from lightning_influence.training.curves import CurveRecord
 from lightning_influence.training.dynamics import TrainingDynamics
 from lightning_influence.training.evidence import LabelEvidence
 from lightning_influence.training.example_sums import ExampleSums, share
@@ -35,6 +36,8 @@ from lightning_influence.training.tracin import TracInScores, VisitSums
 _FILE_EVERY = 64
 # What starts anew where TracIn was recorded otherwise.
 _OF_TRACIN = ("tracin", "visits", "pace")
+# What has a row for each example.
+_BY_EXAMPLE = {"curves", "dynamics", "seen", "tracin", "labels", "visits"}
 
 
 class Recording:
@@ -56,8 +59,7 @@ class Recording:
         gaps: What the columns lack.
         notes: Remarks for the report.
         directory: Of the audit; before resuming, of the run before.
-        kept: What the checkpoints there stand for.
-        carried: What none of them stands for any more or yet.
+        kept, carried: What the checkpoints there stand for, and what none of them does any more or yet.
         postponed: Step of a TracIn checkpoint that was left to the final pass.
     """
 
@@ -69,15 +71,15 @@ class Recording:
         self.pace = Pace() if tracin is None else Pace(tracin.every_n_steps, tracin.overhead)
         self.gaps = Gaps()
         self.notes: list[str] = []
-        self.directory = ""
+        self.directory, self.postponed = "", -1
         self.kept: list[Checkpoint] = []
         self.carried: Checkpoint | None = None
-        self.postponed = -1
         self._start(size)
 
     def _start(self, size: int) -> None:
         self.size = size
         self.dynamics = TrainingDynamics(size)
+        self.curves = CurveRecord(self.dynamics)
         self.tracin = TracInScores(size)
         self.visits = VisitSums(size) if self._in_flight else None
         self.labels = LabelRecord(size)
@@ -94,7 +96,7 @@ class Recording:
         """
         checks = self.dynamics.checks_labels
         self._start(size)
-        self.dynamics.checks_labels = checks
+        self.dynamics.checks_labels, self.curves.epoch = checks, epoch
         self.losses.start_again()
         self.gaps.start_again(epoch)
 
@@ -102,8 +104,7 @@ class Recording:
 
     def fail(self, what: str, error: Exception) -> None:
         """Record nothing more of the training: what is known is incomplete, and says so."""
-        reason = f"{what}, recording them failed: {type(error).__name__}: {error}"
-        if reason not in self.gaps.failures:
+        if (reason := f"{what}, recording them failed: {type(error).__name__}: {error}") not in self.gaps.failures:
             self.gaps.failures.append(reason)
             warnings.warn(f"InfluenceAudit: {reason}", stacklevel=3)
 
@@ -134,12 +135,12 @@ class Recording:
                 return
             with torch.no_grad():
                 call = self.losses.read(batch, loss, calls, forms or {})
-                if call is not None:
+                if self.losses.mixed and not self.gaps.mixed:  # not every such batch can be told from others
+                    self.dynamics, self.gaps.contradicted = TrainingDynamics(self.size), 0
+                if call is not None and not self.gaps.mixed:
                     self.dynamics.record_call(batch, call)
-                elif batch.ragged and calls is not None:
-                    self.gaps.ragged += 1
                 else:
-                    self.gaps.untapped += 1
+                    self.gaps.silent(mixed=self.losses.mixed, ragged=batch.ragged and calls is not None)
         except Exception as error:  # a statistic must never end a training run
             self.fail("training dynamics are incomplete", error)
 
@@ -154,6 +155,7 @@ class Recording:
             warnings.warn(f"InfluenceAudit: {_plain_steps({optimizers.name_of(optimizer)})}", stacklevel=2)
 
     def _note(self, batch: BatchRecord) -> None:
+        self.size = _room_for(batch, self.size, self._parts)
         self._unfiled.append(batch)
         if len(self._unfiled) >= _FILE_EVERY:
             self.flush()
@@ -213,14 +215,14 @@ class Recording:
         indices: list[int] = self._seen["seen"].nonzero().squeeze(1).tolist()
         return indices
 
-    def columns(self, indices: Sequence[int], scores: ExampleScores | None = None) -> dict[str, NDArray[Any]]:
+    def columns(
+        self, indices: Sequence[int], scores: ExampleScores | None = None, evidence: LabelEvidence | None = None
+    ) -> dict[str, NDArray[Any]]:
         """Return all columns for the given examples, of what was synchronised; see ``table``."""
         self.flush()
-        dynamics, visits = self.dynamics, self.visits
-        if self.gaps.misplaced:
-            dynamics, visits = TrainingDynamics(self.size), None
-        told = self.labels.neighbours, self.label_evidence(indices)
-        return table(indices, dynamics, self.tracin, visits, *told, scores)
+        known = not self.gaps.misplaced
+        dynamics, visits = (self.dynamics, self.visits) if known else (TrainingDynamics(self.size), None)
+        return table(indices, dynamics, self.tracin, visits, self.labels.neighbours, evidence, scores)
 
     def label_evidence(self, indices: Sequence[int]) -> LabelEvidence | None:
         """Return what is known of the labels of the given examples without them, of what was synchronised."""
@@ -228,23 +230,24 @@ class Recording:
 
     def local_columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns of the examples that this process has seen, without talking to others."""
-        return self.columns(self.seen_indices())
+        return self.columns(seen := self.seen_indices(), evidence=self.label_evidence(seen))
 
     # ------------------------------------------------------------------ state
 
     def _parts(self) -> dict[str, Any]:
         """Return those who keep something, each with a state of its own."""
-        parts = {
+        return {
             "losses": self.losses,
             "dynamics": self.dynamics,
+            "curves": self.curves,  # once the dynamics are there
             "seen": self._seen,
             "step_sizes": self.step_sizes,
             "tracin": self.tracin,
             "pace": self.pace,
             "labels": self.labels,
             "gaps": self.gaps,
+            **({} if self.visits is None else {"visits": self.visits}),
         }
-        return parts if self.visits is None else {**parts, "visits": self.visits}
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives only: Lightning can't resume from anything else."""
@@ -272,9 +275,10 @@ class Recording:
                 "Resume with the same training data, or start a new run."
             )
         self._start(self.size)
+        kept = {"curves": {}, **state["parts"]}  # an earlier version has none
         for name, part in self._parts().items():
-            if name in state["parts"] and (tracin or name not in _OF_TRACIN):
-                part.load_state_dict(state["parts"][name])
+            if name in kept and (tracin or name not in _OF_TRACIN):
+                part.load_state_dict(kept[name])
         self.dynamics.contradicted_batches = self.gaps.contradicted
         self._passes, self.notes, self.directory = list(state["passes"]), list(state["notes"]), state["directory"]
         self.kept = [Checkpoint(parameters={}, **each) for each in state["kept"]]
@@ -285,6 +289,16 @@ class Recording:
             # Kept checkpoints still have to stand for them.
             waiting = Checkpoint(0, {}, step_sizes=self.step_sizes.take(), steps=steps)
             self.carried = waiting if self.carried is None else waiting.standing_for(self.carried)
+
+
+def _room_for(batch: BatchRecord, size: int, parts: Callable[[], dict[str, Any]]) -> int:
+    """Let parts grow if a batch, of a stream, holds examples beyond their size; return it."""
+    needed = 1 + max(batch.indices or (), default=-1)
+    if needed > size:
+        size, found = needed + needed // 8 + 256, parts()
+        for name in _BY_EXAMPLE & found.keys():
+            found[name].grow(size)
+    return size
 
 
 def _plain_steps(names: Collection[str]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from lightning_influence.core.precision import exact
 from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.training.dynamics import TrainingDynamics, margin_of_label
 from lightning_influence.training.evidence import LabelEvidence
-from lightning_influence.training.neighbours import NeighbourRecord
+from lightning_influence.training.neighbours import NeighbourRecord, nearest_examples
 from lightning_influence.training.tracin import TracInScores, VisitSums
 
 
@@ -56,10 +57,12 @@ def table(
     if (probabilities := dynamics.mean_probabilities()) is not None:
         # Where a network soon knows wrong labels by heart, its mean prediction stands up for them; its features
         # are slower to forget what the examples look like.
-        shares = probabilities[rows] + neighbours.votes(probabilities.shape[1])[rows]
+        told = neighbours.votes(probabilities.shape[1])[rows]
         if evidence is not None:
-            late = evidence.late[:, : shares.shape[1]]  # of as many classes as labels name
-            shares[:, : late.shape[1]] += late
+            late = evidence.late[:, : told.shape[1]].to(told)  # of as many classes as labels name
+            known = late.sum(1) > 0
+            told[known] = F.pad(late, (0, told.shape[1] - late.shape[1]))[known]
+        shares = probabilities[rows] + told
         columns["support"], columns["suggested"] = margin_of_label(shares, columns["label"])
     if "nonfinite" in dynamics.sums:
         finite &= dynamics.sums["nonfinite"][rows] == 0
@@ -70,6 +73,10 @@ def table(
             if name != "tracin"
         }
         finite &= final.pop("finite")
+        if scores.features is not None:
+            near, cosines, copies = nearest_examples(scores.features)
+            columns["nearest"] = torch.where(near >= 0, rows[near], -1)
+            columns |= {"nearest_cosine": cosines, "near_duplicate": copies}
         columns |= final
         if "suggested" not in columns and "predicted" in columns:
             # No mean over the run was kept (too many classes): the final prediction will have to do.

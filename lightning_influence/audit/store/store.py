@@ -9,6 +9,7 @@ Layout of `<log_dir>/influence/`:
 | `pairs.parquet` | one row per pair of a query and one of its strongest training examples, if there are queries |
 | `candidates.csv` | the suspicious rows, worst first, for people and spreadsheets |
 | `columns.md` | what the columns mean |
+| `curves/epoch-<epoch>.safetensors` | loss, margin and probability of each example in one epoch |
 | `factors/<block>.safetensors` | the curvature factors of one parameter block |
 | `checkpoints/step-<step>.safetensors` | weights and step sizes at one time of training |
 
@@ -35,6 +36,7 @@ from torch import Tensor
 from lightning_influence.audit.columns import COLUMNS, meaning_in_pairs
 from lightning_influence.audit.store.atomic import FACTORS, StoreError, claim, local_path, reading, replacing, whole
 from lightning_influence.audit.store.kept_checkpoints import KeptCheckpoints
+from lightning_influence.audit.store.kept_curves import KeptCurves
 from lightning_influence.audit.store.tables import candidates_csv, read_table, write_table
 from lightning_influence.audit.store.tensors import (
     SUFFIX,
@@ -49,7 +51,7 @@ STATUSES = ("recording", "interrupted", "complete")
 
 _PAIRS = "pairs.parquet"
 _MANIFEST, _SCORES, _CANDIDATES, _GLOSSARY = "manifest.json", "scores.parquet", "candidates.csv", "columns.md"
-_CHECKPOINTS = "checkpoints"
+_CHECKPOINTS, _CURVES = "checkpoints", "curves"
 _VERSION = "lightning_influence.schema_version"
 # A manifest of a million layers has a tenth of this.
 _LARGEST_MANIFEST = 2**28
@@ -264,6 +266,11 @@ class AuditStore:
                 with reading(path):
                     found[name] = load_tensors(path)
         return dict(sorted(found.items()))
+
+    @property
+    def curves(self) -> KeptCurves:
+        """The stored curves."""
+        return KeptCurves(self.directory / _CURVES)
 
     def checkpoints(self) -> KeptCheckpoints:
         """The stored checkpoints, in order; each is read when it is asked for."""

@@ -64,9 +64,9 @@ class LossCall(TappedCall, ABC):
     def statistics(self, n: int) -> dict[str, Tensor]:
         """Return what the training dynamics record, each ``[n]`` (``probabilities``: ``[n, c]``), detached.
 
-        ``loss`` is the mean over the example's own elements without class weights in its scale; ``margin``, ``el2n``
-        and ``wrong`` likewise; ``predicted`` and ``label`` (integers, -1 if ignored) and ``probabilities`` only if
-        there is one class decision per example.
+        ``loss`` is the mean over the example's own elements without class weights in its scale; ``margin``, ``el2n``,
+        ``wrong`` and ``probability`` (of the given label) likewise; ``predicted`` and ``label`` (integers, -1 if
+        ignored) and ``probabilities`` only if there is one class decision per example.
         """
 
     @abstractmethod

@@ -84,6 +84,7 @@ class BinaryCrossEntropy(ElementwiseLoss):
             # times sqrt(2): the distance of the two-class probability vectors, as for softmax
             "el2n": (probabilities - target).abs() * math.sqrt(2),
             "wrong": ((logits > 0) != given).to(logits.dtype),
+            "probability": torch.where(given, probabilities, 1 - probabilities),
         }
         decided = {
             "predicted": (logits > 0).long(),

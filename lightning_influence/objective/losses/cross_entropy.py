@@ -135,6 +135,7 @@ class CrossEntropy(LossCall):
             "margin": logits.gather(1, column).squeeze(1) - logits.scatter(1, column, -math.inf).amax(1),
             "el2n": difference.norm(dim=1),
             "wrong": (predicted != label).to(logits.dtype),
+            "probability": probabilities.gather(1, column).squeeze(1),
         }
         decided = {
             "predicted": predicted,

@@ -1,8 +1,8 @@
-"""Captions and tables as the dashboards can show them; names of classes and examples are untrusted text."""
+"""Captions and text as loggers can show them; names of classes and examples are untrusted."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_influence.audit.columns import Columns
@@ -10,7 +10,7 @@ from lightning_influence.audit.words import UNKNOWN as UNKNOWN
 from lightning_influence.audit.words import id_text
 from lightning_influence.audit.words import label_text as label_text
 from lightning_influence.audit.words import number_text as number_text
-from lightning_influence.tensorboard.pictures import drawable
+from lightning_influence.loggers.pictures import drawable
 
 _ID_LENGTH = 19  # letters below a picture
 
@@ -25,13 +25,6 @@ def caption(index: int, given: Any, said: str, other: Any, label_names: Sequence
 def id_line(columns: Columns, row: int, name: str = "id") -> str:
     """Return another line of a caption, with the id of an example if it has one."""
     return f"\n{id_text(columns[name][row], _ID_LENGTH)}" if name in columns else ""
-
-
-def table(names: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[str]) -> str:
-    """Return a table in markdown, all of it escaped; the columns ``words`` are text, the others numbers."""
-    lines = ["| " + " | ".join(map(escape, cells)) + " |" for cells in (names, *rows)]
-    lines.insert(1, "| " + " | ".join(":---" if name in words else "---:" for name in names) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def _drawn_label(value: Any, label_names: Sequence[str] | None) -> str:

@@ -1,13 +1,15 @@
-"""Pictures on a sheet, with some text under each, for the Images dashboard."""
+"""Pictures on a sheet, with some text under each, and diagrams for loggers that have nothing but pictures."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -18,6 +20,7 @@ _FONT_SIZE = 18
 _LINE = 23
 _INK = (32, 33, 36)
 _EDGE = (218, 220, 224)
+_DIAGRAM = 640, 400
 
 _NOT_DRAWN = "(letters that this font has not: see the text)"
 
@@ -71,6 +74,43 @@ def sheet(
         draw.rectangle((x - 1, y - 1, x + tile.width, y + tile.height), outline=_EDGE)
         for number, line in enumerate(picture[1].split("\n")):
             write(line, left, top + _TILE + _GAP // 2 + number * _LINE, _TILE)
+    return _as_tensor(paper)
+
+
+def diagram(x: NDArray[Any], y: NDArray[Any], *, title: str, top: float | None = None) -> Tensor:
+    """Draw a line through points, in a frame that says how far both axes go; the second one starts at 0.
+
+    Args:
+        x: ``[n]``, rising.
+        y: ``[n]``, from 0.
+        title: What stands above.
+        top: Where the second axis ends; None for the largest ``y``.
+
+    Returns:
+        ``[3, h, w]`` uint8.
+    """
+    font = ImageFont.load_default(_FONT_SIZE)
+    width, height = _DIAGRAM
+    left, upper, right, lower = _LINE * 3, _LINE * 2, width - _LINE, height - 2 * _LINE
+    paper = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(paper)
+    low, high, most = float(x.min()), float(x.max()), float(y.max() if top is None else top)
+    across = left + (x - low) / ((high - low) or 1.0) * (right - left)
+    up = lower - y / (most or 1.0) * (lower - upper)
+    draw.rectangle((left, upper, right, lower), outline=_EDGE)
+    draw.line(list(zip(across.tolist(), up.tolist(), strict=True)), fill=_INK, width=2)
+    draw.text((_GAP, _GAP), _cut(drawable(title), font, width - 2 * _GAP), font=font, fill=_INK)
+    for value, place, anchor in (
+        (low, (left, lower + _GAP // 2), "lt"),
+        (high, (right, lower + _GAP // 2), "rt"),
+        (0.0, (left - _GAP // 2, lower), "rs"),
+        (most, (left - _GAP // 2, upper), "rt"),
+    ):
+        draw.text(place, f"{value:.4g}", font=font, fill=_INK, anchor=anchor)
+    return _as_tensor(paper)
+
+
+def _as_tensor(paper: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(paper)).permute(2, 0, 1).contiguous()
 
 

@@ -1,0 +1,91 @@
+"""Curves of the examples over the epochs of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_influence.training.curves import CURVES
+
+_BARS = "▁▂▃▄▅▆▇█"
+_GAP = "·"
+_WIDEST = 32
+
+
+class Curves(Mapping[str, NDArray[np.float32]]):
+    """Curve name (``loss``, ``margin``, ``probability``) to values ``[n, e]``, for each example and epoch.
+
+    Rows are those of the report's columns. Each value is the mean over the example's visits in the epoch, as training
+    saw it; NaN where it was not trained on. Empty for an audit that has recorded none.
+
+    Attributes:
+        epochs: Numbers of the epochs, ascending, ``[e]``; of long runs a part, evenly spaced, with the last.
+
+    Example:
+        >>> report.curves.epochs, report.curves["loss"][report.columns["candidate"]].mean(0)
+    """
+
+    def __init__(self, epochs: Sequence[int] = (), values: Mapping[str, NDArray[np.float32]] | None = None) -> None:
+        self.epochs = np.asarray(epochs, dtype=np.int64)
+        self._values = dict(values or {})
+
+    @classmethod
+    def of(cls, kept: Mapping[int, Mapping[str, Tensor]], indices: NDArray[np.int64]) -> Curves:
+        """Return the curves of some examples.
+
+        Args:
+            kept: Epoch to curve name to values by dataset index.
+            indices: Dataset indices ``[n]``; what is not in an epoch's values is NaN.
+        """
+        values = {}
+        for name in CURVES:
+            if any(name in curves for curves in kept.values()):
+                table = np.full((len(indices), len(kept)), np.nan, dtype=np.float32)
+                for column, epoch in enumerate(sorted(kept)):
+                    known = kept[epoch].get(name)
+                    if known is not None:
+                        inside = indices < len(known)
+                        table[inside, column] = known.numpy()[indices[inside]]
+                values[name] = table
+        return cls(sorted(kept) if values else (), values)
+
+    def by_epoch(self, indices: NDArray[np.int64]) -> dict[int, dict[str, Tensor]]:
+        """Return the opposite of ``of``."""
+        result: dict[int, dict[str, Tensor]] = {}
+        for column, epoch in enumerate(self.epochs.tolist()):
+            result[epoch] = {}
+            for name, table in self.items():
+                values = np.full(int(indices.max(initial=-1)) + 1, np.nan, dtype=np.float32)
+                values[indices] = table[:, column]
+                result[epoch][name] = torch.from_numpy(values)
+        return result
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        examples = len(next(iter(self.values()))) if self else 0
+        return f"Curves({', '.join(self) or 'none'}: {examples:,} examples, {len(self.epochs)} epochs)"
+
+
+def sparkline(values: NDArray[np.float32]) -> str:
+    """Return a curve as a row of bars, the lowest for its least value; a dot where there is none."""
+    if len(values) > _WIDEST:
+        values = values[np.linspace(0, len(values) - 1, _WIDEST).round().astype(int)]
+    finite = values[np.isfinite(values)].astype(np.float64)
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
+    steps = len(_BARS) - 1
+    return "".join(
+        _BARS[round((float(value) - low) / ((high - low) or 1.0) * steps)] if np.isfinite(value) else _GAP
+        for value in values
+    )
