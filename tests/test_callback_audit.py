@@ -581,6 +581,7 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
         "index", "label", "predicted", "suggested", "rank", "candidate", "finite", "times_seen", "suspicion",
         "loss_mean", "loss_variance", "aum", "el2n", "epochs_wrong", "forgetting", "prob_margin", "support",
         "wrong_probability", "neighbour_disagreement", "loss", "grad_norm_squared", "self_influence", "tracin", "harm",
+        "nearest", "nearest_cosine", "near_duplicate",
     }  # fmt: skip
     for name, values in report.columns.items():
         assert loaded.columns[name].dtype == values.dtype, name

@@ -318,7 +318,7 @@ def test_gaps_of_the_whole_set_come_from_any_batches(kind: str, batch_size: int)
 
 
 class Tokens(nn.Module):
-    """One-hot rows, dense ones of the same parameter, a norm, and a recurrent layer (packed) that only autograd understands."""
+    """One-hot rows, dense ones of the same parameter, a norm, and a packed recurrent layer, left to autograd."""
 
     def __init__(self) -> None:
         super().__init__()
