@@ -23,7 +23,7 @@ FLOOR_INSTALL = $(subst $(PY),$(FLOOR)/bin/python,$(INSTALL))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test test-quick test-floor size lint bench cost detection queries lds solvers unlearning fairness robustness package clean
+.PHONY: help demo clean-and-retrain test test-quick test-floor size lint lint-page bench cost detection queries lds solvers unlearning fairness robustness compatibility package clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -33,6 +33,7 @@ help:
 	@echo 'make test-floor   the callback with the oldest releases that pyproject.toml allows, under both names of Lightning'
 	@echo 'make size    lines of code by room'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
+	@echo 'make lint-page   eslint, prettier and tsc on the page (needs npm)'
 	@echo 'make bench   side by side with kronfluence and captum: time, memory, agreement (half an hour)'
 	@echo 'make cost    measure what an audit costs, in passes of plain training'
 	@echo 'make detection   a grid of noisy data: wrong labels found and put right, beside cleanlab (an hour; resumes)'
@@ -42,6 +43,7 @@ help:
 	@echo 'make unlearning   removal and label repair by one Newton step, against retraining'
 	@echo 'make fairness    whether removing what a fairness gap names makes it smaller (arrests)'
 	@echo 'make robustness  the same for the adversarial loss (MNIST-5k)'
+	@echo 'make compatibility   which workflows an audit goes through in, with the newest and the oldest releases (10 minutes)'
 	@echo 'make package   build wheel and sdist, check them, and install the wheel alone beside torch'
 	@echo 'make clean   remove the environment, caches and builds (not the logs of runs)'
 	@echo
@@ -81,6 +83,9 @@ lint: $(VENV)/.dev
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
+lint-page: node_modules/.installed
+	@npm run --silent lint
+
 bench: $(BENCH)/.bench
 	@$(BENCH)/bin/python benchmarks/side_by_side.py --out docs/benchmarks.md
 
@@ -108,6 +113,10 @@ fairness: $(VENV)/.dev
 robustness: $(VENV)/.dev
 	@$(PY) benchmarks/robustness.py --out docs/results/robustness.md
 
+compatibility: $(VENV)/.dev $(FLOOR)/.floor
+	@$(INSTALL) datasets
+	@$(PY) benchmarks/compatibility.py --floor $(FLOOR)/bin/python
+
 # What a user gets: from the wheel alone, without a checkout and without tools of tests and examples.
 package: $(VENV)/.created
 	@rm -rf dist $(ALONE)
@@ -121,7 +130,7 @@ package: $(VENV)/.created
 	    && { echo 'make: the wheel brings tools that only tests and examples need' >&2; exit 1; } || true
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(FLOOR) $(ALONE) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf node_modules $(VENV) $(BENCH) $(FLOOR) $(ALONE) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The files below mark what is done. Each is touched last, so a failed step is repeated.
@@ -154,6 +163,10 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	    linear_operator==0.6.1 torchdata==0.11.0
 	@touch $@ $(VENV)/.demo
 
+node_modules/.installed: package.json
+	@npm install --silent --no-audit --no-fund --no-package-lock
+	@touch $@
+
 # dattri asks for pretty_midi, which the methods measured here do not use.
 $(VENV)/.peers: $(VENV)/.dev
 	@$(INSTALL) pyyaml scipy tqdm
@@ -170,11 +183,12 @@ $(BENCH)/.bench: pyproject.toml constraints.txt
 	@touch $@
 
 # What pyproject.toml asks for at least, and both packages of Lightning at that release, which refuses much of what
-# constraints.txt names.
+# constraints.txt names; its own bar breaks with a newer rich.
 $(FLOOR)/.floor: pyproject.toml
 	@$(MAKE) --no-print-directory VENV=$(FLOOR) $(FLOOR)/.created
 	@echo 'installing the oldest releases into $(FLOOR) (once, some minutes) ...'
 	@sed -n '/^dependencies/,/^]/s/^ *"\([a-z-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml >$(FLOOR)/oldest.txt
 	@sed -n 's/^lightning==/pytorch-lightning==/p' $(FLOOR)/oldest.txt >>$(FLOOR)/oldest.txt
-	@$(subst constraints.txt,$(FLOOR)/oldest.txt,$(FLOOR_INSTALL)) --editable . pytest pytest-xdist rich
+	@$(subst constraints.txt,$(FLOOR)/oldest.txt,$(FLOOR_INSTALL)) --editable . pytest pytest-xdist 'rich<14'
+	@$(FLOOR_INSTALL) --no-deps torchdata==0.11.0
 	@touch $@
