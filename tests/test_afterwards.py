@@ -154,7 +154,8 @@ class Failing(Validated):
         return super().configure_optimizers()
 
 
-def test_an_audit_that_fails_leaves_the_report_and_the_records(tmp_path: Path) -> None:
+def test_an_audit_that_fails_leaves_the_report_and_the_records(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
     audit, model = InfluenceAudit(), Validated(adam)
     trainer = trained(tmp_path, model, audit, epochs=2)
     report, key = audit.report, audit.state_key
