@@ -1,0 +1,89 @@
+"""The page as one file that needs no server and no network: data, scripts and style inside."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from lightning_influence.page.static_files import static_files
+
+_PREFIX = "influence/"  # of the modules' names in the import map, which `data:` addresses can refer to
+_IMPORT = re.compile(r"""^(import\b[^;'"]*|export\b[^;'"]*\bfrom\s*|\} from\s*)(["'])\./([\w-]+\.js)\2""", re.MULTILINE)
+# Even what an audit could smuggle in would reach nobody.
+_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline' data:; base-uri 'none'; "
+    "form-action 'none'"
+)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """An audit that goes into the file.
+
+    Args:
+        name: What it is called where there are several.
+        audit: Its ``audit.json``.
+        pictures: Its ``pictures-<chunk>.json``, in order.
+    """
+
+    name: str
+    audit: bytes
+    pictures: Sequence[bytes] = ()
+
+
+def one_file(audits: Sequence[Embedded], title: str = "") -> bytes:
+    """Return the page with some audits in it.
+
+    Args:
+        audits: The first is shown first.
+        title: Of the browser's window; by default the name of the first audit.
+    """
+    files = static_files()
+    modules = {
+        _PREFIX + name: "data:text/javascript;base64," + base64.b64encode(_renamed(content)).decode("ascii")
+        for name, (_, content) in files.items()
+        if name.endswith(".js")
+    }
+    runs = [_about(str(number), each) for number, each in enumerate(audits)]
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">',
+        f"<title>{escape(title or (audits[0].name if audits else 'Influence'))}</title>",
+        f"<style>{files['style.css'][1].decode()}</style></head><body>",
+        _data("influence-runs", json.dumps(runs)),
+    ]
+    for number, each in enumerate(audits):
+        parts.append(_data(f"influence-audit-{number}", each.audit.decode()))
+        parts += [
+            _data(f"influence-pictures-{number}-{chunk}", pictures.decode())
+            for chunk, pictures in enumerate(each.pictures)
+        ]
+    parts += [
+        f'<script type="importmap">{json.dumps({"imports": modules})}</script>',
+        f'<script type="module">import {{ render }} from "{_PREFIX}index.js"; render();</script></body></html>\n',
+    ]
+    return "\n".join(parts).encode()
+
+
+def _renamed(content: bytes) -> bytes:
+    """Return a module whose imports are names of the import map: relative ones don't work in ``data:`` addresses."""
+    return _IMPORT.sub(rf"\1\2{_PREFIX}\3\2", content.decode()).encode()
+
+
+def _about(key: str, audit: Embedded) -> Mapping[str, Any]:
+    try:
+        document = json.loads(audit.audit)
+        return {"id": key, "name": audit.name, "status": document.get("status", ""), "created": document["created"]}
+    except (ValueError, KeyError, AttributeError) as error:
+        return {"id": key, "name": audit.name, "status": "", "created": "", "error": f"it can't be read: {error}"}
+
+
+def _data(key: str, text: str) -> str:
+    safe = text.replace("<", "\\u003c")
+    return f'<script type="application/json" id="{escape(key)}">{safe}</script>'

@@ -1,0 +1,121 @@
+// Decisions as the table that `report.apply_review()` reads, and tables that people have edited.
+
+/** @typedef {{ decision: 'keep' | 'relabel' | 'drop' | 'skip', label: number | null }} Decision */
+
+/** What people write, by what it means; the same words as `apply_review` knows. */
+const MEANT = new Map(
+  Object.entries({
+    keep: ['keep', 'kept', 'ok', 'okay', 'correct', 'right'],
+    relabel: ['relabel', 'relabelled', 'relabeled', 'change', 'changed', 'wrong', 'accept', 'accepted'],
+    drop: ['drop', 'dropped', 'remove', 'removed', 'delete', 'deleted'],
+    skip: ['?', 'undecided', 'unsure', 'skip'],
+  }).flatMap(([decision, words]) => words.map((word) => [word, decision])),
+);
+
+/**
+ * Write decisions as CSV. Numbers alone: nothing that a spreadsheet could run.
+ * @param {import('./audit.js').Audit} audit
+ * @param {Map<number, Decision>} decisions By dataset index.
+ */
+export function toCsv(audit, decisions) {
+  const more = ['label', 'suggested', 'rank', 'wrong_probability'].filter((name) => audit.columns.has(name));
+  const answers = audit.labelled ? ['decision', 'new_label'] : ['decision'];
+  const lines = [[...answers, 'index', ...more].join(',')];
+  for (const [index, { decision, label }] of decisions) {
+    const row = audit.rows.get(index);
+    if (row === undefined) continue;
+    const cells = audit.labelled ? [decision, label === null ? '' : String(label)] : [decision];
+    const numbers = more.map((name) => cell(audit.value(name, row)));
+    lines.push([...cells, String(index), ...numbers].join(','));
+  }
+  return lines.map((line) => `${line}\r\n`).join('');
+}
+
+/** @param {number} value */
+function cell(value) {
+  return Number.isFinite(value) ? String(Number(value.toPrecision(6))) : '';
+}
+
+/**
+ * Read decisions from CSV.
+ * @param {import('./audit.js').Audit} audit
+ * @param {string} text
+ * @returns {{ decisions: Map<number, Decision>, wrong: string[] }} What was understood, and what was not.
+ */
+export function fromCsv(audit, text) {
+  const lines = records(text.replace(/^\ufeff/, '').replace(/^sep=.\r?\n/, ''));
+  const names = (lines.shift() ?? []).map((name) => name.trim().toLowerCase().replaceAll(' ', '_'));
+  if (!names.includes('index') || !(names.includes('decision') || names.includes('new_label'))) {
+    throw new Error('the table has no columns `index` and `decision`; expected an exported review or candidates.csv');
+  }
+  const named = new Map(audit.classes.map((label) => [audit.label(label).toLowerCase(), label]));
+  /** @type {Map<number, Decision>} */
+  const decisions = new Map();
+  /** @type {string[]} */
+  const wrong = [];
+  lines.forEach((cells, line) => {
+    const get = (/** @type {string} */ name) => (cells[names.indexOf(name)] ?? '').trim();
+    const answer = get('decision').toLowerCase();
+    const wanted = get('new_label') || get('new_label_name');
+    if (!answer && !wanted) return;
+    const told = understood(audit, named, get('index'), answer, wanted, get('label'));
+    if (typeof told === 'string') wrong.push(`row ${line + 2}: ${told}`);
+    else decisions.set(told.index, told.decision);
+  });
+  return { decisions, wrong };
+}
+
+/**
+ * @param {import('./audit.js').Audit} audit
+ * @param {Map<string, number>} named
+ * @param {string} where
+ * @param {string} answer
+ * @param {string} wanted
+ * @param {string} given
+ * @returns {string | { index: number, decision: Decision }}
+ */
+function understood(audit, named, where, answer, wanted, given) {
+  const index = Number(where);
+  const row = where === '' ? undefined : audit.rows.get(index);
+  if (row === undefined) return `the audit has no example ${where || 'without an index'}`;
+  const decision = answer ? MEANT.get(answer) : 'relabel';
+  if (!decision) return `“${answer}” is none of keep, relabel, drop, skip`;
+  if (given !== '' && Number.isInteger(Number(given)) && Number(given) !== audit.given(row)) {
+    return `the label of example ${index} is ${given} here and ${audit.given(row)} in the audit`;
+  }
+  if (decision !== 'relabel') return { index, decision: { decision: /** @type {any} */ (decision), label: null } };
+  const number = audit.classes.includes(Number(wanted)) && wanted !== '' ? Number(wanted) : undefined;
+  const label = wanted ? (number ?? named.get(wanted.toLowerCase())) : audit.suggested(row);
+  if (label === undefined || label < 0) return `“${wanted}” is no class of the audit`;
+  if (label === audit.given(row)) return { index, decision: { decision: 'keep', label: null } };
+  return { index, decision: { decision: 'relabel', label } };
+}
+
+/**
+ * The records of a table, with quotes; the separator is what the first line has most of.
+ * @param {string} text
+ * @returns {string[][]}
+ */
+export function records(text) {
+  const first = text.split('\n', 1)[0];
+  const counts = [',', ';', '\t'].map((each) => first.split(each).length);
+  const separator = [',', ';', '\t'][counts.indexOf(Math.max(...counts))];
+  const found = [];
+  let [record, cell, quoted] = [/** @type {string[]} */ ([]), '', false];
+  for (let i = 0; i < text.length; i += 1) {
+    const letter = text[i];
+    if (quoted) {
+      if (letter !== '"') cell += letter;
+      else if (text[i + 1] === '"') cell += text[(i += 1)];
+      else quoted = false;
+    } else if (letter === '"') quoted = true;
+    else if (letter === separator) [cell] = ['', record.push(cell)];
+    else if (letter === '\n') {
+      record.push(cell.replace(/\r$/, ''));
+      found.push(record);
+      [record, cell] = [[], ''];
+    } else cell += letter;
+  }
+  if (cell || record.length) found.push([...record, cell]);
+  return found.filter((each) => each.some((text) => text.trim()));
+}

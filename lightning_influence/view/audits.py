@@ -1,0 +1,174 @@
+"""The audits below a directory, and what the page asks of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+AUDIT, MANIFEST, SCORES, REVIEW = "audit.json", "manifest.json", "scores.parquet", "review.csv"
+
+_DEPTH = 5  # folders below the one that was named
+_MOST = 500  # audits
+_LARGEST = 2**28  # bytes of a file that is handed out
+_SKIPPED = {"checkpoints", "factors", "curves", "node_modules", "__pycache__"}
+_CHUNK = re.compile(r"0|[1-9]\d{0,5}")
+
+
+class ViewError(ValueError):
+    """What can't be shown; the message names the path and the way out."""
+
+
+def _no_document(directory: Path) -> bytes:
+    """Return the document of an audit that was written without one; this needs torch."""
+    from lightning_influence.audit.report import AuditReport
+    from lightning_influence.page.document import AUDIT as NAME
+    from lightning_influence.page.document import files
+
+    return files(AuditReport.load(directory))[NAME]
+
+
+@dataclass
+class Audits:
+    """The audits in a directory; looked for anew at each request, so that those of a running training come in.
+
+    Args:
+        root: An audit's directory, or one that holds some.
+        make: What makes the document of an audit without one.
+    """
+
+    root: Path
+    make: Callable[[Path], bytes] = _no_document
+    _made: dict[Path, tuple[tuple[int, int], bytes]] = field(default_factory=dict, repr=False)
+    _told: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.root.is_dir():
+            found = "is a file" if self.root.exists() else "does not exist"
+            raise ViewError(f"{self.root} {found}; expected the directory of an audit, or one that holds some.")
+        if not self.found():
+            raise ViewError(
+                f"{self.root} holds no audit: expected {MANIFEST} and {SCORES}, here or at most {_DEPTH} folders below. "
+                "An audit is written at the end of training, as a rule to <log_dir>/influence."
+            )
+
+    def found(self) -> dict[str, Path]:
+        """Return the audits by their ids: the paths below the root."""
+        below: dict[str, Path] = {}
+        for folder in self._folders():
+            below[folder.relative_to(self.root).as_posix()] = folder
+            if len(below) >= _MOST:
+                break
+        return below
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Return what there is, the newest first; what can't be read says why."""
+        runs = []
+        for key, folder in self.found().items():
+            name = key if key != "." else f"{folder.parent.name}/{folder.name}"
+            runs.append({"id": key, "name": name, **self._about(folder)})
+        return sorted(runs, key=lambda run: str(run["created"]), reverse=True)
+
+    def document(self, key: str) -> bytes:
+        """Return the document of an audit.
+
+        Raises:
+            KeyError: If there is no such audit.
+            ViewError: If it can't be read.
+        """
+        folder = self.found()[key]
+        if (folder / AUDIT).is_file():
+            return _whole(folder / AUDIT)
+        with self._lock:  # one at a time: it takes a while, and browsers ask twice
+            stamp = _stamp(folder / MANIFEST)
+            if folder not in self._made or self._made[folder][0] != stamp:
+                try:
+                    self._made[folder] = stamp, self.make(folder)
+                except Exception as error:  # of a damaged audit, anything
+                    raise ViewError(str(error) or type(error).__name__) from error
+            return self._made[folder][1]
+
+    def pictures(self, key: str, chunk: str) -> bytes:
+        """Return a chunk of the pictures of an audit.
+
+        Raises:
+            KeyError: If there is no such audit, or chunk.
+        """
+        path = self.found()[key] / f"pictures-{chunk}.json"
+        if not _CHUNK.fullmatch(chunk) or not path.is_file():
+            raise KeyError(chunk)
+        return _whole(path)
+
+    def review(self, key: str) -> bytes:
+        """Return what was decided so far, as CSV; empty for nothing."""
+        path = self.found()[key] / REVIEW
+        return _whole(path) if path.is_file() else b""
+
+    def write_review(self, key: str, content: bytes) -> Path:
+        """Write what was decided beside the audit: the old file or the new one is there at any time."""
+        path = self.found()[key] / REVIEW
+        temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise ViewError(f"{path} can't be written ({error}); the decisions are still in the browser.") from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        return path
+
+    def _folders(self) -> Iterator[Path]:
+        for here, folders, names in os.walk(self.root, onerror=None, followlinks=False):
+            place = Path(here)
+            if AUDIT in names or (MANIFEST in names and (SCORES in names or _recording(place))):
+                yield place
+            deep = len(place.relative_to(self.root).parts) >= _DEPTH
+            kept = [] if deep else sorted(name for name in folders if name not in _SKIPPED and name[:1] != ".")
+            folders[:] = kept
+
+    def _about(self, folder: Path) -> Mapping[str, Any]:
+        source = folder / AUDIT if (folder / AUDIT).is_file() else folder / MANIFEST
+        try:
+            stamp = _stamp(source)
+            if folder not in self._told or self._told[folder][0] != stamp:
+                self._told[folder] = stamp, _told(_whole(source))
+            return self._told[folder][1]
+        except (OSError, ValueError, RecursionError) as error:
+            return {"status": "", "created": "", "error": f"{source.name} can't be read: {error}"}
+
+
+def _told(content: bytes) -> dict[str, Any]:
+    found = json.loads(content)
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}; expected an object")
+    done = found.get("epochs_done")
+    status, created = str(found.get("status", "")), str(found.get("created", ""))
+    return {"status": status, "created": created, "epochs_done": done, "error": None}
+
+
+def _recording(folder: Path) -> bool:
+    """Return whether a training is at it, or has been stopped: its manifest is there before the scores."""
+    return folder.name.startswith("influence")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+def _whole(path: Path) -> bytes:
+    if (size := path.stat().st_size) > _LARGEST:
+        raise ViewError(f"{path.name} has {size:,} bytes, more than the {_LARGEST:,} that a page can take.")
+    return path.read_bytes()
