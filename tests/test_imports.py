@@ -30,8 +30,11 @@ ROOMS = (
     ("scores",),
     ("audit",),
     ("influence",),
+    ("page",),
+    ("view",),
     ("loggers",),
     ("callbacks",),
+    ("cli",),
     ("every_training",),
 )
 FLOOR = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}

@@ -463,11 +463,21 @@ def test_bad_measurements_are_found_before_the_first_step(measurement: Any, mess
     assert trainer.global_step == 0
 
 
-def test_a_stream_of_queries_is_refused(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, callbacks=[InfluenceAudit(queries=DataLoader(Stream()))])
-    with pytest.raises(MisconfigurationException, match=r"InfluenceAudit\(queries=...\): Stream is a stream"):
-        trainer.fit(Validated().double(), loader(TRAINING), loader(VALIDATION))
-    assert trainer.global_step == 0
+def test_a_stream_of_queries(tmp_path: Path) -> None:
+    """Its examples are numbered in the order of the loader."""
+    tables = []
+    for queries in (DataLoader(Stream(), 4), DataLoader(vectors(), 4)):
+        torch.manual_seed(0)
+        audit = InfluenceAudit(queries=Queries(queries, count=4))
+        make_trainer(tmp_path, callbacks=[audit]).fit(Validated(), loader(vectors(30, seed=2)))
+        tables.append(audit.report.pairs)
+    stream, plain = tables
+    assert stream is not None
+    assert plain is not None
+    rows = plain["query"] < 4
+    assert sorted(set(stream["query"].tolist())) == [0, 1, 2, 3]
+    np.testing.assert_array_equal(stream["index"], plain["index"][rows])
+    np.testing.assert_allclose(stream["score"], plain["score"][rows], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ worth an audit: what fails is said once, and left out.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,8 @@ from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.core.errors import short
 from lightning_influence.core.isolation import left_alone
 from lightning_influence.data.contents import copied
+from lightning_influence.data.ids import IdBook, plain_id
+from lightning_influence.data.stream import Stream
 
 Ids = Sequence[Any] | NDArray[Any] | Tensor | Callable[[int], Any] | None
 Describe = Callable[[Any], Any] | Any
@@ -66,11 +67,13 @@ class ExampleNames:
     def __init__(self, dataset: Any, ids: Any = None, describe: Any = None) -> None:
         self.dataset = dataset
         self._given, self._describe = ids, describe
-        self._ids: NDArray[Any] | None = None
+        self._ids: NDArray[Any] | IdBook | None = None
         self._named = dataset  # whose examples the ids are of
         self._texts: dict[tuple[int, int], str] = {}
         self._said = False
-        if ids is not None:
+        if isinstance(ids, IdBook):  # of a stream: it goes on
+            self._ids = ids
+        elif ids is not None:
             self._ids, self._named = _checked_ids(ids, dataset)
 
     def columns(self, indices: Sequence[int] | NDArray[np.int64], dataset: Any = None) -> dict[str, NDArray[Any]]:
@@ -116,6 +119,7 @@ class ExampleNames:
         if self._describe is None:
             return None
         found = np.full(len(indices), "", dtype=object)
+        _fetch(self.dataset, indices[:_MOST_TEXTS])
         for place, shown in enumerate(self._described(self.dataset, list(indices[:_MOST_TEXTS]))):
             if isinstance(shown, Tensor):
                 return None
@@ -125,6 +129,7 @@ class ExampleNames:
     def shown(self, indices: Sequence[int], dataset: Any = None) -> Sequence[Tensor | str] | None:
         """Return what can be shown of some examples: as described, else the images that they hold; None for neither."""
         dataset, indices = self.dataset if dataset is None else dataset, list(indices)
+        _fetch(dataset, indices)
         if self._describe is not None:
             found = list(self._described(dataset, indices))
             if any(each is not None for each in found):
@@ -185,6 +190,12 @@ class ExampleNames:
             f"({type(error).__name__}: {error}). It is shown without; the audit goes on.",
             stacklevel=2,
         )
+
+
+def _fetch(dataset: Any, indices: Sequence[int]) -> None:
+    """Have the examples of a stream at hand, by going over it once for all of them."""
+    if isinstance(dataset, Stream):
+        dataset.fetch(indices)
 
 
 # ------------------------------------------------------------------ where examples come from
@@ -269,7 +280,7 @@ def _checked_ids(ids: Any, dataset: Any) -> tuple[NDArray[Any], Any]:
                 f"ids: {len(values):,} are given; expected {size:,}, one for each training example "
                 f"({type(dataset).__name__}){more}."
             )
-    plain = [_plain(value) for value in values]
+    plain = [plain_id(value) for value in values]
     missing = [index for index, value in enumerate(plain) if value is None]
     if missing:
         raise ValueError(
@@ -302,20 +313,3 @@ def _check_distinct(ids: NDArray[Any]) -> None:
                 "these. Add what differs (a row, a line), show a shared name by `describe=`; of a subset that holds "
                 "examples repeatedly, pass the ids of the data set that it is taken from."
             )
-
-
-def _plain(value: Any) -> int | str | None:
-    """Return an integer, or a text that can be stored; None for a missing value of whatever library."""
-    if isinstance(value, (Tensor, np.integer, np.floating)):
-        value = value.item()
-    elif hasattr(value, "as_py"):  # pyarrow
-        value = value.as_py()
-    if isinstance(value, float):
-        value = None if math.isnan(value) else int(value) if value.is_integer() else value
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
-        return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        return int(value)
-    # File names need not be Unicode; files of tables are.
-    text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
-    return text.encode(errors="backslashreplace").decode() or None

@@ -27,6 +27,8 @@ def summary(columns: Columns, manifest: Mapping[str, Any], pairs: Columns | None
     """Return what is printed of a report."""
     size = len(columns["index"])
     lines = [f"Influence audit of {size:,} training examples ({manifest.get('status', 'complete')})"]
+    if weights := manifest.get("audited_weights"):
+        lines.append(f"  weights     {weights['told']}")
     if coverage := manifest.get("coverage"):
         lines.append(f"  coverage    {coverage['summary']}")
     if seconds := manifest.get("seconds"):

@@ -9,13 +9,16 @@ from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.curvature import CurvatureName
 from lightning_influence.influence import Influence
 
+WITHOUT_TRAINING = "`InfluenceAudit.audit(model, data, ckpt_path=...)` audits a model without training it"
+"""What to say where a training ends without an audit."""
+
 
 class Answers(AuditCallback):
     """The report, and what else the model and its training data can be asked."""
 
     def __init__(self) -> None:
         self._report: AuditReport | None = None
-        self._no_report = "`trainer.fit` has not run with this callback"
+        self._no_report = f"`trainer.fit` has not run with this callback; {WITHOUT_TRAINING}"
         # From the start of training until the next `fit`.
         self._run: AuditRun | None = None
 

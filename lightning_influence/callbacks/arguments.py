@@ -12,10 +12,12 @@ from torch import Tensor
 
 from lightning_influence.audit.naming import Ids, check_naming
 from lightning_influence.audit.queries import Queries
+from lightning_influence.callbacks.chosen_weights import Weights
 from lightning_influence.callbacks.query_report import described
 from lightning_influence.core.errors import short
 from lightning_influence.core.indices import Indices, integers
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
+from lightning_influence.data.ids import SampleId, check_sample_id
 from lightning_influence.gradients.coverage import Layers, Uncovered, listed_layers
 from lightning_influence.influence.inputs import (
     check_choice,
@@ -51,14 +53,18 @@ class Arguments:
     verify: bool
     ids: Ids = None
     describe: Any = None
+    weights: Weights = "last"
+    sample_id: SampleId | None = None
 
     def __post_init__(self) -> None:
         check_curvature_choices(self.curvature, self.fisher, self.solver)
         check_choice("uncovered", self.uncovered, get_args(Uncovered))
         check_layers(self.layers)
+        check_choice("weights", self.weights, get_args(Weights))
         _check_damping(self.damping)
         check_factor_examples(self.factor_examples)
         check_naming(self.ids, self.describe)
+        check_sample_id(self.sample_id)
         if self.trusted is not None and self.known_noise is not None:
             both = self.trusted[torch.isin(self.trusted, self.known_noise)].tolist()
             if both:
@@ -89,6 +95,7 @@ class Arguments:
             "queries": described(self.queries),
             "task": None if task is None else getattr(task, "__name__", type(task).__name__),
             "verify": self.verify,
+            "weights": self.weights,
         }
 
 

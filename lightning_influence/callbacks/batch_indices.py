@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.callbacks.lightning import MisconfigurationException, Trainer
+from lightning_influence.callbacks.loaders import batch_of_loader, train_loader
 from lightning_influence.callbacks.preparing import errors_as_misconfiguration
-from lightning_influence.data.collation import is_plain
+from lightning_influence.core import distributed
+from lightning_influence.data.again import Again
+from lightning_influence.data.collation import DataError, is_plain
+from lightning_influence.data.ids import SampleId
 from lightning_influence.data.source import ExampleSource
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.data.tagging import Tagging
 from lightning_influence.training.batch_record import BatchRecord
 
@@ -28,15 +34,24 @@ class BatchIndexRecorder:
     is kept as long as they live. What the training loop hands on is looked up by them, whoever else iterates the
     loader, and whatever a loader skips, repeats or stores.
 
+    A stream has no indices: its batches tell ids, which are read where a batch is looked up.
+
+    Args:
+        sample_id: How batches of a stream tell the ids of their examples.
+
     Attributes:
         source: The examples of the loader, as ``ExampleSource.from_loader`` tells; None before there is one.
+        known: State of the stream of a run that is resumed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sample_id: SampleId | None = None) -> None:
+        self.sample_id = sample_id
+        self.known: dict[str, Any] | None = None
         self.source: ExampleSource | None = None
         self._loader: DataLoader[Any] | None = None
         self._tagging: Tagging | None = None
         self._found = BatchRecord(None, _ELSEWHERE)
+        self._unread = ""  # why ids of a batch could not be read
         self._undo: list[tuple[Any, str]] = []
 
     def attach(self, trainer: Trainer) -> None:
@@ -53,7 +68,8 @@ class BatchIndexRecorder:
         def looking(data: Any) -> Any:
             # What the data fetcher handed on, before hooks and devices change it.
             if trainer.training:
-                self._found = self._look_up(data)
+                streamed = self.sample_id is not None
+                self._found = self._read(trainer, data) if streamed else self._look_up(data)
             return convert(data)
 
         # On the instances, over the classes' methods: `detach` deletes them again.
@@ -72,12 +88,15 @@ class BatchIndexRecorder:
         self._leave()
         self.source, self._found = None, BatchRecord(None, _ELSEWHERE)
 
-    def source_of(self, loader: Any) -> ExampleSource:
-        """Return the examples of a loader.
+    def source_of(self, trainer: Trainer) -> ExampleSource:
+        """Return the examples that a trainer trains on.
 
         Raises:
-            DataError: As ``ExampleSource.from_loader``.
+            DataError: As ``ExampleSource.from_loader``, and for several loaders.
         """
+        if self.sample_id is not None:
+            return self._stream(trainer)
+        loader = train_loader(trainer)
         if self.source is None or loader is not self._loader:
             return ExampleSource.from_loader(loader)
         return self.source
@@ -86,6 +105,29 @@ class BatchIndexRecorder:
         """Return what is known of the batch that the training loop got last. Call once per batch."""
         found, self._found = self._found, BatchRecord(None, _ELSEWHERE)
         return found
+
+    def _read(self, trainer: Trainer, batch: Any) -> BatchRecord:
+        with errors_as_misconfiguration():
+            source = self._stream(trainer)
+        endless, own = not math.isinf(trainer.num_training_batches), batch_of_loader(trainer, batch)
+        try:
+            return BatchRecord(tuple(source.met(own, trainer.current_epoch, endless=endless)))
+        except DataError as error:
+            if not len(source):  # before the first step
+                raise MisconfigurationException(f"InfluenceAudit: {error}") from error
+            self._unread = self._unread or str(error)
+            return BatchRecord(None, self._unread)
+
+    def _stream(self, trainer: Trainer) -> StreamSource:
+        """Return the examples of the loader that there is by now."""
+        loader = train_loader(trainer)
+        if not isinstance(self.source, StreamSource):
+            self.source = StreamSource(loader, self.sample_id)
+            if self.known is not None:
+                self.source.load_state_dict(self.known)
+        elif loader is not self.source.loader:
+            self.source.take(loader)
+        return self.source
 
     def _look_up(self, batch: Any) -> BatchRecord:
         drawn = None if self._tagging is None else self._tagging.registry.find(batch)
@@ -105,7 +147,13 @@ class BatchIndexRecorder:
         return BatchRecord(tuple(own.tolist()), ragged=drawn.ragged)
 
     def _follow(self, loader: object) -> None:
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader is self._loader:
+        if loader is self._loader:
+            return
+        if self.sample_id is not None:
+            with errors_as_misconfiguration():
+                _check_stream(loader)
+            return
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return
         if loader.batch_sampler is None:
             return
@@ -126,3 +174,20 @@ class BatchIndexRecorder:
         if self._tagging is not None:
             self._tagging.leave()
         self._loader = self._tagging = None
+
+
+def _check_stream(loader: Any) -> None:
+    """Raise ``DataError`` for what needs no ids, or has none that processes agree on."""
+    if distributed.world_size() > 1:
+        raise DataError(
+            f"{distributed.world_size()} processes train on a stream, each with examples of its own: expected one "
+            "process, `Trainer(devices=1)`."
+        )
+    Again(loader)
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    of_torch = type(sampler).__module__.startswith("torch.utils.data") and isinstance(loader, DataLoader)
+    if of_torch and not isinstance(loader.dataset, IterableDataset):
+        raise DataError(
+            f"{type(loader.dataset).__name__} has an index, which its examples are filed under. `ids=` names them: one "
+            "for each in their order, or a function from index to id; leave `sample_id` out."
+        )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
-from lightning_influence.audit.naming import ExampleNames
+from lightning_influence.audit.naming import ExampleNames, Ids
 from lightning_influence.callbacks import bridge, preparing
 from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, version_of
+from lightning_influence.callbacks.loaders import train_loader
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.run import AuditRun
@@ -16,6 +18,7 @@ from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.curvature.choices import check_labels
 from lightning_influence.curvature.fit import check_curvature
 from lightning_influence.data.source import ExampleSource
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.verify import roomy_batch_size
 from lightning_influence.objective.scale import NoLossError
@@ -35,8 +38,12 @@ def begun(
         source: The training data.
         recording: Where the run is recorded.
     """
-    first = preparing.some_of(bridge.drawn_from(trainer.train_dataloader, len(source)), source.batch_size)
-    names = ExampleNames(source.dataset, arguments.ids, arguments.describe)
+    if isinstance(source, StreamSource):
+        drawn, ids = source.at_hand, cast(Ids, source.book)
+    else:
+        drawn, ids = bridge.drawn_from(train_loader(trainer), len(source)), arguments.ids
+    first = preparing.some_of(drawn, source.batch_size)
+    names = ExampleNames(source.dataset, ids, arguments.describe)
     if trainer.is_global_zero:
         names.try_out(first[:1])
     try:

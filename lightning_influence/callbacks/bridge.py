@@ -11,6 +11,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
@@ -24,6 +25,7 @@ from lightning_influence.callbacks.lightning import (
     is_a,
     rank_zero_warn,
 )
+from lightning_influence.callbacks.loaders import batch_of_step, train_loader
 from lightning_influence.core import distributed
 from lightning_influence.core.containers import leaves
 from lightning_influence.core.isolation import kept
@@ -31,6 +33,7 @@ from lightning_influence.core.origin import is_lightnings, is_users
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.core.reachable import Found, shallow
 from lightning_influence.data.source import DataError, ExampleSource
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.training.optimizers import inner
 
@@ -51,7 +54,9 @@ def surroundings(trainer: Trainer, module: LightningModule) -> Surroundings:
     plugin = trainer.precision_plugin
 
     def to_device(batch: Any) -> Any:
-        batch = plugin.convert_input(batch)
+        batch = batch_of_step(trainer, batch)
+        convert: Any = type(plugin).convert_input
+        batch = convert(plugin, batch)  # past what notes the batches of training
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         # Once training has ended, the strategy moves the model off its device.
         return trainer.strategy.batch_to_device(batch, device=module.device, dataloader_idx=0)
@@ -91,18 +96,21 @@ def trained(trainer: Trainer, module: LightningModule) -> frozenset[int] | None:
     return frozenset(held.intersection(map(id, module.parameters()))) or None
 
 
-def audited_indices(trainer: Trainer, seen: list[int], size: int, *, last: bool) -> list[int]:
+def audited_indices(trainer: Trainer, seen: list[int], source: ExampleSource, *, last: bool) -> list[int]:
     """Return the training examples: what the sampler draws from, or what it has drawn if that may be less.
 
     Args:
         trainer: The trainer.
         seen: Sorted indices of the examples trained on so far.
-        size: Size of the data set.
+        source: The training data; of a stream, no more are known than those that it has drawn.
         last: Whether no more examples are drawn. Until then some may turn up that passes must not have left out.
     """
-    loader: Any = trainer.train_dataloader
+    if isinstance(source, StreamSource):
+        source.look_again()
+        return seen
+    loader: Any = train_loader(trainer)
     limited = trainer.num_training_batches < length_of(loader) or bool(getattr(trainer, "overfit_batches", False))
-    return seen if limited or (last and seen and not _draws_all(loader)) else drawn_from(loader, size)
+    return seen if limited or (last and seen and not _draws_all(loader)) else drawn_from(loader, len(source))
 
 
 def drawn_from(loader: Any, size: int) -> list[int]:
@@ -230,27 +238,45 @@ def set_up_validation(trainer: Trainer) -> None:
 
 
 def validation_queries(trainer: Trainer, gradients: ExampleGradients) -> list[tuple[ExampleGradients, list[int]]]:
-    """Return the validation data as queries, if there are any whose examples can be visited by index."""
+    """Return the validation data as queries, if there are any whose examples can be visited again."""
     queries = []
     loaders: Any = [] if trainer.val_dataloaders is None else [loader for _, loader in leaves(trainer.val_dataloaders)]
     for loader, batches in zip(loaders, trainer.num_val_batches, strict=False):
         try:
-            source = ExampleSource.from_loader(loader)
-            if len(source):
-                source.repeatable(range(len(source)))
-            _ = source.collation
+            source, drawn = query_examples(loader, int(batches) if math.isfinite(batches) else None)
         # A data set may raise anything once its files are gone; other processes would wait for one that goes on alone.
         except Exception as error:
             if not isinstance(error, DataError) and distributed.world_size() > 1:
                 raise
             rank_zero_warn(f"validation data are left out of the influence audit (no harm column): {error!r}")
             continue
-        drawn = drawn_from(loader, len(source))
-        if batches < length_of(loader):
+        if not isinstance(source, StreamSource) and batches < length_of(loader):
             drawn = drawn[: int(batches) * source.batch_size * trainer.world_size]
         if drawn:
             queries.append((gradients.on(source), drawn))
     return queries
+
+
+def query_examples(loader: Any, batches: int | None = None) -> tuple[ExampleSource, list[int]]:
+    """Return the examples of a loader that are asked about, a stream's as it hands them out, and which those are.
+
+    Args:
+        loader: The loader.
+        batches: Of a stream: how many are taken, None for all.
+
+    Raises:
+        DataError: If they can't be visited.
+    """
+    if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, IterableDataset):
+        source = ExampleSource.from_loader(loader)
+        if len(source):
+            source.repeatable(range(len(source)))
+        _ = source.collation
+        return source, drawn_from(loader, len(source))
+    if distributed.world_size() > 1:
+        raise DataError(f"{type(loader.dataset).__name__} is a stream, of which each process may have another part.")
+    stream = StreamSource(loader, None)
+    return stream, stream.counted(math.inf if batches is None else batches)
 
 
 def label_names(dataset: Any) -> list[str] | None:

@@ -14,15 +14,19 @@ from lightning_influence.audit.naming import Describe, Ids
 from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge, preparing
+from lightning_influence.callbacks.afterwards import Afterwards
+from lightning_influence.callbacks.answers import WITHOUT_TRAINING
 from lightning_influence.callbacks.arguments import Arguments, checked_indices, checked_tracin
 from lightning_influence.callbacks.beginning import begun
-from lightning_influence.callbacks.hooks import RunHooks
+from lightning_influence.callbacks.chosen_weights import Weights, check_weights
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, overrides, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.query_report import checked_queries
 from lightning_influence.callbacks.resuming import Restored, as_at_the_end_of_training, restore, state_for
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.core import distributed
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
+from lightning_influence.data.ids import SampleId
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Layers, Uncovered
 from lightning_influence.objective.standard_task import TaskName, checked_task
 from lightning_influence.objective.task import Task
@@ -30,7 +34,7 @@ from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import Mode, TracIn
 
 
-class InfluenceAudit(RunHooks):
+class InfluenceAudit(Afterwards):
     """Audits the training data of a run: self-influence of every example, and the labels that are probably wrong.
 
     Training is left bitwise unchanged. The user's own ``training_step`` defines the loss; everything else is read off
@@ -82,16 +86,21 @@ class InfluenceAudit(RunHooks):
             dataset index to id.
         describe: What a person sees of an example: a function from what the data set returns for an index to a text or
             an image, or a tokenizer (``decode``) for token batches. Asked for the few examples that are shown.
+        weights: Which ones the final pass is about: the ``"last"``, those that ``ModelCheckpoint`` found ``"best"``,
+            or ``"averaged"`` ones, of an averaging callback (SWA, EMA). The model's own are put back.
         dirpath: Directory of the audit, instead of ``influence`` in the run's folder, beside the checkpoints. An
             existing audit is never overwritten: a version suffix is added.
         verify: Whether to check per-example gradients against autograd on half a training batch before training starts.
+        sample_id: For streams (``IterableDataset``, WebDataset, loaders without an index): the name or place of the
+            column of a batch that holds each example's id, or a function from batch to ids. Everything is filed by
+            these, and the examples are met again by going over the loader once more, see ``docs/streams.md``.
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: During ``fit``, before the first step: for data that can't be indexed (an
-            ``IterableDataset``), collate functions whose order can't be followed, strategies that split the model,
-            manual optimization without a ``task``, models without a supported layer, losses that are not made of
-            per-example losses, ``ids`` that don't name each example, unwritable directories.
+        MisconfigurationException: During ``fit``, before the first step: for a stream without ``sample_id``, collate
+            functions whose order can't be followed, strategies that split the model, manual optimization without a
+            ``task``, models without a supported layer, losses that are not made of per-example losses, ``ids`` that
+            don't name each example, unwritable directories.
 
     Example:
         >>> trainer = Trainer(max_epochs=10, callbacks=[InfluenceAudit()])
@@ -118,6 +127,8 @@ class InfluenceAudit(RunHooks):
         verify: bool = True,
         ids: Ids = None,
         describe: Describe | None = None,
+        weights: Weights = "last",
+        sample_id: SampleId | None = None,
     ) -> None:
         self.arguments = Arguments(
             curvature,
@@ -136,8 +147,11 @@ class InfluenceAudit(RunHooks):
             verify,
             ids,
             describe,
+            weights,
+            sample_id,
         )
         super().__init__()
+        self._recorder.sample_id = sample_id
         # What checkpoints keep: from a checkpoint until the size of the data is known, then of the run.
         self._restored: Restored | None = None
         self._recording: Recording | None = None
@@ -147,7 +161,10 @@ class InfluenceAudit(RunHooks):
     def state_key(self) -> str:
         """Key of the callback's state in checkpoints: two audits of one run have two states."""
         # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
-        arguments = {name: value for name, value in self.arguments.described().items() if name != "verify"}
+        arguments = self.arguments.described()
+        arguments.pop("verify")
+        if arguments["weights"] == "last":  # as checkpoints of earlier versions have it
+            arguments.pop("weights")
         return self._generate_state_key(**arguments)
 
     # ------------------------------------------------------------------ start
@@ -157,6 +174,8 @@ class InfluenceAudit(RunHooks):
         if pl_module is None:
             preparing.refuse_class(self)
         if stage != "fit":
+            if stage == "validate" and not self.has_report:
+                rank_zero_info(f"influence audit: `trainer.validate` makes none; {WITHOUT_TRAINING}.")
             return
         preparing.check_queries(trainer, pl_module, self.arguments.queries)
         # Of an earlier fit: an error before training starts must not be filed under that one's audit.
@@ -165,22 +184,26 @@ class InfluenceAudit(RunHooks):
         self._no_report = "training has not ended yet"
         preparing.check_optimization(pl_module, self.arguments.task, self.arguments.tracin)
         bridge.check_strategy(trainer)
-        preparing.warn_of_averaging(trainer, self)
+        check_weights(trainer, self, self.arguments.weights)
         self._recorder.attach(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at one batch before the first step, so that nothing fails after hours of training."""
         # Callbacks come before the model's own hooks, in which it may set up what its step needs.
-        if not any(overrides(hook, pl_module) for hook in ("on_train_start", "on_train_epoch_start")):
+        # Of a stream, the first batch is the only one that can be looked at without taking it from training.
+        own = any(overrides(hook, pl_module) for hook in ("on_train_start", "on_train_epoch_start"))
+        if not own and self.arguments.sample_id is None:
             self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> AuditRun:
         with preparing.errors_as_misconfiguration():
-            source = self._recorder.source_of(trainer.train_dataloader)
+            source = self._recorder.source_of(trainer)
             preparing.check_indices("known_noise", self.arguments.known_noise, source)
             preparing.check_indices("trusted", self.arguments.trusted, source)
-            self._recording = Recording(len(source), module, self.arguments.tracin)
             restored, self._restored = self._restored, None
+            # How long a stream is, is not known: there is room for what has been met.
+            grown = restored.state.get("size", 0) if restored and isinstance(source, StreamSource) else len(source)
+            self._recording = Recording(grown, module, self.arguments.tracin)
             restore(self._recording, restored, trainer)
             self._run = begun(self.arguments, trainer, module, source, self._recording)
             self._run.take_over(trainer)
@@ -211,7 +234,7 @@ class InfluenceAudit(RunHooks):
                 f"no step was trained (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
                 f"limit_train_batches={trainer.limit_train_batches})"
             )
-            rank_zero_warn(f"no influence audit: {self._no_report}.")
+            rank_zero_warn(f"no influence audit: {self._no_report}; {WITHOUT_TRAINING}.")
             return
         before = self._before[2]
         if self._restored is None and before is not None and before.finished:
@@ -226,7 +249,7 @@ class InfluenceAudit(RunHooks):
                 if distributed.world_size() > 1:
                     raise
                 self._no_report = str(error)
-                rank_zero_warn(f"no influence audit: {error}")
+                rank_zero_warn(f"no influence audit: {error}\nOnce that is mended: {WITHOUT_TRAINING}.")
                 return
             self._finish(run, trainer, pl_module)
 
@@ -246,14 +269,18 @@ class InfluenceAudit(RunHooks):
         """Return what a resumed run needs: tensors and primitives."""
         if self._recording is None:
             return {}
-        return self._recording.state_dict() | {"arguments": self.arguments.described()}
+        source = self._recorder.source
+        ids = {"stream": source.state_dict()} if isinstance(source, StreamSource) else {}
+        return self._recording.state_dict() | {"arguments": self.arguments.described()} | ids
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the size of the data set is known."""
         self._restored = Restored(state_dict) if state_dict else None
+        self._recorder.known = state_dict.get("stream")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over what an audit with other arguments has recorded: nearly all of it does not depend on them."""
         self._restored = state_for(self.state_key, self.arguments.described(), checkpoint.get("callbacks") or {})
         if self._restored is not None:  # Lightning has just said that it is not
+            self._recorder.known = self._restored.state.get("stream")
             rank_zero_info("influence audit: what an audit with other arguments has recorded is taken over.")

@@ -69,7 +69,7 @@ def take_over_checkpoints(store: AuditStore | None, tracin: TracIn, recording: R
     stored, carried = set(old.steps()), None
     kept = [each for each in recording.kept if each.step <= step]
     if kept and not stored:
-        recording.notes.append(f"checkpoints of the run before it was resumed are missing in {before}")
+        recording.notes.append(f"the checkpoints that the run had kept before are missing in {before}")
     for each in (*kept, *([] if lost is None else [lost])):
         about = each if carried is None else each.standing_for(carried)
         carried = about

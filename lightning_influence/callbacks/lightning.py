@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -59,6 +60,7 @@ __all__ = [
     "Trainer",
     "dummy_logger",
     "is_a",
+    "of_package",
     "overrides",
     "package_of",
     "rank_zero_info",
@@ -133,6 +135,11 @@ def version_of(value: object) -> dict[str, str]:
     """Return the distribution that a trainer or module comes from (``"pytorch-lightning"``), with its version."""
     package = package_of(value).partition(".")[0]
     return {package.replace("_", "-"): str(sys.modules[package].__version__)}
+
+
+def of_package(value: object, module: str, name: str) -> Any:
+    """Return what goes by a name in the package that a trainer or module is of, ``("loops.fit_loop", "_FitLoop")``."""
+    return getattr(import_module(f"{package_of(value)}.{module}"), name)
 
 
 def overrides(hook: str, module: LightningModule) -> bool:

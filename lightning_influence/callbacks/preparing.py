@@ -18,11 +18,9 @@ from lightning_influence.audit.queries import Queries
 from lightning_influence.audit.store.store import AuditStore, StoreError
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.lightning import (
-    Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
-    is_a,
     overrides,
     rank_zero_warn,
 )
@@ -34,6 +32,7 @@ from lightning_influence.core.snapshot import StateError
 from lightning_influence.core.torch_private import is_compiled, meets_compiled
 from lightning_influence.data.collation import is_plain
 from lightning_influence.data.source import DataError, ExampleSource, is_deterministic
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.answering import answered
 from lightning_influence.gradients.capture import Capture
 from lightning_influence.gradients.coverage import Coverage, listed_reasons
@@ -50,8 +49,6 @@ _COMPLETE = 0.99
 
 # Examples that the look before training may choose from, at least.
 _LOOKED_AT = 64
-
-_AVERAGING_CALLBACKS = ("StochasticWeightAveraging", "WeightAveraging")
 
 
 @contextmanager
@@ -121,17 +118,6 @@ def _step_is_compiled(gradients: ExampleGradients, chosen: list[int]) -> bool:
             return met.found
     except Exception:  # whatever a step makes of two examples: the look that comes next says so
         return False
-
-
-def warn_of_averaging(trainer: Trainer, audit: Callback) -> None:
-    """Warn of callbacks that replace the weights once the audit is done."""
-    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
-    after = callbacks[callbacks.index(audit) + 1 :]
-    if averaging := [name for name in _AVERAGING_CALLBACKS for callback in after if is_a(callback, name)]:
-        rank_zero_warn(
-            f"{averaging[0]} comes after InfluenceAudit and replaces the weights once the audit is done: the "
-            "audit describes the weights before. List InfluenceAudit after it."
-        )
 
 
 def some_of(indices: Sequence[int], batch_size: int) -> list[int]:
@@ -221,6 +207,8 @@ def _name_of(function: object) -> str:
 def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection: Inspection) -> bool:
     """Tell whether examples have other labels when they are fetched once more, without streams of their own."""
     source = gradients.source
+    if isinstance(source, StreamSource):  # a batch is all that there is of it so far
+        return False
     if is_deterministic(source.dataset) and is_plain(source.collate_fn) and not inspection.random:
         return False
     chosen, labels = source.settled(indices[: inspection.examples]), []
@@ -256,6 +244,11 @@ def check_queries(trainer: Trainer, module: LightningModule, queries: Queries | 
 
 def check_indices(name: str, indices: Tensor | None, source: ExampleSource) -> None:
     """Raise ``DataError`` for indices beyond the data."""
+    if indices is not None and isinstance(source, StreamSource):
+        raise DataError(
+            f"{name} holds indices, and a stream has none before it is trained on. Leave it out, and compare "
+            'the ids of the report: `report["id"]`.'
+        )
     if indices is not None and int(indices.max()) >= len(source):
         raise DataError(f"{name} holds the index {int(indices.max())}; the data have {len(source)} examples.")
 

@@ -19,7 +19,7 @@ from lightning_influence.core import distributed
 from lightning_influence.core.errors import short
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.curvature import Curvature, SolverError
-from lightning_influence.data.source import DataError, ExampleSource
+from lightning_influence.data.source import DataError
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import Visitor
 from lightning_influence.loggers.exhibits import Exhibit
@@ -159,10 +159,11 @@ class QueryReport:
         if not isinstance(self.asked.which, DataLoader):
             return validation
         try:
-            source = ExampleSource.from_loader(self.asked.which)
+            # Of a stream without end as many as are asked about are enough.
+            batches = None if self.asked.of_set else self.asked.count
+            source, drawn = bridge.query_examples(self.asked.which, batches)
         except DataError as error:
             raise MisconfigurationException(f"InfluenceAudit(queries=...): {error}") from error
-        drawn = bridge.drawn_from(self.asked.which, len(source))
         if bridge.is_dry_run(trainer):
             drawn = drawn[: self.asked.count]
         if not drawn:

@@ -65,6 +65,7 @@ class Reporter:
 
     Attributes:
         seconds_per_example: Of a pass over the training data, once one was timed.
+        weights: Which ones are audited, for the manifest.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Reporter:
         self.queries = queries
         self.names = names or ExampleNames(())
         self.seconds_per_example: float | None = None
+        self.weights: dict[str, Any] = {}
         self._said: set[str] = set()  # what has been said to have failed
         self._showing = Showing(self._said)
         self._partial = 0.0, 0.0  # when the last partial table was written, and how long it took
@@ -178,7 +180,10 @@ class Reporter:
     ) -> AuditReport:
         """Rank, and put everything together."""
         ranked, beliefs = judged(self._named(columns), evidence, trusted=self._trusted)
+        if evidence is None and recording.labels.unknown and not beliefs.told and "label" in ranked:
+            beliefs = replace(beliefs, reason=recording.labels.unknown)
         manifest = self._manifest | {"status": "complete", "step": step, "labels": beliefs.described()}
+        manifest["audited_weights"] = self.weights
         manifest |= audit_described(gradients, plan, inspection, result, ranked)
         with tolerated("reading the class names", self._said):
             if (names := bridge.label_names(gradients.source.dataset)) is not None:

@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.arguments import Arguments
+from lightning_influence.callbacks.chosen_weights import chosen
 from lightning_influence.callbacks.keeping import keep_checkpoint, keep_curves, take_over_checkpoints, take_over_curves
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_influence.callbacks.listening import BatchListener
+from lightning_influence.callbacks.loaders import train_loader
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
 from lightning_influence.data.source import ExampleSource, same_data
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Coverage, listed
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.influence import Influence
@@ -85,10 +88,10 @@ class AuditRun:
         """Make the last pass that a run which is resumed for more steps has postponed."""
         if self.recording.postponed != trainer.global_step:
             return
-        with bridge.at_epoch(trainer, trainer.current_epoch - 1), self._tolerated(trainer):
+        with bridge.at_epoch(trainer, trainer.current_epoch - 1), _tolerated(self.recording, trainer):
             tracin = self._due(trainer)
             if tracin is not None and self.recording.step_sizes.steps:
-                self._score_checkpoint(trainer, module, tracin)
+                self.score_checkpoint(trainer, module, tracin)
             else:
                 self.look(trainer, module)
 
@@ -113,9 +116,9 @@ class AuditRun:
         """Look at the features of all examples, forward only, as long as their labels are not learnt by heart."""
         evidence = self.recording.labels.evidence
         indices = self._indices(trainer, last=False)  # of a limited run, none before its first batch
-        if not indices or evidence.complete or bridge.is_dry_run(trainer):
+        if not indices or evidence.complete or bridge.is_dry_run(trainer) or not self.passes.any_time:
             return
-        with self._tolerated(trainer), bridge.aside(trainer):
+        with _tolerated(self.recording, trainer), bridge.aside(trainer):
             seen = look_at_labels(self.passes.gradients(trainer, module), indices)
             evidence.close() if seen is None else self.recording.add_snapshot(seen)
 
@@ -126,21 +129,8 @@ class AuditRun:
         self.listener.stop()  # a batch that `on_train_batch_start` skipped has no end
         if bridge.is_dry_run(trainer):
             return
-        with self._tolerated(trainer):
+        with _tolerated(self.recording, trainer):
             self._end_epoch(trainer, module)
-
-    @contextmanager
-    def _tolerated(self, trainer: Trainer) -> Iterator[None]:
-        try:
-            yield
-        except Exception:
-            if distributed.world_size() > 1:
-                raise  # the others would wait for this process at the next collective
-            self.recording.gaps.failed_passes.append(trainer.current_epoch)
-            rank_zero_warn(
-                f"the influence audit's pass at the end of epoch {trainer.current_epoch} failed; training goes on.\n"
-                f"{traceback.format_exc()}"
-            )
 
     def _end_epoch(self, trainer: Trainer, module: LightningModule) -> None:
         recording, tracin = self.recording, self.arguments.tracin
@@ -148,7 +138,7 @@ class AuditRun:
         recording.curves.end(trainer.current_epoch)
         keep_curves(self.reporter.store, recording)
         due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
-        last = bridge.is_last_epoch(trainer)
+        last = bridge.is_last_epoch(trainer) and self.arguments.weights == "last"
         # The final pass looks by the way; a run that is resumed for more epochs has to catch up.
         recording.postponed = trainer.global_step if last else -1
         if not (due and self.flight is None) and not last:
@@ -156,15 +146,16 @@ class AuditRun:
         if tracin is not None and due and recording.step_sizes.steps:
             if self.flight is not None:
                 self._keep_checkpoint(trainer, module, tracin)
-            elif not last:
-                self._score_checkpoint(trainer, module, tracin)
+            elif not last and self.passes.any_time:
+                self.score_checkpoint(trainer, module, tracin)
         if recording.visits is not None:
             visits = recording.visits.values()
             self.reporter.log_tracin(trainer, visits[visits.isfinite()])  # NaN: not measured so far
         self.reporter.log_dynamics(trainer, recording.dynamics.columns())
         self.reporter.write_partial(recording.local_columns, "recording", due=False)
 
-    def _score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
+    def score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
+        """Add what every example says at the weights of the moment, for the steps since the checkpoint before."""
         indices = self._indices(trainer, last=False)
         start = time.perf_counter()
         with bridge.aside(trainer):
@@ -201,9 +192,7 @@ class AuditRun:
     def finish_or_warn(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         """Fit the curvature and score every example; None if there is nothing to audit, or if that fails."""
         try:
-            self.reporter.write_partial(self.recording.local_columns, "recording")
-            with bridge.at_epoch(trainer, trainer.current_epoch - 1):
-                return self._finish(trainer, module)
+            return self.finish(trainer, module)
         except Exception as error:
             # In one process the training that has just ended is worth more than the audit; with several, the others
             # would wait for this one at the next collective.
@@ -217,12 +206,25 @@ class AuditRun:
             )
             return None
 
+    def finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
+        """Fit the curvature and score every example, at the weights that are asked for; None if there is nothing."""
+        self.reporter.write_partial(self.recording.local_columns, "recording")
+        with bridge.at_epoch(trainer, trainer.current_epoch - 1):
+            alone = self.arguments.weights != "last" and (self.passes.any_time or self.flight is not None)
+            tracin = self.arguments.tracin if alone else None
+            if tracin is not None and self.recording.step_sizes.steps and not bridge.is_dry_run(trainer):
+                self.recording.synchronise()  # it is no part of the final pass, which is about other weights
+                (self.score_checkpoint if self.flight is None else self._keep_checkpoint)(trainer, module, tracin)
+            with chosen(trainer, module, self.arguments.weights) as about:
+                self.reporter.weights = about | self.reporter.weights
+                return self._finish(trainer, module)
+
     def _finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         self.recording.synchronise()
         audited = self._indices(trainer, last=True)
         indices = self._unmissed(audited)
         if bridge.is_dry_run(trainer):
-            indices = (indices or list(range(self.recording.size)))[: self.passes.source.batch_size]
+            indices = (indices or list(range(len(self.passes.source))))[: self.passes.source.batch_size]
         if not indices:
             self.failure = "no training batch was seen"
             rank_zero_warn(f"no influence audit: {self.failure}.")
@@ -247,7 +249,8 @@ class AuditRun:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
         indices = result.scores.indices.tolist()
-        never = len(bridge.drawn_from(trainer.train_dataloader, recording.size)) - len(audited)
+        drawn = len(bridge.drawn_from(train_loader(trainer), recording.size))
+        never = 0 if isinstance(self.passes.source, StreamSource) else drawn - len(audited)
         result.notes.extend(_data_notes(self.passes, audited, indices, never))
         evidence = recording.label_evidence(indices)
         columns = recording.columns(indices, result.scores, evidence)
@@ -284,16 +287,32 @@ class AuditRun:
         return [k for k in indices if distributed.world_size() > 1 or k not in self.passes.source.missing]
 
     def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
-        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.recording.size, last=last)
+        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.passes.source, last=last)
+
+
+@contextmanager
+def _tolerated(recording: Recording, trainer: Trainer) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        if distributed.world_size() > 1:
+            raise  # the others would wait for this process at the next collective
+        recording.gaps.failed_passes.append(trainer.current_epoch)
+        rank_zero_warn(
+            f"the influence audit's pass at the end of epoch {trainer.current_epoch} failed; training goes on.\n"
+            f"{traceback.format_exc()}"
+        )
 
 
 def _data_notes(passes: TrainingPasses, audited: list[int], scored: list[int], never: int) -> list[str]:
     """Return what a reader should know of the data: how batches are made, and who is not in the report."""
     source = passes.source
     notes = [source.collation.note] if source.collation.note else []
+    notes += source.notes() if isinstance(source, StreamSource) else []
     if missing := sorted(set(audited) - set(scored)):
         reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
-        notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed(missing, 10)} ({reasons})")
+        named = source.book[missing].tolist() if isinstance(source, StreamSource) else missing
+        notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed(named, 10)} ({reasons})")
     if lacking := ", ".join(sorted(map(str, passes.lacking))):
         notes.append(f"training has had terms of the loss that the passes, in eval mode, have not: {lacking}")
     if never:

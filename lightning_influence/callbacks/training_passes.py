@@ -10,6 +10,7 @@ from lightning_influence.callbacks.display import progress_of
 from lightning_influence.callbacks.lightning import LightningModule, Trainer
 from lightning_influence.core import distributed
 from lightning_influence.data.source import ExampleSource
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Layers, Uncovered, cover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.trace import Trace
@@ -39,6 +40,11 @@ class TrainingPasses:
     # Labels and weights of classes stay, so one look at the same examples is enough.
     _measured: tuple[list[int], LossScale | None] = field(default=([], None), init=False)
     _heard: set[TermKey] = field(default_factory=set, init=False)  # by then
+
+    @property
+    def any_time(self) -> bool:
+        """Whether they can take place while training goes on."""
+        return not isinstance(self.source, StreamSource) or self.source.reads_apart
 
     def take(self, source: ExampleSource) -> None:
         """Go on with other data."""

@@ -29,6 +29,7 @@ from lightning_influence.data.contents import digest
 from lightning_influence.data.probing import learn
 from lightning_influence.data.repeatable import Repeatable, RepeatableCollate, is_deterministic, needs_everything
 
+BY_ID = '`InfluenceAudit(sample_id=lambda batch: batch["key"])`'
 # Batches that are tried to find examples which stay where they are.
 _TRIALS = 16
 # Examples that tell one data set from another.
@@ -75,8 +76,8 @@ class ExampleSource:
         ):
             raise DataError(
                 f"{type(dataset).__name__} is a stream: its examples have no index to file scores under or to fetch "
-                "them again by. An audit needs a map-style dataset, with `__getitem__` and `__len__`; for data that "
-                "fit on disk, write the stream out once and index it."
+                "them again by. Expected a map-style dataset, with `__getitem__` and `__len__`; an audit of training "
+                f"files a stream by ids that its batches hold: {BY_ID}."
             )
         self.dataset = dataset
         self.batch_size = self.pass_batch_size = batch_size
@@ -103,15 +104,17 @@ class ExampleSource:
         """
         if not isinstance(loader, DataLoader):
             raise DataError(
-                f"the training data come from a {type(loader).__name__}; expected a torch `DataLoader` over a "
-                "map-style dataset, whose examples can be fetched again by index."
+                f"the data come from a {type(loader).__name__}; expected a torch `DataLoader` over a map-style "
+                "dataset, whose examples can be fetched again by index. An audit of training files what others "
+                f"hand out by ids that their batches hold: {BY_ID}."
             )
         if isinstance(loader.dataset, IterableDataset):
             return cls(loader.dataset)  # raises, with the reason
         if loader.batch_sampler is None:
             raise DataError(
-                "the training DataLoader has `batch_size=None`: its dataset hands out whole batches, so single "
-                "examples have no index. Let the DataLoader make the batches (`batch_size=` or `batch_sampler=`)."
+                "the DataLoader has `batch_size=None`: its dataset hands out whole batches, so single examples have no "
+                "index. Let the DataLoader make the batches (`batch_size=` or `batch_sampler=`); an audit of training "
+                f"also files examples by ids that the batches hold: {BY_ID}."
             )
         size = batch_size or loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
         return cls(

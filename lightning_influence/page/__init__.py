@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_influence.page.one_file import one_file
-from lightning_influence.page.static_files import static_files
+from lightning_influence.page.assets import static_files
+from lightning_influence.page.embedding import one_file
 
 __all__ = ["one_file", "static_files"]

@@ -21,7 +21,8 @@ FORMAT = 1
 AUDIT = "audit.json"
 
 _CHUNK = 1_000_000  # characters of pictures that come with one request
-_CURVES = 450_000  # bytes of curves, before they are written as text
+# Of columns and curves together, before they are written as text; curves have a part of it in any case.
+_BYTES, _CURVES = 1_400_000, 100_000
 _BINS = 40
 _PAIR_FIELDS = {
     "query": "query",
@@ -170,7 +171,8 @@ def _curve_rows(columns: Columns, pairs: Columns | None, curves: Mapping[str, ND
     """Return the rows whose curves fit, ascending: all, or those that somebody will look at."""
     size = len(columns["index"])
     epochs = sum(table.shape[1] for table in curves.values())
-    most = _CURVES // (4 * epochs) if epochs else size
+    room = max(_CURVES, _BYTES - 4 * size * len(columns))
+    most = room // (4 * epochs) if epochs else size
     if size <= most:
         return np.arange(size)
     first = candidate_rows(columns)

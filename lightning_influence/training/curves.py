@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_influence.training.example_sums import lengthened
+
 if TYPE_CHECKING:
     from lightning_influence.training.dynamics import TrainingDynamics
 
@@ -77,13 +79,19 @@ class CurveRecord:
         """Take over the curves before training was resumed, read from files; return the epochs that are not there."""
         size = self._dynamics.size
         usable = {
-            epoch: dict(found[epoch])
+            epoch: {name: lengthened(values, size, torch.nan) for name, values in found[epoch].items()}
             for epoch in self.missing
-            if epoch in found and all(len(values) == size for values in found[epoch].values())
+            if epoch in found and all(len(values) <= size for values in found[epoch].values())
         }
         lost = [epoch for epoch in self.missing if epoch not in usable]
         self.kept, self.missing = usable | self.kept, []
         return lost
+
+    def grow(self, size: int) -> None:
+        """Have room for more examples."""
+        for curves in self.kept.values():
+            curves |= {name: lengthened(values, size, torch.nan) for name, values in curves.items()}
+        self._before = {name: lengthened(total, size) for name, total in self._before.items()}
 
     def _totals(self) -> dict[str, Tensor]:
         self._dynamics.flush()

@@ -156,6 +156,11 @@ class TrainingDynamics:
         if "label" in taken:
             sums.put("label", rows, taken["label"])
 
+    def grow(self, size: int) -> None:
+        """Have room for more examples."""
+        self.size = size
+        self.sums.grow(size)
+
     def columns(self) -> dict[str, Tensor]:
         """Return one column per score, ``[size]``; NaN (or -1) for examples that were never trained on."""
         self.flush()

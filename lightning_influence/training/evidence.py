@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_influence.core.precision import exact
+from lightning_influence.training.example_sums import lengthened
 from lightning_influence.training.neighbours import votes
 
 # Penalties of the ridge, shares of the number of examples; the one with the least error on left-out labels is taken.
 _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 # A feature that hardly varies is not blown up to unit variance: this share of the largest deviation at least.
 _LEAST_DEVIATION = 1e-3
-_CHUNK = 2**16  # rows
+_CHUNK = 2**12  # rows
 # Epochs that the belief is made of at least; more while the run predicts labels well worse than the others tell them.
 _EARLY = 3
 # Three matrices are kept, of up to so many scalars (200 MB) each.
@@ -113,6 +114,10 @@ class EvidenceRecord:
     def complete(self) -> bool:
         """Whether there are enough snapshots, so that none is worth a pass of its own."""
         return self.closed or bool(self._state["done"])
+
+    def end_early(self) -> None:
+        """Take further snapshots for late ones."""
+        self._state["done"] = 1.0
 
     def close(self) -> None:
         """Take no more snapshots."""
@@ -208,6 +213,11 @@ class EvidenceRecord:
         if trained is None:
             trained = torch.zeros(len(rows), classes)
         return LabelEvidence(**found, trained=F.pad(trained, (0, max(0, classes - trained.shape[1])))[:, :classes])
+
+    def grow(self, size: int) -> None:
+        """Have room for more examples."""
+        self.size = size
+        self._sums = {name: lengthened(column, size) for name, column in self._sums.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint."""

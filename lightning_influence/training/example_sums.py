@@ -55,6 +55,12 @@ class ExampleSums:
             self._columns[name] = torch.full((self.size, *values.shape[1:]), self._last.get(name, 0.0), dtype=dtype)
         return self._columns[name]
 
+    def grow(self, size: int) -> None:
+        """Have room for more examples."""
+        self.size = size
+        for columns in (self._columns, self._common):
+            columns |= {name: lengthened(value, size, self._last.get(name, 0.0)) for name, value in columns.items()}
+
     def addends(self) -> list[Tensor]:
         """Return what is to be summed over the processes, each of which has seen its own part of the batches."""
         added = [
@@ -89,6 +95,11 @@ class ExampleSums:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint."""
         self._columns, self._common = ({name: value.clone() for name, value in state.items()} for _ in range(2))
+
+
+def lengthened(column: Tensor, size: int, value: float = 0.0) -> Tensor:
+    """Return a column ``[n, ...]`` with rows of a value after its own."""
+    return torch.cat([column, column.new_full((size - len(column), *column.shape[1:]), value)])
 
 
 def share(parts: Sequence[ExampleSums]) -> None:

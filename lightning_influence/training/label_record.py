@@ -22,18 +22,26 @@ class LabelRecord:
     Attributes:
         neighbours: What the neighbours have said at every pass.
         evidence: What was told of the labels in the first epochs.
+        heard_of: Whether snapshots are of a training that nobody listened to, from its checkpoints.
+        unknown: Why there is no evidence, if that is known.
     """
 
     def __init__(self, size: int) -> None:
         self.neighbours = NeighbourRecord(size)
         self.evidence = EvidenceRecord(size)
+        self.heard_of = False
+        self.unknown = ""
+        self._right = 0.0, 0.0  # of those predicted in such snapshots, and all
 
     def add(self, scores: ExampleScores, *, trained: bool, right: tuple[float, float] | None) -> None:
         """Add a snapshot: ``features`` and ``label`` of examples; the rest as ``EvidenceRecord.add``."""
         labels, features = scores.columns.get("label"), scores.features
         if features is None or labels is None:
             return
-        nearest = nearest_labels(features, labels)
+        nearest, trained = nearest_labels(features, labels), trained or self.heard_of
+        if self.heard_of and "predicted" in scores.columns:  # what the batches would have told
+            found = float((scores.columns["predicted"] == labels).sum())
+            right = self._right = self._right[0] + found, self._right[1] + len(labels)
         if trained:
             self.neighbours.add(scores.indices, nearest, labels)
         self.evidence.add(scores.indices, features, labels, nearest, trained=trained, right=right)
@@ -50,6 +58,11 @@ class LabelRecord:
             rows = torch.as_tensor(list(indices), dtype=torch.long)
             shares = probabilities[rows].nan_to_num() + self.neighbours.votes(probabilities.shape[1])[rows]
         return self.evidence.about(indices, shares)
+
+    def grow(self, size: int) -> None:
+        """Have room for more examples."""
+        self.neighbours.grow(size)
+        self.evidence.grow(size)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors only, for a Lightning checkpoint."""

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_influence.training.example_sums import lengthened
+
 # Neighbours are looked for among at most so many examples: the cost then grows with N, not with N².
 _MAX_REFERENCES = 10_000
-_CHUNK_ELEMENTS = 2**24
+_CHUNK_ELEMENTS = 2**20
 # Votes are kept up to this many scalars (400 MB).
 _VOTE_BUDGET = 10**8
 # The nearest is compared with this one of the nearest; copies by chance that are expected in a data set.
@@ -50,10 +52,10 @@ def nearest_labels(features: Tensor, labels: Tensor, *, neighbours: int = 20, se
 
 
 def _unit(features: Tensor) -> Tensor:
-    centred = features.float()
-    centred = centred - centred.mean(0)
-    lengths: Tensor = centred.norm(dim=1, keepdim=True)
-    return centred / lengths.clamp(min=1e-12)
+    features = features.float()
+    unit = features - features.mean(0)
+    unit /= unit.norm(dim=1, keepdim=True).clamp(min=1e-12)  # in place: features are what takes memory
+    return unit
 
 
 def _nearest(unit: Tensor, k: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -62,9 +64,10 @@ def _nearest(unit: Tensor, k: int, seed: int) -> Iterator[tuple[Tensor, Tensor, 
     references = torch.randperm(len(unit), generator=generator)[:_MAX_REFERENCES].sort().values.to(unit.device)
     among = unit[references]
     step = max(1, _CHUNK_ELEMENTS // len(references))
+    room = among.new_empty(min(step, len(unit)), len(references))
     for start in range(0, len(unit), step):
         chunk = torch.arange(start, min(start + step, len(unit)), device=unit.device)
-        cosines = unit[chunk] @ among.T
+        cosines = torch.mm(unit[chunk], among.T, out=room[: len(chunk)])
         place = torch.searchsorted(references, chunk).clamp_(max=len(references) - 1)
         itself = references[place] == chunk
         cosines[itself.nonzero().squeeze(1), place[itself]] = -torch.inf
@@ -175,6 +178,13 @@ class NeighbourRecord:
         """Return the mean share of neighbours of each class, ``[size, classes]``; zeros where unknown."""
         kept = self._votes[:, :classes].double() / self._passes.clamp(min=1).unsqueeze(1)
         return F.pad(kept, (0, classes - kept.shape[1]))
+
+    def grow(self, size: int) -> None:
+        """Have room for more examples."""
+        self.size = size
+        self._disagreement, self._passes, self._votes = (
+            lengthened(column, size) for column in (self._disagreement, self._passes, self._votes)
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint."""

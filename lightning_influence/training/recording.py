@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -36,6 +36,8 @@ from lightning_influence.training.tracin import TracInScores, VisitSums
 _FILE_EVERY = 64
 # What starts anew where TracIn was recorded otherwise.
 _OF_TRACIN = ("tracin", "visits", "pace")
+# What has a row for each example.
+_BY_EXAMPLE = {"curves", "dynamics", "seen", "tracin", "labels", "visits"}
 
 
 class Recording:
@@ -57,8 +59,7 @@ class Recording:
         gaps: What the columns lack.
         notes: Remarks for the report.
         directory: Of the audit; before resuming, of the run before.
-        kept: What the checkpoints there stand for.
-        carried: What none of them stands for any more or yet.
+        kept, carried: What the checkpoints there stand for, and what none of them does any more or yet.
         postponed: Step of a TracIn checkpoint that was left to the final pass.
     """
 
@@ -70,10 +71,9 @@ class Recording:
         self.pace = Pace() if tracin is None else Pace(tracin.every_n_steps, tracin.overhead)
         self.gaps = Gaps()
         self.notes: list[str] = []
-        self.directory = ""
+        self.directory, self.postponed = "", -1
         self.kept: list[Checkpoint] = []
         self.carried: Checkpoint | None = None
-        self.postponed = -1
         self._start(size)
 
     def _start(self, size: int) -> None:
@@ -144,17 +144,18 @@ class Recording:
         except Exception as error:  # a statistic must never end a training run
             self.fail("training dynamics are incomplete", error)
 
-    def record_step(self, optimizer: Any) -> None:
-        """Note the learning rates of one optimizer step."""
+    def record_step(self, optimizer: Any, times: int = 1) -> None:
+        """Note the learning rates of one optimizer step, or of several that are alike."""
         known = len(self.step_sizes.unknown)
         try:
-            self.step_sizes.record(optimizer)
+            self.step_sizes.record(optimizer, times)
         except Exception as error:
             self.fail("learning rates are incomplete", error)
         if self.wants_tracin and len(self.step_sizes.unknown) > known:
             warnings.warn(f"InfluenceAudit: {_plain_steps({optimizers.name_of(optimizer)})}", stacklevel=2)
 
     def _note(self, batch: BatchRecord) -> None:
+        self.size = _room_for(batch, self.size, self._parts)
         self._unfiled.append(batch)
         if len(self._unfiled) >= _FILE_EVERY:
             self.flush()
@@ -235,7 +236,7 @@ class Recording:
 
     def _parts(self) -> dict[str, Any]:
         """Return those who keep something, each with a state of its own."""
-        parts = {
+        return {
             "losses": self.losses,
             "dynamics": self.dynamics,
             "curves": self.curves,  # once the dynamics are there
@@ -245,8 +246,8 @@ class Recording:
             "pace": self.pace,
             "labels": self.labels,
             "gaps": self.gaps,
+            **({} if self.visits is None else {"visits": self.visits}),
         }
-        return parts if self.visits is None else {**parts, "visits": self.visits}
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives only: Lightning can't resume from anything else."""
@@ -288,6 +289,16 @@ class Recording:
             # Kept checkpoints still have to stand for them.
             waiting = Checkpoint(0, {}, step_sizes=self.step_sizes.take(), steps=steps)
             self.carried = waiting if self.carried is None else waiting.standing_for(self.carried)
+
+
+def _room_for(batch: BatchRecord, size: int, parts: Callable[[], dict[str, Any]]) -> int:
+    """Let parts grow if a batch, of a stream, holds examples beyond their size; return it."""
+    needed = 1 + max(batch.indices or (), default=-1)
+    if needed > size:
+        size, found = needed + needed // 8 + 256, parts()
+        for name in _BY_EXAMPLE & found.keys():
+            found[name].grow(size)
+    return size
 
 
 def _plain_steps(names: Collection[str]) -> str:

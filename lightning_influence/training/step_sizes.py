@@ -74,8 +74,12 @@ class StepSizes:
         self._known: dict[str, tuple[float, float]] = {}
         self._all_steps = 0
 
-    def record(self, optimizer: Any) -> None:
+    def record(self, optimizer: Any, times: int = 1) -> None:
         """Add the current learning rates of one optimizer, just before it steps.
+
+        Args:
+            optimizer: The optimizer.
+            times: Number of steps with them.
 
         Raises:
             TypeError: If it is none.
@@ -85,8 +89,8 @@ class StepSizes:
             raise TypeError(
                 f"the optimizer is a {type(optimizer).__name__}; expected one of torch, or a wrapper of it."
             )
-        self.steps += 1
-        self._all_steps += 1
+        self.steps += times
+        self._all_steps += times
         kind = type(optimizer).__name__
         self.optimizers.add(kind)
         understood = optimizers.is_understood(optimizer)
@@ -95,7 +99,7 @@ class StepSizes:
         self._adaptive |= set() if plain else {kind}
         moved_by: set[str] = set() if plain else self._scaled if understood else self._unclear
         for group in optimizer.param_groups:
-            rate = optimizers.rate(group) * self.summed
+            rate = optimizers.rate(group) * self.summed * times
             decay = optimizers.l2_coefficient(optimizer, group) / self.summed
             for parameter in group["params"]:
                 name = self._names.get(id(parameter))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.training.batch_record import BatchRecord
-from lightning_influence.training.example_sums import ExampleSums
+from lightning_influence.training.example_sums import ExampleSums, lengthened
 
 
 class TracInScores:
@@ -50,6 +50,10 @@ class TracInScores:
         self.checkpoints.append(step)
         self.values[torch.as_tensor(list(indices))] += increments.cpu().double()
         return True
+
+    def grow(self, size: int) -> None:
+        """Have room for more examples."""
+        self.values = lengthened(self.values, size)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums and what they are of."""
@@ -119,6 +123,10 @@ class VisitSums:
     def unmeasured(self) -> Tensor:
         """Examples that were trained on but never measured, ``[size]`` bool."""
         return (self.sums["visits"] > 0) & (self.sums["measured"] == 0)
+
+    def grow(self, size: int) -> None:
+        """Have room for more examples."""
+        self.sums.grow(size)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, and how far they go."""

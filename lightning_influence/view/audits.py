@@ -56,7 +56,7 @@ class Audits:
             raise ViewError(f"{self.root} {found}; expected the directory of an audit, or one that holds some.")
         if not self.found():
             raise ViewError(
-                f"{self.root} holds no audit: expected {MANIFEST} and {SCORES}, here or at most {_DEPTH} folders below. "
+                f"{self.root} holds no audit: expected {MANIFEST} and {SCORES}, here or up to {_DEPTH} folders below. "
                 "An audit is written at the end of training, as a rule to <log_dir>/influence."
             )
 

@@ -8,7 +8,7 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from lightning_influence.page.one_file import Embedded, one_file
+from lightning_influence.page.embedding import Embedded, one_file
 from lightning_influence.view.audits import Audits, ViewError
 
 
@@ -52,4 +52,10 @@ def export_html(directory: str | os.PathLike[str], out: str | os.PathLike[str]) 
 def _pictures(audits: Audits, key: str, document: bytes) -> list[bytes]:
     about = json.loads(document)
     places = [*(about.get("pictures") or {}).values(), *(about.get("query_pictures") or {}).values()]
-    return [audits.pictures(key, str(chunk)) for chunk in range(1 + max((place[0] for place in places), default=-1))]
+    found = []
+    for chunk in range(1 + max((place[0] for place in places), default=-1)):
+        try:
+            found.append(audits.pictures(key, str(chunk)))
+        except KeyError:  # the page does without
+            found.append(b"[]")
+    return found

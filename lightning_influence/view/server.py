@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
-from lightning_influence.page.static_files import static_files
+from lightning_influence.page.assets import static_files
 from lightning_influence.view.audits import Audits, ViewError
 
 PORT = 6116
@@ -55,9 +55,7 @@ class ViewServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(
-        self, directory: str | os.PathLike[str], port: int | None = None, host: str = "127.0.0.1"
-    ) -> None:
+    def __init__(self, directory: str | os.PathLike[str], port: int | None = None, host: str = "127.0.0.1") -> None:
         self.audits = Audits(Path(directory).expanduser().resolve())
         self.token = secrets.token_urlsafe(24)
         try:

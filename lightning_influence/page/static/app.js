@@ -69,7 +69,15 @@ export class App {
     this.element = h(
       'div',
       { id: 'influence' },
-      h('header', { class: 'top' }, h('h1', {}, 'Influence'), this.picker, this.state, h('span', { class: 'gap' }), this.tabs),
+      h(
+        'header',
+        { class: 'top' },
+        h('h1', {}, 'Influence'),
+        this.picker,
+        this.state,
+        h('span', { class: 'gap' }),
+        this.tabs,
+      ),
       this.main,
       this.message,
     );
@@ -91,8 +99,17 @@ export class App {
 
   async listRuns() {
     this.runs = await this.host.runs();
-    const names = this.runs.map(({ id, name, error }) => h('option', { value: id }, error ? `${name} (can't be read)` : name));
-    const box = h('select', { 'aria-label': 'audit', on: { change: () => this.go(this.where.get('view') ?? 'overview', { run: box.value }) } }, names);
+    const names = this.runs.map(({ id, name, error }) =>
+      h('option', { value: id }, error ? `${name} (can't be read)` : name),
+    );
+    const box = h(
+      'select',
+      {
+        'aria-label': 'audit',
+        on: { change: () => this.go(this.where.get('view') ?? 'overview', { run: box.value }) },
+      },
+      names,
+    );
     this.picker.replaceChildren(box);
     if (this.context) box.value = this.context.audit.id;
   }
@@ -203,7 +220,12 @@ export class App {
     this.state.replaceChildren();
     const name = this.runs.find(({ id }) => id === run)?.name;
     this.main.replaceChildren(
-      h('div', { class: 'card failed', role: 'alert' }, h('h2', {}, name ?? 'Nothing can be shown'), h('p', {}, error.message)),
+      h(
+        'div',
+        { class: 'card failed', role: 'alert' },
+        h('h2', {}, name ?? 'Nothing can be shown'),
+        h('p', {}, error.message),
+      ),
     );
   }
 

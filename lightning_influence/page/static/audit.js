@@ -190,7 +190,9 @@ function bytes(text) {
 function curvesOf(curves) {
   if (!curves?.epochs?.length) return null;
   /** @type {Map<string, Float32Array>} */
-  const data = new Map(Object.entries(curves.data).map(([name, text]) => [name, new Float32Array(bytes(String(text)))]));
+  const data = new Map(
+    Object.entries(curves.data).map(([name, text]) => [name, new Float32Array(bytes(String(text)))]),
+  );
   /** @type {Map<number, number> | null} */
   const rows = curves.rows === 'all' ? null : new Map(curves.rows.map((/** @type {number} */ row, i = 0) => [row, i]));
   if (rows) curves.rows.forEach((/** @type {number} */ row, /** @type {number} */ place) => rows.set(row, place));

@@ -127,13 +127,18 @@ export function histogram({ edges, counts, candidates = [] }, options) {
   const most = Math.max(1, highest ?? Math.max(...counts));
   const base = height - BOTTOM;
   const [low, high] = [edges[0], edges[edges.length - 1]];
-  const x = logX ? logarithmic(low, high, LEFT, width - RIGHT) : linear(low, high, LEFT, width - RIGHT, Math.max(2, width / 90));
+  const x = logX
+    ? logarithmic(low, high, LEFT, width - RIGHT)
+    : linear(low, high, LEFT, width - RIGHT, Math.max(2, width / 90));
   const y = logY ? logarithmic(0.5, most * 1.2, base, TOP) : linear(0, most, base, TOP, 4);
   const top = (/** @type {number} */ count) => (count > 0 ? y.to(count) : base);
   const bars = counts.flatMap((count, k) => {
     const [from, to] = [x.to(edges[k]), x.to(edges[k + 1])];
     const size = { x: (from + 0.5).toFixed(1), width: Math.max(0.8, to - from - 1).toFixed(1) };
-    const both = [bar('bar', count, size, top(count), base), bar('bar marked', candidates[k] ?? 0, size, top(candidates[k]), base)];
+    const both = [
+      bar('bar', count, size, top(count), base),
+      bar('bar marked', candidates[k] ?? 0, size, top(candidates[k]), base),
+    ];
     const told = `${number(edges[k])} to ${number(edges[k + 1])}: ${count} examples, ${candidates[k] ?? 0} candidates`;
     return count ? [s('g', {}, s('title', {}, told), both)] : [];
   });
@@ -158,38 +163,32 @@ export function histogram({ edges, counts, candidates = [] }, options) {
  * @param {number} base
  */
 function bar(kind, count, size, top, base) {
-  return count > 0 && s('rect', { class: kind, ...size, y: top.toFixed(1), height: Math.max(0, base - top).toFixed(1) });
+  return (
+    count > 0 && s('rect', { class: kind, ...size, y: top.toFixed(1), height: Math.max(0, base - top).toFixed(1) })
+  );
 }
 
 /**
- * Curves over epochs.
+ * A curve over epochs.
  * @param {number[]} epochs
- * @param {{ name: string, values: ArrayLike<number>, kind: string }[]} series
+ * @param {ArrayLike<number>} values
  * @param {{ label: string, width: number, height?: number, low?: number, high?: number }} options
  */
-export function curves(epochs, series, { label, width, height = 150, low, high }) {
-  const known = series.flatMap(({ values }) => Array.from(values)).filter((value) => Number.isFinite(value));
-  let [least, most] = [low ?? Math.min(0, ...known), high ?? Math.max(...known, 0)];
-  if (least === most) most = least + 1;
+export function curve(epochs, values, { label, width, height = 150, low, high }) {
+  const known = Array.from(values).filter((value) => Number.isFinite(value));
+  const least = low ?? Math.min(0, ...known);
+  const most = high ?? Math.max(0, ...known);
   const [first, last] = [epochs[0], epochs[epochs.length - 1]];
   const x = linear(first, Math.max(last, first + 1), LEFT, width - RIGHT, Math.max(2, width / 60));
   x.ticks = x.ticks.filter((value) => Number.isInteger(value));
-  const y = linear(least, most, height - BOTTOM, TOP, 4);
-  const drawn = series.flatMap(({ name, values, kind }) => [
-    s('path', { class: `curve ${kind}`, d: path(epochs, values, x, y) }, s('title', {}, name)),
-    ...(epochs.length <= 40
-      ? epochs.map((epoch, k) =>
-          Number.isFinite(values[k])
-            ? s(
-                'circle',
-                { class: `dot ${kind}`, cx: x.to(epoch).toFixed(1), cy: y.to(values[k]).toFixed(1), r: 2.6 },
-                s('title', {}, `${name}, epoch ${epoch}: ${number(values[k])}`),
-              )
-            : null,
-        )
-      : []),
-  ]);
-  return s('svg', { class: 'chart', width, height, role: 'img', 'aria-label': label }, axes(x, y, width, height, String), drawn);
+  const y = linear(least, least === most ? most + 1 : most, height - BOTTOM, TOP, 4);
+  const dots = epochs.map((epoch, k) => {
+    const place = { class: 'dot', cx: x.to(epoch).toFixed(1), cy: y.to(values[k]).toFixed(1), r: 2.6 };
+    return Number.isFinite(values[k]) && s('circle', place, s('title', {}, `epoch ${epoch}: ${number(values[k])}`));
+  });
+  const line = s('path', { class: 'curve', d: path(epochs, values, x, y) });
+  const size = { class: 'chart', width, height, role: 'img', 'aria-label': label };
+  return s('svg', size, axes(x, y, width, height, String), line, epochs.length <= 40 && dots);
 }
 
 /**

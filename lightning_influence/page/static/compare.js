@@ -15,18 +15,26 @@ const LISTED = 30;
  */
 export function compare(context) {
   const { audit, runs, kept } = context;
-  const others = runs.filter(({ id, error }) => id !== audit.id && !error).sort((a, b) => likeness(audit.id, b) - likeness(audit.id, a));
+  const others = runs
+    .filter(({ id, error }) => id !== audit.id && !error)
+    .sort((a, b) => likeness(audit.id, b) - likeness(audit.id, a));
   const element = h('div', { class: 'page compare' });
   if (!others.length) {
-    const told = 'There is no other audit here. Point `lightning-influence view` or TensorBoard at a directory that holds several.';
+    const told =
+      'There is no other audit here. Point `lightning-influence view` or TensorBoard at a directory that holds several.';
     element.append(h('p', { class: 'nothing' }, told));
     return { element };
   }
   const chosen = others.some(({ id }) => id === kept.other) ? kept.other : others[0].id;
-  const pick = select('compare with', others.map(({ id, name }) => [id, name]), chosen, (value) => {
-    kept.other = value;
-    context.refresh();
-  });
+  const pick = select(
+    'compare with',
+    others.map(({ id, name }) => [id, name]),
+    chosen,
+    (value) => {
+      kept.other = value;
+      context.refresh();
+    },
+  );
   const body = h('div', { class: 'stack' }, h('p', { class: 'nothing' }, 'reading …'));
   element.append(h('div', { class: 'controls' }, pick), body);
   context
@@ -55,20 +63,29 @@ function sideBySide(context, other) {
   const { audit, kept } = context;
   const rows = matched(audit, other);
   const shared = [...audit.columns.keys()].filter(
-    (name) => other.columns.has(name) && !['index', 'candidate', 'finite', 'label', 'suggested', 'predicted'].includes(name) && audit.columns.get(name)?.kind !== 'text',
+    (name) =>
+      other.columns.has(name) &&
+      !['index', 'candidate', 'finite', 'label', 'suggested', 'predicted'].includes(name) &&
+      audit.columns.get(name)?.kind !== 'text',
   );
   const name = shared.includes(kept.compared) ? kept.compared : 'rank';
-  const pick = select('column', shared.map((each) => [each, each.replaceAll('_', ' ')]), name, (value) => {
-    kept.compared = value;
-    context.refresh();
-  });
+  const pick = select(
+    'column',
+    shared.map((each) => [each, each.replaceAll('_', ' ')]),
+    name,
+    (value) => {
+      kept.compared = value;
+      context.refresh();
+    },
+  );
   const [x, y] = [new Float64Array(rows.length), new Float64Array(rows.length)];
   rows.forEach(([a, b], k) => {
     x[k] = audit.value(name, a);
     y[k] = other.value(name, b);
   });
   const changed = rows.filter(([a, b]) => audit.given(a) !== other.given(b)).length;
-  const marked = (/** @type {number} */ k) => Boolean(audit.candidate[rows[k][0]]) !== Boolean(other.candidate[rows[k][1]]);
+  const marked = (/** @type {number} */ k) =>
+    Boolean(audit.candidate[rows[k][0]]) !== Boolean(other.candidate[rows[k][1]]);
   const points = { x, y, marked, xName: `${name}, ${audit.name}`, yName: `${name}, ${other.name}` };
   const told = [
     `${counted(rows.length, 'example')} in both`,
@@ -79,15 +96,37 @@ function sideBySide(context, other) {
   const entered = rows.filter(([a, b]) => !audit.candidate[a] && other.candidate[b]);
   entered.sort((p, q) => other.rank[p[1]] - other.rank[q[1]]);
   left.sort((a, b) => audit.rank[a] - audit.rank[b]);
-  const columns = h('section', {}, h('h2', {}, 'Column by column'), h('div', { class: 'controls' }, pick, h('span', {}, told)), h('div', { class: 'drawing' }, scatter(points, { label: `${name} in both audits; ${told}`, height: 460 })), h('p', { class: 'legend' }, h('span', { class: 'swatch bar' }), 'the same in both', h('span', { class: 'swatch marked' }), 'a candidate in one of them'));
+  const columns = h(
+    'section',
+    {},
+    h('h2', {}, 'Column by column'),
+    h('div', { class: 'controls' }, pick, h('span', {}, told)),
+    h('div', { class: 'drawing' }, scatter(points, { label: `${name} in both audits; ${told}`, height: 460 })),
+    h(
+      'p',
+      { class: 'legend' },
+      h('span', { class: 'swatch bar' }),
+      'the same in both',
+      h('span', { class: 'swatch marked' }),
+      'a candidate in one of them',
+    ),
+  );
   return [
     figures(audit, other),
     h(
       'div',
       { class: 'halves' },
       columns,
-      h('div', { class: 'stack' }, list(context, `Candidates in ${audit.name} alone`, left),
-      list(context, `Candidates in ${other.name} alone`, entered.map(([a]) => a))),
+      h(
+        'div',
+        { class: 'stack' },
+        list(context, `Candidates in ${audit.name} alone`, left),
+        list(
+          context,
+          `Candidates in ${other.name} alone`,
+          entered.map(([a]) => a),
+        ),
+      ),
     ),
   ];
 }
@@ -100,8 +139,9 @@ function sideBySide(context, other) {
  */
 function matched(audit, other) {
   const [ids, others] = [audit.columns.get('id')?.texts, other.columns.get('id')?.texts];
-  const key = (/** @type {Audit} */ each, /** @type {string[] | null | undefined} */ names) => (/** @type {number} */ row) =>
-    ids && others && names ? names[row] : each.index[row];
+  const key =
+    (/** @type {Audit} */ each, /** @type {string[] | null | undefined} */ names) => (/** @type {number} */ row) =>
+      ids && others && names ? names[row] : each.index[row];
   const there = new Map(Array.from(other.index, (_, row) => [key(other, others)(row), row]));
   /** @type {[number, number][]} */
   const found = [];
@@ -126,12 +166,22 @@ function figures(audit, other) {
       h('th', { scope: 'row' }, title),
       [audit, other].map((each) => {
         const about = of(each, title);
-        return h('td', { title: about?.note ?? '' }, about ? about.value : '–', about?.note && h('span', { class: 'muted' }, ` ${about.note}`));
+        return h(
+          'td',
+          { title: about?.note ?? '' },
+          about ? about.value : '–',
+          about?.note && h('span', { class: 'muted' }, ` ${about.note}`),
+        );
       }),
     ),
   );
   const head = h('tr', {}, h('td', {}), h('th', { scope: 'col' }, audit.name), h('th', { scope: 'col' }, other.name));
-  return h('section', {}, h('h2', {}, 'Side by side'), h('div', { class: 'wide' }, h('table', { class: 'figures-table' }, h('thead', {}, head), h('tbody', {}, rows))));
+  return h(
+    'section',
+    {},
+    h('h2', {}, 'Side by side'),
+    h('div', { class: 'wide' }, h('table', { class: 'figures-table' }, h('thead', {}, head), h('tbody', {}, rows))),
+  );
 }
 
 /**
@@ -143,7 +193,13 @@ function list(context, title, rows) {
   const { audit } = context;
   const entries = rows.slice(0, LISTED).map((row) => entry(context, audit.index[row], `rank ${audit.rank[row]}`));
   const more = rows.length > LISTED && h('p', { class: 'muted' }, `and ${rows.length - LISTED} more`);
-  return h('section', {}, h('h2', {}, title, h('span', { class: 'muted' }, ` ${rows.length}`)), entries.length ? h('ul', { class: 'kin' }, entries) : h('p', { class: 'nothing' }, 'none'), more);
+  return h(
+    'section',
+    {},
+    h('h2', {}, title, h('span', { class: 'muted' }, ` ${rows.length}`)),
+    entries.length ? h('ul', { class: 'kin' }, entries) : h('p', { class: 'nothing' }, 'none'),
+    more,
+  );
 }
 
 /**
@@ -168,7 +224,7 @@ export function spearman(x, y) {
 function ranks(values) {
   const order = Array.from(values.keys()).sort((a, b) => values[a] - values[b]);
   const found = new Float64Array(values.length);
-  for (let start = 0; start < order.length; ) {
+  for (let start = 0; start < order.length;) {
     let end = start;
     while (end + 1 < order.length && values[order[end + 1]] === values[order[start]]) end += 1;
     for (let k = start; k <= end; k += 1) found[order[k]] = (start + end) / 2;

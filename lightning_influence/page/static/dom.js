@@ -3,13 +3,14 @@
 const SVG = 'http://www.w3.org/2000/svg';
 
 /** @typedef {Node | string | number | null | undefined | false} Child */
+/** @typedef {Child | readonly any[]} Children Nested; what is nothing, or false, is left out. */
 /** @typedef {Record<string, any>} Attributes */
 
 /**
  * Make an element of HTML.
  * @param {string} tag
  * @param {Attributes} [attributes] `class`, `on` (event to listener), `style` (property to value), or attributes.
- * @param {...(Child | Child[])} children
+ * @param {...Children} children
  * @returns {HTMLElement & Record<string, any>}
  */
 export function h(tag, attributes = {}, ...children) {
@@ -20,7 +21,7 @@ export function h(tag, attributes = {}, ...children) {
  * Make an element of SVG.
  * @param {string} tag
  * @param {Attributes} [attributes]
- * @param {...(Child | Child[])} children
+ * @param {...Children} children
  * @returns {SVGElement}
  */
 export function s(tag, attributes = {}, ...children) {
@@ -30,7 +31,7 @@ export function s(tag, attributes = {}, ...children) {
 /**
  * @param {Element} element
  * @param {Attributes} attributes
- * @param {(Child | Child[])[]} children
+ * @param {Children[]} children
  */
 function filled(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
@@ -45,15 +46,30 @@ function filled(element, attributes, children) {
       element.setAttribute(name, value === true ? '' : String(value));
     }
   }
-  element.append(...children.flat(Infinity).filter(isChild).map(asNode));
+  element.append(...nodes(children));
   return element;
 }
 
-/** @param {Child} child */
-const isChild = (child) => child !== null && child !== undefined && child !== false;
+/**
+ * Put other children into an element.
+ * @param {Element} element
+ * @param {...Children} children
+ */
+export function fill(element, ...children) {
+  element.replaceChildren(...nodes(children));
+}
 
-/** @param {any} child */
-const asNode = (child) => (child instanceof Node ? child : document.createTextNode(String(child)));
+/**
+ * @param {Children[]} children
+ * @returns {Node[]}
+ */
+function nodes(children) {
+  return children.flatMap((child) => {
+    if (Array.isArray(child)) return nodes(child);
+    if (child === null || child === undefined || child === false) return [];
+    return [child instanceof Node ? child : document.createTextNode(String(child))];
+  });
+}
 
 /**
  * A button.

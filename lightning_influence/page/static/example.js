@@ -1,12 +1,11 @@
 // Everything that an audit knows about one example.
 
-import { binned, curves, histogram } from './charts.js';
+import { curve } from './charts.js';
+import { columns } from './columns.js';
 import { button, fitted, h, number, percent } from './dom.js';
-import { badge, labels, meter, picture } from './parts.js';
+import { badge, labels, picture } from './parts.js';
 
 /** @typedef {import('./app.js').Context} Context */
-
-const NAMES = ['label', 'predicted', 'suggested'];
 
 /**
  * @param {Context} context
@@ -16,7 +15,12 @@ export function example(context) {
   const { audit, where, triage } = context;
   const asked = where.get('index') ?? String(triage.index >= 0 ? triage.index : audit.index[worst(audit)]);
   const row = audit.rows.get(Number(asked));
-  const search = h('input', { type: 'search', 'aria-label': 'index of an example', placeholder: 'index', inputmode: 'numeric' });
+  const search = h('input', {
+    type: 'search',
+    'aria-label': 'index of an example',
+    placeholder: 'index',
+    inputmode: 'numeric',
+  });
   const form = h(
     'form',
     {
@@ -32,10 +36,13 @@ export function example(context) {
     h('label', { class: 'field' }, h('span', {}, 'example'), search),
   );
   if (row === undefined) {
-    return { element: h('div', { class: 'page' }, form, h('p', { class: 'nothing' }, `the audit has no example ${asked}`)) };
+    return {
+      element: h('div', { class: 'page' }, form, h('p', { class: 'nothing' }, `the audit has no example ${asked}`)),
+    };
   }
   const byRank = neighboursInRank(audit, row);
-  const step = (/** @type {number} */ way) => byRank[way] !== undefined && context.go('example', { index: String(audit.index[byRank[way]]) });
+  const step = (/** @type {number} */ way) =>
+    byRank[way] !== undefined && context.go('example', { index: String(audit.index[byRank[way]]) });
   const element = h(
     'div',
     { class: 'page example' },
@@ -48,7 +55,12 @@ export function example(context) {
       h('span', { class: 'gap' }),
       form,
     ),
-    h('div', { class: 'halves' }, h('div', {}, about(context, row), overEpochs(audit, row), kin(context, row), inQueries(context, row)), columns(audit, row)),
+    h(
+      'div',
+      { class: 'halves' },
+      h('div', {}, about(context, row), overEpochs(audit, row), kin(context, row), inQueries(context, row)),
+      columns(audit, row),
+    ),
   );
   const keys = (/** @type {KeyboardEvent} */ event) => {
     const way = { ArrowLeft: 0, ArrowRight: 1 }[event.key];
@@ -93,7 +105,11 @@ function about({ audit, decisions }, row) {
       'div',
       {},
       h('h2', {}, `Example ${index}`, id && h('span', { class: 'muted' }, ` ${id}`)),
-      h('p', {}, `rank ${audit.rank[row].toLocaleString('en')} of ${audit.n.toLocaleString('en')}${audit.candidate[row] ? ', a candidate' : ''}`),
+      h(
+        'p',
+        {},
+        `rank ${audit.rank[row].toLocaleString('en')} of ${audit.n.toLocaleString('en')}${audit.candidate[row] ? ', a candidate' : ''}`,
+      ),
       audit.given(row) >= 0 && h('p', {}, labels(audit, row)),
       Number.isFinite(chance) && h('p', {}, h('b', {}, percent(chance)), ' likely to be wrong'),
       audit.hasPictures && audit.text(row) && h('p', { class: 'says' }, audit.text(row)),
@@ -114,11 +130,11 @@ function overEpochs(audit, row) {
     if (!values) return [];
     const range = name === 'probability' ? { low: 0, high: 1 } : {};
     const told = name === 'probability' ? 'probability of the given label' : name;
-    const series = [{ name: told, values, kind: 'first' }];
-    const chart = fitted(150, (width) => curves(epochs, series, { label: `${told} over the epochs`, width, ...range }));
+    const chart = fitted(150, (width) => curve(epochs, values, { label: `${told} over the epochs`, width, ...range }));
     return [h('figure', {}, h('figcaption', {}, told), chart)];
   });
-  if (!drawn.length) return h('p', { class: 'muted' }, 'The curves of this example are not in the page: report.curves has them.');
+  if (!drawn.length)
+    return h('p', { class: 'muted' }, 'The curves of this example are not in the page: report.curves has them.');
   return h('section', {}, h('h2', {}, 'Over the epochs'), h('div', { class: 'figures' }, drawn));
 }
 
@@ -133,7 +149,12 @@ function kin(context, row) {
   if (!Number.isInteger(nearest) || nearest < 0) return null;
   const alike = number(audit.value('nearest_cosine', row));
   const copy = audit.value('near_duplicate', row) ? 'likely a copy; ' : '';
-  return h('section', {}, h('h2', {}, 'Nearest training example'), h('ul', { class: 'kin' }, entry(context, nearest, `${copy}cosine ${alike}`)));
+  return h(
+    'section',
+    {},
+    h('h2', {}, 'Nearest training example'),
+    h('ul', { class: 'kin' }, entry(context, nearest, `${copy}cosine ${alike}`)),
+  );
 }
 
 /**
@@ -152,9 +173,19 @@ export function entry(context, index, told, more = null) {
     {},
     h(
       'button',
-      { type: 'button', class: 'entry', disabled: !known, on: { click: () => go('example', { index: String(index) }) } },
+      {
+        type: 'button',
+        class: 'entry',
+        disabled: !known,
+        on: { click: () => go('example', { index: String(index) }) },
+      },
       audit.hasPictures && picture(audit, index, 'thumb'),
-      h('span', { class: 'name' }, h('span', { class: 'index' }, `#${index}`), known && audit.labelled && labels(audit, row, false)),
+      h(
+        'span',
+        { class: 'name' },
+        h('span', { class: 'index' }, `#${index}`),
+        known && audit.labelled && labels(audit, row, false),
+      ),
       known && !audit.hasPictures && audit.hasTexts && h('span', { class: 'cut snippet' }, audit.text(row)),
       more,
       h('span', { class: 'muted told' }, told),
@@ -171,7 +202,8 @@ function inQueries(context, row) {
   const { audit, go } = context;
   const own = audit.pairs.filter((pair) => pair.index === audit.index[row]);
   if (!audit.pairs.length) return null;
-  if (!own.length) return h('section', {}, h('h2', {}, 'Queries'), h('p', { class: 'muted' }, 'In the lists of no query.'));
+  if (!own.length)
+    return h('section', {}, h('h2', {}, 'Queries'), h('p', { class: 'muted' }, 'In the lists of no query.'));
   const groups = [
     ['opponent', 'Makes these validation examples worse'],
     ['proponent', 'Makes these validation examples better'],
@@ -179,49 +211,33 @@ function inQueries(context, row) {
   return h(
     'section',
     {},
-    groups.map(([kind, title]) => {
-      const some = own.filter((pair) => pair.kind === kind);
-      if (!some.length) return null;
-      const entries = some.map((pair) => {
-        const key = `${pair.set}/${pair.query}`;
-        const told = `${pair.list}, place ${pair.rank}: ${number(pair.list === 'specific' ? pair.relative : pair.score)}`;
-        const open = () => go('queries', { number: String(pair.number) });
-        const name = pair.label >= 0 ? `query ${pair.query}: ${audit.label(pair.label)}, predicted ${audit.label(pair.predicted)}` : `query ${pair.query}`;
-        const shown = audit.queryPictures[key] ? picture(audit, key, 'thumb', true) : null;
-        return h('li', {}, h('button', { type: 'button', class: 'entry', on: { click: open } }, shown, h('span', { class: 'name' }, name), h('span', { class: 'muted told' }, told)));
-      });
-      return [h('h2', {}, title), h('ul', { class: 'kin' }, entries)];
-    }).flat(),
+    groups
+      .map(([kind, title]) => {
+        const some = own.filter((pair) => pair.kind === kind);
+        if (!some.length) return null;
+        const entries = some.map((pair) => {
+          const key = `${pair.set}/${pair.query}`;
+          const told = `${pair.list}, place ${pair.rank}: ${number(pair.list === 'specific' ? pair.relative : pair.score)}`;
+          const open = () => go('queries', { number: String(pair.number) });
+          const name =
+            pair.label >= 0
+              ? `query ${pair.query}: ${audit.label(pair.label)}, predicted ${audit.label(pair.predicted)}`
+              : `query ${pair.query}`;
+          const shown = audit.queryPictures[key] ? picture(audit, key, 'thumb', true) : null;
+          return h(
+            'li',
+            {},
+            h(
+              'button',
+              { type: 'button', class: 'entry', on: { click: open } },
+              shown,
+              h('span', { class: 'name' }, name),
+              h('span', { class: 'muted told' }, told),
+            ),
+          );
+        });
+        return [h('h2', {}, title), h('ul', { class: 'kin' }, entries)];
+      })
+      .flat(),
   );
-}
-
-/**
- * All columns with their meanings; a click shows where the example lies among all.
- * @param {import('./audit.js').Audit} audit
- * @param {number} row
- */
-function columns(audit, row) {
-  const body = [...audit.columns.values()].map(({ name, meaning, direction, kind, texts, values }) => {
-    const value = texts ? texts[row] : values[row];
-    const shown = NAMES.includes(name) ? audit.label(Number(value)) : kind === 'bool' ? (value ? 'yes' : 'no') : texts ? String(value) : name === 'wrong_probability' ? percent(Number(value)) : number(Number(value));
-    const share = direction ? audit.percentiles(name)[row] : NaN;
-    const place = Number.isFinite(share) ? [meter(share, `more suspicious than ${percent(share)}`, 'place'), h('span', { class: 'muted' }, percent(share))] : [];
-    return h('tr', {}, h('th', { scope: 'row' }, name.replaceAll('_', ' '), h('span', { class: 'meaning' }, meaning)), h('td', { class: 'number' }, shown), h('td', { class: 'placed' }, place));
-  });
-  const head = h('tr', {}, h('th', { scope: 'col' }, 'column'), h('th', { scope: 'col' }, 'value'), h('th', { scope: 'col', title: 'share of the examples that are less suspicious' }, 'above'));
-  const name = ['suspicion', 'self_influence'].find((each) => audit.columns.has(each));
-  return h('section', { class: 'columns' }, h('h2', {}, 'All columns'), name && amongAll(audit, name, row), h('table', {}, h('thead', {}, head), h('tbody', {}, body)));
-}
-
-/**
- * @param {import('./audit.js').Audit} audit
- * @param {string} name
- * @param {number} row
- */
-function amongAll(audit, name, row) {
-  const values = audit.values(name) ?? [];
-  const bins = binned(values, () => true, (each) => Boolean(audit.candidate[each]), false);
-  if (!bins.counts.length) return null;
-  const label = `where the example is in the histogram of ${name}`;
-  return h('figure', {}, h('figcaption', {}, `${name} among all`), fitted(130, (width) => histogram(bins, { label, logY: true, mark: values[row], width, height: 130 })));
 }

@@ -1,7 +1,7 @@
 // What an audit found as a whole: figures, notes, and how its scores are spread.
 
 import { binned, histogram } from './charts.js';
-import { button, check, counted, fitted, h, select } from './dom.js';
+import { button, check, counted, fill, fitted, h, select } from './dom.js';
 
 /** @typedef {import('./app.js').Context} Context */
 
@@ -18,20 +18,39 @@ export function overview(context) {
     h('div', { class: 'cards' }, audit.cards.map(card)),
     next(context),
     spread(context),
-    audit.notes.length > 0 && h('section', {}, h('h2', {}, 'Notes'), h('ul', { class: 'notes' }, audit.notes.map((note) => h('li', {}, note)))),
+    audit.notes.length > 0 &&
+      h(
+        'section',
+        {},
+        h('h2', {}, 'Notes'),
+        h(
+          'ul',
+          { class: 'notes' },
+          audit.notes.map((note) => h('li', {}, note)),
+        ),
+      ),
   );
   return { element };
 }
 
 /** @param {{ title: string, value: string, note: string }} about */
 export function card({ title, value, note }) {
-  return h('div', { class: 'card' }, h('h3', {}, title), h('p', { class: 'value' }, value), note && h('p', { class: 'note' }, note));
+  return h(
+    'div',
+    { class: 'card' },
+    h('h3', {}, title),
+    h('p', { class: 'value' }, value),
+    note && h('p', { class: 'note' }, note),
+  );
 }
 
 /** @param {import('./audit.js').Audit} audit */
 export function unfinished(audit) {
   if (audit.status === 'complete') return null;
-  const epochs = audit.done === null ? 'what is recorded so far' : `${counted(audit.done, 'epoch')} recorded${audit.planned ? ` of ${audit.planned}` : ''}`;
+  const epochs =
+    audit.done === null
+      ? 'what is recorded so far'
+      : `${counted(audit.done, 'epoch')} recorded${audit.planned ? ` of ${audit.planned}` : ''}`;
   const told =
     audit.status === 'recording'
       ? `Training goes on: ${epochs}. Ranking, candidates, influence scores and queries come at its end; this page looks for them by itself.`
@@ -43,26 +62,42 @@ export function unfinished(audit) {
 function next({ audit, decisions, go }) {
   const total = Array.from(audit.candidate).filter(Boolean).length;
   if (!total) return null;
-  const told = decisions.count ? `${decisions.count.toLocaleString('en')} decided so far.` : 'The most suspicious come first.';
-  return h('p', { class: 'next' }, button(`Look at ${counted(total, 'candidate')}`, () => go('triage'), { class: 'primary' }), h('span', { class: 'muted' }, told));
+  const told = decisions.count
+    ? `${decisions.count.toLocaleString('en')} decided so far.`
+    : 'The most suspicious come first.';
+  return h(
+    'p',
+    { class: 'next' },
+    button(`Look at ${counted(total, 'candidate')}`, () => go('triage'), { class: 'primary' }),
+    h('span', { class: 'muted' }, told),
+  );
 }
 
 /** @param {Context} context */
 function spread(context) {
   const { audit } = context;
-  const numeric = [...audit.columns.values()].filter(({ kind, name }) => kind === 'float' || name === 'rank' || name === 'times_seen');
+  const numeric = [...audit.columns.values()].filter(
+    ({ kind, name }) => kind === 'float' || name === 'rank' || name === 'times_seen',
+  );
   const over = historyNames(audit);
   const names = [...numeric.map(({ name }) => name), ...over.filter((name) => !audit.columns.has(name))];
   if (!names.length) return null;
   const wanted = audit.status === 'recording' ? over : ['self_influence', 'suspicion', 'loss_mean'];
   const start = [...wanted, ...names].find((name) => names.includes(name)) ?? names[0];
-  const state = (context.kept.spread ??= { name: start, logX: start === 'self_influence', logY: true, given: '', epoch: -1, over: false });
+  const state = (context.kept.spread ??= {
+    name: start,
+    logX: start === 'self_influence',
+    logY: true,
+    given: '',
+    epoch: -1,
+    over: false,
+  });
   const box = h('div', { class: 'drawing' });
   const controls = h('div', { class: 'controls' });
 
   function draw() {
-    controls.replaceChildren(...tools());
-    box.replaceChildren(...(state.over ? byEpoch(audit, state) : asItIs(audit, state)));
+    fill(controls, tools());
+    fill(box, state.over ? byEpoch(audit, state) : asItIs(audit, state));
   }
 
   function tools() {
@@ -77,13 +112,20 @@ function spread(context) {
     if (history && !audit.columns.has(state.name)) state.over = true;
     if (!history) state.over = false;
     return [
-      select('column', names.map((name) => [name, name.replaceAll('_', ' ')]), state.name, (name) => set({ name })),
+      select(
+        'column',
+        names.map((name) => [name, name.replaceAll('_', ' ')]),
+        state.name,
+        (name) => set({ name }),
+      ),
       ...(state.over ? [] : [check('log values', state.logX, (logX) => set({ logX }))]),
       check('log counts', state.logY, (logY) => set({ logY })),
       ...(audit.columns.has('label') && !state.over
         ? [select('class', [['', 'all'], ...classes], state.given, (given) => set({ given }))]
         : []),
-      ...(history && audit.columns.has(state.name) ? [check('over the epochs', state.over, (value) => set({ over: value }))] : []),
+      ...(history && audit.columns.has(state.name)
+        ? [check('over the epochs', state.over, (value) => set({ over: value }))]
+        : []),
       ...(state.over ? [slider(audit, state, draw)] : []),
     ];
   }
@@ -95,7 +137,14 @@ function spread(context) {
     h('h2', {}, 'Scores'),
     controls,
     box,
-    h('p', { class: 'legend' }, h('span', { class: 'swatch bar' }), 'examples', h('span', { class: 'swatch marked' }), 'candidates among them'),
+    h(
+      'p',
+      { class: 'legend' },
+      h('span', { class: 'swatch bar' }),
+      'examples',
+      h('span', { class: 'swatch marked' }),
+      'candidates among them',
+    ),
   );
 }
 
@@ -113,11 +162,30 @@ function asItIs(audit, state) {
   const given = audit.values('label');
   const inside = (/** @type {number} */ row) => state.given === '' || given?.[row] === Number(state.given);
   const bins = binned(column?.values ?? [], inside, (row) => Boolean(audit.candidate[row]), state.logX);
-  const meaning = h('p', { class: 'muted' }, column?.meaning ?? '', column?.direction ? `; ${column.direction} is suspicious` : '');
-  if (!bins.counts.length) return [meaning, h('p', { class: 'nothing' }, state.logX ? 'no value is positive: see them without the logarithm' : 'no value is known')];
+  const meaning = h(
+    'p',
+    { class: 'muted' },
+    column?.meaning ?? '',
+    column?.direction ? `; ${column.direction} is suspicious` : '',
+  );
+  if (!bins.counts.length)
+    return [
+      meaning,
+      h(
+        'p',
+        { class: 'nothing' },
+        state.logX ? 'no value is positive: see them without the logarithm' : 'no value is known',
+      ),
+    ];
   const label = `histogram of ${state.name}`;
-  const left = bins.left > 0 && h('p', { class: 'muted' }, `${counted(bins.left, 'example')} without ${state.logX ? 'a positive' : 'a finite'} value`);
-  return [meaning, fitted(250, (width) => histogram(bins, { label, logX: state.logX, logY: state.logY, width })), left].filter((each) => each instanceof Node);
+  const left =
+    bins.left > 0 &&
+    h(
+      'p',
+      { class: 'muted' },
+      `${counted(bins.left, 'example')} without ${state.logX ? 'a positive' : 'a finite'} value`,
+    );
+  return [meaning, fitted(250, (width) => histogram(bins, { label, logX: state.logX, logY: state.logY, width })), left];
 }
 
 /**

@@ -1,8 +1,8 @@
-// Which classes are taken for which, and two columns against each other; both lead to triage.
+// Which classes are taken for which: a matrix that leads to triage.
 
-import { button, check, counted, h, number, select } from './dom.js';
+import { button, counted, h, number, select } from './dom.js';
 import { meter } from './parts.js';
-import { scatter } from './scatter.js';
+import { columnsAgainst } from './two_columns.js';
 
 /** @typedef {import('./app.js').Context} Context */
 
@@ -54,31 +54,77 @@ function matrix(context) {
   const which = estimated ? (kept.flows ?? 'estimated') : 'candidates';
   const counts = which === 'estimated' && estimated ? estimated : candidates;
   const all = audit.classes.map((_, k) => k);
-  const weight = (/** @type {number} */ k) => counts[k].reduce((a, b) => a + b, 0) + counts.reduce((sum, row) => sum + row[k], 0);
-  const shown = all.length > MOST ? all.sort((a, b) => weight(b) - weight(a)).slice(0, MOST).sort((a, b) => a - b) : all;
+  const weight = (/** @type {number} */ k) =>
+    counts[k].reduce((a, b) => a + b, 0) + counts.reduce((sum, row) => sum + row[k], 0);
+  const shown =
+    all.length > MOST
+      ? all
+          .sort((a, b) => weight(b) - weight(a))
+          .slice(0, MOST)
+          .sort((a, b) => a - b)
+      : all;
   const most = Math.max(...shown.flatMap((a) => shown.map((b) => counts[a][b])), 1e-9);
   const name = (/** @type {number} */ k) => audit.label(audit.classes[k]);
   const open = (/** @type {number} */ a, /** @type {number | null} */ b) => {
-    Object.assign(context.triage.asked, { given: audit.classes[a], suggested: b === null ? null : audit.classes[b], chosen: null, text: '' });
+    Object.assign(context.triage.asked, {
+      given: audit.classes[a],
+      suggested: b === null ? null : audit.classes[b],
+      chosen: null,
+      text: '',
+    });
     context.go('triage');
   };
   const body = shown.map((a) =>
     h(
       'tr',
       {},
-      h('th', { scope: 'row' }, button(name(a), () => open(a, null), { class: 'plain', title: `candidates given ${name(a)}` })),
-      shown.map((b) => cell(counts[a][b], most, a === b, `given ${name(a)}, likely ${name(b)}: ${number(counts[a][b])}, ${candidates[a][b]} candidates`, () => open(a, b))),
+      h(
+        'th',
+        { scope: 'row' },
+        button(name(a), () => open(a, null), { class: 'plain', title: `candidates given ${name(a)}` }),
+      ),
+      shown.map((b) =>
+        cell(
+          counts[a][b],
+          most,
+          a === b,
+          `given ${name(a)}, likely ${name(b)}: ${number(counts[a][b])}, ${candidates[a][b]} candidates`,
+          () => open(a, b),
+        ),
+      ),
       h('td', { class: 'sum' }, number(Math.round(counts[a].reduce((x, y) => x + y, 0)))),
     ),
   );
-  const head = h('tr', {}, h('th', { scope: 'col' }, 'given ↓  likely →'), shown.map((b) => h('th', { scope: 'col' }, name(b))), h('th', { scope: 'col' }, 'sum'));
-  const options = /** @type {[string, string][]} */ ([...(estimated ? [['estimated', 'estimated wrong labels']] : []), ['candidates', 'candidates']]);
+  const head = h(
+    'tr',
+    {},
+    h('th', { scope: 'col' }, 'given ↓  likely →'),
+    shown.map((b) => h('th', { scope: 'col' }, name(b))),
+    h('th', { scope: 'col' }, 'sum'),
+  );
+  const options = /** @type {[string, string][]} */ ([
+    ...(estimated ? [['estimated', 'estimated wrong labels']] : []),
+    ['candidates', 'candidates'],
+  ]);
   const pick = select('count', options, which, (value) => {
     kept.flows = value;
     context.refresh();
   });
-  const left = all.length > MOST && h('span', { class: 'muted' }, `the ${MOST} of ${audit.classes.length} classes with most of them`);
-  return h('section', {}, h('h2', {}, 'Given and suggested'), h('div', { class: 'controls' }, pick, left), h('div', { class: 'beside' }, h('div', { class: 'wide' }, h('table', { class: 'matrix' }, h('thead', {}, head), h('tbody', {}, body))), frequent(context, counts, candidates, open)));
+  const left =
+    all.length > MOST &&
+    h('span', { class: 'muted' }, `the ${MOST} of ${audit.classes.length} classes with most of them`);
+  return h(
+    'section',
+    {},
+    h('h2', {}, 'Given and suggested'),
+    h('div', { class: 'controls' }, pick, left),
+    h(
+      'div',
+      { class: 'beside' },
+      h('div', { class: 'wide' }, h('table', { class: 'matrix' }, h('thead', {}, head), h('tbody', {}, body))),
+      frequent(context, counts, candidates, open),
+    ),
+  );
 }
 
 /**
@@ -90,7 +136,10 @@ function matrix(context) {
  */
 function frequent({ audit }, counts, candidates, open) {
   const every = counts.flatMap((row, a) => Array.from(row, (count, b) => ({ a, b, count })));
-  const first = every.sort((p, q) => q.count - p.count).slice(0, LISTED).filter(({ count }) => count > 0);
+  const first = every
+    .sort((p, q) => q.count - p.count)
+    .slice(0, LISTED)
+    .filter(({ count }) => count > 0);
   const most = first[0]?.count ?? 1;
   const name = (/** @type {number} */ k) => h('span', { class: 'label' }, audit.label(audit.classes[k]));
   const entries = first.map(({ a, b, count }) =>
@@ -99,10 +148,14 @@ function frequent({ audit }, counts, candidates, open) {
       {},
       h(
         'button',
-        { type: 'button', class: 'entry', on: { click: () => open(a, b) } },
+        { type: 'button', class: 'entry flow', on: { click: () => open(a, b) } },
         h('span', { class: 'name' }, name(a), h('span', { class: 'arrow' }, '→'), name(b)),
         meter(count / most, `${number(count)} labels`, 'proponent'),
-        h('span', { class: 'muted told' }, `${number(Number(count.toPrecision(3)))}; ${counted(candidates[a][b], 'candidate')}`),
+        h(
+          'span',
+          { class: 'muted told' },
+          `${number(Number(count.toPrecision(3)))}; ${counted(candidates[a][b], 'candidate')}`,
+        ),
       ),
     ),
   );
@@ -120,104 +173,12 @@ function cell(count, most, same, told, open) {
   if (same) return h('td', { class: 'same', 'aria-label': 'the same class' });
   if (!count) return h('td', { class: 'zero' }, '·');
   const shade = { '--strength': `${Math.round(100 * Math.sqrt(count / most))}%` };
-  return h('td', { class: 'cell', style: shade }, button(count < 10 ? count.toFixed(count < 1 ? 1 : 0) : number(Math.round(count)), open, { title: told, 'aria-label': told }));
-}
-
-/** @param {Context} context */
-function columnsAgainst(context) {
-  const { audit } = context;
-  const names = [...audit.columns.values()].filter(({ kind, name }) => kind !== 'text' && kind !== 'bool' && name !== 'index').map(({ name }) => name);
-  if (names.length < 2) return null;
-  const first = (/** @type {string[]} */ ...wanted) => wanted.find((name) => names.includes(name)) ?? names[0];
-  const state = (context.kept.scatter ??= {
-    x: first('prob_margin', 'aum', 'loss_mean'),
-    y: first('self_influence', 'tracin', 'suspicion'),
-    logX: false,
-    logY: names.includes('self_influence'),
-    box: null,
-  });
-  const drawing = h('div', { class: 'drawing' });
-  const outcome = h('div', { class: 'controls' });
-  const controls = h('div', { class: 'controls' });
-
-  function chosen() {
-    const { box } = state;
-    if (!box) return [];
-    const [x, y] = [audit.values(state.x) ?? [], audit.values(state.y) ?? []];
-    const rows = [];
-    for (let row = 0; row < audit.n; row += 1) {
-      if (x[row] >= box.x0 && x[row] <= box.x1 && y[row] >= box.y0 && y[row] <= box.y1) rows.push(row);
-    }
-    return rows;
-  }
-
-  function tell() {
-    const rows = chosen();
-    const told = `${state.x} ${number(state.box?.x0)} to ${number(state.box?.x1)}, ${state.y} ${number(state.box?.y0)} to ${number(state.box?.y1)}`;
-    const open = () => {
-      Object.assign(context.triage.asked, { chosen: { rows: new Set(rows), told }, given: null, suggested: null, text: '' });
-      context.go('triage');
-    };
-    outcome.replaceChildren(
-      ...['x0', 'x1', 'y0', 'y1'].map((end) => bound(end)),
-      ...(state.box
-        ? [button(`Look at ${counted(rows.length, 'example')}`, open, { class: 'primary', disabled: !rows.length })]
-        : [h('span', { class: 'muted' }, 'draw a box, or type its ends, to choose examples')]),
-    );
-  }
-
-  /** @param {string} end */
-  function bound(end) {
-    const title = { x0: `${state.x} from`, x1: 'to', y0: `${state.y} from`, y1: 'to' }[end];
-    const input = h('input', {
-      type: 'number',
-      step: 'any',
-      'aria-label': `${end[0] === 'x' ? state.x : state.y} ${end[1] === '0' ? 'from' : 'to'}`,
-      on: {
-        change: () => {
-          const all = { x0: -Infinity, x1: Infinity, y0: -Infinity, y1: Infinity };
-          const ends = { ...all, ...state.box };
-          ends[/** @type {'x0'} */ (end)] = input.value === '' ? all[/** @type {'x0'} */ (end)] : Number(input.value);
-          state.box = ends;
-          draw();
-        },
-      },
-    });
-    const value = state.box?.[end];
-    if (Number.isFinite(value)) input.value = String(Number(value.toPrecision(4)));
-    return h('label', { class: 'field' }, h('span', {}, title), input);
-  }
-
-  function draw() {
-    const set = (/** @type {Record<string, any>} */ change) => {
-      Object.assign(state, change, { box: null });
-      draw();
-    };
-    const options = names.map((name) => /** @type {[string, string]} */ ([name, name.replaceAll('_', ' ')]));
-    controls.replaceChildren(
-      select('across', options, state.x, (x) => set({ x })),
-      check('log', state.logX, (logX) => set({ logX })),
-      select('up', options, state.y, (y) => set({ y })),
-      check('log', state.logY, (logY) => set({ logY })),
-      h('span', { class: 'legend' }, h('span', { class: 'swatch bar' }), 'examples', h('span', { class: 'swatch marked' }), 'candidates'),
-    );
-    const points = {
-      x: audit.values(state.x) ?? [],
-      y: audit.values(state.y) ?? [],
-      marked: (/** @type {number} */ row) => Boolean(audit.candidate[row]),
-      xName: state.x,
-      yName: state.y,
-      logX: state.logX,
-      logY: state.logY,
-    };
-    const onBox = (/** @type {import('./scatter.js').Box | null} */ box) => {
-      state.box = box;
-      tell();
-    };
-    drawing.replaceChildren(scatter(points, { label: `scatter of ${state.y} against ${state.x}`, onBox, box: state.box }));
-    tell();
-  }
-
-  draw();
-  return h('section', {}, h('h2', {}, 'Two columns'), controls, drawing, outcome);
+  return h(
+    'td',
+    { class: 'cell', style: shade },
+    button(count < 10 ? count.toFixed(count < 1 ? 1 : 0) : number(Math.round(count)), open, {
+      title: told,
+      'aria-label': told,
+    }),
+  );
 }

@@ -1,6 +1,6 @@
 // The example at hand, beside the list: what it is, what speaks against its label, and what can be decided.
 
-import { curves } from './charts.js';
+import { curve } from './charts.js';
 import { button, fitted, h, percent, select } from './dom.js';
 import { badge, evidence, labels, meter, picture } from './parts.js';
 import { classKeys } from './selection.js';
@@ -87,7 +87,11 @@ function classes({ audit }, row, decide) {
   const others = audit.classes.filter((label) => !keys.some(([, own]) => own === label));
   return h(
     'div',
-    { class: keys.every(([key, label]) => audit.label(label) === key) ? 'classes digits' : 'classes', role: 'group', 'aria-label': 'another class' },
+    {
+      class: keys.every(([key, label]) => audit.label(label) === key) ? 'classes digits' : 'classes',
+      role: 'group',
+      'aria-label': 'another class',
+    },
     keys.map(([key, label]) => {
       const name = audit.label(label);
       const own = label === given;
@@ -97,7 +101,10 @@ function classes({ audit }, row, decide) {
     others.length > 0 &&
       select(
         'another class',
-        [['', `${others.length} more…`], ...others.map((each) => /** @type {[string, string]} */ ([String(each), audit.label(each)]))],
+        [
+          ['', `${others.length} more…`],
+          ...others.map((each) => /** @type {[string, string]} */ ([String(each), audit.label(each)])),
+        ],
         '',
         (value) => value !== '' && decide('relabel', Number(value)),
         true,
@@ -113,7 +120,11 @@ function lossCurve(audit, row) {
   const values = audit.curve('loss', row);
   if (!audit.curves || !values) return null;
   const { epochs } = audit.curves;
-  const series = [{ name: 'loss', values, kind: 'first' }];
   const label = 'loss of the example over the epochs';
-  return h('figure', {}, h('figcaption', {}, 'loss by epoch'), fitted(110, (width) => curves(epochs, series, { label, width, height: 110 })));
+  return h(
+    'figure',
+    {},
+    h('figcaption', {}, 'loss by epoch'),
+    fitted(110, (width) => curve(epochs, values, { label, width, height: 110 })),
+  );
 }

@@ -41,7 +41,11 @@ export function queries(context) {
   const element = h(
     'div',
     { class: 'queries' },
-    h('ul', { class: 'choices', 'aria-label': 'queries' }, numbers.map((each) => choice(context, each, each === current, choose))),
+    h(
+      'ul',
+      { class: 'choices', 'aria-label': 'queries' },
+      numbers.map((each) => choice(context, each, each === current, choose)),
+    ),
     h(
       'div',
       { class: 'page' },
@@ -71,7 +75,10 @@ function choice({ audit }, own, current, choose) {
   const pair = /** @type {Pair} */ (audit.pairs.find((each) => each.number === own));
   const key = `${pair.set}/${pair.query}`;
   const state = current ? { 'aria-current': 'true' } : {};
-  const about = pair.label >= 0 ? `${audit.label(pair.label)}, predicted ${audit.label(pair.predicted)}` : `loss ${number(pair.loss)}`;
+  const about =
+    pair.label >= 0
+      ? `${audit.label(pair.label)}, predicted ${audit.label(pair.predicted)}`
+      : `loss ${number(pair.loss)}`;
   return h(
     'li',
     {},
@@ -79,7 +86,13 @@ function choice({ audit }, own, current, choose) {
       'button',
       { type: 'button', class: 'entry', ...state, on: { click: () => choose(own) } },
       audit.queryPictures[key] && picture(audit, key, 'thumb', true),
-      h('span', { class: 'name' }, h('span', { class: 'index' }, `#${pair.query}`), h('span', { class: 'cut', title: about }, about), !audit.queryPictures[key] && audit.queryTexts[key] && h('span', { class: 'cut index' }, audit.queryTexts[key])),
+      h(
+        'span',
+        { class: 'name' },
+        h('span', { class: 'index' }, `#${pair.query}`),
+        h('span', { class: 'cut', title: about }, about),
+        !audit.queryPictures[key] && audit.queryTexts[key] && h('span', { class: 'cut index' }, audit.queryTexts[key]),
+      ),
     ),
   );
 }
@@ -104,8 +117,17 @@ function query({ audit }, pair) {
     h(
       'div',
       {},
-      h('h2', {}, `Query ${pair.number}: example ${pair.query} of set ${pair.set}`, pair.query_id && h('span', { class: 'muted' }, ` ${pair.query_id}`)),
-      h('dl', {}, told.flatMap(([name, value]) => [h('dt', {}, name), h('dd', {}, value)])),
+      h(
+        'h2',
+        {},
+        `Query ${pair.number}: example ${pair.query} of set ${pair.set}`,
+        pair.query_id && h('span', { class: 'muted' }, ` ${pair.query_id}`),
+      ),
+      h(
+        'dl',
+        {},
+        told.flatMap(([name, value]) => [h('dt', {}, name), h('dd', {}, value)]),
+      ),
       audit.queryPictures[key] && audit.queryTexts[key] && h('p', { class: 'says' }, audit.queryTexts[key]),
     ),
   );
@@ -122,7 +144,9 @@ function side(context, own, list, kind) {
   const name = list === 'specific' ? 'relative' : 'score';
   const most = Math.max(...own.filter((pair) => pair.list === list).map((pair) => Math.abs(pair[name])), 1e-30);
   const [title, told] =
-    kind === 'proponent' ? ['Proponents', 'training on them makes the query better'] : ['Opponents', 'training on them makes it worse'];
+    kind === 'proponent'
+      ? ['Proponents', 'training on them makes the query better']
+      : ['Opponents', 'training on them makes it worse'];
   const entries = some.map((pair) => {
     const bar = meter(Math.abs(pair[name]) / most, `${name} ${number(pair[name])}`, kind);
     const relative = pair.relative === undefined || pair.relative === null ? '' : `, relative ${number(pair.relative)}`;

@@ -10,7 +10,9 @@ import { badge, doubt, evidence, labels, meter, picture } from './parts.js';
 export function highestLoss(audit) {
   const table = audit.curves?.data.get('loss');
   if (!table) return 1;
-  const known = Float32Array.from(table).filter((value) => Number.isFinite(value)).sort();
+  const known = Float32Array.from(table)
+    .filter((value) => Number.isFinite(value))
+    .sort();
   return Math.max(known[Math.floor(0.98 * known.length)] ?? 1, 1e-6);
 }
 
@@ -110,12 +112,7 @@ export function rowMaker(audit, decisions) {
       { class: 'tile', 'aria-label': spoken(audit, decisions, row) },
       h('div', { class: 'edge' }, picture(audit, index, 'medium'), badge(audit, decisions.get(index))),
       shown.labels && labels(audit, row),
-      h(
-        'div',
-        { class: 'foot' },
-        h('span', { class: 'index' }, `#${index}`),
-        shown.doubt && doubt(audit, row),
-      ),
+      h('div', { class: 'foot' }, h('span', { class: 'index' }, `#${index}`), shown.doubt && doubt(audit, row)),
     );
   }
 

@@ -27,7 +27,9 @@ const RIGHT = 14;
  */
 export function scatter(points, { label, onBox, height = 420, box = null }) {
   const canvas = /** @type {HTMLCanvasElement} */ (
-    /** @type {unknown} */ (h('canvas', { role: 'img', 'aria-label': label, class: onBox ? 'scatter boxed' : 'scatter' }))
+    /** @type {unknown} */ (
+      h('canvas', { role: 'img', 'aria-label': label, class: onBox ? 'scatter boxed' : 'scatter' })
+    )
   );
   let [width, drag] = [720, /** @type {[number, number] | null} */ (null)];
   let [x, y] = [scaleOf(points.x, !!points.logX, LEFT, width), scaleOf(points.y, !!points.logY, 0, 1)];

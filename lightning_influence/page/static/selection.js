@@ -70,7 +70,12 @@ function says(audit, row, words) {
     if (!audit.hasTexts && !audit.columns.has('id')) return String(audit.index[row]).startsWith(number);
   }
   const id = audit.columns.get('id')?.texts?.[row] ?? '';
-  return id.toLowerCase().includes(words) || String(audit.texts[audit.index[row]] ?? '').toLowerCase().includes(words);
+  return (
+    id.toLowerCase().includes(words) ||
+    String(audit.texts[audit.index[row]] ?? '')
+      .toLowerCase()
+      .includes(words)
+  );
 }
 
 /**
@@ -126,7 +131,8 @@ function usual(audit, given) {
     const weight = audit.values('wrong_probability') ?? audit.candidate;
     for (let row = 0; row < audit.n; row += 1) {
       const other = audit.suggested(row);
-      if (audit.given(row) === given && counts.has(other)) counts.set(other, (counts.get(other) ?? 0) + (weight[row] || 0));
+      if (audit.given(row) === given && counts.has(other))
+        counts.set(other, (counts.get(other) ?? 0) + (weight[row] || 0));
     }
     counts.delete(given);
     known.set(

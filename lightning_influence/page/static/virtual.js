@@ -135,7 +135,10 @@ export class VirtualList {
       this.element.scrollTop = top + 2 * height - clientHeight;
     }
     this.fill();
-    for (const [each, on] of /** @type {[number, boolean][]} */ ([[before, false], [place, true]])) {
+    for (const [each, on] of /** @type {[number, boolean][]} */ ([
+      [before, false],
+      [place, true],
+    ])) {
       const item = this.drawn.get(each);
       if (!item || (each === before && before === place && !on)) continue;
       item.classList.toggle('chosen', on);

@@ -14,8 +14,12 @@ _KINDS = {
 }
 
 
-@cache
 def static_files() -> dict[str, tuple[str, bytes]]:
     """Return file name to media type and content, of everything the page is made of."""
+    return _read()
+
+
+@cache
+def _read() -> dict[str, tuple[str, bytes]]:
     found = sorted(path for path in _FOLDER.iterdir() if path.suffix in _KINDS and path.is_file())
     return {path.name: (_KINDS[path.suffix], path.read_bytes()) for path in found}

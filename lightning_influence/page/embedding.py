@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from lightning_influence.page.static_files import static_files
+from lightning_influence.page.assets import static_files
 
 _PREFIX = "influence/"  # of the modules' names in the import map, which `data:` addresses can refer to
 _IMPORT = re.compile(r"""^(import\b[^;'"]*|export\b[^;'"]*\bfrom\s*|\} from\s*)(["'])\./([\w-]+\.js)\2""", re.MULTILINE)

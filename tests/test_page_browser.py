@@ -1,0 +1,335 @@
+"""The page in a real browser, by clicks and keys, from its server and as one file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from page_data import HOSTILE, picture, report_of, write_audit, write_several
+
+from lightning_influence.audit.report import AuditReport
+from lightning_influence.view import ViewServer, export_html
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+
+VIEWS = "overview", "triage", "example", "queries", "pairs", "compare"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def audits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_several(tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture(scope="module")
+def server(audits: dict[str, Path]) -> Iterator[ViewServer]:
+    yield from serving(audits["pictures"].parent.parent)
+
+
+def serving(root: Path) -> Iterator[ViewServer]:
+    with ViewServer(root, port=0) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
+    opened = context.new_page()
+    said: list[str] = []
+    opened.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    yield opened
+    assert said == []
+    context.close()
+
+
+def show(page: Any, server: ViewServer, view: str, run: str, **more: str) -> None:
+    rest = "".join(f"&{name}={value}" for name, value in more.items())
+    page.goto(f"{server.url}#view={view}&run={run}{rest}")
+    page.wait_for_selector("main > *:not(.nothing)")
+
+
+def candidates(report: AuditReport) -> list[int]:
+    return [int(index) for index in report.candidates]
+
+
+def saved(page: Any) -> None:
+    page.get_by_text("saved in review.csv").wait_for()
+
+
+# -------------------------------------------------------------------------------------------------- decisions
+
+
+def test_decisions_by_keys_are_what_apply_review_reads(page: Any, server: ViewServer, audits: dict[str, Path]) -> None:
+    report = AuditReport.load(audits["pictures"])
+    order = candidates(report)
+    given = dict(zip(report.columns["index"].tolist(), report.columns["label"].tolist(), strict=True))
+    suggested = dict(zip(report.columns["index"].tolist(), report.columns["suggested"].tolist(), strict=True))
+    show(page, server, "triage", "digits/influence")
+    other = next(label for label in range(4) if label not in (given[order[4]], suggested[order[4]]))
+    for key in ("r", "k", "d", "s", str(other), str(given[order[5]]), "r", "r", "u", "ArrowDown", "R", "k"):
+        page.keyboard.press(key)
+    saved(page)
+    review = report.apply_review("review.csv")
+    expected = {order[0], order[6], order[8]}
+    assert {**review.labels} == {**{index: suggested[index] for index in expected}, order[4]: other}
+    assert set(review.kept) == {order[1], order[5], order[9]}
+    assert review.dropped == (order[2],)
+    assert review.undecided == (order[3],)
+    # What is said of it, and what is exported, is the same; and it is there again after a reload.
+    assert "8 of 40 candidates decided" in page.locator(".progress").inner_text()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export CSV").click()
+    exported = Path(download.value.path()).read_bytes()
+    assert exported == (audits["pictures"] / "review.csv").read_bytes()
+    page.reload()
+    page.get_by_text("8 of 40 candidates decided").wait_for()
+    # An edited table, as of a spreadsheet in another country, is taken over.
+    text = f"index;decision;new_label\n{order[20]};Keep;\n{order[21]};;{suggested[order[21]]}\n999999;keep;\n"
+    page.get_by_label("import a review").set_input_files([{"name": "a.csv", "mimeType": "text/csv", "buffer": text.encode()}])
+    page.get_by_text("2 decisions taken over; 1 rows can't be used").wait_for()
+    page.get_by_text("10 of 40 candidates decided").wait_for()
+    page.keyboard.press("u")
+    page.get_by_text("8 of 40 candidates decided").wait_for()
+
+
+def test_filters_sorting_search_and_the_grid(page: Any, server: ViewServer, audits: dict[str, Path]) -> None:
+    report = AuditReport.load(audits["again"])
+    columns = report.columns
+    show(page, server, "triage", "digits_again/influence")
+    listed = page.locator(".progress")
+    page.get_by_label("given", exact=True).select_option("2")
+    count = int((columns["candidate"] & (columns["label"] == 2)).sum())
+    assert f"{count} example" in listed.inner_text()
+    page.get_by_label("given", exact=True).select_option("")
+    page.get_by_label("show").select_option("all")
+    page.get_by_label("sort", exact=True).select_option("harm")
+    first = int(columns["index"][np.argmax(columns["harm"])])
+    assert page.locator(".item.chosen, .item").first.is_visible()
+    page.get_by_role("listbox").focus()
+    page.keyboard.press("Home")
+    assert page.locator(".panel strong").inner_text() == f"#{first}"
+    page.get_by_role("button", name="sort by rank").click()
+    page.keyboard.press("Home")
+    assert page.locator(".panel strong").inner_text() == f"#{int(report.ranking[0])}"
+    page.keyboard.press("/")
+    page.keyboard.type(str(int(report.ranking[7])))
+    page.keyboard.press("Escape")
+    assert f"#{int(report.ranking[7])}" in page.locator(".panel strong").inner_text()
+    page.get_by_label("search").fill("")
+    page.get_by_role("button", name="Grid").click()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".panel strong").inner_text() == f"#{int(report.ranking[1])}"
+    page.keyboard.press("Enter")
+    page.get_by_role("heading", name=f"Example {int(report.ranking[1])}").wait_for()
+    page.keyboard.press("Escape")
+    page.get_by_role("listbox").wait_for()
+    assert page.locator(".panel strong").inner_text() == f"#{int(report.ranking[1])}"
+
+
+def test_without_labels_only_keep_drop_and_skip(page: Any, server: ViewServer, audits: dict[str, Path]) -> None:
+    report = AuditReport.load(audits["table"])
+    show(page, server, "triage", "table/influence")
+    for key in ("k", "r", "1", "d", "s"):
+        page.keyboard.press(key)
+    saved(page)
+    review = report.apply_review("review.csv")
+    order = candidates(report)
+    assert (review.kept, review.dropped, review.undecided) == ((order[0],), (order[1],), (order[2],))
+
+
+# ----------------------------------------------------------------------------------------------------- views
+
+
+@pytest.mark.parametrize("run", ["digits", "texts", "table"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_view_of_every_kind_fits(page: Any, server: ViewServer, view: str, run: str) -> None:
+    for width in (1280, 640):  # 640: what is left of it at 200 %
+        page.set_viewport_size({"width": width, "height": 800 * width // 1280})
+        show(page, server, view, f"{run}/influence")
+        page.wait_for_timeout(100)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("document.title") != "hacked"
+        assert page.locator("img[src=x]").count() == 0
+        unnamed = "[...document.querySelectorAll('button, input, select')].filter((e) => !e.hidden && !(e.ariaLabel || "
+        unnamed += "e.innerText?.trim() || e.labels?.length || e.querySelector('kbd'))).length"
+        assert page.evaluate(unnamed) == 0
+
+
+def test_untrusted_text_is_shown_as_text(page: Any, server: ViewServer) -> None:
+    show(page, server, "triage", "texts/influence")
+    page.locator(".row").get_by_text(HOSTILE).first.wait_for()
+    show(page, server, "queries", "texts/influence")
+    page.locator(".about").get_by_text(HOSTILE).first.wait_for()
+
+
+def test_from_a_query_to_an_example_and_back(page: Any, server: ViewServer, audits: dict[str, Path]) -> None:
+    report = AuditReport.load(audits["pictures"])
+    assert report.pairs is not None
+    show(page, server, "queries", "digits/influence")
+    page.keyboard.press("ArrowDown")
+    page.get_by_role("heading", name="Query 2").wait_for()
+    first = int(report.pairs["index"][(report.pairs["number"] == 2) & (report.pairs["kind"] == "opponent")][0])
+    page.locator(".opponent .entry").first.click()
+    page.get_by_role("heading", name=f"Example {first}").wait_for()
+    page.get_by_text("Makes these validation examples worse").wait_for()
+    page.get_by_role("button", name="query 10").first.click()
+    page.get_by_role("heading", name="Query 2").wait_for()
+
+
+def test_from_a_pair_of_classes_and_from_a_box_to_triage(page: Any, server: ViewServer, audits: dict[str, Path]) -> None:
+    columns = AuditReport.load(audits["pictures"]).columns
+    show(page, server, "pairs", "digits/influence")
+    count = int((columns["candidate"] & (columns["label"] == 1) & (columns["suggested"] == 2)).sum())
+    page.get_by_role("button", name="given 1, likely 2").click()
+    page.get_by_role("listbox").wait_for()
+    assert f"{count} example" in page.locator(".progress").inner_text()
+    page.go_back()
+    canvas = page.locator("canvas")
+    canvas.scroll_into_view_if_needed()
+    place = canvas.bounding_box()
+    page.mouse.move(place["x"] + 80, place["y"] + 20)
+    page.mouse.down()
+    page.mouse.move(place["x"] + 500, place["y"] + 300)
+    page.mouse.up()
+    page.get_by_label("prob_margin to").fill("-0.5")
+    page.keyboard.press("Enter")
+    low, high = (float(page.get_by_label(f"self_influence {end}").input_value()) for end in ("from", "to"))
+    start = float(page.get_by_label("prob_margin from").input_value())
+    button = page.get_by_role("button", name="Look at")
+    told = button.inner_text()
+    inside = (columns["prob_margin"] >= start) & (columns["prob_margin"] <= -0.5)
+    inside &= (columns["self_influence"] >= low) & (columns["self_influence"] <= high)
+    assert abs(int(told.split()[2].replace(",", "")) - int(inside.sum())) <= 1  # the ends are shown rounded
+    assert inside.sum() > 5
+    button.click()
+    page.get_by_role("button", name="show the list again").click()
+    assert "listed" in page.locator(".progress").inner_text()
+
+
+def test_two_audits_are_compared(page: Any, server: ViewServer, audits: dict[str, Path]) -> None:
+    first, second = (AuditReport.load(audits[name]) for name in ("pictures", "again"))
+    show(page, server, "compare", "digits/influence")
+    page.get_by_label("compare with").select_option("digits_again/influence")
+    page.get_by_text("400 examples in both").wait_for()
+    expected = np.corrcoef(first.columns["rank"], second.columns["rank"])[0, 1]
+    assert f"Spearman's rank correlation {expected:.3f}".replace("-", "-") in page.locator(".compare").inner_text()
+    left = len(set(candidates(first)) - set(candidates(second)))
+    assert page.get_by_role("heading", name="alone").first.inner_text().endswith(f" {left}")
+
+
+def test_histograms_by_column_class_and_epoch(page: Any, server: ViewServer) -> None:
+    show(page, server, "overview", "digits/influence")
+    page.get_by_label("column").select_option("loss")
+    slider = page.get_by_role("slider", name="epoch")
+    assert page.locator("output").inner_text() == "epoch 4"
+    slider.focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("output").inner_text() == "epoch 2"
+    page.get_by_label("column").select_option("suspicion")
+    assert page.locator(".chart rect.marked").count() > 1
+    page.get_by_label("class").select_option("1")
+    assert page.locator(".chart rect.marked").count() >= 1
+
+
+# ------------------------------------------------------------------------------------------- ten thousand rows
+
+
+def test_ten_thousand_rows_scroll_without_gaps(page: Any, tmp_path: Path) -> None:
+    report = report_of(10_000, classes=12)
+    pictures = {int(index): picture(place % 50) for place, index in enumerate(report.ranking[:1000])}
+    write_audit(tmp_path / "influence", report, pictures=pictures)
+    for server in serving(tmp_path):
+        show(page, server, "triage", "influence")
+        page.get_by_label("show").select_option("all")
+        page.get_by_role("listbox").wait_for()
+        gaps = page.evaluate(
+            """async () => {
+              const list = document.querySelector('.scroller');
+              const box = list.getBoundingClientRect();
+              let gaps = 0;
+              for (let step = 0; step < 120; step += 1) {
+                list.scrollTop += step % 10 ? 130 : 40000;
+                await new Promise((done) => requestAnimationFrame(done));
+                for (const y of [2, box.height / 2, box.height - 2]) {
+                  const found = document.elementFromPoint(box.left + 60, box.top + y);
+                  if (!found?.closest('.item')) gaps += 1;
+                }
+              }
+              return [gaps, document.querySelectorAll('.item').length, list.scrollTop > 300000];
+            }"""
+        )
+        assert gaps[0] == 0
+        assert gaps[1] < 60
+        assert gaps[2]
+        page.get_by_role("listbox").focus()
+        page.keyboard.press("End")
+        assert page.locator(".panel strong").inner_text() == f"#{int(report.ranking[-1])}"
+
+
+# ------------------------------------------------------------------------------------------ other surroundings
+
+
+def test_what_cannot_be_read_says_why_and_the_rest_stays(page: Any, tmp_path: Path) -> None:
+    write_audit(tmp_path / "fine" / "influence", report_of(20))
+    for name, content in (("damaged", "{"), ("future", '{"format": 9, "created": "2030"}')):
+        (tmp_path / name / "influence").mkdir(parents=True)
+        (tmp_path / name / "influence" / "audit.json").write_text(content)
+    for server in serving(tmp_path):
+        page.goto(f"{server.url}#run=damaged/influence")
+        page.get_by_role("alert").get_by_text("audit.json can't be read").wait_for()
+        page.get_by_label("audit").select_option("future/influence")
+        page.get_by_role("alert").get_by_text("the audit has format 9; this page reads format 1").wait_for()
+        page.get_by_label("audit").select_option("fine/influence")
+        page.get_by_role("heading", name="Scores").wait_for()
+
+
+def test_a_page_without_its_token_says_where_to_look(browser: Any, server: ViewServer) -> None:
+    page = browser.new_page()
+    page.goto(server.url.partition("?")[0])
+    page.get_by_text("open the address that was printed").wait_for()
+    page.close()
+
+
+def test_one_file_works_without_a_server(page: Any, audits: dict[str, Path], tmp_path: Path) -> None:
+    path = export_html(audits["pictures"].parent.parent, tmp_path / "out.html")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri() + "#view=triage&run=0")
+    page.get_by_role("listbox").wait_for()
+    for key in "rk":
+        page.keyboard.press(key)
+    assert "2 of 40 candidates decided" in page.locator(".progress").inner_text()
+    assert page.locator(".panel img").get_attribute("src").startswith("data:image/png")
+    page.reload()
+    page.get_by_text("2 of 40 candidates decided").wait_for()
+    assert {url.partition(":")[0] for url in asked} <= {"file", "data", "blob"}
+
+
+def test_dark_where_the_system_is(page: Any, server: ViewServer) -> None:
+    show(page, server, "overview", "digits/influence")
+    colour = "getComputedStyle(document.querySelector('#influence')).backgroundColor"
+    light = page.evaluate(colour)
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(colour) != light

@@ -1,0 +1,303 @@
+"""The server of the page: what it hands out, what it refuses, and reviews on disk; the page as a file."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from page_data import picture, report_of, write_audit, write_several
+
+from lightning_influence.audit.report import AuditReport
+from lightning_influence.page import static_files
+from lightning_influence.view import ViewServer, export_html
+from lightning_influence.view.audits import Audits, ViewError
+from lightning_influence.view.server import TOKEN_HEADER, serve
+
+
+@pytest.fixture(scope="module")
+def audits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_several(tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture(scope="module")
+def server(audits: dict[str, Path]) -> Iterator[ViewServer]:
+    with ViewServer(audits["pictures"].parent.parent, port=0) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def ask(
+    server: ViewServer,
+    path: str,
+    method: str = "GET",
+    body: bytes | None = None,
+    token: str | None = None,
+    **headers: str,
+) -> tuple[int, bytes, http.client.HTTPMessage]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+    connection.request(method, path, body, {TOKEN_HEADER: server.token if token is None else token, **headers})
+    answer = connection.getresponse()
+    found = answer.status, answer.read(), answer.msg
+    connection.close()
+    return found
+
+
+def test_runs_documents_and_pictures(server: ViewServer, audits: dict[str, Path]) -> None:
+    status, body, headers = ask(server, "/runs")
+    runs = json.loads(body)
+    assert status == 200
+    assert [run["id"] for run in runs] == [f"{n}/influence" for n in ("digits", "digits_again", "texts", "table")]
+    assert all(run["error"] is None and run["status"] == "complete" for run in runs)
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert ask(server, "/audit?id=digits/influence")[1] == (audits["pictures"] / "audit.json").read_bytes()
+    assert ask(server, "/audit?id=digits%2Finfluence")[0] == 200
+    assert (
+        ask(server, "/pictures?id=digits/influence&chunk=0")[1] == (audits["pictures"] / "pictures-0.json").read_bytes()
+    )
+
+
+def test_the_page_itself_needs_no_token(server: ViewServer) -> None:
+    assert ask(server, f"/?token={server.token}", token="")[1] == static_files()["index.html"][1]
+    for name, (kind, content) in static_files().items():
+        status, body, headers = ask(server, f"/{name}", token="")
+        assert (status, body, headers["Content-Type"]) == (200, content, kind)
+
+
+@pytest.mark.parametrize("path", ["/runs", "/audit?id=digits/influence", "/review?id=digits/influence", "/nothing"])
+@pytest.mark.parametrize("token", ["", "wrong", "é"])
+def test_data_need_the_token(server: ViewServer, path: str, token: str) -> None:
+    for method in ("GET", "POST"):
+        status, body, _ = ask(server, path, method, b"index,decision\n" if method == "POST" else None, token=token)
+        assert status == 403
+        assert b"digits" not in body
+    assert ask(server, f"/runs?token={server.token}", token="")[0] == 403  # it is in histories and logs
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/audit?id=../digits/influence", 404),
+        ("/audit?id=..%2F..%2Fetc", 404),
+        ("/audit?id=/etc", 404),
+        ("/audit?id=%00", 404),
+        ("/audit", 404),
+        ("/audit?id=digits", 404),
+        ("/pictures?id=digits/influence&chunk=../../secret", 404),
+        ("/pictures?id=digits/influence&chunk=-1", 404),
+        ("/pictures?id=digits/influence&chunk=00", 404),
+        ("/pictures?id=digits/influence&chunk=99", 404),
+        ("/pictures?id=digits/influence", 404),
+        ("/../view/server.py", 404),
+        ("/..%2fserver.py", 404),
+        ("/static_files.py", 404),
+        ("//etc/passwd", 404),
+        ("/audit?id=" + "&".join(["a"] * 20), 400),
+    ],
+)
+def test_other_addresses_are_refused(server: ViewServer, path: str, expected: int) -> None:
+    status, body, _ = ask(server, path)
+    assert status == expected
+    assert json.loads(body).keys() == {"error"}
+    assert str(server.audits.root) not in body.decode()
+
+
+def test_long_addresses_and_other_methods_are_refused(server: ViewServer) -> None:
+    assert ask(server, "/audit?id=" + "a" * 70_000)[0] == 414
+    for method in ("PUT", "DELETE", "OPTIONS", "TRACE"):
+        assert ask(server, "/runs", method)[0] == 501
+
+
+def test_a_name_that_points_here_is_refused(server: ViewServer) -> None:
+    port = server.server_address[1]
+    for host, expected in (
+        (f"evil.example:{port}", 403),
+        (f"localhost.evil.example:{port}", 403),
+        (f"localhost:{port}", 200),
+        (f"127.0.0.1:{port}", 200),
+    ):
+        assert ask(server, "/runs", Host=host)[0] == expected
+
+
+# ---------------------------------------------------------------------------------------------------- reviews
+
+REVIEW = b"decision,new_label,index\r\nkeep,,0\r\n"
+
+
+def test_a_review_is_kept_beside_the_audit(server: ViewServer, audits: dict[str, Path]) -> None:
+    path = audits["again"] / "review.csv"
+    address = "/review?id=digits_again/influence"
+    assert ask(server, address)[:2] == (200, b"")
+    assert ask(server, address, "POST", REVIEW)[0] == 200
+    assert path.read_bytes() == REVIEW
+    assert ask(server, address)[1] == REVIEW
+    assert len(AuditReport.load(audits["again"]).apply_review("review.csv")) == 1
+    assert not list(path.parent.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("body", [b"", b"hello", b"index,else\n", b"\xff\xfe\x00", b"<html>"])
+def test_what_is_no_review_is_refused(server: ViewServer, audits: dict[str, Path], body: bytes) -> None:
+    assert ask(server, "/review?id=texts/influence", "POST", body)[0] == 400
+    assert not (audits["texts"] / "review.csv").exists()
+
+
+def test_reviews_too_long_or_of_no_audit_are_refused(server: ViewServer) -> None:
+    assert ask(server, "/review?id=nobody", "POST", REVIEW)[0] == 404
+    assert ask(server, "/audit?id=texts/influence", "POST", REVIEW)[0] == 404
+    for length, expected in (("99999999999", 413), ("-1", 411), ("many", 411), ("²", 411)):
+        sent = {"Content-Length": length.encode("latin-1").decode("latin-1")}
+        assert ask(server, "/review?id=texts/influence", "POST", None, **sent)[0] == expected
+
+
+def test_a_review_that_breaks_off_changes_nothing(server: ViewServer, audits: dict[str, Path]) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+    connection.putrequest("POST", "/review?id=table/influence")
+    for name, value in ((TOKEN_HEADER, server.token), ("Content-Length", "1000")):
+        connection.putheader(name, value)
+    connection.endheaders(REVIEW)
+    assert connection.sock is not None
+    connection.sock.shutdown(1)
+    assert connection.getresponse().status == 400
+    connection.close()
+    assert not (audits["table"] / "review.csv").exists()
+
+
+def test_a_full_disk_is_told(server: ViewServer, monkeypatch: pytest.MonkeyPatch, audits: dict[str, Path]) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, body, _ = ask(server, "/review?id=texts/influence", "POST", REVIEW)
+    assert status == 422
+    assert "No space left" in json.loads(body)["error"]
+    assert not list(audits["texts"].glob("*.tmp-*"))
+    assert not (audits["texts"] / "review.csv").exists()
+
+
+# ----------------------------------------------------------------------------------------------- other audits
+
+
+def test_damaged_and_foreign_audits_leave_the_rest_up(tmp_path: Path) -> None:
+    fine = write_audit(tmp_path / "fine" / "influence", report_of(20))
+    for name, content in (("cut", '{"format": 1'), ("list", "[]"), ("deep", "[" * 100_000), ("text", "\0")):
+        (tmp_path / name / "influence").mkdir(parents=True)
+        (tmp_path / name / "influence" / "audit.json").write_text(content)
+    found = Audits(tmp_path)
+    runs = {run["id"]: run for run in found.runs()}
+    assert runs["fine/influence"]["error"] is None
+    for name in ("cut", "list", "deep", "text"):
+        assert "audit.json can't be read" in runs[f"{name}/influence"]["error"]
+    os.remove(fine / "audit.json")
+    (fine / "scores.parquet").write_bytes(b"PAR1 but no more")
+    with pytest.raises(ViewError, match=r"scores\.parquet"):
+        found.document("fine/influence")
+
+
+def test_an_audit_from_before_the_page(tmp_path: Path) -> None:
+    report = report_of(30).save(tmp_path / "influence")
+    assert report.directory is not None
+    for folder, key in ((tmp_path / "influence", "."), (tmp_path, "influence")):
+        content = json.loads(Audits(folder).document(key))
+        assert content["examples"] == 30
+        assert [card["title"] for card in content["cards"]] == ["examples", "candidates"]
+    assert not (tmp_path / "influence" / "audit.json").exists()  # looking at it changes nothing
+    made = Audits(tmp_path)
+    assert made.document("influence") is made.document("influence")
+
+
+def test_an_audit_that_changes_is_told_anew(tmp_path: Path) -> None:
+    directory = write_audit(tmp_path / "influence", report_of(30))
+    audits = Audits(tmp_path)
+    assert audits.runs()[0]["status"] == "complete"
+    content = (directory / "audit.json").read_text()
+    (directory / "audit.json").write_text(content.replace('"complete"', '"interrupted"'))
+    assert audits.runs()[0]["status"] == "interrupted"
+    shutil.rmtree(directory)
+    assert audits.runs() == []
+
+
+def test_only_directories_with_audits_are_taken(tmp_path: Path) -> None:
+    with pytest.raises(ViewError, match="does not exist"):
+        ViewServer(tmp_path / "nothing", 0)
+    with pytest.raises(ViewError, match="holds no audit: expected manifest.json"):
+        ViewServer(tmp_path, 0)
+    (tmp_path / "file").touch()
+    with pytest.raises(ViewError, match="is a file"):
+        export_html(tmp_path / "file", tmp_path / "out.html")
+
+
+def test_links_to_elsewhere_are_not_followed(tmp_path: Path) -> None:
+    write_audit(tmp_path / "outside" / "influence", report_of(10))
+    write_audit(tmp_path / "inside" / "influence", report_of(10))
+    (tmp_path / "inside" / "link").symlink_to(tmp_path / "outside")
+    assert list(Audits(tmp_path / "inside").found()) == ["influence"]
+
+
+def test_a_port_that_is_taken(server: ViewServer) -> None:
+    port = server.server_address[1]
+    with pytest.raises(ViewError, match=f"port {port} on 127.0.0.1 can't be had"):
+        ViewServer(server.audits.root, port)
+    with pytest.raises(ViewError, match="can't be had"):
+        ViewServer(server.audits.root, 70_000)
+
+
+def test_serving_says_where_and_ends_with_ctrl_c(audits: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: ViewServer, poll_interval: float = 0.5) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ViewServer, "serve_forever", interrupted)
+    said: list[str] = []
+    serve(audits["pictures"], 0, say=said.append)
+    assert "http://127.0.0.1:" in said[0]
+    assert "?token=" in said[0]
+    assert said[-1] == "stopped"
+
+
+def test_viewing_does_not_load_torch(audits: dict[str, Path]) -> None:
+    source = """
+import sys
+from lightning_influence.view import export_html
+from lightning_influence.view.audits import Audits
+from pathlib import Path
+audits = Audits(Path(sys.argv[1]))
+audits.document(audits.runs()[0]["id"])
+export_html(sys.argv[1], sys.argv[2])
+print([name for name in ("torch", "lightning", "numpy") if name in sys.modules])
+"""
+    root = audits["pictures"].parent
+    arguments = [sys.executable, "-c", source, str(root), str(root / "out.html")]
+    found = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------- one file
+
+
+def test_one_file_of_several_audits(audits: dict[str, Path], tmp_path: Path) -> None:
+    root = audits["pictures"].parent.parent
+    path = export_html(root, tmp_path / "new" / "out.html")
+    text = path.read_text(encoding="utf-8")
+    assert text.count('id="influence-audit-') == 4
+    assert "data:image/png;base64" in text
+    assert [each.name for each in path.parent.iterdir()] == ["out.html"]
+
+
+def test_one_file_leaves_out_what_is_damaged(tmp_path: Path) -> None:
+    directory = write_audit(tmp_path / "influence", report_of(10), pictures={0: picture(0)})
+    os.remove(directory / "pictures-0.json")
+    assert 'id="influence-pictures-0-0">[]<' in export_html(tmp_path, tmp_path / "out.html").read_text()
+    (directory / "audit.json").write_text("{")
+    with pytest.raises(ViewError, match="none of the audits"):
+        export_html(tmp_path, tmp_path / "out.html")
