@@ -23,7 +23,7 @@ FLOOR_INSTALL = $(subst $(PY),$(FLOOR)/bin/python,$(INSTALL))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test test-quick test-floor size lint bench cost detection queries lds solvers unlearning fairness robustness package clean
+.PHONY: help demo clean-and-retrain test test-quick test-floor size lint bench cost detection queries lds solvers unlearning fairness robustness compatibility package clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -42,6 +42,7 @@ help:
 	@echo 'make unlearning   removal and label repair by one Newton step, against retraining'
 	@echo 'make fairness    whether removing what a fairness gap names makes it smaller (arrests)'
 	@echo 'make robustness  the same for the adversarial loss (MNIST-5k)'
+	@echo 'make compatibility   which workflows an audit goes through in, with the newest and the oldest releases (10 minutes)'
 	@echo 'make package   build wheel and sdist, check them, and install the wheel alone beside torch'
 	@echo 'make clean   remove the environment, caches and builds (not the logs of runs)'
 	@echo
@@ -107,6 +108,10 @@ fairness: $(VENV)/.dev
 
 robustness: $(VENV)/.dev
 	@$(PY) benchmarks/robustness.py --out docs/results/robustness.md
+
+compatibility: $(VENV)/.dev $(FLOOR)/.floor
+	@$(INSTALL) datasets
+	@$(PY) benchmarks/compatibility.py --floor $(FLOOR)/bin/python
 
 # What a user gets: from the wheel alone, without a checkout and without tools of tests and examples.
 package: $(VENV)/.created

@@ -176,12 +176,14 @@ def run(pl: Any, data: str, optimization: str, logger: str, audited: bool) -> di
             trainer.fit(model, data_of(pl, data))
             if made:
                 made.finalize("success")
+            if logger == "W&B":  # its file is whole then
+                importlib.import_module("wandb").finish()
         except Exception as error:
             ours = type(error).__name__ == "MisconfigurationException" and "InfluenceAudit" in str(error)
             words = str(error) if ours else f"{type(error).__name__}: {error}"
             return {"outcome": "refused" if ours else "failed", "words": words}
         finally:
-            if logger == "W&B":  # else the next logger would go on with this run
+            if logger == "W&B":  # after a refusal: else the next logger would go on with this run
                 importlib.import_module("wandb").finish()
         found: dict[str, Any] = {"weights": [parameter.tolist() for parameter in model.parameters()]}
         if audit is None:
