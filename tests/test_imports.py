@@ -31,7 +31,7 @@ ROOMS = (
     ("audit",),
     ("influence",),
     ("page",),
-    ("view",),
+    ("view", "tensorboard_plugin"),
     ("loggers",),
     ("callbacks",),
     ("cli",),

@@ -7,7 +7,7 @@ worth an audit: what fails is said once, and left out.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -136,9 +136,10 @@ class ExampleNames:
                 return ["" if each is None else each for each in found]
         return guessed_images(dataset, indices)
 
-    def each(self, indices: Sequence[int], dataset: Any = None) -> Iterator[Description]:
+    def each(self, indices: Sequence[int], dataset: Any = None) -> Generator[Description, None, None]:
         """Yield what a page shows of each example: as described, else what it holds that a person can look at."""
         dataset = self.dataset if dataset is None else dataset
+        _fetch(dataset, indices)
         if self._describe is not None:
             yield from self._described(dataset, list(indices))
             return
