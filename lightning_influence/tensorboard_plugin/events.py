@@ -133,7 +133,9 @@ def _checked(content: bytes) -> dict[str, Any]:
     if not isinstance(found, dict) or type(version := found.get("format")) is not int:
         raise AuditError("it is no document of an audit: another program may have written it")
     if version > _FORMAT:
-        raise AuditError(f"it has format {version}, and this version reads up to {_FORMAT}: upgrade lightning-influence")
+        raise AuditError(
+            f"it has format {version}, and this version reads up to {_FORMAT}: upgrade lightning-influence"
+        )
     if not isinstance(found.get("columns"), list) or type(found.get("examples")) is not int:
         raise AuditError("its document is damaged: columns or the number of examples are missing")
     return found

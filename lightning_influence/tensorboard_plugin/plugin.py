@@ -8,7 +8,7 @@ from typing import Any
 from tensorboard import errors, plugin_util
 from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
-from werkzeug import Request, Response
+from werkzeug import Request
 
 from lightning_influence.page import static_files
 from lightning_influence.tensorboard_plugin.events import PLUGIN, AuditError, EventAudits
@@ -57,10 +57,10 @@ def _data(make: Callable[[Request], Any]) -> Callable[..., Any]:
     return _answering(lambda request: http_util.Respond(request, make(request), _JSON))
 
 
-def _answering(respond: Callable[[Request], Response]) -> Callable[..., Any]:
+def _answering(respond: Callable[[Request], Any]) -> Callable[..., Any]:
     """Return an application that answers GET, and everything else, or what fails, with the reason."""
 
-    def answer(request: Request) -> Response:
+    def answer(request: Request) -> Any:
         if request.method != "GET":
             return _refused(request, 405, "only GET is answered here", [("Allow", "GET")])
         try:
