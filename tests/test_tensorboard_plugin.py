@@ -17,6 +17,7 @@ from page_data import HOSTILE, report_of
 from tensorboard.backend import application
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard_data import tensorboard, write_blobs, write_page, write_runs
 from werkzeug.test import Client, TestResponse
@@ -161,9 +162,6 @@ def test_new_data_of_a_training_come_in(tmp_path: Path) -> None:
     multiplexer.AddRunsFromDirectory(str(tmp_path))
     multiplexer.Reload()
     audits = events.EventAudits(MultiplexerDataProvider(multiplexer, str(tmp_path)))
-    context: Any = None
-    from tensorboard.context import RequestContext
-
     context = RequestContext()
     assert audits.runs(context, "")[0]["epochs_done"] == 1
     write_page(tmp_path / "a", report_of(50, status="recording"), "recording/influence", step=2, epochs=2)
@@ -187,9 +185,6 @@ def test_formats_are_those_that_are_written() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- bad requests
-
-SECRET = "pyproject"
-
 
 @pytest.mark.parametrize(
     ("route", "status"),

@@ -107,7 +107,7 @@ def _row_in(example: Any) -> str:
     """Return the numbers of an example that has names for them, else those of its first short vector."""
     if isinstance(example, Mapping):
         named = {key: value for key, value in example.items() if isinstance(value, (int, float, np.number, Tensor))}
-        single = {key: float(value) for key, value in named.items() if np.size(value) == 1}
+        single = {key: float(value) for key, value in named.items() if np.ndim(value) == 0}
         if len(single) > 1:
             return ", ".join(f"{key} {value:.4g}" for key, value in list(single.items())[:_ENTRIES])
     for tensor in tensors_in(example):
