@@ -23,7 +23,7 @@ FLOOR_INSTALL = $(subst $(PY),$(FLOOR)/bin/python,$(INSTALL))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test test-quick test-floor size lint bench cost detection queries lds solvers unlearning fairness robustness compatibility package clean
+.PHONY: help demo clean-and-retrain test test-quick test-floor test-browser size lint lint-page bench cost detection queries lds solvers unlearning fairness robustness compatibility package clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -31,8 +31,10 @@ help:
 	@echo 'make test    run the test suite'
 	@echo 'make test-quick   a minute of it: the rooms, the public door, the callback on small nets, how to add things'
 	@echo 'make test-floor   the callback with the oldest releases that pyproject.toml allows, under both names of Lightning'
+	@echo 'make test-browser   the page and TensorBoard in a real browser (Chromium of the system); screenshots/ has what they showed'
 	@echo 'make size    lines of code by room'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
+	@echo 'make lint-page   eslint, prettier and tsc on the page (needs npm)'
 	@echo 'make bench   side by side with kronfluence and captum: time, memory, agreement (half an hour)'
 	@echo 'make cost    measure what an audit costs, in passes of plain training'
 	@echo 'make detection   a grid of noisy data: wrong labels found and put right, beside cleanlab (an hour; resumes)'
@@ -74,6 +76,11 @@ test-floor: $(FLOOR)/.floor
 	@$(FLOOR_PYTEST) $(FLOOR_TESTS) $(PYTEST_ARGS)
 	@LIGHTNING_PACKAGE=pytorch_lightning $(FLOOR_PYTEST) tests/test_callback_errors.py $(PYTEST_ARGS)
 
+# Chromium is the system's; playwright, which steers it, brings none. Without one, what is skipped is said.
+test-browser: $(VENV)/.browser
+	@mkdir -p screenshots
+	@SCREENSHOTS=screenshots OMP_NUM_THREADS=1 $(PY) -m pytest $(wildcard tests/test_*_browser.py) $(PYTEST_ARGS)
+
 size:
 	@$(firstword $(PYTHON)) tests/size.py
 
@@ -81,6 +88,9 @@ lint: $(VENV)/.dev
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+
+lint-page: node_modules/.installed
+	@npm run --silent lint
 
 bench: $(BENCH)/.bench
 	@$(BENCH)/bin/python benchmarks/side_by_side.py --out docs/benchmarks.md
@@ -126,7 +136,7 @@ package: $(VENV)/.created
 	    && { echo 'make: the wheel brings tools that only tests and examples need' >&2; exit 1; } || true
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(FLOOR) $(ALONE) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf node_modules $(VENV) $(BENCH) $(FLOOR) $(ALONE) build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The files below mark what is done. Each is touched last, so a failed step is repeated.
@@ -158,6 +168,14 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	@$(INSTALL) --no-deps kronfluence==1.0.1 curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 \
 	    linear_operator==0.6.1 torchdata==0.11.0
 	@touch $@ $(VENV)/.demo
+
+node_modules/.installed: package.json
+	@npm install --silent --no-audit --no-fund --no-package-lock
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.dev
+	@$(INSTALL) playwright
+	@touch $@
 
 # dattri asks for pretty_midi, which the methods measured here do not use.
 $(VENV)/.peers: $(VENV)/.dev

@@ -235,6 +235,13 @@ def test_report_prints_and_writes(
     assert "holds no audit" in capsys.readouterr().err
 
 
+def test_view_says_where_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["view", str(tmp_path / "nowhere")]) == FAILED
+    assert "does not exist; expected the directory of an audit" in capsys.readouterr().err
+    assert main(["view", str(tmp_path)]) == FAILED
+    assert "holds no audit: expected manifest.json" in capsys.readouterr().err
+
+
 def with_labels(report: AuditReport, directory: Path, **labels: Any) -> str:
     """The audit with another belief."""
     about = {**report.manifest, "labels": {**report.manifest["labels"], **labels}}

@@ -19,7 +19,7 @@ from page_data import picture, report_of, write_audit, write_several
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.page import static_files
 from lightning_influence.view import ViewServer, export_html
-from lightning_influence.view.audits import Audits, ViewError
+from lightning_influence.view.audits import Audits, ViewError, tag_of
 from lightning_influence.view.server import TOKEN_HEADER, serve
 
 
@@ -134,22 +134,37 @@ def test_a_name_that_points_here_is_refused(server: ViewServer) -> None:
 # ---------------------------------------------------------------------------------------------------- reviews
 
 REVIEW = b"decision,new_label,index\r\nkeep,,0\r\n"
+NOTHING = {"If-Match": tag_of(b"")}
 
 
 def test_a_review_is_kept_beside_the_audit(server: ViewServer, audits: dict[str, Path]) -> None:
     path = audits["again"] / "review.csv"
     address = "/review?id=digits_again/influence"
     assert ask(server, address)[:2] == (200, b"")
-    assert ask(server, address, "POST", REVIEW)[0] == 200
+    status, _, headers = ask(server, address, "POST", REVIEW, **NOTHING)
+    assert (status, headers["ETag"]) == (200, tag_of(REVIEW))
     assert path.read_bytes() == REVIEW
-    assert ask(server, address)[1] == REVIEW
+    _, body, headers = ask(server, address)
+    assert (body, headers["ETag"]) == (REVIEW, tag_of(REVIEW))
     assert len(AuditReport.load(audits["again"]).apply_review("review.csv")) == 1
     assert not list(path.parent.glob(".tmp-*"))
 
 
+def test_what_somebody_else_has_decided_stays(server: ViewServer, audits: dict[str, Path]) -> None:
+    path, address = audits["table"] / "review.csv", "/review?id=table/influence"
+    path.write_bytes(REVIEW)
+    for sent in (NOTHING, {}, {"If-Match": "*"}, {"If-Match": tag_of(b"else")}):
+        status, body, _ = ask(server, address, "POST", REVIEW + b"drop,,1\r\n", **sent)
+        assert status == 412
+        assert "changed by somebody else; reload" in json.loads(body)["error"]
+    assert path.read_bytes() == REVIEW
+    assert ask(server, address, "POST", REVIEW + b"drop,,1\r\n", **{"If-Match": tag_of(REVIEW)})[0] == 200
+    path.unlink()
+
+
 @pytest.mark.parametrize("body", [b"", b"hello", b"index,else\n", b"\xff\xfe\x00", b"<html>"])
 def test_what_is_no_review_is_refused(server: ViewServer, audits: dict[str, Path], body: bytes) -> None:
-    assert ask(server, "/review?id=texts/influence", "POST", body)[0] == 400
+    assert ask(server, "/review?id=texts/influence", "POST", body, **NOTHING)[0] == 400
     assert not (audits["texts"] / "review.csv").exists()
 
 
@@ -179,7 +194,7 @@ def test_a_full_disk_is_told(server: ViewServer, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    status, body, _ = ask(server, "/review?id=texts/influence", "POST", REVIEW)
+    status, body, _ = ask(server, "/review?id=texts/influence", "POST", REVIEW, **NOTHING)
     assert status == 422
     assert "No space left" in json.loads(body)["error"]
     assert not list(audits["texts"].glob("*.tmp-*"))

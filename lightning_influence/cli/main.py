@@ -6,7 +6,6 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -96,9 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_limit(audit)
     audit.set_defaults(run=_audit)
 
+    view = command("view", "look at audits in a browser, and decide about labels")
+    view.add_argument("directory", metavar="DIR", help="of an audit, or of runs that hold some")
+    view.add_argument("--port", type=int, help="0 for any that is free")
+    view.add_argument(
+        "--host", default="127.0.0.1", help="where to listen; by default this machine alone can reach the page"
+    )
+    view.add_argument("--open", action="store_true", help="open the browser")
+    view.set_defaults(run=_view)
+
     report = command("report", "print an audit, and write it to other files")
     report.add_argument("directory", metavar="DIR", help="of an audit, or of a run that holds one")
-    report.add_argument("--html", metavar="FILE", help="write a page that stands alone")
+    report.add_argument("--html", metavar="FILE", help="write the page of `view` as one file that needs no server")
     report.add_argument("--csv", metavar="FILE", help="write all examples, the most suspicious first")
     _add_limit(report)
     report.set_defaults(run=_report)
@@ -144,17 +152,22 @@ def _audit(asked: argparse.Namespace, rest: Sequence[str]) -> int:
     return _code(report, asked.fail_over)
 
 
+def _view(asked: argparse.Namespace, rest: Sequence[str]) -> int:
+    from lightning_influence.view import serve
+
+    serve(asked.directory, asked.port, host=asked.host, open_browser=asked.open)
+    return 0
+
+
 def _report(asked: argparse.Namespace, rest: Sequence[str]) -> int:
     from lightning_influence.audit.report import AuditReport
 
     report = AuditReport.load(asked.directory)
     print(report)
     if asked.html:
-        from lightning_influence.audit.store.atomic import replacing
+        from lightning_influence.view import export_html
 
-        page = f'<!doctype html><meta charset="utf-8"><title>{report.directory}</title>{report._repr_html_()}\n'
-        with replacing(Path(asked.html).expanduser()) as file:
-            file.write(page.encode())
+        export_html(report.directory or asked.directory, asked.html)
     if asked.csv:
         report.write_review(asked.csv, most=len(report))
     return _code(report, asked.fail_over)

@@ -108,5 +108,5 @@ def _detection(manifest: Mapping[str, Any]) -> Card:
     about = (manifest.get("detection") or {}).get("suspicion") or {}
     if about.get("auroc") is not None and np.isfinite(about["auroc"]):
         recall = about.get("recall_at")
-        note = "against the known label noise" + ("" if recall is None else f"; {recall:.0%} in the first 10 %")
+        note = "against the known label noise" + ("" if recall is None else f"; {recall:.0%} in the first 10%")
         yield "AUROC", f"{about['auroc']:.3f}", note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,15 @@ _CHUNK = re.compile(r"0|[1-9]\d{0,5}")
 
 class ViewError(ValueError):
     """What can't be shown; the message names the path and the way out."""
+
+
+class ChangedError(ViewError):
+    """A review that somebody else has changed."""
+
+
+def tag_of(content: bytes) -> str:
+    """Return what tells contents apart; of nothing, too."""
+    return f'"{hashlib.sha256(content).hexdigest()[:24]}"'
 
 
 def _no_document(directory: Path) -> bytes:
@@ -112,9 +122,30 @@ class Audits:
         path = self.found()[key] / REVIEW
         return _whole(path) if path.is_file() else b""
 
-    def write_review(self, key: str, content: bytes) -> Path:
-        """Write what was decided beside the audit: the old file or the new one is there at any time."""
-        path = self.found()[key] / REVIEW
+    def write_review(self, key: str, content: bytes, instead_of: str) -> str:
+        """Write what was decided beside the audit: the old file or the new one is there at any time.
+
+        Args:
+            key: The audit.
+            content: The table.
+            instead_of: The tag of what the writer has seen there; what somebody else has written stays.
+
+        Returns:
+            The tag of what is there now.
+
+        Raises:
+            KeyError: If there is no such audit.
+            ChangedError: If there is something else.
+            ViewError: If it can't be written.
+        """
+        with self._lock:
+            path = self.found()[key] / REVIEW
+            if tag_of(self.review(key)) != instead_of:
+                raise ChangedError(f"{REVIEW} has been changed by somebody else; reload the page to have both.")
+            self._write(path, content)
+        return tag_of(content)
+
+    def _write(self, path: Path, content: bytes) -> None:
         temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
         try:
             with open(temporary, "xb") as file:
@@ -127,7 +158,6 @@ class Audits:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-        return path
 
     def _folders(self) -> Iterator[Path]:
         for here, folders, names in os.walk(self.root, onerror=None, followlinks=False):

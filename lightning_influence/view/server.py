@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 from lightning_influence.page.assets import static_files
-from lightning_influence.view.audits import Audits, ViewError
+from lightning_influence.view.audits import Audits, ChangedError, ViewError, tag_of
 
 PORT = 6116
 TOKEN_HEADER = "X-Influence-Token"
@@ -141,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(refused.status, str(refused))
         except KeyError:
             self._refuse(HTTPStatus.NOT_FOUND, "there is no such thing")
+        except ChangedError as error:
+            self._refuse(HTTPStatus.PRECONDITION_FAILED, str(error))
         except ViewError as error:
             self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
         except ValueError:
@@ -179,8 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
         first = body.decode("utf-8-sig").partition("\n")[0].strip().split(",")
         if not {"index", "decision"} <= set(first):
             raise _Refused(HTTPStatus.BAD_REQUEST, "a review has the columns `index` and `decision`")
-        written = self.server.audits.write_review(asked["id"], body)
-        return _JSON, json.dumps({"written": written.name}).encode()
+        self.server.audits.write_review(asked["id"], body, self.headers.get("If-Match", ""))
+        return _TEXT, body
 
     def _check_host(self) -> None:
         """Refuse other names than this machine's: a page elsewhere could have its own name point here."""
@@ -200,6 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
         self.send_response(status)
         headers = {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}
+        if kind == _TEXT:
+            headers["ETag"] = tag_of(body)
         if self.close_connection:
             headers["Connection"] = "close"
         for name, value in headers.items():

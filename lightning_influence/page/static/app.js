@@ -32,17 +32,16 @@ import { triage } from './triage.js';
  * @property {(text: string, kind?: string) => void} say
  * @property {() => void} refresh
  * @property {(id: string) => Promise<Audit>} load
- * @property {number} took Milliseconds of the last listing.
  */
 
-/** @type {[string, string, (context: Context) => View, (audit: Audit, runs: any[]) => boolean][]} */
+/** @type {[string, string, (context: Context) => View][]} */
 const VIEWS = [
-  ['overview', 'Overview', overview, () => true],
-  ['triage', 'Triage', triage, () => true],
-  ['example', 'Example', example, () => true],
-  ['queries', 'Queries', queries, () => true],
-  ['pairs', 'Class pairs', classPairs, () => true],
-  ['compare', 'Compare', compare, () => true],
+  ['overview', 'Overview', overview],
+  ['triage', 'Triage', triage],
+  ['example', 'Example', example],
+  ['queries', 'Queries', queries],
+  ['pairs', 'Class pairs', classPairs],
+  ['compare', 'Compare', compare],
 ];
 
 const POLL = 10000; // milliseconds
@@ -168,7 +167,6 @@ export class App {
       say: (/** @type {string} */ text, kind = '') => this.say(text, kind),
       refresh: () => this.show(),
       load: async (/** @type {string} */ other) => (await this.contextOf(other)).audit,
-      took: 0,
     };
     this.contexts.set(id, context);
     return context;
@@ -264,13 +262,13 @@ export class App {
     const target = /** @type {HTMLElement} */ (event.target);
     const typing = target.closest('input:not([type=checkbox]), select, textarea');
     if (typing) {
-      if (event.key === 'Escape') target.blur();
+      if (event.key === 'Escape') {
+        event.preventDefault(); // browsers empty a search without saying so
+        target.blur();
+      }
       return;
     }
     if (target.closest('button, a, summary, input') && [' ', 'Enter'].includes(event.key)) return;
-    if (event.key === 'Escape' && this.where.get('view') === 'example') {
-      history.back();
-      event.preventDefault();
-    } else if (this.view?.keys?.(event)) event.preventDefault();
+    if (this.view?.keys?.(event)) event.preventDefault();
   }
 }

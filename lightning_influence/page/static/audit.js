@@ -60,6 +60,8 @@ export class Audit {
     this.hasTexts = Object.keys(this.texts).length > 0;
     this.curves = curvesOf(content.curves);
     this.classes = classesOf(this);
+    this.longNames = this.classes.some((label) => this.label(label).length > 6);
+    this.candidates = Array.from(this.candidate).filter(Boolean).length;
     /** @type {Map<number, Promise<string[]>>} */
     this.chunks = new Map();
     /** @type {Map<string, Float32Array>} */
@@ -183,7 +185,10 @@ function column({ name, meaning, direction, kind, data }) {
 
 /** @param {string} text */
 function bytes(text) {
-  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
+  const letters = atob(text);
+  const found = new Uint8Array(letters.length);
+  for (let place = 0; place < found.length; place += 1) found[place] = letters.charCodeAt(place);
+  return found.buffer;
 }
 
 /** @param {any} curves */

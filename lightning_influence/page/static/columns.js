@@ -42,7 +42,7 @@ export function columns(audit, row) {
     {},
     h('th', { scope: 'col' }, 'column'),
     h('th', { scope: 'col' }, 'value'),
-    h('th', { scope: 'col', title: 'share of the examples that are less suspicious' }, 'above'),
+    h('th', { scope: 'col', title: 'share of the examples that are less suspicious' }, 'above % of all'),
   );
   const name = ['suspicion', 'self_influence'].find((each) => audit.columns.has(each));
   return h(

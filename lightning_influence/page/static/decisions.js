@@ -17,31 +17,46 @@ export class Decisions extends EventTarget {
     this.past = [];
     this.kept = ''; // what is said of where it lies
     this.failed = false;
+    this.tag = ''; // of the file as it was read or written last
+    this.closed = false; // whether the file is left alone
+    this.saving = Promise.resolve();
     this.key = `influence-review:${audit.id}:${audit.created}`;
     /** @type {ReturnType<typeof setTimeout> | undefined} */
     this.timer = undefined;
   }
 
-  /** Take up what was decided before. */
+  /** Take up what was decided before: what is on disk, and on top what never got there. */
   async load() {
     const here = this.stored();
     let there = '';
     try {
-      there = await this.audit.host.review(this.audit.id);
+      ({ text: there, tag: this.tag } = await this.audit.host.review(this.audit.id));
     } catch (error) {
       this.tell(`the review on disk can't be read: ${/** @type {Error} */ (error).message}`, true);
+      this.closed = true;
     }
-    // The file is what others see and edit; what never got there is still in the browser.
-    const text = there && !here.unsaved ? there : here.text || there;
-    if (text) {
-      try {
-        this.made = fromCsv(this.audit, text).decisions;
-      } catch (error) {
-        this.tell(`the review can't be read: ${/** @type {Error} */ (error).message}`, true);
-      }
-    }
+    this.take(there, 'review.csv');
+    if (here.unsaved || !there) this.take(here.text, 'the review in this browser');
     if (here.unsaved) this.save();
     this.dispatchEvent(new Event('change'));
+  }
+
+  /**
+   * @param {string} text
+   * @param {string} name
+   */
+  take(text, name) {
+    if (!text) return;
+    try {
+      const { decisions, wrong } = fromCsv(this.audit, text);
+      for (const [index, decision] of decisions) this.made.set(index, decision);
+      if (wrong.length) throw new Error(`${wrong[0]}${wrong.length > 1 ? `, and ${wrong.length - 1} rows more` : ''}`);
+    } catch (error) {
+      // What is not understood is not written over.
+      this.closed = this.audit.host.keepsReviews;
+      const stays = this.closed ? '; it stays as it is, and decisions are kept in this browser alone' : '';
+      this.tell(`${name} can't be used as it is: ${/** @type {Error} */ (error).message}${stays}`, true);
+    }
   }
 
   /** @param {number} index */
@@ -112,12 +127,18 @@ export class Decisions extends EventTarget {
     if (this.timer !== undefined) this.save();
   }
 
-  async save() {
+  /** Write the file, after what is being written. */
+  save() {
     clearTimeout(this.timer);
     this.timer = undefined;
+    if (!this.closed) this.saving = this.saving.then(() => this.write());
+    return this.saving;
+  }
+
+  async write() {
     const csv = this.toCsv();
     try {
-      await this.audit.host.keepReview(this.audit.id, csv);
+      this.tag = await this.audit.host.keepReview(this.audit.id, csv, this.tag);
       if (csv === this.toCsv()) this.store(false);
       this.tell('saved in review.csv beside the audit', false);
     } catch (error) {

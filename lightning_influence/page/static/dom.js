@@ -148,9 +148,9 @@ function positive(size) {
  */
 export function percent(value) {
   if (!Number.isFinite(value)) return '–';
-  if (value > 0.999 && value < 1) return '> 99.9 %';
-  if (value < 0.001 && value > 0) return '< 0.1 %';
-  return `${(100 * value).toFixed(value > 0.99 || value < 0.1 ? 1 : 0)} %`;
+  if (value > 0.999 && value < 1) return '> 99.9%';
+  if (value < 0.001 && value > 0) return '< 0.1%';
+  return `${(100 * value).toFixed(value > 0.99 || value < 0.1 ? 1 : 0)}%`;
 }
 
 /**

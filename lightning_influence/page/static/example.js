@@ -2,6 +2,7 @@
 
 import { curve } from './charts.js';
 import { columns } from './columns.js';
+import { answers, decidingKeys } from './deciding.js';
 import { button, fitted, h, number, percent } from './dom.js';
 import { badge, labels, picture } from './parts.js';
 
@@ -43,6 +44,11 @@ export function example(context) {
   const byRank = neighboursInRank(audit, row);
   const step = (/** @type {number} */ way) =>
     byRank[way] !== undefined && context.go('example', { index: String(audit.index[byRank[way]]) });
+  const decide = (/** @type {any} */ decision, /** @type {number | null} */ label = null) => {
+    context.decisions.set(audit.index[row], { decision, label });
+    context.say(`example ${audit.index[row]}: ${label === null ? decision : `relabelled ${audit.label(label)}`}`);
+    context.refresh();
+  };
   const element = h(
     'div',
     { class: 'page example' },
@@ -58,15 +64,21 @@ export function example(context) {
     h(
       'div',
       { class: 'halves' },
-      h('div', {}, about(context, row), overEpochs(audit, row), kin(context, row), inQueries(context, row)),
+      h('div', {}, about(context, row, decide), overEpochs(audit, row), kin(context, row), inQueries(context, row)),
       columns(audit, row),
     ),
   );
   const keys = (/** @type {KeyboardEvent} */ event) => {
-    const way = { ArrowLeft: 0, ArrowRight: 1 }[event.key];
-    if (way === undefined) return false;
-    step(way);
-    return true;
+    const acts = {
+      ...decidingKeys(context, row, decide),
+      ArrowLeft: () => step(0),
+      ArrowRight: () => step(1),
+      Escape: () => context.go('triage'),
+    };
+    const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+    const act = /** @type {Record<string, () => void>} */ (acts)[key];
+    act?.();
+    return act !== undefined;
   };
   return { element, keys, mounted: () => (triage.index = audit.index[row]) };
 }
@@ -92,8 +104,10 @@ function neighboursInRank(audit, row) {
 /**
  * @param {Context} context
  * @param {number} row
+ * @param {import('./deciding.js').Decide} decide
  */
-function about({ audit, decisions }, row) {
+function about(context, row, decide) {
+  const { audit, decisions } = context;
   const index = audit.index[row];
   const chance = audit.value('wrong_probability', row);
   const id = audit.columns.get('id')?.texts?.[row];
@@ -114,6 +128,7 @@ function about({ audit, decisions }, row) {
       Number.isFinite(chance) && h('p', {}, h('b', {}, percent(chance)), ' likely to be wrong'),
       audit.hasPictures && audit.text(row) && h('p', { class: 'says' }, audit.text(row)),
       badge(audit, decisions.get(index)),
+      answers(context, row, decide),
     ),
   );
 }

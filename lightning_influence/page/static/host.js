@@ -10,6 +10,8 @@
  * @property {number | null} [epochs_done]
  */
 
+/** @typedef {{ text: string, tag: string }} Kept A review, and what tells it apart. */
+
 /**
  * @typedef {object} Host
  * @property {boolean} keepsReviews Whether decisions are written beside the audit.
@@ -17,8 +19,9 @@
  * @property {() => Promise<Run[]>} runs
  * @property {(id: string) => Promise<any>} audit
  * @property {(id: string, chunk: number) => Promise<string[]>} pictures
- * @property {(id: string) => Promise<string>} review
- * @property {(id: string, csv: string) => Promise<void>} keepReview
+ * @property {(id: string) => Promise<Kept>} review What is kept beside the audit.
+ * @property {(id: string, csv: string, tag: string) => Promise<string>} keepReview Writes if what is there has the tag,
+ *   and returns the new one.
  */
 
 /**
@@ -56,6 +59,7 @@ function served(token, keepsReviews) {
     if (!answer.ok) throw new Error(await reason(answer));
     return answer;
   }
+  const tagOf = (/** @type {Response} */ answer) => answer.headers.get('ETag') ?? '';
   const query = (/** @type {string} */ id) => `id=${encodeURIComponent(id)}`;
   return {
     keepsReviews,
@@ -63,10 +67,15 @@ function served(token, keepsReviews) {
     runs: async () => (await ask('./runs')).json(),
     audit: async (id) => (await ask(`./audit?${query(id)}`)).json(),
     pictures: async (id, chunk) => (await ask(`./pictures?${query(id)}&chunk=${chunk}`)).json(),
-    review: async (id) => (keepsReviews ? (await ask(`./review?${query(id)}`)).text() : ''),
-    keepReview: async (id, csv) => {
+    review: async (id) => {
+      if (!keepsReviews) return { text: '', tag: '' };
+      const answer = await ask(`./review?${query(id)}`);
+      return { text: await answer.text(), tag: tagOf(answer) };
+    },
+    keepReview: async (id, csv, tag) => {
       const small = csv.length < 60000; // of what the browser still sends when the page goes
-      await ask(`./review?${query(id)}`, { method: 'POST', body: csv, keepalive: small });
+      const more = { method: 'POST', body: csv, keepalive: small, headers: { ...headers, 'If-Match': tag } };
+      return tagOf(await ask(`./review?${query(id)}`, more));
     },
   };
 }
@@ -94,7 +103,7 @@ function embedded() {
     runs: async () => read('influence-runs'),
     audit: async (id) => read(`influence-audit-${id}`),
     pictures: async (id, chunk) => read(`influence-pictures-${id}-${chunk}`),
-    review: async () => '',
-    keepReview: async () => {},
+    review: async () => ({ text: '', tag: '' }),
+    keepReview: async () => '',
   };
 }

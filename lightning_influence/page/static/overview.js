@@ -34,7 +34,7 @@ export function overview(context) {
 }
 
 /** @param {{ title: string, value: string, note: string }} about */
-export function card({ title, value, note }) {
+function card({ title, value, note }) {
   return h(
     'div',
     { class: 'card' },
@@ -45,7 +45,7 @@ export function card({ title, value, note }) {
 }
 
 /** @param {import('./audit.js').Audit} audit */
-export function unfinished(audit) {
+function unfinished(audit) {
   if (audit.status === 'complete') return null;
   const epochs =
     audit.done === null
@@ -60,7 +60,7 @@ export function unfinished(audit) {
 
 /** @param {Context} context */
 function next({ audit, decisions, go }) {
-  const total = Array.from(audit.candidate).filter(Boolean).length;
+  const total = audit.candidates;
   if (!total) return null;
   const told = decisions.count
     ? `${decisions.count.toLocaleString('en')} decided so far.`

@@ -45,8 +45,7 @@ export function labels(audit, row, always = true) {
     told.push(h('span', { class: 'arrow', 'aria-hidden': 'true' }, '→'));
     told.push(h('span', { class: 'label suggested', title: `suggested: ${name}` }, name));
   }
-  const long = audit.classes.some((label) => audit.label(label).length > 6);
-  return h('span', { class: long ? 'labels long' : 'labels' }, told);
+  return h('span', { class: audit.longNames ? 'labels long' : 'labels' }, told);
 }
 
 /** @typedef {{ title: string, name: string, strength: (row: number) => number, told: (row: number) => string }} Evidence */

@@ -39,7 +39,8 @@ const WIDTHS = {
   text: 'minmax(110px, 3fr)',
   labels: 'minmax(132px, 1fr)',
   doubt: '72px',
-  'evidence-head': 'minmax(60px, 66px)',
+  'evidence-head': '68px',
+  'stack-head': '60px',
   loss: '86px',
   decision: 'minmax(76px, 110px)',
 };
@@ -60,7 +61,7 @@ export function rowMaker(audit, decisions) {
     labels: audit.labelled,
     doubt: audit.columns.has('wrong_probability'),
     score: !audit.columns.has('wrong_probability') && audit.columns.has('suspicion'),
-    evidence: about.length > 0,
+    stacked: about.length > 0 && (audit.hasTexts || audit.columns.has('id')),
     loss: audit.curves?.data.has('loss') ?? false,
   };
   const meaning = (/** @type {string} */ name) => audit.columns.get(name)?.meaning ?? '';
@@ -73,7 +74,14 @@ export function rowMaker(audit, decisions) {
     shown.labels && { key: 'labels', title: 'given → other', sort: 'label', hint: 'sort by the given label' },
     shown.doubt && { key: 'doubt', title: 'wrong?', sort: 'wrong_probability', hint: meaning('wrong_probability') },
     shown.score && { key: 'doubt', title: 'suspicion', sort: 'suspicion', hint: meaning('suspicion') },
-    ...about.map(({ title, name }) => ({ key: 'evidence-head', title, sort: name, hint: `${name}: ${meaning(name)}` })),
+    ...(shown.stacked
+      ? [{ key: 'stack-head', title: 'evidence', sort: null, hint: about.map(({ title }) => title).join(', ') }]
+      : about.map(({ title, name }) => ({
+          key: 'evidence-head',
+          title,
+          sort: name,
+          hint: `${name}: ${meaning(name)}`,
+        }))),
     shown.loss && {
       key: 'loss',
       title: 'loss by epoch',
@@ -84,6 +92,9 @@ export function rowMaker(audit, decisions) {
   ];
   const kept = /** @type {Head[]} */ (heads.filter(Boolean));
   const template = kept.map(({ key }) => WIDTHS[key]).join(' ');
+
+  const bars = (/** @type {number} */ row) =>
+    about.map(({ title, strength, told }) => meter(strength(row), `${title}: ${told(row)}`, title));
 
   /** @param {number} row */
   function line(row) {
@@ -98,7 +109,7 @@ export function rowMaker(audit, decisions) {
       shown.labels && labels(audit, row),
       shown.doubt && doubt(audit, row),
       shown.score && h('span', { class: 'doubt' }, number(audit.value('suspicion', row))),
-      about.map(({ title, strength, told }) => meter(strength(row), told(row), title)),
+      shown.stacked ? h('span', { class: 'bars' }, bars(row)) : bars(row),
       shown.loss && sparkline(audit.curve('loss', row), top),
       badge(audit, decisions.get(index)),
     );

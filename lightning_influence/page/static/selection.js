@@ -20,7 +20,7 @@
  * @returns {Asked}
  */
 export function firstAsked(audit) {
-  const which = Array.from(audit.candidate).some(Boolean) ? 'candidates' : 'all';
+  const which = audit.candidates ? 'candidates' : 'all';
   return { which, text: '', given: null, suggested: null, chosen: null, sort: 'rank', descending: false };
 }
 

@@ -109,9 +109,9 @@ function sorting(audit, asked, ask) {
 /**
  * @param {Context} context
  * @param {number} listed
- * @param {number} total
  */
-export function progressParts({ audit, decisions }, listed, total) {
+export function progressParts({ audit, decisions }, listed) {
+  const total = audit.candidates;
   let done = 0;
   for (const [index, { decision }] of decisions.made) {
     if (decision !== 'skip' && audit.candidate[audit.rows.get(index) ?? -1]) done += 1;

@@ -1,9 +1,10 @@
 // The labels to look at, one after the other: keep, relabel, drop or skip, by keys.
 
+import { decidingKeys } from './deciding.js';
 import { fill, h } from './dom.js';
 import { panel } from './panel.js';
 import { rowMaker } from './rows.js';
-import { classKeys, selected } from './selection.js';
+import { selected } from './selection.js';
 import { headCell, progressParts, tools } from './toolbar.js';
 import { VirtualList } from './virtual.js';
 
@@ -63,14 +64,12 @@ export function triage(context) {
 
   /** List anew, at the same example if it is still there. */
   function again() {
-    const started = performance.now();
     rows = selected(audit, decisions, state.asked);
     list.reset(rows.length);
     const place = rows.findIndex((row) => audit.index[row] === state.index);
     empty.hidden = rows.length > 0;
     empty.textContent = state.asked.which === 'open' ? 'everything is decided' : 'no example is like this';
     choose(Math.max(0, place));
-    context.took = performance.now() - started;
     shown();
     toolbar();
   }
@@ -126,8 +125,7 @@ export function triage(context) {
   }
 
   function shown() {
-    const total = Array.from(audit.candidate).filter(Boolean).length;
-    fill(progress, progressParts(context, rows.length, total));
+    fill(progress, progressParts(context, rows.length));
   }
 
   decisions.addEventListener('change', shown);
@@ -148,29 +146,13 @@ export function triage(context) {
       Home: () => choose(0),
       End: () => choose(rows.length - 1),
       Enter: () => rows.length && context.go('example', { index: String(state.index) }),
-      k: () => decide('keep'),
-      d: () => decide('drop'),
-      s: () => decide('skip'),
       u: undo,
-      r: relabel,
       '/': () => /** @type {HTMLElement | null} */ (bar.querySelector('input[type=search]'))?.focus(),
     };
-    if (rows.length && audit.labelled) {
-      for (const [own, label] of classKeys(audit, rows[list.chosen])) {
-        const same = label === audit.given(rows[list.chosen]);
-        acts[own] = () => (same ? decide('keep') : decide('relabel', label));
-      }
-    }
+    if (rows.length) Object.assign(acts, decidingKeys(context, rows[list.chosen], decide));
     if (!acts[key]) return false;
     acts[key]();
     return true;
-  }
-
-  function relabel() {
-    const row = rows[list.chosen];
-    const suggested = rows.length ? audit.suggested(row) : -1;
-    if (suggested < 0 || suggested === audit.given(row)) context.say('no other label is suggested');
-    else decide('relabel', suggested);
   }
 
   return {
