@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import lightning_influence
+from lightning_influence.core.origin import LIGHTNING
 
 PACKAGE = "lightning_influence"
 ROOT = Path(lightning_influence.__file__).parent
@@ -40,7 +41,8 @@ ROOMS = (
 FLOOR = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
 STANDS_ALONE = "metrics"
 
-MAY_IMPORT_LIGHTNING = {"callbacks"}
+# Its own packages for type checkers alone: what the user has not imported is not loaded.
+MAY_IMPORT_LIGHTNING = "callbacks.lightning"
 MAY_COMMUNICATE = {"core.distributed"}
 # Watching, but for dropout masks, which stand in for the call: a sub-network is no matter of looking on.
 MAY_WATCH_FUNCTIONS = {
@@ -96,6 +98,12 @@ def imports_of(source: str) -> tuple[tuple[int, str], ...]:
     return tuple(found)
 
 
+def for_type_checkers(source: str) -> set[int]:
+    """Lines that never run."""
+    guarded = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test))
+    return {line for node in guarded for child in node.body for line in range(child.lineno, child.end_lineno + 1)}
+
+
 def uses_of(source: str) -> Iterator[tuple[int, str]]:
     """Line and dotted name of every attribute that is used."""
     for node in ast.walk(ast.parse(source)):
@@ -112,8 +120,9 @@ def faults_of(name: str, source: str) -> list[str]:
     room, faults = room_of(name), []
     if room not in {"", *FLOOR, STANDS_ALONE}:
         faults.append(f"{name}: there is no room {room!r}; what is in it belongs into one of {sorted(FLOOR)}")
+    never = for_type_checkers(source)
     for line, target in imports_of(source):
-        fault = _import_fault(name, room, target)
+        fault = _import_fault(name, room, target, runs=line not in never)
         faults += [f"{name}:{line}: {fault}"] if fault else []
     for line, dotted in uses_of(source):
         last = dotted.rpartition(".")[2]
@@ -128,15 +137,17 @@ def faults_of(name: str, source: str) -> list[str]:
     return faults
 
 
-def _import_fault(name: str, room: str, target: str) -> str | None:
+def _import_fault(name: str, room: str, target: str, *, runs: bool) -> str | None:
     if starts_with(target, PACKAGE):
         other = room_of(target.removeprefix(f"{PACKAGE}."))
         if room == STANDS_ALONE:
             return f"imports {target}, but {room} stands alone"
         above = room in FLOOR and other in FLOOR and other != room and FLOOR[other] >= FLOOR[room]
         return f"imports {target}; {room} may not know {other}" if above else None
-    if starts_with(target, "lightning", "lightning_fabric", "pytorch_lightning") and room not in MAY_IMPORT_LIGHTNING:
-        return f"imports {target}; only {sorted(MAY_IMPORT_LIGHTNING)} may"
+    if starts_with(target, *LIGHTNING, "lightning_utilities") and name != MAY_IMPORT_LIGHTNING:
+        return f"imports {target}; only {MAY_IMPORT_LIGHTNING} may"
+    if starts_with(target, *LIGHTNING) and runs:
+        return f"imports {target}; outside `if TYPE_CHECKING` that loads what the user may not have"
     if starts_with(target, "torch.distributed") and name not in MAY_COMMUNICATE:
         return f"imports {target}; collectives belong into core/distributed.py"
     if starts_with(target, *PICKLES, *PICKLING_CALLS):
@@ -185,12 +196,12 @@ print([name for name in ("torch", "lightning", "numpy", "tensorboard") if name i
     assert loaded.stdout.strip() == "[]"
 
 
-def test_only_callbacks_need_lightning() -> None:
+def test_nothing_loads_lightning() -> None:
     source = f"""
 import importlib, sys
-for name in {[n for n in modules() if room_of(n) not in MAY_IMPORT_LIGHTNING and n]!r}:
+for name in {[name for name in modules() if name]!r}:
     importlib.import_module("{PACKAGE}." + name)
-print([name for name in ("lightning", "pytorch_lightning") if name in sys.modules])
+print([name for name in {sorted(LIGHTNING)} if name in sys.modules])
 """
     loaded = subprocess.run([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, timeout=120, check=True)
     assert loaded.stdout.strip() == "[]"
@@ -279,8 +290,12 @@ def test_what_a_room_exports_is_there_and_explained(room: str, name: str) -> Non
         ("objective.terms", "from lightning_influence.layers.rows import Rows", "objective may not know layers"),
         ("audit.report", "def f():\n    from lightning_influence.callbacks import run", "audit.report:2: imports"),
         ("metrics", "from lightning_influence.core import memory", "metrics stands alone"),
-        ("objective.task", "from lightning.pytorch import LightningModule", "only ['callbacks'] may"),
-        ("objective.task", "import pytorch_lightning", "only ['callbacks'] may"),
+        ("objective.task", "from lightning.pytorch import LightningModule", "only callbacks.lightning may"),
+        ("callbacks.run", "if TYPE_CHECKING:\n    import pytorch_lightning", "only callbacks.lightning may"),
+        ("callbacks.run", "from lightning_fabric.utilities import seed", "only callbacks.lightning may"),
+        ("callbacks.run", "from lightning_utilities.core import rank_zero", "only callbacks.lightning may"),
+        ("callbacks.lightning", "def f():\n    import pytorch_lightning", "callbacks.lightning:2: imports"),
+        ("callbacks.lightning", "if TYPE_CHECKING: ...\nelse:\n    import lightning", "what the user may not have"),
         ("gradients.capture", "layer.register_forward_hook(tap)", "uses register_forward_hook"),
         ("gradients.capture", "from torch.autograd.graph import register_multi_grad_hook", "no hooks on a user's"),
         ("gradients.capture", "from torch.overrides import TorchFunctionMode", "function modes belong into"),
@@ -304,7 +319,8 @@ def test_checker_finds(name: str, source: str, fault: str) -> None:
         ("gradients.capture", "from lightning_influence.layers.blocks import LayerError"),
         ("gradients.follower", "from torch.overrides import TorchFunctionMode\nclass W(TorchFunctionMode): ..."),
         ("core.distributed", "import torch.distributed as dist\ndist.all_reduce(x)"),
-        ("callbacks.run", "from lightning.pytorch import Callback\nfrom lightning_influence.audit.report import x"),
+        ("callbacks.run", "from lightning_influence.audit.report import x"),
+        ("callbacks.lightning", "import lightning_utilities\nif TYPE_CHECKING:\n    from lightning.pytorch import x"),
         ("audit.store.store", "import safetensors.torch\nmodel.load_state_dict(x)\njson.load(f)"),
         ("", "from lightning_influence.callbacks import InfluenceAudit"),
     ],

@@ -18,7 +18,11 @@ class Answers(AuditCallback):
 
     def __init__(self) -> None:
         self._report: AuditReport | None = None
-        self._no_report = f"`trainer.fit` has not run with this callback; {WITHOUT_TRAINING}"
+        # Where processes are spawned for training, the callback is copied to them, and nothing comes back.
+        self._no_report = (
+            "`trainer.fit` has not run with this callback (or in processes of its own, as with `ddp_spawn` and "
+            f"`ddp_notebook`: `AuditReport.load` reads what they wrote); {WITHOUT_TRAINING}"
+        )
         # From the start of training until the next `fit`.
         self._run: AuditRun | None = None
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -85,28 +84,19 @@ def _adopt() -> None:
     """Let our classes inherit from those of the packages that are loaded."""
     for own, modules, name in _BASES:
         found = (getattr(sys.modules.get(module), name, None) for module in modules)
-        own.__bases__ = (*filter(None, found), own.__bases__[-1])
+        bases = (*(kind for kind in found if isinstance(kind, type)), own.__bases__[-1])
+        if bases != own.__bases__:
+            own.__bases__ = bases
 
 
 class _AdoptLater(MetaPathFinder):
-    """Notices when a package is imported later: whatever comes first, ``isinstance`` and LightningCLI are right."""
+    """Looks again at each later import, and finds nothing itself: whatever comes first, we are of every package.
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if not any(fullname in modules for _, modules, _ in _BASES):
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+    Where `Callback` is defined, the rest of its package is still to be imported, so nobody sees one that isn't ours.
+    """
 
-            def executed(module: ModuleType) -> None:
-                execute(module)
-                _adopt()
-
-            spec.loader.exec_module = executed  # type: ignore[method-assign]  # of this module's own loader
-        return spec
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        _adopt()
 
 
 _adopt()
