@@ -58,7 +58,7 @@ clean-and-retrain: $(VENV)/.demo
 
 # A process for each core: with a thread each, they do not get into each other's way.
 test: $(VENV)/.dev
-	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal --ignore-glob='*_browser.py' $(PYTEST_ARGS)
 
 # What breaks most when something breaks: rooms and sizes, the door, whole audits, exactness of curvature and passes.
 QUICK := $(addprefix tests/test_,imports.py core.py docs.py influence.py columns.py visitors.py saved.py \

@@ -203,7 +203,7 @@ def test_slow_data_cost_no_more_than_patience(tmp_path: Path, monkeypatch: pytes
 # ---------------------------------------------------------------------------------------------------- what fails
 
 
-def test_examples_that_cannot_be_fetched_cost_their_pictures(tmp_path: Path) -> None:
+def test_examples_that_cannot_be_fetched_cost_their_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Apart(images())
     write = page_writer.PageWriter.write
 
@@ -211,8 +211,8 @@ def test_examples_that_cannot_be_fetched_cost_their_pictures(tmp_path: Path) -> 
         data.gone = True
         write(*arguments)
 
-    with pytest.MonkeyPatch.context() as patched, pytest.warns(UserWarning, match="the disk is gone"):
-        patched.setattr(page_writer.PageWriter, "write", after)
+    monkeypatch.setattr(page_writer.PageWriter, "write", after)
+    with pytest.warns(UserWarning, match="the disk is gone"):
         report = train(tmp_path, data).report
     assert document(report)["status"] == "complete"
     assert not document(report)["pictures"]
@@ -286,6 +286,7 @@ def test_thumbnails(image: Tensor, size: tuple[int, int], mode: str, kind: str) 
         (("a long\n review", 1), "a long review"),
         ({"title": "one", "body": "two", "label": 3}, "one | two"),
         ((torch.tensor([0.123456, 2.0]), 1), "0.1235, 2"),
+        ((np.array([0.5, 2.0]), 1), "0.5, 2"),
         ((torch.tensor([5, 7, 9]), 1), None),
         (7, None),
         ({"label": 3}, None),
@@ -293,6 +294,16 @@ def test_thumbnails(image: Tensor, size: tuple[int, int], mode: str, kind: str) 
 )
 def test_what_is_told_of_an_example_that_nobody_describes(example: Any, told: str | None) -> None:
     assert guessed(example) == told
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1"])
+def test_images_before_they_are_tensors(mode: str) -> None:
+    picture = Image.fromarray(np.kron(np.eye(4), np.ones((4, 5))).astype(np.uint8) * 255).convert(mode)
+    for example in ((picture, 3), {"label": 3, "pixels": np.asarray(picture.convert("RGB"))}):
+        found = guessed(example)
+        assert isinstance(found, Tensor)
+        assert found.shape[1:] == (16, 20)
+        assert Image.open(io.BytesIO(thumbnail(found))).convert("L").getpixel((0, 0)) == 255
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (8, 8, 3), (1, 8, 9), (8, 9)])

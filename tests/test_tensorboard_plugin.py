@@ -186,6 +186,7 @@ def test_formats_are_those_that_are_written() -> None:
 
 # ------------------------------------------------------------------------------------------------- bad requests
 
+
 @pytest.mark.parametrize(
     ("route", "status"),
     [

@@ -59,7 +59,7 @@ class PageWriter:
         """
         if self._store is None:
             return
-        made = files(report, name=self._name, epochs=(epochs, _planned(trainer)))
+        made = files(report, name=self._name, epochs=(epochs, _planned(trainer, epochs)))
         self._store.write_page(made)
         over = report.status != "recording"
         if over or self._written + max(self._last, len(made[AUDIT])) <= _WHILE_TRAINING * max(epochs, 1) ** 0.5:
@@ -91,7 +91,7 @@ class PageWriter:
                 query_texts=queries.texts,
                 pictures=examples.pictures,
                 query_pictures=queries.pictures,
-                epochs=(epochs, _planned(trainer)),
+                epochs=(epochs, _planned(trainer, epochs)),
             )
         with tolerated(f"writing the page to {self._store.directory}", self._said):
             self._store.write_page(made)  # without one, that of the time of training goes
@@ -154,7 +154,7 @@ class PageWriter:
         return max(room, 0)
 
 
-def _planned(trainer: Trainer) -> int | None:
-    """Return how many epochs there will be, None where nobody knows."""
+def _planned(trainer: Trainer, epochs: int) -> int | None:
+    """Return how many epochs there will be; None where nobody knows, and for a training that was elsewhere."""
     most = trainer.max_epochs
-    return None if most is None or most < 0 else most
+    return None if most is None or most < max(epochs, 0) else most
