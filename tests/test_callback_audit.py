@@ -22,7 +22,6 @@ from models import (
     Classifier,
     Named,
     Numbered,
-    Stream,
     Validated,
     images,
     loader,
@@ -515,11 +514,15 @@ def test_limited_validation_counts_only_what_is_validated(tmp_path: Path) -> Non
 
 
 def test_validation_data_that_cannot_be_queried_are_named(tmp_path: Path) -> None:
-    class Streamed(Validated):
-        pass
+    class OnlyBatches:
+        def __iter__(self) -> Any:
+            return iter(loader(vectors()))
 
-    with pytest.warns(UserWarning, match="validation data are left out.*Stream is a stream"):
-        report, _ = fit(Streamed(), InfluenceAudit(), tmp_path, loader(vectors()), loader(Stream()))
+        def __len__(self) -> int:
+            return 2
+
+    with pytest.warns(UserWarning, match="validation data are left out.*come from a"):
+        report, _ = fit(Validated(), InfluenceAudit(), tmp_path, loader(vectors()), OnlyBatches())
     assert "harm" not in report.columns
 
 
@@ -547,7 +550,7 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
     directory = Path(trainer.log_dir) / "influence"
     assert report.directory == directory
     assert {path.name for path in directory.iterdir()} == {
-        "manifest.json", "scores.parquet", "candidates.csv", "columns.md", "factors", "checkpoints",
+        "manifest.json", "scores.parquet", "candidates.csv", "columns.md", "factors", "checkpoints", "curves",
     }  # fmt: skip
     manifest = json.loads((directory / "manifest.json").read_text())
     assert {
@@ -563,7 +566,7 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
             "mode": "epoch", "every_n_epochs": 1, "every_n_steps": 1, "layers": None, "overhead": None,
             "keep_checkpoints": 10, "keep_bytes": 2**30,
         },
-        "layers": None, "uncovered": "report", "queries": None, "task": None, "verify": True,
+        "layers": None, "uncovered": "report", "queries": None, "task": None, "weights": "last", "verify": True,
     }  # fmt: skip
     assert set(manifest["versions"]) == {"python", "lightning-influence", "lightning", "torch"}
     assert manifest["coverage"]["share"] == 1.0
@@ -578,6 +581,7 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
         "index", "label", "predicted", "suggested", "rank", "candidate", "finite", "times_seen", "suspicion",
         "loss_mean", "loss_variance", "aum", "el2n", "epochs_wrong", "forgetting", "prob_margin", "support",
         "wrong_probability", "neighbour_disagreement", "loss", "grad_norm_squared", "self_influence", "tracin", "harm",
+        "nearest", "nearest_cosine", "near_duplicate",
     }  # fmt: skip
     for name, values in report.columns.items():
         assert loaded.columns[name].dtype == values.dtype, name

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_influence.curvature import BLOCKS, Curvature, FactorExamples, fit
@@ -66,7 +67,11 @@ class Words(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         hidden = (self.words(ids) + self.place).transpose(0, 1)
         hidden = self.norm(self.attention(hidden, hidden, hidden)[0]).transpose(0, 1)
+        if isinstance(self.body, nn.GRU):  # packed, which only autograd understands
+            hidden = pack_padded_sequence(hidden, torch.full((len(ids),), ids.shape[1]), batch_first=True)
         out = self.body(hidden)
+        if isinstance(out, tuple):
+            out = pad_packed_sequence(out[0], batch_first=True)
         result: Tensor = self.head(torch.tanh(out[0] if isinstance(out, tuple) else out)).mean(1)
         return result
 
@@ -402,7 +407,7 @@ class TestSource:
                 ExampleSource(dataset)
         with pytest.raises(DataError, match="Stream is a stream"):
             ExampleSource.from_loader(DataLoader(Stream()))
-        with pytest.raises(DataError, match="training data come from a list; expected a torch `DataLoader`"):
+        with pytest.raises(DataError, match="the data come from a list; expected a torch `DataLoader`"):
             ExampleSource.from_loader([torch.ones(2)])
         with pytest.raises(DataError, match=r"has `batch_size=None`.*Let the DataLoader make the batches"):
             ExampleSource.from_loader(DataLoader(TensorDataset(torch.arange(N)), batch_size=None))

@@ -578,7 +578,7 @@ def _decisions(case: Case) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]
 def test_statistics_of_class_decisions(name: str) -> None:
     case = CASES[name]
     collected: dict[str, list[list[float]]] = {
-        key: [[] for _ in range(N)] for key in ("loss", "margin", "el2n", "wrong")
+        key: [[] for _ in range(N)] for key in ("loss", "margin", "probability", "el2n", "wrong")
     }
     single: dict[str, list[Any]] = {"predicted": [], "label": [], "probabilities": []}
     for n, z, distribution in _decisions(case):
@@ -591,6 +591,7 @@ def test_statistics_of_class_decisions(name: str) -> None:
         label = int(distribution.argmax())
         collected["loss"][n].append(-float((distribution * np.log(p)).sum()))
         collected["margin"][n].append(float(z[label] - max(np.delete(z, label))))
+        collected["probability"][n].append(float(p[label]))
         collected["el2n"][n].append(float(np.sqrt(((p - distribution) ** 2).sum())))
         collected["wrong"][n].append(float(z.argmax() != label))
     statistics = case.call("mean")[0].statistics(N)
@@ -619,6 +620,7 @@ def test_statistics_of_binary_outputs(name: str) -> None:
     expected = {
         "loss": -(t * np.log(p) + (1 - t) * np.log(1 - p)),
         "margin": np.where(t > 0.5, z, -z) if set(np.unique(t)) <= {0, 1} else z * (2 * t - 1),
+        "probability": np.where(t > 0.5, p, 1 - p),
         # The two-class probability vectors (p, 1 - p) and (t, 1 - t).
         "el2n": np.sqrt((p - t) ** 2 + ((1 - p) - (1 - t)) ** 2),
         "wrong": ((z > 0) != (t > 0.5)).astype(float),
@@ -668,6 +670,7 @@ def test_statistics_of_divergences(name: str) -> None:
     expected = {
         "loss": own.sum(-1),
         "margin": log_p.gather(-1, label.unsqueeze(-1)).squeeze(-1) - others,
+        "probability": p.gather(-1, label.unsqueeze(-1)).squeeze(-1),
         "el2n": (p - t).norm(dim=-1),
         "wrong": (z.argmax(-1) != label).double(),
     }

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_influence.curvature import Curvature, FactorExamples, fit
@@ -317,7 +318,7 @@ def test_gaps_of_the_whole_set_come_from_any_batches(kind: str, batch_size: int)
 
 
 class Tokens(nn.Module):
-    """One-hot rows, dense ones of the same parameter, a norm, and a recurrent layer that only autograd understands."""
+    """One-hot rows, dense ones of the same parameter, a norm, and a packed recurrent layer, left to autograd."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -326,7 +327,8 @@ class Tokens(nn.Module):
         self.head.weight = self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        _, last = self.cell(self.norm(self.table(ids)))
+        lengths = torch.full((len(ids),), ids.shape[1])
+        _, last = self.cell(pack_padded_sequence(self.norm(self.table(ids)), lengths, batch_first=True))
         output: Tensor = self.head(last[0])[:, :CLASSES]
         return output
 

@@ -660,7 +660,7 @@ def test_tables_explain_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:
     columns: dict[str, Any] = {name: np.arange(4.0) for name in ("el2n", "self_influence", "harm")}
     columns["suggested"] = np.arange(4)
     ranked, _ = judged({"index": np.arange(4), **columns}, beliefs=LabelBeliefs("told", noise_rate=0.5))
-    told = " ".join(str(AuditReport(ranked)).split("rank")[1].split())
+    told = " ".join(str(AuditReport(ranked)).split())
     shown = candidates_table(ranked, None).markdown().split("\n\n")[2].replace("&#58;", ":").replace("&#95;", "_")
     for name in ("suspicion", "el2n", "self_influence", "harm"):
         assert f"{name}: {COLUMNS[name].legend}" in told

@@ -17,7 +17,7 @@ from lightning_influence.gradients.coverage import listed
 
 # Of the labels that are inspected, the least likely to be wrong is so with this probability.
 _WORTH_A_LOOK = 0.25
-_FIRST_LOOK = 50  # where nothing is known
+FIRST_LOOK = 50  # where nothing is known
 _LISTED = 5
 _FAR, _NORMAL_MEDIAN = 3.5, 0.6745  # deviations; of the distances of a standard normal number
 
@@ -222,7 +222,7 @@ def _worth_a_look(columns: Columns, told: bool) -> tuple[int, float]:
     if (residuals := far_off(columns)) is not None:
         return residuals[0], math.nan
     if not told or "wrong_probability" not in columns:
-        return min(max(int(columns["candidate"].sum()), _FIRST_LOOK), size), math.nan
+        return min(max(int(columns["candidate"].sum()), FIRST_LOOK), size), math.nan
     chances = columns["wrong_probability"]
     most = int((np.nan_to_num(chances) >= _WORTH_A_LOOK).sum())
     return most, float(np.nansum(chances[columns["rank"] <= most]))

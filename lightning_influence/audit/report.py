@@ -19,6 +19,7 @@ from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import PAIRS_NEEDED, Columns, candidate_rows
 from lightning_influence.audit.curves import Curves
 from lightning_influence.audit.glossary import glossary
+from lightning_influence.audit.health import FIRST_LOOK
 from lightning_influence.audit.ranking import ingredients, judged
 from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.audit.review import Review, read_review, write_review
@@ -219,9 +220,9 @@ class AuditReport(ReportViews):
 
         Args:
             path: Of a new file, what people have filled in is not overwritten.
-            most: How many; by default those that ``health()`` says to inspect.
+            most: How many; by default those that ``health()`` says to inspect, the first 50 if that is none.
         """
-        return write_review(self, path, self.health().inspect if most is None else most)
+        return write_review(self, path, (self.health().inspect or FIRST_LOOK) if most is None else most)
 
     def apply_review(self, source: Any) -> Review:
         """Read back what a person has filled in.

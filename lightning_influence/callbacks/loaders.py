@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from lightning_influence.callbacks.lightning import Trainer
 from lightning_influence.core.containers import children, leaves
 from lightning_influence.data.contents import at
@@ -14,9 +17,12 @@ def train_loader(trainer: Trainer) -> Any:
     """Return the training loader of a trainer.
 
     Raises:
-        DataError: If there are several.
+        DataError: If there are several, or batches in the place of one.
     """
     loaders = dict(leaves(trainer.train_dataloader))
+    if any(isinstance(loader, (Tensor, np.ndarray, str, bytes, float, int)) for loader in loaders.values()):
+        kind = type(trainer.train_dataloader).__name__
+        raise DataError(f"training data come from a {kind} of batches; expected a torch `DataLoader`.")
     if len(loaders) > 1:
         names = ", ".join("/".join(map(str, path)) for path in loaders)
         raise DataError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_influence.audit.columns import shown_in
 from lightning_influence.audit.curves import Curves
+from lightning_influence.audit.health import FIRST_LOOK
 from lightning_influence.audit.naming import ExampleNames
 from lightning_influence.audit.ranking import judged, rank
 from lightning_influence.audit.report import AuditReport
@@ -48,8 +49,6 @@ Columns = dict[str, NDArray[Any]]
 
 # Partial tables may take this share of the time at most.
 _PARTIAL_SHARE = 0.05
-# Examples that are described, at least: there are no candidates where the run can't tell, but a ranking to look at.
-_LOOKED_AT = 50
 
 
 class Reporter:
@@ -223,7 +222,7 @@ class Reporter:
     def _with_texts(self, report: AuditReport) -> AuditReport:
         """Return the report with what is said, if anything is, of those whom a person will look at."""
         columns, texts = report.columns, None
-        first = columns["rank"] <= max(report.health().inspect, _LOOKED_AT)
+        first = columns["rank"] <= max(report.health().inspect, FIRST_LOOK)
         rows = np.flatnonzero(first | columns["candidate"])
         rows = rows[np.argsort(columns["rank"][rows])]
         with tolerated("describing the candidates", self._said):
