@@ -127,7 +127,7 @@ def test_cards_say_what_is_known() -> None:
     assert cards["cost"] == ("1.6 min", "scores 1.5 min, factors 4.0 s")
     assert cards["damping stability"][0] == "0.700"
     assert cards["curvature"][0] == "EK-FAC"
-    assert cards["weights audited"] == ("the best checkpoint", "step 1,200")
+    assert cards["weights audited"] == ("step 1,200", "the best checkpoint")
 
 
 def test_pictures_are_found_where_the_document_says() -> None:

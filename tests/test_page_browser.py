@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from page_data import HOSTILE, picture, report_of, write_audit, write_several
 
 from lightning_influence.audit.report import AuditReport
+from lightning_influence.page.document import files
 from lightning_influence.view import ViewServer, export_html
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -300,6 +302,37 @@ def test_histograms_by_column_class_and_epoch(page: Any, server: ViewServer) -> 
     page.locator(".chart rect.marked").nth(1).wait_for()
     page.get_by_label("class").select_option("1")
     page.locator(".chart rect.marked").first.wait_for()
+
+
+def test_while_training_goes_on(page: Any, tmp_path: Path) -> None:
+    report = report_of(60, labelled=False)
+    so_far = {name: report.columns[name] for name in ("index", "rank", "finite", "loss_mean")}
+    so_far["candidate"] = np.zeros(60, dtype=bool)
+    recorded = replace(report, columns=so_far, pairs=None, manifest={**report.manifest, "status": "recording"})
+    directory = tmp_path / "influence"
+    directory.mkdir()
+
+    def write(audit: AuditReport, done: int) -> None:
+        (directory / "audit.json").write_bytes(files(audit, epochs=(done, 5))["audit.json"])
+
+    write(recorded, 2)
+    for server in serving(tmp_path):
+        page.clock.install()
+        show(page, server, "overview", "influence")
+        page.get_by_text("Training goes on: 2 epochs recorded of 5.").wait_for()
+        page.locator(".chart rect.bar").first.wait_for()
+        page.get_by_role("button", name="Queries").click()
+        page.get_by_text("Queries come at the end of training.").wait_for()
+        page.get_by_role("button", name="Triage").click()
+        page.get_by_label("sort", exact=True).select_option("loss_mean")
+        write(recorded, 3)
+        page.clock.fast_forward(11_000)
+        page.get_by_text("recording, 3 of 5 epochs").wait_for()
+        assert page.get_by_label("sort", exact=True).input_value() == "loss_mean"
+        write(report, 5)
+        page.clock.fast_forward(11_000)
+        page.get_by_text("complete, 5 of 5 epochs").wait_for()
+        assert page.get_by_label("show").input_value() == "candidates"
 
 
 # ------------------------------------------------------------------------------------------- ten thousand rows

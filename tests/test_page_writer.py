@@ -195,6 +195,14 @@ def test_pictures_keep_to_their_budget_and_queries_come_first(tmp_path: Path, mo
     assert sum(len(text) for chunk in chunks(report) for text in chunk) < 1_500 * 4 / 3 + 40 * 30
 
 
+def test_of_many_examples_the_first_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_writer, "_PICTURED", 12)
+    report = train(tmp_path, images()).report
+    found = document(report)["pictures"]
+    assert len(found) == 12
+    assert set(report.candidates[:6]) <= {int(index) for index in found}
+
+
 def test_slow_data_cost_no_more_than_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_writer, "_PATIENCE", -1.0)
     assert len(document(train(tmp_path, images()).report)["pictures"]) == 1

@@ -101,7 +101,7 @@ def _weights(manifest: Mapping[str, Any]) -> Card:
     step = manifest.get("step")
     if told or step is not None:
         after = f"step {step:,}" if isinstance(step, int) else ""
-        yield "weights audited", str(told or after), after if told else "of the end of training"
+        yield "weights audited", after or str(told), str(told or "") if after else ""
 
 
 def _detection(manifest: Mapping[str, Any]) -> Card:

@@ -98,7 +98,8 @@ def serve(
         ViewError: If there is no audit, or the port can't be had.
     """
     with ViewServer(directory, port, host) as server:
-        say(f"{len(server.audits.found())} audits of {server.audits.root}\n\n  {server.url}\n\nCtrl-C to stop")
+        count = len(server.audits.found())
+        say(f"{count} audit{'s' if count != 1 else ''} in {server.audits.root}\n\n  {server.url}\n\nCtrl-C to stop")
         if open_browser:
             webbrowser.open(server.url)
         try:

@@ -55,6 +55,8 @@ export class App {
     this.runs = [];
     /** @type {Map<string, Context>} */
     this.contexts = new Map();
+    /** @type {Map<string, Context>} */
+    this.before = new Map();
     /** @type {View | null} */
     this.view = null;
     /** @type {Context | null} */
@@ -155,13 +157,15 @@ export class App {
     const audit = new Audit(id, await this.host.audit(id), this.host);
     const decisions = new Decisions(audit);
     await decisions.load();
+    const before = this.before.get(id);
+    const same = before?.audit.status === audit.status ? before : undefined;
     const context = {
       audit,
       decisions,
       host: this.host,
       runs: this.runs,
-      triage: { asked: firstAsked(audit), index: -1, grid: false },
-      kept: {},
+      triage: same?.triage ?? { asked: firstAsked(audit), index: -1, grid: false },
+      kept: same?.kept ?? {},
       where: this.where,
       go: (/** @type {string} */ view, more = {}) => this.go(view, more),
       say: (/** @type {string} */ text, kind = '') => this.say(text, kind),
@@ -170,6 +174,16 @@ export class App {
     };
     this.contexts.set(id, context);
     return context;
+  }
+
+  /**
+   * Read an audit anew when it is asked for next; filters and the like stay while it is still recorded.
+   * @param {string} id
+   */
+  forget(id) {
+    const context = this.contexts.get(id);
+    this.contexts.delete(id);
+    if (context) this.before.set(id, context);
   }
 
   show() {
@@ -249,7 +263,7 @@ export class App {
       const old = (/** @type {string | undefined} */ id) => JSON.stringify(before.find((run) => run.id === id));
       const changed = runs.filter((run) => JSON.stringify(run) !== old(run.id)).map((run) => run.id);
       const own = this.context?.audit.id;
-      for (const id of changed) this.contexts.delete(id);
+      for (const id of changed) this.forget(id);
       if (!this.context || changed.includes(String(own))) await this.route();
     } catch {
       // The next time may be better; what is shown stays.

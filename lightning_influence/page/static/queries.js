@@ -149,7 +149,7 @@ function side(context, own, list, kind) {
       : ['Opponents', 'training on them makes it worse'];
   const entries = some.map((pair) => {
     const bar = meter(Math.abs(pair[name]) / most, `${name} ${number(pair[name])}`, kind);
-    const relative = pair.relative === undefined || pair.relative === null ? '' : `, relative ${number(pair.relative)}`;
+    const relative = pair.relative === undefined || pair.relative === null ? '' : `\nrelative ${number(pair.relative)}`;
     return entry(context, pair.index, `score ${number(pair.score)}${relative}`, bar);
   });
   return h(
