@@ -23,7 +23,7 @@ FLOOR_INSTALL = $(subst $(PY),$(FLOOR)/bin/python,$(INSTALL))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test test-quick test-floor size lint lint-page bench cost detection queries lds solvers unlearning fairness robustness compatibility package clean
+.PHONY: help demo clean-and-retrain test test-quick test-floor test-browser size lint lint-page bench cost detection queries lds solvers unlearning fairness robustness compatibility package clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -31,6 +31,7 @@ help:
 	@echo 'make test    run the test suite'
 	@echo 'make test-quick   a minute of it: the rooms, the public door, the callback on small nets, how to add things'
 	@echo 'make test-floor   the callback with the oldest releases that pyproject.toml allows, under both names of Lightning'
+	@echo 'make test-browser   the page and TensorBoard in a real browser (Chromium of the system); screenshots/ has what they showed'
 	@echo 'make size    lines of code by room'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make lint-page   eslint, prettier and tsc on the page (needs npm)'
@@ -57,7 +58,7 @@ clean-and-retrain: $(VENV)/.demo
 
 # A process for each core: with a thread each, they do not get into each other's way.
 test: $(VENV)/.dev
-	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal --ignore-glob='*_browser.py' $(PYTEST_ARGS)
 
 # What breaks most when something breaks: rooms and sizes, the door, whole audits, exactness of curvature and passes.
 QUICK := $(addprefix tests/test_,imports.py core.py docs.py influence.py columns.py visitors.py saved.py \
@@ -74,6 +75,11 @@ FLOOR_PYTEST = OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest --numprocesses au
 test-floor: $(FLOOR)/.floor
 	@$(FLOOR_PYTEST) $(FLOOR_TESTS) $(PYTEST_ARGS)
 	@LIGHTNING_PACKAGE=pytorch_lightning $(FLOOR_PYTEST) tests/test_callback_errors.py $(PYTEST_ARGS)
+
+# Chromium is the system's; playwright, which steers it, brings none. Without one, what is skipped is said.
+test-browser: $(VENV)/.browser
+	@mkdir -p screenshots
+	@SCREENSHOTS=screenshots OMP_NUM_THREADS=1 $(PY) -m pytest $(wildcard tests/test_*_browser.py) $(PYTEST_ARGS)
 
 size:
 	@$(firstword $(PYTHON)) tests/size.py
@@ -165,6 +171,10 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 
 node_modules/.installed: package.json
 	@npm install --silent --no-audit --no-fund --no-package-lock
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.dev
+	@$(INSTALL) playwright
 	@touch $@
 
 # dattri asks for pretty_midi, which the methods measured here do not use.

@@ -32,7 +32,7 @@ ROOMS = (
     ("audit",),
     ("influence",),
     ("page",),
-    ("view",),
+    ("view", "tensorboard_plugin"),
     ("loggers",),
     ("callbacks",),
     ("cli",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from lightning_influence.audit.words import cut, visible
-from lightning_influence.core.containers import children, tensors_in
+from lightning_influence.core.containers import children
 from lightning_influence.core.isolation import left_alone
 
 Description = str | Tensor | None
@@ -20,6 +20,7 @@ Description = str | Tensor | None
 
 _TEXT_LENGTH = 500
 _MOST_TOKENS = 256
+_ENTRIES = 64  # of a row
 _LARGEST = 384  # pixels of an image's longer side, about
 _NO_TOKENS = ("mask", "token_type_ids", "position_ids", "labels")
 
@@ -85,10 +86,56 @@ def guessed_images(dataset: Any, indices: Sequence[int]) -> Sequence[Tensor] | N
     return images or None
 
 
+def guessed(example: Any) -> Description:
+    """Return what an example holds that a person can look at: an image, a text, or a row of a table."""
+    image = _image_in(example)
+    if image is not None:
+        return image
+    texts = [text for text in _texts_in(example) if text.strip()]
+    row = _row_in(example)
+    return cut(visible(" | ".join(texts) or row), _TEXT_LENGTH) or None
+
+
+def _texts_in(node: Any) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    for _, item in children(node) or ():
+        yield from _texts_in(item)
+
+
+def _row_in(example: Any) -> str:
+    """Return the numbers of an example that has names for them, else those of its first short vector."""
+    if isinstance(example, Mapping):
+        named = {key: value for key, value in example.items() if isinstance(value, (int, float, np.number, Tensor))}
+        single = {key: float(value) for key, value in named.items() if np.ndim(value) == 0}
+        if len(single) > 1:
+            return ", ".join(f"{key} {value:.4g}" for key, value in list(single.items())[:_ENTRIES])
+    for tensor in _tensors_in(example):
+        if tensor.ndim == 1 and tensor.is_floating_point() and tensor.numel():
+            return ", ".join(f"{value:.4g}" for value in tensor[:_ENTRIES].tolist())
+    return ""
+
+
+def _tensors_in(node: Any) -> Iterator[Tensor]:
+    """Yield the tensors of an example, and what a collate function makes tensors of: arrays, images of Pillow."""
+    if hasattr(node, "getbands"):
+        node = np.asarray(node.convert("RGB") if node.mode in ("P", "CMYK") else node)
+    if isinstance(node, Tensor):
+        yield node
+    elif isinstance(node, np.ndarray):
+        if node.dtype.kind in "biuf":
+            yield torch.from_numpy(node.astype(np.float32 if node.dtype.kind == "f" else np.int64))
+    else:
+        for _, item in children(node) or ():
+            yield from _tensors_in(item)
+
+
 def _image_in(example: Any) -> Tensor | None:
-    """Find the first ``[c, h, w]`` or ``[h, w]`` tensor of an example."""
-    for tensor in tensors_in(example):
+    """Find the first ``[c, h, w]``, ``[h, w, c]`` or ``[h, w]`` tensor of an example."""
+    for tensor in _tensors_in(example):
         image = tensor.unsqueeze(0) if tensor.ndim == 2 else tensor
+        if image.ndim == 3 and image.shape[0] not in (1, 3, 4) and image.shape[2] in (1, 3, 4):
+            image = image.movedim(2, 0)
         if image.ndim == 3 and image.shape[0] in (1, 3, 4) and min(image.shape[1:]) >= 4:
             return image.float().cpu()
     return None

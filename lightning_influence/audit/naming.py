@@ -7,7 +7,7 @@ worth an audit: what fails is said once, and left out.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from lightning_influence.audit.columns import Columns
-from lightning_influence.audit.descriptions import Description, description, guessed_images
+from lightning_influence.audit.descriptions import Description, description, guessed, guessed_images
 from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.core.errors import short
 from lightning_influence.core.isolation import left_alone
@@ -135,6 +135,17 @@ class ExampleNames:
             if any(each is not None for each in found):
                 return ["" if each is None else each for each in found]
         return guessed_images(dataset, indices)
+
+    def each(self, indices: Sequence[int], dataset: Any = None) -> Generator[Description, None, None]:
+        """Yield what a page shows of each example: as described, else what it holds that a person can look at."""
+        dataset = self.dataset if dataset is None else dataset
+        _fetch(dataset, indices)
+        if self._describe is not None:
+            yield from self._described(dataset, list(indices))
+            return
+        with left_alone(dataset):
+            for index in indices:
+                yield guessed(dataset[index])
 
     def try_out(self, indices: Sequence[int]) -> None:
         """Describe examples, so that what fails is said while something can be done about it."""

@@ -137,10 +137,15 @@ class QueryReport:
         self.notes += self.pairs.notes
         return self.pairs.columns
 
+    @property
+    def datasets(self) -> list[Any]:
+        """The data set of each query set."""
+        return [passes.source.dataset for passes, _ in self._sets]
+
     def name(self, names: ExampleNames) -> None:
         """Add ids and original indices to the table of pairs."""
         if self.pairs is not None:
-            added = names.in_pairs(self.pairs.table, [passes.source.dataset for passes, _ in self._sets])
+            added = names.in_pairs(self.pairs.table, self.datasets)
             self.pairs = replace(self.pairs, table=self.pairs.table | added)
 
     def exhibits(self, names: ExampleNames, label_names: Sequence[str] | None) -> Iterator[Exhibit]:
@@ -149,7 +154,7 @@ class QueryReport:
             return
 
         def images(of: int | None, indices: list[int]) -> Sequence[Tensor | str] | None:
-            return names.shown(indices, None if of is None else self._sets[of][0].source.dataset)
+            return names.shown(indices, None if of is None else self.datasets[of])
 
         yield from queries(
             self.pairs.table, images=images, measured=self.pairs.about["per_query"], label_names=label_names

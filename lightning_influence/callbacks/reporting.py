@@ -27,6 +27,7 @@ from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.display import tolerated
 from lightning_influence.callbacks.lightning import Trainer, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.manifest import audit_described, detection_of, put_back
+from lightning_influence.callbacks.page_writer import PageWriter
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.showing import Showing
 from lightning_influence.core.memory import readable
@@ -86,6 +87,7 @@ class Reporter:
         self.weights: dict[str, Any] = {}
         self._said: set[str] = set()  # what has been said to have failed
         self._showing = Showing(self._said)
+        self._page = PageWriter(store, self._showing, self._said)
         self._partial = 0.0, 0.0  # when the last partial table was written, and how long it took
         self._manifest: dict[str, Any] = {
             "status": "recording",
@@ -124,23 +126,36 @@ class Reporter:
         )
 
     def write_partial(
-        self, columns: Callable[[], Columns], status: str, *, error: str | None = None, due: bool = True
+        self,
+        trainer: Trainer,
+        recording: Recording,
+        status: str,
+        *,
+        error: str | None = None,
+        ended_epochs: int | None = None,
     ) -> None:
         """Write what there is so far, so that a killed run leaves a readable audit; training goes on if that fails.
 
         Args:
-            columns: Returns the table.
+            trainer: The trainer.
+            recording: What there is.
             status: Of the audit.
             error: What has ended it.
-            due: Whether it has to be written; else only where that takes a small share of the time.
+            ended_epochs: At the end of an epoch, how many are over; it is written only where that takes a small share
+                of the time.
         """
         start = time.perf_counter()
         written, took = self._partial
-        if self.store is None or not (due or took <= _PARTIAL_SHARE * (start - written)):
+        if self.store is None or not (ended_epochs is None or took <= _PARTIAL_SHARE * (start - written)):
             return
         with tolerated(f"writing the table so far to {self.directory}", self._said):
-            self.store.write_scores(rank(self._named(columns())))
-            self.store.write_manifest(self._manifest | {"status": status, "error": error})
+            columns, manifest = rank(self._named(recording.local_columns())), self._manifest
+            manifest = manifest | {"status": status, "error": error}
+            self.store.write_scores(columns)
+            self.store.write_manifest(manifest)
+            curves = Curves.of(recording.curves.kept, columns["index"])
+            report = AuditReport(columns, manifest, self.directory, curves=curves)
+            self._page.write_partial(trainer, report, trainer.current_epoch if ended_epochs is None else ended_epochs)
         self._partial = time.perf_counter(), time.perf_counter() - start
 
     def _named(self, columns: Columns) -> Columns:
@@ -224,6 +239,8 @@ class Reporter:
         """Write every file, then to every logger, then the summary; what fails is said, and stops nothing else."""
         self._write(report, curvature)
         self._log_report(trainer, report)
+        query_sets = () if self.queries is None else self.queries.datasets
+        self._page.write(trainer, report, self.names, query_sets, trainer.current_epoch)
         # All of it where it is read as it comes; elsewhere it would bury what else a log or a notebook has.
         self.tell(lambda: f"\n{report}" if is_terminal() else brief(report.columns, report.manifest, report.directory))
 

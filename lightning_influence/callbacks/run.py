@@ -152,7 +152,7 @@ class AuditRun:
             visits = recording.visits.values()
             self.reporter.log_tracin(trainer, visits[visits.isfinite()])  # NaN: not measured so far
         self.reporter.log_dynamics(trainer, recording.dynamics.columns())
-        self.reporter.write_partial(recording.local_columns, "recording", due=False)
+        self.reporter.write_partial(trainer, recording, "recording", ended_epochs=trainer.current_epoch + 1)
 
     def score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
         """Add what every example says at the weights of the moment, for the steps since the checkpoint before."""
@@ -208,7 +208,7 @@ class AuditRun:
 
     def finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         """Fit the curvature and score every example, at the weights that are asked for; None if there is nothing."""
-        self.reporter.write_partial(self.recording.local_columns, "recording")
+        self.reporter.write_partial(trainer, self.recording, "recording")
         with bridge.at_epoch(trainer, trainer.current_epoch - 1):
             alone = self.arguments.weights != "last" and (self.passes.any_time or self.flight is not None)
             tracin = self.arguments.tracin if alone else None
@@ -281,7 +281,7 @@ class AuditRun:
         if not trainer.is_global_zero:
             return
         # Local numbers only: other processes may be gone, and a collective would wait for them for ever.
-        self.reporter.write_partial(self.recording.local_columns, "interrupted", error=error)
+        self.reporter.write_partial(trainer, self.recording, "interrupted", error=error)
 
     def _unmissed(self, indices: list[int]) -> list[int]:
         return [k for k in indices if distributed.world_size() > 1 or k not in self.passes.source.missing]

@@ -19,6 +19,7 @@ __all__ = [
     "base_of",
     "eager_name",
     "eagerly",
+    "event_writer",
     "filled_rows",
     "has_hooks",
     "is_compiled",
@@ -46,6 +47,11 @@ visible_attention = types.FunctionType(
 
 packed_rows: Callable[..., tuple[Tensor, Tensor]] = torch._VF._pack_padded_sequence
 filled_rows: Callable[..., tuple[Tensor, Tensor]] = torch._VF._pad_packed_sequence
+
+
+def event_writer(summary_writer: Any) -> Any:
+    """Return what a ``SummaryWriter`` writes its event file with; opened again if it was closed."""
+    return summary_writer._get_file_writer()
 
 
 def leave_mode(mode: object) -> None:

@@ -8,6 +8,7 @@
 | `influence/queries/1/<list>`, … | picture of a query and its pairs | `query_sheets` |
 | `influence/queries`, `influence/queries/texts` | the same pairs; what they say, if texts | `query_sheets` |
 | `influence/summary` | table of the numbers of the audit as a whole | `summary` |
+| `audit/<name>`, `recording/<name>` | what the Influence tab of TensorBoard reads | `page.document` |
 
-`exhibits` has the four kinds of things, `writers` how each logger shows them.
+`exhibits` has the kinds of things, `writers` how each logger shows them.
 """

@@ -121,4 +121,12 @@ class Curve:
         return Picture(self.tag, diagram(*self.points(), title=f"{self.tag}: precision against recall", top=1.0))
 
 
-Exhibit: TypeAlias = Picture | Table | Histogram | Curve
+@dataclass(frozen=True)
+class Page:
+    """What the Influence tab of TensorBoard reads: the document of an audit, and its pictures in chunks."""
+
+    tag: str
+    blobs: Sequence[bytes]
+
+
+Exhibit: TypeAlias = Picture | Table | Histogram | Curve | Page

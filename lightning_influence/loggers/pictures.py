@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ _LINE = 23
 _INK = (32, 33, 36)
 _EDGE = (218, 220, 224)
 _DIAGRAM = 640, 400
+_THUMBNAIL = 96
+_LOSSLESS = 64  # pixels of a side, up to which a picture is kept as it is
 
 _NOT_DRAWN = "(letters that this font has not: see the text)"
 
@@ -125,6 +128,30 @@ def _tile(image: Tensor | str, font: Font) -> Image.Image:
         drawn = drawable(image)
         foreign = drawn.count("?") - image.count("?") > len(image) // 4
         return _page(_NOT_DRAWN if foreign else drawn, font)
+    picture = _stretched(image)
+    if (factor := _TILE // max(picture.size)) > 1:
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    picture.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
+    return picture
+
+
+def thumbnail(image: Tensor) -> bytes:
+    """Return a small picture for a page: PNG, or JPEG of what has more than 64 pixels on a side.
+
+    Args:
+        image: ``[C, H, W]``, stretched as on a sheet.
+    """
+    picture, encoded = _stretched(image), io.BytesIO()
+    picture = picture if len(image) == 3 else picture.convert("L")
+    if max(picture.size) <= _LOSSLESS:
+        picture.save(encoded, "PNG", optimize=True)
+    else:
+        picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
+        picture.save(encoded, "JPEG", quality=85)
+    return encoded.getvalue()
+
+
+def _stretched(image: Tensor) -> Image.Image:
     pixels = image.detach().cpu().double().numpy()
     if len(pixels) != 3:
         pixels = pixels.mean(axis=0, keepdims=True).repeat(3, axis=0)
@@ -132,11 +159,7 @@ def _tile(image: Tensor | str, font: Font) -> Image.Image:
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     clipped = np.clip(np.nan_to_num(pixels, nan=low, posinf=high, neginf=low), low, high)
     scaled = (clipped - low) / (high - low) if high > low else np.full_like(pixels, 0.5)
-    picture = Image.fromarray((scaled * 255).round().astype(np.uint8).transpose(1, 2, 0))
-    if (factor := _TILE // max(picture.size)) > 1:
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    picture.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
-    return picture
+    return Image.fromarray((scaled * 255).round().astype(np.uint8).transpose(1, 2, 0))
 
 
 def _page(text: str, font: Font) -> Image.Image:

@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from lightning_influence.loggers.exhibits import Curve, Exhibit, Histogram, Picture, Table
+from lightning_influence.core.torch_private import event_writer
+from lightning_influence.loggers.exhibits import Curve, Exhibit, Histogram, Page, Picture, Table
 
 Write: TypeAlias = Callable[[Any, Any, int], object]
 """Called with a logger, what it is to show, and the global step."""
@@ -43,6 +44,23 @@ def _file(tag: str, step: int, ending: str) -> str:
     """Return where a file belongs in a folder of files: what is of one step is side by side."""
     room, _, name = tag.partition("/")
     return f"{room}/step_{step}/{name.replace('/', '_')}.{ending}"
+
+
+# ------------------------------------------------------------------------------------------------- TensorBoard
+
+
+def _tensorboard_page(logger: Any, page: Page, step: int) -> None:
+    proto = import_module("tensorboard.compat.proto.summary_pb2")
+    tensor = import_module("tensorboard.compat.proto.tensor_pb2").TensorProto(string_val=page.blobs)
+    tensor.dtype = import_module("tensorboard.compat.proto.types_pb2").DT_STRING
+    tensor.tensor_shape.dim.add().size = len(page.blobs)
+    about = proto.SummaryMetadata(
+        plugin_data=proto.SummaryMetadata.PluginData(plugin_name="influence"),
+        data_class=proto.DATA_CLASS_BLOB_SEQUENCE,  # without it, the series is dropped
+    )
+    summary = proto.Summary(value=[proto.Summary.Value(tag=page.tag, metadata=about, tensor=tensor)])
+    event_writer(logger.experiment).add_summary(summary, step)
+    logger.experiment.flush()  # who looks while training goes on would wait two minutes
 
 
 # ------------------------------------------------------------------------- Weights & Biases, and what copies it
@@ -121,6 +139,7 @@ WRITERS: dict[str, Mapping[type[Exhibit], Write]] = {
         Table: lambda logger, one, step: logger.experiment.add_text(one.tag, one.markdown(), step),
         Histogram: lambda logger, one, step: logger.experiment.add_histogram(one.tag, one.values, step, one.edges),
         Curve: lambda logger, one, step: logger.experiment.add_pr_curve(one.tag, one.wanted, one.scores, step),
+        Page: _tensorboard_page,
     },
     "WandbLogger": {**_as_metrics("wandb"), Curve: _wandb_curve},
     "TrackioLogger": _as_metrics("trackio"),

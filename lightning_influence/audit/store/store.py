@@ -9,6 +9,7 @@ Layout of `<log_dir>/influence/`:
 | `pairs.parquet` | one row per pair of a query and one of its strongest training examples, if there are queries |
 | `candidates.csv` | the suspicious rows, worst first, for people and spreadsheets |
 | `columns.md` | what the columns mean |
+| `audit.json`, `pictures-<chunk>.json` | the same for the page, with pictures of those that are looked at |
 | `curves/epoch-<epoch>.safetensors` | loss, margin and probability of each example in one epoch |
 | `factors/<block>.safetensors` | the curvature factors of one parameter block |
 | `checkpoints/step-<step>.safetensors` | weights and step sizes at one time of training |
@@ -49,7 +50,7 @@ from lightning_influence.audit.store.tensors import (
 SCHEMA_VERSION = 1
 STATUSES = ("recording", "interrupted", "complete")
 
-_PAIRS = "pairs.parquet"
+_PAIRS, _PAGE = "pairs.parquet", "audit.json"
 _MANIFEST, _SCORES, _CANDIDATES, _GLOSSARY = "manifest.json", "scores.parquet", "candidates.csv", "columns.md"
 _CHECKPOINTS, _CURVES = "checkpoints", "curves"
 _VERSION = "lightning_influence.schema_version"
@@ -234,6 +235,25 @@ class AuditStore:
             StoreError: The file cannot be written.
         """
         self._write(_GLOSSARY, text.encode())
+
+    def write_page(self, files: Mapping[str, bytes]) -> None:
+        """Writes `audit.json` and the pictures that it names; if that fails, or there is none, an older one goes.
+
+        Args:
+            files: Name to content.
+
+        Raises:
+            StoreError: A file cannot be written.
+        """
+        done = False
+        try:
+            for name in sorted(files, key=lambda name: name == _PAGE):  # it names the others
+                self._write(name, files[name])
+            done = _PAGE in files
+        finally:
+            if not done:
+                with suppress(OSError):
+                    (self.directory / _PAGE).unlink(missing_ok=True)
 
     def write_factors(
         self, block_name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
