@@ -525,6 +525,7 @@ def test_what_is_saved_once_training_is_over_knows_whose_it_is(tmp_path: Path) -
     trainer = make_trainer(tmp_path, callbacks=[audit], max_epochs=1)
     trainer.fit(model, DataLoader(Stream(shuffled=True), 4))
     trainer.save_checkpoint(tmp_path / "over.ckpt")
+    assert audit.report.manifest["stream"]
     held = torch.load(tmp_path / "over.ckpt", weights_only=True)["callbacks"][audit.state_key]["stream"]
     assert held["ids"] == audit.report.columns["id"].tolist()
 

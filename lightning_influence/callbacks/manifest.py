@@ -13,6 +13,7 @@ from lightning_influence.audit.ranking import ingredients
 from lightning_influence.core import isolation
 from lightning_influence.core.weights import parameters_of
 from lightning_influence.curvature import Curvature
+from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import listed
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection
@@ -53,6 +54,8 @@ def audit_described(
         "verification_error": inspection.largest_error,
         "seconds": result.seconds,
     } | fitted_on(ExaminedModel.of(gradients, inspection, columns["index"].tolist()))
+    if isinstance(gradients.source, StreamSource):
+        about["stream"] = True  # indices say in which order examples came
     if sweep is not None:
         about["damping_sweep"] = {
             "factors": sweep.factors,

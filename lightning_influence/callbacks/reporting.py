@@ -198,8 +198,6 @@ class Reporter:
             beliefs = replace(beliefs, reason=recording.labels.unknown)
         manifest = self._manifest | {"status": "complete", "step": step, "labels": beliefs.described()}
         manifest["audited_weights"] = self.weights
-        if recording.stream is not None:
-            manifest["stream"] = True  # indices say in which order examples came
         manifest |= audit_described(gradients, plan, inspection, result, ranked)
         with tolerated("reading the class names", self._said):
             if (names := bridge.label_names(gradients.source.dataset)) is not None:
