@@ -551,6 +551,7 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
     assert report.directory == directory
     assert {path.name for path in directory.iterdir()} == {
         "manifest.json", "scores.parquet", "candidates.csv", "columns.md", "factors", "checkpoints", "curves",
+        "audit.json",
     }  # fmt: skip
     manifest = json.loads((directory / "manifest.json").read_text())
     assert {
