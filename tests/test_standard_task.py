@@ -287,3 +287,22 @@ def test_the_audit_of_a_run_that_mixes_finds_the_flips(model: type[Images], tmp_
     assert "training mixes the labels of examples" in notes
     assert 'is `task="classification"`, F.cross_entropy(module(batch[0]), batch[1])' in " ".join(notes.split())
     assert ("passes make batches without _collate" in notes) == (model is Mixing)
+
+
+class MixedLater(Mixed):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (
+            super().training_step(batch, batch_idx)
+            if self.current_epoch > 1
+            else F.cross_entropy(self(batch[0]), batch[1])
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_begins_to_mix_has_no_curves_either(tmp_path: Path) -> None:
+    """They are differences of the dynamics' sums: those from before the first mixed batch went on by themselves."""
+    audit = InfluenceAudit(task="classification")
+    _fit(MixedLater(), audit, tmp_path)
+    assert audit.report is not None
+    assert "aum" not in audit.report.columns
+    assert len(audit.report.curves) == 0

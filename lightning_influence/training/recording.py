@@ -79,14 +79,17 @@ class Recording:
 
     def _start(self, size: int) -> None:
         self.size = size
-        self.dynamics = TrainingDynamics(size)
-        self.curves = CurveRecord(self.dynamics)
+        self._start_dynamics()
         self.tracin = TracInScores(size)
         self.visits = VisitSums(size) if self._in_flight else None
         self.labels = LabelRecord(size)
         self._passes: list[int] = []  # steps
         self._seen = ExampleSums(size, "seen")
         self._unfiled: list[BatchRecord] = []
+
+    def _start_dynamics(self) -> None:
+        self.dynamics = TrainingDynamics(self.size)
+        self.curves = CurveRecord(self.dynamics)
 
     def start_again(self, size: int, epoch: int) -> None:
         """Forget what was recorded about other data, which the same indices stood for.
@@ -137,7 +140,8 @@ class Recording:
             with torch.no_grad():
                 call = self.losses.read(batch, loss, calls, forms or {})
                 if self.losses.mixed and not self.gaps.mixed:  # not every such batch can be told from others
-                    self.dynamics, self.gaps.contradicted = TrainingDynamics(self.size), 0
+                    self.gaps.contradicted = 0
+                    self._start_dynamics()
                 if call is not None and not self.gaps.mixed:
                     self.dynamics.record_call(batch, call)
                 else:
