@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_influence.core import snapshot, states
 from lightning_influence.core.containers import leaves, map_tensors, tensors_in
+from lightning_influence.core.errors import is_number
 from lightning_influence.core.isolation import untouched
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.snapshot import StateError
@@ -151,3 +152,14 @@ def test_large_arrays_of_objects_are_no_bytes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(states, "_LARGE_ARRAY", 8)
     with untouched(holder(names=np.array(["a", "b"], dtype=object))):
         pass
+
+
+@pytest.mark.parametrize("value", [1, 0.5, np.int64(3), np.float32(0.1), 10**300])
+def test_numbers(value: Any) -> None:
+    assert is_number(value)
+
+
+@pytest.mark.parametrize("value", [True, "1", None, 1j, torch.inf, float("nan"), np.float32("inf"), 10**400])
+def test_what_is_no_finite_number(value: Any) -> None:
+    """A whole number beyond all floats raised an ``OverflowError`` in place of the message of the argument."""
+    assert not is_number(value)

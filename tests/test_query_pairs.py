@@ -497,6 +497,11 @@ def test_arguments_out_of_range(make: Any, message: str) -> None:
         make()
 
 
+def test_integers_of_numpy_are_integers() -> None:
+    asked = Queries(count=np.int64(3), top=np.uint8(2))  # type: ignore[arg-type]
+    assert (asked.count, type(asked.count), asked.top, type(asked.top)) == (3, int, 2, int)
+
+
 def test_queries_that_are_not_finite_are_not_asked_about(tmp_path: Path) -> None:
     x, y = (t.clone() for t in VALIDATION.tensors)
     x[3] = torch.nan

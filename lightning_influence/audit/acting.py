@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import candidate_rows
 from lightning_influence.audit.relabel import LabelError, Path, Relabelled, as_label, fetched, find_label
-from lightning_influence.core.errors import short
+from lightning_influence.core.errors import is_number, short
 from lightning_influence.core.indices import Indices, distinct
 from lightning_influence.gradients.coverage import listed
 
@@ -71,7 +71,7 @@ class Advice:
 
 def advice(columns: Columns, beliefs: LabelBeliefs, precision: float = PRECISION) -> Advice:
     """Return what one may act on; see ``AuditReport.advice``."""
-    if isinstance(precision, bool) or not isinstance(precision, (int, float, np.floating)) or not 0 < precision <= 1:
+    if not is_number(precision, above=0) or precision > 1:
         raise ValueError(f"precision={short(precision)}; expected a share of right decisions, above 0 and up to 1.")
     nothing = Advice([], 0.0, float(precision), {}, {}, beliefs.reason or "no label is sure enough to be wrong")
     if not beliefs.told:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence.audit.columns import INFLUENCE_ON
-from lightning_influence.core.errors import short
+from lightning_influence.core.errors import check_count, short
 from lightning_influence.curvature import Curvature
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import (
@@ -91,8 +91,7 @@ class Queries:
         if self.which != "worst" and not isinstance(self.which, DataLoader):
             raise ValueError(f'queries: which={short(self.which)}; expected "worst" or a DataLoader.')
         for name, value in (("count", self.count), ("top", self.top)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"queries: {name}={short(value)}; expected an integer >= 1.")
+            object.__setattr__(self, name, check_count(f"queries: {name}", value))
         as_measurement(self.measurement)
         if self.normalise not in get_args(Lists):
             expected = ", ".join(map(repr, get_args(Lists)))

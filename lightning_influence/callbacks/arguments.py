@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -14,7 +13,7 @@ from lightning_influence.audit.naming import Ids, check_naming
 from lightning_influence.audit.queries import Queries
 from lightning_influence.callbacks.chosen_weights import Weights
 from lightning_influence.callbacks.query_report import described
-from lightning_influence.core.errors import short
+from lightning_influence.core.errors import is_number, short
 from lightning_influence.core.indices import Indices, integers
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.data.ids import SampleId, check_sample_id
@@ -129,8 +128,7 @@ def _check_damping(damping: Any) -> None:
     """Raise ``ValueError`` unless the damping is a finite number > 0 or a rule."""
     if isinstance(damping, str) and damping in ("auto", "relative", "trainer"):
         return
-    is_number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
-    if not is_number or not math.isfinite(damping) or damping <= 0:
+    if not is_number(damping, above=0):
         raise ValueError(
             f'damping={short(damping)}; expected a number > 0, "relative" (0.1 times the mean eigenvalue), "trainer" '
             '(1 / sum of step sizes) or "auto".'

@@ -7,7 +7,7 @@ import operator
 import os
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -76,4 +76,6 @@ def check_path(name: str, value: object) -> None:
 def is_number(value: Any, *, above: float = -math.inf) -> bool:
     """Tell whether something is one finite real number, and larger than ``above``."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and bool(value > above)
+    with suppress(OverflowError):  # of a whole number beyond all floats
+        return number and math.isfinite(value) and bool(value > above)
+    return False

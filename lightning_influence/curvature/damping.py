@@ -15,12 +15,11 @@ does not come on top of the relative one, which is a heuristic of its own: there
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_influence.core.errors import short
+from lightning_influence.core.errors import is_number, short
 from lightning_influence.gradients.coverage import listed
 from lightning_influence.layers.blocks import ParameterBlock
 from lightning_influence.training.step_sizes import OptimizerHistory
@@ -69,8 +68,8 @@ def choose_damping(
     Raises:
         ValueError: If ``damping`` is none of these.
     """
-    number = isinstance(damping, (int, float)) and not isinstance(damping, bool) and 0 <= damping <= sys.float_info.max
-    if not number and not (isinstance(damping, str) and damping in ("auto", "relative", "trainer")):
+    known = damping in ("auto", "relative", "trainer") if isinstance(damping, str) else is_number(damping)
+    if not known or (not isinstance(damping, str) and damping < 0):
         raise ValueError(f'damping={short(damping)}; expected a number >= 0, "relative", "trainer" or "auto".')
     if not isinstance(damping, str):
         return DampingChoice(absolute=float(damping), rule="absolute", source="given")

@@ -7,7 +7,6 @@ and then solves as often as needed. Nobody outside this package branches on the 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed
+from lightning_influence.core.errors import is_number
 from lightning_influence.core.precision import wide, wide_dtype
 from lightning_influence.curvature.solve.spectrum import rounding
 from lightning_influence.layers import per_sample
@@ -209,8 +209,7 @@ class CurvatureBlock(ABC):
         smallest, largest = float(self.eigenvalues.min()), float(self.eigenvalues.max())
         # Eigenvalues that should be 0 come out as rounding noise of the largest.
         noise = rounding(max(self.shape[1:]), largest, self.eigenvalues.dtype)
-        valid = isinstance(damping, (int, float)) and not isinstance(damping, bool) and math.isfinite(damping)
-        if not valid or damping < 0 or (damping == 0 and smallest <= noise):
+        if not is_number(damping) or damping < 0 or (damping == 0 and smallest <= noise):
             raise ValueError(
                 f"damping {damping!r} leaves the curvature singular (its smallest eigenvalue is {smallest:.3g}); pass "
                 'a damping > 0, or `damping="relative"`.'
