@@ -14,8 +14,10 @@ from torch import Tensor
 from which_lightning import ModelCheckpoint
 
 from lightning_influence import InfluenceAudit, TracIn
+from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.training import evidence
 from lightning_influence.training.evidence import EvidenceRecord, LabelEvidence, ridge_leave_one_out
+from lightning_influence.training.label_record import LabelRecord
 from lightning_influence.training.neighbours import nearest_labels, votes
 
 N = 40
@@ -232,6 +234,16 @@ def test_unknown_labels_and_features_that_are_not_finite() -> None:
     for shares in (found.first, found.early, found.late):
         assert not shares[unknown].any()
     close(found.early[kept], both((features[kept], labels[kept])))
+
+
+def test_of_a_past_run_only_labels_that_are_known_are_predicted_rightly() -> None:
+    """Else a run that had every known label by heart still seemed to learn."""
+    x, y = clusters()
+    y[::2] = -1
+    record = LabelRecord(N)
+    record.heard_of = True
+    record.add(ExampleScores(torch.arange(N), {"label": y, "predicted": y.clamp(min=0)}, x), trained=True, right=None)
+    assert record._right == (N / 2, N / 2)
 
 
 @pytest.mark.parametrize("known", [0, 1, 2])

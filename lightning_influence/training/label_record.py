@@ -40,8 +40,8 @@ class LabelRecord:
             return
         nearest, trained = nearest_labels(features, labels), trained or self.heard_of
         if self.heard_of and "predicted" in scores.columns:  # what the batches would have told
-            found = float((scores.columns["predicted"] == labels).sum())
-            right = self._right = self._right[0] + found, self._right[1] + len(labels)
+            found = scores.columns["predicted"][labels >= 0] == labels[labels >= 0]
+            right = self._right = self._right[0] + float(found.sum()), self._right[1] + len(found)
         if trained:
             self.neighbours.add(scores.indices, nearest, labels)
         self.evidence.add(scores.indices, features, labels, nearest, trained=trained, right=right)
