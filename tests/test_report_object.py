@@ -177,7 +177,7 @@ class TestHealth:
         assert "cannot tell: no estimate was made" in str(old.health())
         assert old.health().overlaps == {(0, 1): 10.0}
         bare = AuditReport(rank({"index": np.arange(3), "loss": np.array([np.nan, 1.0, 2.0])}))
-        assert "cannot tell: the loss has no classes" in str(bare.health())
+        assert "cannot tell: an example has no single class" in str(bare.health())
         assert (bare.health().inspect, bare.health().classes) == (3, {})
         assert len(audited.health().classes) == len(set(audited.columns["label"]))
 

@@ -45,6 +45,14 @@ def test_the_surplus_is_found() -> None:
     assert rate == pytest.approx(0.165, abs=0.05)
 
 
+def agreed_with(suspicion: Any) -> tuple[dict[str, Any], LabelEvidence]:
+    """A run that sees no mistake in two classes, and how it ranks the examples."""
+    labels = np.arange(len(suspicion)) % 2
+    agreed = torch.nn.functional.one_hot(torch.from_numpy(labels), 2).double() * 0.8 + 0.1
+    columns = {"index": np.arange(len(labels)), "label": labels, "support": -suspicion}
+    return columns, LabelEvidence(4 * agreed, agreed, agreed, 2 * agreed)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_where_all_are_right_nothing_is_found(seed: int) -> None:
     suspicion, _, trusted = sample(4000, 0.0, seed)
@@ -62,10 +70,7 @@ def test_units_and_order_do_not_matter() -> None:
 def test_mistakes_that_the_run_shares() -> None:
     """The belief sees none of them: only beside trusted labels there are candidates, and none of those is one."""
     suspicion, wrong, trusted = sample(4000, 0.15)
-    labels = np.arange(4000) % 2
-    agreed = torch.nn.functional.one_hot(torch.from_numpy(labels), 2).double() * 0.8 + 0.1
-    evidence = LabelEvidence(4 * agreed, agreed, agreed, 2 * agreed)
-    columns: dict[str, Any] = {"index": np.arange(4000), "label": labels, "support": -suspicion}
+    columns, evidence = agreed_with(suspicion)
     alone, beliefs = judged(columns, evidence)
     assert (beliefs.verdict, int(alone["candidate"].sum())) == ("told", 0)
     beside, beliefs = judged(columns, evidence, trusted=np.flatnonzero(trusted))
@@ -107,10 +112,7 @@ def test_bad_ones(tmp_path: Path) -> None:
 def test_trusted_labels_take_no_place_of_others() -> None:
     """The rate is a share of all labels: of the others alone it was too few the more were trusted."""
     suspicion, wrong, _ = sample(4000, 0.15)
-    labels = np.arange(4000) % 2
-    agreed = torch.nn.functional.one_hot(torch.from_numpy(labels), 2).double() * 0.8 + 0.1
-    evidence = LabelEvidence(4 * agreed, agreed, agreed, 2 * agreed)
-    columns: dict[str, Any] = {"index": np.arange(4000), "label": labels, "support": -suspicion}
+    columns, evidence = agreed_with(suspicion)
     counts = []
     for share in (0.2, 0.8):
         right = np.flatnonzero(~wrong)

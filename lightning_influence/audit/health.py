@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.columns import Columns
+from lightning_influence.audit.ranking import NO_CLASSES
 from lightning_influence.audit.words import label_text
 from lightning_influence.gradients.coverage import listed
 
@@ -212,7 +213,7 @@ def _tuples(pairs: NDArray[Any]) -> tuple[tuple[int, int], ...]:
 
 def _unknown(columns: Columns) -> str:
     if "label" not in columns:
-        return "the loss has no classes that the audit knows, so that no label can be contradicted"
+        return NO_CLASSES
     return "no estimate was made (the run was interrupted, or an older version audited it)"
 
 

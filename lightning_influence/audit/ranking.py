@@ -21,7 +21,7 @@ from lightning_influence.audit.columns import COLUMNS, Columns
 from lightning_influence.audit.trusted import wrong_beside_trusted
 from lightning_influence.training.evidence import LabelEvidence
 
-_NO_CLASSES = "an example has no single class (but a number, tokens or several labels): it may fit badly and be right"
+NO_CLASSES = "an example has no single class (but a number, tokens or several labels): it may fit badly and be right"
 _NO_EVIDENCE = "no features of the first epochs were looked at"
 
 # Beside trusted labels some of the others must be wrong with this probability, or nothing is said of them.
@@ -70,7 +70,7 @@ def judged(
         result |= found
     elif beliefs is not None and not beliefs.told and "wrong_probability" in result:  # of those who could tell
         result["wrong_probability"] = np.minimum(result["wrong_probability"], DOUBT)
-    beliefs = beliefs or LabelBeliefs(reason=_NO_CLASSES if "label" not in result else _NO_EVIDENCE)
+    beliefs = beliefs or LabelBeliefs(reason=NO_CLASSES if "label" not in result else _NO_EVIDENCE)
     eligible = finite & (result["suggested"] >= 0 if "suggested" in result else False)
     if trusted is not None and len(trusted):
         right = np.isin(result["index"], trusted)

@@ -47,14 +47,18 @@ def map_tensors(function: Callable[[Tensor], Tensor], node: Any) -> Any:
     items = children(node)
     if items is None:
         return node
-    mapped = {key: map_tensors(function, item) for key, item in items}
+    return rebuilt(node, {key: map_tensors(function, item) for key, item in items})
+
+
+def rebuilt(node: Any, items: dict[Any, Any]) -> Any:
+    """Return a mapping, list or tuple of the same kind, with other items; see ``children``."""
     if isinstance(node, Mapping):
         if type(node) is dict or not isinstance(node, MutableMapping):
-            return mapped
+            return items
         result = copy.copy(node)  # a `BatchEncoding` is asked by attributes, too
-        result.update(mapped)
+        result.update(items)
         return result
-    return type(node)(*mapped.values()) if hasattr(node, "_fields") else type(node)(list(mapped.values()))
+    return type(node)(*items.values()) if hasattr(node, "_fields") else type(node)(list(items.values()))
 
 
 def mover(module: nn.Module) -> Callable[[Any], Any]:

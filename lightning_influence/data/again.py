@@ -55,8 +55,9 @@ class Again:
     @property
     def batch_size(self) -> int:
         """Number of examples in a batch, as far as the loader tells."""
-        told = self.loader, getattr(self.loader, "batch_sampler", None)
-        sizes = [getattr(each, "batch_size", None) for each in told]
+        sizes = [
+            getattr(each, "batch_size", None) for each in (self.loader, getattr(self.loader, "batch_sampler", None))
+        ]
         return next((size for size in sizes if isinstance(size, int) and size > 0), 32)
 
     def __iter__(self) -> Iterator[Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_influence.core.containers import children
+from lightning_influence.core.containers import children, rebuilt
 
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), np.generic)
 _DEEPEST = 8
@@ -101,15 +101,8 @@ def _parts_of(node: Any) -> dict[Any, Any] | None:
 
 
 def _rebuilt(node: Any, parts: dict[Any, Any]) -> Any:
-    if isinstance(node, (list, tuple)):
-        values = list(parts.values())
-        return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
-    if isinstance(node, Mapping):
-        if type(node) is dict or not isinstance(node, MutableMapping):
-            return parts
-        result = copy.copy(node)  # a `BatchEncoding` is asked by attributes, too
-        result.update(parts)
-        return result
+    if children(node) is not None:
+        return rebuilt(node, parts)
     result = copy.copy(node)
     for name, value in parts.items():
         object.__setattr__(result, name, value)  # of frozen dataclasses, too

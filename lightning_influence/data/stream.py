@@ -204,7 +204,8 @@ class StreamSource(ExampleSource):
         rows = self._stream.rows
         if all(index in rows for index in indices):
             for part in _parts(list(indices), size):
-                yield from _made([(index, rows[index]) for index in part])
+                for chosen, _, batch in _split([(index, rows[index]) for index in part]):
+                    yield chosen, batch
             return
         try:
             yield from self._met_again(indices, size)
@@ -340,8 +341,3 @@ def _rows_of(batch: Any, numbers: Sequence[int], places: list[int]) -> list[tupl
         picked = joined(rows)
         rows = [Row(picked, k, len(rows)) for k in range(len(rows))]
     return [(numbers[place], row) for place, row in zip(places, rows, strict=True)]
-
-
-def _made(waiting: list[tuple[int, Row]]) -> Iterator[tuple[list[int], Any]]:
-    for chosen, _, batch in _split(waiting):
-        yield chosen, batch

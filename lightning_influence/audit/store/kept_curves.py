@@ -55,7 +55,7 @@ class KeptCurves:
         return found
 
     def _curve_files(self) -> dict[int, Path]:
-        files = {file.stem.removeprefix("epoch-"): file for file in (self.directory).glob(f"epoch-*{SUFFIX}")}
+        files = {file.stem.removeprefix("epoch-"): file for file in self.directory.glob(f"epoch-*{SUFFIX}")}
         return {int(number): file for number, file in sorted(files.items()) if number.isdecimal()}
 
 
