@@ -79,17 +79,13 @@ class Recording:
 
     def _start(self, size: int) -> None:
         self.size = size
-        self._start_dynamics()
+        self.dynamics, self.curves = _no_dynamics(size)
         self.tracin = TracInScores(size)
         self.visits = VisitSums(size) if self._in_flight else None
         self.labels = LabelRecord(size)
         self._passes: list[int] = []  # steps
         self._seen = ExampleSums(size, "seen")
         self._unfiled: list[BatchRecord] = []
-
-    def _start_dynamics(self) -> None:
-        self.dynamics = TrainingDynamics(self.size)
-        self.curves = CurveRecord(self.dynamics)
 
     def start_again(self, size: int, epoch: int) -> None:
         """Forget what was recorded about other data, which the same indices stood for.
@@ -140,8 +136,7 @@ class Recording:
             with torch.no_grad():
                 call = self.losses.read(batch, loss, calls, forms or {})
                 if self.losses.mixed and not self.gaps.mixed:  # not every such batch can be told from others
-                    self.gaps.contradicted = 0
-                    self._start_dynamics()
+                    (self.dynamics, self.curves), self.gaps.contradicted = _no_dynamics(self.size), 0
                 if call is not None and not self.gaps.mixed:
                     self.dynamics.record_call(batch, call)
                 else:
@@ -295,6 +290,11 @@ class Recording:
             # Kept checkpoints still have to stand for them.
             waiting = Checkpoint(0, {}, step_sizes=self.step_sizes.take(), steps=steps)
             self.carried = waiting if self.carried is None else waiting.standing_for(self.carried)
+
+
+def _no_dynamics(size: int) -> tuple[TrainingDynamics, CurveRecord]:
+    dynamics = TrainingDynamics(size)
+    return dynamics, CurveRecord(dynamics)
 
 
 def _room_for(batch: BatchRecord, size: int, parts: Callable[[], dict[str, Any]]) -> int:
