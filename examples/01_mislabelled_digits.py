@@ -49,7 +49,8 @@ def main() -> None:
     print(f"AUROC of the ranking {auroc['suspicion']:.4f}; best single column {best} {auroc[best]:.4f}.")
     print(f"Training and audit took {time.perf_counter() - start:.0f} s.")
     print(f"\nThe audit:   {report.directory}")
-    print(f"Look at it:  tensorboard --logdir {arguments.logs}")
+    print(f"Look at it:  tensorboard --logdir {arguments.logs} (tab Influence)")
+    print(f"or:          lightning-influence view {arguments.logs}")
 
 
 if __name__ == "__main__":
