@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,8 @@ from lightning_influence import AuditReport, InfluenceAudit
 N, FEATURES, CLASSES, BATCH, EPOCHS = 96, 6, 3, 16, 2
 # Rows that a subset leaves out are at the end, so that its examples are those of the others.
 SPARE = 8
+PATIENCE = 20.0
+"""Seconds."""
 
 
 def rows(n: int) -> tuple[Tensor, Tensor]:
@@ -133,9 +136,7 @@ def logger_of(pl: Any, kind: str, directory: Path) -> tuple[Any, Callable[[], bo
         if not find_spec("wandb"):
             return None, bool
         os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(directory)}
-        return loggers.WandbLogger(
-            save_dir=directory, offline=True
-        ), lambda: b"influence" in everything(directory, "*.wandb")
+        return loggers.WandbLogger(save_dir=directory, offline=True), lambda: written(directory, "*.wandb")
     if not find_spec("mlflow"):
         return None, bool
     mlflow = loggers.MLFlowLogger(tracking_uri=(directory / "mlruns").as_uri())
@@ -145,6 +146,20 @@ def logger_of(pl: Any, kind: str, directory: Path) -> tuple[Any, Callable[[], bo
 def everything(directory: Path, pattern: str) -> bytes:
     """Return what all files of a name hold."""
     return b"".join(path.read_bytes() for path in directory.rglob(pattern) if path.is_file())
+
+
+def written(directory: Path, pattern: str) -> bool:
+    """Tell whether files of a name hold something of the audit, some seconds from now at the latest.
+
+    W&B's service goes on writing after ``finish`` has returned: of 20 offline runs of nothing but a number and a
+    picture, without Lightning and without us, 2 had an incomplete file then, and a whole one half a second later.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while b"influence" not in everything(directory, pattern):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def run(pl: Any, data: str, optimization: str, logger: str, audited: bool) -> dict[str, Any]:

@@ -136,6 +136,15 @@ def test_nothing_known_is_nothing_believed() -> None:
         assert np.isnan(columns["wrong_probability"]).all()
 
 
+def test_one_class_only_tells_nothing_of_its_labels() -> None:
+    """As of a loss of margins, whose labels are all the same: "no label is wrong" would be said of what has none."""
+    labels, shares = np.ones(40, dtype=np.int64), torch.tensor([[0.1, 0.9]]).repeat(40, 1)
+    beliefs, columns = believe(labels, LabelEvidence(shares, shares, shares, shares), np.arange(40))
+    assert (beliefs.verdict, beliefs.reason) == ("cannot tell", "all given labels are the same")
+    assert np.isnan(beliefs.noise_rate)
+    assert np.isnan(columns["wrong_probability"]).all()
+
+
 # ----------------------------------------------------------------------------------------------- Gaussians
 
 

@@ -992,6 +992,22 @@ def test_what_is_not_understood_is_exact_on_request(tmp_path: Path) -> None:
     close(report.columns["self_influence"], sum((g**2).flatten(1).sum(1) for g in gradients.values()))
 
 
+@pytest.mark.parametrize("dim", [1, 2], ids=["steps", "features"])
+def test_what_a_model_selects_before_it_packs_is_no_order_of_the_batch(dim: int, tmp_path: Path) -> None:
+    """Taken for one, four features were the order of two rows: an index out of bounds, in the name of the data."""
+
+    class Selecting(Sequences):
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = self.embedding(x).index_select(dim, torch.tensor([2, 0, 3, 1]))
+            lengths = torch.full((len(x),), 4)
+            _, (states, _) = self.lstm(nn.utils.rnn.pack_padded_sequence(chosen, lengths, batch_first=True))
+            return self.net(states[0])
+
+    with pytest.warns(UserWarning, match="Not covered: lstm.weight_ih_l0"):
+        report, _ = fit(Selecting(), InfluenceAudit(curvature="identity"), tmp_path, loader(sequences()))
+    assert "used by lstm" in report.manifest["coverage"]["uncovered"]["lstm.weight_ih_l0"]
+
+
 @pytest.mark.parametrize("layers", ["net.3", ["net.3"], [nn.LayerNorm, "net.3.*"], "*.3"], ids=str)
 def test_layers_by_name_and_type(layers: Any, tmp_path: Path) -> None:
     class Normed(Classifier):

@@ -200,6 +200,23 @@ def test_a_known_loss_beside_it_is_a_term_of_its_own() -> None:
     assert [term.key.kind for term in loss.terms] == ["HandWrittenCrossEntropy", "SquaredError"]
 
 
+@pytest.mark.parametrize("main_first", [True, False])
+def test_labels_are_those_of_the_loss_that_comes_first(main_first: bool) -> None:
+    """An auxiliary loss that is written by hand would else have its labels filed as the given ones."""
+
+    def task(module: Any, batch: Any) -> Tensor:
+        z, others = module(batch[0]).split([C, 3], 1)
+        parts = [lambda: F.cross_entropy(z, batch[1]), lambda: -_picked(others.log_softmax(1), batch[1] % 3).mean()]
+        first, second = parts if main_first else parts[::-1]
+        return first() + 0.3 * second()
+
+    loss = understand(*run_tapped(task, _net(C + 3), [_x(N, 3), LABELS]), N)
+    assert loss.tapped
+    assert len(loss.terms) == 2
+    assert loss.primary is not None
+    assert loss.primary.statistics(N)["label"].equal(LABELS if main_first else LABELS % 3)
+
+
 SILENT: dict[str, _Loss] = {
     "a penalty on the entropy": lambda z, y: (
         -_picked(z.log_softmax(1), y).mean() + 0.1 * (z.softmax(1) * z.log_softmax(1)).sum(1).mean()

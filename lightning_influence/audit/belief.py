@@ -134,6 +134,8 @@ def believe(
     if not known.any() or early.shape[1] < 2:
         return LabelBeliefs(reason="nothing was recorded that tells labels apart"), columns
     given = labels[known]
+    if (given == given[0]).all():
+        return LabelBeliefs(reason="all given labels are the same"), columns
     early, late, first, trained = early[known], late[known], first[known], trained[known]
     n = len(given)
     joint = _confident_joint(early, given)

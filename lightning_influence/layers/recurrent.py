@@ -77,15 +77,20 @@ class Recurrent:
     """
 
     def __init__(self) -> None:
-        self._orders: dict[int, tuple[Tensor, Tensor]] = {}  # what was put in order, kept alive, and the order
+        # What was put in order, kept alive, along which dimension, and the order.
+        self._orders: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._packed: dict[int, tuple[Tensor, Tensor]] = {}  # sizes of steps, kept alive, and the order
 
     def note(self, function: Callable[..., Any], args: Sequence[Any], output: Any) -> None:
         """Look at a finished call: sorting and packing are what matters."""
         if function == Tensor.index_select and len(args) == 3:
-            self._orders[id(output)] = output, args[2]
+            self._orders[id(output)] = output, args[1] % output.ndim, args[2]
         elif function == packed_rows and id(args[0]) in self._orders:
-            self._packed[id(output[1])] = output[1], self._orders[id(args[0])][1]
+            rows, dim, order = self._orders[id(args[0])]
+            batch = 0 if args[2] else 1
+            # Users select, too: features, steps, some of the rows, or one more than once.
+            if dim == batch and order.sort().values.equal(torch.arange(rows.shape[batch], device=order.device)):
+                self._packed[id(output[1])] = output[1], order
 
     def in_steps(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], watched: Watched

@@ -57,12 +57,14 @@ class Decision(NamedTuple):
         dim: Of the classes; None for yes-or-no decisions.
         version: Of the logits at the time.
         place: Where, see ``scale.calling_place``.
+        after: How many known losses were computed before.
     """
 
     logits: Tensor
     dim: int | None
     version: int
     place: Place
+    after: int = 0
 
 
 class HandWritten(NamedTuple):
@@ -72,11 +74,13 @@ class HandWritten(NamedTuple):
         call: The call of torch's own loss that it is, with ``reduction="none"``.
         weight: Of every element in the loss.
         logits: What a softmax or a sigmoid was taken of.
+        after: How many known losses were computed before.
     """
 
     call: LossCall
     weight: Tensor
     logits: Tensor
+    after: int
 
 
 class HandWrittenCrossEntropy(CrossEntropy):
@@ -138,7 +142,7 @@ def handwritten(
         read = _yes_or_no(each, gradient, total) if each.dim is None else _choice(each, gradient, total, sure)
         # A softmax of log-probabilities tells once more what that of the logits has told.
         if read is not None and not any(_same(read[0], other.call) for other in found):
-            found.append(HandWritten(*read, each.logits))
+            found.append(HandWritten(*read, each.logits, each.after))
     return found
 
 

@@ -30,7 +30,7 @@ class Heard(list[LossCall]):
         """Note a call of one of ``DECIDING``."""
         found = decision(func, args, kwargs)
         if found is not None:
-            self.decisions.append(Decision(*found, version(found[0]), calling_place()))
+            self.decisions.append(Decision(*found, version(found[0]), calling_place(), len(self)))
             del self.decisions[:-MOST]
 
 

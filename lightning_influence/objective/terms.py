@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -255,10 +256,13 @@ def understand(
             "the loss does not depend on any layer with trainable parameters that is understood: nothing to attribute. "
             "Was it computed under `torch.no_grad()` or from detached tensors?"
         )
-    seen = _seen(loss, calls, n, scale, forms or {})
+    numbered = _seen(loss, calls, n, scale, forms or {})
+    seen = tuple(numbered.values())
     terms, remainder = _told(loss, seen, n)
     if remainder or not terms:
-        seen = (*_by_hand(loss, calls, [term.call for term in seen], n, scale, forms or {}), *seen)
+        by_hand = _by_hand(loss, calls, [term.call for term in seen], n, scale, forms or {})
+        # In the order of the step: labels are read from the first.
+        seen = tuple(term for _, term in sorted([*by_hand, *numbered.items()], key=itemgetter(0)))
         terms, remainder = _told(loss, seen, n)
     with torch.no_grad():
         if terms and not remainder:
@@ -286,8 +290,8 @@ def _by_hand(
     n: int,
     scale: LossScale | None,
     forms: Mapping[TermKey, TermForm],
-) -> tuple[LossTerm, ...]:
-    """Return what is written by hand, as terms; with forms only where the trace has found it."""
+) -> list[tuple[int, LossTerm]]:
+    """Return what is written by hand, as terms after so many calls; with forms only where the trace has found it."""
     decisions = calls.decisions if isinstance(calls, Heard) else []
     places = {key.place for key in forms if key.kind in HAND_WRITTEN}
     if forms:
@@ -303,8 +307,8 @@ def _by_hand(
         else:
             (at_reduction,) = torch.autograd.grad(loss, reduction[:1], retain_graph=True)
             factor = at_reduction.abs() / reduction[1]
-        terms.append(LossTerm(call, written.weight, key, reference, form, float(factor)))
-    return tuple(terms)
+        terms.append((written.after, LossTerm(call, written.weight, key, reference, form, float(factor))))
+    return terms
 
 
 def _seen(
@@ -313,33 +317,33 @@ def _seen(
     n: int,
     scale: LossScale | None,
     forms: Mapping[TermKey, TermForm],
-) -> tuple[LossTerm, ...]:
-    """Return the calls that the loss is made of, as terms."""
+) -> dict[int, LossTerm]:
+    """Return the calls that the loss is made of, as terms, by their places among all calls."""
     if not calls:
-        return ()
+        return {}
     reductions = [_reduction_of(loss, call.output.grad_fn) if call.reduction == "none" else None for call in calls]
     wanted: list[Any] = [call.output for call in calls]
     wanted += [reduction[0] for reduction in reductions if reduction is not None]
     found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
     at_reductions = iter(found[len(calls) :])
-    used: list[tuple[LossCall, Tensor, Tensor | None]] = []
-    for call, coefficient, reduction in zip(calls, found, reductions, strict=False):
+    used: list[tuple[int, LossCall, Tensor, Tensor | None]] = []
+    for number, (call, coefficient, reduction) in enumerate(zip(calls, found, reductions, strict=False)):
         factor = coefficient if call.reduction == "sum" else None
         if reduction is not None:
             at_reduction = next(at_reductions)
             factor = None if at_reduction is None else at_reduction / reduction[1]
         if coefficient is not None:
-            used.append((call, coefficient, factor))
-    terms: list[LossTerm] = []
-    placed = placed_calls([call for call, _, _ in used], forms)
-    for (key, call, form), (_, coefficient, factor) in zip(placed, used, strict=True):
+            used.append((number, call, coefficient, factor))
+    terms: dict[int, LossTerm] = {}
+    placed = placed_calls([call for _, call, _, _ in used], forms)
+    for (key, call, form), (number, _, coefficient, factor) in zip(placed, used, strict=True):
         if call.reduction == "none" and call.rows_match(n):
             call = call.counting(coefficient != 0)
         if form is not None and form.elementwise:
             factor = _divided(coefficient, n)
         reference = scale[key] if scale is not None and call.rows_match(n) else None
-        terms.append(LossTerm(call, coefficient, key, reference, form, None if factor is None else float(factor)))
-    return tuple(terms)
+        terms[number] = LossTerm(call, coefficient, key, reference, form, None if factor is None else float(factor))
+    return terms
 
 
 def _divided(coefficient: Tensor, n: int) -> Tensor:
