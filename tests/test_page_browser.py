@@ -177,6 +177,7 @@ def test_one_can_decide_where_all_is_told(page: Any, server: ViewServer, audits:
     page.keyboard.press("Escape")
     page.get_by_text("2 of 9 candidates decided").wait_for()
     saved(page)
+    page.wait_for_timeout(600)  # what was said is of the first; the second is on its way
     review = report.apply_review("review.csv")
     assert (review.confirmed, review.dropped) == ((first,), (second,))
 
