@@ -128,6 +128,9 @@ def test_cards_say_what_is_known() -> None:
     assert cards["damping stability"][0] == "0.700"
     assert cards["curvature"][0] == "EK-FAC"
     assert cards["weights audited"] == ("step 1,200", "the best checkpoint")
+    manifest["audited_weights"] = {"told": "those at the end of training, step 1,200, averaged by EMA"}
+    told = {card["title"]: card["note"] for card in document(report_of(100, **manifest))["cards"]}
+    assert told["weights audited"] == "those at the end of training, averaged by EMA"
 
 
 def test_pictures_are_found_where_the_document_says() -> None:

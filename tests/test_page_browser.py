@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from page_data import HOSTILE, picture, report_of, write_audit, write_several
 
+from lightning_influence.audit.curves import Curves
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.page.document import files
 from lightning_influence.view import ViewServer, export_html
@@ -176,6 +177,7 @@ def test_one_can_decide_where_all_is_told(page: Any, server: ViewServer, audits:
     page.keyboard.press("Escape")
     page.get_by_text("2 of 9 candidates decided").wait_for()
     saved(page)
+    page.wait_for_timeout(600)  # what was said is of the first; the second is on its way
     review = report.apply_review("review.csv")
     assert (review.confirmed, review.dropped) == ((first,), (second,))
 
@@ -207,6 +209,55 @@ def test_a_review_that_others_write_to_is_never_lost(page: Any, tmp_path: Path) 
         page.get_by_text("2 of 5 candidates decided").wait_for()
         page.wait_for_timeout(600)
         assert path.read_text() == mine
+        # Nor are columns that somebody has added.
+        mine = f"decision,index,comment\nkeep,{order[3]},asked Ann\n"
+        path.write_text(mine)
+        page.reload()
+        page.get_by_text("it has columns of its own, comment, which would be lost; it stays").wait_for()
+        page.keyboard.press("d")
+        page.wait_for_timeout(600)
+        assert path.read_text() == mine
+
+
+def test_what_is_decided_while_the_audit_goes_on_is_saved(page: Any, tmp_path: Path) -> None:
+    report = report_of(50)
+    directory = write_audit(tmp_path / "influence", report)
+    for server in serving(tmp_path):
+        page.clock.install()
+        show(page, server, "triage", "influence")
+        page.keyboard.press("k")
+        (directory / "audit.json").write_bytes(files(report, epochs=(4, 5))["audit.json"])
+        page.evaluate("document.title = 'before'")
+        page.clock.pause_at(page.evaluate("Date.now() + 100"))
+        # The list is asked for before the decision is written, which takes a while.
+        page.route("**/review?*", lambda route: (page.wait_for_timeout(100), route.continue_()))
+        page.clock.fast_forward(11_000)
+        page.clock.resume()
+        page.get_by_text("complete, 4 of 5 epochs").wait_for()
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("d")
+        saved(page)
+        page.get_by_text("2 of 5 candidates decided").wait_for()
+        assert len(report.apply_review(directory / "review.csv")) == 2
+
+
+def test_new_labels_that_can_be_several_classes_are_refused(page: Any, tmp_path: Path) -> None:
+    report = report_of(50, classes=4, label_names=["a", "A", "Cat", "cats"])
+    directory = write_audit(tmp_path / "influence", report)
+    columns = report.columns
+    order = columns["index"][columns["label"] == 3][:4].tolist()
+    # The first is `a` or, without regard to case, `A`.
+    rows = [f"{index},{name}" for index, name in zip(order, ("a,", "A,", "CAT,", "1,A"), strict=True)]
+    for server in serving(tmp_path):
+        show(page, server, "triage", "influence")
+        text = "\n".join(["index,new_label,new_label_name", *rows]).encode()
+        box = page.get_by_label("import a review")
+        box.set_input_files([{"name": "a.csv", "mimeType": "text/csv", "buffer": text}])
+        page.get_by_text(
+            "3 decisions taken over; 1 rows can't be used: row 2: “a” can be any of the classes 0, 1"
+        ).wait_for()
+        saved(page)
+        assert report.apply_review(directory / "review.csv").labels == {order[1]: 1, order[2]: 2, order[3]: 1}
 
 
 # ----------------------------------------------------------------------------------------------------- views
@@ -333,6 +384,54 @@ def test_while_training_goes_on(page: Any, tmp_path: Path) -> None:
         page.clock.fast_forward(11_000)
         page.get_by_text("complete, 5 of 5 epochs").wait_for()
         assert page.get_by_label("show").input_value() == "candidates"
+
+
+def test_values_that_are_all_the_same_and_large(page: Any, tmp_path: Path) -> None:
+    report = report_of(20)
+    large = {"self_influence": np.full(20, 1e30), "suspicion": np.full(20, -3e38), "loss_mean": np.full(20, np.nan)}
+    write_audit(tmp_path / "influence", replace(report, columns={**report.columns, **large}))
+    for server in serving(tmp_path):
+        for view in VIEWS:
+            show(page, server, view, "influence")
+        show(page, server, "example", "influence")
+        page.get_by_text("suspicion among all").wait_for()
+        page.locator(".columns .chart text").first.wait_for()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_an_audit_of_hardly_any_examples(page: Any, tmp_path: Path, count: int) -> None:
+    report = report_of(20)
+    columns = {name: values[:count] for name, values in report.columns.items()}
+    curves = Curves(range(5), {name: table[:count] for name, table in report.curves.items()})
+    small = replace(report, columns=columns, curves=curves, pairs=None)
+    write_audit(tmp_path / "a" / "influence", small)
+    write_audit(tmp_path / "b" / "influence", small)
+    for server in serving(tmp_path):
+        for view in VIEWS:
+            show(page, server, view, "a/influence")
+            page.wait_for_timeout(50)
+            text = page.inner_text("body")
+            assert not [word for word in ("NaN", "undefined", "Infinity") if word in text]
+
+
+def test_a_control_that_draws_anew_keeps_the_focus(page: Any, server: ViewServer) -> None:
+    for view, label in (("compare", "column"), ("compare", "compare with"), ("pairs", "up"), ("pairs", "count")):
+        show(page, server, view, "digits/influence")
+        box = page.get_by_label(label, exact=True)
+        if box.locator("option").count() > 1:
+            box.focus()
+            page.keyboard.press("ArrowDown")
+        box.focus()
+        page.evaluate("document.activeElement.dispatchEvent(new Event('change'))")
+        assert page.evaluate("document.activeElement.getAttribute('aria-label')") == label
+    show(page, server, "example", "digits/influence")
+    page.set_viewport_size({"width": 1280, "height": 300})
+    page.evaluate("document.querySelector('main').scrollTop = 120")
+    page.get_by_role("button", name="Skip").focus()
+    page.keyboard.press("Space")
+    assert page.evaluate("document.activeElement.textContent") == "SkipS"
+    assert page.evaluate("document.querySelector('main').scrollTop") == 120
+    page.keyboard.press("u")
 
 
 # ------------------------------------------------------------------------------------------- ten thousand rows

@@ -257,7 +257,24 @@ def test_links_to_elsewhere_are_not_followed(tmp_path: Path) -> None:
     write_audit(tmp_path / "outside" / "influence", report_of(10))
     write_audit(tmp_path / "inside" / "influence", report_of(10))
     (tmp_path / "inside" / "link").symlink_to(tmp_path / "outside")
-    assert list(Audits(tmp_path / "inside").found()) == ["influence"]
+    audits = Audits(tmp_path / "inside")
+    assert list(audits.found()) == ["influence"]
+    (tmp_path / "inside" / "influence").rename(tmp_path / "away")
+    (tmp_path / "inside" / "influence").symlink_to(tmp_path / "outside" / "influence")
+    with pytest.raises(KeyError):  # it was no link when it was found
+        audits.document("influence")
+
+
+def test_the_directory_is_walked_for_the_list_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_audit(tmp_path / "a" / "influence", report_of(10), pictures={0: picture(0)})
+    audits, walks = Audits(tmp_path), []
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *args, **more: walks.append(args) or walk(*args, **more))
+    audits.document("a/influence"), audits.pictures("a/influence", "0"), audits.review("a/influence")
+    assert not walks
+    write_audit(tmp_path / "b" / "influence", report_of(10))
+    audits.document("b/influence")  # one that came in since
+    assert len(walks) == 1
 
 
 def test_a_port_that_is_taken(server: ViewServer) -> None:
@@ -312,7 +329,17 @@ def test_one_file_of_several_audits(audits: dict[str, Path], tmp_path: Path) -> 
 def test_one_file_leaves_out_what_is_damaged(tmp_path: Path) -> None:
     directory = write_audit(tmp_path / "influence", report_of(10), pictures={0: picture(0)})
     os.remove(directory / "pictures-0.json")
-    assert 'id="influence-pictures-0-0">[]<' in export_html(tmp_path, tmp_path / "out.html").read_text()
+    assert "influence-pictures-0-0" not in export_html(tmp_path, tmp_path / "out.html").read_text()
+    write_audit(tmp_path / "fine" / "influence", report_of(10), pictures={0: picture(0)})
+    for damaged in ("{", "[]", '{"pictures": []}', '{"pictures": {"0": [1000000000, 0]}}'):
+        (directory / "audit.json").write_text(damaged)
+        if "pictures" in damaged:  # of these, the page tells
+            export_html(tmp_path, tmp_path / "out.html")
+            continue
+        with pytest.warns(UserWarning, match=r"without audits that can't be read:\n  influence: audit.json"):
+            text = export_html(tmp_path, tmp_path / "out.html").read_text()
+        assert text.count('id="influence-audit-') == 1
+    shutil.rmtree(tmp_path / "fine")
     (directory / "audit.json").write_text("{")
     with pytest.raises(ViewError, match="none of the audits"):
         export_html(tmp_path, tmp_path / "out.html")

@@ -101,7 +101,8 @@ def _weights(manifest: Mapping[str, Any]) -> Card:
     step = manifest.get("step")
     if told or step is not None:
         after = f"step {step:,}" if isinstance(step, int) else ""
-        yield "weights audited", after or str(told), str(told or "") if after else ""
+        note = str(told or "") if after else ""
+        yield "weights audited", after or str(told), note.replace(f", {after}", "")  # once is enough
 
 
 def _detection(manifest: Mapping[str, Any]) -> Card:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,20 @@ def tag_of(content: bytes) -> str:
     return f'"{hashlib.sha256(content).hexdigest()[:24]}"'
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Write a file: the old one or the new one is there at any time. That of the store needs torch."""
+    temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def _no_document(directory: Path) -> bytes:
     """Return the document of an audit that was written without one; this needs torch."""
     from lightning_influence.audit.report import AuditReport
@@ -58,6 +73,7 @@ class Audits:
     make: Callable[[Path], bytes] = _no_document
     _made: dict[Path, tuple[tuple[int, int], bytes]] = field(default_factory=dict, repr=False)
     _told: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = field(default_factory=dict, repr=False)
+    _known: dict[str, Path] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,12 +88,16 @@ class Audits:
 
     def found(self) -> dict[str, Path]:
         """Return the audits by their ids: the paths below the root."""
-        below: dict[str, Path] = {}
-        for folder in self._folders():
-            below[folder.relative_to(self.root).as_posix()] = folder
-            if len(below) >= _MOST:
-                break
-        return below
+        folders = islice(self._folders(), _MOST)
+        self._known = {folder.relative_to(self.root).as_posix(): folder for folder in folders}
+        return self._known
+
+    def _folder(self, key: str) -> Path:
+        """Return the folder of an audit; whoever asks for one has seen the list as a rule, and a walk takes time."""
+        known = self._known.get(key)
+        there = known is not None and any((known / name).is_file() for name in (AUDIT, MANIFEST))
+        # What has become a link since is not followed, as in a walk.
+        return known if known is not None and there and os.path.realpath(known) == str(known) else self.found()[key]
 
     def runs(self) -> list[dict[str, Any]]:
         """Return what there is, the newest first; what can't be read says why."""
@@ -94,7 +114,7 @@ class Audits:
             KeyError: If there is no such audit.
             ViewError: If it can't be read.
         """
-        folder = self.found()[key]
+        folder = self._folder(key)
         if (folder / AUDIT).is_file():
             return _whole(folder / AUDIT)
         with self._lock:  # one at a time: it takes a while, and browsers ask twice
@@ -112,14 +132,14 @@ class Audits:
         Raises:
             KeyError: If there is no such audit, or chunk.
         """
-        path = self.found()[key] / f"pictures-{chunk}.json"
+        path = self._folder(key) / f"pictures-{chunk}.json"
         if not _CHUNK.fullmatch(chunk) or not path.is_file():
             raise KeyError(chunk)
         return _whole(path)
 
     def review(self, key: str) -> bytes:
         """Return what was decided so far, as CSV; empty for nothing."""
-        path = self.found()[key] / REVIEW
+        path = self._folder(key) / REVIEW
         return _whole(path) if path.is_file() else b""
 
     def write_review(self, key: str, content: bytes, instead_of: str) -> str:
@@ -139,25 +159,16 @@ class Audits:
             ViewError: If it can't be written.
         """
         with self._lock:
-            path = self.found()[key] / REVIEW
+            path = self._folder(key) / REVIEW
             if tag_of(self.review(key)) != instead_of:
                 raise ChangedError(f"{REVIEW} has been changed by somebody else; reload the page to have both.")
-            self._write(path, content)
+            try:
+                replace(path, content)
+            except OSError as error:
+                raise ViewError(
+                    f"{path} can't be written ({error}); the decisions are still in the browser."
+                ) from error
         return tag_of(content)
-
-    def _write(self, path: Path, content: bytes) -> None:
-        temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            raise ViewError(f"{path} can't be written ({error}); the decisions are still in the browser.") from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def _folders(self) -> Iterator[Path]:
         for here, folders, names in os.walk(self.root, onerror=None, followlinks=False):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
+import warnings
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 from lightning_influence.page.embedding import Embedded, one_file
-from lightning_influence.view.audits import Audits, ViewError
+from lightning_influence.view.audits import Audits, ViewError, replace
 
 
 def export_html(directory: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
@@ -24,38 +24,35 @@ def export_html(directory: str | os.PathLike[str], out: str | os.PathLike[str]) 
 
     Raises:
         ViewError: If there is no audit that can be read, or the file can't be written.
+
+    Warns:
+        UserWarning: If it is without some that can't be read.
     """
+    path = Path(out).expanduser()
     audits = Audits(Path(directory).expanduser().resolve())
     found, wrong = [], []
     for run in audits.runs():
         try:
-            document = audits.document(run["id"])
-            found.append(Embedded(run["name"], document, _pictures(audits, run["id"], document)))
-        except (ViewError, ValueError, OSError) as error:
+            if run["error"]:
+                raise ViewError(run["error"])
+            found.append(Embedded(run["name"], audits.document(run["id"]), _pictures(audits, run["id"])))
+        except (ValueError, OSError) as error:
             wrong.append(f"{run['name']}: {error}")
+    if wrong and found:
+        warnings.warn(f"{path} is without audits that can't be read:\n  " + "\n  ".join(wrong), stacklevel=2)
     if not found:
         raise ViewError(f"none of the audits in {audits.root} can be read:\n  " + "\n  ".join(wrong))
-    path = Path(out).expanduser()
-    temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(one_file(found))
-        os.replace(temporary, path)
+        replace(path, one_file(found))
     except OSError as error:
         raise ViewError(f"{path} can't be written: {error}.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return path
 
 
-def _pictures(audits: Audits, key: str, document: bytes) -> list[bytes]:
-    about = json.loads(document)
-    places = [*(about.get("pictures") or {}).values(), *(about.get("query_pictures") or {}).values()]
-    found = []
-    for chunk in range(1 + max((place[0] for place in places), default=-1)):
-        try:
+def _pictures(audits: Audits, key: str) -> list[bytes]:
+    found: list[bytes] = []
+    with suppress(KeyError):  # the last is the one before the first that is not there; the page does without others
+        for chunk in count():
             found.append(audits.pictures(key, str(chunk)))
-        except KeyError:  # the page does without
-            found.append(b"[]")
     return found

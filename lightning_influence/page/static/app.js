@@ -3,7 +3,7 @@
 import { Audit } from './audit.js';
 import { compare } from './compare.js';
 import { Decisions } from './decisions.js';
-import { button, h } from './dom.js';
+import { button, h, refocused } from './dom.js';
 import { example } from './example.js';
 import { overview } from './overview.js';
 import { classPairs } from './pairs.js';
@@ -53,9 +53,9 @@ export class App {
     this.host = host;
     /** @type {import('./host.js').Run[]} */
     this.runs = [];
-    /** @type {Map<string, Context>} */
+    /** @type {Map<string, Promise<Context>>} */
     this.contexts = new Map();
-    /** @type {Map<string, Context>} */
+    /** @type {Map<string, Promise<Context>>} */
     this.before = new Map();
     /** @type {View | null} */
     this.view = null;
@@ -90,7 +90,7 @@ export class App {
   async start() {
     this.main.replaceChildren(h('p', { class: 'nothing' }, 'reading …'));
     try {
-      await this.listRuns();
+      this.list(await this.host.runs());
       await this.route();
     } catch (error) {
       this.fail(/** @type {Error} */ (error));
@@ -98,8 +98,9 @@ export class App {
     if (this.host.changes) setInterval(() => this.poll(), POLL);
   }
 
-  async listRuns() {
-    this.runs = await this.host.runs();
+  /** @param {import('./host.js').Run[]} runs */
+  list(runs) {
+    this.runs = runs;
     const names = this.runs.map(({ id, name, error }) =>
       h('option', { value: id }, error ? `${name} (can't be read)` : name),
     );
@@ -129,7 +130,7 @@ export class App {
   }
 
   async route() {
-    const where = this.where;
+    const [asked, where] = [location.hash, this.where];
     const run = where.get('run') ?? this.runs.find(({ error }) => !error)?.id ?? this.runs[0]?.id;
     if (run === undefined) {
       this.fail(new Error('there is no audit yet; one comes at the end of training.'));
@@ -137,10 +138,12 @@ export class App {
     }
     try {
       const context = await this.contextOf(run);
+      if (location.hash !== asked) return; // what was asked for since is on its way
       this.context = context;
       context.where = where;
       this.show();
     } catch (error) {
+      if (location.hash !== asked) return;
       this.context = null;
       this.fail(/** @type {Error} */ (error), run);
     }
@@ -149,17 +152,27 @@ export class App {
   }
 
   /** @param {string} id @returns {Promise<Context>} */
-  async contextOf(id) {
+  contextOf(id) {
     const known = this.contexts.get(id);
     if (known) return known;
+    const made = this.makeContext(id); // one, though several ask: there is one review to write
+    this.contexts.set(id, made);
+    made.catch(() => this.contexts.get(id) === made && this.contexts.delete(id));
+    return made;
+  }
+
+  /** @param {string} id @returns {Promise<Context>} */
+  async makeContext(id) {
     const about = this.runs.find((each) => each.id === id);
     if (about?.error) throw new Error(about.error);
     const audit = new Audit(id, await this.host.audit(id), this.host);
+    const before = await this.before.get(id)?.catch(() => undefined);
+    before?.decisions.flush();
+    await before?.decisions.saving; // else two would write the same review
     const decisions = new Decisions(audit);
     await decisions.load();
-    const before = this.before.get(id);
     const same = before?.audit.status === audit.status ? before : undefined;
-    const context = {
+    return {
       audit,
       decisions,
       host: this.host,
@@ -169,17 +182,12 @@ export class App {
       where: this.where,
       go: (/** @type {string} */ view, more = {}) => this.go(view, more),
       say: (/** @type {string} */ text, kind = '') => this.say(text, kind),
-      refresh: () => this.show(),
+      refresh: () => this.refresh(),
       load: async (/** @type {string} */ other) => (await this.contextOf(other)).audit,
     };
-    this.contexts.set(id, context);
-    return context;
   }
 
-  /**
-   * Read an audit anew when it is asked for next; filters and the like stay while it is still recorded.
-   * @param {string} id
-   */
+  /** Read an audit anew when it is asked for next; filters stay while it is still recorded. @param {string} id */
   forget(id) {
     const context = this.contexts.get(id);
     this.contexts.delete(id);
@@ -207,6 +215,13 @@ export class App {
     this.view.mounted?.();
   }
 
+  /** Show the view anew, where it was scrolled to. */
+  refresh() {
+    const top = this.main.scrollTop;
+    refocused(this.main, () => this.show());
+    this.main.scrollTop = top;
+  }
+
   /** @param {string} current */
   drawTabs(current) {
     const tabs = VIEWS.map(([key, title]) =>
@@ -221,10 +236,7 @@ export class App {
     this.state.replaceChildren(h('span', { class: `status ${status}` }, `${status}${epochs}`));
   }
 
-  /**
-   * @param {Error} error
-   * @param {string} [run]
-   */
+  /** @param {Error} error @param {string} [run] */
   fail(error, run) {
     this.view?.removed?.();
     this.view = null;
@@ -241,10 +253,7 @@ export class App {
     );
   }
 
-  /**
-   * @param {string} text
-   * @param {string} [kind]
-   */
+  /** @param {string} text @param {string} [kind] */
   say(text, kind = '') {
     this.message.textContent = text;
     this.message.className = `message shown ${kind}`;
@@ -259,7 +268,7 @@ export class App {
       const before = this.runs;
       const runs = await this.host.runs();
       if (JSON.stringify(runs) === JSON.stringify(before)) return;
-      await this.listRuns();
+      this.list(runs);
       const old = (/** @type {string | undefined} */ id) => JSON.stringify(before.find((run) => run.id === id));
       const changed = runs.filter((run) => JSON.stringify(run) !== old(run.id)).map((run) => run.id);
       const own = this.context?.audit.id;

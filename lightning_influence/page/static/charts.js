@@ -16,7 +16,8 @@ const RIGHT = 14;
  * @param {number} [count] About how many.
  */
 export function ticks(low, high, count = 5) {
-  const span = high - low || 1;
+  // Of numbers as large as 1e20, steps have to be large as well: the next number is far away.
+  const span = Math.max(high - low, 1e-9 * Math.max(Math.abs(low), Math.abs(high))) || 1;
   const raw = span / count;
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = power * ([1, 2, 5, 10].find((each) => each * power >= raw) ?? 10);

@@ -1,7 +1,8 @@
 // Two audits side by side: of other runs, other methods, or before and after cleaning.
 
-import { counted, h, select } from './dom.js';
+import { counted, fill, h, refocused, select } from './dom.js';
 import { entry } from './example.js';
+import { legend } from './parts.js';
 import { scatter } from './scatter.js';
 
 /** @typedef {import('./app.js').Context} Context */
@@ -39,7 +40,10 @@ export function compare(context) {
   element.append(h('div', { class: 'controls' }, pick), body);
   context
     .load(chosen)
-    .then((other) => body.replaceChildren(...sideBySide(context, other)))
+    .then((other) => {
+      const draw = () => refocused(body, () => fill(body, sideBySide(context, other, draw)));
+      draw();
+    })
     .catch((error) => body.replaceChildren(h('p', { class: 'banner bad' }, `it can't be compared: ${error.message}`)));
   return { element };
 }
@@ -58,8 +62,9 @@ function likeness(id, run) {
 /**
  * @param {Context} context
  * @param {Audit} other
+ * @param {() => void} draw
  */
-function sideBySide(context, other) {
+function sideBySide(context, other, draw) {
   const { audit, kept } = context;
   const rows = matched(audit, other);
   const shared = [...audit.columns.keys()].filter(
@@ -75,7 +80,7 @@ function sideBySide(context, other) {
     name,
     (value) => {
       kept.compared = value;
-      context.refresh();
+      draw();
     },
   );
   const [x, y] = [new Float64Array(rows.length), new Float64Array(rows.length)];
@@ -83,13 +88,14 @@ function sideBySide(context, other) {
     x[k] = audit.value(name, a);
     y[k] = other.value(name, b);
   });
+  const alike = spearman(x, y);
   const changed = rows.filter(([a, b]) => audit.given(a) !== other.given(b)).length;
   const marked = (/** @type {number} */ k) =>
     Boolean(audit.candidate[rows[k][0]]) !== Boolean(other.candidate[rows[k][1]]);
   const points = { x, y, marked, xName: `${name}, ${audit.name}`, yName: `${name}, ${other.name}` };
   const told = [
     `${counted(rows.length, 'example')} in both`,
-    `Spearman's rank correlation ${spearman(x, y).toFixed(3)}`,
+    `Spearman's rank correlation ${Number.isFinite(alike) ? alike.toFixed(3) : 'unknown'}`,
     ...(changed ? [`${counted(changed, 'given label')} changed`] : []),
   ].join('; ');
   const left = rows.filter(([a, b]) => audit.candidate[a] && !other.candidate[b]).map(([a]) => a);
@@ -102,14 +108,7 @@ function sideBySide(context, other) {
     h('h2', {}, 'Column by column'),
     h('div', { class: 'controls' }, pick, h('span', {}, told)),
     h('div', { class: 'drawing' }, scatter(points, { label: `${name} in both audits; ${told}`, height: 460 })),
-    h(
-      'p',
-      { class: 'legend' },
-      h('span', { class: 'swatch bar' }),
-      'the same in both',
-      h('span', { class: 'swatch marked' }),
-      'a candidate in one of them',
-    ),
+    legend('the same in both', 'a candidate in one of them'),
   );
   return [
     figures(audit, other),

@@ -48,9 +48,10 @@ export class Decisions extends EventTarget {
   take(text, name) {
     if (!text) return;
     try {
-      const { decisions, wrong } = fromCsv(this.audit, text);
+      const { decisions, wrong, others } = fromCsv(this.audit, text);
       for (const [index, decision] of decisions) this.made.set(index, decision);
       if (wrong.length) throw new Error(`${wrong[0]}${wrong.length > 1 ? `, and ${wrong.length - 1} rows more` : ''}`);
+      if (others.length) throw new Error(`it has columns of its own, ${others.join(', ')}, which would be lost`);
     } catch (error) {
       // What is not understood is not written over.
       this.closed = this.audit.host.keepsReviews;

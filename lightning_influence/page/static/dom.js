@@ -72,6 +72,22 @@ function nodes(children) {
 }
 
 /**
+ * Draw anew, with the same control in focus, by what it is called: else whoever works by keys starts from the top.
+ * @param {Element} element
+ * @param {() => void} draw
+ */
+export function refocused(element, draw) {
+  const focused = document.activeElement;
+  const nameOf = (/** @type {Element} */ each) =>
+    each.getAttribute('aria-label') ?? (each.closest('label') ?? each).textContent;
+  const name = focused && nameOf(focused);
+  const same = () => [...element.querySelectorAll(focused?.tagName ?? '')].filter((each) => nameOf(each) === name);
+  const place = focused && element.contains(focused) && focused !== element ? same().indexOf(focused) : -1;
+  draw();
+  if (place >= 0) /** @type {HTMLElement | undefined} */ (same()[place])?.focus({ preventScroll: true });
+}
+
+/**
  * A button.
  * @param {string} text
  * @param {(event: MouseEvent) => void} act

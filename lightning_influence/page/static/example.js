@@ -29,7 +29,8 @@ export function example(context) {
       on: {
         submit: (/** @type {Event} */ event) => {
           event.preventDefault();
-          if (audit.rows.has(Number(search.value))) context.go('example', { index: search.value });
+          if (search.value.trim() && audit.rows.has(Number(search.value)))
+            context.go('example', { index: search.value });
           else context.say(`the audit has no example ${search.value}`, 'bad');
         },
       },
@@ -38,7 +39,12 @@ export function example(context) {
   );
   if (row === undefined) {
     return {
-      element: h('div', { class: 'page' }, form, h('p', { class: 'nothing' }, `the audit has no example ${asked}`)),
+      element: h(
+        'div',
+        { class: 'page' },
+        form,
+        h('p', { class: 'nothing' }, audit.n ? `the audit has no example ${asked}` : 'the audit has no examples'),
+      ),
     };
   }
   const byRank = neighboursInRank(audit, row);

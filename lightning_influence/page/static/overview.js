@@ -1,7 +1,8 @@
 // What an audit found as a whole: figures, notes, and how its scores are spread.
 
 import { binned, histogram } from './charts.js';
-import { button, check, counted, fill, fitted, h, select } from './dom.js';
+import { button, check, counted, fill, fitted, h, refocused, select } from './dom.js';
+import { legend } from './parts.js';
 
 /** @typedef {import('./app.js').Context} Context */
 
@@ -96,7 +97,7 @@ function spread(context) {
   const controls = h('div', { class: 'controls' });
 
   function draw() {
-    fill(controls, tools());
+    refocused(controls, () => fill(controls, tools()));
     fill(box, state.over ? byEpoch(audit, state) : asItIs(audit, state));
   }
 
@@ -104,8 +105,6 @@ function spread(context) {
     const set = (/** @type {Record<string, any>} */ change) => {
       Object.assign(state, change);
       draw();
-      const again = change.name === undefined ? null : controls.querySelector('select');
-      again?.focus();
     };
     const classes = audit.classes.map((label) => /** @type {[string, string]} */ ([String(label), audit.label(label)]));
     const history = over.includes(state.name);
@@ -137,14 +136,7 @@ function spread(context) {
     h('h2', {}, 'Scores'),
     controls,
     box,
-    h(
-      'p',
-      { class: 'legend' },
-      h('span', { class: 'swatch bar' }),
-      'examples',
-      h('span', { class: 'swatch marked' }),
-      'candidates among them',
-    ),
+    legend('examples', 'candidates among them'),
   );
 }
 
@@ -230,8 +222,6 @@ function slider(audit, state, draw) {
       input: () => {
         state.epoch = epochs[Number(input.value)];
         draw();
-        const fresh = /** @type {HTMLElement | null} */ (document.querySelector('.spread input[type=range]'));
-        fresh?.focus();
       },
     },
   });

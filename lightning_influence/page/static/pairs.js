@@ -135,11 +135,10 @@ function matrix(context) {
  * @param {(a: number, b: number) => void} open
  */
 function frequent({ audit }, counts, candidates, open) {
-  const every = counts.flatMap((row, a) => Array.from(row, (count, b) => ({ a, b, count })));
-  const first = every
-    .sort((p, q) => q.count - p.count)
-    .slice(0, LISTED)
-    .filter(({ count }) => count > 0);
+  /** @type {{ a: number, b: number, count: number }[]} */
+  const every = [];
+  counts.forEach((row, a) => row.forEach((count, b) => count > 0 && every.push({ a, b, count })));
+  const first = every.sort((p, q) => q.count - p.count).slice(0, LISTED);
   const most = first[0]?.count ?? 1;
   const name = (/** @type {number} */ k) => h('span', { class: 'label' }, audit.label(audit.classes[k]));
   const entries = first.map(({ a, b, count }) =>

@@ -48,6 +48,16 @@ export function labels(audit, row, always = true) {
   return h('span', { class: audit.longNames ? 'labels long' : 'labels' }, told);
 }
 
+/**
+ * What the colours of a drawing mean.
+ * @param {string} plain
+ * @param {string} marked
+ */
+export function legend(plain, marked) {
+  const swatch = (/** @type {string} */ kind) => h('span', { class: `swatch ${kind}` });
+  return h('p', { class: 'legend' }, swatch('bar'), plain, swatch('marked'), marked);
+}
+
 /** @typedef {{ title: string, name: string, strength: (row: number) => number, told: (row: number) => string }} Evidence */
 
 const KINDS = [

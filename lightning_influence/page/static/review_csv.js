@@ -12,13 +12,18 @@ const MEANT = new Map(
   }).flatMap(([decision, words]) => words.map((word) => [word, decision])),
 );
 
+const WRITTEN = ['decision', 'new_label', 'index', 'label', 'suggested', 'rank', 'wrong_probability'];
+
+/** @param {string} name Of a column, as people write it. */
+const plain = (name) => name.trim().toLowerCase().replaceAll(' ', '_');
+
 /**
  * Write decisions as CSV. Numbers alone: nothing that a spreadsheet could run.
  * @param {import('./audit.js').Audit} audit
  * @param {Map<number, Decision>} decisions By dataset index.
  */
 export function toCsv(audit, decisions) {
-  const more = ['label', 'suggested', 'rank', 'wrong_probability'].filter((name) => audit.columns.has(name));
+  const more = WRITTEN.slice(3).filter((name) => audit.columns.has(name));
   const answers = audit.labelled ? ['decision', 'new_label'] : ['decision'];
   const lines = [[...answers, 'index', ...more].join(',')];
   for (const [index, { decision, label }] of decisions) {
@@ -40,15 +45,22 @@ function cell(value) {
  * Read decisions from CSV.
  * @param {import('./audit.js').Audit} audit
  * @param {string} text
- * @returns {{ decisions: Map<number, Decision>, wrong: string[] }} What was understood, and what was not.
+ * @returns {{ decisions: Map<number, Decision>, wrong: string[], others: string[] }} What was understood, what was not,
+ *   and columns that are neither decisions nor the audit's.
  */
 export function fromCsv(audit, text) {
   const lines = records(text.replace(/^\ufeff/, '').replace(/^sep=.\r?\n/, ''));
-  const names = (lines.shift() ?? []).map((name) => name.trim().toLowerCase().replaceAll(' ', '_'));
+  const names = (lines.shift() ?? []).map(plain);
   if (!names.includes('index') || !(names.includes('decision') || names.includes('new_label'))) {
     throw new Error('the table has no columns `index` and `decision`; expected an exported review or candidates.csv');
   }
-  const named = new Map(audit.classes.map((label) => [audit.label(label).toLowerCase(), label]));
+  /** @type {Map<string, Set<number>>} */
+  const named = new Map(); // as they are written, and without regard to case
+  for (const label of audit.classes) {
+    for (const name of [audit.label(label), audit.label(label).toLowerCase()]) {
+      named.set(name, (named.get(name) ?? new Set()).add(label));
+    }
+  }
   /** @type {Map<number, Decision>} */
   const decisions = new Map();
   /** @type {string[]} */
@@ -56,25 +68,27 @@ export function fromCsv(audit, text) {
   lines.forEach((cells, line) => {
     const get = (/** @type {string} */ name) => (cells[names.indexOf(name)] ?? '').trim();
     const answer = get('decision').toLowerCase();
-    const wanted = get('new_label') || get('new_label_name');
-    if (!answer && !wanted) return;
-    const told = understood(audit, named, get('index'), answer, wanted, get('label'));
+    const [wanted, name] = [get('new_label'), get('new_label_name')];
+    if (!answer && !wanted && !name) return;
+    const told = understood(audit, named, get('index'), answer, [wanted, name], get('label'));
     if (typeof told === 'string') wrong.push(`row ${line + 2}: ${told}`);
     else decisions.set(told.index, told.decision);
   });
-  return { decisions, wrong };
+  const own = new Set([...WRITTEN, 'text', ...audit.columns.keys()].map(plain));
+  const others = names.filter((name) => name && !own.has(name) && !own.has(name.replace(/_name$/, '')));
+  return { decisions, wrong, others };
 }
 
 /**
  * @param {import('./audit.js').Audit} audit
- * @param {Map<string, number>} named
+ * @param {Map<string, Set<number>>} named
  * @param {string} where
  * @param {string} answer
- * @param {string} wanted
+ * @param {[string, string]} wanted By number or name, and by name alone.
  * @param {string} given
  * @returns {string | { index: number, decision: Decision }}
  */
-function understood(audit, named, where, answer, wanted, given) {
+function understood(audit, named, where, answer, [wanted, name], given) {
   const index = Number(where);
   const row = where === '' ? undefined : audit.rows.get(index);
   if (row === undefined) return `the audit has no example ${where || 'without an index'}`;
@@ -84,9 +98,14 @@ function understood(audit, named, where, answer, wanted, given) {
     return `the label of example ${index} is ${given} here and ${audit.given(row)} in the audit`;
   }
   if (decision !== 'relabel') return { index, decision: { decision: /** @type {any} */ (decision), label: null } };
-  const number = audit.classes.includes(Number(wanted)) && wanted !== '' ? Number(wanted) : undefined;
-  const label = wanted ? (number ?? named.get(wanted.toLowerCase())) : audit.suggested(row);
-  if (label === undefined || label < 0) return `“${wanted}” is no class of the audit`;
+  const called = (/** @type {string} */ name) => named.get(name) ?? named.get(name.toLowerCase());
+  let meant = audit.classes; // by number or by name, as `apply_review` takes it
+  if (wanted) meant = meant.filter((each) => each === Number(wanted) || called(wanted)?.has(each));
+  if (name) meant = meant.filter((each) => called(name)?.has(each));
+  const asked = [wanted, name].filter(Boolean).join(' and ');
+  if (asked && meant.length > 1) return `“${asked}” can be any of the classes ${meant.join(', ')}`;
+  const label = asked ? meant[0] : audit.suggested(row);
+  if (label === undefined || label < 0) return `“${asked}” is no class of the audit`;
   if (label === audit.given(row)) return { index, decision: { decision: 'keep', label: null } };
   return { index, decision: { decision: 'relabel', label } };
 }

@@ -41,7 +41,7 @@ export function tools({ audit, decisions, triage: { asked, grid }, say }, ask, s
     );
   const search = h('input', {
     type: 'search',
-    placeholder: audit.hasTexts ? 'index, id or text' : 'index or id',
+    placeholder: audit.hasTexts ? 'index, id or text' : audit.columns.has('id') ? 'index or id' : 'index',
     'aria-label': 'search',
     value: asked.text,
     on: { input: () => ask({ text: search.value }) },

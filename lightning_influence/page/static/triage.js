@@ -1,7 +1,7 @@
 // The labels to look at, one after the other: keep, relabel, drop or skip, by keys.
 
 import { decidingKeys } from './deciding.js';
-import { fill, h } from './dom.js';
+import { fill, h, refocused } from './dom.js';
 import { panel } from './panel.js';
 import { rowMaker } from './rows.js';
 import { selected } from './selection.js';
@@ -110,13 +110,14 @@ export function triage(context) {
   }
 
   function toolbar() {
-    const focused = bar.contains(document.activeElement) ? document.activeElement?.getAttribute('aria-label') : null;
-    if (focused !== 'search') {
-      fill(bar, tools(context, ask, swap)); // whoever types goes on typing
-      const again = focused && bar.querySelector(`[aria-label="${CSS.escape(focused)}"]`);
-      if (again) /** @type {HTMLElement} */ (again).focus();
-    }
-    head.replaceChildren(...maker.heads.map((each) => headCell(each, state.asked, ask)));
+    // Whoever types goes on typing.
+    if (!bar.querySelector('input[type=search]:focus')) refocused(bar, () => fill(bar, tools(context, ask, swap)));
+    refocused(head, () =>
+      fill(
+        head,
+        maker.heads.map((each) => headCell(each, state.asked, ask)),
+      ),
+    );
   }
 
   function swap() {

@@ -1,6 +1,7 @@
 // Two columns against each other, with a box that leads to triage.
 
-import { button, check, counted, h, number, select } from './dom.js';
+import { button, check, counted, h, number, refocused, select } from './dom.js';
+import { legend } from './parts.js';
 import { scatter } from './scatter.js';
 
 /** @typedef {import('./app.js').Context} Context */
@@ -77,7 +78,9 @@ export function columnsAgainst(context) {
     return h('label', { class: 'field' }, h('span', {}, title), input);
   }
 
-  function draw() {
+  const draw = () => refocused(section, redraw);
+
+  function redraw() {
     const set = (/** @type {Record<string, any>} */ change) => {
       Object.assign(state, change, { box: null });
       draw();
@@ -88,14 +91,7 @@ export function columnsAgainst(context) {
       check('log', state.logX, (logX) => set({ logX })),
       select('up', options, state.y, (y) => set({ y })),
       check('log', state.logY, (logY) => set({ logY })),
-      h(
-        'span',
-        { class: 'legend' },
-        h('span', { class: 'swatch bar' }),
-        'examples',
-        h('span', { class: 'swatch marked' }),
-        'candidates',
-      ),
+      legend('examples', 'candidates'),
     );
     const points = {
       x: audit.values(state.x) ?? [],
@@ -116,6 +112,7 @@ export function columnsAgainst(context) {
     tell();
   }
 
-  draw();
-  return h('section', {}, h('h2', {}, 'Two columns'), controls, drawing, outcome);
+  const section = h('section', {}, h('h2', {}, 'Two columns'), controls, drawing, outcome);
+  redraw();
+  return section;
 }
