@@ -15,7 +15,7 @@ import pytest
 import torch
 from models import CLASSES, FEATURES, QUIET, Classifier, Validated, make_trainer, vectors
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from which_lightning import PACKAGE, ModelCheckpoint, StochasticWeightAveraging, pl
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
@@ -493,6 +493,40 @@ def test_the_only_checkpoint_of_a_directory(tmp_path: Path) -> None:
     trained(tmp_path, Classifier(), epochs=1)
     report = InfluenceAudit().audit(Classifier(), train_data(), ckpt_path=tmp_path)
     assert report.directory == tmp_path / "influence"
+
+
+def test_validation_data_of_the_trainer_may_be_a_stream(tmp_path: Path) -> None:
+    class Streamed(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(vectors(6, 2))
+
+    trainer, model = make_trainer(tmp_path), Validated()
+    trainer.fit(model, train_data())
+    report = InfluenceAudit().audit(model, val_dataloaders=DataLoader(Streamed(), 3), trainer=trainer)
+    assert report is not None
+    assert "harm" in report.columns
+
+
+def test_a_dry_run_says_what_it_is(tmp_path: Path) -> None:
+    trainer, model = make_trainer(tmp_path, fast_dev_run=True), Validated()
+    trainer.fit(model, train_data())
+    report = InfluenceAudit().audit(model, trainer=trainer)
+    assert report is not None
+    assert report.directory is None
+    notes = [note for note in report.manifest["notes"] if "examples" in note]
+    assert notes == [f"`fast_dev_run`: {len(report)} examples alone were looked at, and nothing is written"]
+
+
+def test_records_of_an_earlier_version_are_told(tmp_path: Path) -> None:
+    model = Validated(adam)
+    trained(tmp_path, model, InfluenceAudit(), epochs=1)
+    content = torch.load(kept(tmp_path)[-1], weights_only=True)
+    (state,) = [state for key, state in content["callbacks"].items() if key.startswith("InfluenceAudit")]
+    del state["parts"]
+    torch.save(content, tmp_path / "before.ckpt")
+    with pytest.warns(UserWarning, match="what an earlier version .* has recorded of the training is left out"):
+        report = InfluenceAudit().audit(Validated(adam), train_data(), ckpt_path=tmp_path / "before.ckpt")
+    assert "times_seen" not in report.columns
 
 
 def test_one_of_several_processes_needs_their_trainer(monkeypatch: pytest.MonkeyPatch) -> None:

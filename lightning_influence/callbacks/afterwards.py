@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import no_training
@@ -21,6 +21,30 @@ class Afterwards(RunHooks):
 
     arguments: Arguments
 
+    @overload
+    def audit(
+        self,
+        model: LightningModule,
+        data: Any = None,
+        *,
+        ckpt_path: StrPath | None = None,
+        ckpt_paths: Sequence[StrPath] = (),
+        val_dataloaders: Any = None,
+        trainer: None = None,
+    ) -> AuditReport: ...
+
+    @overload
+    def audit(
+        self,
+        model: LightningModule,
+        data: Any = None,
+        *,
+        ckpt_path: StrPath | None = None,
+        ckpt_paths: Sequence[StrPath] = (),
+        val_dataloaders: Any = None,
+        trainer: Trainer,
+    ) -> AuditReport | None: ...
+
     def audit(
         self,
         model: LightningModule,
@@ -30,7 +54,7 @@ class Afterwards(RunHooks):
         ckpt_paths: Sequence[StrPath] = (),
         val_dataloaders: Any = None,
         trainer: Trainer | None = None,
-    ) -> AuditReport:
+    ) -> AuditReport | None:
         """Audit a model that was trained before, by its own ``training_step`` and data; see ``docs/afterwards.md``.
 
         Nothing is trained. What training alone can tell (dynamics) is there if the checkpoint was saved with this
@@ -48,7 +72,7 @@ class Afterwards(RunHooks):
                 beside the checkpoint.
 
         Returns:
-            The report, also in ``report``; on other ranks than zero None.
+            The report, also in ``report``; None on other ranks than zero, which only a ``trainer`` has.
 
         Raises:
             CheckpointFileError, ValueError: If a checkpoint or the data can't be used.
@@ -76,7 +100,7 @@ class Afterwards(RunHooks):
         no_training.fit_in_name(used, model, done.audit, **loaders)
         self._report, self._run = done.report, done.run
         self._no_report = "it is that of rank zero"
-        return self._report  # type: ignore[return-value]  # on rank zero, where people look
+        return self._report
 
 
 def _data(model: LightningModule, data: Any, val_dataloaders: Any, trainer: Any) -> dict[str, Any]:
@@ -91,7 +115,9 @@ def _data(model: LightningModule, data: Any, val_dataloaders: Any, trainer: Any)
             )
         return {"datamodule": data}
     if data is None and trainer is not None:
-        data, val_dataloaders = trainer.train_dataloader, val_dataloaders or trainer.val_dataloaders
+        # By identity: a stream has no length that would make it true.
+        data = trainer.train_dataloader
+        val_dataloaders = trainer.val_dataloaders if val_dataloaders is None else val_dataloaders
     if data is None and not overrides("train_dataloader", model):
         raise ValueError(
             f"there are no training data: pass the DataLoader or LightningDataModule that {type(model).__name__} was "

@@ -57,6 +57,7 @@ __all__ = [
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
+    "callbacks_of",
     "dummy_logger",
     "is_a",
     "of_package",
@@ -135,6 +136,12 @@ def of_package(value: object, module: str, name: str) -> Any:
 def overrides(hook: str, module: LightningModule) -> bool:
     """Tell whether a module has a hook of its own."""
     return is_overridden(hook, module, sys.modules[package_of(module)].LightningModule)
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """Return a trainer's callbacks; they are of no type that both packages share."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[union-attr]
+    return callbacks
 
 
 def dummy_logger(trainer: Trainer) -> Any:

@@ -222,9 +222,9 @@ class AuditRun:
     def _finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         self.recording.synchronise()
         audited = self._indices(trainer, last=True)
-        indices = self._unmissed(audited)
         if bridge.is_dry_run(trainer):
-            indices = (indices or list(range(len(self.passes.source))))[: self.passes.source.batch_size]
+            audited = (audited or list(range(len(self.passes.source))))[: self.passes.source.batch_size]
+        indices = self._unmissed(audited)
         if not indices:
             self.failure = "no training batch was seen"
             rank_zero_warn(f"no influence audit: {self.failure}.")
@@ -250,7 +250,11 @@ class AuditRun:
         recording.add_pass(trainer.global_step, result.scores)
         indices = result.scores.indices.tolist()
         drawn = len(bridge.drawn_from(train_loader(trainer), recording.size))
-        never = 0 if isinstance(self.passes.source, StreamSource) else drawn - len(audited)
+        if bridge.is_dry_run(trainer):
+            result.notes.append(f"`fast_dev_run`: {len(audited)} examples alone were looked at, and nothing is written")
+            never = 0
+        else:
+            never = 0 if isinstance(self.passes.source, StreamSource) else drawn - len(audited)
         result.notes.extend(_data_notes(self.passes, audited, indices, never))
         evidence = recording.label_evidence(indices)
         columns = recording.columns(indices, result.scores, evidence)

@@ -7,6 +7,8 @@ hand and what waits for the next one.
 from __future__ import annotations
 
 import math
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -24,6 +26,7 @@ from lightning_influence.data.source import ExampleSource
 NOT_MET = "the stream did not hold it again"
 
 _NAMED = 5
+_PATIENCE = 60.0  # seconds for counting a stream in silence, which may have no end
 
 
 class Stream(Dataset[Any]):
@@ -260,11 +263,20 @@ class StreamSource(ExampleSource):
 
     def counted(self, batches: float) -> list[int]:
         """Return the numbers of the examples of so many batches of a stream that nobody trains on, by going over it."""
-        found = 0
+        found, patience = 0, _PATIENCE
+        start = time.perf_counter()
         for number, batch in enumerate(self._loader):
             found += len(self._ids(batch) if self.sample_id is None else self.met(batch, 0, endless=False))
             if number + 1 >= batches:
                 break
+            if time.perf_counter() - start > patience:
+                patience = math.inf
+                warnings.warn(
+                    f"{type(self._stream.dataset).__name__} has handed out {found:,} examples so far, and they are "
+                    "counted until it ends. If it never does, interrupt this and say how much of it is meant: "
+                    "`trainer=Trainer(limit_train_batches=..., limit_val_batches=...)`.",
+                    stacklevel=2,
+                )
         return list(range(len(self.book) or found))
 
     def _hold(self, indices: Sequence[int]) -> None:
