@@ -16,7 +16,7 @@ import torch
 from models import CLASSES, FEATURES, QUIET, Classifier, Validated, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
-from which_lightning import PACKAGE, ModelCheckpoint, StochasticWeightAveraging, pl
+from which_lightning import PACKAGE, Callback, ModelCheckpoint, StochasticWeightAveraging, pl
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
 from lightning_influence.core import distributed
@@ -505,6 +505,46 @@ def test_validation_data_of_the_trainer_may_be_a_stream(tmp_path: Path) -> None:
     report = InfluenceAudit().audit(model, val_dataloaders=DataLoader(Streamed(), 3), trainer=trainer)
     assert report is not None
     assert "harm" in report.columns
+
+
+def test_data_of_the_last_fit_are_left_alone_if_others_are_audited(tmp_path: Path) -> None:
+    class Remembering(Data):
+        loaded = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"place": 1}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.loaded += 1
+
+    trainer, model, data = make_trainer(tmp_path), Classifier(), Remembering()
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for given, loads in ((train_data(), 0), (None, 1)):
+        InfluenceAudit().audit(model, given, ckpt_path=tmp_path / "last.ckpt", trainer=trainer)
+        assert data.loaded == loads
+        assert trainer.datamodule is data  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("lent", [False, True])
+def test_in_the_middle_of_training_a_copy_can_be_audited(tmp_path: Path, lent: bool) -> None:
+    reports = []
+
+    class Halfway(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            with pytest.raises(RuntimeError, match="in the middle of a run.*deepcopy"):
+                InfluenceAudit().audit(pl_module, train_data(), trainer=trainer if lent else None)
+            if not lent:
+                audit = InfluenceAudit(dirpath=tmp_path / "audit")
+                reports.append(audit.audit(deepcopy(pl_module), train_data()))
+
+    models = []
+    for callbacks in ([], [Halfway()]):
+        torch.manual_seed(0)
+        models.append(Validated(adam))
+        make_trainer(tmp_path, callbacks=callbacks, max_epochs=2).fit(models[-1], train_data(), val_data())
+    assert all(torch.equal(one, other) for one, other in zip(*(each.parameters() for each in models), strict=True))
+    assert len(reports) == 2 * (not lent)
 
 
 def test_a_dry_run_says_what_it_is(tmp_path: Path) -> None:

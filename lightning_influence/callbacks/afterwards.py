@@ -10,7 +10,7 @@ from lightning_influence.callbacks import no_training
 from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.checkpoint_files import StrPath, precision_of
 from lightning_influence.callbacks.hooks import RunHooks
-from lightning_influence.callbacks.lightning import LightningModule, Trainer, is_a, overrides
+from lightning_influence.callbacks.lightning import LightningModule, Trainer, is_a, is_running, overrides
 from lightning_influence.callbacks.past_run import PastRun, RunFiles
 from lightning_influence.core import distributed
 from lightning_influence.core.errors import short
@@ -76,6 +76,7 @@ class Afterwards(RunHooks):
 
         Raises:
             CheckpointFileError, ValueError: If a checkpoint or the data can't be used.
+            RuntimeError: While the model is trained or evaluated.
             MisconfigurationException: As during ``fit``.
 
         Example:
@@ -85,6 +86,11 @@ class Afterwards(RunHooks):
             self._no_report = "the last audit has failed"
         if not is_a(model, "LightningModule"):
             raise TypeError(f"the model is {short(model)}; expected the LightningModule that was trained.")
+        if any(is_running(each) for each in (trainer, getattr(model, "_trainer", None))):
+            raise RuntimeError(
+                f"{type(model).__name__} or its trainer is in the middle of a run, in whose place the audit would be. "
+                "Call `audit` once that has ended, or audit a `copy.deepcopy(model)` without `trainer=`."
+            )
         if trainer is None and distributed.world_size() > 1:
             raise ValueError(
                 f"this is one of {distributed.world_size()} processes, which share an audit: pass their `trainer=` and "

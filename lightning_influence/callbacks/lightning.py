@@ -60,6 +60,7 @@ __all__ = [
     "callbacks_of",
     "dummy_logger",
     "is_a",
+    "is_running",
     "of_package",
     "overrides",
     "package_of",
@@ -142,6 +143,11 @@ def callbacks_of(trainer: Trainer) -> list[Any]:
     """Return a trainer's callbacks; they are of no type that both packages share."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[union-attr]
     return callbacks
+
+
+def is_running(trainer: Trainer | None) -> bool:
+    """Tell whether a trainer is between the beginning and the end of a fit, or of whatever else it does."""
+    return trainer is not None and trainer.state.status == "running"
 
 
 def dummy_logger(trainer: Trainer) -> Any:
