@@ -547,6 +547,18 @@ def test_in_the_middle_of_training_a_copy_can_be_audited(tmp_path: Path, lent: b
     assert len(reports) == 2 * (not lent)
 
 
+def test_an_audit_that_is_done_is_not_lost_to_the_end_of_the_fit(tmp_path: Path) -> None:
+    class Ending(Classifier):
+        def on_fit_end(self) -> None:
+            raise AttributeError("nothing was trained")
+
+    audit = InfluenceAudit(dirpath=tmp_path)
+    with pytest.raises(AttributeError, match="nothing was trained"):
+        audit.audit(Ending(), train_data())
+    assert len(audit.report) == len(train_data().dataset)  # type: ignore[arg-type]
+    assert AuditReport.load(tmp_path).status == "complete"
+
+
 def test_a_dry_run_says_what_it_is(tmp_path: Path) -> None:
     trainer, model = make_trainer(tmp_path, fast_dev_run=True), Validated()
     trainer.fit(model, train_data())

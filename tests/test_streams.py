@@ -573,7 +573,7 @@ def test_after_training(tmp_path: Path) -> None:
 def test_after_training_who_waits_for_the_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "_PATIENCE", 0.0)
     audit = InfluenceAudit(sample_id=2, dirpath=tmp_path)
-    with pytest.warns(UserWarning, match="Stream has handed out 4 examples so far.*limit_train_batches=") as caught:
+    with pytest.warns(UserWarning, match="Stream has handed out 0 batches so far.*limit_train_batches=") as caught:
         audit.audit(Classifier(), DataLoader(Stream(), 4))
     assert sum("so far" in str(warning.message) for warning in caught) == 1
 

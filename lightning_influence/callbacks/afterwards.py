@@ -103,9 +103,12 @@ class Afterwards(RunHooks):
         weights = model.state_dict() if files.audited is None else files.audited.weights
         used = trainer or no_training.evaluating_trainer(model, precision_of(weights))
         done = PastRun(self.arguments, self.state_key, files, model, used, lent=trainer is not None)
-        no_training.fit_in_name(used, model, done.audit, **loaders)
-        self._report, self._run = done.report, done.run
-        self._no_report = "it is that of rank zero"
+        try:
+            no_training.fit_in_name(used, model, done.audit, **loaders)
+        finally:  # what the model does at the end of a fit may fail; a finished audit is there all the same
+            if done.run is not None and done.run.finished:
+                self._report, self._run = done.report, done.run
+                self._no_report = "it is that of rank zero"
         return self._report
 
 

@@ -249,13 +249,7 @@ class AuditRun:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
         indices = result.scores.indices.tolist()
-        drawn = len(bridge.drawn_from(train_loader(trainer), recording.size))
-        if bridge.is_dry_run(trainer):
-            result.notes.append(f"`fast_dev_run`: {len(audited)} examples alone were looked at, and nothing is written")
-            never = 0
-        else:
-            never = 0 if isinstance(self.passes.source, StreamSource) else drawn - len(audited)
-        result.notes.extend(_data_notes(self.passes, audited, indices, never))
+        result.notes.extend(_data_notes(trainer, self.passes, audited, indices))
         evidence = recording.label_evidence(indices)
         columns = recording.columns(indices, result.scores, evidence)
         later = bridge.after_training(trainer, gradients)
@@ -308,7 +302,7 @@ def _tolerated(recording: Recording, trainer: Trainer) -> Iterator[None]:
         )
 
 
-def _data_notes(passes: TrainingPasses, audited: list[int], scored: list[int], never: int) -> list[str]:
+def _data_notes(trainer: Trainer, passes: TrainingPasses, audited: list[int], scored: list[int]) -> list[str]:
     """Return what a reader should know of the data: how batches are made, and who is not in the report."""
     source = passes.source
     notes = [source.collation.note] if source.collation.note else []
@@ -319,8 +313,11 @@ def _data_notes(passes: TrainingPasses, audited: list[int], scored: list[int], n
         notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed(named, 10)} ({reasons})")
     if lacking := ", ".join(sorted(map(str, passes.lacking))):
         notes.append(f"training has had terms of the loss that the passes, in eval mode, have not: {lacking}")
-    if never:
-        notes.append(f"{never} examples of the data set were never drawn, and are not audited")
+    if bridge.is_dry_run(trainer):
+        notes.append(f"`fast_dev_run`: {len(audited)} examples alone were looked at, and nothing is written")
+    elif not isinstance(source, StreamSource):
+        never = len(bridge.drawn_from(train_loader(trainer), len(source))) - len(audited)
+        notes += [f"{never} examples of the data set were never drawn, and are not audited"] if never else []
     return notes
 
 

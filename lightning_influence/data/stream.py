@@ -263,20 +263,11 @@ class StreamSource(ExampleSource):
 
     def counted(self, batches: float) -> list[int]:
         """Return the numbers of the examples of so many batches of a stream that nobody trains on, by going over it."""
-        found, patience = 0, _PATIENCE
-        start = time.perf_counter()
-        for number, batch in enumerate(self._loader):
+        found = 0
+        for number, batch in enumerate(_patiently(self._loader)):
             found += len(self._ids(batch) if self.sample_id is None else self.met(batch, 0, endless=False))
             if number + 1 >= batches:
                 break
-            if time.perf_counter() - start > patience:
-                patience = math.inf
-                warnings.warn(
-                    f"{type(self._stream.dataset).__name__} has handed out {found:,} examples so far, and they are "
-                    "counted until it ends. If it never does, interrupt this and say how much of it is meant: "
-                    "`trainer=Trainer(limit_train_batches=..., limit_val_batches=...)`.",
-                    stacklevel=2,
-                )
         return list(range(len(self.book) or found))
 
     def _hold(self, indices: Sequence[int]) -> None:
@@ -321,6 +312,21 @@ class StreamSource(ExampleSource):
         """Go on from a checkpoint."""
         self.book.add(state["ids"])
         self._longest, self._ends, self.repeated = state["longest"], state["ends"], state["repeated"]
+
+
+def _patiently(loader: Again) -> Iterator[Any]:
+    """Yield the batches of a loader, and say how many have come once that takes long."""
+    end = time.perf_counter() + _PATIENCE
+    for number, batch in enumerate(loader):
+        if time.perf_counter() > end:
+            end = math.inf
+            warnings.warn(
+                f"{type(loader.dataset).__name__} has handed out {number:,} batches so far, and is counted until it "
+                "ends. If it never does, interrupt this and say how much of it is meant: "
+                "`trainer=Trainer(limit_train_batches=..., limit_val_batches=...)`.",
+                stacklevel=2,
+            )
+        yield batch
 
 
 def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
