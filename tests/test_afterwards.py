@@ -15,8 +15,8 @@ import pytest
 import torch
 from models import CLASSES, FEATURES, QUIET, Classifier, Validated, make_trainer, vectors
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
-from which_lightning import PACKAGE, ModelCheckpoint, StochasticWeightAveraging, pl
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from which_lightning import PACKAGE, Callback, ModelCheckpoint, StochasticWeightAveraging, pl
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
 from lightning_influence.core import distributed
@@ -493,6 +493,92 @@ def test_the_only_checkpoint_of_a_directory(tmp_path: Path) -> None:
     trained(tmp_path, Classifier(), epochs=1)
     report = InfluenceAudit().audit(Classifier(), train_data(), ckpt_path=tmp_path)
     assert report.directory == tmp_path / "influence"
+
+
+def test_validation_data_of_the_trainer_may_be_a_stream(tmp_path: Path) -> None:
+    class Streamed(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(vectors(6, 2))
+
+    trainer, model = make_trainer(tmp_path), Validated()
+    trainer.fit(model, train_data())
+    report = InfluenceAudit().audit(model, val_dataloaders=DataLoader(Streamed(), 3), trainer=trainer)
+    assert report is not None
+    assert "harm" in report.columns
+
+
+def test_data_of_the_last_fit_are_left_alone_if_others_are_audited(tmp_path: Path) -> None:
+    class Remembering(Data):
+        loaded = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"place": 1}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.loaded += 1
+
+    trainer, model, data = make_trainer(tmp_path), Classifier(), Remembering()
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for given, loads in ((train_data(), 0), (None, 1)):
+        InfluenceAudit().audit(model, given, ckpt_path=tmp_path / "last.ckpt", trainer=trainer)
+        assert data.loaded == loads
+        assert trainer.datamodule is data  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("lent", [False, True])
+def test_in_the_middle_of_training_a_copy_can_be_audited(tmp_path: Path, lent: bool) -> None:
+    reports = []
+
+    class Halfway(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            with pytest.raises(RuntimeError, match="in the middle of a run.*deepcopy"):
+                InfluenceAudit().audit(pl_module, train_data(), trainer=trainer if lent else None)
+            if not lent:
+                audit = InfluenceAudit(dirpath=tmp_path / "audit")
+                reports.append(audit.audit(deepcopy(pl_module), train_data()))
+
+    models = []
+    for callbacks in ([], [Halfway()]):
+        torch.manual_seed(0)
+        models.append(Validated(adam))
+        make_trainer(tmp_path, callbacks=callbacks, max_epochs=2).fit(models[-1], train_data(), val_data())
+    assert all(torch.equal(one, other) for one, other in zip(*(each.parameters() for each in models), strict=True))
+    assert len(reports) == 2 * (not lent)
+
+
+def test_an_audit_that_is_done_is_not_lost_to_the_end_of_the_fit(tmp_path: Path) -> None:
+    class Ending(Classifier):
+        def on_fit_end(self) -> None:
+            raise AttributeError("nothing was trained")
+
+    audit = InfluenceAudit(dirpath=tmp_path)
+    with pytest.raises(AttributeError, match="nothing was trained"):
+        audit.audit(Ending(), train_data())
+    assert len(audit.report) == len(train_data().dataset)  # type: ignore[arg-type]
+    assert AuditReport.load(tmp_path).status == "complete"
+
+
+def test_a_dry_run_says_what_it_is(tmp_path: Path) -> None:
+    trainer, model = make_trainer(tmp_path, fast_dev_run=True), Validated()
+    trainer.fit(model, train_data())
+    report = InfluenceAudit().audit(model, trainer=trainer)
+    assert report is not None
+    assert report.directory is None
+    notes = [note for note in report.manifest["notes"] if "examples" in note]
+    assert notes == [f"`fast_dev_run`: {len(report)} examples alone were looked at, and nothing is written"]
+
+
+def test_records_of_an_earlier_version_are_told(tmp_path: Path) -> None:
+    model = Validated(adam)
+    trained(tmp_path, model, InfluenceAudit(), epochs=1)
+    content = torch.load(kept(tmp_path)[-1], weights_only=True)
+    (state,) = [state for key, state in content["callbacks"].items() if key.startswith("InfluenceAudit")]
+    del state["parts"]
+    torch.save(content, tmp_path / "before.ckpt")
+    with pytest.warns(UserWarning, match="what an earlier version .* has recorded of the training is left out"):
+        report = InfluenceAudit().audit(Validated(adam), train_data(), ckpt_path=tmp_path / "before.ckpt")
+    assert "times_seen" not in report.columns
 
 
 def test_one_of_several_processes_needs_their_trainer(monkeypatch: pytest.MonkeyPatch) -> None:

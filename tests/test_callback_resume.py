@@ -435,3 +435,28 @@ def test_resuming_a_run_that_is_already_over(tmp_path: Path) -> None:
     again = InfluenceAudit(dirpath=tmp_path / "audit")
     run(tmp_path / "second", epochs=2, audits=[again], ckpt_path=tmp_path / "first" / "kept" / "step=10.ckpt")
     assert {path: path.read_bytes() for path in (tmp_path / "audit").rglob("*") if path.is_file()} == before
+
+
+def test_validation_data_that_are_gone_end_no_fit_that_had_nothing_left(tmp_path: Path) -> None:
+    class Split(pl.LightningDataModule):
+        gone = False
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return loader(vectors())
+
+        def val_dataloader(self) -> DataLoader[Any]:
+            if self.gone:
+                raise FileNotFoundError("val.csv is gone")
+            return loader(vectors(6, 2))
+
+    data = Split()
+    trainer = make_trainer(tmp_path, callbacks=[InfluenceAudit()])
+    trainer.fit(Validated(), datamodule=data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    data.gone = True
+    audit = InfluenceAudit()
+    trainer = make_trainer(tmp_path, callbacks=[audit])
+    with pytest.warns(UserWarning, match="no influence audit: val.csv is gone"):
+        trainer.fit(Validated(), datamodule=data, ckpt_path=tmp_path / "last.ckpt")
+    with pytest.raises(RuntimeError, match="val.csv is gone"):
+        _ = audit.report

@@ -83,7 +83,7 @@ TRAINER: dict[str, Any] = {
     "accelerator": "gpu",
     "devices": 4,
     "strategy": "ddp",
-    "callbacks": [{"class_path": "elsewhere.Callback"}, AUDIT],
+    "callbacks": [None, {"class_path": "elsewhere.Callback"}, AUDIT],
     "logger": {"class_path": "elsewhere.Logger"},
     "enable_progress_bar": False,
 }

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import Classifier, Stream, loader, make_trainer, vectors
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from which_lightning import Callback, MisconfigurationException, pl
 
 from lightning_influence import AuditReport, InfluenceAudit
@@ -198,6 +198,50 @@ def test_what_cannot_be_audited_is_trained_all_the_same(
         assert not any(isinstance(each, UninvitedAudit) for each in trainer.callbacks)  # type: ignore[attr-defined]
         assert trainer.global_step > 0
     assert all(torch.equal(one, other) for one, other in zip(*(each.parameters() for each in models), strict=True))
+
+
+class Keyed(Dataset[Any]):
+    """Has keys for its examples."""
+
+    def __len__(self) -> int:
+        return len(vectors())
+
+    def __getitem__(self, key: Any) -> Any:
+        return vectors()[int(str(key).removeprefix("k"))]
+
+
+class Heavy(Classifier):
+    """Has no memory to spare for passes in evaluation mode."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if not self.training:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "keys", "said"),
+    [
+        ("", Classifier, True, "the training sampler yields"),  # between the loader and the loop
+        ("sample_id: 1", Classifier, False, "Tensor.* has an index"),  # while the data are loaded
+        ("", Heavy, False, "OutOfMemoryError"),  # what no audit refuses with a sentence
+    ],
+)
+def test_whatever_fails_where_training_is_trained_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, kind: type[Classifier], keys: bool, said: str
+) -> None:
+    (tmp_path / "audit.yaml").write_text(content)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "audit.yaml"))
+    trainer = make_trainer(tmp_path)
+    names = [f"k{number}" for number in range(len(vectors()))]
+    data = DataLoader(Keyed(), batch_size=4, sampler=names) if keys else loader(vectors())
+    with pytest.warns(UserWarning, match=f"{VARIABLE}: this training is not audited.*{said}"):
+        trainer.fit(kind(), data)
+    assert not any(isinstance(each, UninvitedAudit) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    assert trainer.global_step == len(data) * (trainer.max_epochs or 0)
+    assert not {"process_dataloader", "convert_input"} & {*vars(trainer.strategy), *vars(trainer.precision_plugin)}
+    for directory in tmp_path.rglob("influence"):
+        assert AuditReport.load(directory).status == "interrupted"
 
 
 @pytest.mark.parametrize(

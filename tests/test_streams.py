@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from lightning_influence import AuditReport, InfluenceAudit, Queries
+from lightning_influence.data import stream
 from lightning_influence.data.collation import DataError
 from lightning_influence.data.ids import IdBook, ids_in
 from lightning_influence.data.rows import Row, UnlikeError, joined
@@ -567,6 +568,14 @@ def test_after_training(tmp_path: Path) -> None:
     assert fewer.columns["id"].tolist() == [name(k) for k in range(SIZE - 6)]
     assert "times_seen" in fewer.columns
     assert any(note.startswith(f"6 of {SIZE} examples are not scored") for note in fewer.manifest["notes"])
+
+
+def test_after_training_who_waits_for_the_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_PATIENCE", 0.0)
+    audit = InfluenceAudit(sample_id=2, dirpath=tmp_path)
+    with pytest.warns(UserWarning, match="Stream has handed out 0 batches so far.*limit_train_batches=") as caught:
+        audit.audit(Classifier(), DataLoader(Stream(), 4))
+    assert sum("so far" in str(warning.message) for warning in caught) == 1
 
 
 def test_after_training_on_other_data(tmp_path: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import no_training
 from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.checkpoint_files import StrPath, precision_of
 from lightning_influence.callbacks.hooks import RunHooks
-from lightning_influence.callbacks.lightning import LightningModule, Trainer, is_a, overrides
+from lightning_influence.callbacks.lightning import LightningModule, Trainer, is_a, is_running, overrides
 from lightning_influence.callbacks.past_run import PastRun, RunFiles
 from lightning_influence.core import distributed
 from lightning_influence.core.errors import short
@@ -21,6 +21,30 @@ class Afterwards(RunHooks):
 
     arguments: Arguments
 
+    @overload
+    def audit(
+        self,
+        model: LightningModule,
+        data: Any = None,
+        *,
+        ckpt_path: StrPath | None = None,
+        ckpt_paths: Sequence[StrPath] = (),
+        val_dataloaders: Any = None,
+        trainer: None = None,
+    ) -> AuditReport: ...
+
+    @overload
+    def audit(
+        self,
+        model: LightningModule,
+        data: Any = None,
+        *,
+        ckpt_path: StrPath | None = None,
+        ckpt_paths: Sequence[StrPath] = (),
+        val_dataloaders: Any = None,
+        trainer: Trainer,
+    ) -> AuditReport | None: ...
+
     def audit(
         self,
         model: LightningModule,
@@ -30,7 +54,7 @@ class Afterwards(RunHooks):
         ckpt_paths: Sequence[StrPath] = (),
         val_dataloaders: Any = None,
         trainer: Trainer | None = None,
-    ) -> AuditReport:
+    ) -> AuditReport | None:
         """Audit a model that was trained before, by its own ``training_step`` and data; see ``docs/afterwards.md``.
 
         Nothing is trained. What training alone can tell (dynamics) is there if the checkpoint was saved with this
@@ -48,10 +72,11 @@ class Afterwards(RunHooks):
                 beside the checkpoint.
 
         Returns:
-            The report, also in ``report``; on other ranks than zero None.
+            The report, also in ``report``; None on other ranks than zero, which only a ``trainer`` has.
 
         Raises:
             CheckpointFileError, ValueError: If a checkpoint or the data can't be used.
+            RuntimeError: While the model is trained or evaluated.
             MisconfigurationException: As during ``fit``.
 
         Example:
@@ -61,6 +86,11 @@ class Afterwards(RunHooks):
             self._no_report = "the last audit has failed"
         if not is_a(model, "LightningModule"):
             raise TypeError(f"the model is {short(model)}; expected the LightningModule that was trained.")
+        if any(is_running(each) for each in (trainer, getattr(model, "_trainer", None))):
+            raise RuntimeError(
+                f"{type(model).__name__} or its trainer is in the middle of a run, in whose place the audit would be. "
+                "Call `audit` once that has ended, or audit a `copy.deepcopy(model)` without `trainer=`."
+            )
         if trainer is None and distributed.world_size() > 1:
             raise ValueError(
                 f"this is one of {distributed.world_size()} processes, which share an audit: pass their `trainer=` and "
@@ -73,10 +103,13 @@ class Afterwards(RunHooks):
         weights = model.state_dict() if files.audited is None else files.audited.weights
         used = trainer or no_training.evaluating_trainer(model, precision_of(weights))
         done = PastRun(self.arguments, self.state_key, files, model, used, lent=trainer is not None)
-        no_training.fit_in_name(used, model, done.audit, **loaders)
-        self._report, self._run = done.report, done.run
-        self._no_report = "it is that of rank zero"
-        return self._report  # type: ignore[return-value]  # on rank zero, where people look
+        try:
+            no_training.fit_in_name(used, model, done.audit, **loaders)
+        finally:  # what the model does at the end of a fit may fail; a finished audit is there all the same
+            if done.run is not None and done.run.finished:
+                self._report, self._run = done.report, done.run
+                self._no_report = "it is that of rank zero"
+        return self._report
 
 
 def _data(model: LightningModule, data: Any, val_dataloaders: Any, trainer: Any) -> dict[str, Any]:
@@ -91,7 +124,9 @@ def _data(model: LightningModule, data: Any, val_dataloaders: Any, trainer: Any)
             )
         return {"datamodule": data}
     if data is None and trainer is not None:
-        data, val_dataloaders = trainer.train_dataloader, val_dataloaders or trainer.val_dataloaders
+        # By identity: a stream has no length that would make it true.
+        data = trainer.train_dataloader
+        val_dataloaders = trainer.val_dataloaders if val_dataloaders is None else val_dataloaders
     if data is None and not overrides("train_dataloader", model):
         raise ValueError(
             f"there are no training data: pass the DataLoader or LightningDataModule that {type(model).__name__} was "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -54,22 +56,28 @@ class BatchIndexRecorder:
         self._unread = ""  # why ids of a batch could not be read
         self._undo: list[tuple[Any, str]] = []
 
-    def attach(self, trainer: Trainer) -> None:
-        """Start to follow the batches of this trainer. Call in ``setup``."""
+    def attach(self, trainer: Trainer, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """Start to follow the batches of this trainer. Call in ``setup``.
+
+        Args:
+            trainer: The trainer.
+            around: Put around everything that is done between the loader and the training loop.
+        """
         self.detach()
         process, convert = trainer.strategy.process_dataloader, trainer.precision_plugin.convert_input
 
         def following(dataloader: object) -> object:
             processed = process(dataloader)
             if trainer.training:
-                self._follow(processed)
+                with around():
+                    self._follow(processed)
             return processed
 
         def looking(data: Any) -> Any:
             # What the data fetcher handed on, before hooks and devices change it.
             if trainer.training:
-                streamed = self.sample_id is not None
-                self._found = self._read(trainer, data) if streamed else self._look_up(data)
+                with around():
+                    self._found = self._look_up(data) if self.sample_id is None else self._read(trainer, data)
             return convert(data)
 
         # On the instances, over the classes' methods: `detach` deletes them again.

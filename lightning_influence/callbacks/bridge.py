@@ -21,6 +21,7 @@ from lightning_influence.callbacks.lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
+    callbacks_of,
     dummy_logger,
     is_a,
     rank_zero_warn,
@@ -125,6 +126,7 @@ def length_of(loader: Any) -> float:
     """Return the number of a loader's batches; infinity if it can't tell, or has none."""
     try:
         return len(loader) or math.inf
+    # What torch and Lightning take for "no length": the trainer counts no batches of such a loader, either.
     except (TypeError, NotImplementedError):
         return math.inf
 
@@ -219,7 +221,7 @@ def _belongings(trainer: Trainer) -> Iterator[Found]:
     for config in trainer.lr_scheduler_configs:
         for scheduler in (config.scheduler, *getattr(config.scheduler, "_schedulers", ())):
             yield from shallow(type(scheduler).__name__, vars(scheduler))
-    for callback in trainer.callbacks:  # type: ignore[union-attr]
+    for callback in callbacks_of(trainer):
         own = not any(kind.__module__.startswith("lightning_influence.") for kind in type(callback).__mro__)
         if own and is_users(type(callback).__module__):
             yield from shallow(type(callback).__name__, vars(callback))

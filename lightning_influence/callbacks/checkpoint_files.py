@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_influence.callbacks.lightning import LightningModule, Trainer, is_a, of_package
+from lightning_influence.callbacks.lightning import LightningModule, Trainer, callbacks_of, is_a, of_package
 from lightning_influence.core.errors import short
 from lightning_influence.core.torch_private import eager_name
 from lightning_influence.core.weights import places_of, swapped
@@ -225,8 +225,7 @@ def _of_trainer(which: str, trainer: Trainer | None) -> str:
 
 def keepers_of(trainer: Trainer) -> Sequence[Any]:
     """Return the trainer's ``ModelCheckpoint`` callbacks, those that monitor something first."""
-    callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[union-attr]
-    keepers = [each for each in callbacks if is_a(each, "ModelCheckpoint")]
+    keepers = [each for each in callbacks_of(trainer) if is_a(each, "ModelCheckpoint")]
     return sorted(keepers, key=lambda keeper: keeper.monitor is None)
 
 

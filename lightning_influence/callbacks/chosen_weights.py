@@ -15,6 +15,7 @@ from lightning_influence.callbacks.lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
+    callbacks_of,
     is_a,
     rank_zero_warn,
 )
@@ -32,8 +33,7 @@ _AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")
 
 def averaging_of(trainer: Trainer) -> list[Any]:
     """Return the trainer's callbacks that put an average into the model once training has ended."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[union-attr]
-    return [each for each in callbacks if is_a(each, *_AVERAGING)]
+    return [each for each in callbacks_of(trainer) if is_a(each, *_AVERAGING)]
 
 
 def check_weights(trainer: Trainer, audit: Callback, weights: Weights) -> None:
@@ -42,7 +42,7 @@ def check_weights(trainer: Trainer, audit: Callback, weights: Weights) -> None:
     Raises:
         MisconfigurationException: For weights that this trainer will not have.
     """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[union-attr]
+    callbacks = callbacks_of(trainer)
     later = [each for each in averaging_of(trainer) if callbacks.index(each) > callbacks.index(audit)]
     if later and weights == "last":
         rank_zero_warn(
@@ -87,7 +87,7 @@ def chosen(trainer: Trainer, module: LightningModule, weights: Weights) -> Itera
 
 def _last(trainer: Trainer) -> Found:
     # Callbacks that come before the audit have put their average into the model by now.
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[union-attr]
+    callbacks = callbacks_of(trainer)
     audits = [place for place, each in enumerate(callbacks) if type(each).__module__.startswith("lightning_influence.")]
     before = [each for each in averaging_of(trainer) if callbacks.index(each) < min(audits, default=0)]
     average = f", averaged by {type(before[0]).__name__}" if before else ""

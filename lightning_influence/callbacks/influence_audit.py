@@ -244,16 +244,14 @@ class InfluenceAudit(Afterwards):
             rank_zero_info("influence audit: nothing was left to train; `report` is that of the fit before.")
             return
         rank_zero_info("influence audit: nothing was left to train; what was recorded until then is audited now.")
-        with as_at_the_end_of_training(trainer, pl_module):
-            try:
-                run = self._prepare(trainer, pl_module)
-            except Exception as error:
-                if distributed.world_size() > 1:
-                    raise
-                self._no_report = str(error)
-                rank_zero_warn(f"no influence audit: {error}\nOnce that is mended: {WITHOUT_TRAINING}.")
-                return
-            self._finish(run, trainer, pl_module)
+        try:
+            with as_at_the_end_of_training(trainer, pl_module):
+                self._finish(self._prepare(trainer, pl_module), trainer, pl_module)
+        except Exception as error:
+            if distributed.world_size() > 1:
+                raise
+            self._no_report = str(error)
+            rank_zero_warn(f"no influence audit: {error}\nOnce that is mended: {WITHOUT_TRAINING}.")
 
     def _finish(self, run: AuditRun, trainer: Trainer, module: LightningModule) -> None:
         finished = run.finish_or_warn(trainer, module)

@@ -57,8 +57,10 @@ __all__ = [
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
+    "callbacks_of",
     "dummy_logger",
     "is_a",
+    "is_running",
     "of_package",
     "overrides",
     "package_of",
@@ -135,6 +137,17 @@ def of_package(value: object, module: str, name: str) -> Any:
 def overrides(hook: str, module: LightningModule) -> bool:
     """Tell whether a module has a hook of its own."""
     return is_overridden(hook, module, sys.modules[package_of(module)].LightningModule)
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """Return a trainer's callbacks; they are of no type that both packages share."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[union-attr]
+    return callbacks
+
+
+def is_running(trainer: Trainer | None) -> bool:
+    """Tell whether a trainer is between the beginning and the end of a fit, or of whatever else it does."""
+    return trainer is not None and trainer.state.status == "running"
 
 
 def dummy_logger(trainer: Trainer) -> Any:

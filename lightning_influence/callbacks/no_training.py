@@ -22,7 +22,15 @@ from lightning_influence.callbacks.lightning import (
 from lightning_influence.core.containers import leaves
 from lightning_influence.core.random_streams import isolated_rng
 
-_KEPT = ("fit_loop", "callbacks", "loggers", "num_sanity_val_steps", "limit_train_batches", "overfit_batches")
+_KEPT = (
+    "fit_loop",
+    "callbacks",
+    "loggers",
+    "num_sanity_val_steps",
+    "limit_train_batches",
+    "overfit_batches",
+    "datamodule",
+)
 # What Lightning says of a fit, and nobody who does not train can heed.
 _BESIDE_THE_POINT = (
     ".*configure_optimizers` returned `None`",
@@ -64,6 +72,7 @@ def fit_in_name(trainer: Any, module: LightningModule, work: Callable[[], None],
     loop.run = work
     trainer.fit_loop, trainer.num_sanity_val_steps = loop, 0
     trainer.callbacks = [each for each in trainer.callbacks if each is trainer.progress_bar_callback]
+    trainer.datamodule = None  # the last fit's, which need not be that of these data
     trainer.limit_train_batches = trainer.limit_train_batches or 1.0
     trainer.loggers = trainer.loggers or [dummy_logger(trainer)]  # which steps write to
     try:

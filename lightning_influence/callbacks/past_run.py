@@ -225,7 +225,10 @@ class PastRun:
         callbacks = {} if self.files.audited is None else self.files.audited.content.get("callbacks") or {}
         own = callbacks.get(self._key)
         found = Restored(own) if own else state_for(self._key, self.arguments.described(), callbacks)
-        return None if found is None or "parts" not in found.state else found
+        if found is not None and "parts" not in found.state:
+            self._warn("what an earlier version of lightning-influence has recorded of the training is left out")
+            return None
+        return found
 
     def _arguments(self, restored: Restored | None) -> Arguments:
         tracin = self.arguments.tracin

@@ -222,9 +222,9 @@ class AuditRun:
     def _finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         self.recording.synchronise()
         audited = self._indices(trainer, last=True)
-        indices = self._unmissed(audited)
         if bridge.is_dry_run(trainer):
-            indices = (indices or list(range(len(self.passes.source))))[: self.passes.source.batch_size]
+            audited = (audited or list(range(len(self.passes.source))))[: self.passes.source.batch_size]
+        indices = self._unmissed(audited)
         if not indices:
             self.failure = "no training batch was seen"
             rank_zero_warn(f"no influence audit: {self.failure}.")
@@ -249,9 +249,7 @@ class AuditRun:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
         indices = result.scores.indices.tolist()
-        drawn = len(bridge.drawn_from(train_loader(trainer), recording.size))
-        never = 0 if isinstance(self.passes.source, StreamSource) else drawn - len(audited)
-        result.notes.extend(_data_notes(self.passes, audited, indices, never))
+        result.notes.extend(_data_notes(trainer, self.passes, audited, indices))
         evidence = recording.label_evidence(indices)
         columns = recording.columns(indices, result.scores, evidence)
         later = bridge.after_training(trainer, gradients)
@@ -304,7 +302,7 @@ def _tolerated(recording: Recording, trainer: Trainer) -> Iterator[None]:
         )
 
 
-def _data_notes(passes: TrainingPasses, audited: list[int], scored: list[int], never: int) -> list[str]:
+def _data_notes(trainer: Trainer, passes: TrainingPasses, audited: list[int], scored: list[int]) -> list[str]:
     """Return what a reader should know of the data: how batches are made, and who is not in the report."""
     source = passes.source
     notes = [source.collation.note] if source.collation.note else []
@@ -315,8 +313,11 @@ def _data_notes(passes: TrainingPasses, audited: list[int], scored: list[int], n
         notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed(named, 10)} ({reasons})")
     if lacking := ", ".join(sorted(map(str, passes.lacking))):
         notes.append(f"training has had terms of the loss that the passes, in eval mode, have not: {lacking}")
-    if never:
-        notes.append(f"{never} examples of the data set were never drawn, and are not audited")
+    if bridge.is_dry_run(trainer):
+        notes.append(f"`fast_dev_run`: {len(audited)} examples alone were looked at, and nothing is written")
+    elif not isinstance(source, StreamSource):
+        never = len(bridge.drawn_from(train_loader(trainer), len(source))) - len(audited)
+        notes += [f"{never} examples of the data set were never drawn, and are not audited"] if never else []
     return notes
 
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_influence.callbacks.influence_audit import InfluenceAudit
-from lightning_influence.callbacks.lightning import LightningModule, MisconfigurationException, Trainer, rank_zero_warn
+from lightning_influence.callbacks.lightning import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    callbacks_of,
+    rank_zero_warn,
+)
 from lightning_influence.core import distributed
 from lightning_influence.training.settings import TracIn
 
@@ -25,35 +33,44 @@ class UninvitedAudit(InfluenceAudit):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule | None = None, stage: str = "fit") -> None:
         """As ``InfluenceAudit``."""
-        others = [each for each in trainer.callbacks if isinstance(each, InfluenceAudit) and each is not self]  # type: ignore[union-attr]
-        if others:
+        if any(isinstance(each, InfluenceAudit) and each is not self for each in callbacks_of(trainer)):
             self._leave(trainer)
-        else:
-            self._try(trainer, lambda: super(UninvitedAudit, self).setup(trainer, pl_module, stage))
+            return
+        with self._in_nobodys_way(trainer):
+            super().setup(trainer, pl_module, stage)
+            if stage == "fit":  # once more: what the recorder meets between the hooks must not end a training, either
+                self._recorder.attach(trainer, partial(self._in_nobodys_way, trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As ``InfluenceAudit``."""
-        self._try(trainer, lambda: super(UninvitedAudit, self).on_train_start(trainer, pl_module))
+        with self._in_nobodys_way(trainer):
+            super().on_train_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """As ``InfluenceAudit``."""
-        start = super().on_train_batch_start
-        self._try(trainer, lambda: start(trainer, pl_module, batch, batch_idx))
+        with self._in_nobodys_way(trainer):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
-    def _try(self, trainer: Trainer, hook: Callable[[], None]) -> None:
+    @contextmanager
+    def _in_nobodys_way(self, trainer: Trainer) -> Iterator[None]:
+        """Leave the trainer after an error of whatever kind: nothing of training itself runs in here."""
         try:
-            hook()
-        except MisconfigurationException as error:
+            yield
+        except Exception as error:
             if distributed.world_size() > 1:
                 raise  # other processes may not have met it, and would wait for this one
-            rank_zero_warn(f"{VARIABLE}: this training is not audited. {error}")
-            self._no_report = str(error)
+            told = str(error) if isinstance(error, MisconfigurationException) else repr(error)
+            rank_zero_warn(f"{VARIABLE}: this training is not audited. {told}")
+            self._no_report = told
+            if self._run is not None:
+                self._run.listener.stop()
+                self._run.interrupt(trainer, told)
             self._leave(trainer)
 
-    def _leave(self, trainer: Trainer) -> None:
+    def _leave(self, trainer: Any) -> None:
         self._recorder.detach()
         # Another list: the trainer is going through this one.
-        trainer.callbacks = [each for each in trainer.callbacks if each is not self]  # type: ignore[union-attr]
+        trainer.callbacks = [each for each in callbacks_of(trainer) if each is not self]
 
 
 def audit_of(path: str) -> UninvitedAudit:

@@ -230,8 +230,9 @@ def _trainer(section: Any, arguments: Mapping[str, str], overrides: Sequence[str
         kept["accelerator"] = "cpu" if then.get("accelerator") == "cpu" else "auto"
     callbacks = then.get("callbacks") or []
     given = [_with_class(each, None) for each in (callbacks if isinstance(callbacks, list) else [callbacks])]
-    audits = [each for each in given if str(each["class_path"]).rpartition(".")[2] == InfluenceAudit.__name__]
-    audit: dict[str, Any] = audits[0] if audits else {"class_path": _AUDIT}
+    named = [each for each in given if isinstance(each, Mapping) and "class_path" in each]  # the others are left out
+    audits = [each for each in named if str(each["class_path"]).rpartition(".")[2] == InfluenceAudit.__name__]
+    audit: Mapping[str, Any] = audits[0] if audits else {"class_path": _AUDIT}
     audit = {**audit, "init_args": {**(audit.get("init_args") or {}), **_arguments(arguments)}}
     return {
         "devices": 1,

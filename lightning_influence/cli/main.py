@@ -149,7 +149,7 @@ def _audit(asked: argparse.Namespace, rest: Sequence[str]) -> int:
     report = found.audit.audit(
         found.model, found.data, ckpt_path=asked.ckpt_path, ckpt_paths=asked.ckpt_paths, trainer=found.trainer
     )
-    return _code(report, asked.fail_over)
+    return 0 if report is None else _code(report, asked.fail_over)  # rank zero tells
 
 
 def _view(asked: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -7,6 +7,8 @@ hand and what waits for the next one.
 from __future__ import annotations
 
 import math
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -24,6 +26,7 @@ from lightning_influence.data.source import ExampleSource
 NOT_MET = "the stream did not hold it again"
 
 _NAMED = 5
+_PATIENCE = 60.0  # seconds for counting a stream in silence, which may have no end
 
 
 class Stream(Dataset[Any]):
@@ -262,7 +265,7 @@ class StreamSource(ExampleSource):
     def counted(self, batches: float) -> list[int]:
         """Return the numbers of the examples of so many batches of a stream that nobody trains on, by going over it."""
         found = 0
-        for number, batch in enumerate(self._loader):
+        for number, batch in enumerate(_patiently(self._loader)):
             found += len(self._ids(batch) if self.sample_id is None else self.met(batch, 0, endless=False))
             if number + 1 >= batches:
                 break
@@ -310,6 +313,21 @@ class StreamSource(ExampleSource):
         """Go on from a checkpoint."""
         self.book.add(state["ids"])
         self._longest, self._ends, self.repeated = state["longest"], state["ends"], state["repeated"]
+
+
+def _patiently(loader: Again) -> Iterator[Any]:
+    """Yield the batches of a loader, and say how many have come once that takes long."""
+    end = time.perf_counter() + _PATIENCE
+    for number, batch in enumerate(loader):
+        if time.perf_counter() > end:
+            end = math.inf
+            warnings.warn(
+                f"{type(loader.dataset).__name__} has handed out {number:,} batches so far, and is counted until it "
+                "ends. If it never does, interrupt this and say how much of it is meant: "
+                "`trainer=Trainer(limit_train_batches=..., limit_val_batches=...)`.",
+                stacklevel=2,
+            )
+        yield batch
 
 
 def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
