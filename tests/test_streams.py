@@ -528,7 +528,9 @@ def test_what_is_saved_once_training_is_over_knows_whose_it_is(tmp_path: Path) -
     trainer.save_checkpoint(tmp_path / "over.ckpt")
     assert audit.report.manifest["stream"]
     held = torch.load(tmp_path / "over.ckpt", weights_only=True)["callbacks"][audit.state_key]["stream"]
-    assert held["ids"] == audit.report.columns["id"].tolist()
+    book = IdBook()
+    book.load_state_dict(held["ids"])
+    assert book.ids() == audit.report.columns["id"].tolist()
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -634,6 +636,18 @@ def test_a_book_numbers_ids_in_their_order() -> None:
     assert book.find(["nobody", ids[5]]) == [-1, 5]
     assert book[np.array([3, 9_999])].tolist() == [ids[3], ids[9_999]]
     assert book.ids() == ids
+
+
+@pytest.mark.parametrize("ids", [[7, -3, 2**40], ["a", "", "shard/é", "x" * 300], [1, "two", 2**70], []])
+def test_a_book_goes_on_from_what_a_checkpoint_holds(ids: list[Any]) -> None:
+    """A list of ids is what earlier versions have written."""
+    book = IdBook()
+    book.add(ids)
+    for state in (book.state_dict(), book.ids()):
+        other = IdBook()
+        other.load_state_dict(state)
+        assert other.ids() == book.ids()
+        assert other.add([*ids, "new"]) == list(range(len(ids) + 1))
 
 
 def test_rows_of_several_batches() -> None:

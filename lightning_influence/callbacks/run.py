@@ -6,7 +6,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
@@ -34,6 +38,7 @@ from lightning_influence.training.optimizers import preconditioners
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
 from lightning_influence.training.step_sizes import StepSize, block_step_sizes
+from lightning_influence.training.table import nearest_columns
 
 Finished = tuple[AuditReport | None, Callable[[], None]]
 """The audit, None on other ranks than zero, and what writes it to files and loggers."""
@@ -248,14 +253,17 @@ class AuditRun:
         if self.flight is not None:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
-        indices = result.scores.indices.tolist()
-        result.notes.extend(_data_notes(trainer, self.passes, audited, indices))
-        evidence = recording.label_evidence(indices)
-        columns = recording.columns(indices, result.scores, evidence)
+        scored = result.scores.indices.cpu()
+        result.notes.extend(_data_notes(trainer, self.passes, audited, scored))
+        near = nearest_columns(result.scores)
+        result = replace(result, scores=replace(result.scores, features=None))  # what takes memory
+        evidence = recording.label_evidence(scored)
+        columns = recording.columns(scored, result.scores, evidence) | near
         later = bridge.after_training(trainer, gradients)
-        given = columns["label"].tolist() if "label" in columns else ()
-        labels = {index: label for index, label in zip(indices, given, strict=False) if label >= 0}
-        self.make_influence = lambda: Influence.of(later, inspection, indices, history=history, labels=labels)
+        of, labels = columns["index"], columns.get("label", np.zeros(0, np.int64))
+        self.make_influence = lambda: Influence.of(
+            later, inspection, of.tolist(), history=history, labels=_known(of, labels)
+        )
         if self.queries is not None:
             with bridge.aside(trainer):
                 columns |= self.queries.find(columns, result.seconds)
@@ -302,12 +310,12 @@ def _tolerated(recording: Recording, trainer: Trainer) -> Iterator[None]:
         )
 
 
-def _data_notes(trainer: Trainer, passes: TrainingPasses, audited: list[int], scored: list[int]) -> list[str]:
+def _data_notes(trainer: Trainer, passes: TrainingPasses, audited: list[int], scored: Tensor) -> list[str]:
     """Return what a reader should know of the data: how batches are made, and who is not in the report."""
     source = passes.source
     notes = [source.collation.note] if source.collation.note else []
     notes += source.notes() if isinstance(source, StreamSource) else []
-    if missing := sorted(set(audited) - set(scored)):
+    if missing := np.setdiff1d(audited, scored).tolist():
         reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
         named = source.book[missing].tolist() if isinstance(source, StreamSource) else missing
         notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed(named, 10)} ({reasons})")
@@ -319,6 +327,10 @@ def _data_notes(trainer: Trainer, passes: TrainingPasses, audited: list[int], sc
         never = len(bridge.drawn_from(train_loader(trainer), len(source))) - len(audited)
         notes += [f"{never} examples of the data set were never drawn, and are not audited"] if never else []
     return notes
+
+
+def _known(indices: NDArray[np.int64], labels: NDArray[np.int64]) -> dict[int, int]:
+    return {k: label for k, label in zip(indices.tolist(), labels.tolist(), strict=False) if label >= 0}
 
 
 def _step_sizes(checkpoint: Checkpoint, coverage: Coverage, module: LightningModule) -> dict[str, StepSize]:

@@ -307,11 +307,11 @@ class StreamSource(ExampleSource):
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives, for a Lightning checkpoint."""
-        return {"ids": self.book.ids(), "longest": self._longest, "ends": self._ends, "repeated": self.repeated}
+        return {"ids": self.book.state_dict(), "longest": self._longest, "ends": self._ends, "repeated": self.repeated}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.book.add(state["ids"])
+        self.book.load_state_dict(state["ids"])
         self._longest, self._ends, self.repeated = state["longest"], state["ends"], state["repeated"]
 
 
