@@ -5,10 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -324,6 +326,33 @@ def test_one_file_of_several_audits(audits: dict[str, Path], tmp_path: Path) -> 
     assert text.count('id="influence-audit-') == 4
     assert "data:image/png;base64" in text
     assert [each.name for each in path.parent.iterdir()] == ["out.html"]
+
+
+def test_one_file_holds_a_chunk_of_pictures_at_a_time(tmp_path: Path) -> None:
+    """Six copies of all of them were held before: 87 MB for the 20 MB that an audit may have."""
+    noise = {index: b"\x89PNG" + bytes([index]) * 500_000 for index in range(12)}
+    write_audit(tmp_path / "influence", report_of(30), pictures=noise)
+    export_html(tmp_path, tmp_path / "out.html")  # what is read once and kept
+    tracemalloc.start()
+    try:
+        path = export_html(tmp_path, tmp_path / "out.html")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 8_000_000
+    assert peak < 4_000_000
+
+
+def test_one_file_without_pictures_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = {index: b"\x89PNG" + bytes([index]) * 900_000 for index in range(3)}
+    directory = write_audit(tmp_path / "influence", report_of(30), pictures=noise)
+    with open(directory / "pictures-1.json", "ab") as file:
+        file.truncate(3_000_000)
+    monkeypatch.setattr("lightning_influence.view.audits._LARGEST", 2_000_000)
+    with pytest.warns(UserWarning, match="influence, its pictures from chunk 1 on: pictures-1.json has 3,000"):
+        text = export_html(tmp_path, tmp_path / "out.html").read_text()
+    assert re.findall(r'id="influence-([a-z]+-?\d?-?\d?)"', text) == ["audit-0", "pictures-0-0", "runs"]
+    assert text.endswith("</html>\n")
 
 
 def test_one_file_leaves_out_what_is_damaged(tmp_path: Path) -> None:

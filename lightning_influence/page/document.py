@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_influence.audit.columns import COLUMNS, INFLUENCE_ON, Columns, candidate_rows, column_of
+from lightning_influence.audit.curves import SUGGESTED
 from lightning_influence.page.cards import cards
 
 if TYPE_CHECKING:
@@ -191,6 +192,9 @@ def _curves(
     return {
         "epochs": [int(epoch) for epoch in getattr(curves, "epochs", ())],
         "names": list(curves),
+        # Which of them, if any, is the probability of the given label, and of the suggested one.
+        "p_given": "probability" if "probability" in curves else None,
+        "p_suggested": SUGGESTED if SUGGESTED in curves else None,
         "rows": "all" if len(rows) == len(order) else rows.tolist(),
         "data": {name: _base64(_float32(table[order][rows])) for name, table in curves.items()},
     }

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -37,12 +37,12 @@ def tag_of(content: bytes) -> str:
     return f'"{hashlib.sha256(content).hexdigest()[:24]}"'
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, pieces: Iterable[bytes]) -> None:
     """Write a file: the old one or the new one is there at any time. That of the store needs torch."""
     temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -163,7 +163,7 @@ class Audits:
             if tag_of(self.review(key)) != instead_of:
                 raise ChangedError(f"{REVIEW} has been changed by somebody else; reload the page to have both.")
             try:
-                replace(path, content)
+                replace(path, [content])
             except OSError as error:
                 raise ViewError(
                     f"{path} can't be written ({error}); the decisions are still in the browser."
