@@ -12,6 +12,7 @@ from itertools import chain, islice
 from typing import Any
 
 from lightning_influence.page.assets import static_files
+from lightning_influence.page.listing import parsed, told, unreadable
 
 _PREFIX = "influence/"  # of the modules' names in the import map, which `data:` addresses can refer to
 _IMPORT = re.compile(r"""^(import\b[^;'"]*|export\b[^;'"]*\bfrom\s*|\} from\s*)(["'])\./([\w-]+\.js)\2""", re.MULTILINE)
@@ -84,10 +85,10 @@ def _renamed(content: bytes) -> bytes:
 
 def _about(key: str, audit: Embedded) -> Mapping[str, Any]:
     try:
-        document = json.loads(audit.audit)
-        return {"id": key, "name": audit.name, "status": document.get("status", ""), "created": document["created"]}
-    except (ValueError, KeyError, AttributeError) as error:
-        return {"id": key, "name": audit.name, "status": "", "created": "", "error": f"it can't be read: {error}"}
+        about = told(parsed(audit.audit))
+    except ValueError as error:
+        about = unreadable(f"it can't be read: {error}")
+    return {"id": key, "name": audit.name, **about}
 
 
 def _data(key: str, text: bytes) -> Iterator[bytes]:
