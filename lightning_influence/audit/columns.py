@@ -261,6 +261,9 @@ PAIR_DESCRIPTIONS: dict[str, str] = {
     "index": "position of the training example in its data set",
     "score": "influence, positive for proponents: removing the example from N makes the query's measurement worse by "
     "about this divided by N",
+    "tokens": "what the score is made of, by the tokens of the training example, as JSON: [[text, part], ...]; empty = "
+    "unknown",
+    "tokens_rest": "what is no token's of the score, as of norms and of a head on pooled features",
     "relative": "score over the root of the example's self_influence, what `normalise='relative'` gives; 0 for an "
     "example without a gradient",
     "label": "given label of the training example; -1 = unknown",
@@ -269,7 +272,7 @@ PAIR_DESCRIPTIONS: dict[str, str] = {
 }
 """Columns of the table of pairs, one row a query and strong training example, with their meanings."""
 
-PAIRS_NEEDED = [name for name in PAIR_DESCRIPTIONS if name not in ("list", "relative")]
+PAIRS_NEEDED = [name for name in PAIR_DESCRIPTIONS if name not in ("list", "relative", "tokens", "tokens_rest")]
 """Those of them that audits have always had."""
 
 PAIR_LISTS: dict[str, str] = {
