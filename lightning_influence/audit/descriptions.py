@@ -151,7 +151,13 @@ def token_texts(tokenizer: Any, example: Any) -> list[str | None] | None:
     if tokens.ndim != 1:
         return None
     shown = zip(tokens.tolist(), keep.tolist(), strict=True)
-    return [visible(str(tokenizer.decode([token]))) if kept else None for token, kept in shown]
+    return [_token_text(str(tokenizer.decode([token]))) if kept else None for token, kept in shown]
+
+
+def _token_text(text: str) -> str:
+    """Return what can be seen of a token, with the space on either side that tells where words begin."""
+    before, after = (" " if end.isspace() else "" for end in (text[:1], text[-1:]))
+    return f"{before}{found}{after}" if (found := visible(text)) else before
 
 
 def _decoded(tokenizer: Any, example: Any) -> str:

@@ -233,7 +233,7 @@ class QuerySearch:
             texts: Of the training examples in it, each token's text, None for padding.
 
         Returns:
-            Columns of the table, see ``columns.PAIR_DESCRIPTIONS``. One more pass over the examples is made, in batches
+            Columns of the table, see ``columns.TOKEN_DESCRIPTIONS``. One more pass over the examples is made, in batches
             of those with the same number of tokens: nothing is filled up then.
         """
         lengths: dict[int, list[int]] = {}
