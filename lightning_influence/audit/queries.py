@@ -233,8 +233,8 @@ class QuerySearch:
             texts: Of the training examples in it, each token's text, None for padding.
 
         Returns:
-            Columns of the table, see ``columns.TOKEN_DESCRIPTIONS``. One more pass over the examples is made, in batches
-            of those with the same number of tokens: nothing is filled up then.
+            Columns of the table, see ``columns.TOKEN_DESCRIPTIONS``. One more pass over the examples is made, in
+            batches of those with the same number of tokens: nothing is filled up then.
         """
         lengths: dict[int, list[int]] = {}
         for index, own in texts.items():
