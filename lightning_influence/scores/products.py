@@ -39,16 +39,21 @@ class _Pairs(Visitor, ABC):
     """
 
     def __init__(self, prepared: PreparedQueries, own: ExampleScorer | None = None, layers: Sequence[str] = ()) -> None:
-        self.prepared, self._own = prepared, own
+        self._prepared, self._own = prepared, own
         self._places = {layer: 1 + place for place, layer in enumerate(layers)}
         self._scores = wide_zeros(0, prepared.self_influence.device)
 
+    @property
+    def prepared(self) -> PreparedQueries:
+        """The queries."""
+        return self._prepared
+
     def begin(self, batch: BatchGradients) -> None:
-        of_queries = self.prepared.self_influence
+        of_queries = self._prepared.self_influence
         self._scores = of_queries.new_zeros((batch.loss.n, 1 + len(self._places), len(of_queries)))
 
     def add(self, io: LayerIO) -> None:
-        part = self.prepared.products(io)
+        part = self._prepared.products(io)
         self._scores[:, 0] += part
         if self._places:
             self._scores[:, self._places[io.name]] = part
@@ -56,7 +61,7 @@ class _Pairs(Visitor, ABC):
     def end(self, batch: BatchGradients) -> None:
         scores = self._scores
         scores[~batch.finite] = torch.nan
-        scores[..., self.prepared.self_influence.isnan()] = torch.nan
+        scores[..., self._prepared.self_influence.isnan()] = torch.nan
         self._take(batch.indices, scores)
 
     def _normalised(self, scores: Tensor, normalise: Normalisation) -> Tensor:
@@ -64,7 +69,7 @@ class _Pairs(Visitor, ABC):
         if normalise == "none":
             return scores
         assert self._own is not None
-        of_examples, of_queries = self._own.self_influence.to(scores), self.prepared.self_influence
+        of_examples, of_queries = self._own.self_influence.to(scores), self._prepared.self_influence
         scores = scores * inverse_length(of_examples)[:, None, None]
         return scores * inverse_length(of_queries) if normalise == "cosine" else scores
 
