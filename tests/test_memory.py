@@ -111,10 +111,11 @@ def test_beliefs_of_evidence_in_float32_are_those_of_float64() -> None:
         ([0.0, 3.0, -1.0], torch.int8),
         ([0.0, 300.0], torch.int16),
         ([0.0, 70_000.0], torch.int32),
-        ([0.5, 3.0], torch.float64),
+        ([0.5, 3.0], torch.float32),
+        ([0.1, 3.0], torch.float64),
         ([float("nan"), 1.0], torch.float64),
-        ([float("inf")], torch.float64),
-        ([2.0**40], torch.float64),
+        ([float("inf")], torch.float32),
+        ([2.0**40], torch.float32),
         ([], torch.float64),
     ],
 )
@@ -145,7 +146,7 @@ def test_sums_go_on_from_what_an_earlier_version_has_stored() -> None:
         assert sums[1][name].dtype == sums[2][name].dtype
 
 
-def test_a_checkpoint_gains_64_bytes_an_example_and_20_for_each_class(tmp_path: Path) -> None:
+def test_a_checkpoint_gains_68_bytes_an_example_and_20_for_each_class(tmp_path: Path) -> None:
     size, classes = 200, 3
     audit = InfluenceAudit()
     trainer = make_trainer(tmp_path, callbacks=[audit], max_epochs=3)
@@ -153,4 +154,4 @@ def test_a_checkpoint_gains_64_bytes_an_example_and_20_for_each_class(tmp_path: 
     parts = audit.state_dict()["parts"]
     rows = [each for each in tree_leaves(parts) if isinstance(each, Tensor) and each.ndim and len(each) == size]
     assert len(rows) > 10
-    assert sum(each.nbytes for each in rows) <= size * (64 + 20 * classes)
+    assert sum(each.nbytes for each in rows) <= size * (68 + 20 * classes)

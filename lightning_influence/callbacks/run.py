@@ -266,7 +266,7 @@ class AuditRun:
         )
         if self.queries is not None:
             with bridge.aside(trainer):
-                columns |= self.queries.find(columns, result.seconds)
+                columns |= self.queries.find(columns, result.seconds, self.reporter.names)
         self.finished = True
         if not trainer.is_global_zero:
             return None, lambda: None

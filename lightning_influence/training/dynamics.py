@@ -28,6 +28,9 @@ _SMALL = 2**16
 # Mean probabilities are kept up to this many scalars (400 MB); beyond, their columns are left out.
 _PROBABILITY_BUDGET = 10**8
 
+RIVAL = "rival"
+"""In one number: the likeliest class but the given one, and after the point how likely the last visit found it."""
+
 _Statistics: TypeAlias = Mapping[str, Tensor]
 
 
@@ -38,7 +41,7 @@ class TrainingDynamics:
         size: Number of examples of the data set.
 
     Attributes:
-        sums: The sums; ``label`` and ``last_wrong`` are the state at the last visit.
+        sums: The sums; ``label``, ``last_wrong`` and ``rival`` are the state at the last visit.
         checks_labels: Whether batches whose examples had other labels before are left out.
         contradicted_batches: Their number.
         left_out: Which columns there are not, and why.
@@ -48,7 +51,7 @@ class TrainingDynamics:
         self.size = size
         self.sums = ExampleSums(
             size,
-            last={"label": -1.0, "last_wrong": 1.0},
+            last={"label": -1.0, "last_wrong": 1.0, RIVAL: -1.0},
             visits="times_seen",
             whole=("nonfinite", "forgetting", "label"),
         )
@@ -93,15 +96,18 @@ class TrainingDynamics:
 
     def _within_budget(self, statistics: _Statistics) -> _Statistics:
         probabilities = statistics.get("probabilities")
-        if probabilities is None or self.size * probabilities.shape[1] <= _PROBABILITY_BUDGET:
+        if probabilities is None:
             return dict(statistics)
-        self.left_out = (
-            f"no prob_margin and no support, and suggested is the final prediction: the mean probabilities of "
-            f"{self.size:,} examples and {probabilities.shape[1]:,} classes are more numbers than are kept, "
-            f"{_PROBABILITY_BUDGET:,}"
-        )
-        self.sums.forget("probabilities")  # of a stream that was shorter so far
-        return {name: value for name, value in statistics.items() if name != "probabilities"}
+        found = {RIVAL: _rivals(probabilities, statistics["label"]), **statistics}
+        if self.size * probabilities.shape[1] > _PROBABILITY_BUDGET:
+            self.left_out = (
+                f"no prob_margin and no support, and suggested is the final prediction: the mean probabilities of "
+                f"{self.size:,} examples and {probabilities.shape[1]:,} classes are more numbers than are kept, "
+                f"{_PROBABILITY_BUDGET:,}"
+            )
+            self.sums.forget("probabilities")  # of a stream that was shorter so far
+            del found["probabilities"]
+        return found
 
     def flush(self) -> None:
         """Add the waiting batches to the sums."""
@@ -166,8 +172,9 @@ class TrainingDynamics:
         if "wrong" in taken:
             before = sums.put("last_wrong", rows, taken["wrong"])
             sums.add("forgetting", rows, (before < 0.5) & (taken["wrong"].double() >= 0.5))
-        if "label" in taken:
-            sums.put("label", rows, taken["label"])
+        for name in ("label", RIVAL):
+            if name in taken:
+                sums.put(name, rows, taken[name])
 
     def grow(self, size: int) -> None:
         """Have room for more examples."""
@@ -250,6 +257,16 @@ def margin_of_label(shares: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     margin = shares.gather(1, own).squeeze(1) - others
     known = (labels >= 0) & margin.isfinite()
     return torch.where(known, margin, torch.nan), torch.where(known, best, -1)
+
+
+def _rivals(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return the likeliest class but the given one plus its probability, below 1, ``[n]`` float32; -1 for none."""
+    if probabilities.shape[1] < 2:
+        return torch.full_like(labels, -1, dtype=torch.float32)
+    others = probabilities.float().scatter(1, labels.clamp(min=0).unsqueeze(1), -1.0)
+    probability, rival = others.max(1)
+    below = torch.nextafter((rival + 1).float(), probability.new_zeros(()))
+    return torch.minimum(rival + probability, below)
 
 
 def _rounds(indices: NDArray[np.int64], of: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

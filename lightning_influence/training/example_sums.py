@@ -120,13 +120,17 @@ class ExampleSums:
 
 
 def narrowed(column: Tensor) -> Tensor:
-    """Return a copy with the same numbers, whole ones ``[n]`` in the smallest type that holds them."""
+    """Return a copy with the same numbers, those of a column ``[n]`` in the smallest type that holds them."""
     if column.ndim == 1 and len(column):
         low, high = (float(end) for end in column.aminmax())
         for dtype in (torch.int8, torch.int16, torch.int32):
             if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
                 narrow = column.to(dtype)
-                return narrow if torch.equal(narrow.to(column.dtype), column) else column.clone()
+                if torch.equal(narrow.to(column.dtype), column):
+                    return narrow
+                break
+        if torch.equal((single := column.float()).to(column.dtype), column):
+            return single.clone()
     return column.clone()
 
 
