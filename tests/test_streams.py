@@ -26,7 +26,7 @@ from lightning_influence import AuditReport, InfluenceAudit, Queries
 from lightning_influence.data import stream
 from lightning_influence.data.collation import DataError
 from lightning_influence.data.ids import IdBook, ids_in
-from lightning_influence.data.rows import Row, UnlikeError, joined
+from lightning_influence.data.rows import Row, UnlikeError, joined, without_rows
 from lightning_influence.data.stream import StreamSource
 
 SIZE = 22
@@ -649,6 +649,49 @@ def test_rows_of_several_batches() -> None:
     picked = joined([Row(targets, 1, 2)])
     assert len(picked[0]) == 1
     assert picked[1][0]["label"] == 1
+
+
+class Weighted(Classifier):
+    """Whose batches bring the weights of their classes along."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, _, weights = batch["rows"] if isinstance(batch, dict) else batch
+        return F.cross_entropy(self.net(x), y, weight=weights)
+
+
+def weighing(rows: list[Any]) -> Any:
+    return (*default_collate(rows), torch.tensor([1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize("size", [CLASSES, CLASSES + 1, 5])
+@pytest.mark.parametrize("nested", [False, True])
+def test_class_weights_are_no_rows(size: int, nested: bool, tmp_path: Path) -> None:
+    """With as many weights as examples (or parts as examples: four), a batch of another size has to tell."""
+
+    def collate(rows: list[Any]) -> Any:
+        return {"rows": weighing(rows)} if nested else weighing(rows)
+
+    stream = report_of(
+        tmp_path,
+        DataLoader(Stream(), size, collate_fn=collate),
+        model=Weighted,
+        audit=InfluenceAudit(sample_id=lambda batch: (batch["rows"] if nested else batch)[2]),
+    )
+    plain = report_of(
+        tmp_path, DataLoader([*Stream()], size, collate_fn=collate), model=Weighted, audit=InfluenceAudit()
+    )
+    assert stream.columns["index"].tolist() == plain.columns["index"].tolist()
+    for column in ("self_influence", "tracin", "loss", "loss_mean"):
+        np.testing.assert_allclose(stream.columns[column], plain.columns[column], rtol=1e-4, atol=1e-9)
+
+
+def test_what_has_another_length_than_the_batch() -> None:
+    batch = {"x": torch.zeros(3, 2), "weights": torch.ones(3), "boxes": [torch.zeros(2)] * 3, "names": ("a", "b", "c")}
+    other = {**batch, "x": torch.zeros(2, 2), "boxes": [torch.zeros(3)] * 2, "names": ("d", "e")}
+    assert [*without_rows(batch, 3)] == []
+    assert [*without_rows(other, 2)] == [("weights",)]
+    assert joined([Row(batch, 2, 3, {("weights",)})])["weights"].tolist() == [1.0] * 3
+    assert len(Row(batch, 2, 3, {("weights",)}).example()["weights"]) == 3
 
 
 def test_the_book_is_not_asked_for_what_a_batch_does_not_hold() -> None:

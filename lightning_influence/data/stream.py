@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from lightning_influence.core.containers import Path
 from lightning_influence.data.again import Again
 from lightning_influence.data.collation import DataError
 from lightning_influence.data.contents import digest
 from lightning_influence.data.ids import Id, IdBook, SampleId, ids_in
-from lightning_influence.data.rows import Row, UnlikeError, joined, sizes_of
+from lightning_influence.data.rows import Row, UnlikeError, joined, sizes_of, without_rows
 from lightning_influence.data.source import ExampleSource
 
 NOT_MET = "the stream did not hold it again"
@@ -95,6 +97,8 @@ class StreamSource(ExampleSource):
         self._epoch, self._batches, self._longest = -1, 0, 0
         self._seen = np.zeros(0, bool)  # in this epoch
         self._ends = False
+        # Of batches: what has no row for each example, as far as those of the sizes met so far tell.
+        self._whole, self._sizes = set[Path](), set[int]()
 
     @property
     def loader(self) -> Any:
@@ -125,14 +129,15 @@ class StreamSource(ExampleSource):
             DataError: If the ids can't be read; of the first batch, also if they don't tell its examples apart.
         """
         ids = self._ids(batch)
+        self._learn(batch, len(ids))
         if not len(self.book):
             self._look_at(batch, ids)
         first = not self._stream.rows and self._epoch < 0
         numbers = self.book.add(ids)
         if first:
             self.batch_size = self.pass_batch_size = len(ids)
-            copied = joined([Row(batch, place, len(ids)) for place in range(len(ids))])  # a step may overwrite it
-            self._stream.rows = {k: Row(copied, place, len(ids)) for place, k in enumerate(numbers)}
+            copied = joined(self._rows(batch, len(ids), range(len(ids))))  # a step may overwrite it
+            self._stream.rows = dict(zip(numbers, self._rows(copied, len(ids), range(len(ids))), strict=True))
         if epoch != self._epoch:
             self._ends |= self._epoch >= 0 and not endless
             self._epoch, self._batches = epoch, 0
@@ -157,10 +162,23 @@ class StreamSource(ExampleSource):
         size = max(sizes, key=lambda each: (sizes[each], each), default=1)
         return list(range(size))
 
+    def _learn(self, batch: Any, size: int) -> None:
+        """Look at a batch of another size than those before."""
+        if size not in self._sizes:
+            self._sizes.add(size)
+            self._whole.update(without_rows(batch, size))
+
+    def _rows(self, batch: Any, size: int, places: Iterable[int]) -> list[Row]:
+        return [Row(batch, place, size, self._whole) for place in places]
+
     def _look_at(self, batch: Any, ids: list[Id]) -> None:
         """Refuse ids of a first batch that are not those of its rows, or that examples share."""
         n = len(ids)
-        picked = joined([Row(batch, place, n) for place in (n - 1, 0)])
+        with suppress(Exception):  # it need not make batches of any size
+            other = self._loader.resized(n - 1 or 2)
+            for another in islice(other or (), 1):
+                self._learn(another, len(self._ids(another)))
+        picked = joined(self._rows(batch, n, (n - 1, 0)))
         with suppress(DataError):
             if self._ids(picked) == [ids[-1], ids[0]]:
                 picked = None
@@ -175,7 +193,7 @@ class StreamSource(ExampleSource):
             held.setdefault(value, []).append(place)
         shared = {value: places for value, places in held.items() if len(places) > 1}
         for value, places in shared.items():
-            rows = [Row(batch, place, n).example() for place in places]
+            rows = [row.example() for row in self._rows(batch, n, places)]
             if len({digest(row) for row in rows}) > 1:
                 raise DataError(
                     f"sample_id gives {len(places)} examples of the first batch the id {value!r}, and they hold "
@@ -228,7 +246,7 @@ class StreamSource(ExampleSource):
                     if self.missing.get(index) == NOT_MET:
                         del self.missing[index]
             met += len(places)
-            waiting += _rows_of(batch, numbers, places)
+            waiting += self._picked(batch, numbers, places)
             # One more is waited for: a lone last example would meet steps that squeeze the batch away.
             while len(waiting) > size + 1:
                 yield from self._handed(waiting[:size])
@@ -245,6 +263,13 @@ class StreamSource(ExampleSource):
             )
         self.missing |= dict.fromkeys(np.flatnonzero(left).tolist(), NOT_MET)
 
+    def _picked(self, batch: Any, numbers: Sequence[int], places: list[int]) -> list[tuple[int, Row]]:
+        """Return rows of a batch with their numbers; of few of them no more is held than they are."""
+        rows = self._rows(batch, len(numbers), places)
+        if 0 < len(rows) < len(numbers):
+            rows = self._rows(joined(rows), len(rows), range(len(rows)))
+        return [(numbers[place], row) for place, row in zip(places, rows, strict=True)]
+
     def _handed(self, waiting: list[tuple[int, Row]]) -> Iterator[tuple[list[int], Any]]:
         for chosen, rows, batch in _split(waiting):
             self._stream.rows = dict(zip(chosen, rows, strict=True))
@@ -257,6 +282,7 @@ class StreamSource(ExampleSource):
         for number, batch in enumerate(self._loader):
             with suppress(DataError):  # whose ids are not known in training, either
                 ids = self._ids(batch)
+                self._learn(batch, len(ids))
                 yield batch, range(start, start + len(ids)) if self.sample_id is None else self.book.find(ids)
                 start += len(ids)
             if number + 1 >= limit:
@@ -349,13 +375,3 @@ def _split(waiting: list[tuple[int, Row]]) -> Iterator[tuple[list[int], list[Row
             yield [chosen[k] for k in own], [rows[k] for k in own], joined([rows[k] for k in own])
         return
     yield chosen, rows, whole
-
-
-def _rows_of(batch: Any, numbers: Sequence[int], places: list[int]) -> list[tuple[int, Row]]:
-    """Return rows of a batch with their numbers; of few of them no more is held than they are."""
-    n = len(numbers)
-    rows = [Row(batch, place, n) for place in places]
-    if rows and len(rows) < n:
-        picked = joined(rows)
-        rows = [Row(picked, k, len(rows)) for k in range(len(rows))]
-    return [(numbers[place], row) for place, row in zip(places, rows, strict=True)]
