@@ -55,9 +55,9 @@ def without_rows(batch: Any, size: int) -> Iterator[Path]:
     waiting: list[tuple[Path, Any]] = [((), batch)]
     while waiting:
         path, node = waiting.pop()
-        if _is_array(node) or (isinstance(node, (list, tuple)) and not hasattr(node, "_fields")):
-            if getattr(node, "ndim", 1) and len(node) != size:
-                yield path
+        listed = isinstance(node, (list, tuple)) and not hasattr(node, "_fields")
+        if (listed or (_is_array(node) and node.ndim)) and len(node) != size:
+            yield path
         if len(path) < _DEEPEST and not _is_array(node) and not _has_rows(node, size):
             waiting += [((*path, key), value) for key, value in (_parts_of(node) or {}).items()]
 

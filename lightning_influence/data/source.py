@@ -6,10 +6,10 @@ Random augmentation is drawn from a stream that belongs to the example, so neith
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence, Sized
+from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch.utils.data import (
     DataLoader,
@@ -25,9 +25,12 @@ from lightning_influence.core.isolation import unchanged
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.data.collation import Collated, Collating, Collation, is_plain
 from lightning_influence.data.collation import DataError as DataError
-from lightning_influence.data.contents import digest
+from lightning_influence.data.contents import copied, digest
 from lightning_influence.data.probing import learn
 from lightning_influence.data.repeatable import Repeatable, RepeatableCollate, is_deterministic, needs_everything
+
+if TYPE_CHECKING:
+    from lightning_influence.data.company import Company
 
 BY_ID = '`InfluenceAudit(sample_id=lambda batch: batch["key"])`'
 # Batches that are tried to find examples which stay where they are.
@@ -50,6 +53,7 @@ class ExampleSource:
 
     Attributes:
         missing: Dataset indices of examples that no batch held so far, with the reason.
+        company: What a step gets beside a batch; None if that is all.
 
     Raises:
         DataError: For an ``IterableDataset`` or a dataset without a length.
@@ -90,6 +94,8 @@ class ExampleSource:
         self.changed: dict[str, None] = {}
         self._rewinding: bool | None = None
         self.missing: dict[int, str] = {}
+        self.company: Company | None = None
+        self._held: dict[int, Any] = {}
 
     @classmethod
     def from_loader(cls, loader: Any, batch_size: int | None = None) -> ExampleSource:
@@ -148,7 +154,31 @@ class ExampleSource:
             DataError: If the data set hands out something else for the same index each time, or changes what training's
                 workers share.
         """
-        size = size or self.pass_batch_size
+        with closing(self._batches(indices, size or self.pass_batch_size)) as batches:
+            for chosen, batch in batches:
+                yield chosen, self.beside(chosen, batch)
+
+    def one_batch(self, indices: Sequence[int], beside: Sequence[int] | None = None) -> Any:
+        """Return what a step gets of these examples as one batch, in the company of others if so asked."""
+        ((_, batch),) = self._batches(indices, len(indices))
+        return self.beside(indices if beside is None else beside, batch)
+
+    def beside(self, indices: Sequence[int], batch: Any) -> Any:
+        """Return what a step gets of a batch of these examples."""
+        return batch if self.company is None else self.company.beside(indices, batch)
+
+    def together(self, indices: Sequence[int]) -> Any:
+        """Return examples as one batch, in whatever order it has; they are few, and held."""
+        if self.plain:
+            return [tensor[list(indices)] for tensor in cast("TensorDataset", self.dataset).tensors]
+        with self.fetching() as fetch:
+            for index in set(indices) - self._held.keys():
+                with told(partial(_refusal, self.dataset, self._collate, [index])):
+                    self._held[index] = fetch(index)
+            with told(partial(_refusal, self.dataset, self._collate, list(indices))):
+                return self._collate([copied(self._held[index]) for index in indices])
+
+    def _batches(self, indices: Sequence[int], size: int) -> Generator[tuple[list[int], Any], None, None]:
         plan = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
         if len(plan) > 1 and len(plan[-1]) == 1 and size > 2:
             # A lone last example would meet steps that `squeeze()` the batch away; the one before keeps it company.
@@ -235,7 +265,7 @@ class ExampleSource:
         """Return the examples that make one batch together, in the order in which it holds them."""
         if is_plain(self.collate_fn):
             return list(indices)
-        return max((own for own, _ in self.batches(indices, len(indices))), key=len, default=[])
+        return max((own for own, _ in self._batches(indices, len(indices))), key=len, default=[])
 
     def steady(self, indices: Sequence[int], start: int, size: int) -> list[int]:
         """Return a few examples that come in their order, also with a copy of the first at the end.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
@@ -94,7 +94,7 @@ class StreamSource(ExampleSource):
         self.sample_id = sample_id
         self.repeated, self.repeats = 0, list[Id]()
         self.whole = False
-        self._epoch, self._batches, self._longest = -1, 0, 0
+        self._epoch, self._drawn, self._longest = -1, 0, 0
         self._seen = np.zeros(0, bool)  # in this epoch
         self._ends = False
         # Of batches: what has no row for each example, as far as those of the sizes met so far tell.
@@ -140,10 +140,10 @@ class StreamSource(ExampleSource):
             self._stream.rows = dict(zip(numbers, self._rows(copied, len(ids), range(len(ids))), strict=True))
         if epoch != self._epoch:
             self._ends |= self._epoch >= 0 and not endless
-            self._epoch, self._batches = epoch, 0
+            self._epoch, self._drawn = epoch, 0
             self._seen[:] = False
-        self._batches += 1
-        self._longest = max(self._longest, self._batches)
+        self._drawn += 1
+        self._longest = max(self._longest, self._drawn)
         if len(self._seen) < len(self.book):
             self._seen = np.concatenate([self._seen, np.zeros(len(self.book) // 8 + len(numbers) + 256, bool)])
         again = self._seen[numbers]
@@ -180,7 +180,7 @@ class StreamSource(ExampleSource):
                 self._learn(another, len(self._ids(another)))
         picked = joined(self._rows(batch, n, (n - 1, 0)))
         with suppress(DataError):
-            if self._ids(picked) == [ids[-1], ids[0]]:
+            if self.sample_id is None or self._ids(picked) == [ids[-1], ids[0]]:
                 picked = None
         if picked is not None:
             raise DataError(
@@ -212,7 +212,7 @@ class StreamSource(ExampleSource):
                 break
         return list(self._stream.rows)
 
-    def batches(self, indices: Sequence[int], size: int | None = None) -> Iterator[tuple[list[int], Any]]:
+    def _batches(self, indices: Sequence[int], size: int) -> Generator[tuple[list[int], Any], None, None]:
         """Yield ``(indices, batch)``, ``size`` examples at a time, in the order in which the stream holds them.
 
         Examples that are at hand come in the order that is asked for. Batches that can't be put together (of other
@@ -221,7 +221,6 @@ class StreamSource(ExampleSource):
         Raises:
             DataError: If the stream can't be gone over again, or holds none of the examples any more.
         """
-        size = size or self.pass_batch_size
         rows = self._stream.rows
         if all(index in rows for index in indices):
             for part in _parts(list(indices), size):
@@ -232,6 +231,10 @@ class StreamSource(ExampleSource):
             yield from self._met_again(indices, size)
         finally:
             self._stream.rows = {}
+
+    def together(self, indices: Sequence[int]) -> Any:
+        """Return examples that are at hand as one batch."""
+        return joined([self._stream.rows[index] for index in indices])
 
     def _met_again(self, indices: Sequence[int], size: int) -> Iterator[tuple[list[int], Any]]:
         left = np.bincount(np.asarray(indices, np.int64), minlength=len(self.book)).astype(np.uint16)
@@ -299,7 +302,7 @@ class StreamSource(ExampleSource):
 
     def _hold(self, indices: Sequence[int]) -> None:
         """Go over the stream for a few examples, and keep them in ``dataset``."""
-        for chosen, _ in self.batches(indices):
+        for chosen, _ in self._batches(indices, self.pass_batch_size):
             self._stream.held |= {index: self._stream.rows[index].example() for index in chosen}
 
     # ------------------------------------------------------------------ what an index would allow

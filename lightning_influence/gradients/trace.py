@@ -103,6 +103,7 @@ class Trace:
         ambiguous: Whether the values left open in which order rows of examples lie.
         forms: Where the examples of each term of the loss are, see ``discover.term_forms``.
         formless: Terms of the loss that tracing has told nothing about.
+        own: Terms that are about the examples, where others are about those of other loaders; None if all are.
         outside: Shapes of trainable parameters that took part but are in no module, and the functions that used them.
         failure: Why there is no trace: all gradients have to be computed one example at a time then.
     """
@@ -113,6 +114,7 @@ class Trace:
     ambiguous: bool = False
     forms: Mapping[TermKey, TermForm] = field(default_factory=dict)
     formless: set[TermKey] = field(default_factory=set)
+    own: set[TermKey] | None = None
     outside: list[str] = field(default_factory=list)
     failure: str | None = None
 
@@ -128,6 +130,8 @@ class Trace:
     def add(self, other: Trace) -> None:
         """Add the paths of another trace of the same model."""
         self.forms = {**other.forms, **self.forms}
+        if self.own is not None:
+            self.own |= other.own or set()
         for key, paths in other.paths.items():
             known = self.paths.setdefault(key, [])
             known.extend(path for path in paths if path not in known)

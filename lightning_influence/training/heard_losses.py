@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class HeardLosses:
         compiled: Whether training runs compiled code: what watches its calls would have it compiled anew, perhaps
             otherwise.
         task_apart: Whether passes minimise something else than training does: its step may mix examples.
+        own: Terms of the loss that are about the examples of the loader in question, of several; None if all are.
         mixed: Whether it did in the batch that was read last: what that says is of no example alone.
     """
 
@@ -36,6 +37,7 @@ class HeardLosses:
         self.terms = HeardTerms()
         self.compiled = False
         self.task_apart = False
+        self.own: Collection[TermKey] | None = None
         self.mixed = False
         self._agreed = 0
         self._failed = False
@@ -50,7 +52,7 @@ class HeardLosses:
         """
         if epoch != self._epoch:
             self._epoch, self._agreed = epoch, min(self._agreed, _AGREEING - _AGAIN)
-        return not self.compiled and (self._failed or self._agreed < _AGREEING)
+        return not self.compiled and (self._failed or self._agreed < _AGREEING or self.own is not None)
 
     def read(
         self, batch: BatchRecord, loss: Tensor, calls: Sequence[LossCall] | None, forms: Mapping[TermKey, TermForm]
@@ -65,7 +67,7 @@ class HeardLosses:
         """
         n, self.mixed = len(batch.indices or ()), False
         if calls is None:
-            return self._in_graph(loss, n, forms)
+            return self._in_graph(loss, n, forms) if self.own is None else None
         forms = {} if self.task_apart else forms  # they are those of the task's calls
         found = self._first(batch, loss, n, calls, forms)
         self.mixed = found is not None and self.task_apart and _mixes(found, calls_in(loss, calls))
@@ -86,6 +88,8 @@ class HeardLosses:
         known = calls_in(loss, calls)
         written = self._by_hand(loss, calls, known, n, forms)
         placed = placed_calls([*written, *known], forms)
+        if self.own is not None:
+            placed = [each for each in placed if each[0] in self.own]
         self.terms.terms.update(key for key, call, _ in placed if call.rows_match(n))
         self.terms.add(steady_terms(placed, n))
         _, first, form = placed[0] if placed else (None, None, None)
