@@ -109,9 +109,11 @@ def own_terms_of_step(gradients: ExampleGradients, indices: Sequence[int]) -> se
         return None
     if not getattr(module, "automatic_optimization", True):
         return set()
-    around = {"to_device": gradients.to_device, "forward_context": gradients.forward_context}
+    to_device, context = gradients.to_device, gradients.forward_context
     try:
-        return trace_model(module, TrainingStepTask(), source, indices=indices, **around).own  # type: ignore[arg-type]
+        return trace_model(
+            module, TrainingStepTask(), source, indices=indices, to_device=to_device, forward_context=context
+        ).own
     except Exception:  # whatever is the matter with it: the task is there for that
         return set()
 

@@ -10,10 +10,12 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from lightning_influence.core.containers import Path, children, leaves
+from lightning_influence.core.errors import told
 from lightning_influence.data.collation import DataError
+from lightning_influence.data.contents import copied
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.data.stream import StreamSource
 
@@ -65,7 +67,7 @@ class _Others:
     """Some examples of another loader."""
 
     def __init__(self, path: Path, loader: Any, drawn_from: Callable[[Any, int], list[int]]) -> None:
-        self.source = _source(path, loader)
+        self.path, self.source, self.held = path, _source(path, loader), dict[int, Any]()
         if isinstance(self.source, StreamSource):
             self.chosen = self.source.at_hand
         else:
@@ -75,7 +77,20 @@ class _Others:
             raise DataError(f"the loader {named(path)!r} is empty; expected some examples.")
 
     def __call__(self, indices: Sequence[int]) -> Any:
-        return self.source.together([self.chosen[index % len(self.chosen)] for index in indices])
+        """Return those that keep some examples company as one batch, in whatever order that has."""
+        chosen = [self.chosen[index % len(self.chosen)] for index in indices]
+        if self.source.plain or isinstance(self.source, StreamSource):  # of rows
+            return self.source.one_batch(chosen)
+        with self.source.fetching() as fetch, told(self._failed):
+            for index in set(chosen) - self.held.keys():
+                self.held[index] = fetch(index)
+            return (self.source.collate_fn or default_collate)([copied(self.held[index]) for index in chosen])
+
+    def _failed(self, words: str) -> DataError:
+        return DataError(
+            f"the loader {named(self.path)!r}, whose examples stand beside those of the audit, can't give a batch of "
+            f"some of them ({words}): expected a data set and a collate function that can, whatever the choice."
+        )
 
 
 def _source(path: Path, loader: Any) -> ExampleSource:

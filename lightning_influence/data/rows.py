@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,6 +60,28 @@ def without_rows(batch: Any, size: int) -> Iterator[Path]:
             yield path
         if len(path) < _DEEPEST and not _is_array(node) and not _has_rows(node, size):
             waiting += [((*path, key), value) for key, value in (_parts_of(node) or {}).items()]
+
+
+class Cutting:
+    """How the batches of a loader are cut: what has no row for each example is learnt from those of other sizes."""
+
+    def __init__(self) -> None:
+        self._whole, self._sizes = set[Path](), set[int]()
+
+    def learn(self, batch: Any, size: int) -> None:
+        """Look at a batch of another size than those before."""
+        if size not in self._sizes:
+            self._sizes.add(size)
+            self._whole.update(without_rows(batch, size))
+
+    def rows(self, batch: Any, size: int, places: Iterable[int] | None = None) -> list[Row]:
+        """Return some rows of a batch, by default all."""
+        return [Row(batch, place, size, self._whole) for place in (range(size) if places is None else places)]
+
+    def picked(self, batch: Any, size: int, places: Sequence[int]) -> list[Row]:
+        """Return the same; of few of them no more is held than they are."""
+        rows = self.rows(batch, size, places)
+        return self.rows(joined(rows), len(rows)) if 0 < len(rows) < size else rows
 
 
 def joined(rows: Sequence[Row]) -> Any:

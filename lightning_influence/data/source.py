@@ -25,7 +25,7 @@ from lightning_influence.core.isolation import unchanged
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.data.collation import Collated, Collating, Collation, is_plain
 from lightning_influence.data.collation import DataError as DataError
-from lightning_influence.data.contents import copied, digest
+from lightning_influence.data.contents import digest
 from lightning_influence.data.probing import learn
 from lightning_influence.data.repeatable import Repeatable, RepeatableCollate, is_deterministic, needs_everything
 
@@ -95,7 +95,6 @@ class ExampleSource:
         self._rewinding: bool | None = None
         self.missing: dict[int, str] = {}
         self.company: Company | None = None
-        self._held: dict[int, Any] = {}
 
     @classmethod
     def from_loader(cls, loader: Any, batch_size: int | None = None) -> ExampleSource:
@@ -166,17 +165,6 @@ class ExampleSource:
     def beside(self, indices: Sequence[int], batch: Any) -> Any:
         """Return what a step gets of a batch of these examples."""
         return batch if self.company is None else self.company.beside(indices, batch)
-
-    def together(self, indices: Sequence[int]) -> Any:
-        """Return examples as one batch, in whatever order it has; they are few, and held."""
-        if self.plain:
-            return [tensor[list(indices)] for tensor in cast("TensorDataset", self.dataset).tensors]
-        with self.fetching() as fetch:
-            for index in set(indices) - self._held.keys():
-                with told(partial(_refusal, self.dataset, self._collate, [index])):
-                    self._held[index] = fetch(index)
-            with told(partial(_refusal, self.dataset, self._collate, list(indices))):
-                return self._collate([copied(self._held[index]) for index in indices])
 
     def _batches(self, indices: Sequence[int], size: int) -> Generator[tuple[list[int], Any], None, None]:
         plan = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
@@ -278,22 +266,7 @@ class ExampleSource:
         Raises:
             DataError: If the collate function moves all that were tried.
         """
-        collation = self.collation
-        pool = list(indices) if is_plain(self.collate_fn) else self.settled(list(indices)[: max(64, size)])
-        if collation.lengths and not collation.few_lengths:
-            # What lies end to end has to be seen to do so.
-            with self.fetching() as fetch:
-                pool.sort(key=lambda index: collation.lengths_of(fetch(index)))
-            return [pool[(start + k * (len(pool) // size or 1)) % len(pool)] for k in range(size)]
-        for shift in range(_TRIALS):
-            chosen = [pool[(start + shift + k) % len(pool)] for k in range(size)]
-            if collation.keeps_order or self.settled([*chosen, chosen[0]]) == [*chosen, chosen[0]]:
-                return chosen
-        # It sorts by something that all of them differ in: copies of one example are all that it leaves in place.
-        alike = [pool[start % len(pool)]] * size
-        if self.settled([*alike, alike[0]]) == [*alike, alike[0]]:
-            return alike
-        raise DataError("the collate function moves examples, and none that it leaves in place were found.")
+        return _steady(self, indices, start, size)
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
@@ -312,6 +285,25 @@ class ExampleSource:
         if self._rewinding is None:
             self._rewinding = needs_everything(self.dataset, indices, self.num_workers)
         return Repeatable(self.dataset, everything=self._rewinding)
+
+
+def _steady(source: ExampleSource, indices: Sequence[int], start: int, size: int) -> list[int]:
+    collation = source.collation
+    pool = list(indices) if is_plain(source.collate_fn) else source.settled(list(indices)[: max(64, size)])
+    if collation.lengths and not collation.few_lengths:
+        # What lies end to end has to be seen to do so.
+        with source.fetching() as fetch:
+            pool.sort(key=lambda index: collation.lengths_of(fetch(index)))
+        return [pool[(start + k * (len(pool) // size or 1)) % len(pool)] for k in range(size)]
+    for shift in range(_TRIALS):
+        chosen = [pool[(start + shift + k) % len(pool)] for k in range(size)]
+        if collation.keeps_order or source.settled([*chosen, chosen[0]]) == [*chosen, chosen[0]]:
+            return chosen
+    # It sorts by something that all of them differ in: copies of one example are all that it leaves in place.
+    alike = [pool[start % len(pool)]] * size
+    if source.settled([*alike, alike[0]]) == [*alike, alike[0]]:
+        return alike
+    raise DataError("the collate function moves examples, and none that it leaves in place were found.")
 
 
 def _refusal(dataset: Any, collate: Callable[[list[Any]], Any], chosen: list[int], words: str) -> DataError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from lightning_influence.core.containers import Path
 from lightning_influence.data.again import Again
 from lightning_influence.data.collation import DataError
 from lightning_influence.data.contents import digest
 from lightning_influence.data.ids import Id, IdBook, SampleId, ids_in
-from lightning_influence.data.rows import Row, UnlikeError, joined, sizes_of, without_rows
+from lightning_influence.data.rows import Cutting, Row, UnlikeError, joined, sizes_of
 from lightning_influence.data.source import ExampleSource
 
 NOT_MET = "the stream did not hold it again"
@@ -97,8 +96,7 @@ class StreamSource(ExampleSource):
         self._epoch, self._drawn, self._longest = -1, 0, 0
         self._seen = np.zeros(0, bool)  # in this epoch
         self._ends = False
-        # Of batches: what has no row for each example, as far as those of the sizes met so far tell.
-        self._whole, self._sizes = set[Path](), set[int]()
+        self._cutting = Cutting()
 
     @property
     def loader(self) -> Any:
@@ -129,15 +127,15 @@ class StreamSource(ExampleSource):
             DataError: If the ids can't be read; of the first batch, also if they don't tell its examples apart.
         """
         ids = self._ids(batch)
-        self._learn(batch, len(ids))
+        self._cutting.learn(batch, len(ids))
         if not len(self.book):
             self._look_at(batch, ids)
         first = not self._stream.rows and self._epoch < 0
         numbers = self.book.add(ids)
         if first:
             self.batch_size = self.pass_batch_size = len(ids)
-            copied = joined(self._rows(batch, len(ids), range(len(ids))))  # a step may overwrite it
-            self._stream.rows = dict(zip(numbers, self._rows(copied, len(ids), range(len(ids))), strict=True))
+            copied = joined(self._cutting.rows(batch, len(ids)))  # a step may overwrite it
+            self._stream.rows = dict(zip(numbers, self._cutting.rows(copied, len(ids)), strict=True))
         if epoch != self._epoch:
             self._ends |= self._epoch >= 0 and not endless
             self._epoch, self._drawn = epoch, 0
@@ -162,23 +160,14 @@ class StreamSource(ExampleSource):
         size = max(sizes, key=lambda each: (sizes[each], each), default=1)
         return list(range(size))
 
-    def _learn(self, batch: Any, size: int) -> None:
-        """Look at a batch of another size than those before."""
-        if size not in self._sizes:
-            self._sizes.add(size)
-            self._whole.update(without_rows(batch, size))
-
-    def _rows(self, batch: Any, size: int, places: Iterable[int]) -> list[Row]:
-        return [Row(batch, place, size, self._whole) for place in places]
-
     def _look_at(self, batch: Any, ids: list[Id]) -> None:
         """Refuse ids of a first batch that are not those of its rows, or that examples share."""
         n = len(ids)
         with suppress(Exception):  # it need not make batches of any size
             other = self._loader.resized(n - 1 or 2)
             for another in islice(other or (), 1):
-                self._learn(another, len(self._ids(another)))
-        picked = joined(self._rows(batch, n, (n - 1, 0)))
+                self._cutting.learn(another, len(self._ids(another)))
+        picked = joined(self._cutting.rows(batch, n, (n - 1, 0)))
         with suppress(DataError):
             if self.sample_id is None or self._ids(picked) == [ids[-1], ids[0]]:
                 picked = None
@@ -188,18 +177,7 @@ class StreamSource(ExampleSource):
                 "batch. Expected batches of tensors, arrays and lists with one row for each example, the ids among "
                 "them."
             )
-        held: dict[Id, list[int]] = {}
-        for place, value in enumerate(ids):
-            held.setdefault(value, []).append(place)
-        shared = {value: places for value, places in held.items() if len(places) > 1}
-        for value, places in shared.items():
-            rows = [row.example() for row in self._rows(batch, n, places)]
-            if len({digest(row) for row in rows}) > 1:
-                raise DataError(
-                    f"sample_id gives {len(places)} examples of the first batch the id {value!r}, and they hold "
-                    f"different things ({len(shared)} ids of {len(held)} are shared so). Expected ids that tell "
-                    "examples apart: add what differs (a row, a line, a shard)."
-                )
+        _check_shared(ids, self._cutting.rows(batch, n))
 
     # ------------------------------------------------------------------ passes
 
@@ -232,10 +210,6 @@ class StreamSource(ExampleSource):
         finally:
             self._stream.rows = {}
 
-    def together(self, indices: Sequence[int]) -> Any:
-        """Return examples that are at hand as one batch."""
-        return joined([self._stream.rows[index] for index in indices])
-
     def _met_again(self, indices: Sequence[int], size: int) -> Iterator[tuple[list[int], Any]]:
         left = np.bincount(np.asarray(indices, np.int64), minlength=len(self.book)).astype(np.uint16)
         waiting: list[tuple[int, Row]] = []
@@ -249,7 +223,8 @@ class StreamSource(ExampleSource):
                     if self.missing.get(index) == NOT_MET:
                         del self.missing[index]
             met += len(places)
-            waiting += self._picked(batch, numbers, places)
+            rows = self._cutting.picked(batch, len(numbers), places)
+            waiting += [(numbers[place], row) for place, row in zip(places, rows, strict=True)]
             # One more is waited for: a lone last example would meet steps that squeeze the batch away.
             while len(waiting) > size + 1:
                 yield from self._handed(waiting[:size])
@@ -266,13 +241,6 @@ class StreamSource(ExampleSource):
             )
         self.missing |= dict.fromkeys(np.flatnonzero(left).tolist(), NOT_MET)
 
-    def _picked(self, batch: Any, numbers: Sequence[int], places: list[int]) -> list[tuple[int, Row]]:
-        """Return rows of a batch with their numbers; of few of them no more is held than they are."""
-        rows = self._rows(batch, len(numbers), places)
-        if 0 < len(rows) < len(numbers):
-            rows = self._rows(joined(rows), len(rows), range(len(rows)))
-        return [(numbers[place], row) for place, row in zip(places, rows, strict=True)]
-
     def _handed(self, waiting: list[tuple[int, Row]]) -> Iterator[tuple[list[int], Any]]:
         for chosen, rows, batch in _split(waiting):
             self._stream.rows = dict(zip(chosen, rows, strict=True))
@@ -285,7 +253,7 @@ class StreamSource(ExampleSource):
         for number, batch in enumerate(self._loader):
             with suppress(DataError):  # whose ids are not known in training, either
                 ids = self._ids(batch)
-                self._learn(batch, len(ids))
+                self._cutting.learn(batch, len(ids))
                 yield batch, range(start, start + len(ids)) if self.sample_id is None else self.book.find(ids)
                 start += len(ids)
             if number + 1 >= limit:
@@ -342,6 +310,20 @@ class StreamSource(ExampleSource):
         """Go on from a checkpoint."""
         self.book.add(state["ids"])
         self._longest, self._ends, self.repeated = state["longest"], state["ends"], state["repeated"]
+
+
+def _check_shared(ids: Sequence[Id], rows: Sequence[Row]) -> None:
+    held: dict[Id, list[int]] = {}
+    for place, value in enumerate(ids):
+        held.setdefault(value, []).append(place)
+    shared = {value: places for value, places in held.items() if len(places) > 1}
+    for value, places in shared.items():
+        if len({digest(rows[place].example()) for place in places}) > 1:
+            raise DataError(
+                f"sample_id gives {len(places)} examples of the first batch the id {value!r}, and they hold different "
+                f"things ({len(shared)} ids of {len(held)} are shared so). Expected ids that tell examples apart: add "
+                "what differs (a row, a line, a shard)."
+            )
 
 
 def _patiently(loader: Again) -> Iterator[Any]:

@@ -29,6 +29,7 @@ from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.new_paths import followed
 from lightning_influence.gradients.plain_autograd import gradients_one_by_one
 from lightning_influence.gradients.starts import starts, starts_of_copies
+from lightning_influence.gradients.trace import Trace
 from lightning_influence.objective.own_part import own_part
 from lightning_influence.objective.scale import LossScale
 from lightning_influence.objective.task import Task, run_tapped
@@ -209,10 +210,7 @@ class ExampleGradients:
         return self._with(forward_context=both)
 
     def of_whole_loss(self) -> ExampleGradients:
-        """Return the same passes with all that training minimises, the parts of other loaders' examples included.
-
-        That is what curvature is the curvature of; else a loss is the part that is about the examples of the source.
-        """
+        """Return the same passes with all that training minimises, parts about other loaders' examples, too."""
         return self._with(_whole=True)
 
     def measuring(self, quantity: Quantity | None) -> ExampleGradients:
@@ -316,16 +314,7 @@ class ExampleGradients:
                 n = len(chosen)
                 return self.forward(batch, n, step_seed=step_seed, watch=watch(n) if watch else None)
 
-            retrace = partial(
-                trace_model,
-                self.module,
-                self.task,
-                self.source,
-                indices=chosen,
-                to_device=self.to_device,
-                forward_context=self.forward_context,
-            )
-            return followed(self.coverage, evaluate, retrace, chosen)
+            return followed(self.coverage, evaluate, partial(_traced_again, self, chosen), chosen)
 
         progress = self._progress if title else _silent
         with (
@@ -362,9 +351,9 @@ class ExampleGradients:
         with self.forward_context():
             with watch or nullcontext():
                 loss, calls = run_tapped(self.task, self.module, batch)
-            trace = self.coverage.trace
-            found = understand(loss, calls, n, self.scale, trace.forms)
-            return found if self._whole or trace.own is None else own_part(found, trace.own)
+            found = understand(loss, calls, n, self.scale, self.coverage.trace.forms)
+            own = None if self._whole else self.coverage.trace.own
+            return found if own is None else own_part(found, own)
 
     def applied(self, function: Callable[[Any, Any], Any], batch: Any) -> Any:
         """Return ``function(module, batch)`` as a pass would run it; callers isolate the model, see ``forward``."""
@@ -372,6 +361,18 @@ class ExampleGradients:
         seed_everything(0)
         with self.forward_context():
             return function(self.module, self.to_device(batch))
+
+
+def _traced_again(passes: ExampleGradients, indices: Sequence[int], *, whole: bool) -> Trace:
+    return trace_model(
+        passes.module,
+        passes.task,
+        passes.source,
+        indices=indices,
+        whole=whole,
+        to_device=passes.to_device,
+        forward_context=passes.forward_context,
+    )
 
 
 def _silent(title: str, examples: int) -> AbstractContextManager[Callable[[int], None]]:
