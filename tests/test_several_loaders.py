@@ -357,6 +357,45 @@ def test_losses_that_have_no_part_of_their_own(model: Any, which: str, match: st
         report_of(tmp_path, {"a": DataLoader(A, 4), "b": DataLoader(B, 4)}, InfluenceAudit(loader=which), model=model)
 
 
+class Replay(pl.LightningModule):
+    """Examples of a buffer after the new ones, one call of the loss for both."""
+
+    def __init__(self, buffer_first: bool = False) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+        self.order = ("b", "a") if buffer_first else ("a", "b")
+        self.heard: list[tuple[int, float]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = (torch.cat([batch[name][part] for name in self.order]) for part in (0, 1))
+        logits = self.net(x)
+        if self.training:
+            a = batch["a"]
+            losses = F.cross_entropy(self.net(a[0]).detach(), a[1], reduction="none")
+            self.heard += zip(a[2].tolist(), losses.tolist(), strict=True)
+        return F.cross_entropy(logits, y)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("buffer_first", [False, True])
+@pytest.mark.parametrize("size", [3, 4])
+def test_a_replay_buffer(buffer_first: bool, size: int, tmp_path: Path) -> None:
+    """A mean over both batches: an example weighs in it as in a pass, where both have one size."""
+    buffer = TensorDataset(*vectors(B_SIZE, seed=2).tensors, torch.arange(B_SIZE))
+    train = loaders(b=buffer, sizes=(4, size))
+    report, made = report_of(tmp_path, train, model=lambda: Replay(buffer_first))
+    made.eval()
+    x, y, _ = A.tensors
+    own = gradients_of(made, lambda k: F.cross_entropy(made.net(x[k : k + 1]), y[k : k + 1]) / 2, A_SIZE)
+    np.testing.assert_allclose(report.columns["grad_norm_squared"], own.square().sum(1), rtol=1e-4, atol=1e-8)
+    assert report.columns["label"].tolist() == y.tolist()
+    for place, index in enumerate(report.columns["index"].tolist()):
+        heard = [loss for k, loss in made.heard if k == index]
+        np.testing.assert_allclose(report.columns["loss_mean"][place], np.mean(heard), rtol=1e-5)
+
+
 def test_a_part_that_is_written_by_hand_is_no_matter_if_it_is_that_of_others(tmp_path: Path) -> None:
     report, made = report_of(tmp_path, model=ByHand)
     made.eval()

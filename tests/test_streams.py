@@ -786,3 +786,75 @@ def test_a_stream_has_no_indices_to_know_of(argument: str, tmp_path: Path) -> No
 def test_data_with_an_index_are_named_by_ids(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"TensorDataset has an index.*`ids=` names them"):
         report_of(tmp_path, DataLoader(DATA, 4))
+
+
+# ------------------------------------------------------------------------------------------- keys, whole batches
+
+
+class ByName(Dataset[Any]):
+    """Its keys are names, as those of a directory or a database are."""
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, key: Any) -> Any:
+        k = int(key.removeprefix("shard/"))
+        return (*DATA[k], key)
+
+
+class Whole(Dataset[Any]):
+    """Hands out whole batches, of several sizes."""
+
+    ENDS = (0, 3, 8, 12, 19, SIZE)
+
+    def __init__(self, make: Callable[[list[int]], Any]) -> None:
+        self.make = make
+
+    def __len__(self) -> int:
+        return len(self.ENDS) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(list(range(*self.ENDS[index : index + 2])))
+
+
+def as_mapping(rows: list[int]) -> Any:
+    x, y = DATA[rows]
+    return {"x": x, "y": y, "meta": {"key": [name(k) for k in rows], "from": "a shard"}, "n": len(rows)}
+
+
+def as_examples(rows: list[int]) -> Any:
+    return [{"x": DATA[k][0], "y": DATA[k][1], "meta": {"key": name(k)}} for k in rows]
+
+
+class Reading(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if isinstance(batch, list):
+            batch = default_collate(batch)
+        return F.cross_entropy(self.net(batch["x"]), batch["y"])
+
+
+@pytest.mark.parametrize(
+    ("make", "sample_id"),
+    [
+        (as_mapping, lambda batch: batch["meta"]["key"]),
+        (as_examples, lambda batch: [each["meta"]["key"] for each in batch]),
+    ],
+)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_data_set_that_hands_out_whole_batches(make: Any, sample_id: Any, shuffle: bool, tmp_path: Path) -> None:
+    loader = DataLoader(Whole(make), batch_size=None, shuffle=shuffle)
+    report = report_of(tmp_path, loader, model=Reading, audit=InfluenceAudit(sample_id=sample_id))
+    assert set(report.columns["times_seen"].tolist()) == {2}
+    own = dict(zip(map(name, range(SIZE)), DATA.tensors[1].tolist(), strict=True))
+    assert by_id(report, "label") == own
+
+
+def test_a_sampler_of_keys(tmp_path: Path) -> None:
+    keys = [name(k) for k in range(SIZE)]
+    found = report_of(tmp_path, DataLoader(ByName(), 4, sampler=keys))
+    plain = report_of(tmp_path, DataLoader(DATA, 4), audit=InfluenceAudit())
+    assert found.columns["id"].tolist() == keys
+    for column in ("self_influence", "tracin", "loss_mean"):
+        np.testing.assert_allclose(found.columns[column], plain.columns[column], rtol=1e-5)
+    with pytest.raises(MisconfigurationException, match="ByName can't be asked for its examples by number.*sample_id="):
+        fitted(tmp_path, DataLoader(ByName(), 4, sampler=keys), audit=InfluenceAudit())

@@ -40,6 +40,7 @@ from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection, VerificationError, inspect
 from lightning_influence.layers.blocks import LayerError
+from lightning_influence.objective.own_part import OwnRows
 from lightning_influence.objective.scale import TermKey
 from lightning_influence.objective.standard_task import StandardTask
 from lightning_influence.objective.task import Task, TaskError, TrainingStepTask, run_tapped
@@ -99,7 +100,7 @@ def check_company(source: ExampleSource, tracin: TracIn | None) -> None:
         )
 
 
-def own_terms_of_step(gradients: ExampleGradients, indices: Sequence[int]) -> set[TermKey] | None:
+def own_terms_of_step(gradients: ExampleGradients, indices: Sequence[int]) -> dict[TermKey, OwnRows] | None:
     """Return which terms of the loss of ``training_step``, that a task replaces, are about one of several loaders.
 
     None if all of them are; none of them if they can't be told: training then says nothing of the examples.
@@ -108,14 +109,14 @@ def own_terms_of_step(gradients: ExampleGradients, indices: Sequence[int]) -> se
     if source.company is None or not source.company.others:
         return None
     if not getattr(module, "automatic_optimization", True):
-        return set()
+        return {}
     to_device, context = gradients.to_device, gradients.forward_context
     try:
         return trace_model(
             module, TrainingStepTask(), source, indices=indices, to_device=to_device, forward_context=context
         ).own
     except Exception:  # whatever is the matter with it: the task is there for that
-        return set()
+        return {}
 
 
 def compiled_parts(gradients: ExampleGradients, indices: Sequence[int], tracin: TracIn | None) -> list[str]:

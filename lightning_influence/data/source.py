@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence, Sized
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -283,8 +283,26 @@ class ExampleSource:
         if is_deterministic(self.dataset):
             return self.dataset
         if self._rewinding is None:
-            self._rewinding = needs_everything(self.dataset, indices, self.num_workers)
+            try:
+                self._rewinding = needs_everything(self.dataset, indices, self.num_workers)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                if not _has_keys(self.dataset, indices):
+                    raise
+                raise DataError(
+                    f"{type(self.dataset).__name__} can't be asked for its examples by number "
+                    f"({type(error).__name__}: {error}). Expected a data set with indices from 0; one with keys of its "
+                    f"own, which its sampler draws, is filed by these: {BY_ID}."
+                ) from None
         return Repeatable(self.dataset, everything=self._rewinding)
+
+
+def _has_keys(dataset: Any, indices: Sequence[int]) -> bool:
+    """Tell whether a data set has none of some examples: its keys are no numbers."""
+    for index in dict.fromkeys(indices[:_TRIALS]):
+        with isolated_rng(), unchanged(dataset), suppress(Exception):
+            dataset[index]
+            return False
+    return True
 
 
 def _steady(source: ExampleSource, indices: Sequence[int], start: int, size: int) -> list[int]:

@@ -23,7 +23,7 @@ from lightning_influence.gradients.trace import Trace
 from lightning_influence.gradients.tracer import Tracer
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.losses import LossCall
-from lightning_influence.objective.own_part import own_terms
+from lightning_influence.objective.own_part import OwnRows, own_terms
 from lightning_influence.objective.scale import NoLossError, TermKey
 from lightning_influence.objective.tap import Heard
 from lightning_influence.objective.task import Task, run_tapped
@@ -178,7 +178,7 @@ def _differentiated(module: nn.Module, task: Task, parameters: Mapping[str, Tens
 
 def _own_terms(
     source: ExampleSource, company: Company, indices: Sequence[int], heard: Callable[..., tuple[Tensor, Heard]]
-) -> set[TermKey] | None:
+) -> dict[TermKey, OwnRows] | None:
     """Return the terms of the loss that are about the examples of a source, see ``own_terms``."""
     *chosen, other = dict.fromkeys(indices[:3])
     n = len(chosen)

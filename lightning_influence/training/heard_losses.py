@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_influence.objective.handwritten import HAND_WRITTEN, handwritten
 from lightning_influence.objective.losses import CrossEntropy, LossCall
+from lightning_influence.objective.own_part import OwnRows, own_rows
 from lightning_influence.objective.scale import HeardTerms, Place, TermKey
 from lightning_influence.objective.tap import Heard, calls_in
 from lightning_influence.objective.terms import TermForm, placed_calls, steady_terms
@@ -37,7 +38,7 @@ class HeardLosses:
         self.terms = HeardTerms()
         self.compiled = False
         self.task_apart = False
-        self.own: Collection[TermKey] | None = None
+        self.own: Mapping[TermKey, OwnRows] | None = None
         self.mixed = False
         self._agreed = 0
         self._failed = False
@@ -89,9 +90,10 @@ class HeardLosses:
         written = self._by_hand(loss, calls, known, n, forms)
         placed = placed_calls([*written, *known], forms)
         if self.own is not None:
-            placed = [each for each in placed if each[0] in self.own]
+            rows = self.own
+            placed = [(key, own_rows(call, n, rows[key]), form) for key, call, form in placed if key in rows]
         self.terms.terms.update(key for key, call, _ in placed if call.rows_match(n))
-        self.terms.add(steady_terms(placed, n))
+        self.terms.add(steady_terms(placed, n) if self.own is None else None)
         _, first, form = placed[0] if placed else (None, None, None)
         if first is not None and first.reduction != "none" and _is_plain(first, n, form):
             told = call_in_graph(loss)
