@@ -33,7 +33,7 @@ def own_part(loss: BatchLoss, own: Mapping[TermKey, OwnRows]) -> BatchLoss:
     """
     found = [_part(term, loss.n, own[term.key], loss.loss.dtype) for term in loss.terms if term.key in own]
     if not found:
-        raise NoLossError(f"the loss of a batch has no term at {' or '.join(map(str, own))}")
+        raise NoLossError("the loss of a batch has no term that is known to be about its examples")
     terms, values = tuple(term for term, _ in found), torch.stack([value for _, value in found]).sum(0)
     return replace(loss, loss=_sum(terms), terms=terms, remainder=False, values=values, partial=True)
 
@@ -154,7 +154,7 @@ def _changed(before: BatchLoss, after: BatchLoss) -> set[TermKey]:
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return True
+    if a.shape != b.shape or not (a.is_floating_point() or a.is_complex()):
+        return a.shape != b.shape or not torch.equal(a, b)
     a, b = a.detach().double(), b.detach().double()
     return not torch.allclose(a, b, rtol=_ALIKE, atol=_ALIKE * float(a.abs().max() if a.numel() else 0), equal_nan=True)
