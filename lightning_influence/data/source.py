@@ -283,17 +283,24 @@ class ExampleSource:
         if is_deterministic(self.dataset):
             return self.dataset
         if self._rewinding is None:
-            try:
+            with _by_number(self.dataset, indices):
                 self._rewinding = needs_everything(self.dataset, indices, self.num_workers)
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                if not _has_keys(self.dataset, indices):
-                    raise
-                raise DataError(
-                    f"{type(self.dataset).__name__} can't be asked for its examples by number "
-                    f"({type(error).__name__}: {error}). Expected a data set with indices from 0; one with keys of its "
-                    f"own, which its sampler draws, is filed by these: {BY_ID}."
-                ) from None
         return Repeatable(self.dataset, everything=self._rewinding)
+
+
+@contextmanager
+def _by_number(dataset: Any, indices: Sequence[int]) -> Iterator[None]:
+    """Refuse a data set that has no examples by number."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if not _has_keys(dataset, indices):
+            raise
+        raise DataError(
+            f"{type(dataset).__name__} can't be asked for its examples by number ({type(error).__name__}: {error}). "
+            "Expected a data set with indices from 0; one with keys of its own, which its sampler draws, is filed by "
+            f"these: {BY_ID}."
+        ) from None
 
 
 def _has_keys(dataset: Any, indices: Sequence[int]) -> bool:
