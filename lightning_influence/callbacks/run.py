@@ -19,7 +19,7 @@ from lightning_influence.callbacks.chosen_weights import chosen
 from lightning_influence.callbacks.keeping import keep_checkpoint, keep_curves, take_over_checkpoints, take_over_curves
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_influence.callbacks.listening import BatchListener
-from lightning_influence.callbacks.loaders import train_loader
+from lightning_influence.callbacks.loaders import LoaderName, train_loader
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
@@ -254,7 +254,7 @@ class AuditRun:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
         scored = result.scores.indices.cpu()
-        result.notes.extend(_data_notes(trainer, self.passes, audited, scored))
+        result.notes.extend(_data_notes(trainer, self.passes, self.arguments.loader, audited, scored))
         near = nearest_columns(result.scores)
         result = replace(result, scores=replace(result.scores, features=None))  # what takes memory
         evidence = recording.label_evidence(scored)
@@ -293,7 +293,9 @@ class AuditRun:
         return [k for k in indices if distributed.world_size() > 1 or k not in self.passes.source.missing]
 
     def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
-        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.passes.source, last=last)
+        return bridge.audited_indices(
+            trainer, self.arguments.loader, self.recording.seen_indices(), self.passes.source, last=last
+        )
 
 
 @contextmanager
@@ -310,10 +312,18 @@ def _tolerated(recording: Recording, trainer: Trainer) -> Iterator[None]:
         )
 
 
-def _data_notes(trainer: Trainer, passes: TrainingPasses, audited: list[int], scored: Tensor) -> list[str]:
+def _data_notes(
+    trainer: Trainer, passes: TrainingPasses, loader: LoaderName, audited: list[int], scored: Tensor
+) -> list[str]:
     """Return what a reader should know of the data: how batches are made, and who is not in the report."""
     source = passes.source
     notes = [source.collation.note] if source.collation.note else []
+    if source.company is not None and source.company.others:
+        others = ", ".join(map(repr, source.company.others))
+        part = f"a loss that does not depend on those of {others}"
+        if passes.trace.own is not None:
+            part = f"their part of the loss; the curvature is that of all of it, with examples of {others}"
+        notes.append(f"this is about the examples of the loader {source.company.loader!r}, and {part}")
     notes += source.notes() if isinstance(source, StreamSource) else []
     if missing := np.setdiff1d(audited, scored).tolist():
         reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
@@ -324,7 +334,7 @@ def _data_notes(trainer: Trainer, passes: TrainingPasses, audited: list[int], sc
     if bridge.is_dry_run(trainer):
         notes.append(f"`fast_dev_run`: {len(audited)} examples alone were looked at, and nothing is written")
     elif not isinstance(source, StreamSource):
-        never = len(bridge.drawn_from(train_loader(trainer), len(source))) - len(audited)
+        never = len(bridge.drawn_from(train_loader(trainer, loader), len(source))) - len(audited)
         notes += [f"{never} examples of the data set were never drawn, and are not audited"] if never else []
     return notes
 
