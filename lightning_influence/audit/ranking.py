@@ -23,7 +23,7 @@ from lightning_influence.training.evidence import LabelEvidence
 
 NO_CLASSES = "an example has no single class (but a number, tokens or several labels): it may fit badly and be right"
 ONE_SIDED = (
-    "all labels are the same side of a yes or no, as where a loss compares two outputs: none of them can be wrong"
+    "all labels are one side of a yes or no, as where a loss compares two outputs: none of them can be wrong"
 )
 _NO_EVIDENCE = "no features of the first epochs were looked at"
 

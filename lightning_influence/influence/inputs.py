@@ -178,8 +178,8 @@ def notes_of(inspection: Inspection) -> list[str]:
         )
     if inspection.labels_of:
         notes.append(
-            f"several losses of a step have labels: `label`, predictions and margins are those of {inspection.labels_of}, "
-            "which comes first in it"
+            "several losses of a step have labels: `label`, predictions and margins are those of "
+            f"{inspection.labels_of}, which comes first in it"
         )
     if inspection.random:
         notes.append("the loss draws random numbers in eval mode: scores hold for one draw, and depend on batches")
