@@ -22,9 +22,7 @@ from lightning_influence.audit.trusted import wrong_beside_trusted
 from lightning_influence.training.evidence import LabelEvidence
 
 NO_CLASSES = "an example has no single class (but a number, tokens or several labels): it may fit badly and be right"
-ONE_SIDED = (
-    "all labels are one side of a yes or no, as where a loss compares two outputs: none of them can be wrong"
-)
+ONE_SIDED = "all labels are one side of a yes or no, as where a loss compares two outputs: none of them can be wrong"
 _NO_EVIDENCE = "no features of the first epochs were looked at"
 
 # What is said of labels, if there are some.

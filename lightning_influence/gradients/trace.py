@@ -104,6 +104,7 @@ class Trace:
         forms: Where the examples of each term of the loss are, see ``discover.term_forms``.
         formless: Terms of the loss that tracing has told nothing about.
         outside: Shapes of trainable parameters that took part but are in no module, and the functions that used them.
+        steps: Id of a parameter of a recurrent layer to the number of steps that the layer is run in.
         failure: Why there is no trace: all gradients have to be computed one example at a time then.
     """
 
@@ -114,6 +115,7 @@ class Trace:
     forms: Mapping[TermKey, TermForm] = field(default_factory=dict)
     formless: set[TermKey] = field(default_factory=set)
     outside: list[str] = field(default_factory=list)
+    steps: Mapping[int, int] = field(default_factory=dict)
     failure: str | None = None
 
     @property
@@ -128,6 +130,7 @@ class Trace:
     def add(self, other: Trace) -> None:
         """Add the paths of another trace of the same model."""
         self.forms = {**other.forms, **self.forms}
+        self.steps = {**other.steps, **self.steps}
         for key, paths in other.paths.items():
             known = self.paths.setdefault(key, [])
             known.extend(path for path in paths if path not in known)
