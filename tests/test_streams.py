@@ -10,17 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import CLASSES, Classifier, Validated, make_trainer, vectors
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from which_lightning import CombinedLoader, MisconfigurationException, ModelCheckpoint, pl
 
 from lightning_influence import AuditReport, InfluenceAudit, Queries
 from lightning_influence.data import stream
