@@ -35,7 +35,6 @@ from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, T
 from tracing import covered
 from which_lightning import (
     PACKAGE,
-    PACKAGE,
     Callback,
     CSVLogger,
     EarlyStopping,

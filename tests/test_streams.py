@@ -397,6 +397,7 @@ def loose(items: list[Any]) -> Any:
         (name, lambda batch: batch["key"][:3], r"gives 3 ids for a batch of 4 examples"),
         (name, lambda batch: "shard", r"gives 1 ids for a batch of 4 examples"),
         (name, "x", r"gives a table of shape \(4, 5\)"),
+        (name, lambda batch: [batch["y"], batch["y"]], r"gives 2 columns \(a tensor of shape \(4,\), ...\)"),
         (lambda k: None, "key", r"gives no id \(None, NaN or an empty text\) for 4 of the 4 examples"),
         (lambda k: float("nan") if k == 1 else float(k), "key", r"for 1 of the 4 examples.*places \[1\]"),
         (lambda k: "", "key", r"gives no id"),

@@ -161,6 +161,11 @@ class PastRun:
             trainer.fit_loop.max_batches, trainer.overfit_batches = limit, 0.0
             no_training.call_hooks(trainer, module)
             run = self.run = begun(arguments, trainer, module, source, recording)
+            if self.arguments.dirpath is None and run.reporter.directory and not bridge.real_loggers(trainer):
+                rank_zero_warn(
+                    f"no logger, and no checkpoint of a run: the influence audit goes to {run.reporter.directory}; "
+                    "`InfluenceAudit(dirpath=...)` names another directory"
+                )
             run.take_over(trainer)
             run.reporter.weights = self.files.told
             if restored is not None and self._of_other_data(run):

@@ -135,8 +135,9 @@ def _loaded(path: str) -> dict[str, Any]:
     try:
         config = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        told = " ".join(str(error).split())
         raise ValueError(
-            f"the configuration {path} can't be read: {error}. Expected the YAML of a LightningCLI, such as the "
+            f"the configuration {path} can't be read: {told}. Expected the YAML of a LightningCLI, such as the "
             "config.yaml that it saves beside its logs."
         ) from error
     if not isinstance(config, dict):
