@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from models import Classifier, loader, make_trainer, vectors
+from models import Classifier, loader, make_trainer
 from torch.utils.data import TensorDataset
 
 from lightning_influence import AuditReport, InfluenceAudit
-from lightning_influence.training import neighbours
 from lightning_influence.training.neighbours import nearest_examples
 
 
@@ -102,27 +99,3 @@ def test_targets_of_a_regression_that_are_far_off() -> None:
     assert "0.9 would be if residuals were normal" in str(report)
     assert "targets are over 3.5 robust deviations" in str(report.health())
     assert AuditReport(rank({"index": np.arange(9), "el2n": np.zeros(9)})).health().inspect == 0
-
-
-def test_the_search_for_neighbours_finds_both() -> None:
-    """Features were searched twice: for the labels of the nearest, and for the nearest."""
-    features, labels = torch.randn(60, 8), torch.arange(60) % 3
-    features[7] = features[41] + 1e-4
-    found = nearest_examples(features)
-    nearest, beside = neighbours.nearest_by_label(features, labels)
-    assert beside is not None
-    for one, other in zip(found, beside, strict=True):
-        torch.testing.assert_close(one, other)
-    assert nearest[:, 0].equal(labels[found[0]])
-    assert found[2].nonzero().flatten().tolist() == [7, 41]
-    assert neighbours.nearest_by_label(features, labels.masked_fill(labels == 2, -1))[1] is None
-
-
-def test_features_are_searched_once_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    searched = []
-    search = neighbours._nearest
-    monkeypatch.setattr(neighbours, "_nearest", lambda *given: searched.append(len(given[0])) or search(*given))
-    audit = InfluenceAudit(tracin=None)
-    make_trainer(tmp_path, max_epochs=1, callbacks=[audit]).fit(Classifier(), loader(vectors()))
-    assert {"nearest", "nearest_cosine", "near_duplicate", "neighbour_disagreement"} <= audit.report.columns.keys()
-    assert searched == [22, 22]  # before training and after it

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.training.evidence import EvidenceRecord, LabelEvidence
-from lightning_influence.training.neighbours import NeighbourRecord, near_columns, nearest_by_label
+from lightning_influence.training.neighbours import NeighbourRecord, nearest_labels
 
 
 class LabelRecord:
@@ -34,15 +34,11 @@ class LabelRecord:
         self._right = 0.0, 0.0  # of those predicted in such snapshots, and all
 
     def add(self, scores: ExampleScores, *, trained: bool, right: tuple[float, float] | None) -> None:
-        """Add a snapshot: ``features`` and ``label`` of examples; the rest as ``EvidenceRecord.add``.
-
-        The search for neighbours adds the columns ``NEAR`` to it, unless some of the examples have no label.
-        """
+        """Add a snapshot: ``features`` and ``label`` of examples; the rest as ``EvidenceRecord.add``."""
         labels, features = scores.columns.get("label"), scores.features
         if features is None or labels is None:
             return
-        (nearest, near), trained = nearest_by_label(features, labels), trained or self.heard_of
-        scores.columns.update(near_columns(scores.indices, near) if near else {})
+        nearest, trained = nearest_labels(features, labels), trained or self.heard_of
         if self.heard_of and "predicted" in scores.columns:  # what the batches would have told
             found = scores.columns["predicted"][labels >= 0] == labels[labels >= 0]
             right = self._right = self._right[0] + float(found.sum()), self._right[1] + len(found)

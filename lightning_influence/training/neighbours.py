@@ -19,8 +19,6 @@ _VOTE_BUDGET = 10**8
 # The nearest is compared with this one of the nearest; copies by chance that are expected in a data set.
 _CROWD, _FALSE_PAIRS = 6, 0.1
 _ROUNDING = 2e-7  # of cosines in float32
-NEAR = "nearest", "nearest_cosine", "near_duplicate"
-"""Columns of what ``nearest_examples`` tells."""
 _STATE = ("disagreement", "passes", "votes")
 
 
@@ -40,26 +38,17 @@ def nearest_labels(features: Tensor, labels: Tensor, *, neighbours: int = 20, se
         ``[n, k]``, nearest first, with ``k`` at most ``neighbours``; -1 for unknown labels and features without
         finite squares.
     """
-    return nearest_by_label(features, labels, neighbours=neighbours, seed=seed)[0]
-
-
-def nearest_by_label(
-    features: Tensor, labels: Tensor, *, neighbours: int = 20, seed: int = 0
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-    """Return what ``nearest_labels`` does, and by the way ``nearest_examples``; None for that if labels are unknown."""
     # By their length: of a huge vector, whose squares overflow, there are no cosines.
-    finite = torch.isfinite(features.float().norm(dim=1))
-    usable = (labels >= 0) & finite
+    usable = (labels >= 0) & torch.isfinite(features.float().norm(dim=1))
     rows = usable.nonzero().squeeze(1)
     if len(rows) < 2:
-        return labels.new_full((len(labels), 0), -1), None
-    own, near = labels[rows], _Nearest(len(labels))
+        return labels.new_full((len(labels), 0), -1)
+    own = labels[rows]
     k = min(neighbours, len(rows) - 1, _MAX_REFERENCES - 1)
     result = labels.new_full((len(labels), k), -1)
-    for chunk, values, places in _nearest(_unit(features[rows]), k, seed):
+    for chunk, _, places in _nearest(_unit(features[rows]), k, seed):
         result[rows[chunk]] = own[places]
-        near.add(rows[chunk], values, rows[places[:, 0]])
-    return result, near.told(len(rows)) if torch.equal(usable, finite) else None
+    return result
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -101,41 +90,22 @@ def nearest_examples(features: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor
     Returns:
         Rows of the nearest ``[n]``, -1 where unknown; cosines ``[n]``, NaN there; and whether it is a copy ``[n]``.
     """
+    n = len(features)
+    found = torch.full((n,), -1, dtype=torch.long)
+    cosines, ratios = torch.full((n,), torch.nan), torch.full((n,), torch.nan)
     rows = torch.isfinite(features.float().norm(dim=1)).nonzero().squeeze(1)
-    near = _Nearest(len(features))
-    if len(rows) > 1:
-        for chunk, values, places in _nearest(_unit(features[rows]), min(_CROWD, len(rows) - 1), seed):
-            near.add(rows[chunk], values, rows[places[:, 0]])
-    return near.told(len(rows))
-
-
-def near_columns(indices: Tensor, found: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-    """Return the columns ``NEAR`` of examples with these dataset indices, from what ``nearest_examples`` found."""
-    near, cosines, copies = found
-    return dict(zip(NEAR, (torch.where(near >= 0, indices.cpu()[near], -1), cosines, copies), strict=True))
-
-
-class _Nearest:
-    """Gathers what ``nearest_examples`` returns of ``n`` examples, from the cosines of their nearest, in order."""
-
-    def __init__(self, n: int) -> None:
-        self._found = torch.full((n,), -1, dtype=torch.long)
-        self._cosines, self._ratios = torch.full((n,), torch.nan), torch.full((n,), torch.nan)
-
-    def add(self, rows: Tensor, values: Tensor, first: Tensor) -> None:
-        at = rows.cpu()
-        self._found[at], self._cosines[at] = first.cpu(), values[:, 0].cpu()
-        if values.shape[1] >= _CROWD:
-            nearest, last = (1 - values[:, [0, _CROWD - 1]]).clamp(min=_ROUNDING).cpu().T
-            self._ratios[at] = nearest / last
-
-    def told(self, searched: int) -> tuple[Tensor, Tensor, Tensor]:
-        usual = float(self._ratios.nanmedian())
-        copies = self._ratios < 0
-        if 0 < usual < 1:
-            half_dimension = math.log(1 - 0.5 ** (1 / (_CROWD - 1))) / math.log(usual)
-            copies = self._ratios < (_FALSE_PAIRS / (_CROWD - 1) / searched) ** (1 / half_dimension)
-        return self._found, self._cosines, copies
+    if len(rows) < 2:
+        return found, cosines, ratios < 0
+    for chunk, values, places in _nearest(_unit(features[rows]), min(_CROWD, len(rows) - 1), seed):
+        at = rows[chunk].cpu()
+        found[at], cosines[at] = rows[places[:, 0]].cpu(), values[:, 0].cpu()
+        distances = (1 - values).clamp(min=_ROUNDING)
+        ratios[at] = (distances[:, 0] / distances[:, -1]).cpu() if values.shape[1] == _CROWD else torch.nan
+    usual = float(ratios.nanmedian())
+    if not 0 < usual < 1:
+        return found, cosines, ratios < 0
+    half_dimension = math.log(1 - 0.5 ** (1 / (_CROWD - 1))) / math.log(usual)
+    return found, cosines, ratios < (_FALSE_PAIRS / (_CROWD - 1) / len(rows)) ** (1 / half_dimension)
 
 
 def disagreement(nearest: Tensor, labels: Tensor) -> Tensor:

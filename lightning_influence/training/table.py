@@ -15,7 +15,7 @@ from lightning_influence.core.precision import exact
 from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.training.dynamics import TrainingDynamics, margin_of_label
 from lightning_influence.training.evidence import LabelEvidence
-from lightning_influence.training.neighbours import NEAR, NeighbourRecord, near_columns, nearest_examples
+from lightning_influence.training.neighbours import NeighbourRecord, nearest_examples
 from lightning_influence.training.tracin import TracInScores, VisitSums
 
 
@@ -73,8 +73,10 @@ def table(
             if name != "tracin"
         }
         finite &= final.pop("finite")
-        if scores.features is not None and NEAR[0] not in final:  # else they were found beside the labels
-            columns |= near_columns(rows, nearest_examples(scores.features))
+        if scores.features is not None:
+            near, cosines, copies = nearest_examples(scores.features)
+            columns["nearest"] = torch.where(near >= 0, rows[near], -1)
+            columns |= {"nearest_cosine": cosines, "near_duplicate": copies}
         columns |= final
         if "suggested" not in columns and "predicted" in columns:
             # No mean over the run was kept (too many classes): the final prediction will have to do.
