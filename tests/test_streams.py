@@ -10,17 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import CLASSES, Classifier, Validated, make_trainer, vectors
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from which_lightning import CombinedLoader, MisconfigurationException, ModelCheckpoint, pl
 
 from lightning_influence import AuditReport, InfluenceAudit, Queries
 from lightning_influence.data import stream
@@ -400,6 +397,7 @@ def loose(items: list[Any]) -> Any:
         (name, lambda batch: batch["key"][:3], r"gives 3 ids for a batch of 4 examples"),
         (name, lambda batch: "shard", r"gives 1 ids for a batch of 4 examples"),
         (name, "x", r"gives a table of shape \(4, 5\)"),
+        (name, lambda batch: [batch["y"], batch["y"]], r"gives 2 columns \(a tensor of shape \(4,\), ...\)"),
         (lambda k: None, "key", r"gives no id \(None, NaN or an empty text\) for 4 of the 4 examples"),
         (lambda k: float("nan") if k == 1 else float(k), "key", r"for 1 of the 4 examples.*places \[1\]"),
         (lambda k: "", "key", r"gives no id"),

@@ -161,6 +161,7 @@ class PastRun:
             trainer.fit_loop.max_batches, trainer.overfit_batches = limit, 0.0
             no_training.call_hooks(trainer, module)
             run = self.run = begun(arguments, trainer, module, source, recording)
+            _tell_directory(run, trainer)
             run.take_over(trainer)
             run.reporter.weights = self.files.told
             if restored is not None and self._of_other_data(run):
@@ -349,6 +350,16 @@ class PastRun:
     def _warn(self, told: str) -> None:
         rank_zero_warn(f"InfluenceAudit: {told}.")
         self._notes.append(told)
+
+
+def _tell_directory(run: AuditRun, trainer: Trainer) -> None:
+    """Say where the audit goes if nothing that was passed names a folder."""
+    directory = run.reporter.directory
+    if run.arguments.dirpath is None and directory is not None and not bridge.real_loggers(trainer):
+        rank_zero_warn(
+            f"no logger, and no checkpoint of a run: the influence audit goes to {directory}; "
+            "`InfluenceAudit(dirpath=...)` names another directory"
+        )
 
 
 def _compare(report: AuditReport, audited: TrainerCheckpoint | None, directory: str) -> None:

@@ -72,6 +72,13 @@ def ids_in(batch: Any, sample_id: SampleId) -> list[Id]:
     single = isinstance(found, (str, bytes, Mapping)) or not hasattr(found, "__iter__") or getattr(found, "ndim", 1) < 1
     # Of accelerators, not one at a time.
     values: list[Any] = [found] if single else found.tolist() if isinstance(found, Tensor) else list(found)
+    if columns := [
+        value for value in values if isinstance(value, (Tensor, np.ndarray)) and value.ndim and len(value) > 1
+    ]:
+        raise DataError(
+            f"sample_id={name} gives {len(columns)} columns ({described(columns[0])}, ...); expected one id for each "
+            "example of the batch: integers or texts. A function from batch to ids can put several into one text."
+        )
     ids = [plain_id(value) for value in values]
     sizes = sizes_of(batch)
     if len(ids) not in sizes and not (len(ids) == 1 and not sizes):

@@ -107,6 +107,7 @@ class Trace:
         own: Terms that are about the examples, and with which of their rows, where others are about those of other
             loaders; None if all are.
         outside: Shapes of trainable parameters that took part but are in no module, and the functions that used them.
+        steps: Id of a parameter of a recurrent layer to the number of steps that the layer is run in.
         failure: Why there is no trace: all gradients have to be computed one example at a time then.
     """
 
@@ -118,6 +119,7 @@ class Trace:
     formless: set[TermKey] = field(default_factory=set)
     own: dict[TermKey, OwnRows] | None = None
     outside: list[str] = field(default_factory=list)
+    steps: Mapping[int, int] = field(default_factory=dict)
     failure: str | None = None
 
     @property
@@ -134,6 +136,7 @@ class Trace:
         self.forms = {**other.forms, **self.forms}
         if self.own is not None:
             self.own |= other.own or {}
+        self.steps = {**other.steps, **self.steps}
         for key, paths in other.paths.items():
             known = self.paths.setdefault(key, [])
             known.extend(path for path in paths if path not in known)

@@ -57,6 +57,7 @@ class Inspection:
         seconds: Wall time of their forward and backward pass (the first batch is slower than later ones).
         examples: Number of examples looked at.
         random: Whether the step draws random numbers of its own in eval mode.
+        labels_of: The loss that tells the labels, if there are others that have other ones.
     """
 
     positions: dict[str, int]
@@ -67,6 +68,7 @@ class Inspection:
     seconds: float
     examples: int
     random: bool = False
+    labels_of: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +199,7 @@ def _look(
             None,
             time.perf_counter() - start,
             len(indices),
+            labels_of=loss.labels_of(),
         )
         return _Look(
             inspection,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.objective.handwritten import HAND_WRITTEN, handwritten
+from lightning_influence.objective.handwritten import HAND_WRITTEN, HandWritten, handwritten
 from lightning_influence.objective.losses import CrossEntropy, LossCall
 from lightning_influence.objective.own_part import OwnRows, own_rows
 from lightning_influence.objective.scale import HeardTerms, Place, TermKey
@@ -87,8 +88,11 @@ class HeardLosses:
         self, batch: BatchRecord, loss: Tensor, n: int, calls: Sequence[LossCall], forms: Mapping[TermKey, TermForm]
     ) -> LossCall | None:
         known = calls_in(loss, calls)
-        written = self._by_hand(loss, calls, known, n, forms)
-        placed = placed_calls([*written, *known], forms)
+        by_hand = self._by_hand(loss, calls, known, n, forms)
+        written = [each.call for each in by_hand]
+        # In the order of the step, as passes have them: labels are read from the first.
+        numbered = [(each.after, each.call) for each in by_hand] + [(calls.index(call), call) for call in known]
+        placed = placed_calls([call for _, call in sorted(numbered, key=itemgetter(0))], forms)
         if self.own is not None:
             rows = self.own
             placed = [(key, own_rows(call, n, rows[key]), form) for key, call, form in placed if key in rows]
@@ -115,16 +119,16 @@ class HeardLosses:
         known: Sequence[LossCall],
         n: int,
         forms: Mapping[TermKey, TermForm],
-    ) -> list[LossCall]:
+    ) -> list[HandWritten]:
         """Return the losses that are written by hand, unless known calls tell of the examples."""
         places = {key.place for key in forms if key.kind in HAND_WRITTEN}
         told = any(call.rows_match(n) for _, call, _ in placed_calls(known, forms))
         if not isinstance(calls, Heard) or (told and not places):
             return []
         asked = [each for each in calls.decisions if each.place not in self._silent]
-        found = [written.call for written in handwritten(loss, asked, known, sure=bool(places))]
+        found = handwritten(loss, asked, known, sure=bool(places))
         if found:
-            self._silent |= {each.place for each in asked} - {call.place for call in found}
+            self._silent |= {each.place for each in asked} - {written.call.place for written in found}
         elif not places:
             self._silent |= {each.place for each in asked}
         return found
