@@ -96,6 +96,7 @@ export class App {
       this.fail(/** @type {Error} */ (error));
     }
     if (this.host.changes) setInterval(() => this.poll(), POLL);
+    document.addEventListener('visibilitychange', () => this.host.changes && this.poll());
   }
 
   /** @param {import('./host.js').Run[]} runs */

@@ -86,11 +86,25 @@ export function tools({ audit, decisions, triage: { asked, grid }, say }, ask, s
     button(grid ? 'Table' : 'Grid', swap, { title: 'the same examples as a table, or as a grid' }),
     button('Import', () => file.click(), { title: 'go on with a review that was exported' }),
     file,
-    button('Export CSV', () => download('review.csv', decisions.toCsv()), {
+    button('Export CSV', () => exported(decisions, say), {
       class: 'primary',
       title: 'the decisions, for report.apply_review("review.csv")',
     }),
   ];
+}
+
+/**
+ * @param {import('./decisions.js').Decisions} decisions
+ * @param {(text: string, kind?: string) => void} say
+ */
+function exported(decisions, say) {
+  if (!decisions.made.size) {
+    say('nothing is decided yet: R relabels, K keeps, D drops, a digit names the class', 'bad');
+    return;
+  }
+  download('review.csv', decisions.toCsv());
+  const told = counted(decisions.made.size, 'decision');
+  say(`${told} in review.csv; in Python, report.apply_review("review.csv") gives the new labels`, 'good');
 }
 
 /**
