@@ -335,7 +335,7 @@ def test_two_audits_are_compared(page: Any, server: ViewServer, audits: dict[str
     page.get_by_label("compare with").select_option("digits_again/influence")
     page.get_by_text("400 examples in both").wait_for()
     expected = np.corrcoef(first.columns["rank"], second.columns["rank"])[0, 1]
-    assert f"Spearman's rank correlation {expected:.3f}".replace("-", "-") in page.locator(".compare").inner_text()
+    assert f"Spearman's rank correlation {expected:.3f}".replace("-", "−") in page.locator(".compare").inner_text()
     left = len(set(candidates(first)) - set(candidates(second)))
     assert page.get_by_role("heading", name="alone").first.inner_text().endswith(f" {left}")
 

@@ -69,8 +69,8 @@ def files(
     places = _placed({str(index): image for index, image in (pictures or {}).items()}, chunks)
     of_queries = _placed({f"{a}/{b}": image for (a, b), image in (query_pictures or {}).items()}, chunks)
     found = document(report, name=name, texts=texts, query_texts=query_texts, epochs=epochs)
-    # Each chunk ends with what the document says of them: a page that is open while another audit takes this one's place
-    # shows none of that one's pictures.
+    # Each chunk ends with what the document says of them: a page that is open when another audit takes the place of
+    # this one shows none of that one's pictures.
     whose = sha256("".join(chain.from_iterable(chunks)).encode()).hexdigest()[:16]
     for chunk in chunks:
         chunk.append(whose)
