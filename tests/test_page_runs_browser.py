@@ -68,10 +68,12 @@ def in_a(host: str, directory: Path, page: Any) -> Iterator[Any]:
         with viewed(directory) as address:
             page.goto(address)
             yield page
+            page.goto("about:blank")  # else it asks a server that is not there any more
         return
     with tensorboard(directory, "--reload_interval", "1") as address:
         page.goto(f"{address}#influence")
         yield page.wait_for_selector("iframe").content_frame()
+        page.goto("about:blank")
 
 
 def shot(page: Any, name: str) -> None:
@@ -137,7 +139,7 @@ def test_each_area_by_keys_alone(page: Any, logs: Path, kind: str, tmp_path: Pat
         chooser.value.set_files(tmp_path / "review.csv")
         page.get_by_text("3 decisions taken over").wait_for()
         use(page, "search")
-        page.keyboard.type(f"{listed[4]}")
+        page.keyboard.type(f"#{listed[4]}")
         page.keyboard.press("Escape")
         assert page.locator(".panel strong").inner_text() == f"#{listed[4]}"
         # Example.

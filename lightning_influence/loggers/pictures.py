@@ -184,5 +184,5 @@ def _cut(text: str, font: Font, room: int) -> str:
     if font.getlength(text) <= room:
         return text
     # No letter is narrower than a pixel. Measuring a text takes a while: halved, not one letter after the other.
-    fits = bisect(range(1, min(len(text), room) + 1), room, key=lambda size: font.getlength(f"{text[:size]}…"))
+    fits = bisect(range(1, min(len(text), room) + 1), float(room), key=lambda size: font.getlength(f"{text[:size]}…"))
     return f"{text[:fits].rstrip()}…"

@@ -101,7 +101,7 @@ function strength(audit, name) {
 function told(audit, name) {
   return (row) => {
     const share = audit.percentiles(name)[row];
-    const where = share > 0.999 ? 'nearly all' : `${percent(share)} of all`;
+    const where = share > 0.999 ? 'nearly all' : percent(share);
     return `${name.replaceAll('_', ' ')} ${number(audit.value(name, row))}, worse than ${where}`;
   };
 }
