@@ -45,8 +45,8 @@ CAP = """(key) => {
   const cap = document.querySelector('.pressed') ?? document.body.appendChild(document.createElement('div'));
   cap.className = 'pressed';
   cap.textContent = key;
-  cap.style.cssText = 'position: fixed; left: 28px; bottom: 22px; min-width: 62px; padding: 0 14px; text-align: center;'
-    + 'border-radius: 12px; background: #1a1f26; color: #fff; font: 600 34px/62px sans-serif; box-shadow: 0 0 0 2px #fff';
+  cap.style.cssText = 'position: fixed; left: 290px; bottom: 16px; min-width: 62px; padding: 0 14px; text-align: center;'
+    + 'border-radius: 12px; background: #1a1f26; color: #fff; font: 600 34px/62px sans-serif; outline: 2px solid #fff';
 }"""
 
 
@@ -59,6 +59,8 @@ def main() -> None:
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     if not (arguments.logs / "mended").exists():
         mended(arguments.logs)
+    for path in arguments.logs.rglob("review.csv"):  # of the time before: `view` keeps what is decided
+        path.unlink()
     with ViewServer(arguments.logs, port=0) as server, sync_playwright() as playwright:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -83,29 +85,16 @@ def views(page: Any, out: Path, scheme: str) -> None:
 
     page.get_by_role("heading", name="Scores").wait_for()
     take("overview")
-    page.get_by_role("button", name="Look at").click()
-    page.wait_for_selector(".panel img[src]")
-    for key in "rrkr":
-        page.keyboard.press(key)
-    take("triage")
-    page.get_by_role("button", name="Grid").click()
-    take("grid")
-    page.keyboard.press("Enter")
-    page.get_by_text("All columns").wait_for()
-    take("example")
-    for name in ("Queries", "Class pairs", "Compare"):
+    for name in ("Example", "Queries", "Compare"):
         page.get_by_role("button", name=name, exact=True).click()
-        take(name.split()[-1].lower())
-    page.get_by_role("button", name="Triage", exact=True).click()
-    page.get_by_role("button", name="Table").click()
-    for _ in range(4):  # `view` keeps what is decided
-        page.keyboard.press("u")
-    page.get_by_text("saved in review.csv").wait_for()
+        page.wait_for_selector("main > *:not(.nothing)")
+        take(name.lower())
 
 
 def still(page: Any, path: Path) -> None:
     """Write what is to be seen once it stands still."""
-    page.wait_for_timeout(400)
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(600)
     frame(page).quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 

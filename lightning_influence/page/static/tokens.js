@@ -13,7 +13,7 @@ export function shadedText({ tokens, tokens_rest: rest }) {
   if (!tokens?.length) return null;
   const most = Math.max(...tokens.map(([, score]) => Math.abs(score ?? 0)), 1e-30);
   // Some tokenizers keep the spaces in their tokens.
-  const glue = tokens.some(([text]) => /\s/.test(text)) ? '' : ' ';
+  const glue = tokens.some(([text]) => /^\s|\s$/.test(text)) ? '' : ' ';
   const parts = tokens.flatMap(([text, score], place) => {
     const strength = Math.abs(score ?? 0) / most;
     const style = { '--strength': `${Math.round(100 * strength)}%` };
