@@ -135,6 +135,7 @@ export function histogram({ edges, counts, candidates = [] }, options) {
     ? logarithmic(low, high, LEFT, width - RIGHT)
     : linear(low, high, LEFT, width - RIGHT, Math.max(2, width / 90));
   const y = logY ? logarithmic(0.5, most * 1.2, base, TOP) : linear(0, most, base, TOP, 4);
+  y.ticks = y.ticks.filter(Number.isInteger);
   const top = (/** @type {number} */ count) => (count > 0 ? y.to(count) : base);
   const bars = counts.flatMap((count, k) => {
     const [from, to] = [x.to(edges[k]), x.to(edges[k + 1])];
