@@ -235,7 +235,7 @@ def batch_gradient(gradients: ExampleGradients, batch: Any, n: int) -> dict[str,
 
 def _compare(gradients: ExampleGradients, indices: list[int], look: _Look) -> float:
     with isolated_rng():
-        ((_, batch),) = gradients.source.batches(indices, len(indices))
+        batch = gradients.source.one_batch(indices)
     expected = batch_gradient(gradients, batch, len(indices))
     whole = max((float(block.norm()) for block in expected.values()), default=0.0)
     errors: dict[str, float] = {}
@@ -302,7 +302,7 @@ def _way_out(gradients: ExampleGradients, indices: list[int]) -> str:
     if isinstance(gradients.task, StandardTask):
         return f"{task}, and mix examples in `training_step` rather than before it"
     with isolated_rng():
-        ((_, batch),) = gradients.source.batches(indices, len(indices))
+        batch = gradients.source.one_batch(indices)
     with untouched(gradients.module, gradients.task):
         line = gradients.applied(suggested, batch)
     return task if line is None else f"the loss of each example alone, {line} (else {task})"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_influence.objective.handwritten import HAND_WRITTEN, handwritten
 from lightning_influence.objective.losses import CrossEntropy, LossCall
+from lightning_influence.objective.own_part import OwnRows, own_rows
 from lightning_influence.objective.scale import HeardTerms, Place, TermKey
 from lightning_influence.objective.tap import Heard, calls_in
 from lightning_influence.objective.terms import TermForm, placed_calls, steady_terms
@@ -29,6 +30,7 @@ class HeardLosses:
         compiled: Whether training runs compiled code: what watches its calls would have it compiled anew, perhaps
             otherwise.
         task_apart: Whether passes minimise something else than training does: its step may mix examples.
+        own: Terms of the loss that are about the examples of the loader in question, of several; None if all are.
         mixed: Whether it did in the batch that was read last: what that says is of no example alone.
     """
 
@@ -36,6 +38,7 @@ class HeardLosses:
         self.terms = HeardTerms()
         self.compiled = False
         self.task_apart = False
+        self.own: Mapping[TermKey, OwnRows] | None = None
         self.mixed = False
         self._agreed = 0
         self._failed = False
@@ -50,7 +53,7 @@ class HeardLosses:
         """
         if epoch != self._epoch:
             self._epoch, self._agreed = epoch, min(self._agreed, _AGREEING - _AGAIN)
-        return not self.compiled and (self._failed or self._agreed < _AGREEING)
+        return not self.compiled and (self._failed or self._agreed < _AGREEING or self.own is not None)
 
     def read(
         self, batch: BatchRecord, loss: Tensor, calls: Sequence[LossCall] | None, forms: Mapping[TermKey, TermForm]
@@ -65,7 +68,7 @@ class HeardLosses:
         """
         n, self.mixed = len(batch.indices or ()), False
         if calls is None:
-            return self._in_graph(loss, n, forms)
+            return self._in_graph(loss, n, forms) if self.own is None else None
         forms = {} if self.task_apart else forms  # they are those of the task's calls
         found = self._first(batch, loss, n, calls, forms)
         self.mixed = found is not None and self.task_apart and _mixes(found, calls_in(loss, calls))
@@ -86,8 +89,11 @@ class HeardLosses:
         known = calls_in(loss, calls)
         written = self._by_hand(loss, calls, known, n, forms)
         placed = placed_calls([*written, *known], forms)
+        if self.own is not None:
+            rows = self.own
+            placed = [(key, own_rows(call, n, rows[key]), form) for key, call, form in placed if key in rows]
         self.terms.terms.update(key for key, call, _ in placed if call.rows_match(n))
-        self.terms.add(steady_terms(placed, n))
+        self.terms.add(steady_terms(placed, n) if self.own is None else None)
         _, first, form = placed[0] if placed else (None, None, None)
         if first is not None and first.reduction != "none" and _is_plain(first, n, form):
             told = call_in_graph(loss)
