@@ -46,7 +46,8 @@ CAP = """(key) => {
   cap.className = 'pressed';
   cap.textContent = key;
   cap.style.cssText = 'position: fixed; left: 290px; bottom: 16px; min-width: 62px; padding: 0 14px;'
-    + 'text-align: center; border-radius: 12px; background: #1a1f26; color: #fff; font: 600 34px/62px sans-serif; outline: 2px solid #fff';
+    + 'text-align: center; border-radius: 12px; background: #1a1f26; color: #fff; '
+    + 'font: 600 34px/62px sans-serif; outline: 2px solid #fff';
 }"""
 
 

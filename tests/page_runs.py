@@ -20,6 +20,7 @@ from which_lightning import Callback, TensorBoardLogger, pl
 
 from lightning_influence import InfluenceAudit
 from lightning_influence.audit.report import AuditReport
+from lightning_influence.callbacks import reporting
 
 SIZE, WRONG, EPOCHS = 240, 16, 5
 
@@ -161,4 +162,5 @@ class Waiting(Callback):
 
 
 if __name__ == "__main__":
+    reporting._PARTIAL_SHARE = float("inf")  # epochs this short would be told of now and then
     train(sys.argv[1], Path(sys.argv[2]), "run", Waiting())
