@@ -29,6 +29,7 @@ ROOMS = (
     ("training",),
     ("curvature",),
     ("scores",),
+    ("replay",),
     ("audit",),
     ("influence",),
     ("page",),

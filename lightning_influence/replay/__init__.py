@@ -1,0 +1,5 @@
+"""Replay: the training run once more, bit for bit, and the derivative of its end by the weight of every example.
+
+Influence functions ask at a fixed point; this asks the run itself (MAGIC: Engstrom et al. 2025, 2503.13751; Ilyas and
+Engstrom 2025, 2504.16430).
+"""
