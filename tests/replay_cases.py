@@ -99,9 +99,9 @@ class PlainRun:
         derivative = StepDerivative(
             module,
             task or self.losses,
-            record.recipe,
+            record,
             weighting or Weighting({}, single=task is None),
-            put=lambda streams: torch.set_rng_state(streams["torch"]),
+            stand=lambda step, batch: torch.set_rng_state(step.streams[batch]["torch"]),
         )
         end = self.end(module, derivative)
         module.train()

@@ -56,9 +56,10 @@ def check_record(record: TrainingRecord) -> None:
     for number, step in enumerate(record.steps):
         for group in step.groups:
             rule_of(recipe.optimizer, group)
-        if not all(math.isfinite(batch.loss) for batch in step.batches):
+        odd = [str(batch.loss) for batch in step.batches if batch.loss is not None and not math.isfinite(batch.loss)]
+        if odd:
             raise ReplayError(
-                f"the loss of step {number} was not finite ({', '.join(str(batch.loss) for batch in step.batches)}): "
+                f"the loss of step {number} was not finite ({', '.join(odd)}): "
                 "nothing can be traced back through it. Train without that, or replay a run that ended before it."
             )
     if record.states.keys() < {0, len(record.steps)}:

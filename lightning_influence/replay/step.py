@@ -10,7 +10,7 @@ Index legend: ``q`` queries, ``p`` entries of all parameters, ``n`` examples of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.core.weights import parameters_of, places_of, write
+from lightning_influence.objective.scale import NoLossError
 from lightning_influence.objective.task import Task
 from lightning_influence.replay.differentiable_calls import DifferentiableCalls, statistics_of
 from lightning_influence.replay.optimizers import clipped, rule_of, slots_of
-from lightning_influence.replay.record import Recipe, ReplayError, RunState, StepInput, Streams
+from lightning_influence.replay.record import ReplayError, RunState, StepInput, TrainingRecord
 from lightning_influence.replay.weighting import Weighting
 
 # How far the step as differentiated may be from the one that was taken, as a share of its length; the rounding of the
@@ -64,9 +65,10 @@ class StepDerivative:
     Args:
         module: The model. Its weights and buffers are written.
         task: Its loss.
-        recipe: Of the run.
+        record: Of the run.
         weighting: How the examples are weighted.
-        put: Puts random streams where they were.
+        stand: Called with a step and the number of a batch in it, before that: puts random streams, modes and what else
+            the task asks for where they were.
         forward_context: Wraps every forward pass (a Trainer's precision).
 
     Raises:
@@ -77,15 +79,16 @@ class StepDerivative:
         self,
         module: nn.Module,
         task: Task,
-        recipe: Recipe,
+        record: TrainingRecord,
         weighting: Weighting,
         *,
-        put: Callable[[Streams], None],
+        stand: Callable[[StepInput, int], None],
         forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.module, self._task, self._recipe, self.weighting = module, task, recipe, weighting
-        self._put, self._context = put, forward_context
-        known = parameters_of(module)
+        self.module, self._task, self._recipe, self.weighting = module, task, record.recipe, weighting
+        self._stand, self._context = stand, forward_context
+        recipe, known = record.recipe, parameters_of(module)
+        known = {name: parameter for name, parameter in known.items() if name in record.states[0].parameters}
         self.names = [name for group in recipe.members for name in group if name in known]
         self._groups = [number for number, group in enumerate(recipe.members) for name in group if name in known]
         self.parameters = [known[name] for name in self.names]
@@ -122,9 +125,13 @@ class StepDerivative:
             for batch in step.record.batches
         ]
         found: list[Tensor | None] = [None] * len(self.parameters)
-        for batch, streams, own in zip(step.batches, step.streams, weights, strict=True):
-            self._put(streams)
+        for place, (batch, own) in enumerate(zip(step.batches, weights, strict=True)):
+            self._stand(step, place)
             with self._context(), calls:
+                if step.record.batches[place].loss is None:
+                    with suppress(NoLossError):  # statistics have still been moved
+                        self._task(self.module, batch)
+                    continue
                 loss, logits = self.weighting.loss(self._task, self.module, batch, own)
             parts = self.weighting.gradient(loss / self._recipe.accumulation, logits, own, self.parameters)
             found = [new if old is None else old if new is None else old + new for old, new in zip(found, parts, strict=True)]
