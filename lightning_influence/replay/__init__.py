@@ -3,3 +3,9 @@
 Influence functions ask at a fixed point; this asks the run itself (MAGIC: Engstrom et al. 2025, 2503.13751; Ilyas and
 Engstrom 2025, 2504.16430).
 """
+
+from lightning_influence.replay.record import ReplayError, TrainingRecord
+from lightning_influence.replay.recorder import Recorder
+from lightning_influence.replay.rerun import Rerun
+
+__all__ = ["Recorder", "ReplayError", "Rerun", "TrainingRecord"]

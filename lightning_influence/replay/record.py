@@ -24,10 +24,13 @@ class BatchRecord:
         indices: Dataset indices of its examples, in their order.
         number: ``batch_idx`` that ``training_step`` got.
         epoch: ``current_epoch``.
-        before_fetch: Random streams before the batch was fetched; None if they are where the last fetch left them.
-        before_step: Random streams before ``training_step``; None if they are where the last step left them.
-        checksum: Of the tensors that ``training_step`` got.
-        loss: What it returned, the bits of it.
+        before_fetch: Random streams before the batch was fetched; None if it was fetched elsewhere (by workers).
+        before_step: Random streams before the batch was moved to the device and ``training_step`` ran. States are
+            shared by all the batches before which a stream stood there.
+        checksum: Of the batch as it was fetched.
+        loss: What was differentiated: the loss, divided by ``Recipe.accumulation``; None if there was none, and so no
+            backward pass. Its bits are those of the loss.
+        drawn: Dataset indices as the sampler drew them, where collating moves or drops some.
         kept: The batch itself, where it can't be fetched again.
     """
 
@@ -35,9 +38,10 @@ class BatchRecord:
     number: int
     epoch: int
     before_fetch: Streams | None
-    before_step: Streams | None
+    before_step: Streams
     checksum: int
-    loss: float
+    loss: float | None
+    drawn: Sequence[int] | None = None
     kept: Any = None
 
 
@@ -48,10 +52,12 @@ class StepRecord:
     Attributes:
         batches: Those whose gradients were added up, one or more.
         groups: The optimizer's parameter groups as the step used them, scalars only (``lr``, ``momentum``, ``betas``).
+        training: Names of the modules in training mode.
     """
 
     batches: Sequence[BatchRecord]
     groups: Sequence[Mapping[str, Any]]
+    training: frozenset[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +89,7 @@ class Recipe:
         precision: As the trainer names it (``"32-true"``, ``"bf16-mixed"``).
         accumulation: Divides the loss of each batch.
         examples: Number of training examples, N.
+        environment: What else the last bit depends on: versions, device, number of threads.
     """
 
     optimizer: str
@@ -92,6 +99,7 @@ class Recipe:
     precision: str
     accumulation: int
     examples: int
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +125,7 @@ class StepInput:
         state: Before the step, on the device, detached.
         record: Of the step.
         batches: Of the step, on the device.
-        streams: Random streams before each batch's ``training_step``.
+        streams: Random streams before each batch's ``training_step``, see ``streams.write``.
     """
 
     state: RunState
