@@ -67,14 +67,14 @@ class PlainRun:
                 values = self.losses(module, moved[-1])
                 loss = (values * weights[list(indices)]).mean() / len(batches)
                 loss.backward()
-                noted.append(BatchRecord(indices, number, 0, None, None, 0, float(loss.detach())))
+                noted.append(BatchRecord(indices, number, 0, None, streams[-1], 0, float(loss.detach())))
             if self.clip is not None and self.clip_by == "norm":
                 nn.utils.clip_grad_norm_(module.parameters(), self.clip)
             elif self.clip is not None:
                 nn.utils.clip_grad_value_(module.parameters(), self.clip)
             optimizer.step()
             if inputs is not None:
-                inputs.append(StepInput(state, StepRecord(noted, groups), moved, streams))
+                inputs.append(StepInput(state, StepRecord(noted, groups, frozenset()), moved, streams))
         if inputs is not None:
             self.states = {0: inputs[0].state, len(inputs): _state(len(inputs), module, optimizer, names)}
             self.states |= {step: inputs[step].state for step in range(0, len(inputs), 5)}
@@ -87,9 +87,7 @@ class PlainRun:
         names = {id(p): name for name, p in module.named_parameters()}
         members = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         accumulation = len(self.batches[0])
-        return Recipe(
-            type(optimizer).__name__, members, self.clip, self.clip_by, "64-true", accumulation, self.size
-        )
+        return Recipe(type(optimizer).__name__, members, self.clip, self.clip_by, "64-true", accumulation, self.size)
 
     def replayed(self, task: Loss | None = None, weighting: Weighting | None = None) -> Tensor:
         """Return the derivative of the query by every example's weight, ``[1, N]``."""
@@ -109,7 +107,7 @@ class PlainRun:
         def segment(start: int, stop: int) -> Iterator[StepInput]:
             yield from copy.copy(inputs[start:stop])
 
-        return example_derivatives(derivative, record, segment, end)
+        return example_derivatives(derivative, record, segment, end)[1]
 
     def end(self, module: nn.Module, derivative: StepDerivative) -> Cotangents:
         """Return the derivative of the query by the final state."""

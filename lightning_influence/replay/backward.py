@@ -75,8 +75,8 @@ def example_derivatives(
     max_cost: float | None = None,
     told: Callable[[Cost], None] = lambda cost: None,
     advance: Callable[[int], None] = lambda steps: None,
-) -> Tensor:
-    """Return the derivatives of numbers at the end of a run by the weights of its examples, ``[q, n]`` float64.
+) -> tuple[Tensor, Tensor]:
+    """Return the examples of a run ``[n]``, and the derivatives of numbers at its end by their weights, ``[q, n]``.
 
     Args:
         derivative: Of a step.
@@ -93,7 +93,8 @@ def example_derivatives(
     check_record(record)
     _check_memory(derivative, record, len(end))
     steps = len(record.steps)
-    result = torch.zeros(len(end), record.recipe.examples, dtype=torch.float64)
+    examples = examples_of(record)
+    result = torch.zeros(len(end), len(examples), dtype=torch.float64)
     known = sorted(step for step in record.states if step <= steps)
     reached, taken, done = record.states[steps].parameters, 0.0, 0
     for start, stop in reversed(list(zip(known, known[1:], strict=False))):
@@ -105,7 +106,8 @@ def example_derivatives(
             end, parts = derivative.pull(step, end, reached)
             for batch, part in zip(step.record.batches, parts, strict=True):
                 # An example may be there more than once.
-                result.index_add_(1, torch.as_tensor(batch.indices, dtype=torch.long), part.double().cpu())
+                columns = torch.searchsorted(examples, torch.as_tensor(batch.indices, dtype=torch.long))
+                result.index_add_(1, columns, part.double().cpu())
             reached = step.state.parameters
             done += 1
             # The first step has more to set up than the others.
@@ -124,7 +126,14 @@ def example_derivatives(
             "the derivatives have overflowed on their way back: this training is too unstable to say what a single "
             "example did (a cooler learning rate helps)."
         )
-    return result
+    return examples, result
+
+
+def examples_of(record: TrainingRecord) -> Tensor:
+    """Return the dataset indices of the training examples, sorted: all of them, or those that were drawn of more."""
+    drawn = {int(index) for step in record.steps for batch in step.batches for index in batch.indices}
+    n = record.recipe.examples
+    return torch.arange(n) if max(drawn, default=0) < n else torch.tensor(sorted(drawn))
 
 
 def _check_memory(derivative: StepDerivative, record: TrainingRecord, queries: int) -> None:
@@ -145,8 +154,3 @@ def _check_memory(derivative: StepDerivative, record: TrainingRecord, queries: i
             f"{memory.readable(states)}, and {memory.readable(available)} are available; "
             + (f"take {most:,} queries at a time." if most else "record more states (a shorter distance between them).")
         )
-
-
-def sign_and_scale(derivatives: Tensor, examples: int) -> Tensor:
-    """Return scores as ``pairwise_scores`` has them: over ``N``, what leaving an example out adds to the query's."""
-    return -examples * derivatives

@@ -1,4 +1,4 @@
-"""Calls that torch differentiates once or not at all: running statistics, recurrent layers on cuDNN, fused attention."""
+"""Calls that torch differentiates once, or not at all: running statistics, cuDNN's recurrent layers, fused attention."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ class DifferentiableCalls(TorchFunctionMode):
             shape = (1, -1, *[1] * (x.ndim - 2))
             scale = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
             shift = -mean * scale if bias is None else bias - mean * scale
-            return (working(x) * scale.view(shape) + shift.view(shape)).to(x.dtype)
+            found: Tensor = working(x) * scale.view(shape) + shift.view(shape)
+            return found.to(x.dtype)
         single = norm is F.instance_norm
         dims = [dim for dim in range(x.ndim) if dim != 1 and not (single and dim == 0)]
         var, mean = torch.var_mean(working(x), dims, correction=1)

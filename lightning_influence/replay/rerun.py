@@ -93,6 +93,22 @@ class Rerun:
         """
         return list(self._run(start, stop))
 
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """Let the module serve for steps of the run, one at a time, see ``stand``; afterwards it is as before."""
+        with self._guarded(self.record.states[0]):
+            yield
+
+    def stand(self, step: StepInput, place: int) -> None:
+        """Put modes, random streams and what the task asks for where they were before a batch of a step."""
+        batch = step.record.batches[place]
+        for name, module in self.module.named_modules():
+            module.training = name in step.record.training
+        if isinstance(self.task, TrainingStepTask):
+            self.task.batch_idx = batch.number
+        self._at = (batch.epoch, step.state.step)
+        streams.write(step.streams[place])
+
     # ------------------------------------------------------------------ a run
 
     def _run(self, start: int, stop: int, *, verify: bool = False) -> Iterator[StepInput]:

@@ -134,7 +134,7 @@ class StepDerivative:
                     continue
                 loss, logits = self.weighting.loss(self._task, self.module, batch, own)
             parts = self.weighting.gradient(loss / self._recipe.accumulation, logits, own, self.parameters)
-            found = [new if old is None else old if new is None else old + new for old, new in zip(found, parts, strict=True)]
+            found = [_added(old, new) for old, new in zip(found, parts, strict=True)]
         gradient = torch.cat(
             [
                 torch.zeros_like(p).view(-1) if g is None else g.detach().reshape(-1)
@@ -159,7 +159,7 @@ class StepDerivative:
         """Return the cotangents before the optimizer, and that of the gradient ``[q, p]``."""
         recipe, state = self._recipe, step.state.optimizer
         gradient = gradient.requires_grad_(True)
-        used_gradient = gradient if recipe.clip is None else clipped(gradient, recipe.clip, recipe.clip_by)
+        used_gradient = clipped(gradient, recipe.clip, recipe.clip_by) if recipe.clip else gradient
         p = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
         moved, inputs, outputs, starts, filed = p.clone(), list[Tensor](), list[Tensor](), list[Tensor](), []
         before = Cotangents(after.parameters.clone(), {name: part.clone() for name, part in after.slots.items()})
@@ -275,6 +275,10 @@ class StepDerivative:
 _PRECISE = ("32-true", "64-true", "32", "64")
 
 
+def _added(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    return new if old is None else old if new is None else old + new
+
+
 def _steps_made(state: Mapping[str, Any]) -> int:
     if "step" in state:
         return int(state["step"])
@@ -290,5 +294,3 @@ def _pulled(outputs: Sequence[Tensor], inputs: Sequence[Tensor], starts: Sequenc
         found = torch.autograd.grad(outputs, inputs, [start[0] for start in starts], allow_unused=True)
         return [None if part is None else part.unsqueeze(0) for part in found]
     return list(torch.autograd.grad(outputs, inputs, starts, allow_unused=True, is_grads_batched=True))
-
-

@@ -1,4 +1,4 @@
-"""The loss of a batch with a weight for every example, ``Σ_z w_z (z's part)``: what the task itself returns at ``w = 1``.
+"""The loss of a batch with a weight for every example, ``Σ_z w_z (z's part)``: at ``w = 1`` what the task returns.
 
 Three ways, found out on a batch: the task returns one loss per example; the known calls that it makes are weighted
 element by element, and all that it does with them afterwards stays; or what it has written by hand is weighted where
@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ from lightning_influence.objective.terms import BatchLoss, TermForm, understand
 from lightning_influence.replay.record import ReplayError
 
 _WAY_OUT = "pass a `task=` (`loss=` of `Influence`) that returns one loss per example."
-Forms = Mapping[TermKey, TermForm]
+Forms: TypeAlias = "Mapping[TermKey, TermForm]"
+Run: TypeAlias = "Callable[[int, LossTap | None], tuple[Tensor, Heard]]"
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,7 @@ class Weighting:
         if self.by_hand is None:
             return _gradients([loss], parameters, None)
         slopes = torch.autograd.grad(loss, [each.logits for each in logits], create_graph=True)
-        weighted = [
-            slope * self._at(each, weights).to(slope.dtype) for slope, each in zip(slopes, logits, strict=True)
-        ]
+        weighted = [slope * self._at(each, weights).to(slope.dtype) for slope, each in zip(slopes, logits, strict=True)]
         return _gradients([each.logits for each in logits], parameters, weighted)
 
     def _logits(self, decisions: Sequence[Decision]) -> list[Decision]:
@@ -97,7 +96,9 @@ class Weighting:
         return rows if each.dim is None else rows.unsqueeze(each.dim)
 
 
-def weighting(run: Callable[[int, LossTap | None], tuple[Tensor, Heard]], sizes: Sequence[int], forms: Forms) -> Weighting:
+def weighting(
+    run: Callable[[int, LossTap | None], tuple[Tensor, Heard]], sizes: Sequence[int], forms: Forms
+) -> Weighting:
     """Find out on batches of different examples how a task's loss is weighted.
 
     Args:
@@ -130,7 +131,7 @@ def weighting(run: Callable[[int, LossTap | None], tuple[Tensor, Heard]], sizes:
     return Weighting(forms, penalty=True)
 
 
-def _rest(run: Callable[[int, LossTap | None], tuple[Tensor, Heard]], number: int, n: int, forms: Forms) -> float:
+def _rest(run: Run, number: int, n: int, forms: Forms) -> float:
     """Return the part of the loss that does not depend on the weights of the examples."""
     weights = torch.ones(n, requires_grad=True)
     loss, _ = run(number, _WeightedCalls(weights, forms))
