@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lightning_influence.replay.backward import example_derivatives
+from lightning_influence.replay.backward import Segment, example_derivatives
+from lightning_influence.replay.differentiable_calls import DifferentiableCalls
 from lightning_influence.replay.record import BatchRecord, Recipe, RunState, StepInput, StepRecord, TrainingRecord
 from lightning_influence.replay.step import Cotangents, StepDerivative
 from lightning_influence.replay.weighting import Weighting
 
 Loss = Callable[[nn.Module, Any], Tensor]
+Steps: TypeAlias = "list[StepInput]"
+
+
+def batches_of(steps: int, size: int, among: int, accumulation: int = 1) -> list[list[list[int]]]:
+    """Return batches of random examples, with replacement."""
+    draw = torch.Generator().manual_seed(3)
+    return [
+        [torch.randint(0, among, (size,), generator=draw).tolist() for _ in range(accumulation)] for _ in range(steps)
+    ]
 
 
 @dataclass
@@ -40,13 +49,14 @@ class PlainRun:
     clip: float | None = None
     clip_by: str = "norm"
     schedule: Callable[[int], float] = lambda step: 1.0
+    penalty: Callable[[nn.Module], Tensor] | None = None
     states: dict[int, RunState] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
         return len(self.data[0])
 
-    def train(self, weights: Tensor | None = None, inputs: list[StepInput] | None = None) -> nn.Module:
+    def train(self, weights: Tensor | None = None, inputs: Steps | None = None) -> nn.Module:
         """Train; note the steps, if a list for them is given."""
         torch.manual_seed(0)
         module = self.make().double().train()
@@ -66,6 +76,8 @@ class PlainRun:
                 moved.append([part[list(indices)] for part in self.data])
                 values = self.losses(module, moved[-1])
                 loss = (values * weights[list(indices)]).mean() / len(batches)
+                if self.penalty is not None:
+                    loss = loss + self.penalty(module)
                 loss.backward()
                 noted.append(BatchRecord(indices, number, 0, None, streams[-1], 0, float(loss.detach())))
             if self.clip is not None and self.clip_by == "norm":
@@ -89,30 +101,45 @@ class PlainRun:
         accumulation = len(self.batches[0])
         return Recipe(type(optimizer).__name__, members, self.clip, self.clip_by, "64-true", accumulation, self.size)
 
-    def replayed(self, task: Loss | None = None, weighting: Weighting | None = None) -> Tensor:
-        """Return the derivative of the query by every example's weight, ``[1, N]``."""
-        inputs: list[StepInput] = []
-        module = self.train(inputs=inputs)
+    def backward_of(
+        self, module: nn.Module, inputs: Steps, task: Loss | None = None, way: Weighting | None = None
+    ) -> tuple[StepDerivative, Segment, TrainingRecord]:
+        """Return what it takes to go back through the run."""
         record = TrainingRecord(self.recipe(), [step.record for step in inputs], self.states)
         derivative = StepDerivative(
             module,
             task or self.losses,
             record,
-            weighting or Weighting({}, single=task is None),
+            way or Weighting({}, single=True),
             stand=lambda step, batch: torch.set_rng_state(step.streams[batch]["torch"]),
         )
-        end = self.end(module, derivative)
-        module.train()
 
         def segment(start: int, stop: int) -> Iterator[StepInput]:
-            yield from copy.copy(inputs[start:stop])
+            yield from inputs[start:stop]
 
-        return example_derivatives(derivative, record, segment, end)[1]
+        return derivative, segment, record
+
+    def replayed(
+        self,
+        task: Loss | None = None,
+        way: Weighting | None = None,
+        *,
+        optimizer: str | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Return the derivative of the query by every example's weight, ``[1, N]``."""
+        inputs: Steps = []
+        module = self.train(inputs=inputs)
+        derivative, segment, record = self.backward_of(module, inputs, task, way)
+        if optimizer is not None:
+            record = replace(record, recipe=replace(record.recipe, optimizer=optimizer))
+            derivative.recipe = record.recipe
+        end = self.end(module, derivative)
+        module.train()
+        return example_derivatives(derivative, record, segment, end, **settings)[1]
 
     def end(self, module: nn.Module, derivative: StepDerivative) -> Cotangents:
         """Return the derivative of the query by the final state."""
-        from lightning_influence.replay.differentiable_calls import DifferentiableCalls
-
         module.eval()
         with DifferentiableCalls(derivative.statistics) as calls:
             value = self.query(module)

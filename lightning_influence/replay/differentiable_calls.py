@@ -1,4 +1,4 @@
-"""Calls that torch differentiates once, or not at all: running statistics, cuDNN's recurrent layers, fused attention."""
+"""Calls that torch differentiates once, or not at all: running statistics, cuDNN's recurrent layers, attention."""
 
 from __future__ import annotations
 

@@ -121,12 +121,12 @@ def weighting(
     _check(understood, bool(by_hand))
     if by_hand or not understood.remainder:
         return Weighting(forms, by_hand=by_hand or None)
-    rests = [_rest(run, number, size, forms) for number, size in enumerate(sizes[:2])]
+    total, rests = float(loss.detach()), [_rest(run, number, size, forms) for number, size in enumerate(sizes[:2])]
     # A penalty on weights is the same with other examples.
     if len(rests) < 2 or not math.isclose(rests[0], rests[1], rel_tol=1e-4):
         raise ReplayError(
             "a part of the loss belongs to no example: its known calls account for "
-            f"{float(loss) - rests[0]:.6g} of {float(loss):.6g}, and the rest changes with the batch; {_WAY_OUT}"
+            f"{total - rests[0]:.6g} of {total:.6g}, and the rest changes with the batch; {_WAY_OUT}"
         )
     return Weighting(forms, penalty=True)
 
