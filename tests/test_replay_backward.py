@@ -225,7 +225,7 @@ def test_least_squares_by_full_batches_in_closed_form() -> None:
     torch.testing.assert_close(run.replayed()[0], expected, rtol=1e-10, atol=1e-12)
 
 
-# -------------------------------------------------------------------------------------------------------- the statistics
+# ------------------------------------------------------------------------------------------------------- the statistics
 
 
 def test_running_statistics_count() -> None:
