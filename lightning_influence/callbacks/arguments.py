@@ -25,6 +25,7 @@ from lightning_influence.influence.inputs import (
     check_layers,
 )
 from lightning_influence.objective.task import Task
+from lightning_influence.replay.settings import Record
 from lightning_influence.training.settings import Mode, TracIn
 
 
@@ -54,6 +55,7 @@ class Arguments:
     describe: Any = None
     weights: Weights = "last"
     sample_id: SampleId | None = None
+    record: Record | None = None
 
     def __post_init__(self) -> None:
         check_curvature_choices(self.curvature, self.fisher, self.solver)

@@ -44,12 +44,16 @@ class BatchIndexRecorder:
     Attributes:
         source: The examples of the loader, as ``ExampleSource.from_loader`` tells; None before there is one.
         known: State of the stream of a run that is resumed.
+        before_fetch: See ``Tagging``.
+        on_batch: Called with the trainer, each batch as it was fetched, and what is known of it.
     """
 
     def __init__(self, sample_id: SampleId | None = None) -> None:
         self.sample_id = sample_id
         self.known: dict[str, Any] | None = None
         self.source: ExampleSource | None = None
+        self.before_fetch: Callable[[], Any] | None = None
+        self.on_batch: Callable[[Trainer, Any, BatchRecord], None] | None = None
         self._loader: DataLoader[Any] | None = None
         self._tagging: Tagging | None = None
         self._found = BatchRecord(None, _ELSEWHERE)
@@ -78,6 +82,8 @@ class BatchIndexRecorder:
             if trainer.training:
                 with around():
                     self._found = self._look_up(data) if self.sample_id is None else self._read(trainer, data)
+                    if self.on_batch is not None:
+                        self.on_batch(trainer, data, self._found)
             return convert(data)
 
         # On the instances, over the classes' methods: `detach` deletes them again.
@@ -152,7 +158,7 @@ class BatchIndexRecorder:
         if self.source is not None and (indices < 0).any():  # counted from the end
             indices = np.where(indices < 0, indices + len(self.source), indices)
         own = indices if drawn.order is None else indices[drawn.order]
-        return BatchRecord(tuple(own.tolist()), ragged=drawn.ragged)
+        return BatchRecord(tuple(own.tolist()), ragged=drawn.ragged, drawn=drawn)
 
     def _follow(self, loader: object) -> None:
         if loader is self._loader:
@@ -177,6 +183,7 @@ class BatchIndexRecorder:
             return  # loaded again in the middle of training, which goes on
         self.source = source
         self._loader, self._tagging = loader, Tagging.of(loader, collating)
+        self._tagging.before_fetch = self.before_fetch
 
     def _leave(self) -> None:
         if self._tagging is not None:

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import math
-import zlib
 from array import array
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_influence.core.containers import leaves
+from lightning_influence.core.memory import readable
 from lightning_influence.core.torch_private import eager_name
-from lightning_influence.core.weights import parameters_of
 from lightning_influence.data.contents import copied
+from lightning_influence.replay.checksum import checksum
+from lightning_influence.replay.kept_states import KeptStates, bytes_of, state_of
+from lightning_influence.replay.recipes import check_optimizer, environment_of, type_of
 from lightning_influence.replay.record import (
     BatchRecord,
     Recipe,
     ReplayError,
-    RunState,
     StepRecord,
     Streams,
     TrainingRecord,
 )
 from lightning_influence.replay.streams import StreamReader
-
-OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
-"""Whose steps can be replayed."""
 
 # Losses on a device that wait for being read, together.
 _READ_EVERY = 64
@@ -52,10 +47,9 @@ class Recorder:
         clip: Value of gradient clipping, or None.
         clip_by: ``"norm"`` or ``"value"``.
         precision: As Lightning names it.
-        steps: Number of steps to come, if that is known.
         keep_batches: Whether to keep the batches, as they can't be fetched again.
         max_bytes: Of memory that records may take; states are kept further apart, then recording ends.
-        states: Where states are kept, by step.
+        states: Where states are kept.
 
     Raises:
         ReplayError: If such a run can't be replayed.
@@ -87,10 +81,9 @@ class Recorder:
         clip: float | None = None,
         clip_by: str = "norm",
         precision: str = "32-true",
-        steps: int | None = None,
         keep_batches: bool = False,
         max_bytes: int = 2**31,
-        states: MutableMapping[int, RunState] | None = None,
+        states: KeptStates | None = None,
     ) -> None:
         members = check_optimizer(module, optimizer)
         self.recipe = Recipe(
@@ -107,12 +100,10 @@ class Recorder:
         self.keep_batches = keep_batches
         self.max_bytes = max_bytes
         self.fetching = StreamReader()
-        self.interval = 1 if steps is None else max(1, math.ceil(math.sqrt(steps)))
         self._module, self._optimizer = module, optimizer
-        self._names = {id(p): name for name, p in parameters_of(module).items()}
-        self._trained = {name: p for name, p in parameters_of(module).items() if p.requires_grad}
-        self._states: MutableMapping[int, RunState] = {} if states is None else states
-        self._state_bytes = 0
+        self._modules, self._parameters = list(module.modules()), list(module.parameters())
+        self._as_began = self._standing()
+        self._states = KeptStates() if states is None else states
         self._record_bytes = 0
         self._seen_streams: dict[str, Any] = {}
         self._steps: list[StepRecord] = []
@@ -183,9 +174,10 @@ class Recorder:
         if self.why or self._current is None:
             return
         self._end_batch()
-        groups = [_scalars(group) for group in self._optimizer.param_groups]
-        if self._is_another_recipe(groups):
+        if self._standing() != self._as_began:
+            self.stop(f"before step {len(self._steps)}, parameters were frozen, thawed, or given to the optimizer")
             return
+        groups = [_scalars(group) for group in self._optimizer.param_groups]
         self._groups = self._groups if groups == self._groups else groups
         self._steps.append(StepRecord(tuple(self._batches), self._groups, self._training))
         self._batches = []
@@ -208,7 +200,7 @@ class Recorder:
         if not self.why and not self._steps:
             self.stop("no step was taken")
         if not self.why:
-            self._keep_state()
+            self._states.keep(state_of(self._module, self._optimizer, len(self._steps)))
             self._read_losses()
         if self.why:
             raise ReplayError(f"this run was not recorded as a whole: {self.why}.")
@@ -222,24 +214,25 @@ class Recorder:
         self._steps, self._batches, self._losses = [], [], []
         self._pending = self._current = self._loss = None
         self._states.clear()
-        self._state_bytes = self._record_bytes = 0
+        self._record_bytes = 0
         self.fetching = StreamReader()
 
     @property
     def bytes(self) -> int:
         """Memory that the records take, states included."""
-        return self._record_bytes + self._state_bytes
+        return self._record_bytes + self._states.bytes
 
     # ---------------------------------------------------------------- details
 
     def _begin_step(self) -> None:
-        modes = [module.training for module in self._module.modules()]
+        modes = [module.training for module in self._modules]
         if modes != self._modes:
             self._modes = modes
             named = self._module.named_modules()
             self._training = frozenset(eager_name(name) for name, module in named if module.training)
-        if not len(self._steps) % self.interval:
-            self._keep_state()
+        step = len(self._steps)
+        if not step % self._states.interval and step not in self._states:
+            self._states.keep(state_of(self._module, self._optimizer, step))
 
     def _end_batch(self) -> None:
         assert self._current is not None
@@ -250,54 +243,18 @@ class Recorder:
         # Not of the step that is still growing.
         if len(self._losses) >= _READ_EVERY + self.recipe.accumulation:
             self._read_losses()
-        if self.bytes > self.max_bytes:
-            self.thin()
+        while self.bytes > self.max_bytes and self._states.thin():
+            pass
         if self.bytes > self.max_bytes:
             self.stop(
-                f"after {len(self._steps)} steps its record took {self.bytes / 2**20:,.0f} MB, more than the "
-                f"{self.max_bytes / 2**20:,.0f} MB that it may"
+                f"after {len(self._steps)} steps its record has {readable(self.bytes)}, more than the "
+                f"{readable(self.max_bytes)} of `max_bytes=`"
             )
 
-    def _is_another_recipe(self, groups: list[dict[str, Any]]) -> bool:
-        """Stop if the step is not one of those that the recipe is about."""
-        step = len(self._steps)
-        members = [[self._names.get(id(p)) for p in group["params"]] for group in self._optimizer.param_groups]
-        if members != self.recipe.members:
-            self.stop(f"the optimizer has had other parameters since step {step}")
-        elif self._trained.keys() != {n for n, p in parameters_of(self._module).items() if p.requires_grad}:
-            self.stop(f"parameters were frozen or thawed before step {step}")
-        elif any(isinstance(value, Tensor) for group in groups for value in group.values()):
-            self.stop("the optimizer's settings are tensors")
-        return bool(self.why)
-
-    def _keep_state(self) -> None:
-        step = len(self._steps)
-        if step in self._states:
-            return
-        with torch.no_grad():
-            state = RunState(
-                step,
-                {name: _copy(p) for name, p in self._trained.items()},
-                {eager_name(name): _copy(buffer) for name, buffer in self._module.named_buffers()},
-                {
-                    self._names[id(p)]: {key: _copy(value) for key, value in own.items()}
-                    for p, own in self._optimizer.state.items()
-                },
-            )
-        self._states[step] = state
-        self._state_bytes += bytes_of_state(state)
-        if len(self._states) > 2 * self.interval + 2:
-            self.thin()
-
-    def thin(self) -> None:
-        """Keep every second state."""
-        steps = sorted(self._states)
-        if len(steps) < 3:
-            return
-        self.interval *= 2
-        for step in steps:
-            if step % self.interval and step != steps[-1]:
-                self._state_bytes -= bytes_of_state(self._states.pop(step))
+    def _standing(self) -> tuple[list[int], list[bool]]:
+        """Return what is one for all steps: the parameters that the optimizer has, and those that have gradients."""
+        held = [id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]]
+        return held, [parameter.requires_grad for parameter in self._parameters]
 
     def _read_losses(self) -> None:
         """Read the losses of complete steps, waiting for the device once."""
@@ -318,111 +275,6 @@ class Recorder:
                 if self._seen_streams.get(name) is not state:
                     self._seen_streams[name] = state
                     self._record_bytes += bytes_of(state)
-
-
-def type_of(optimizer: Any) -> str | None:
-    """Return the name of the class in ``torch.optim`` whose steps an optimizer takes, None for all but four."""
-    kind = type(optimizer)
-    return kind.__name__ if kind in [getattr(torch.optim, name) for name in OPTIMIZERS] else None
-
-
-def check_optimizer(module: nn.Module, optimizer: Any) -> list[list[str]]:
-    """Return the names of the parameters of an optimizer's groups.
-
-    Raises:
-        ReplayError: If its steps can't be replayed.
-    """
-    if type_of(optimizer) is None:
-        kind = type(optimizer)
-        raise ReplayError(f"the optimizer is {kind.__module__}.{kind.__qualname__}; expected {', '.join(OPTIMIZERS)}.")
-    names = {id(p): name for name, p in parameters_of(module).items()}
-    for number, group in enumerate(optimizer.param_groups):
-        for name in ("amsgrad", "maximize", "capturable", "differentiable", "centered"):
-            if group.get(name):
-                raise ReplayError(
-                    f"{type(optimizer).__name__} has {name}=True in group {number}; replay knows its steps without."
-                )
-        if isinstance(group["lr"], Tensor):
-            raise ReplayError("the learning rate is a tensor; expected a number.")
-        if any(id(p) not in names for p in group["params"]):
-            raise ReplayError(
-                f"{type(optimizer).__name__} holds parameters that {type(module).__name__} does not list "
-                "(`named_parameters`): they have no name to be noted under."
-            )
-    if optimizer.state:
-        raise ReplayError("the optimizer has taken steps before: recording has to begin before the first.")
-    return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-
-
-def environment_of(module: nn.Module) -> dict[str, str]:
-    """Return what the last bit of a step depends on beside the step itself."""
-    place = next(module.parameters(), torch.empty(0)).device
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {
-        "torch": str(torch.__version__),
-        "device": f"{place.type} ({name})",
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def checksum(batch: Any) -> int:
-    """Return what tells a batch from others, in a tenth of the time that a CRC takes; of objects, their kind alone."""
-    result = 0
-    for path, leaf in leaves(batch):
-        found = leaf if isinstance(leaf, Tensor) else torch.from_numpy(leaf) if _is_numbers(leaf) else None
-        if found is None or found.layout != torch.strided or found.is_nested or found.is_quantized:
-            plain = isinstance(leaf, (str, bytes, int, float, complex, bool, type(None)))
-            told = repr(leaf) if plain else type(leaf).__name__
-            own = zlib.crc32(told.encode(errors="surrogatepass"))
-        else:
-            own = _sum_of(found.detach())
-        result = (result * 1_000_003 + own + len(path)) % 2**32
-    return result
-
-
-def _is_numbers(leaf: Any) -> bool:
-    return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf" and leaf.dtype.isnative and leaf.flags.writeable
-
-
-_WEIGHTS: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _sum_of(tensor: Tensor) -> int:
-    """Return a weighted sum of a tensor's bits, as integers: their order counts."""
-    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
-    line = tensor.contiguous().reshape(-1).view(torch.uint8)
-    whole = line.numel() // 4
-    result = zlib.crc32(bytes(line[4 * whole :].tolist())) if line.numel() % 4 else 0
-    if whole:
-        words = line[: 4 * whole]
-        words = (words.clone() if words.storage_offset() % 4 else words).view(torch.int32)
-        weights = _weights(line.device, whole)
-        on_host = line.device.type == "cpu"
-        result += int(torch.dot(words, weights)) if on_host else int((words * weights).sum())
-    return result % 2**32
-
-
-def _weights(device: torch.device, size: int) -> Tensor:
-    """Return odd numbers, of which the largest vector asked for so far is kept."""
-    known = _WEIGHTS.get((device, 0))
-    if known is None or known.numel() < size:
-        known = _WEIGHTS[device, 0] = torch.arange(1, 2 * size, 2, dtype=torch.int32, device=device)
-    return known[:size]
-
-
-def bytes_of(node: Any) -> int:
-    """Return the memory that tensors and arrays in nested containers take."""
-    sizes = (leaf.nbytes for _, leaf in leaves(node) if isinstance(leaf, (Tensor, np.ndarray)))
-    return int(sum(sizes))
-
-
-def bytes_of_state(state: RunState) -> int:
-    """Return the memory that a state takes."""
-    return bytes_of([dict(state.parameters), dict(state.buffers), dict(state.optimizer)])
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 def _scalars(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from lightning_influence.core.containers import mover
 from lightning_influence.core.isolation import unchanged
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.core.reachable import Walk
@@ -21,7 +20,9 @@ from lightning_influence.data.contents import copied
 from lightning_influence.objective.scale import NoLossError
 from lightning_influence.objective.task import Task, TrainingStepTask
 from lightning_influence.replay import streams
-from lightning_influence.replay.as_trained import as_trained
+from lightning_influence.replay.as_trained import as_trained, moved
+from lightning_influence.replay.checksum import checksum
+from lightning_influence.replay.recipes import environment_of
 from lightning_influence.replay.record import (
     BatchRecord,
     Recipe,
@@ -31,7 +32,6 @@ from lightning_influence.replay.record import (
     StepRecord,
     TrainingRecord,
 )
-from lightning_influence.replay.recorder import checksum, environment_of
 
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _DEFAULTS = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -48,7 +48,7 @@ class Rerun:
         task: Its loss; by default its ``training_step``, as the trainer called it.
         source: Where batches come from: an object with ``dataset`` and ``collate_fn`` (an ``ExampleSource``, a
             ``DataLoader``), or a function from a ``BatchRecord`` to the batch.
-        to_device: Moves a batch to the module's device; by default tensors in nested containers are moved.
+        to_device: Moves a batch to the module's device; by default as the trainer does, hooks of the module included.
 
     Raises:
         ReplayError: If the module is another one.
@@ -65,7 +65,7 @@ class Rerun:
     ) -> None:
         self.record, self.module = record, module
         self.task = TrainingStepTask() if task is None else task
-        self.to_device = to_device or mover(module)
+        self.to_device = to_device or partial(moved, module, record.recipe.precision)
         self._fetch: Callable[[BatchRecord], Any] = source if callable(source) else partial(fetched, source)
         self._data = () if callable(source) else (source.dataset, source.collate_fn)
         self._places, self._parameters = places_of(module), parameters_of(module)
@@ -169,8 +169,8 @@ class Rerun:
         for parameter in own.values():
             parameter.grad = None
         for place, batch in enumerate(step.batches):
-            moved, before = self._batch(number, batch)
-            kept = copied(moved)  # the step may write to it
+            given, before = self._batch(number, batch)
+            kept = copied(given)  # the step may write to it
             met.append((kept, before))
             if isinstance(self.task, TrainingStepTask):
                 self.task.batch_idx = batch.number
@@ -178,9 +178,9 @@ class Rerun:
             loss: Tensor | None = None
             with forward_context(recipe, self.module):
                 if batch.loss is not None:
-                    loss = self.task(self.module, moved) / recipe.accumulation
+                    loss = self.task(self.module, given) / recipe.accumulation
                 else:
-                    self._lossless(moved)
+                    self._lossless(given)
             if loss is not None:
                 if not _same_number(now := float(loss.detach()), batch.loss):
                     raise ReplayError(_another_loss(number, place, step, now, last))
@@ -208,8 +208,8 @@ class Rerun:
                 "own): `keep_batches=True` keeps the batches themselves."
             )
         streams.write(batch.before_step)
-        moved = self.to_device(found)
-        return moved, streams.StreamReader()()
+        given = self.to_device(found)
+        return given, streams.StreamReader()()
 
     def _state(self, step: int, own: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> RunState:
         buffers = {name: _clone(self._places[name]) for name in self.record.states[0].buffers}

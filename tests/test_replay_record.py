@@ -1,0 +1,441 @@
+"""A recorded run comes out the same a second time, to the last bit, or it is said where it does not."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from models import CLASSES, Numbered, Witness, images, leftovers, loader, make_trainer
+from test_callback_untouched import differences
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from which_lightning import Callback, MisconfigurationException, StochasticWeightAveraging, pl
+
+from lightning_influence import InfluenceAudit
+from lightning_influence.replay import ReplayError, Rerun, TrainingRecord
+from lightning_influence.replay.settings import Record
+
+CHEAP: dict[str, Any] = {"curvature": "identity", "tracin": None, "verify": False}
+BATCH = 5
+
+
+class Net(pl.LightningModule):
+    """With all that draws random numbers, or keeps state, in a step."""
+
+    def __init__(self, optimizer: Callable[[nn.Module], Any] | None = None) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 3, 3, padding=1),
+            nn.BatchNorm2d(3),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Flatten(),
+            nn.Linear(108, CLASSES),
+        )
+        self._optimizer = optimizer or (lambda module: torch.optim.AdamW(module.parameters(), lr=1e-2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return self._optimizer(self)
+
+
+def trained(
+    directory: Path,
+    model: Any = None,
+    data: Any = None,
+    *,
+    callbacks: Any = (),
+    audit: InfluenceAudit | None = None,
+    **arguments: Any,
+) -> tuple[InfluenceAudit, Any, Any]:
+    """Train, recording; return the audit, the model, the loader."""
+    pl.seed_everything(3, verbose=False)
+    audit = audit or InfluenceAudit(record=True, **CHEAP)
+    model = Net() if model is None else model
+    data = loader(Numbered(images(), augment=True), BATCH, shuffle=True) if data is None else data
+    make_trainer(directory, callbacks=[*callbacks, audit], **arguments).fit(model, data)
+    return audit, model, data
+
+
+def again(audit: InfluenceAudit, model: Any, data: Any) -> TrainingRecord:
+    """Run the training again, with everything else moved on; nothing of the module may change by that."""
+    record = audit.training_record
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    streams = random.getstate(), np.random.get_state()[1:], torch.get_rng_state()
+    rerun = Rerun(record, model, source=data)
+    rerun.verify()
+    for step in range(0, len(record.steps), 3):
+        found = rerun.segment(step, min(step + 3, len(record.steps)))
+        assert [each.state.step for each in found] == list(range(step, min(step + 3, len(record.steps))))
+    after = random.getstate(), np.random.get_state()[1:], torch.get_rng_state()
+    assert list(differences([before, streams], [model.state_dict(), after])) == []
+    assert modes == [module.training for module in model.modules()]
+    assert leftovers(model.trainer, model) == []
+    return record
+
+
+def sgd(**arguments: Any) -> Callable[[nn.Module], Any]:
+    return lambda module: torch.optim.SGD(module.parameters(), lr=0.05, **arguments)
+
+
+def one_cycle(module: Any) -> Any:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    steps = module.trainer.estimated_stepping_batches
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def by_epoch(module: Any) -> Any:
+    optimizer = torch.optim.RMSprop(module.parameters(), lr=1e-2, momentum=0.5)
+    return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+
+def two_groups(module: Any) -> Any:
+    groups = [{"params": module.net[0].parameters(), "lr": 1e-3}, {"params": module.net[5].parameters()}]
+    return torch.optim.Adam(groups, lr=1e-2, weight_decay=1e-3)
+
+
+RECIPES: dict[str, tuple[Callable[[nn.Module], Any] | None, dict[str, Any]]] = {
+    "adamw": (None, {}),
+    "sgd": (sgd(), {}),
+    "nesterov": (sgd(momentum=0.9, nesterov=True, weight_decay=1e-3), {}),
+    "dampening": (sgd(momentum=0.9, dampening=0.5), {}),
+    "one cycle": (one_cycle, {"max_epochs": 3}),
+    "rmsprop, by epoch": (by_epoch, {"max_epochs": 3}),
+    "some parameters in two groups": (two_groups, {}),
+    "clipped by norm": (None, {"gradient_clip_val": 0.5}),
+    "clipped by value": (None, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "accumulated, an odd one at the end": (sgd(momentum=0.9), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+    "accumulated by three": (None, {"accumulate_grad_batches": 3, "max_epochs": 3}),
+    "bf16-mixed": (None, {"precision": "bf16-mixed"}),
+    "64-true": (None, {"precision": "64-true"}),
+    "bf16-true": (None, {"precision": "bf16-true"}),
+    "some batches": (None, {"limit_train_batches": 3, "max_epochs": 4}),
+    "some steps": (None, {"max_steps": 7, "max_epochs": -1}),
+    "endless": (None, {"max_epochs": -1, "max_time": {"seconds": 1}}),
+    "validated within epochs": (None, {"val_check_interval": 2, "num_sanity_val_steps": 1}),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_recipes(recipe: tuple[Any, dict[str, Any]], tmp_path: Path) -> None:
+    optimizer, arguments = recipe
+    audit, model, data = trained(tmp_path, Net(optimizer), **arguments)
+    record = again(audit, model, data)
+    steps = len(record.steps)
+    assert steps == model.trainer.global_step
+    assert {0, steps} <= set(record.states)
+    assert len(record.states) <= 2 * steps**0.5 + 4
+    assert {len(step.batches) for step in record.steps} <= {1, 2, 3}
+    final = record.states[steps]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(final.parameters[name], parameter)
+    assert any(not torch.equal(final.parameters[name], value) for name, value in record.states[0].parameters.items())
+
+
+class Drawing(Dataset[Any]):
+    """Draws from one random stream, or from a generator of its own."""
+
+    def __init__(self, kind: str) -> None:
+        self.data, self.kind = images(), kind
+        self.own = np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = self.data[index]
+        drawn = {
+            "torch": lambda: float(torch.rand(())),
+            "numpy": np.random.rand,
+            "python": random.random,
+            "own": self.own.random,
+            "none": lambda: 0.5,
+        }[self.kind]()
+        return x * float(drawn), y
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["torch", "numpy", "python", "own", "none"])
+def test_augmentation(kind: str, workers: int, tmp_path: Path) -> None:
+    audit, model, data = trained(tmp_path, data=loader(Drawing(kind), BATCH, shuffle=True, num_workers=workers))
+    record = again(audit, model, data)
+    kept = [batch.kept is not None for step in record.steps for batch in step.batches]
+    assert set(kept) == {kind == "own" or (workers > 0 and kind != "none")}
+
+
+def test_collate_functions_that_move_and_draw(tmp_path: Path) -> None:
+    def collate(examples: list[Any]) -> Any:
+        examples = sorted(examples, key=lambda example: float(example[0].sum()))
+        x = torch.stack([example[0] for example in examples])
+        labels, numbers = (torch.tensor([int(example[place]) for example in examples]) for place in (1, 2))
+        return x + torch.randn(x.shape), labels, numbers
+
+    audit, model, data = trained(tmp_path, data=loader(Numbered(images()), BATCH, shuffle=True, collate_fn=collate))
+    record = again(audit, model, data)
+    for each in Rerun(record, model, source=data).segment(0, 2):
+        for noted, batch in zip(each.record.batches, each.batches, strict=True):
+            assert batch[2].tolist() == list(noted.indices) != list(noted.drawn or ())
+
+
+def test_nothing_is_stored_of_streams_that_nobody_draws_from(tmp_path: Path) -> None:
+    class Plain(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[3] = nn.Identity()
+
+    audit, model, data = trained(tmp_path, Plain(), loader(images(), BATCH, shuffle=True))
+    record = again(audit, model, data)
+    for name in ("torch", "numpy", "python"):
+        met = {id(batch.before_step[name]) for step in record.steps for batch in step.batches}
+        assert len(met) <= (1 if name != "torch" else 2)  # torch's own stream is asked for a seed at each epoch
+
+
+class AsksTheTrainer(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        epochs = self.trainer.max_epochs
+        assert self.trainer.training
+        factor = 1 + self.current_epoch / epochs + self.global_step / 100 + batch_idx / 10
+        if self.logger is not None:
+            self.logger.log_metrics({"own": factor}, step=self.global_step)
+        return factor * super().training_step(batch, batch_idx)
+
+
+def test_a_step_that_asks_for_epoch_and_step(tmp_path: Path) -> None:
+    audit, model, data = trained(tmp_path, AsksTheTrainer())
+    record = again(audit, model, data)
+    at_end = model.trainer.current_epoch, model.trainer.global_step
+    other = AsksTheTrainer()
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(ReplayError, match=r"asks for `trainer.max_epochs`, and the model has no trainer"):
+        Rerun(record, other, source=data).verify()
+    assert (model.trainer.current_epoch, model.trainer.global_step) == at_end
+
+
+def test_another_object_of_the_same_class(tmp_path: Path) -> None:
+    audit, _, data = trained(tmp_path)
+    other = Net()
+    weights = copy.deepcopy(other.state_dict())
+    Rerun(audit.training_record, other, source=data).verify()
+    assert list(differences(weights, other.state_dict())) == []
+
+
+class AugmentsOnDevice(Net):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x, *rest = batch
+        return (x + torch.randn(x.shape), *rest) if self.trainer.training else batch
+
+
+def test_augmentation_on_the_device(tmp_path: Path) -> None:
+    audit, model, data = trained(tmp_path, AugmentsOnDevice())
+    again(audit, model, data)
+
+
+class Overwrites(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch[0].mul_(0.5)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_step_that_writes_to_its_batch(keep: bool, tmp_path: Path) -> None:
+    audit = InfluenceAudit(record=Record(keep_batches=keep), **CHEAP)
+    audit, model, data = trained(tmp_path, Overwrites(), audit=audit)
+    again(audit, model, data)
+
+
+class Skips(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        loss = super().training_step(batch, batch_idx)
+        return None if batch_idx == 1 else loss
+
+
+class EndsEpochs(Net):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 3 else None
+
+
+class Freezes(Net):
+    def on_train_epoch_start(self) -> None:
+        self.net[1].train(self.current_epoch % 2 == 0)
+
+
+@pytest.mark.parametrize("kind", [Skips, EndsEpochs, Freezes])
+def test_steps_that_are_not_all_alike(kind: type[Net], tmp_path: Path) -> None:
+    audit, model, data = trained(tmp_path, kind(), max_epochs=3)
+    again(audit, model, data)
+
+
+def test_metrics_and_lists_of_a_module_stay_as_they_are(tmp_path: Path) -> None:
+    data = loader(Numbered(images()), BATCH, shuffle=True)
+    audit, model, data = trained(tmp_path, Witness(), data)
+    order, metric = copy.deepcopy(model.order), model.accuracy.metric_state
+    again(audit, model, data)
+    assert model.order == order
+    assert list(differences(dict(metric), dict(model.accuracy.metric_state))) == []
+
+
+# ------------------------------------------------------------------------------------------------- what is not recorded
+
+
+class Noisy(Callback):
+    """Changes gradients at one step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step == self.step:
+            pl_module.net[5].weight.grad.add_(1.0)
+
+
+class Shifts(Callback):
+    """Changes weights before one batch."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 6:
+            with torch.no_grad():
+                pl_module.net[5].bias.add_(1.0)
+
+
+class Rescales(Callback):
+    """Changes a batch."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 7:
+            batch[0].mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "step"), [(Noisy(4), 5), (Shifts(), 6), (Rescales(), 7)], ids=["gradients", "weights", "a batch"]
+)
+def test_what_others_change_is_refused_with_the_step(changes: Callback, step: int, tmp_path: Path) -> None:
+    audit, model, data = trained(tmp_path, callbacks=[changes])
+    with pytest.raises(ReplayError, match=rf"at step {step} \(batch {step % 5} of epoch {step // 5}\) the loss was"):
+        Rerun(audit.training_record, model, source=data).verify()
+
+
+def test_gradients_that_are_changed_in_the_last_step(tmp_path: Path) -> None:
+    audit, model, data = trained(tmp_path, callbacks=[Noisy(9)])
+    with pytest.raises(ReplayError, match=r"after step 9 the weights net\.5\.weight differ, while all losses"):
+        Rerun(audit.training_record, model, source=data).verify()
+
+
+def test_other_data(tmp_path: Path) -> None:
+    audit, model, data = trained(tmp_path)
+    data.dataset.data.tensors[0][4, 0, 0, 0] += 1
+    with pytest.raises(ReplayError, match=r"step \d was taken on another batch: .*keep_batches=True"):
+        Rerun(audit.training_record, model, source=data).verify()
+
+
+def test_another_model(tmp_path: Path) -> None:
+    audit, model, data = trained(tmp_path)
+    with pytest.raises(ReplayError, match=r"holds 'net\.0\.weight', which the module has not"):
+        Rerun(audit.training_record, nn.Linear(2, 2), source=data)
+    model.net[5] = nn.Linear(108, 7)
+    with pytest.raises(ReplayError, match=r"'net\.5\.weight' is torch.float32 of shape \[3, 108\] in the record"):
+        Rerun(audit.training_record, model, source=data)
+
+
+def test_other_attributes(tmp_path: Path) -> None:
+    class Weighs(Net):
+        weight = 1.0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.weight * super().training_step(batch, batch_idx)
+
+        def on_train_epoch_end(self) -> None:
+            self.weight += 1
+
+    audit, model, data = trained(tmp_path, Weighs())
+    with pytest.raises(ReplayError, match=r"at step 0 .*state that is no parameter"):
+        Rerun(audit.training_record, model, source=data).verify()
+
+
+# ------------------------------------------------------------------------------------------------------------- refused
+
+
+class Manual(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class OwnStep(Net):
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+
+
+class OwnClipping(Net):
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        super().configure_gradient_clipping(*args, **kwargs)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+    "manual": (Manual, {}, "optimizes manually"),
+    "step": (OwnStep, {}, "has its own `optimizer_step`"),
+    "clipping": (OwnClipping, {}, "has its own `configure_gradient_clipping`"),
+    "adagrad": (lambda: Net(lambda m: torch.optim.Adagrad(m.parameters())), {}, "the optimizer is torch.*Adagrad"),
+    "lbfgs": (lambda: Net(lambda m: torch.optim.LBFGS(m.parameters())), {}, "the optimizer is torch.*LBFGS"),
+    "amsgrad": (lambda: Net(lambda m: torch.optim.Adam(m.parameters(), amsgrad=True)), {}, "amsgrad=True in group 0"),
+    "averaging": (Net, {"callbacks": [StochasticWeightAveraging(1e-2)]}, "StochasticWeightAveraging averages weights"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_refused_before_training(case: tuple[Callable[[], Any], dict[str, Any], str], tmp_path: Path) -> None:
+    make, arguments, words = case
+    model = make()
+    before = copy.deepcopy(model.state_dict())
+    task = {"task": lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])}
+    audit = InfluenceAudit(record=True, **CHEAP, **task)
+    with pytest.raises(MisconfigurationException, match=f"this run can't be replayed: .*{words}.*Leave `record=` out"):
+        trained(tmp_path, model, audit=audit, **arguments)
+    assert list(differences(before, model.state_dict())) == []
+    with pytest.raises(RuntimeError, match="there is no record of the training"):
+        _ = audit.training_record
+
+
+def test_without_recording(tmp_path: Path) -> None:
+    audit, *_ = trained(tmp_path, audit=InfluenceAudit(**CHEAP))
+    with pytest.raises(RuntimeError, match=r"no record of the training: `InfluenceAudit\(record=True\)` records a run"):
+        _ = audit.training_record
+    assert not any("replay" in note for note in audit.report.manifest["notes"])
+
+
+def test_a_budget_that_is_too_small_ends_the_recording_alone(tmp_path: Path) -> None:
+    audit = InfluenceAudit(record=Record(max_bytes=40_000), **CHEAP)
+    with pytest.warns(
+        UserWarning, match=r"after \d+ steps its record has [\d.]+ kB, more than the 40 kB of `max_bytes=`"
+    ):
+        audit, model, _ = trained(tmp_path, audit=audit, max_epochs=6)
+    assert model.trainer.global_step == 30
+    assert any(note.startswith("this run can't be replayed: after ") for note in audit.report.manifest["notes"])
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0, Record])
+def test_bad_arguments(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"record=.*; expected True, False, or Record\(...\)"):
+        InfluenceAudit(record=value)
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(ValueError, match="keep_batches='always'; expected True, False or \"auto\""):
+        Record(keep_batches="always")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_bytes=0; expected an integer >= 1"):
+        Record(max_bytes=0)
