@@ -97,6 +97,7 @@ class StepDerivative:
         self.sizes = [parameter.numel() for parameter in self.parameters]
         self.statistics = statistics_of(module)
         self._places = places_of(module)
+        _check_buffers(record, self.statistics)
 
     def load(self, state: RunState) -> None:
         """Write a state into the model."""
@@ -283,6 +284,21 @@ class StepDerivative:
 
 
 _PRECISE = ("32-true", "64-true", "32", "64")
+
+
+def _check_buffers(record: TrainingRecord, statistics: Mapping[str, Tensor]) -> None:
+    first, last = record.states[0].buffers, record.states[len(record.steps)].buffers
+    moved = [
+        name
+        for name, value in first.items()
+        if value.is_floating_point() and name not in statistics and not torch.equal(value, last[name])
+    ]
+    if moved:
+        raise ReplayError(
+            f"the buffers {', '.join(moved[:4])} have changed in training, and what weights and examples have done to "
+            "them is not known: only the running statistics of batch and instance norms are differentiated. What no "
+            "output depends on (a mean that is logged) can be a plain attribute of the model."
+        )
 
 
 def _added(old: Tensor | None, new: Tensor | None) -> Tensor | None:
