@@ -16,11 +16,13 @@ from models import CLASSES, Numbered, Witness, images, leftovers, loader, make_t
 from test_callback_untouched import differences
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from which_lightning import Callback, MisconfigurationException, StochasticWeightAveraging, pl
+from which_lightning import Callback, MisconfigurationException, ModelCheckpoint, StochasticWeightAveraging, pl
 
 from lightning_influence import InfluenceAudit
-from lightning_influence.replay import ReplayError, Rerun, TrainingRecord
+from lightning_influence.replay import Recorder, ReplayError, Rerun, TrainingRecord, streams
+from lightning_influence.replay.checksum import checksum
 from lightning_influence.replay.settings import Record
+from lightning_influence.replay.streams import StreamReader
 
 CHEAP: dict[str, Any] = {"curvature": "identity", "tracin": None, "verify": False}
 BATCH = 5
@@ -439,3 +441,195 @@ def test_bad_settings() -> None:
         Record(keep_batches="always")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_bytes=0; expected an integer >= 1"):
         Record(max_bytes=0)
+
+
+# ------------------------------------------------------------------------------------------------------ other loops
+
+
+def test_a_resumed_run_is_not_recorded_and_says_so(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    trained(tmp_path, callbacks=[keep], enable_checkpointing=True)
+    audit = InfluenceAudit(record=True, **CHEAP)
+    trainer = make_trainer(tmp_path, callbacks=[audit], max_epochs=3)
+    data = loader(Numbered(images(), augment=True), BATCH, shuffle=True)
+    with pytest.warns(UserWarning, match="can't be replayed.*after 10 steps, as training was resumed"):
+        trainer.fit(Net(), data, ckpt_path=tmp_path / "last.ckpt")
+    assert trainer.global_step == 15
+    assert any("as training was resumed" in note for note in audit.report.manifest["notes"])
+    with pytest.raises(RuntimeError, match=r"no record of the training: the record begins after 10 steps"):
+        _ = audit.training_record
+
+
+def test_a_second_fit_begins_with_nothing(tmp_path: Path) -> None:
+    audit, model, data = trained(tmp_path)
+    before = audit.training_record
+    model.trainer.fit_loop.max_epochs = 3
+    with pytest.warns(UserWarning, match="can't be replayed"):
+        model.trainer.fit(model, data)
+    with pytest.raises(RuntimeError, match="the record begins after 10 steps"):
+        _ = audit.training_record
+    assert len(before.steps) == 10
+
+
+def test_a_run_that_is_interrupted(tmp_path: Path) -> None:
+    class Fails(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.current_epoch:
+                raise ZeroDivisionError("on purpose")
+            return super().training_step(batch, batch_idx)
+
+    audit = InfluenceAudit(record=True, **CHEAP)
+    with pytest.raises(ZeroDivisionError):
+        trained(tmp_path, Fails(), audit=audit)
+    with pytest.raises(RuntimeError, match="the run ended with ZeroDivisionError: on purpose"):
+        _ = audit.training_record
+
+
+def test_the_audit_can_be_copied_with_its_record(tmp_path: Path) -> None:
+    audit, model, data = trained(tmp_path)
+    Rerun(copy.deepcopy(audit).training_record, model, source=data).verify()
+
+
+class Frozen(Net):
+    """Thaws a layer in the middle of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        self.net[0].requires_grad_(self.current_epoch > 0)
+
+
+def test_parameters_that_are_thawed_later(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="before step 5, parameters were frozen, thawed, or given to the optimizer"):
+        audit, *_ = trained(tmp_path, Frozen())
+    with pytest.raises(RuntimeError, match="before step 5"):
+        _ = audit.training_record
+
+
+def test_parameters_that_are_frozen_all_along(tmp_path: Path) -> None:
+    model = Net()
+    model.net[0].requires_grad_(False)
+    audit, model, data = trained(tmp_path, model)
+    record = again(audit, model, data)
+    assert "net.0.weight" not in record.states[0].parameters
+    assert not model.net[0].weight.requires_grad
+
+
+def test_a_loop_of_ones_own() -> None:
+    torch.manual_seed(0)
+    data, model = Drawing("torch"), Net().net
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def task(module: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    source = loader(data, BATCH)
+    recorder = Recorder(model, optimizer, examples=len(data))
+    for number in range(12):
+        indices = torch.randperm(len(data))[:BATCH].tolist()
+        before = recorder.fetching()
+        batch = source.collate_fn([data[index] for index in indices])
+        recorder.fetched(batch, indices, before)
+        recorder.begin(number, epoch=0)
+        optimizer.zero_grad()
+        loss = task(model, batch)
+        recorder.differentiated(loss)
+        loss.backward()
+        recorder.stepping()
+        optimizer.step()
+        recorder.ended()
+    record = recorder.finish()
+    weights = copy.deepcopy(model.state_dict())
+    rerun = Rerun(record, model.eval(), task, source)
+    rerun.verify()
+    assert list(differences(weights, model.state_dict())) == []
+    assert not any(module.training for module in model.modules())
+    # Unknown length: distances have grown with it.
+    assert sorted(record.states) == [0, 4, 8, 12]
+    for step, state in record.states.items():
+        if step < 12:
+            (found,) = rerun.segment(step, step + 1)
+            assert list(differences(vars(state), vars(found.state))) == []
+
+
+def test_a_loop_that_forgets_something() -> None:
+    model = nn.Linear(2, 1)
+    recorder = Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1), examples=3)
+    with pytest.raises(ReplayError, match="no step was taken"):
+        recorder.finish()
+    recorder = Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1), examples=3)
+    recorder.begin(0, 0)
+    with pytest.raises(ReplayError, match="not known which examples batch 0 of epoch 0 holds"):
+        recorder.finish()
+    recorder = Recorder(model, torch.optim.SGD(model.parameters(), lr=0.1), examples=3)
+    for number in range(2):
+        recorder.fetched(torch.zeros(1, 2), [0], recorder.fetching())
+        recorder.begin(number, 0)
+        recorder.ended()
+    with pytest.raises(ReplayError, match="no optimizer step has followed 2 batches"):
+        recorder.finish()
+
+
+# ------------------------------------------------------------------------------------------------------------ checksums
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), ()])
+def test_checksums_tell_batches_apart(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = (torch.arange(max(1, int(np.prod(shape)))) % 2).reshape(shape).to(dtype)
+    others = [x.clone(), x.clone().flatten().flip(0).reshape(shape), x == 3]
+    others[0].view(-1)[-1] = others[0].view(-1)[-1] == 0
+    known = {checksum({"x": x, "name": "a"})}
+    assert checksum({"x": x.clone(), "name": "a"}) in known
+    assert checksum({"x": x, "name": "b"}) not in known
+    assert checksum({"x": others[0], "name": "a"}) not in known
+    if x.numel() > 2 and not x.numel() % 2:
+        assert checksum({"x": others[1], "name": "a"}) not in known
+
+
+def test_checksums_of_views_and_of_other_things() -> None:
+    x = torch.randn(6, 4)
+    assert checksum(x.t()) == checksum(x.t().contiguous()) != checksum(x)
+    assert checksum(x[1:, 1:3]) == checksum(x[1:, 1:3].clone())
+    assert checksum(x.numpy()) == checksum(x)
+    line = torch.arange(9, dtype=torch.uint8)
+    assert checksum(line[1:]) == checksum(line[1:].clone())
+    assert checksum([object(), None, x.to_sparse()]) == checksum([object(), None, x.to_sparse()])
+    assert checksum([torch.zeros(0)]) == checksum([torch.zeros(0)])
+    assert checksum((1, 2)) != checksum((2, 1))
+    assert checksum(-x) != checksum(x)
+    assert checksum(torch.complex(x, x)) != checksum(torch.complex(x, -x))
+
+
+# -------------------------------------------------------------------------------------------------------------- streams
+
+DRAWS: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.rand(()),
+    "numpy": np.random.rand,
+    "numpy, normal": np.random.randn,
+    "python": random.random,
+    "python, normal": lambda: random.gauss(0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_stream_is_read_anew_once_somebody_draws(name: str, before: int) -> None:
+    """Every second normal number is one that was put by: the generator itself stays where it is."""
+    pl.seed_everything(0, verbose=False)
+    reader, draw = StreamReader(), DRAWS[name]
+    for _ in range(before):
+        draw()
+    first = reader()
+    assert all(again is state for again, state in zip(reader().values(), first.values(), strict=True))
+    for _ in range(3):
+        state = reader()
+        drawn = float(draw())
+        after = reader()
+        changed = [each for each in state if state[each] is not after[each]]
+        assert changed == [name.split(",")[0]]
+        streams.write(state)
+        assert float(draw()) == drawn
+        streams.write(after)

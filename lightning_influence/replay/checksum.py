@@ -7,51 +7,53 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from lightning_influence.core.containers import leaves
 
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), np.generic)
+# Bytes. A prime number of words: neither rows of images nor examples come round to the same column.
+_ROW = 251 * 8
+# Of objects that hold objects.
+_DEEPEST = 4
+
 
 def checksum(batch: Any) -> int:
-    """Return what tells a batch from others, in a tenth of the time that a CRC takes; of objects, their kind alone."""
+    """Return a number that is another one for nearly every other batch: of tensors, arrays, and numbers within."""
+    return _of(batch, _DEEPEST)
+
+
+def _of(node: Any, depth: int) -> int:
     result = 0
-    for path, leaf in leaves(batch):
-        found = leaf if isinstance(leaf, Tensor) else torch.from_numpy(leaf) if _is_numbers(leaf) else None
-        if found is None or found.layout != torch.strided or found.is_nested or found.is_quantized:
-            plain = isinstance(leaf, (str, bytes, int, float, complex, bool, type(None)))
-            told = repr(leaf) if plain else type(leaf).__name__
-            own = zlib.crc32(told.encode(errors="surrogatepass"))
+    for path, leaf in leaves(node):
+        own = len(path)
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided and not (leaf.is_nested or leaf.is_quantized):
+            own += _of_tensor(leaf.detach())
+        elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
+            own += _of_bytes(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+        elif isinstance(leaf, _PLAIN):
+            own += zlib.crc32(repr(leaf).encode(errors="surrogatepass"))
         else:
-            own = _sum_of(found.detach())
-        result = (result * 1_000_003 + own + len(path)) % 2**32
+            own += zlib.crc32(type(leaf).__name__.encode())
+            if depth and hasattr(leaf, "__dict__") and not isinstance(leaf, (Tensor, nn.Module, type)):
+                own += _of(vars(leaf), depth - 1)
+        result = (result * 1_000_003 + own) % 2**32
     return result
 
 
-def _is_numbers(leaf: Any) -> bool:
-    return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf" and leaf.dtype.isnative and leaf.flags.writeable
-
-
-_WEIGHTS: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _sum_of(tensor: Tensor) -> int:
-    """Return a weighted sum of a tensor's bits, as integers: their order counts."""
+def _of_tensor(tensor: Tensor) -> int:
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
     line = tensor.contiguous().reshape(-1).view(torch.uint8)
-    whole = line.numel() // 4
-    result = zlib.crc32(bytes(line[4 * whole :].tolist())) if line.numel() % 4 else 0
-    if whole:
-        words = line[: 4 * whole]
-        words = (words.clone() if words.storage_offset() % 4 else words).view(torch.int32)
-        weights = _weights(line.device, whole)
-        on_host = line.device.type == "cpu"
-        result += int(torch.dot(words, weights)) if on_host else int((words * weights).sum())
-    return result % 2**32
+    if line.device.type != "cpu" and (rows := line.numel() // _ROW) and not line.storage_offset() % 8:
+        # Summed there, so that less has to come.
+        whole = line[: rows * _ROW].view(torch.int64).view(rows, -1).sum(0)
+        return zlib.crc32(line[rows * _ROW :].cpu().numpy().data, zlib.crc32(whole.cpu().numpy().data))
+    return _of_bytes(line.cpu().numpy())
 
 
-def _weights(device: torch.device, size: int) -> Tensor:
-    """Return odd numbers, of which the largest vector asked for so far is kept."""
-    known = _WEIGHTS.get((device, 0))
-    if known is None or known.numel() < size:
-        known = _WEIGHTS[device, 0] = torch.arange(1, 2 * size, 2, dtype=torch.int32, device=device)
-    return known[:size]
+def _of_bytes(line: NDArray[np.uint8]) -> int:
+    """Return a CRC of the sums over columns of words, in a fifth of the time that one of the bytes takes."""
+    rows = len(line) // _ROW
+    whole = line[: rows * _ROW].view(np.int64).reshape(rows, -1).sum(0) if rows else line[:0]
+    return zlib.crc32(line[rows * _ROW :].data, zlib.crc32(whole.data))

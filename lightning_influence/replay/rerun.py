@@ -15,6 +15,7 @@ from lightning_influence.core.isolation import unchanged
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.core.reachable import Walk
 from lightning_influence.core.snapshot import Snapshot
+from lightning_influence.core.torch_private import eager_name
 from lightning_influence.core.weights import parameters_of, places_of, swapped
 from lightning_influence.data.contents import copied
 from lightning_influence.objective.scale import NoLossError
@@ -165,7 +166,7 @@ class Rerun:
         recipe = self.record.recipe
         met: list[tuple[Any, Mapping[str, Any]]] = []
         for name, module in self.module.named_modules():
-            module.training = name in step.training
+            module.training = eager_name(name) in step.training
         for parameter in own.values():
             parameter.grad = None
         for place, batch in enumerate(step.batches):
