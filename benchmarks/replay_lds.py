@@ -24,6 +24,7 @@ from lightning_influence.data import ExampleSource
 from lightning_influence.gradients import ExampleGradients, discover
 from lightning_influence.metrics import linear_datamodeling_correlations
 from lightning_influence.objective import TrainingStepTask
+from lightning_influence.replay.kept_states import KeptStates
 from lightning_influence.replay.recorder import Recorder
 from lightning_influence.replay.rerun import Rerun
 from lightning_influence.replay.scores import replay_scores
@@ -173,7 +174,7 @@ def train(setting: Setting, weights: Tensor | None = None, *, record: bool = Fal
     torch.manual_seed(0)
     module = Classifier(setting.net()).train()
     optimizer, (inputs, labels), order = setting.optimizer(module.parameters()), setting.data, setting.order()
-    recorder = Recorder(module, optimizer, examples=len(labels), steps=len(order)) if record else None
+    recorder = Recorder(module, optimizer, examples=len(labels), states=KeptStates(len(order))) if record else None
     for number, indices in enumerate(order):
         before = recorder.fetching() if recorder else None
         batch = inputs[indices], labels[indices]

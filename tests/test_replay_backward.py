@@ -90,6 +90,18 @@ class Recurrent(nn.Module):
         return self.out(self.layer(self.embed(tokens))[0][:, -1])
 
 
+class Looked(nn.Module):
+    """Its gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8, sparse=True)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.embed(tokens)).mean(1))
+
+
 class Shared(nn.Module):
     """One layer twice, and one that is frozen."""
 
@@ -135,6 +147,7 @@ SMOOTH = {
     "transformer": (Transformer, sgd, TOKENS),
     "LSTM": (Recurrent, sgd, TOKENS),
     "GRU": (lambda: Recurrent(nn.GRU), sgd, TOKENS),
+    "sparse": (Looked, lambda m: SGD(m.parameters(), 0.1), TOKENS),
     "shared and frozen": (Shared, sgd, X),
     "groups": (Shared, in_groups, X),
 }
@@ -401,6 +414,12 @@ def test_losses_without_the_examples_own_are_refused(task: Task, match: str) -> 
         found_out(run_of(mlp, sgd), task)
 
 
+def test_a_task_that_returns_the_examples_own_losses_only_at_times_is_refused() -> None:
+    found = Weighting({}, single=True)
+    with pytest.raises(ReplayError, match=r"a loss of the shape \[\] for 2 examples"):
+        found.loss(lambda m, b: m(b[0]).mean(), mlp().double(), [X[:2]], torch.ones(2, requires_grad=True))
+
+
 def test_a_part_of_the_loss_that_shows_up_later_is_noticed() -> None:
     def own(module: nn.Module, batch: Any) -> Tensor:
         return losses(module, batch) + module(batch[0]).square().mean()
@@ -423,6 +442,14 @@ def test_a_loss_that_is_not_finite_is_named_before_anything_runs() -> None:
     _, _, record = run.backward_of(module, inputs)
     with pytest.raises(ReplayError, match=r"the loss of step 7 was not finite \(nan\)"):
         check_record(replace(record, steps=steps))
+
+
+def test_weights_of_three_digits_are_refused() -> None:
+    run = run_of(mlp, sgd)
+    inputs: Steps = []
+    _, _, record = run.backward_of(run.train(inputs=inputs), inputs)
+    with pytest.raises(ReplayError, match=r"in precision 'bf16-true', whose weights have too few digits"):
+        check_record(replace(record, recipe=replace(record.recipe, precision="bf16-true")))
 
 
 @pytest.mark.parametrize(

@@ -7,5 +7,6 @@ Engstrom 2025, 2504.16430).
 from lightning_influence.replay.record import ReplayError, TrainingRecord
 from lightning_influence.replay.recorder import Recorder
 from lightning_influence.replay.rerun import Rerun
+from lightning_influence.replay.scores import replay_measurement, replay_scores
 
-__all__ = ["Recorder", "ReplayError", "Rerun", "TrainingRecord"]
+__all__ = ["Recorder", "ReplayError", "Rerun", "TrainingRecord", "replay_measurement", "replay_scores"]

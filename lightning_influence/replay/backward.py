@@ -23,6 +23,7 @@ from lightning_influence.replay.step import Cotangents, StepDerivative
 Segment = Callable[[int, int], Iterable[StepInput]]
 """Yields the steps from one to before another, in their order: ``Rerun.segment``."""
 _TIMED = 3
+_COARSE = ("16-true", "bf16-true")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Cost:
 def check_record(record: TrainingRecord) -> None:
     """Raise ``ReplayError`` for a run that can't be differentiated, before anything is computed."""
     recipe = record.recipe
+    if recipe.precision in _COARSE:
+        raise ReplayError(
+            f"the run was made in precision {recipe.precision!r}, whose weights have too few digits to tell what one "
+            "example does to them; train with '32-true' or 'bf16-mixed'."
+        )
     for number, step in enumerate(record.steps):
         for group in step.groups:
             rule_of(recipe.optimizer, group)
@@ -62,7 +68,7 @@ def check_record(record: TrainingRecord) -> None:
                 f"the loss of step {number} was not finite ({', '.join(odd)}): "
                 "nothing can be traced back through it. Train without that, or replay a run that ended before it."
             )
-    if record.states.keys() < {0, len(record.steps)}:
+    if not record.states.keys() >= {0, len(record.steps)}:
         raise ReplayError(f"the states before the first and after the last of {len(record.steps)} steps are not kept.")
 
 
@@ -107,7 +113,7 @@ def example_derivatives(
             for batch, part in zip(step.record.batches, parts, strict=True):
                 # An example may be there more than once.
                 columns = torch.searchsorted(examples, torch.as_tensor(batch.indices, dtype=torch.long))
-                result.index_add_(1, columns, part.double().cpu())
+                result.index_add_(1, columns, part.cpu().double())
             reached = step.state.parameters
             done += 1
             # The first step has more to set up than the others.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.core.memory import is_out_of_memory
+from lightning_influence.core.precision import wide
 from lightning_influence.core.weights import parameters_of, places_of, write
 from lightning_influence.objective.scale import NoLossError
 from lightning_influence.objective.task import Task
@@ -264,14 +265,15 @@ class StepDerivative:
             raise ReplayError(
                 f"step {number} ended elsewhere than the step that would be differentiated: something moves weights or "
                 "gradients that the optimizer's settings, gradient clipping and accumulation do not tell (a hook, an "
-                "overridden `optimizer_step` or `on_before_optimizer_step`, other random numbers)."
+                "overridden `optimizer_step` or `on_before_optimizer_step`, other random numbers, a penalty beside a "
+                "loss that is written by hand)."
             )
 
     def _check(self, number: int, slope: Tensor, gradient: Tensor, by_examples: Sequence[Tensor]) -> None:
         """Raise unless the examples' parts make up the whole gradient."""
         if self.weighting.penalty:
             return
-        parts, along, g = torch.cat([part[0] for part in by_examples]).double(), slope[0].double(), gradient.double()
+        parts, along, g = (wide(each) for each in (torch.cat([part[0] for part in by_examples]), slope[0], gradient))
         # Where an optimizer divides by next to nothing, what it multiplies is rounding.
         share, rounding = (1e-3, 1e-5) if self.recipe.precision in _PRECISE else (5e-2, 1e-2)
         allowed = share * (parts.abs().sum() + (along * g).abs().sum()) + rounding * along.norm() * g.norm()

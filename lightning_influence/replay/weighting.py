@@ -61,7 +61,14 @@ class Weighting:
         """
         plain = self.single or self.by_hand is not None
         loss, heard = run_tapped(task, module, batch, None if plain else _WeightedCalls(weights, self.forms))
-        loss = (loss * weights.to(loss.dtype) if self.single else loss).mean()
+        if self.single:
+            if loss.shape != weights.shape:
+                raise ReplayError(
+                    f"the task returned a loss of the shape {list(loss.shape)} for {len(weights)} examples, and one "
+                    "per example for others."
+                )
+            loss = loss * weights.to(loss.dtype)
+        loss = loss.mean()
         return loss, self._logits(heard.decisions) if self.by_hand is not None else []
 
     def gradient(
@@ -111,7 +118,7 @@ def weighting(
         ReplayError: If the loss is not made of the examples' own.
     """
     n, (loss, heard) = sizes[0], run(0, None)
-    if loss.ndim == 1 and len(loss) == n > 1:
+    if loss.ndim == 1 and len(loss) == n:
         return Weighting(forms, single=True)
     try:
         understood = understand(loss, heard, n, None, forms)
