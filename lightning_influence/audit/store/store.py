@@ -13,6 +13,7 @@ Layout of `<log_dir>/influence/`:
 | `curves/epoch-<epoch>.safetensors` | loss, margin and probability of each example in one epoch |
 | `factors/<block>.safetensors` | the curvature factors of one parameter block |
 | `checkpoints/step-<step>.safetensors` | weights and step sizes at one time of training |
+| `training/*.safetensors` | the training run as it was recorded: its steps, states, and kept batches |
 
 A file is written under a temporary name beside its place, flushed to the disk and renamed, so a reader meets
 the old file or the new one. One process writes an audit at a time (rank 0); any number may read.
@@ -38,6 +39,7 @@ from lightning_influence.audit.columns import COLUMNS, meaning_in_pairs
 from lightning_influence.audit.store.atomic import FACTORS, StoreError, claim, local_path, reading, replacing, whole
 from lightning_influence.audit.store.kept_checkpoints import KeptCheckpoints
 from lightning_influence.audit.store.kept_curves import KeptCurves
+from lightning_influence.audit.store.kept_run import KeptRun
 from lightning_influence.audit.store.tables import candidates_csv, read_table, write_table
 from lightning_influence.audit.store.tensors import (
     SUFFIX,
@@ -52,7 +54,7 @@ STATUSES = ("recording", "interrupted", "complete")
 
 _PAIRS, _PAGE = "pairs.parquet", "audit.json"
 _MANIFEST, _SCORES, _CANDIDATES, _GLOSSARY = "manifest.json", "scores.parquet", "candidates.csv", "columns.md"
-_CHECKPOINTS, _CURVES = "checkpoints", "curves"
+_CHECKPOINTS, _CURVES, _TRAINING = "checkpoints", "curves", "training"
 _VERSION = "lightning_influence.schema_version"
 # A manifest of a million layers has a tenth of this.
 _LARGEST_MANIFEST = 2**28
@@ -291,6 +293,11 @@ class AuditStore:
     def curves(self) -> KeptCurves:
         """The stored curves."""
         return KeptCurves(self.directory / _CURVES)
+
+    @property
+    def training(self) -> KeptRun:
+        """The training run as it was recorded."""
+        return KeptRun(self.directory / _TRAINING)
 
     def checkpoints(self) -> KeptCheckpoints:
         """The stored checkpoints, in order; each is read when it is asked for."""
