@@ -22,12 +22,12 @@ from lightning_influence.audit.glossary import glossary
 from lightning_influence.audit.health import FIRST_LOOK
 from lightning_influence.audit.ranking import ingredients, judged
 from lightning_influence.audit.relabel import Relabelled
+from lightning_influence.audit.replayed import Replayed
 from lightning_influence.audit.review import Review, read_review, write_review
 from lightning_influence.audit.shown import ReportViews
 from lightning_influence.audit.store.atomic import StoreError
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.audit.summary import summary
-from lightning_influence.replay.record import TrainingRecord
 from lightning_influence.training.checkpoints import Checkpoint
 
 # Columns that every audit has, interrupted ones included.
@@ -35,7 +35,7 @@ _NEEDED = ("index", "rank", "candidate", "finite")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AuditReport(ReportViews):
+class AuditReport(ReportViews, Replayed):
     """What an audit found, in memory or read back from its directory.
 
     Attributes:
@@ -176,21 +176,6 @@ class AuditReport(ReportViews):
         if self.directory is None:
             raise StoreError("the audit is not on disk (a dry run?), and neither are checkpoints of its run.")
         return AuditStore.open(self.directory).checkpoints()
-
-    def training_record(self) -> TrainingRecord:
-        """Return the training run as it was recorded (``InfluenceAudit(record=True)``), with its states on the disk.
-
-        Raises:
-            StoreError: If there is none, or a file of it is damaged.
-        """
-        kept = None if self.directory is None else AuditStore.open(self.directory).training
-        if kept is None or not kept.exists:
-            why = next((note for note in self.manifest.get("notes", ()) if "replayed" in note), "")
-            raise StoreError(
-                f"there is no record of the training in {self.directory}: "
-                f"{why or 'it was not recorded, see `InfluenceAudit(record=True)`'}."
-            )
-        return kept.read()
 
     # ------------------------------------------------------------ acting on it
 

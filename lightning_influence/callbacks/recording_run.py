@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence.audit.store.atomic import StoreError
+from lightning_influence.audit.store.kept_run import KeptRun
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
 from lightning_influence.callbacks.lightning import (
@@ -147,7 +148,7 @@ class RunRecorder:
         """Note the start of a batch."""
         if self._recorder is not None:
             if run is not None and run.reporter.store is not None:
-                self._recorder.states.shelf = run.reporter.store.training
+                self._recorder.states.shelf = KeptRun.beside(run.reporter.store.directory)
             self._recorder.begin(number, trainer.current_epoch)
 
     @_tolerated
@@ -176,7 +177,7 @@ class RunRecorder:
         self._settings = self._recorder = None
         if self._record is not None and run.reporter.store is not None:
             try:
-                run.reporter.store.training.write(self._record)
+                KeptRun.beside(run.reporter.store.directory).write(self._record)
             except (StoreError, ValueError) as error:
                 run.recording.note(f"the record of the training is in memory alone: {error}")
                 rank_zero_warn(f"InfluenceAudit: the record of the training is in memory alone: {error}")

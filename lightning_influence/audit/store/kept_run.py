@@ -29,6 +29,11 @@ class KeptRun:
 
     directory: Path
 
+    @classmethod
+    def beside(cls, audit: Path) -> KeptRun:
+        """Return the record that lies in the directory of an audit."""
+        return cls(audit / "training")
+
     @property
     def exists(self) -> bool:
         """Whether there is a whole record."""

@@ -39,7 +39,6 @@ from lightning_influence.audit.columns import COLUMNS, meaning_in_pairs
 from lightning_influence.audit.store.atomic import FACTORS, StoreError, claim, local_path, reading, replacing, whole
 from lightning_influence.audit.store.kept_checkpoints import KeptCheckpoints
 from lightning_influence.audit.store.kept_curves import KeptCurves
-from lightning_influence.audit.store.kept_run import KeptRun
 from lightning_influence.audit.store.tables import candidates_csv, read_table, write_table
 from lightning_influence.audit.store.tensors import (
     SUFFIX,
@@ -54,7 +53,7 @@ STATUSES = ("recording", "interrupted", "complete")
 
 _PAIRS, _PAGE = "pairs.parquet", "audit.json"
 _MANIFEST, _SCORES, _CANDIDATES, _GLOSSARY = "manifest.json", "scores.parquet", "candidates.csv", "columns.md"
-_CHECKPOINTS, _CURVES, _TRAINING = "checkpoints", "curves", "training"
+_CHECKPOINTS, _CURVES = "checkpoints", "curves"
 _VERSION = "lightning_influence.schema_version"
 # A manifest of a million layers has a tenth of this.
 _LARGEST_MANIFEST = 2**28
@@ -293,11 +292,6 @@ class AuditStore:
     def curves(self) -> KeptCurves:
         """The stored curves."""
         return KeptCurves(self.directory / _CURVES)
-
-    @property
-    def training(self) -> KeptRun:
-        """The training run as it was recorded."""
-        return KeptRun(self.directory / _TRAINING)
 
     def checkpoints(self) -> KeptCheckpoints:
         """The stored checkpoints, in order; each is read when it is asked for."""
