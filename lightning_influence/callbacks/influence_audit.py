@@ -192,6 +192,7 @@ class InfluenceAudit(Afterwards):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at one batch before the first step, so that nothing fails after hours of training."""
+        self._replay.start()
         # Callbacks come before the model's own hooks, in which it may set up what its step needs.
         # Of a stream, the first batch is the only one that can be looked at without taking it from training.
         own = any(overrides(hook, pl_module) for hook in ("on_train_start", "on_train_epoch_start"))
