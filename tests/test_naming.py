@@ -562,6 +562,22 @@ def test_several_choices_and_long_texts() -> None:
     assert 100 < len(long) <= 500
 
 
+def test_tokens_one_by_one() -> None:
+    """Spaces tell where words begin; of control characters nothing is shown."""
+    words = ["<pad>", " a", "cat", "s\u202e", "\n", " \x00b\t", ""]
+
+    class Words:
+        pad_token_id = 0
+
+        def decode(self, tokens: list[int]) -> str:
+            return "".join(words[token] for token in tokens)
+
+    data = [(torch.tensor([1, 2, 3, 4, 5, 6, 0, 0]), 1), ({"input_ids": torch.ones(2, 3).long()}, 0)]
+    names = ExampleNames(data, describe=Words())
+    assert names.tokens([0, 1]) == {0: [" a", "cat", "s", " ", " b ", "", None, None]}  # of several texts, none
+    assert ExampleNames(data, describe=str).tokens([0]) == ExampleNames(data).tokens([0]) == {}
+
+
 def test_a_tokenizer_without_tokens_is_said() -> None:
     names = ExampleNames([{"pixels": torch.rand(3), "label": 1}], describe=Tokenizer())
     with pytest.warns(UserWarning, match=r"example 0, a dict with pixels, label, .* no sequence of integers to decode"):

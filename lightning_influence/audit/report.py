@@ -70,7 +70,7 @@ class AuditReport(ReportViews, Replayed):
         store = AuditStore.open(directory)
         report = cls(store.read_scores(), store.manifest, store.directory, store.read_pairs())
         _check_readable(report, store.directory)
-        return replace(report, curves=Curves.of(store.curves.read(), report.columns["index"]))
+        return replace(report, curves=Curves.of(store.curves.read(), report.columns))
 
     @classmethod
     def ensemble(cls, reports: Sequence[AuditReport]) -> AuditReport:

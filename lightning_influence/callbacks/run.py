@@ -258,7 +258,7 @@ class AuditRun:
         self.make_influence = lambda: Influence.of(later, inspection, indices, history=history, labels=labels)
         if self.queries is not None:
             with bridge.aside(trainer):
-                columns |= self.queries.find(columns, result.seconds)
+                columns |= self.queries.find(columns, result.seconds, self.reporter.names)
         self.finished = True
         if not trainer.is_global_zero:
             return None, lambda: None

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_influence.audit.columns import COLUMNS, INFLUENCE_ON, Columns, candidate_rows, column_of
+from lightning_influence.audit.curves import SUGGESTED
 from lightning_influence.page.cards import cards
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ AUDIT = "audit.json"
 _CHUNK = 1_000_000  # characters of pictures that come with one request
 # Of columns and curves together, before they are written as text; curves have a part of it in any case.
 _BYTES, _CURVES = 1_400_000, 100_000
+_TOKENS = 1_000_000  # characters of tokens and their scores
 _BINS = 40
 _PAIR_FIELDS = {
     "query": "query",
@@ -191,6 +193,9 @@ def _curves(
     return {
         "epochs": [int(epoch) for epoch in getattr(curves, "epochs", ())],
         "names": list(curves),
+        # Which of them, if any, is the probability of the given label, and of the suggested one.
+        "p_given": "probability" if "probability" in curves else None,
+        "p_suggested": SUGGESTED if SUGGESTED in curves else None,
         "rows": "all" if len(rows) == len(order) else rows.tolist(),
         "data": {name: _base64(_float32(table[order][rows])) for name, table in curves.items()},
     }
@@ -221,7 +226,20 @@ def _pairs(pairs: Columns | None) -> list[dict[str, Any]]:
         return []
     lists = {name: np.asarray(pairs[source]).tolist() for name, source in _PAIR_FIELDS.items() if source in pairs}
     lists.setdefault("list", ["strongest"] * len(lists["index"]))
+    if "tokens" in pairs:
+        lists |= {"tokens": _tokens(pairs), "tokens_rest": np.asarray(pairs["tokens_rest"]).tolist()}
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+
+
+def _tokens(pairs: Columns) -> list[list[tuple[str, float]] | None]:
+    """Return text and score of each token by pair, as many as fit, those first that are first in their lists."""
+    found: list[list[tuple[str, float]] | None] = [None] * len(pairs["index"])
+    room = _TOKENS
+    for row in np.argsort(pairs["rank"], kind="stable").tolist():
+        if (text := str(pairs["tokens"][row])) and len(text) <= room:
+            room -= len(text)
+            found[row] = [(str(token), float(f"{float(score):.4g}")) for token, score in json.loads(text)]
+    return found
 
 
 def _placed(pictures: Mapping[str, bytes], chunks: list[list[str]]) -> dict[str, tuple[int, int]]:

@@ -28,6 +28,9 @@ _SMALL = 2**16
 # Mean probabilities are kept up to this many scalars (400 MB); beyond, their columns are left out.
 _PROBABILITY_BUDGET = 10**8
 
+RIVAL = "rival"
+"""In one number: the likeliest class but the given one, and after the point how likely the last visit found it."""
+
 _Statistics: TypeAlias = Mapping[str, Tensor]
 
 
@@ -38,14 +41,15 @@ class TrainingDynamics:
         size: Number of examples of the data set.
 
     Attributes:
-        sums: The sums; ``label`` and ``last_wrong`` are the state at the last visit.
+        sums: The sums; ``label``, ``last_wrong`` and ``rival`` are the state at the last visit.
         checks_labels: Whether batches whose examples had other labels before are left out.
         contradicted_batches: Their number.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.sums = ExampleSums(size, last={"label": -1.0, "last_wrong": 1.0}, visits="times_seen")
+        last = {"label": -1.0, "last_wrong": 1.0, RIVAL: -1.0}
+        self.sums = ExampleSums(size, last=last, visits="times_seen")
         # Batches wait on their device: copying each one at once would make a GPU wait in every step.
         self._waiting: list[tuple[BatchRecord, _Statistics]] = []
         self._rows: list[tuple[BatchRecord, LossCall]] = []  # all alike
@@ -86,9 +90,12 @@ class TrainingDynamics:
 
     def _within_budget(self, statistics: _Statistics) -> _Statistics:
         probabilities = statistics.get("probabilities")
-        if probabilities is None or self.size * probabilities.shape[1] <= _PROBABILITY_BUDGET:
-            return dict(statistics)
-        return {name: value for name, value in statistics.items() if name != "probabilities"}
+        found = dict(statistics)
+        if probabilities is not None:
+            found[RIVAL] = _rivals(probabilities, statistics["label"])
+            if self.size * probabilities.shape[1] > _PROBABILITY_BUDGET:
+                del found["probabilities"]
+        return found
 
     def flush(self) -> None:
         """Add the waiting batches to the sums."""
@@ -153,8 +160,9 @@ class TrainingDynamics:
         if "wrong" in taken:
             before = sums.put("last_wrong", rows, taken["wrong"])
             sums.add("forgetting", rows, ((before < 0.5) & (taken["wrong"].double() >= 0.5)).double())
-        if "label" in taken:
-            sums.put("label", rows, taken["label"])
+        for name in ("label", RIVAL):
+            if name in taken:
+                sums.put(name, rows, taken[name])
 
     def grow(self, size: int) -> None:
         """Have room for more examples."""
@@ -224,6 +232,16 @@ def margin_of_label(shares: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     margin = shares.gather(1, own).squeeze(1) - others
     known = (labels >= 0) & margin.isfinite()
     return torch.where(known, margin, torch.nan), torch.where(known, best, -1)
+
+
+def _rivals(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return the likeliest class but the given one plus its probability, below 1, ``[n]`` float32; -1 for none."""
+    if probabilities.shape[1] < 2:
+        return torch.full_like(labels, -1, dtype=torch.float32)
+    others = probabilities.float().scatter(1, labels.clamp(min=0).unsqueeze(1), -1.0)
+    probability, rival = others.max(1)
+    below = torch.nextafter((rival + 1).float(), probability.new_zeros(()))
+    return torch.minimum(rival + probability, below)
 
 
 def _rounds(indices: NDArray[np.int64], of: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
