@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
 from models import Classifier, Numbered, loader, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import SubsetRandomSampler, TensorDataset
+from which_lightning import ModelCheckpoint
 
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.audit.curves import SUGGESTED, Curves, sparkline

@@ -109,9 +109,9 @@ def test_what_is_no_whole_number_is_text() -> None:
     [
         (NAMES[:-1], r"ids: 21 are given; expected 22, one for each training example \(TensorDataset\)\."),
         ([*NAMES[:-1], NAMES[3]], r"examples 3 and 21 are both called 'set/003.png' \(1 ids are not the first"),
-        ([*NAMES[:-1], None], r"1 examples have none .*: \[21\]; expected one for each"),
-        ([*range(N - 1), float("nan")], r"1 examples have none"),
-        (pd.Series([*NAMES[:-2], pd.NA, ""]), r"2 examples have none .*: \[20, 21\]"),
+        ([*NAMES[:-1], None], r"1 of 22 are missing .*, of examples \[21\]; expected one for each"),
+        ([*range(N - 1), float("nan")], r"1 of 22 are missing"),
+        (pd.Series([*NAMES[:-2], pd.NA, ""]), r"2 of 22 are missing .*, of examples \[20, 21\]"),
         ([1, "1", *range(2, N)], r"examples 0 and 1 are both called '1'"),
         (lambda index: NAMES[index % 5], r"examples 0 and 5 are both called"),
         (lambda index: {}[index], r"ids\(0\) failed \(KeyError: 0\); expected a function from dataset index to id"),

@@ -455,6 +455,12 @@ def test_refused_before_training(case: tuple[Callable[[], Any], dict[str, Any], 
         _ = audit.training_record
 
 
+def test_several_loaders_are_refused(tmp_path: Path) -> None:
+    data = {"a": loader(images(), BATCH), "b": loader(images(), BATCH)}
+    with pytest.raises(MisconfigurationException, match="trained on several loaders at once; expected one"):
+        trained(tmp_path, data=data, audit=InfluenceAudit(record=True, loader="a", **CHEAP))
+
+
 def test_without_recording(tmp_path: Path) -> None:
     audit, *_ = trained(tmp_path, audit=InfluenceAudit(**CHEAP))
     with pytest.raises(RuntimeError, match=r"no record of the training: `InfluenceAudit\(record=True\)` records a run"):

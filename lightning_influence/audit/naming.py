@@ -294,8 +294,8 @@ def _checked_ids(ids: Any, dataset: Any) -> tuple[NDArray[Any], Any]:
     missing = [index for index, value in enumerate(plain) if value is None]
     if missing:
         raise ValueError(
-            f"ids: {len(missing):,} examples have none (None, NaN or an empty text): {missing[:_KNOWN]}; expected one "
-            "for each. `str(index)` is one that there always is."
+            f"ids: {len(missing):,} of {len(plain):,} are missing (None, NaN or an empty text), of examples "
+            f"{missing[:_KNOWN]}; expected one for each. `str(index)` is one that there always is."
         )
     whole = all(isinstance(value, int) and -(2**63) <= value < 2**63 for value in plain)
     # Text as objects: arrays of fixed width drop trailing zeros, and pad all to the longest.

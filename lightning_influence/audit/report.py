@@ -158,7 +158,9 @@ class AuditReport(ReportViews, Replayed):
             "glossary": lambda store: store.write_glossary(self.glossary()),
         }
         if self.curves:
-            files["curves"] = lambda store: store.curves.write(self.curves.by_epoch(self.columns["index"]))
+            files["curves"] = lambda store: store.curves.write(
+                self.curves.epochs.tolist(), lambda epoch: self.curves.of_epoch(epoch, self.columns["index"])
+            )
         if (pairs := self.pairs) is not None:
             files["pairs"] = lambda store: store.write_pairs(pairs)
         return files

@@ -95,6 +95,7 @@ class InfluenceAudit(Afterwards):
         sample_id: For streams (``IterableDataset``, WebDataset, loaders without an index): the name or place of the
             column of a batch that holds each example's id, or a function from batch to ids. Everything is filed by
             these, and the examples are met again by going over the loader once more, see ``docs/streams.md``.
+        loader: Of several training loaders at once, the one whose examples are audited: its key, or place in a list.
         record: Whether to note every step, so that the run can be replayed (``training_record``): what would have come
             out without an example, exactly to first order. ``Record(...)`` has a budget of memory.
 
@@ -102,8 +103,7 @@ class InfluenceAudit(Afterwards):
         ValueError: If an argument is out of range.
         MisconfigurationException: During ``fit``, before the first step: for a stream without ``sample_id``, collate
             functions whose order can't be followed, strategies that split the model, manual optimization without a
-            ``task``, models without a supported layer, losses that are not made of per-example losses, ``ids`` that
-            don't name each example, unwritable directories.
+            ``task``, models without a supported layer, losses that are not made of per-example losses, ...
 
     Example:
         >>> trainer = Trainer(max_epochs=10, callbacks=[InfluenceAudit()])
@@ -132,6 +132,7 @@ class InfluenceAudit(Afterwards):
         describe: Describe | None = None,
         weights: Weights = "last",
         sample_id: SampleId | None = None,
+        loader: str | int | None = None,
         record: bool | Record = False,
     ) -> None:
         self.arguments = Arguments(
@@ -153,10 +154,11 @@ class InfluenceAudit(Afterwards):
             describe,
             weights,
             sample_id,
+            loader,
             checked_record(record),
         )
         super().__init__()
-        self._recorder.sample_id = sample_id
+        self._recorder.sample_id, self._recorder.loader = sample_id, loader
         self._before: tuple[AuditReport | None, Recording | None, AuditRun | None] = (None, None, None)
 
     @cached_property  # asked for at every hook

@@ -237,6 +237,8 @@ def _unlike_a_recipe(trainer: Trainer, module: LightningModule, batches: BatchIn
         return f"{name} optimizes manually, and what it does in a step is known to it alone"
     if batches.sample_id is not None:
         return "it is trained on a stream, whose examples have no index to be fetched by once more"
+    if batches.loader is not None:
+        return "it is trained on several loaders at once; expected one"
     if trainer.world_size > 1:
         return f"{trainer.world_size} processes share each step; expected one, `Trainer(devices=1)`"
     if bridge.has_loss_scaler(trainer) or trainer.precision not in _PRECISIONS:
