@@ -219,7 +219,7 @@ class Influence(ExaminedModel):
             test_set: Data of the queries.
             indices: Which of them; all by default.
             normalise: ``"relative"`` divides by the root of the training example's self-influence, ``"cosine"`` by the
-                query's, too.
+                query's, too; ``"leverage"`` by one minus the example's leverage.
             by_layer: Whether to give each layer's part.
             path: An ``.npy`` file to put scores into that are too many for memory.
         """
