@@ -160,8 +160,7 @@ class Influence(ExaminedModel):
                 ``"auto"`` samples if the loss is known.
             damping: A number λ, ``"relative"`` (0.1 of each block's mean eigenvalue), ``"trainer"`` (what the training
                 implies, which takes ``history``), or ``"auto"``: that of the curvature, see ``curvature.damping``.
-            solver: Of GGN and Hessian: ``"dense"``, ``"cg"``, ``"nystrom"``, ``"pcg"``, ``"lissa"`` or (the fastest for
-                the GGN of 10⁴ to 10⁶ parameters) ``"woodbury"``.
+            solver: Of GGN and Hessian: ``"dense"``, ``"cg"``, ``"nystrom"``, ``"pcg"``, ``"lissa"``, ``"woodbury"``.
             factor_examples: Number of random examples to fit on; ``"auto"``: enough for every factor; None: all.
             history: What the optimizer did, see ``StepSizes.history``; by default as far as an audit has followed it.
 
