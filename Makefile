@@ -74,7 +74,8 @@ FLOOR_PYTEST = OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest --numprocesses au
 
 test-floor: $(FLOOR)/.floor
 	@$(FLOOR_PYTEST) $(FLOOR_TESTS) $(PYTEST_ARGS)
-	@LIGHTNING_PACKAGE=pytorch_lightning $(FLOOR_PYTEST) tests/test_callback_errors.py $(PYTEST_ARGS)
+	@LIGHTNING_PACKAGE=pytorch_lightning $(FLOOR_PYTEST) $(addprefix tests/test_,callback_errors.py first_hour.py) \
+	    $(PYTEST_ARGS)
 
 # Chromium is the system's; playwright, which steers it, brings none. Without one, what is skipped is said.
 test-browser: $(VENV)/.browser
@@ -199,6 +200,6 @@ $(FLOOR)/.floor: pyproject.toml
 	@echo 'installing the oldest releases into $(FLOOR) (once, some minutes) ...'
 	@sed -n '/^dependencies/,/^]/s/^ *"\([a-z-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml >$(FLOOR)/oldest.txt
 	@sed -n 's/^lightning==/pytorch-lightning==/p' $(FLOOR)/oldest.txt >>$(FLOOR)/oldest.txt
-	@$(subst constraints.txt,$(FLOOR)/oldest.txt,$(FLOOR_INSTALL)) --editable . pytest pytest-xdist 'rich<14'
+	@$(subst constraints.txt,$(FLOOR)/oldest.txt,$(FLOOR_INSTALL)) --editable . pytest pytest-xdist scikit-learn 'rich<14'
 	@$(FLOOR_INSTALL) --no-deps torchdata==0.11.0
 	@touch $@

@@ -95,13 +95,13 @@ class InfluenceAudit(Afterwards):
         sample_id: For streams (``IterableDataset``, WebDataset, loaders without an index): the name or place of the
             column of a batch that holds each example's id, or a function from batch to ids. Everything is filed by
             these, and the examples are met again by going over the loader once more, see ``docs/streams.md``.
+        loader: Of several training loaders at once, the one whose examples are audited: its key, or place in a list.
 
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: During ``fit``, before the first step: for a stream without ``sample_id``, collate
             functions whose order can't be followed, strategies that split the model, manual optimization without a
-            ``task``, models without a supported layer, losses that are not made of per-example losses, ``ids`` that
-            don't name each example, unwritable directories.
+            ``task``, models without a supported layer, losses that are not made of per-example losses, ...
 
     Example:
         >>> trainer = Trainer(max_epochs=10, callbacks=[InfluenceAudit()])
@@ -130,6 +130,7 @@ class InfluenceAudit(Afterwards):
         describe: Describe | None = None,
         weights: Weights = "last",
         sample_id: SampleId | None = None,
+        loader: str | int | None = None,
     ) -> None:
         self.arguments = Arguments(
             curvature,
@@ -150,9 +151,10 @@ class InfluenceAudit(Afterwards):
             describe,
             weights,
             sample_id,
+            loader,
         )
         super().__init__()
-        self._recorder.sample_id = sample_id
+        self._recorder.sample_id, self._recorder.loader = sample_id, loader
         # What checkpoints keep: from a checkpoint until the size of the data is known, then of the run.
         self._restored: Restored | None = None
         self._recording: Recording | None = None

@@ -42,7 +42,7 @@ def keep_curves(store: AuditStore | None, recording: Recording) -> None:
     """Write the curves of the epochs so far, of which a checkpoint holds the numbers alone."""
     if store is not None:
         try:
-            store.curves.write(recording.curves.lasting())
+            store.curves.write(lasting := recording.curves.lasting(), lasting.__getitem__)
         except StoreError as error:
             recording.note(f"curves were not kept while training went on: {error}")
 
