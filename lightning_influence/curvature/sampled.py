@@ -28,7 +28,7 @@ from lightning_influence.layers import per_sample
 from lightning_influence.layers.rows import Rows, added, some
 
 # Gradients taken at most, and the share of the memory that they may take.
-_MOST = 2048
+_MOST = 4096
 _SHARE = 0.25
 # With more gradients an example, one is drawn.
 _EXACT = 32

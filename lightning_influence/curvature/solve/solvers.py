@@ -109,7 +109,7 @@ SOLVERS: dict[str, IterativeSolver] = {
     "cg": IterativeSolver(_cg),
     "nystrom": IterativeSolver(_nystrom, semidefinite=True),
     "pcg": IterativeSolver(_pcg),
-    # The scores of 100 queries correlate with those of an exact solution by more than .99 (`docs/results/solvers.md`).
+    # As far as a solution is used at all (`implicit`): to go on takes a product with every system a step.
     "woodbury": IterativeSolver(_woodbury, tolerance=0.1, semidefinite=True),
     # Random batches do not reach as far.
     "lissa": IterativeSolver(_lissa, tolerance=1e-2, steps=2000),
