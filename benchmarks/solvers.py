@@ -144,12 +144,12 @@ def convolutional() -> None:
     each = (time.process_time() - start) / 4
     print(f"{product.flat.size:,} parameters; a product of {ASKED} vectors: {ASKED * each:.0f} s (from 4)", flush=True)
     found: dict[int, Tensor] = {}
-    for count in (4096, 2048):
+    for count in (8192, 4096):
         sampled._MOST, start = count, time.process_time()
         fitted = influence.fit("ggn", damping=damping, solver="woodbury")
         found[count] = fitted.pairs(asked).scores
         (solve,) = fitted.curvature.solves
-        agreement = torch.stack([rank_correlation(a, b) for a, b in zip(found[count], found[4096], strict=True)])
+        agreement = torch.stack([rank_correlation(a, b) for a, b in zip(found[count], found[8192], strict=True)])
         print(
             f"| {count:,} gradients | {time.process_time() - start:.0f} s | {float(solve.residual.max()):.3f} | "
             f"{float(agreement.mean()):.4f} (least {float(agreement.min()):.4f}) | {solve.steps.max()} steps |",
