@@ -23,7 +23,7 @@ FLOOR_INSTALL = $(subst $(PY),$(FLOOR)/bin/python,$(INSTALL))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test test-quick test-floor test-browser size lint lint-page bench cost detection queries lds solvers unlearning fairness robustness compatibility package clean
+.PHONY: help demo clean-and-retrain test test-quick test-floor test-browser screenshots size lint lint-page bench cost detection queries lds solvers unlearning fairness robustness compatibility package clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -32,6 +32,7 @@ help:
 	@echo 'make test-quick   a minute of it: the rooms, the public door, the callback on small nets, how to add things'
 	@echo 'make test-floor   the callback with the oldest releases that pyproject.toml allows, under both names of Lightning'
 	@echo 'make test-browser   the page and TensorBoard in a real browser (Chromium of the system); screenshots/ has what they showed'
+	@echo 'make screenshots   the pictures of the page in the README, from the demo (5 minutes)'
 	@echo 'make size    lines of code by room'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make lint-page   eslint, prettier and tsc on the page (needs npm)'
@@ -81,6 +82,11 @@ test-floor: $(FLOOR)/.floor
 test-browser: $(VENV)/.browser
 	@mkdir -p screenshots
 	@SCREENSHOTS=screenshots OMP_NUM_THREADS=1 $(PY) -m pytest $(wildcard tests/test_*_browser.py) $(PYTEST_ARGS)
+
+# The demo, and the same with the labels mended that its audit suggests.
+screenshots: $(VENV)/.browser
+	@test -d demo_logs/screenshots || $(PY) examples/01_mislabelled_digits.py --logs demo_logs/screenshots
+	@$(PY) examples/screenshots.py demo_logs/screenshots
 
 size:
 	@$(firstword $(PYTHON)) tests/size.py

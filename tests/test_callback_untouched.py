@@ -33,6 +33,7 @@ from torch.utils.data import BatchSampler, SequentialSampler, SubsetRandomSample
 from which_lightning import Callback, EarlyStopping, ModelCheckpoint, TensorBoardLogger, Tuner, pl
 
 from lightning_influence import InfluenceAudit, TracIn
+from lightning_influence.replay.settings import Record
 
 
 @dataclass
@@ -104,6 +105,17 @@ SETTINGS = {
     "own generator": Setting(sampler=lambda: {"generator": torch.Generator().manual_seed(3)}),
     "stopped within an epoch": Setting(trainer={"max_steps": 7, "max_epochs": -1}),
     "validation within epochs": Setting(trainer={"val_check_interval": 2, "num_sanity_val_steps": 1}),
+    "recorded": Setting(augment=True, audit={"record": True}),
+    "recorded in workers": Setting(augment=True, loader=WORKERS, audit={"record": True}),
+    "recorded, adam, accumulated and clipped": Setting(
+        model={"optimizer": "adam"},
+        trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "max_epochs": 3},
+        audit={"record": True, "tracin": "step"},
+    ),
+    "recorded, bfloat16, limited": Setting(
+        trainer={"precision": "bf16-mixed", "limit_train_batches": 3}, audit={"record": True}
+    ),
+    "recorded with a budget": Setting(trainer={"max_epochs": 4}, audit={"record": Record(max_bytes=40_000)}),
 }
 
 

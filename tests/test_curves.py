@@ -192,7 +192,7 @@ class TestOfTheSuggestedLabel:
         statistics = {"loss": torch.ones(2), "label": torch.tensor([1, 1]), "probabilities": told}
         dynamics.record(BatchRecord((0, 1)), statistics)
         record.end(0)
-        assert dynamics.mean_probabilities() is None
+        assert dynamics.mean_probabilities(torch.arange(2)) is None
         np.testing.assert_allclose(record.kept[0][RIVAL], [2.2, 0.5], rtol=1e-6)
 
     def test_of_what_two_processes_have_visited_it_is_unknown(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ ROOMS = (
     ("training",),
     ("curvature",),
     ("scores",),
+    ("replay",),
     ("audit",),
     ("influence",),
     ("page",),
@@ -44,13 +45,15 @@ STANDS_ALONE = "metrics"
 # Its own packages for type checkers alone: what the user has not imported is not loaded.
 MAY_IMPORT_LIGHTNING = "callbacks.lightning"
 MAY_COMMUNICATE = {"core.distributed"}
-# Watching, but for dropout masks, which stand in for the call: a sub-network is no matter of looking on.
+# Watching, but for those that stand in for the call: dropout masks (a sub-network is no matter of looking on), and what
+# torch does not differentiate twice.
 MAY_WATCH_FUNCTIONS = {
     "gradients.follower",
     "gradients.precision_watch",
     "gradients.calibration",
     "objective.tap",
     "scores.along.dropout_masks",
+    "replay.differentiable_calls",
 }
 
 MOST_LINES, MOST_OF_A_CLASS = 400, 250

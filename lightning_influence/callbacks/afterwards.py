@@ -7,7 +7,6 @@ from typing import Any, overload
 
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import no_training
-from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.checkpoint_files import StrPath, precision_of
 from lightning_influence.callbacks.hooks import RunHooks
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, is_a, is_running, overrides
@@ -18,8 +17,6 @@ from lightning_influence.core.errors import short
 
 class Afterwards(RunHooks):
     """What needs no fit with this callback."""
-
-    arguments: Arguments
 
     @overload
     def audit(

@@ -26,6 +26,7 @@ from lightning_influence.influence.inputs import (
     check_layers,
 )
 from lightning_influence.objective.task import Task
+from lightning_influence.replay.settings import Record
 from lightning_influence.training.settings import Mode, TracIn
 
 
@@ -56,6 +57,7 @@ class Arguments:
     weights: Weights = "last"
     sample_id: SampleId | None = None
     loader: LoaderName = None
+    record: Record | None = None
 
     def __post_init__(self) -> None:
         check_curvature_choices(self.curvature, self.fisher, self.solver)

@@ -55,12 +55,16 @@ class BatchIndexRecorder:
     Attributes:
         source: The examples of the loader, as ``ExampleSource.from_loader`` tells; None before there is one.
         known: State of the stream of a run that is resumed.
+        before_fetch: See ``Tagging``.
+        on_batch: Called with the trainer, each batch as it was fetched, and what is known of it.
     """
 
     def __init__(self, sample_id: SampleId | None = None, loader: LoaderName = None) -> None:
         self.sample_id, self.loader = sample_id, loader
         self.known: dict[str, Any] | None = None
         self.source: ExampleSource | None = None
+        self.before_fetch: Callable[[], Any] | None = None
+        self.on_batch: Callable[[Trainer, Any, BatchRecord], None] | None = None
         self._followed: list[_Followed] = []
         self._found = BatchRecord(None, _ELSEWHERE)
         self._unread = ""  # why ids of a batch could not be read
@@ -88,6 +92,8 @@ class BatchIndexRecorder:
             if trainer.training:
                 with around():
                     self._found = self._look_up(trainer, data) if self.sample_id is None else self._read(trainer, data)
+                    if self.on_batch is not None:
+                        self.on_batch(trainer, data, self._found)
             return convert(data)
 
         # On the instances, over the classes' methods: `detach` deletes them again.
@@ -195,7 +201,7 @@ class BatchIndexRecorder:
         if self.source is not None and (indices < 0).any():  # counted from the end
             indices = np.where(indices < 0, indices + len(self.source), indices)
         own = indices if drawn.order is None else indices[drawn.order]
-        return BatchRecord(tuple(own.tolist()), ragged=drawn.ragged)
+        return BatchRecord(tuple(own.tolist()), ragged=drawn.ragged, drawn=drawn)
 
     def _follow(self, loader: object) -> None:
         if any(loader is each.loader for each in self._followed):
@@ -222,7 +228,9 @@ class BatchIndexRecorder:
             return  # loaded again in the middle of training, which goes on; or it may be another one that is asked for
         if self.loader is None:
             self.source = source
-        self._followed.append(_Followed(loader, source, Tagging.of(loader, collating)))
+        tagging = Tagging.of(loader, collating)
+        tagging.before_fetch = self.before_fetch
+        self._followed.append(_Followed(loader, source, tagging))
 
     def _leave(self, but: _Followed | None = None) -> None:
         for each in self._followed:

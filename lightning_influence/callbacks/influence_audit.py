@@ -21,7 +21,7 @@ from lightning_influence.callbacks.beginning import begun
 from lightning_influence.callbacks.chosen_weights import Weights, check_weights
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, overrides, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.query_report import checked_queries
-from lightning_influence.callbacks.resuming import Restored, as_at_the_end_of_training, restore, state_for
+from lightning_influence.callbacks.resuming import as_at_the_end_of_training, restore
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.core import distributed
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
@@ -30,6 +30,7 @@ from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Layers, Uncovered
 from lightning_influence.objective.standard_task import TaskName, checked_task
 from lightning_influence.objective.task import Task
+from lightning_influence.replay.settings import Record, checked_record
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import Mode, TracIn
 
@@ -95,6 +96,8 @@ class InfluenceAudit(Afterwards):
             column of a batch that holds each example's id, or a function from batch to ids. Everything is filed by
             these, and the examples are met again by going over the loader once more, see ``docs/streams.md``.
         loader: Of several training loaders at once, the one whose examples are audited: its key, or place in a list.
+        record: Whether to note every step, so that the run can be replayed (``training_record``): what would have come
+            out without an example, exactly to first order. ``Record(...)`` has a budget of memory.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -130,6 +133,7 @@ class InfluenceAudit(Afterwards):
         weights: Weights = "last",
         sample_id: SampleId | None = None,
         loader: str | int | None = None,
+        record: bool | Record = False,
     ) -> None:
         self.arguments = Arguments(
             curvature,
@@ -151,12 +155,10 @@ class InfluenceAudit(Afterwards):
             weights,
             sample_id,
             loader,
+            checked_record(record),
         )
         super().__init__()
         self._recorder.sample_id, self._recorder.loader = sample_id, loader
-        # What checkpoints keep: from a checkpoint until the size of the data is known, then of the run.
-        self._restored: Restored | None = None
-        self._recording: Recording | None = None
         self._before: tuple[AuditReport | None, Recording | None, AuditRun | None] = (None, None, None)
 
     @cached_property  # asked for at every hook
@@ -187,10 +189,12 @@ class InfluenceAudit(Afterwards):
         preparing.check_optimization(pl_module, self.arguments.task, self.arguments.tracin)
         bridge.check_strategy(trainer)
         check_weights(trainer, self, self.arguments.weights)
+        self._replay.attach(trainer, pl_module, self._recorder, self.arguments.record)
         self._recorder.attach(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at one batch before the first step, so that nothing fails after hours of training."""
+        self._replay.start()
         # Callbacks come before the model's own hooks, in which it may set up what its step needs.
         # Of a stream, the first batch is the only one that can be looked at without taking it from training.
         own = any(overrides(hook, pl_module) for hook in ("on_train_start", "on_train_epoch_start"))
@@ -227,6 +231,7 @@ class InfluenceAudit(Afterwards):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the curvature, score every example, write the report."""
         if self._run is not None:
+            self._replay.finish(self._run)
             self._finish(self._run, trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,23 +269,3 @@ class InfluenceAudit(Afterwards):
         self._report, publish = finished
         self._no_report = f"it is that of rank zero, and this is rank {trainer.global_rank}"
         publish()
-
-    # ------------------------------------------------------------------ state
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: tensors and primitives."""
-        if self._recording is None:
-            return {}
-        return self._recording.state_dict() | {"arguments": self.arguments.described()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the size of the data set is known."""
-        self._restored = Restored(state_dict) if state_dict else None
-        self._recorder.known = state_dict.get("stream")
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take over what an audit with other arguments has recorded: nearly all of it does not depend on them."""
-        self._restored = state_for(self.state_key, self.arguments.described(), checkpoint.get("callbacks") or {})
-        if self._restored is not None:  # Lightning has just said that it is not
-            self._recorder.known = self._restored.state.get("stream")
-            rank_zero_info("influence audit: what an audit with other arguments has recorded is taken over.")

@@ -286,14 +286,10 @@ class PastRun:
         else:  # what a damping asks for that follows the learning rates
             self._stand_for(recording, files.audited, files.audited.step, files.audited.epochs)
             taken = recording.step_sizes.take(preconditioners(self.trainer.optimizers, self.module))
-            if taken and self._follows_rates():
+            if taken and _follows_rates(self.arguments):
                 self._notes.append(
                     f"the damping follows learning rates of which {files.audited.name} tells the last ones alone"
                 )
-
-    def _follows_rates(self) -> bool:
-        rule, curvature = self.arguments.damping, self.arguments.curvature
-        return rule == "trainer" or (rule == "auto" and curvature in ("block_ggn", "ggn", "hessian"))
 
     def _stand_for(self, recording: Recording, file: TrainerCheckpoint, steps: int, epochs: int) -> None:
         """Go to a checkpoint, and note the learning rates of the steps on the way there.
@@ -350,6 +346,11 @@ class PastRun:
     def _warn(self, told: str) -> None:
         rank_zero_warn(f"InfluenceAudit: {told}.")
         self._notes.append(told)
+
+
+def _follows_rates(arguments: Arguments) -> bool:
+    rule, curvature = arguments.damping, arguments.curvature
+    return rule == "trainer" or (rule == "auto" and curvature in ("block_ggn", "ggn", "hessian"))
 
 
 def _tell_directory(run: AuditRun, trainer: Trainer) -> None:

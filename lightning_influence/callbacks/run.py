@@ -16,7 +16,7 @@ from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.chosen_weights import chosen
-from lightning_influence.callbacks.keeping import keep_checkpoint, keep_curves, take_over_checkpoints, take_over_curves
+from lightning_influence.callbacks.keeping import keep_curves, take_checkpoint, take_over_checkpoints, take_over_curves
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_influence.callbacks.listening import BatchListener
 from lightning_influence.callbacks.loaders import LoaderName, train_loader
@@ -150,7 +150,7 @@ class AuditRun:
             self.look(trainer, module)  # other passes look by the way
         if tracin is not None and due and recording.step_sizes.steps:
             if self.flight is not None:
-                self._keep_checkpoint(trainer, module, tracin)
+                take_checkpoint(self.reporter.store, trainer, module, recording, tracin)
             elif not last and self.passes.any_time:
                 self.score_checkpoint(trainer, module, tracin)
         if recording.visits is not None:
@@ -167,30 +167,17 @@ class AuditRun:
             # Weighed as training weighs: by what it has drawn, not by what it could draw.
             drawn = self.recording.seen_indices() or indices
             gradients = self.passes.scaled(trainer, module, drawn, self.recording.losses.terms)
+            checkpoint = take_checkpoint(self.reporter.store, trainer, module, self.recording, tracin)
             scores = score_examples(
                 gradients,
                 indices,
-                step_sizes=_step_sizes(self._keep_checkpoint(trainer, module, tracin), gradients.coverage, module),
+                step_sizes=_step_sizes(checkpoint, gradients.coverage, module),
                 features=True,
                 title=f"TracIn, step {trainer.global_step}",
             )
         self.recording.add_pass(trainer.global_step, scores)
         self.reporter.seconds_per_example = (time.perf_counter() - start) / len(indices)
         self.reporter.log_tracin(trainer, scores.columns["tracin"])
-
-    def _keep_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> Checkpoint:
-        """Take a checkpoint that stands for the steps since the last one, and keep it."""
-        taken, scales = self.recording.step_sizes, preconditioners(trainer.optimizers, module)
-        checkpoint = Checkpoint.of(
-            module,
-            trainer.global_step,
-            steps=taken.steps,  # before they are taken
-            step_sizes=taken.take(scales),
-            preconditioner=scales,
-            optimizer=", ".join(sorted(taken.optimizers)),
-        )
-        keep_checkpoint(self.reporter.store, checkpoint, tracin, self.recording)
-        return checkpoint
 
     # ---------------------------------------------------------------- the end
 
@@ -219,7 +206,10 @@ class AuditRun:
             tracin = self.arguments.tracin if alone else None
             if tracin is not None and self.recording.step_sizes.steps and not bridge.is_dry_run(trainer):
                 self.recording.synchronise()  # it is no part of the final pass, which is about other weights
-                (self.score_checkpoint if self.flight is None else self._keep_checkpoint)(trainer, module, tracin)
+                if self.flight is None:
+                    self.score_checkpoint(trainer, module, tracin)
+                else:
+                    take_checkpoint(self.reporter.store, trainer, module, self.recording, tracin)
             with chosen(trainer, module, self.arguments.weights) as about:
                 self.reporter.weights = about | self.reporter.weights
                 return self._finish(trainer, module)
@@ -279,7 +269,7 @@ class AuditRun:
         """Keep the last checkpoint; return its step sizes if the final pass is to add to TracIn."""
         if self.arguments.tracin is None or not self.recording.step_sizes.steps:
             return None
-        checkpoint = self._keep_checkpoint(trainer, module, self.arguments.tracin)
+        checkpoint = take_checkpoint(self.reporter.store, trainer, module, self.recording, self.arguments.tracin)
         return _step_sizes(checkpoint, coverage, module) if self.flight is None else None
 
     def interrupt(self, trainer: Trainer, error: str) -> None:

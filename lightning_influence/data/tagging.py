@@ -45,18 +45,23 @@ class Drawn(NamedTuple):
         order: Positions of the rows among them, where collating may have moved them.
         reason: Why that is not known.
         ragged: Whether rows of several lengths lie end to end.
+        before: What ``Tagging.before_fetch`` has returned; None of workers.
     """
 
     indices: Any
     order: NDArray[np.int64] | None = None
     reason: str = ""
     ragged: bool = False
+    before: Any = None
 
 
 class Tagging:
     """Stands in for a loader's ``_get_iterator``: the iterators tag what they fetch.
 
     A plain object that holds the loader: whoever copies or pickles that gets one that belongs to the copy.
+
+    Attributes:
+        before_fetch: Called in this process before a batch is fetched, once it is known of what.
     """
 
     def __init__(self, loader: DataLoader[Any], collation: Collation | None) -> None:
@@ -64,6 +69,7 @@ class Tagging:
         self.collation = collation
         self.registry = Registry()
         self.users = 0
+        self.before_fetch: Callable[[], Any] | None = None
 
     @classmethod
     def of(cls, loader: DataLoader[Any], collation: Collation | None) -> Tagging:
@@ -96,7 +102,7 @@ class Tagging:
             fetcher = getattr(iterator, "_dataset_fetcher", None)
             if fetcher is None or not hasattr(iterator, "_next_data"):
                 return iterator
-            _tag(fetcher, self.collation)
+            _tag(fetcher, self.collation, self.before_fetch)
         else:
             init = loader.worker_init_fn
             loader.worker_init_fn = _WorkerTagging(init, self.collation)
@@ -132,17 +138,18 @@ class _WorkerTagging:
         kind.create_fetcher = tagging
 
 
-def _tag(fetcher: Any, collation: Collation | None) -> None:
+def _tag(fetcher: Any, collation: Collation | None, before_fetch: Callable[[], Any] | None = None) -> None:
     if collation is not None:
         fetcher.collate_fn = Collating(fetcher.collate_fn, collation)
     unbound, reference = type(fetcher).fetch, weakref.ref(fetcher)
 
     def fetch(indices: Any) -> _Tagged:
         kept = _kept(indices)  # before, as samplers may reuse their list
+        before = None if before_fetch is None else before_fetch()
         data = unbound(reference(), indices)
         if isinstance(data, Collated):
-            return _Tagged(Drawn(kept, data.order, data.reason, data.ragged), data.data)
-        return _Tagged(Drawn(kept), data)
+            return _Tagged(Drawn(kept, data.order, data.reason, data.ragged, before), data.data)
+        return _Tagged(Drawn(kept, before=before), data)
 
     fetcher.fetch = fetch
 

@@ -82,9 +82,9 @@ class TrainingStepTask:
         return result
 
 
-def run_tapped(task: Task, module: nn.Module, batch: Any) -> tuple[Tensor, Heard]:
+def run_tapped(task: Task, module: nn.Module, batch: Any, tap: LossTap | None = None) -> tuple[Tensor, Heard]:
     """Run ``task`` on one batch and return what it returned, and the known loss calls it made."""
-    with LossTap(protect=True) as tap:
+    with tap or LossTap(protect=True) as tap:
         loss = task(module, batch)
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
         what = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else loss and type(loss).__name__

@@ -7,6 +7,8 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,7 +72,12 @@ def files(
     places = _placed({str(index): image for index, image in (pictures or {}).items()}, chunks)
     of_queries = _placed({f"{a}/{b}": image for (a, b), image in (query_pictures or {}).items()}, chunks)
     found = document(report, name=name, texts=texts, query_texts=query_texts, epochs=epochs)
-    found |= {"pictures": places, "query_pictures": of_queries}
+    # Each chunk ends with what the document says of them: a page that is open when another audit takes the place of
+    # this one shows none of that one's pictures.
+    whose = sha256("".join(chain.from_iterable(chunks)).encode()).hexdigest()[:16]
+    for chunk in chunks:
+        chunk.append(whose)
+    found |= {"pictures": places, "query_pictures": of_queries, "pictures_of": whose}
     result = {AUDIT: as_json(found)}
     return result | {f"pictures-{number}.json": as_json(chunk) for number, chunk in enumerate(chunks)}
 
@@ -281,12 +288,15 @@ def shown_indices(report: AuditReport, most: int = 2000) -> list[int]:
     Args:
         report: The audit.
         most: How many at most: candidates and the first of the ranking, the training examples of the queries' lists,
-            and those that the model rests on most.
+            those that the first candidates are beside, and those that the model rests on most.
     """
     columns = report.columns
     parts: list[Iterable[int]] = [report.candidates[: most // 2]]
     if report.pairs is not None:
         parts.append(report.pairs["index"])
+    if "nearest" in columns:
+        nearest = columns["nearest"][candidate_rows(columns)[: most // 4]]
+        parts.append(nearest[np.isin(nearest, columns["index"])])
     if "self_influence" in columns:
         parts.append(columns["index"][np.argsort(-np.nan_to_num(columns["self_influence"]), kind="stable")[:200]])
     parts += [report.candidates[most // 2 :], report.ranking]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_influence.data.tagging import Drawn
     from lightning_influence.objective.tap import TrainingTap
     from lightning_influence.training.flight.flight import Visit
 
@@ -25,6 +26,7 @@ class BatchRecord:
         paused: For how many of them training stood still while something was recorded.
         filed: Whether its loss was filed: a second backward pass of the same step is not a second visit.
         contradicted: Whether its examples had other labels before: it holds others than it seems.
+        drawn: What was drawn for it, if that is known.
     """
 
     indices: tuple[int, ...] | None
@@ -37,6 +39,7 @@ class BatchRecord:
     paused: float = 0.0
     filed: bool = False
     contradicted: bool = False
+    drawn: Drawn | None = None
 
     def let_go(self) -> None:
         """Stop listening, and forget what was heard: it holds the graph of the batch."""

@@ -74,6 +74,22 @@ class Measurement(ABC):
                 depend on the covered parameters.
         """
 
+    def differentiated(self, sets: QuerySets, tensors: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        """Return the value and its derivatives by tensors that the model computes with, on this process alone.
+
+        Args:
+            sets: As for ``measure``.
+            tensors: They require gradients; the model is isolated by who calls (``isolation.untouched``).
+
+        Raises:
+            MeasurementError: If the measurement is not defined for these examples, is no finite number, or has no such
+                derivatives.
+        """
+        raise MeasurementError(
+            f"{self.name} is known by its gradient in the covered parameters alone; a replay takes a function (module, "
+            "batch) -> number, or a `Statistic`."
+        )
+
 
 class Statistic(Measurement):
     """A function of means, over groups of examples, of a value that every example has by itself."""
@@ -127,6 +143,32 @@ class Statistic(Measurement):
                 for found, loss in losses:
                     means.count(loss, found)
         return means.result()
+
+    def differentiated(self, sets: QuerySets, tensors: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        """Return value and derivatives, batch by batch: of the sum over each group, then of what is made of them."""
+        assigned = [self.assigned(queries, indices) for queries, indices in sets]
+        means = GroupMeans(self, sets[0][0], gradient=False)
+        sums: list[list[Tensor]] = [[torch.zeros_like(tensor) for tensor in tensors] for _ in self.groups]
+        for (queries, indices), groups in zip(sets, assigned, strict=True):
+            means.assigned, measuring = groups, queries.measuring(self)
+            for found, batch in queries.source.batches(indices, queries.source.pass_batch_size):
+                loss = measuring.forward(batch, len(found))
+                inside = means.count(loss, found)
+                whole = len(sums) == 1 and bool(inside.all())
+                values = None if whole else self.values(loss)
+                for group, mask in zip(sums, inside, strict=True):
+                    if not whole and (values is None or not values.requires_grad):
+                        raise MeasurementError(f"{self.name}: some queries have no finite value; leave them out.")
+                    outputs, starts = self.outputs(loss) if values is None else ([values], [mask.to(values)])
+                    parts = torch.autograd.grad(outputs, tensors, starts, retain_graph=True, allow_unused=True)
+                    for total, part in zip(group, parts, strict=True):
+                        if part is not None:
+                            total += part.to_dense() if part.is_sparse else part
+        value, _, weights = means.combined(*means.sums)
+        return value, [
+            torch.stack([w.to(part) * part for w, part in zip(weights, parts, strict=True)]).sum(0)
+            for parts in zip(*sums, strict=True)
+        ]
 
 
 class GroupMeans(Visitor):
@@ -185,6 +227,11 @@ class GroupMeans(Visitor):
             x = io.x if mask is None else io.x * mask.to(io.x)[None, :, None, None]
             group += per_sample.summed_gradient(x, io.gs[0])
 
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Sums of values ``[c]`` and counts ``[c + 1]`` of this process."""
+        return self._values, self._counts
+
     def gathered(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return sums of values ``[c]``, counts ``[c + 1]`` and sums of gradients ``[c, k, o, i]`` of all processes."""
         values, counts, *gradients = distributed.sum_across_processes(
@@ -195,6 +242,15 @@ class GroupMeans(Visitor):
     def result(self) -> Measured:
         """Return the measurement of everything that was added, on all processes."""
         values, counts, gradients = self.gathered()
+        value, sizes, weights = self.combined(values, counts)
+        # c, ckoi -> koi
+        summed = {block: torch.tensordot(weights.to(found), found, 1) for block, found in gradients.items()}
+        if summed:
+            check_gradient(self._statistic.name, summed)
+        return Measured(value, summed, sizes, int(counts[-1]))
+
+    def combined(self, values: Tensor, counts: Tensor) -> tuple[float, dict[str, int], Tensor]:
+        """Return value, sizes of groups, and the derivative of the value by the sum over each group, ``[c]``."""
         name, left_out = self._statistic.name, int(counts[-1])
         sizes = dict(zip(self._statistic.groups, counts[:-1].tolist(), strict=True))
         check_sizes(name, sizes, f"; {left_out} are left out as not finite" if left_out else "")
@@ -202,12 +258,7 @@ class GroupMeans(Visitor):
         with torch.enable_grad():
             value = self._statistic.combined(means)
         (slopes,) = torch.autograd.grad(value, means)
-        weights = (slopes / counts[:-1]).to(values.device)
-        # c, ckoi -> koi
-        summed = {block: torch.tensordot(weights.to(found), found, 1) for block, found in gradients.items()}
-        if summed:
-            check_gradient(name, summed)
-        return Measured(float(value.detach()), summed, sizes, left_out)
+        return float(value.detach()), sizes, slopes / counts[:-1]
 
 
 def check_sizes(name: str, sizes: dict[str, int], more: str = "") -> None:

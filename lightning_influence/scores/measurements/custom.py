@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,24 +47,11 @@ class Custom(Measurement):
         queries = sets[0][0]
         blocks = queries.coverage.blocks
         owned = {name: parameter for block in blocks.values() for name, parameter in block.parameters.items()}
-        total = sum(len(indices) for _, indices in sets)
-        value = wide_zeros((), queries.device)
-        sums = {name: torch.zeros_like(parameter) for name, parameter in owned.items()} if gradient else {}
         with untouched(queries.module, self.function):
             for parameter in owned.values():
                 parameter.requires_grad_(True)
-            for passes, indices in sets:
-                for own, batch in passes.source.batches(indices, len(indices)):
-                    with told(self._failed):
-                        returned = passes.applied(self.function, batch)
-                    found, weight = self._checked(returned), len(own) / total
-                    value += weight * wide(found.detach())
-                    if not gradient:
-                        continue
-                    parts = torch.autograd.grad(found, list(owned.values()), allow_unused=True)
-                    for name, part in zip(owned, parts, strict=True):
-                        if part is not None:
-                            sums[name] += weight * part.to_dense() if part.is_sparse else weight * part
+            value, parts = self.differentiated(sets, list(owned.values()) if gradient else [])
+        sums = dict(zip(owned, parts, strict=False))
         result = {
             name: block.from_parameters({own: sums[own] for own in block.parameters})
             for name, block in blocks.items()
@@ -72,7 +59,23 @@ class Custom(Measurement):
         }
         if gradient:
             check_gradient(self.name, result)
-        return Measured(float(value), result, {"all": total})
+        return Measured(value, result, {"all": sum(len(indices) for _, indices in sets)})
+
+    def differentiated(self, sets: QuerySets, tensors: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        """Return value and derivatives, each set as one batch."""
+        total = sum(len(indices) for _, indices in sets)
+        value, sums = wide_zeros((), sets[0][0].device), [torch.zeros_like(tensor) for tensor in tensors]
+        for passes, indices in sets:
+            for own, batch in passes.source.batches(indices, len(indices)):
+                with told(self._failed):
+                    returned = passes.applied(self.function, batch)
+                found, weight = self._checked(returned), len(own) / total
+                value += weight * wide(found.detach())
+                parts = torch.autograd.grad(found, tensors, allow_unused=True) if tensors else ()
+                for place, part in zip(sums, parts, strict=True):
+                    if part is not None:
+                        place += weight * part.to_dense() if part.is_sparse else weight * part
+        return float(value), sums
 
     def _failed(self, words: str) -> MeasurementError:
         return MeasurementError(
