@@ -66,6 +66,7 @@ def replay(run: Run) -> Tensor:
     """Record the run, check that it ends in the same weights, and go back through it."""
     module, rerun = train(run.setting, record=True)
     assert rerun is not None
+    rerun.verify()
     ends = run.checkpoints[-1].parameters
     assert all(torch.equal(value, ends[name]) for name, value in module.named_parameters()), "not the same run"
     queries = passes(module, run.setting.queries, passes(module, run.setting.data))
@@ -199,15 +200,19 @@ def summary(every: Mapping[str, Found]) -> str:
         values = {name: [score[0] for score in row.get("scores", ())] for name, row in found["rows"].items()}
         others = [row for name, row in values.items() if name != shown[0] and row]
         best = [max(column) for column in zip(*others, strict=True)]
-        told = [" ".join(f"{value:.2f}".replace("0.", ".") for value in row) or "failed" for row in
-                [*(values[name] for name in shown), best]]
+        told = [
+            " ".join(f"{value:.2f}".replace("0.", ".") for value in row) or "failed"
+            for row in [*(values[name] for name in shown), best]
+        ]
         lines.append(f"| {title} | {' | '.join(told)} |")
     return "\n".join(lines)
 
 
 def header() -> str:
     """Say what was run, on what, and how to read it."""
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("lightning-influence", "torch"))
+    versions = ", ".join(
+        f"{package} {importlib.metadata.version(package)}" for package in ("lightning-influence", "torch")
+    )
     return (
         "# Replay: what if these had been missing from this run?\n\n"
         f"Written by `benchmarks/replay_lds.py` on {time.strftime('%Y-%m-%d')}: {versions}; {os.cpu_count()} cores, "

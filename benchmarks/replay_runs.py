@@ -150,7 +150,9 @@ def settings(queries: int = 50) -> list[Setting]:
     max_pooled = partial(cnn, nn.ReLU, nn.MaxPool2d)
     digits_mlp, cancer_mlp = partial(mlp, 64, 32, 10), partial(mlp, 30, 32, 2)
 
-    def run(title: str, net: Callable[[], nn.Module], data: tuple[Data, Data], optimizer: Optimizer, *size: int) -> Setting:
+    def run(
+        title: str, net: Callable[[], nn.Module], data: tuple[Data, Data], optimizer: Optimizer, *size: int
+    ) -> Setting:
         return Setting(f"{title}, batch {size[0]}, {size[1]} epochs", net, *data, optimizer, *size)
 
     return [
@@ -158,7 +160,9 @@ def settings(queries: int = 50) -> list[Setting]:
         run("cancer MLP GELU, AdamW 5e-4", cancer_mlp, of_cancer, partial(adamw, lr=5e-4), 32, 20),
         run("MNIST-1000 CNN GELU, AdamW 1e-3", mnist_cnn, of_mnist, partial(adamw, lr=1e-3), 32, 10),
         run("digits MLP GELU, SGD .03", digits_mlp, of_digits, partial(sgd, lr=0.03, weight_decay=1e-3), 128, 10),
-        run("digits CNN ReLU, max pooling, BatchNorm, AdamW 3e-3", max_pooled, of_digits, partial(adamw, lr=3e-3), 32, 5),
+        run(
+            "digits CNN ReLU, max pooling, BatchNorm, AdamW 3e-3", max_pooled, of_digits, partial(adamw, lr=3e-3), 32, 5
+        ),
         run("cancer MLP GELU, AdamW 2e-3", cancer_mlp, of_cancer, partial(adamw, lr=2e-3), 32, 20),
         run("digits CNN GELU, average pooling, BatchNorm, AdamW 1e-3", cnn, of_digits, partial(adamw, lr=1e-3), 32, 5),
         run("digits MLP GELU, SGD .03", digits_mlp, of_digits, partial(sgd, lr=0.03, weight_decay=1e-3), 32, 30),
