@@ -124,11 +124,14 @@ def measure(setting: Setting, subsets: int) -> Found:
     for name, method in METHODS.items():
         start = time.perf_counter()
         try:
-            scores[name] = method(run)
+            found = method(run)
+            if not bool(found.isfinite().all()):
+                raise ValueError(f"{int((~found.isfinite()).sum())} of {found.numel()} scores are not finite")
         except Exception as error:  # a method that fails is a finding, not the end of the table
             rows[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
             print(f"  {name}: {rows[name]['failed']}", flush=True)
         else:
+            scores[name] = found
             rows[name] = {"seconds": time.perf_counter() - start, "scores": []}
     constant, start = [], time.perf_counter()
     for share in SHARES:
@@ -136,11 +139,11 @@ def measure(setting: Setting, subsets: int) -> Found:
         varies = (truth.losses != truth.losses[0]).any(0)[0]
         constant.append(int((~varies).sum()))
         truth = GroundTruth(truth.members, truth.losses[..., varies])
-        for name, found in scores.items():
-            score = datamodeling_score(found[varies], truth)
+        for name, given in scores.items():
+            score = datamodeling_score(given[varies], truth)
             rows[name]["scores"].append([score.value, score.low, score.high])
         told = ", ".join(f"{name} {row['scores'][-1][0]:.3f}" for name, row in rows.items() if "scores" in row)
-        print(f"  {share:.0%} left out: {told}", flush=True)
+        print(f"  {_percent(share)} left out: {told}", flush=True)
     return {
         "rows": rows,
         "constant": constant,
@@ -170,8 +173,8 @@ def section(title: str, found: Found) -> str:
     lines = [
         f"## {title}\n",
         f"{found['examples']:,} training examples, {found['queries']} queries, {found['subsets']} random subsets for "
-        f"each share, trained in {found['minutes']:.1f} minutes on {found['date']}. {_constant(found['constant'])}\n",
-        f"| method | {' | '.join(f'{share:.0%} left out' for share in SHARES)} | seconds |",
+        f"each share, retrained in {found['minutes']:.1f} minutes on {found['date']}. {_constant(found['constant'])}\n",
+        f"| method | {' | '.join(f'{_percent(share)} left out' for share in SHARES)} | seconds |",
         "|---" * (len(SHARES) + 2) + "|",
     ]
     for name, row in found["rows"].items():
@@ -184,17 +187,21 @@ def section(title: str, found: Found) -> str:
     return "\n".join(lines)
 
 
+def _percent(share: float) -> str:
+    return f"{share * 100:g} %"
+
+
 def _constant(counts: Sequence[int]) -> str:
     if not any(counts):
         return "Every query changed."
-    told = ", ".join(f"{count} ({share:.0%})" for count, share in zip(counts, SHARES, strict=True))
+    told = ", ".join(f"{count} ({_percent(share)})" for count, share in zip(counts, SHARES, strict=True))
     return f"Queries that did not change, left out: {told}."
 
 
 def summary(every: Mapping[str, Found]) -> str:
     """Return a line for each recipe."""
     shown = ["**replay**", "GGN", "EK-FAC"]
-    shares = "/".join(f"{share * 100:.0f}" for share in SHARES)
+    shares = "/".join(f"{share * 100:g}" for share in SHARES)
     lines = [f"| LDS at {shares} % left out | {' | '.join(shown)} | best other |", "|---" * (len(shown) + 2) + "|"]
     for title, found in every.items():
         values = {name: [score[0] for score in row.get("scores", ())] for name, row in found["rows"].items()}
