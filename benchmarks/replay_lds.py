@@ -215,6 +215,26 @@ def summary(every: Mapping[str, Found]) -> str:
     return "\n".join(lines)
 
 
+def exceptions(every: Mapping[str, Found]) -> str:
+    """Say where a replay is not above the others."""
+    above, lines = dict.fromkeys(list(METHODS)[1:], 0), []
+    cells = 0
+    for title, found in every.items():
+        values = {name: [score[0] for score in row.get("scores", ())] for name, row in found["rows"].items()}
+        replayed, *others = values.items()
+        for place, value in enumerate(replayed[1]):
+            cells += 1
+            better = [f"{name} {row[place]:.2f}" for name, row in others if row and row[place] >= value]
+            for name, row in others:
+                above[name] += not row or row[place] < value
+            if better:
+                lines.append(f"* {title}, {_percent(SHARES[place])}: replay {value:.2f}; {'; '.join(better)}")
+    told = "; ".join(f"{name} in {count}" for name, count in above.items())
+    return "\n".join(
+        [f"Of {cells} cells (recipe and share), replay is above {told}. Not above:\n", *(lines or ["* none"])]
+    )
+
+
 def header() -> str:
     """Say what was run, on what, and how to read it."""
     versions = ", ".join(
@@ -231,7 +251,8 @@ def header() -> str:
         "(log-odds of its label) is a monotone function of its loss, and its scores are a multiple: there is one LDS "
         "for both. Every method explains the same run; GGN, EK-FAC, K-FAC and IP its final weights, SOURCE and TracIn "
         "ten checkpoints; dampings are the defaults (after Adam with what its state tells). Seconds are for all "
-        "queries, a replay's with two trainings (recorded, and run again to the same bits).\n\n"
+        "queries (on a busy machine they mean little), a replay's with two trainings (recorded, and run again to the "
+        "same bits).\n\n"
         "**This is another question than that of [lds.md](lds.md)**, which asks what becomes of *any* run: random "
         "halves, averaged over seeds. A method that is good at one need not be at the other.\n"
     )
@@ -249,7 +270,16 @@ def main() -> None:
     for setting in settings(chosen.queries):
         if chosen.only in setting.title:
             every[setting.title] = kept(setting, chosen.subsets)
-            text = "\n".join([header(), summary(every), "", *(section(*each) + "\n" for each in every.items())])
+            text = "\n".join(
+                [
+                    header(),
+                    summary(every),
+                    "",
+                    exceptions(every),
+                    "",
+                    *(section(*each) + "\n" for each in every.items()),
+                ]
+            )
             if chosen.out:
                 chosen.out.parent.mkdir(parents=True, exist_ok=True)
                 chosen.out.write_text(text)

@@ -223,11 +223,11 @@ def datamodeling_score(scores: Tensor, truth: GroundTruth, draws: int = 200) -> 
     generator = torch.Generator().manual_seed(0)
     subsets, queries = predicted.shape
     found = []
-    for _ in range(draws):
+    for _ in range(draws):  # a query may not vary over the subsets drawn
         rows = torch.randint(subsets, (subsets,), generator=generator).unique()
         columns = torch.randint(queries, (queries,), generator=generator)
         found.append(
-            float(linear_datamodeling_correlations(predicted[rows][:, columns], true[rows][:, columns]).mean())
+            float(linear_datamodeling_correlations(predicted[rows][:, columns], true[rows][:, columns]).nanmean())
         )
     low, high = torch.tensor(found).quantile(torch.tensor([0.025, 0.975])).tolist()
     return Score(value, low, high)
