@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
+from array import array
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -18,8 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from which_lightning import Callback, MisconfigurationException, ModelCheckpoint, StochasticWeightAveraging, pl
 
-from lightning_influence import InfluenceAudit
-from lightning_influence.replay import Recorder, ReplayError, Rerun, TrainingRecord, streams
+from lightning_influence import AuditReport, InfluenceAudit
+from lightning_influence.audit.store.atomic import StoreError
+from lightning_influence.audit.store.kept_run import KeptRun
+from lightning_influence.replay import Recorder, ReplayError, Rerun, TrainingRecord, kept_states, streams
 from lightning_influence.replay.checksum import checksum
 from lightning_influence.replay.settings import Record
 from lightning_influence.replay.streams import StreamReader
@@ -633,3 +637,110 @@ def test_a_stream_is_read_anew_once_somebody_draws(name: str, before: int) -> No
         streams.write(state)
         assert float(draw()) == drawn
         streams.write(after)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def read_again(audit: InfluenceAudit) -> TrainingRecord:
+    """The record as it lies on the disk: the one in memory, to the last bit."""
+    stored, record = AuditReport.load(audit.report.directory).training_record(), audit.training_record
+    assert asdict(stored.recipe) == asdict(record.recipe)
+    assert list(stored.states) == list(record.states)
+    for step, state in record.states.items():
+        assert list(differences(vars(state), vars(stored.states[step]))) == []
+    for step, other in zip(record.steps, stored.steps, strict=True):
+        assert (list(map(dict, step.groups)), step.training) == (list(map(dict, other.groups)), other.training)
+        for batch, there in zip(step.batches, other.batches, strict=True):
+            for name, value in vars(batch).items():
+                found = getattr(there, name)
+                if isinstance(value, array):
+                    value, found = list(value), list(found)
+                assert list(differences(value, found)) == [], name
+    return stored
+
+
+@pytest.mark.parametrize("kind", ["torch", "own"])
+def test_a_record_on_the_disk(kind: str, tmp_path: Path) -> None:
+    audit, model, data = trained(tmp_path, data=loader(Drawing(kind), BATCH, shuffle=True), accumulate_grad_batches=2)
+    stored = read_again(audit)
+    Rerun(stored, model, source=data).verify()
+    assert not list(Path(audit.report.directory).rglob(".tmp-*"))
+
+
+def test_batches_that_hold_more_than_tensors(tmp_path: Path) -> None:
+    def collate(examples: list[Any]) -> Any:
+        x, y = torch.utils.data.default_collate(examples)
+        return [x, y, {"names": ["a", None], 3: (1.5, True)}, np.arange(3)]
+
+    audit = InfluenceAudit(record=Record(keep_batches=True), **CHEAP)
+    audit, model, data = trained(tmp_path, data=loader(images(), BATCH, collate_fn=collate), audit=audit)
+    Rerun(read_again(audit), model, source=data).verify()
+
+
+class Odd(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+def test_batches_that_no_file_holds_stay_in_memory(tmp_path: Path) -> None:
+    def collate(examples: list[Any]) -> Any:
+        return Odd(*torch.utils.data.default_collate(examples))
+
+    audit = InfluenceAudit(record=Record(keep_batches=True), **CHEAP)
+    with pytest.warns(UserWarning, match="the record of the training is in memory alone: a batch holds a Odd"):
+        audit, model, data = trained(tmp_path, data=loader(images(), BATCH, collate_fn=collate), audit=audit)
+    again(audit, model, data)
+    with pytest.raises(StoreError, match="there is no record of the training in .*influence"):
+        audit.report.training_record()
+
+
+def test_states_that_do_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_states, "_IN_MEMORY", 5_000)
+    audit, model, data = trained(tmp_path, max_epochs=-1, max_steps=30)
+    record = again(audit, model, data)
+    files = sorted(path.name for path in (audit.report.directory / "training").iterdir())
+    assert files == [f"state-{step:08d}.safetensors" for step in record.states] + ["steps.safetensors"]
+    read_again(audit)
+
+
+def test_an_interrupted_run_leaves_no_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.current_epoch:
+                raise ZeroDivisionError("on purpose")
+            return super().training_step(batch, batch_idx)
+
+    monkeypatch.setattr(kept_states, "_IN_MEMORY", 0)
+    with pytest.raises(ZeroDivisionError):
+        trained(tmp_path, Fails())
+    assert list(tmp_path.rglob("training"))
+    assert list(tmp_path.rglob("state-*")) == []
+
+
+@pytest.mark.parametrize("file", ["steps", "state-00000004"])
+def test_damaged_files(file: str, tmp_path: Path) -> None:
+    audit, model, data = trained(tmp_path)
+    path = audit.report.directory / "training" / f"{file}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=f"{file}.safetensors cannot be read"):
+        Rerun(audit.report.training_record(), model, source=data).verify()
+    path.unlink()
+    with pytest.raises(StoreError, match=r"no record of the training|lacks the states of the steps \[4\]"):
+        audit.report.training_record()
+
+
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise StoreError("Cannot write: no space left")
+
+    monkeypatch.setattr(KeptRun, "_write", full)
+    with pytest.warns(UserWarning, match="in memory alone: Cannot write: no space left"):
+        audit, model, data = trained(tmp_path)
+    again(audit, model, data)
+    monkeypatch.setattr(kept_states, "_IN_MEMORY", 0)
+    with pytest.warns(UserWarning, match="can't be replayed.* recording it failed: StoreError: Cannot write"):
+        audit, model, data = trained(tmp_path / "again")
+    assert audit.report.status == "complete"

@@ -22,6 +22,7 @@ from lightning_influence.audit.glossary import glossary
 from lightning_influence.audit.health import FIRST_LOOK
 from lightning_influence.audit.ranking import ingredients, judged
 from lightning_influence.audit.relabel import Relabelled
+from lightning_influence.audit.replayed import Replayed
 from lightning_influence.audit.review import Review, read_review, write_review
 from lightning_influence.audit.shown import ReportViews
 from lightning_influence.audit.store.atomic import StoreError
@@ -34,7 +35,7 @@ _NEEDED = ("index", "rank", "candidate", "finite")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AuditReport(ReportViews):
+class AuditReport(ReportViews, Replayed):
     """What an audit found, in memory or read back from its directory.
 
     Attributes:

@@ -52,9 +52,9 @@ class RunHooks(Answers):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which examples come, and listen for their loss."""
         known = self._recorder.next()
-        self._replay.batch_started(trainer, batch_idx)
         if self._run is None:
             self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
+        self._replay.batch_started(trainer, batch_idx, self._run)
         if self._run is not None:
             self._run.listener.batch_started(trainer, pl_module, known)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_influence.audit.store.atomic import StoreError
+from lightning_influence.audit.store.kept_run import KeptRun
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.batch_indices import BatchIndexRecorder
 from lightning_influence.callbacks.lightning import (
@@ -29,6 +33,8 @@ from lightning_influence.replay.streams import StreamReader
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.optimizers import inner
 
+_Hook = TypeVar("_Hook", bound=Callable[..., None])
+
 _NOT_ASKED = "`InfluenceAudit(record=True)` records a run, and this one was trained without"
 _PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed")
 # Hooks with which a module does more in a step than the recipe tells.
@@ -39,6 +45,21 @@ _OTHER_WEIGHTS = {
     "ModelPruning": "prunes weights",
     "GradientAccumulationScheduler": "changes the number of batches of a step",
 }
+
+
+def _tolerated(hook: _Hook) -> _Hook:
+    """Let a recording that fails end by itself: training goes on."""
+
+    @wraps(hook)
+    def tolerated(self: RunRecorder, *args: Any) -> None:
+        try:
+            hook(self, *args)
+        except MisconfigurationException:
+            raise
+        except Exception as error:
+            self.fail(f"recording it failed: {type(error).__name__}: {error}")
+
+    return cast(_Hook, tolerated)
 
 
 class RunRecorder:
@@ -72,6 +93,7 @@ class RunRecorder:
         batches.before_fetch = StreamReader()
         batches.on_batch = self._fetched
 
+    @_tolerated
     def _fetched(self, trainer: Trainer, batch: Any, known: BatchRecord) -> None:
         """Note a batch as it comes from the loader; the first one begins the recording."""
         if self._recorder is None and self._settings is not None:
@@ -88,7 +110,7 @@ class RunRecorder:
     def _begin(self, trainer: Trainer) -> None:
         settings, module = cast(Record, self._settings), trainer.lightning_module
         if trainer.global_step:
-            self._end(
+            self.fail(
                 f"the record begins after {trainer.global_step} steps, as training was resumed: replay needs all of "
                 "them. Train without a break to replay a run"
             )
@@ -121,47 +143,65 @@ class RunRecorder:
 
     # ------------------------------------------------------------------ hooks
 
-    def batch_started(self, trainer: Trainer, number: int) -> None:
+    @_tolerated
+    def batch_started(self, trainer: Trainer, number: int, run: AuditRun | None) -> None:
         """Note the start of a batch."""
         if self._recorder is not None:
+            if run is not None and run.reporter.store is not None:
+                self._recorder.states.shelf = KeptRun.beside(run.reporter.store.directory)
             self._recorder.begin(number, trainer.current_epoch)
 
+    @_tolerated
     def differentiated(self, loss: Tensor) -> None:
         """Note a backward pass."""
         if self._recorder is not None:
             self._recorder.differentiated(loss)
 
+    @_tolerated
     def stepping(self) -> None:
         """Note an optimizer step."""
         if self._recorder is not None:
             self._recorder.stepping()
 
+    @_tolerated
     def batch_ended(self) -> None:
         """Note the end of a batch."""
         if self._recorder is not None:
             self._recorder.ended()
             if self._recorder.why:
-                self._end(self._recorder.why)
+                self.fail(self._recorder.why)
 
     def finish(self, run: AuditRun) -> None:
-        """Note the end of training."""
-        recorder, self._recorder = self._recorder, None
-        if recorder is not None:
+        """Note the end of training, and write the record."""
+        self._finish()
+        self._settings = self._recorder = None
+        if self._record is not None and run.reporter.store is not None:
             try:
-                self._record = recorder.finish()
-            except ReplayError as error:
-                self._end(str(error).rstrip("."))
-        self._settings = None
+                KeptRun.beside(run.reporter.store.directory).write(self._record)
+            except (StoreError, ValueError) as error:
+                run.recording.note(f"the record of the training is in memory alone: {error}")
+                rank_zero_warn(f"InfluenceAudit: the record of the training is in memory alone: {error}")
         if self._record is None and self._why != _NOT_ASKED:
             run.recording.note(f"this run can't be replayed: {self._why}")
+
+    @_tolerated
+    def _finish(self) -> None:
+        if self._recorder is not None:
+            try:
+                self._record = self._recorder.finish()
+            except ReplayError:
+                self.fail(self._recorder.why)
 
     def end(self, why: str) -> None:
         """Record nothing more, without a word."""
         if self._settings is not None:
+            if self._recorder is not None:
+                self._recorder.stop(why)
             self._settings, self._recorder, self._why = None, None, why
 
-    def _end(self, why: str) -> None:
-        self._settings, self._recorder, self._why = None, None, why
+    def fail(self, why: str) -> None:
+        """Record nothing more, and say so."""
+        self.end(why)
         rank_zero_warn(f"InfluenceAudit: this run can't be replayed, and is not recorded any further: {why}.")
 
     def recorded(self) -> TrainingRecord:

@@ -47,19 +47,20 @@ class KeptStates(Mapping[int, RunState]):
     Attributes:
         interval: Steps between two states.
         bytes: That all of them take.
+        shelf: See the arguments.
     """
 
     def __init__(self, steps: int | None = None, shelf: Shelf | None = None) -> None:
         self.interval = 1 if steps is None else max(1, math.ceil(math.sqrt(steps)))
         self.bytes = 0
-        self._shelf = shelf
+        self.shelf = shelf
         self._held: dict[int, RunState] = {}
         self._sizes: dict[int, int] = {}
 
     def __getitem__(self, step: int) -> RunState:
-        if step in self._held or self._shelf is None or step not in self._sizes:
+        if step in self._held or self.shelf is None or step not in self._sizes:
             return self._held[step]
-        return self._shelf.get(step)
+        return self.shelf.get(step)
 
     def __iter__(self) -> Iterator[int]:
         return iter(sorted(self._sizes))
@@ -71,10 +72,10 @@ class KeptStates(Mapping[int, RunState]):
         """Keep a state."""
         size = bytes_of([dict(state.parameters), dict(state.buffers), dict(state.optimizer)])
         in_memory = sum(self._sizes[step] for step in self._held)
-        if self._shelf is None or in_memory + size <= _IN_MEMORY:
+        if self.shelf is None or in_memory + size <= _IN_MEMORY:
             self._held[state.step] = state
         else:
-            self._shelf.put(state)
+            self.shelf.put(state)
         self._sizes[state.step] = size
         self.bytes += size
         if len(self) > 2 * self.interval + 2:
@@ -98,8 +99,8 @@ class KeptStates(Mapping[int, RunState]):
 
     def _drop(self, step: int) -> None:
         self.bytes -= self._sizes.pop(step)
-        if self._held.pop(step, None) is None and self._shelf is not None:
-            self._shelf.drop(step)
+        if self._held.pop(step, None) is None and self.shelf is not None:
+            self.shelf.drop(step)
 
 
 def state_of(module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> RunState:

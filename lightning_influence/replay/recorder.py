@@ -103,7 +103,7 @@ class Recorder:
         self._module, self._optimizer = module, optimizer
         self._modules, self._parameters = list(module.modules()), list(module.parameters())
         self._as_began = self._standing()
-        self._states = KeptStates() if states is None else states
+        self.states = KeptStates() if states is None else states
         self._record_bytes = 0
         self._seen_streams: dict[str, Any] = {}
         self._steps: list[StepRecord] = []
@@ -200,11 +200,11 @@ class Recorder:
         if not self.why and not self._steps:
             self.stop("no step was taken")
         if not self.why:
-            self._states.keep(state_of(self._module, self._optimizer, len(self._steps)))
+            self.states.keep(state_of(self._module, self._optimizer, len(self._steps)))
             self._read_losses()
         if self.why:
             raise ReplayError(f"this run was not recorded as a whole: {self.why}.")
-        return TrainingRecord(self.recipe, self._steps, self._states)
+        return TrainingRecord(self.recipe, self._steps, self.states)
 
     def stop(self, why: str) -> None:
         """Record nothing more, and let go of what there is."""
@@ -213,14 +213,14 @@ class Recorder:
         self.why = why
         self._steps, self._batches, self._losses = [], [], []
         self._pending = self._current = self._loss = None
-        self._states.clear()
+        self.states.clear()
         self._record_bytes = 0
         self.fetching = StreamReader()
 
     @property
     def bytes(self) -> int:
         """Memory that the records take, states included."""
-        return self._record_bytes + self._states.bytes
+        return self._record_bytes + self.states.bytes
 
     # ---------------------------------------------------------------- details
 
@@ -231,8 +231,8 @@ class Recorder:
             named = self._module.named_modules()
             self._training = frozenset(eager_name(name) for name, module in named if module.training)
         step = len(self._steps)
-        if not step % self._states.interval and step not in self._states:
-            self._states.keep(state_of(self._module, self._optimizer, step))
+        if not step % self.states.interval and step not in self.states:
+            self.states.keep(state_of(self._module, self._optimizer, step))
 
     def _end_batch(self) -> None:
         assert self._current is not None
@@ -243,7 +243,7 @@ class Recorder:
         # Not of the step that is still growing.
         if len(self._losses) >= _READ_EVERY + self.recipe.accumulation:
             self._read_losses()
-        while self.bytes > self.max_bytes and self._states.thin():
+        while self.bytes > self.max_bytes and self.states.thin():
             pass
         if self.bytes > self.max_bytes:
             self.stop(

@@ -13,6 +13,7 @@ Layout of `<log_dir>/influence/`:
 | `curves/epoch-<epoch>.safetensors` | loss, margin and probability of each example in one epoch |
 | `factors/<block>.safetensors` | the curvature factors of one parameter block |
 | `checkpoints/step-<step>.safetensors` | weights and step sizes at one time of training |
+| `training/*.safetensors` | the training run as it was recorded: its steps, states, and kept batches |
 
 A file is written under a temporary name beside its place, flushed to the disk and renamed, so a reader meets
 the old file or the new one. One process writes an audit at a time (rank 0); any number may read.
