@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature import CurvatureName, Fisher
+from lightning_influence.data.given import Data, Indices
 from lightning_influence.influence.examined import ExaminedModel
-from lightning_influence.influence.inputs import Data, Indices, aligned, check_factor_examples
+from lightning_influence.influence.inputs import aligned, check_factor_examples
 from lightning_influence.scores.along.diff_in import diff_in_scores
 from lightning_influence.scores.along.source import At, source_scores
 from lightning_influence.scores.along.tracin import tracin_scores

@@ -17,6 +17,7 @@ from lightning_influence.curvature import BlockCurvature, Curvature, CurvatureNa
 from lightning_influence.curvature.chain import Chain, curvature_chain
 from lightning_influence.curvature.choices import random_subset
 from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
+from lightning_influence.data.given import Data, Indices
 from lightning_influence.gradients.coverage import LEFT_OUT, Coverage, listed_reasons
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import ExampleScores
@@ -24,8 +25,6 @@ from lightning_influence.influence.along import AlongTraining
 from lightning_influence.influence.directory import store_curvature, stored_curvature, stored_examples
 from lightning_influence.influence.examined import ExaminedModel
 from lightning_influence.influence.inputs import (
-    Data,
-    Indices,
     Loss,
     aligned,
     check_factor_examples,
