@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from lightning_influence.data.given import Data, Indices
 from lightning_influence.gradients.coverage import LEFT_OUT, Coverage, listed_reasons
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import ExampleScores
-from lightning_influence.influence.along import AlongTraining
+from lightning_influence.influence.along import AlongRecord, AlongTraining
 from lightning_influence.influence.directory import store_curvature, stored_curvature, stored_examples
 from lightning_influence.influence.examined import ExaminedModel
 from lightning_influence.influence.inputs import (
@@ -30,6 +30,7 @@ from lightning_influence.influence.inputs import (
     check_factor_examples,
     notes_of,
 )
+from lightning_influence.replay.record import TrainingRecord
 from lightning_influence.scores.along.dropout_masks import ip_ensemble
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.measurements import (
@@ -230,9 +231,19 @@ class Influence(ExaminedModel):
         """Return inner products of gradients, the mean over ``masks`` sub-networks of a model with dropout."""
         return ip_ensemble(*self.paired(test_set, indices), masks=masks, seed=seed)
 
-    def along(self, checkpoints: Sequence[Checkpoint]) -> AlongTraining:
-        """Return scores along the training, from checkpoints: an audit's, or ``Checkpoint.of(model, step, ...)``."""
-        return AlongTraining(self, checkpoints)
+    @overload
+    def along(self, run: TrainingRecord) -> AlongRecord: ...
+
+    @overload
+    def along(self, run: Sequence[Checkpoint]) -> AlongTraining: ...
+
+    def along(self, run: Sequence[Checkpoint] | TrainingRecord) -> AlongTraining | AlongRecord:
+        """Return scores along the training.
+
+        Args:
+            run: Checkpoints, an audit's or ``Checkpoint.of(model, step, ...)``; or a recorded run, for ``replay``.
+        """
+        return AlongRecord(self, run) if isinstance(run, TrainingRecord) else AlongTraining(self, run)
 
     def measure(
         self, test_set: Data, measurement: AnyMeasurement = "loss", indices: Indices | None = None
