@@ -105,7 +105,7 @@ def check_trials(self_test: Any) -> int:
     """Return the number of trials; raise ``ValueError`` if that is none."""
     if self_test is False or (type(self_test) is int and self_test == 0):
         return 0
-    return check_count("self_test", self_test, f"a number of trials, {FEWEST} at least, or 0", least=FEWEST)
+    return check_count("self_test", self_test, "0 for none", least=FEWEST)
 
 
 def self_test(
