@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import test_replay_scores
 import torch
@@ -21,8 +22,10 @@ from which_lightning import ModelCheckpoint, pl
 
 from lightning_influence import AuditReport, DemographicParityGap, Influence, InfluenceAudit
 from lightning_influence.audit.store.atomic import StoreError
+from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.replay import ReplayError, replay_scores
 from lightning_influence.replay.scores import weighting_of
+from lightning_influence.replay.settings import Record
 from lightning_influence.replay.trust import Retraining, Trust, self_test
 from lightning_influence.scores.measurements import Loss, MeasurementError
 
@@ -56,7 +59,7 @@ class Run(NamedTuple):
 
 
 def run_of(
-    directory: Path, model: pl.LightningModule, train: Any, *, record: bool = True, **arguments: Any
+    directory: Path, model: pl.LightningModule, train: Any, *, record: Any = True, **arguments: Any
 ) -> InfluenceAudit:
     pl.seed_everything(1, verbose=False)
     audit = InfluenceAudit(record=record, **CHEAP)
@@ -204,6 +207,69 @@ def test_a_run_without_a_record_and_one_that_was_resumed(tmp_path: Path) -> None
         trainer.fit(Digits(), train, ckpt_path=tmp_path / "last.ckpt")
     with pytest.raises(StoreError, match="no record of the training in .* as training was resumed"):
         audit.report.replay(Digits(), train, digits(40, 44))
+
+
+# -------------------------------------------------------------------------------------------------------- harm_exact
+
+
+class WithValidation(Digits):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(digits(60, 90), 16)
+
+
+def test_harm_in_this_run_is_a_column_outside_the_suspicion(tmp_path: Path) -> None:
+    train = DataLoader(digits(0, 60), 16, shuffle=True)
+    pl.seed_everything(0, verbose=False)
+    model = WithValidation()
+    other = copy.deepcopy(model)
+    report = run_of(tmp_path / "one", model, train, max_epochs=2).report
+    without = run_of(tmp_path / "two", other, train, record=Record(max_cost=0), max_epochs=2).report
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    assert set(report.columns) - set(without.columns) == {"harm_exact"}
+    assert (report.columns["rank"] == without.columns["rank"]).all()
+    scores = report.replay(model, train, digits(60, 90), together=True, self_test=0)
+    np.testing.assert_allclose(report.columns["harm_exact"], -scores.scores, rtol=1e-6)
+    stored = AuditReport.load(report.directory or "")
+    np.testing.assert_array_equal(stored.columns["harm_exact"], report.columns["harm_exact"])
+    assert "harm_exact" in (Path(report.directory or "") / "columns.md").read_text()
+    assert "harm_exact" not in stored.manifest["ranked_by"]
+
+
+def test_harm_that_takes_too_long_or_fails_costs_no_audit(tmp_path: Path) -> None:
+    train = DataLoader(digits(0, 60), 16)
+    report = run_of(tmp_path / "one", WithValidation(), train, record=Record(max_cost=1e-9), max_epochs=1).report
+
+    class MovesWeights(WithValidation):
+        def on_train_batch_end(self, *args: Any) -> None:
+            with torch.no_grad():
+                self.net[0].bias += 0.1
+
+    moved = run_of(tmp_path / "two", MovesWeights(), train, max_epochs=1).report
+    for each, why in ((report, "no harm_exact: the replay would take at least"), (moved, "does not come out the same")):
+        stored = AuditReport.load(each.directory or "")
+        assert stored.status == each.status == "complete"
+        assert "harm_exact" not in stored.columns
+        assert "harm" in stored.columns
+        assert any(why in note for note in stored.manifest["notes"])
+        assert any(why in note for note in each.manifest["notes"])
+
+
+def test_harm_on_a_disk_that_has_filled_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = AuditStore.write_scores
+
+    def until_there_is_harm(store: AuditStore, columns: Any) -> None:
+        if "harm_exact" in columns:
+            raise StoreError("the disk is full")
+        write(store, columns)
+
+    monkeypatch.setattr(AuditStore, "write_scores", until_there_is_harm)
+    with pytest.warns(UserWarning, match="harm_exact is in memory alone"):
+        report = run_of(tmp_path, WithValidation(), DataLoader(digits(0, 60), 16), max_epochs=1).report
+    assert report.status == AuditReport.load(report.directory or "").status == "complete"
+    assert "harm_exact" in report.columns
 
 
 # ------------------------------------------------------------------------------------------------------------- trust

@@ -20,6 +20,12 @@ def is_watched() -> bool:
     return "ipykernel" in sys.modules or is_terminal()
 
 
+def say(words: str) -> None:
+    """Print a line, where somebody watches."""
+    if is_watched():
+        print(words, file=sys.stderr)
+
+
 @contextmanager
 def shown(title: str, examples: int, unit: str = "example") -> Iterator[Callable[[int], None]]:
     """Show a pass over some examples while it runs."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_influence.core.errors import check_flag, is_number, short
-from lightning_influence.core.progress import is_watched, shown
+from lightning_influence.core.progress import say, shown
 from lightning_influence.core.torch_private import eagerly
 from lightning_influence.gradients.passes import ExampleGradients, Progress
 from lightning_influence.objective.task import Task
@@ -73,6 +72,7 @@ class _Bill:
     steps: int
     trials: int
     most: float | None
+    tell: Callable[[str], None]
     verified: float = 0.0
     _first: float = 0.0
     _done: int = 0
@@ -94,12 +94,11 @@ class _Bill:
         """Note what going back takes."""
         test = self.trials * _TRIAL * self.verified
         total = self.verified + cost.seconds + test
-        if is_watched():
-            print(
-                f"replay: about {total:.3g} seconds, {self.verified:.3g} of them to run the training again, "
-                f"{cost.seconds:.3g} to go back through it, {test:.3g} for the self-test",
-                file=sys.stderr,
-            )
+        tested = f", {test:.3g} for the self-test" if self.trials else ""
+        self.tell(
+            f"about {total:.3g} seconds in all, {self.verified:.3g} to run the training again, {cost.seconds:.3g} to "
+            f"go back through it{tested}"
+        )
         self._check(total)
 
     def _check(self, seconds: float, least: str = "") -> None:
@@ -118,10 +117,17 @@ class Replay:
         rerun: The run.
         task: The loss by example; by default that of the run.
         progress: Shows how far it is.
+        told: Called with the cost, in words, after a few steps on the way back.
     """
 
-    def __init__(self, rerun: Rerun, task: Task | None = None, progress: Progress = _IN_STEPS) -> None:
-        self._rerun, self._task, self._progress = rerun, task or rerun.task, progress
+    def __init__(
+        self,
+        rerun: Rerun,
+        task: Task | None = None,
+        progress: Progress = _IN_STEPS,
+        told: Callable[[str], None] = lambda cost: say(f"replay: {cost}"),
+    ) -> None:
+        self._rerun, self._task, self._progress, self._told = rerun, task or rerun.task, progress, told
 
     def asked(
         self,
@@ -214,7 +220,7 @@ class Replay:
             raise ValueError("there is no query; pass at least one index.")
         check_record(rerun.record)
         steps = len(rerun.record.steps)
-        bill, began = _Bill(steps, trials, max_cost), time.perf_counter()
+        bill, began = _Bill(steps, trials, max_cost, self._told), time.perf_counter()
         way = self._weighting(ends[0][1][0][0])
         with self._progress("replay", steps * (2 + trials)) as advance:
 
