@@ -16,6 +16,7 @@ from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.progress import shown
 from lightning_influence.core.weights import checksum, parameters_of
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
+from lightning_influence.curvature.chain import Chain, curvature_chain
 from lightning_influence.curvature.choices import check_labels
 from lightning_influence.data.given import Data, Indices, positions, source_of
 from lightning_influence.data.source import DataError
@@ -189,6 +190,10 @@ class ExaminedModel:
                 told = None if loss.primary is None else loss.primary.statistics(loss.n).get("label")
                 found |= {} if told is None else dict(zip(own, map(int, told.tolist()), strict=True))
         return {index: label for index, label in found.items() if label >= 0}
+
+    def chain(self) -> Chain:
+        """Return what each approximation gives away, from the Hessian down to K-FAC; for small networks."""
+        return curvature_chain(self.training, self.examples)
 
     def checksum(self) -> str:
         """Return what tells the weights that the model has now from others, on any device."""

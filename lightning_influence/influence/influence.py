@@ -14,7 +14,6 @@ from lightning_influence.audit.unlearning import ParameterUpdate, Unlearner, Wei
 from lightning_influence.core.errors import check_count, check_flag
 from lightning_influence.core.indices import integers
 from lightning_influence.curvature import BlockCurvature, Curvature, CurvatureName, Damping, Fisher, Solver
-from lightning_influence.curvature.chain import Chain, curvature_chain
 from lightning_influence.curvature.choices import random_subset
 from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
 from lightning_influence.data.given import Data, Indices
@@ -233,16 +232,10 @@ class Influence(ExaminedModel):
 
     @overload
     def along(self, run: TrainingRecord) -> AlongRecord: ...
-
     @overload
     def along(self, run: Sequence[Checkpoint]) -> AlongTraining: ...
-
     def along(self, run: Sequence[Checkpoint] | TrainingRecord) -> AlongTraining | AlongRecord:
-        """Return scores along the training.
-
-        Args:
-            run: Checkpoints, an audit's or ``Checkpoint.of(model, step, ...)``; or a recorded run, for ``replay``.
-        """
+        """Return scores along a run, from checkpoints (``report.checkpoints()``) or, by replay, its record."""
         return AlongRecord(self, run) if isinstance(run, TrainingRecord) else AlongTraining(self, run)
 
     def measure(
@@ -292,10 +285,6 @@ class Influence(ExaminedModel):
         """Return how much self-influence depends on the damping, from a few hundred examples."""
         blocks = _damped_blocks(self.curvature)
         return damping_sweep(self.training, random_subset(self.examples, _SWEPT, 0), blocks)
-
-    def chain(self) -> Chain:
-        """Return what each approximation gives away, from the Hessian down to K-FAC; for small networks."""
-        return curvature_chain(self.training, self.examples)
 
     def _asked(self, test_set: Data, indices: Indices | None) -> Asked:
         curvature = self.curvature  # before anything is computed
