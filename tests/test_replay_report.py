@@ -194,6 +194,57 @@ def test_what_is_refused(run: Run, tmp_path: Path) -> None:
         replay(Digits(), run.train, together="yes")
 
 
+class Mixed(Digits):
+    """Mixes examples in every second step of training."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        if not self.training or batch_idx % 2:
+            return super().training_step(batch, batch_idx)
+        x[:, 20:40] = x.flip(0)[:, 20:40]
+        logits = self(x)
+        return 0.7 * F.cross_entropy(logits, y) + 0.3 * F.cross_entropy(logits, y.flip(0))
+
+
+def test_steps_that_mix_examples(tmp_path: Path) -> None:
+    """By weights of rows, scores would be wrong, and the self-test, which knows no others, would find them right."""
+    train = digits(0, 60)
+    report = run_of(tmp_path, Mixed(), DataLoader(train, 16), max_epochs=1).report
+    with pytest.raises(ReplayError, match="at step 0 the loss of some examples depends on others of their batch"):
+        report.replay(Mixed(), train, digits(60, 64))
+    with pytest.raises(ReplayError, match="a `task=` that comes to another loss than the one trained on"):
+        report.replay(Mixed(), train, digits(60, 64), task="classification")
+
+
+class AsksTheTrainer(Digits):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1 + self.current_epoch / self.trainer.max_epochs)
+
+
+def test_a_model_that_asks_its_trainer(tmp_path: Path) -> None:
+    train, model = DataLoader(digits(0, 60), 16), AsksTheTrainer()
+    report = run_of(tmp_path, model, train, max_epochs=2).report
+    assert report.replay(model, train, digits(60, 64), self_test=0).scores.isfinite().all()
+    with pytest.raises(ReplayError, match="^the training step asks for `trainer.max_epochs`, and the model has no tr"):
+        report.replay(AsksTheTrainer(), train, digits(60, 64))
+
+
+def by_example(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def test_the_loss_by_example_is_that_of_the_audit(tmp_path: Path) -> None:
+    train = DataLoader(digits(0, 60), 16)
+    pl.seed_everything(1, verbose=False)
+    audit = InfluenceAudit(record=True, task=by_example, **CHEAP)
+    make_trainer(tmp_path, callbacks=[audit], max_epochs=1).fit(Digits(), train)
+    with pytest.raises(ReplayError, match="the audit was made with `task=by_example`.*; pass it here, too"):
+        audit.report.replay(Digits(), train, digits(60, 64))
+    found = audit.report.replay(Digits(), train, digits(60, 64), task=by_example, self_test=3)
+    assert found.trust is not None
+    assert found.trust.correlation > 0.9
+
+
 def test_a_run_without_a_record_and_one_that_was_resumed(tmp_path: Path) -> None:
     train = DataLoader(digits(0, 40), 16)
     without = run_of(tmp_path / "one", Digits(), train, record=False, max_epochs=1)

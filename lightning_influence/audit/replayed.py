@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -17,11 +17,11 @@ from lightning_influence.core.progress import shown
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.data.given import Data, Indices, positions, source_of
 from lightning_influence.data.source import ExampleSource
-from lightning_influence.gradients.discover import discover
+from lightning_influence.gradients.discover import TraceError, discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.objective.standard_task import TaskName, checked_task
 from lightning_influence.objective.task import Task, TrainingStepTask
-from lightning_influence.replay.as_trained import moved
+from lightning_influence.replay.as_trained import as_trained, moved
 from lightning_influence.replay.attribution import Replay, ReplayedMeasurement, ReplayedPairs
 from lightning_influence.replay.record import ReplayError, TrainingRecord
 from lightning_influence.replay.rerun import Rerun, forward_context
@@ -44,7 +44,8 @@ class Replayed:
         if kept is None or not kept.exists:
             told = (note for note in self.manifest.get("notes", ()) if "replayed" in note or "record of the" in note)
             why = next(told, "it was not recorded, see `InfluenceAudit(record=True)`")
-            raise StoreError(f"there is no record of the training in {self.directory}: {why}.")
+            where = "of the training" if self.directory is None else f"of the training in {self.directory}"
+            raise StoreError(f"there is no record {where}: {why}.")
         return kept.read()
 
     @overload
@@ -128,15 +129,37 @@ class Replayed:
         asked, drawn = source_of(queries, collate_fn=source.collate_fn)
         chosen = positions(indices, drawn, "query set")
         rerun = Rerun(record, model, TrainingStepTask(), source, to_device=to_device)
-        by_example = checked_task(task) or rerun.task
-        # Passes run in the weights' own precision, as those of an audit.
-        own = partial(forward_context, record.recipe, model) if "mixed" not in record.recipe.precision else nullcontext
-        around: dict[str, Any] = {"to_device": rerun.to_device, "forward_context": own}
-        coverage = discover(model, by_example, source, uncovered="exact", **around)
+        by_example = checked_task(self._task_of(task)) or rerun.task
+        around: dict[str, Any] = {"to_device": rerun.to_device, "forward_context": partial(_around, model, record)}
+        try:
+            coverage = discover(model, by_example, source, uncovered="exact", **around)
+        except TraceError as error:
+            if isinstance(error.__cause__, ReplayError):
+                raise error.__cause__ from None
+            raise
         training = ExampleGradients(model, by_example, source, coverage, progress=shown, **around)
         return Replay(rerun, by_example).asked(
             training.on(asked), chosen, measurement, together=together, max_cost=max_cost, self_test=self_test
         )
+
+    def _task_of(self, task: Any) -> Any:
+        """Return the loss by example: what is asked for, or what the audit was made with."""
+        then = self.manifest.get("arguments", {}).get("task")
+        if task is not None or then is None or then in get_args(TaskName):
+            return then if task is None else task
+        raise ReplayError(
+            f"the audit was made with `task={then}` in place of the training step, which does not tell examples apart; "
+            "pass it here, too. It has to come to the loss that was trained on."
+        )
+
+
+@contextmanager
+def _around(model: nn.Module, record: TrainingRecord) -> Iterator[None]:
+    """Run a pass at the end of training in the weights' own precision, as those of an audit."""
+    own = nullcontext() if "mixed" in record.recipe.precision else forward_context(record.recipe, model)
+    epoch = max((batch.epoch for batch in record.steps[-1].batches), default=0) if record.steps else 0
+    with own, as_trained(model, lambda: (epoch, len(record.steps))):
+        yield
 
 
 def _training_data(

@@ -16,6 +16,7 @@ from lightning_influence.core.torch_private import eagerly
 from lightning_influence.gradients.passes import ExampleGradients, Progress
 from lightning_influence.objective.task import Task
 from lightning_influence.replay.backward import Cost, check_record
+from lightning_influence.replay.mixing import check_rows
 from lightning_influence.replay.record import ReplayError
 from lightning_influence.replay.rerun import Rerun
 from lightning_influence.replay.scores import replay_measurement, replay_scores, weighting_of
@@ -34,6 +35,8 @@ from lightning_influence.scores.pairs import PairwiseScores
 
 # Steps that are timed, and what a step of a trial takes over one of the run: its gradient is taken with its graph.
 _TIMED, _TRIAL = 3, 1.5
+# Of the last steps: not every one has to mix its examples.
+_LOOKED_AT = 8
 _IN_STEPS = partial(shown, unit="step")
 
 
@@ -245,9 +248,12 @@ class Replay:
         """Find out how the loss is weighted: a refusal is not to wait for the whole run."""
         rerun, steps = self._rerun, len(self._rerun.record.steps)
         try:
-            rerun.segment(max(steps - 2, 0), steps)
+            last = rerun.segment(max(steps - _LOOKED_AT, 0), steps)
         except ReplayError:
             rerun.verify()  # names the first step that differs
             raise
         with rerun.standing(), eagerly():
-            return weighting_of(rerun, self._task, queries.coverage.trace.forms)
+            way = weighting_of(rerun, self._task, queries.coverage.trace.forms)
+            for step in last:
+                check_rows(rerun, way, self._task, step)
+        return way
