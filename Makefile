@@ -23,7 +23,7 @@ FLOOR_INSTALL = $(subst $(PY),$(FLOOR)/bin/python,$(INSTALL))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test test-quick test-floor test-browser size lint lint-page bench cost detection queries lds solvers unlearning fairness robustness compatibility package clean
+.PHONY: help demo clean-and-retrain test test-quick test-floor test-browser screenshots size lint lint-page bench cost detection queries lds solvers unlearning fairness robustness compatibility package clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -32,6 +32,7 @@ help:
 	@echo 'make test-quick   a minute of it: the rooms, the public door, the callback on small nets, how to add things'
 	@echo 'make test-floor   the callback with the oldest releases that pyproject.toml allows, under both names of Lightning'
 	@echo 'make test-browser   the page and TensorBoard in a real browser (Chromium of the system); screenshots/ has what they showed'
+	@echo 'make screenshots   the pictures of the page in the README, from the demo (5 minutes)'
 	@echo 'make size    lines of code by room'
 	@echo 'make lint    ruff check, ruff format --check, mypy'
 	@echo 'make lint-page   eslint, prettier and tsc on the page (needs npm)'
@@ -74,12 +75,18 @@ FLOOR_PYTEST = OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest --numprocesses au
 
 test-floor: $(FLOOR)/.floor
 	@$(FLOOR_PYTEST) $(FLOOR_TESTS) $(PYTEST_ARGS)
-	@LIGHTNING_PACKAGE=pytorch_lightning $(FLOOR_PYTEST) tests/test_callback_errors.py $(PYTEST_ARGS)
+	@LIGHTNING_PACKAGE=pytorch_lightning $(FLOOR_PYTEST) $(addprefix tests/test_,callback_errors.py first_hour.py) \
+	    $(PYTEST_ARGS)
 
 # Chromium is the system's; playwright, which steers it, brings none. Without one, what is skipped is said.
 test-browser: $(VENV)/.browser
 	@mkdir -p screenshots
 	@SCREENSHOTS=screenshots OMP_NUM_THREADS=1 $(PY) -m pytest $(wildcard tests/test_*_browser.py) $(PYTEST_ARGS)
+
+# The demo, and the same with the labels mended that its audit suggests.
+screenshots: $(VENV)/.browser
+	@test -d demo_logs/screenshots || $(PY) examples/01_mislabelled_digits.py --logs demo_logs/screenshots
+	@$(PY) examples/screenshots.py demo_logs/screenshots
 
 size:
 	@$(firstword $(PYTHON)) tests/size.py
@@ -199,6 +206,6 @@ $(FLOOR)/.floor: pyproject.toml
 	@echo 'installing the oldest releases into $(FLOOR) (once, some minutes) ...'
 	@sed -n '/^dependencies/,/^]/s/^ *"\([a-z-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml >$(FLOOR)/oldest.txt
 	@sed -n 's/^lightning==/pytorch-lightning==/p' $(FLOOR)/oldest.txt >>$(FLOOR)/oldest.txt
-	@$(subst constraints.txt,$(FLOOR)/oldest.txt,$(FLOOR_INSTALL)) --editable . pytest pytest-xdist 'rich<14'
+	@$(subst constraints.txt,$(FLOOR)/oldest.txt,$(FLOOR_INSTALL)) --editable . pytest pytest-xdist scikit-learn 'rich<14'
 	@$(FLOOR_INSTALL) --no-deps torchdata==0.11.0
 	@touch $@

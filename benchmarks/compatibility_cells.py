@@ -81,8 +81,13 @@ def model_of(pl: Any, manual: bool) -> Any:
             super().__init__()
             self.automatic_optimization = not manual
             self.net = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+            self.number = nn.Linear(FEATURES, 1)
 
         def loss(self, batch: Any) -> Tensor:
+            # Of another loader, with a head of their own: scores of the first stay what they are.
+            if isinstance(batch, dict) and "numbers" in batch:
+                x, y = batch["numbers"]
+                return self.loss(batch["classes"]) + F.mse_loss(self.number(x).squeeze(1), y.float())
             x, y = (batch["x"], batch["y"]) if isinstance(batch, dict) else batch
             return F.cross_entropy(self.net(x), y)
 
@@ -111,6 +116,11 @@ def data_of(pl: Any, kind: str) -> Any:
                 return DataLoader(TensorDataset(*rows(N)), BATCH)
 
         return Data()
+    if kind.startswith("two loaders"):
+        return {
+            "classes": DataLoader(TensorDataset(*rows(N)), BATCH),
+            "numbers": DataLoader(TensorDataset(*rows(8)), 4),
+        }
     dataset: Any = {
         "DataLoader": lambda: TensorDataset(*rows(N)),
         "Hugging Face": as_huggingface,
@@ -166,6 +176,8 @@ def run(pl: Any, data: str, optimization: str, logger: str, audited: bool) -> di
     """Train once; return the weights and what became of the audit."""
     manual = optimization != "automatic"
     options: dict[str, Any] = {"sample_id": "key"} if "sample_id" in data else {}
+    if "loader=" in data:
+        options["loader"] = "classes"
     if "task" in optimization:
         options["task"] = lambda module, batch: module.loss(batch)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

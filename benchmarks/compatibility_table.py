@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
-DATA = ("DataLoader", "DataModule", "Hugging Face", "Subset", "stream", "stream, `sample_id=`")
+DATA = (
+    *("DataLoader", "DataModule", "Hugging Face", "Subset", "stream", "stream, `sample_id=`"),
+    *("two loaders", "two loaders, `loader=`"),
+)
 OPTIMIZATION = ("automatic", "manual", "manual, `task=`")
 LOGGERS = ("TensorBoard", "CSV", "W&B", "MLflow", "none")
 

@@ -87,7 +87,7 @@ class Recorder(L.Callback):
         recording: Any = self.audit._recording
         path.parent.mkdir(parents=True, exist_ok=True)
         seen = np.stack(self.seen)
-        evidence = recording.labels.evidence.state_dict()
+        evidence, every = recording.labels.evidence.state_dict(), torch.arange(recording.size)
         np.savez(
             path,
             given=data.given,
@@ -98,8 +98,8 @@ class Recorder(L.Callback):
             eval_probabilities=np.stack(self.predicted),
             seen_probabilities=seen,
             seen_accuracy=(seen.argmax(2) == data.given).mean(1),
-            mean_probabilities=recording.dynamics.mean_probabilities().numpy(),
-            votes=recording.labels.neighbours.votes(data.classes).numpy(),
+            mean_probabilities=recording.dynamics.mean_probabilities(every).numpy(),
+            votes=recording.labels.neighbours.votes(data.classes, every).numpy(),
             **{f"evidence_{name}": np.asarray(values) for name, values in evidence.items()},
             **{f"column_{name}": values for name, values in report.columns.items()},
         )

@@ -153,12 +153,12 @@ def settings() -> list[Setting]:
             5,
         ),
         Setting(
-            "cancer MLP GELU, AdamW 5e-4, batch 32, 20 epochs",
-            lambda: mlp(30, 32, 2),
+            "cancer MLP GELU, AdamW 5e-4, batch 64, 30 epochs",
+            lambda: mlp(30, 64, 2),
             *of_cancer,
             lambda p: torch.optim.AdamW(p, 5e-4),
-            32,
-            20,
+            64,
+            30,
         ),
     ]
 

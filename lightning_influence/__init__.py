@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_influence.influence import Influence
     from lightning_influence.metrics import LinearDatamodelingScore, MislabelDetection
     from lightning_influence.objective.task import Task, TrainingStepTask
+    from lightning_influence.replay.settings import Record
     from lightning_influence.scores.along.tracin import tracin_scores
     from lightning_influence.scores.measurements import (
         AdversarialLoss,
@@ -42,6 +43,7 @@ _MODULES = {
     "Margin": "lightning_influence.scores.measurements",
     "MislabelDetection": "lightning_influence.metrics",
     "Queries": "lightning_influence.audit.queries",
+    "Record": "lightning_influence.replay.settings",
     "StepSizes": "lightning_influence.training.step_sizes",
     "Task": "lightning_influence.objective.task",
     "TracIn": "lightning_influence.training.settings",
@@ -63,6 +65,7 @@ __all__ = [
     "Margin",
     "MislabelDetection",
     "Queries",
+    "Record",
     "StepSizes",
     "Task",
     "TracIn",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,25 @@ def write_audit(directory: Path, report: AuditReport, **more: Any) -> Path:
     for name, content in files(report, name=directory.parent.name, **more).items():
         (saved.directory / name).write_bytes(content)
     return saved.directory
+
+
+def add_tokens(directory: Path, index: int) -> None:
+    """Tell the document what the scores of the first query's pairs are made of, and of one example what was likely."""
+    path = directory / "audit.json"
+    document = json.loads(path.read_text())
+    for pair in document["pairs"]:
+        if pair["number"] == 1:
+            sign = 1 if pair["kind"] == "proponent" else -1
+            pair["tokens"] = [["it", 0.0], [HOSTILE, 3.0 * sign], ["was", None], ["long", -1.5 * sign]]
+            pair["tokens_rest"] = 0.25
+    row = [column for column in document["columns"] if column["name"] == "index"]
+    places = np.frombuffer(base64.b64decode(row[0]["data"]), "<i4")
+    table = np.full((len(places), len(document["curves"]["epochs"])), np.nan, dtype="<f4")
+    table[places == index] = [np.nan, 0.25, 0.5, np.nan, 0.75]
+    document["curves"]["names"].append("suggested_probability")
+    document["curves"] |= {"p_given": "probability", "p_suggested": "suggested_probability"}
+    document["curves"]["data"]["suggested_probability"] = base64.b64encode(table.tobytes()).decode()
+    path.write_text(json.dumps(document))
 
 
 def write_several(root: Path) -> dict[str, Path]:

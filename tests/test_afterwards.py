@@ -730,3 +730,19 @@ def test_without_a_best_checkpoint_the_last_weights_are_audited(tmp_path: Path) 
 def test_quiet(tmp_path: Path) -> None:
     """Keep ``QUIET`` a mapping that a trainer takes: the tests above would watch a bar otherwise."""
     assert pl.Trainer(**QUIET, logger=False, enable_checkpointing=False).progress_bar_callback is None
+
+
+@pytest.mark.filterwarnings("always:no logger")
+def test_it_is_said_where_an_audit_goes_that_nothing_names_a_folder_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = Classifier()
+    report = InfluenceAudit(curvature="kfac").audit(model, train_data())
+    assert report.directory == tmp_path / "influence"
+    (tmp_path / "elsewhere").mkdir()
+    torch.save(model.state_dict(), tmp_path / "elsewhere" / "weights.pt")
+    beside = InfluenceAudit(curvature="kfac").audit(model, train_data(), ckpt_path="elsewhere/weights.pt")
+    assert beside.directory == tmp_path / "elsewhere" / "influence"
+    (told,) = [str(each.message) for each in recwarn if "no logger" in str(each.message)]
+    assert f"goes to {report.directory}; `InfluenceAudit(dirpath=...)` names another" in told

@@ -569,7 +569,12 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
         },
         "layers": None, "uncovered": "report", "queries": None, "task": None, "weights": "last", "verify": True,
     }  # fmt: skip
-    assert set(manifest["versions"]) == {"python", "lightning-influence", "lightning", "torch"}
+    assert set(manifest["versions"]) == {
+        "python",
+        "lightning-influence",
+        PACKAGE.partition(".")[0].replace("_", "-"),
+        "torch",
+    }
     assert manifest["coverage"]["share"] == 1.0
     assert manifest["coverage"]["covered"] == {name: [f"{name}.weight", f"{name}.bias"] for name in ("net.1", "net.3")}
     assert manifest["curvature"]["labels"] == ["sampled", "sampled"]

@@ -210,7 +210,7 @@ COMBINATIONS: dict[str, tuple[type[Stepless], Callable[[], Any], dict[str, Any],
         Stepless,
         lambda: CombinedLoader({"a": loader(vectors()), "b": loader(vectors())}, "min_size"),
         {},
-        "goes over 2 loaders at once \(a, b\).*Expected one loader",
+        "goes over 2 loaders at once \(a, b\).*loader=",
     ),
     "manual optimization": (
         Manual,

@@ -117,7 +117,7 @@ def check_same(
     if not curves:
         return
     assert one.curves.epochs.tolist() == other.curves.epochs.tolist()
-    assert set(one.curves) == set(other.curves) == {"loss", "margin", "probability"}
+    assert set(one.curves) == set(other.curves) == {"loss", "margin", "probability", "suggested_probability"}
     for name, values in one.curves.items():
         np.testing.assert_allclose(values, other.curves[name], rtol=1e-4, atol=1e-5, err_msg=name)
 

@@ -191,6 +191,29 @@ def test_what_a_configuration_lacks(
     assert re.search(said, error), error
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--model.rate", "fast"], "model.rate=fast; expected float."),
+        (["--data.batch_size", "8.5"], "data.batch_size=8.5; expected int."),
+        (["--model.raet", "0.1"], "model: Option 'raet' is not accepted; Net takes features, rate."),
+        (["--curvature", "ekfax"], "curvature=ekfax; expected one of 'ekfac', 'kfac',"),
+        (["--damping", "-1"], "damping=-1.0; expected a number > 0,"),
+        (["--trainer.precision", "17"], "trainer.precision=17; expected one of 64, 32, 16 or one of '"),
+        (["--trainer.precison", "17"], "'trainer' does not accept option 'precison'."),
+    ],
+)
+def test_what_jsonargparse_refuses_is_told_in_one_sentence(
+    wrong: list[str], said: str, tmp_path: Path, run: tuple[Path, AuditReport], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It printed its usage and every alternative of the type, 120 lines of it."""
+    content = {"model": {"class_path": named(Net)}, "data": {"class_path": named(Data)}}
+    assert main(["audit", "--config", config(tmp_path, content), "--ckpt_path", str(run[0]), *wrong]) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("Seed set")]
+    assert line.startswith("lightning-influence audit: ")
+    assert said in line
+
+
 def test_a_model_with_its_own_data(tmp_path: Path, run: tuple[Path, AuditReport]) -> None:
     pytest.importorskip("jsonargparse")
     given = ["--config", config(tmp_path, {"model": named(Loaded)}), "--ckpt_path", str(run[0])]

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
 from models import Classifier, Numbered, loader, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import SubsetRandomSampler, TensorDataset
+from which_lightning import ModelCheckpoint
 
 from lightning_influence import AuditReport, InfluenceAudit
-from lightning_influence.audit.curves import Curves, sparkline
+from lightning_influence.audit.curves import SUGGESTED, Curves, sparkline
+from lightning_influence.core import distributed
 from lightning_influence.training import curves as recorded
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.curves import CurveRecord
-from lightning_influence.training.dynamics import TrainingDynamics
+from lightning_influence.training.dynamics import RIVAL, TrainingDynamics, _rivals
 
 
 class Diary(Classifier):
@@ -29,6 +30,7 @@ class Diary(Classifier):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.seen: list[tuple[int, int, float, float, float]] = []
+        self.chances: dict[tuple[int, int], Tensor] = {}  # by epoch and example, of every class
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y, indices = batch
@@ -37,6 +39,8 @@ class Diary(Classifier):
         others = logits.detach().clone()
         own = others.gather(1, y[:, None])[:, 0]
         others.scatter_(1, y[:, None], -torch.inf)
+        for index, chances in zip(indices.tolist(), logits.detach().softmax(1), strict=True):
+            self.chances[self.current_epoch, index] = chances
         for each in zip(indices.tolist(), losses.tolist(), (own - others.amax(1)).tolist(), strict=True):
             self.seen.append((self.current_epoch, *each, float(np.exp(-each[1]))))
         return F.cross_entropy(logits, y)
@@ -61,7 +65,7 @@ def fit(
 
 
 def check(curves: Curves, expected: dict[str, Any]) -> None:
-    assert set(curves) == set(expected)
+    assert set(curves) - {SUGGESTED} == set(expected)
     for name, values in expected.items():
         np.testing.assert_allclose(curves[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
 
@@ -76,7 +80,7 @@ class TestRecorded:
         check(report.curves, model.expected(3))
         again = AuditReport.load(report.directory)
         for name, values in report.curves.items():
-            assert np.array_equal(again.curves[name], values)
+            assert np.array_equal(again.curves[name], values, equal_nan=True)
 
     def test_examples_of_some_epochs_only(self, tmp_path: Path) -> None:
         """A limited, shuffled epoch sees other examples each time; of those never seen there are no rows."""
@@ -140,6 +144,69 @@ class TestRecorded:
         model = Tokens()
         report = fit(tmp_path, model, loader(TensorDataset(torch.randint(7, (12, 4)), targets)), epochs=1)
         np.testing.assert_allclose(report.curves["probability"][:, 0], torch.cat(model.told), rtol=1e-5)
+
+
+class TestOfTheSuggestedLabel:
+    def test_it_is_known_where_it_was_the_likeliest_of_the_others(self, tmp_path: Path) -> None:
+        model = Diary()
+        report = fit(tmp_path, model, loader(Numbered(vectors()), shuffle=True))
+        expected = np.full((22, 3), np.nan)
+        for row, (given, suggested) in enumerate(
+            zip(report.columns["label"], report.columns["suggested"], strict=True)
+        ):
+            for epoch in range(3):
+                chances = model.chances[epoch, row].clone()
+                own = float(chances[suggested])
+                chances[given] = -1
+                if int(chances.argmax()) == suggested:
+                    expected[row, epoch] = own
+        assert 0.2 < np.isnan(expected).mean() < 0.8  # the case is none where all or nothing is known
+        np.testing.assert_allclose(report.curves[SUGGESTED], expected, rtol=1e-5, atol=1e-6)
+        saved = report.save(tmp_path / "saved")
+        for each in (AuditReport.load(report.directory), AuditReport.load(saved.directory)):
+            assert np.array_equal(each.curves[SUGGESTED], report.curves[SUGGESTED], equal_nan=True)
+        assert SUGGESTED in str(report[3])
+
+    def test_of_two_classes_it_is_always_known(self, tmp_path: Path) -> None:
+        report = fit(tmp_path, Diary(classes=2), loader(Numbered(vectors(classes=2))))
+        total = report.curves[SUGGESTED] + report.curves["probability"]
+        np.testing.assert_allclose(total, np.ones((22, 3)), rtol=1e-5)
+
+    @pytest.mark.parametrize("classes", [2, 10, 1000, 50_000])
+    @pytest.mark.parametrize("certain", [False, True])
+    def test_class_and_probability_in_one_number(self, classes: int, certain: bool) -> None:
+        logits = torch.zeros(2, classes)
+        logits[0, -1] = logits[1, 1] = 200.0 if certain else 1.0
+        shares = logits.softmax(1)
+        rival, probability = np.divmod(_rivals(shares, torch.zeros(2, dtype=torch.long)).numpy(), np.float32(1))
+        assert rival.tolist() == [classes - 1, 1]
+        np.testing.assert_allclose(probability, [shares[0, -1], shares[1, 1]], atol=classes * 2.0**-23)
+        # The given label is left out, however likely it is.
+        assert _rivals(shares, torch.tensor([classes - 1, 1])).floor().tolist() == [0, 0]
+        assert _rivals(torch.ones(3, 1), torch.zeros(3, dtype=torch.long)).tolist() == [-1, -1, -1]
+
+    def test_unlike_the_mean_probabilities_it_has_no_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lightning_influence.training.dynamics._PROBABILITY_BUDGET", 1)
+        dynamics, told = TrainingDynamics(2), torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3]])
+        record = CurveRecord(dynamics)
+        statistics = {"loss": torch.ones(2), "label": torch.tensor([1, 1]), "probabilities": told}
+        dynamics.record(BatchRecord((0, 1)), statistics)
+        record.end(0)
+        assert dynamics.mean_probabilities(torch.arange(2)) is None
+        np.testing.assert_allclose(record.kept[0][RIVAL], [2.2, 0.5], rtol=1e-6)
+
+    def test_of_what_two_processes_have_visited_it_is_unknown(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The state of an example that a sampler has repeated is a mean over processes: of classes, nonsense."""
+        dynamics = TrainingDynamics(2)
+        record = CurveRecord(dynamics)
+        told = torch.tensor([[0.1, 0.7, 0.2]]).expand(3, -1)
+        for batch in ((0, 1), (1,)):
+            n = len(batch)
+            statistics = {"loss": torch.ones(n), "label": torch.zeros(n).long(), "probabilities": told[:n]}
+            dynamics.record(BatchRecord(batch), statistics)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        record.end(0)
+        np.testing.assert_allclose(record.kept[0][RIVAL], [1.7, np.nan], rtol=1e-6)
 
 
 class TestKept:
@@ -229,9 +296,9 @@ class TestShown:
         assert example.epochs == (0, 1, 2)
         assert np.array_equal(example.curves["loss"], report.curves["loss"][3])
         assert "over the epochs 0 to 2, as training saw it:" in str(example)
-        titles = [f"{name} over epochs" for name in recorded.CURVES]
+        titles = [f"{name} over epochs" for name in (*recorded.CURVES, SUGGESTED)]
         figure = report.plot("curves")
         assert [axis.get_title() for axis in figure.axes] == titles
-        assert [axis.get_title() for axis in report.plot(index=3).axes][:3] == titles
+        assert [axis.get_title() for axis in report.plot(index=3).axes][:4] == titles
         line = report.plot(index=3).axes[0].lines[-1]
         assert np.array_equal(line.get_ydata(), report.curves["loss"][3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -223,12 +224,26 @@ def test_columns_of_losses_that_say_less() -> None:
     }
 
 
+def test_of_a_stream_that_outgrows_the_budget_no_half_a_mean_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was divided by all visits, those included whose probabilities had not been added."""
+    visits = _visits()
+    monkeypatch.setattr(dynamics, "_PROBABILITY_BUDGET", SIZE * CLASSES)
+    recorded = _recorded(visits)
+    assert "prob_margin" in recorded.columns()
+    recorded.record(BatchRecord(tuple(visits[0][0])), visits[0][1])  # waits
+    recorded.grow(SIZE + 1)
+    recorded.record(BatchRecord(tuple(visits[0][0])), visits[0][1])
+    assert "prob_margin" not in recorded.columns()
+    assert recorded.mean_probabilities(torch.arange(SIZE)) is None
+
+
 def test_mean_probabilities_beyond_the_budget_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamics, "_PROBABILITY_BUDGET", SIZE * CLASSES - 1)
-    columns = _recorded(_visits()).columns()
-    expected = _by_hand(_visits())
-    _assert_columns(columns, {name: v for name, v in expected.items() if name != "prob_margin"})
+    recorded, expected = _recorded(_visits()), _by_hand(_visits())
+    _assert_columns(recorded.columns(), {name: v for name, v in expected.items() if name != "prob_margin"})
+    assert re.match(rf"no prob_margin .* {SIZE} examples and {CLASSES} classes", recorded.left_out)
     monkeypatch.setattr(dynamics, "_PROBABILITY_BUDGET", SIZE * CLASSES)
+    assert not _recorded(_visits()).left_out
     _assert_columns(_recorded(_visits()).columns(), expected)
 
 

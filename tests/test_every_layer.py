@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from lightning_influence.curvature import FactorExamples, fit
 from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients import coverage
 from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.discover import discover
@@ -729,3 +730,56 @@ def test_a_plain_training_step_of_one_example() -> None:
     coverage = problem.discover()
     found = problem.run(coverage, 1)
     problem.close(found.each["layer.weight"], problem.expected["layer.weight"], "weight")
+
+
+class _Sequences(nn.Module):
+    """Layers that go over the same sequences, and a head."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(layers), nn.Linear(2 * len(layers), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = []
+        for layer in self.layers:
+            if isinstance(layer, nn.GRUCell):
+                state = x.new_zeros(len(x), 2)
+                for step in x.unbind(1):
+                    state = layer(step, state)
+                ends.append(state)
+            elif x.shape[1] % 2:
+                packed = nn.utils.rnn.pack_padded_sequence(x, [x.shape[1]] * len(x), True, enforce_sorted=False)
+                ends.append(nn.utils.rnn.pad_packed_sequence(layer(packed)[0], True)[0][:, -1, :2])
+            else:
+                ends.append(layer(x)[0][:, -1, :2])
+        return self.head(torch.cat(ends, 1))
+
+
+@pytest.mark.parametrize(("length", "left_out"), [(8, False), (9, True), (10, True)])
+def test_recurrent_layers_of_very_many_steps_are_covered_on_request(
+    length: int, left_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1,024 steps, every pass took as long as 15 of training."""
+    monkeypatch.setattr(coverage, "_MOST_STEPS_UNASKED", 16)
+    model = _Sequences(nn.LSTM(1, 2, 2, batch_first=True), nn.GRU(1, 2, batch_first=True), nn.GRUCell(1, 2))
+    data = torch.utils.data.TensorDataset(torch.randn(4, length, 1), torch.tensor([0, 1, 1, 0]))
+
+    def task(module: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    def covered(**arguments: Any) -> tuple[set[str], dict[str, str]]:
+        found = discover(model, task, ExampleSource(data, batch_size=2), **arguments)
+        names = {name for block in found.blocks.values() for name in block.parameters}
+        return {name.removeprefix("layers.").split(".")[0] for name in names}, found.uncovered
+
+    names, reasons = covered()
+    assert names == {"1", "2", "head"} | (set() if left_out else {"0"})  # two layers
+    assert len(reasons) == (8 if left_out else 0)
+    for reason in reasons.values():
+        assert f"runs in {2 * length:,} steps" in reason
+        assert "`layers=` that name it cover it" in reason
+    assert covered(uncovered="exact")[0] == {"0", "1", "2", "head"}
+    assert covered(layers=["layers.0", "head"])[0] == {"0", "head"}
+    model.head.requires_grad_(False)
+    model.layers[1:].requires_grad_(False)
+    assert covered()[0] == {"0"}  # else there would be nothing

@@ -15,7 +15,7 @@ from which_lightning import ModelCheckpoint
 
 from lightning_influence import InfluenceAudit, TracIn
 from lightning_influence.gradients.visitors import ExampleScores
-from lightning_influence.training import evidence
+from lightning_influence.training import evidence, example_sums
 from lightning_influence.training.evidence import EvidenceRecord, LabelEvidence, ridge_leave_one_out
 from lightning_influence.training.label_record import LabelRecord
 from lightning_influence.training.neighbours import nearest_labels, votes
@@ -112,7 +112,7 @@ def test_features_that_say_nothing_at_all_leave_how_frequent_the_others_classes_
 def test_the_number_of_rows_looked_at_together_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = clusters()
     whole = ridge_leave_one_out(features, labels, CLASSES)
-    monkeypatch.setattr(evidence, "_CHUNK", 7)
+    monkeypatch.setattr(example_sums, "_ROWS", 7)
     torch.testing.assert_close(ridge_leave_one_out(features, labels, CLASSES), whole, rtol=0, atol=1e-12)
 
 
@@ -286,6 +286,7 @@ def test_beyond_the_budget_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     add(record, clusters())
     assert record.closed
     assert record.about(range(N), None) is None
+    assert record.refusal.startswith(f"for {N} examples and {CLASSES} classes it would take more numbers than are kept")
     monkeypatch.setattr(evidence, "_BUDGET", N * CLASSES)
     record = EvidenceRecord(N)
     add(record, clusters())

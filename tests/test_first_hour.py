@@ -15,10 +15,13 @@ from which_lightning import Callback, MisconfigurationException, pl
 
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.audit.store.atomic import StoreError
+from lightning_influence.callbacks.listening import BatchListener
+from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.callbacks.uninvited import UninvitedAudit
 from lightning_influence.core.errors import short
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.every_training import callbacks
+from lightning_influence.training.recording import Recording
 
 VARIABLE = "LIGHTNING_INFLUENCE"
 
@@ -33,7 +36,9 @@ def fitted(directory: Path, *audits: Callback, **arguments: Any) -> pl.Trainer:
 
 
 def test_a_class_among_the_callbacks_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"holds a class, InfluenceAudit, .*write InfluenceAudit\(\)"):
+    # Lightning 2.5 has refused it by then, in words of its own.
+    said = r"holds a class, InfluenceAudit, .*write InfluenceAudit\(\)|^Expected a parent$"
+    with pytest.raises((TypeError, ValueError), match=said):
         fitted(tmp_path, InfluenceAudit)  # type: ignore[arg-type]
 
 
@@ -242,6 +247,48 @@ def test_whatever_fails_where_training_is_trained_all_the_same(
     assert not {"process_dataloader", "convert_input"} & {*vars(trainer.strategy), *vars(trainer.precision_plugin)}
     for directory in tmp_path.rglob("influence"):
         assert AuditReport.load(directory).status == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        *((AuditRun, name) for name in ("take_over", "take_data", "epoch_ended", "finish_or_warn")),
+        *((BatchListener, name) for name in ("batch_started", "before_backward", "before_step", "batch_ended")),
+        (BatchListener, "after_backward"),
+        (Recording, "state_dict"),
+    ],
+)
+def test_whatever_fails_in_whichever_hook_training_goes_on_as_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    """Only hooks before the first step were in nobody's way: an error at the second epoch ended hours of training."""
+    (tmp_path / "audit.yaml").write_text("")
+    before, calls = getattr(owner, name), []
+
+    def failing(*arguments: Any, **more: Any) -> Any:
+        calls.append(name)
+        if len(calls) >= 2 or name in ("take_over", "finish_or_warn"):
+            raise ZeroDivisionError(f"in {name}")
+        return before(*arguments, **more)
+
+    models = []
+    for path in ("", str(tmp_path / "audit.yaml")):
+        monkeypatch.setenv(VARIABLE, path)
+        torch.manual_seed(0)
+        models.append(Classifier())
+        keeper = pl.callbacks.ModelCheckpoint(tmp_path / "kept", save_top_k=-1, filename="{step}")
+        trainer = make_trainer(tmp_path, callbacks=[keeper], enable_checkpointing=True, max_epochs=3)
+        if path:
+            monkeypatch.setattr(owner, name, failing)
+            with pytest.warns(UserWarning, match=f"{VARIABLE}: th.*ZeroDivisionError"):
+                trainer.fit(models[-1], loader(vectors()))
+        else:
+            trainer.fit(models[-1], loader(vectors()))
+        assert trainer.global_step == 3 * len(loader(vectors()))
+        assert trainer.state.finished
+    assert calls
+    assert not any(isinstance(each, UninvitedAudit) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    assert all(torch.equal(one, other) for one, other in zip(*(each.parameters() for each in models), strict=True))
 
 
 @pytest.mark.parametrize(

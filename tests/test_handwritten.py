@@ -217,6 +217,76 @@ def test_labels_are_those_of_the_loss_that_comes_first(main_first: bool) -> None
     assert loss.primary.statistics(N)["label"].equal(LABELS if main_first else LABELS % 3)
 
 
+def _hand(z: Tensor, y: Tensor) -> Tensor:
+    return -_picked(z.log_softmax(1), y).mean()
+
+
+@pytest.mark.parametrize("same_logits", [False, True])
+@pytest.mark.parametrize("main_first", [True, False])
+def test_a_known_loss_of_the_same_shape_beside_it(main_first: bool, same_logits: bool) -> None:
+    """Taken for the known loss's own logits by their shape, they had the auxiliary's labels filed, and no dynamics."""
+
+    def task(module: Any, batch: Any) -> Tensor:
+        z, w = module(batch[0]).split([C, C], 1)
+        others = z if same_logits else w
+        parts = [lambda: _hand(z, batch[1]), lambda: 0.3 * F.cross_entropy(others, (batch[1] + 1) % C)]
+        first, second = parts if main_first else parts[::-1]
+        return first() + second()
+
+    def own(module: Any, batch: Any) -> Tensor:
+        z, w = module(batch[0]).split([C, C], 1)
+        others = z if same_logits else w
+        return F.cross_entropy(z, batch[1]) + 0.3 * F.cross_entropy(others, (batch[1] + 1) % C)
+
+    net = _net(2 * C)
+    loss = understand(*run_tapped(task, net, [_x(N, 3), LABELS]), N)
+    assert loss.tapped
+    assert loss.primary is not None
+    assert loss.primary.statistics(N)["label"].equal(LABELS if main_first else (LABELS + 1) % C)
+    assert ("HandWritten" if main_first else "CrossEntropy at") in loss.labels_of()
+    _check(net, task, own, TensorDataset(_x(N, 3), LABELS), LABELS if main_first else (LABELS + 1) % C)
+
+
+def test_a_softmax_of_known_logits_that_is_only_logged_is_no_loss_of_its_own() -> None:
+    def task(module: Any, batch: Any) -> Tensor:
+        z = module(batch[0])
+        z.softmax(1), z.log_softmax(1)
+        return F.cross_entropy(z.view(-1, C), batch[1]) + F.mse_loss(z.exp(), z.exp().detach() + 1)
+
+    loss = understand(*run_tapped(task, _net(), [_x(N, 3), LABELS]), N)
+    assert [term.key.kind for term in loss.terms] == ["CrossEntropy", "SquaredError"]
+    assert not loss.labels_of()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_and_passes_read_the_labels_of_the_same_loss(tmp_path: Path) -> None:
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return 0.3 * F.cross_entropy(z[:, 2:], y % 2) + _hand(z[:, :2], (y + 1) % 2)
+
+    audit = InfluenceAudit()
+    _fit(loss, tmp_path, audit)
+    assert audit.report.columns["label"].tolist() == (LABELS % 2).tolist()
+    assert any("which comes first in it" in note for note in audit.report.manifest["notes"])
+    assert not any("another label" in note for note in audit.report.manifest["notes"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["logsigmoid", "softplus", "known"])
+def test_preferences_have_no_labels(name: str, tmp_path: Path) -> None:
+    """The better one comes first: all were labelled 1, and a review asked whether that is right."""
+    losses: dict[str, _Loss] = {
+        "logsigmoid": lambda z, y: -F.logsigmoid(z * 2).mean(),
+        "softplus": lambda z, y: F.softplus(-z).mean(),
+        "known": lambda z, y: F.binary_cross_entropy_with_logits(z, torch.ones_like(z)),
+    }
+    audit = InfluenceAudit()
+    _fit(losses[name], tmp_path, audit, 1)
+    report = audit.report
+    assert not {"label", "predicted", "suggested", "neighbour_disagreement"} & report.columns.keys()
+    assert {"loss_mean", "aum", "prob_margin"} <= report.columns.keys()
+    assert "none of them can be wrong" in report.health().reason
+
+
 SILENT: dict[str, _Loss] = {
     "a penalty on the entropy": lambda z, y: (
         -_picked(z.log_softmax(1), y).mean() + 0.1 * (z.softmax(1) * z.log_softmax(1)).sum(1).mean()

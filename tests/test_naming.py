@@ -109,9 +109,9 @@ def test_what_is_no_whole_number_is_text() -> None:
     [
         (NAMES[:-1], r"ids: 21 are given; expected 22, one for each training example \(TensorDataset\)\."),
         ([*NAMES[:-1], NAMES[3]], r"examples 3 and 21 are both called 'set/003.png' \(1 ids are not the first"),
-        ([*NAMES[:-1], None], r"1 examples have none .*: \[21\]; expected one for each"),
-        ([*range(N - 1), float("nan")], r"1 examples have none"),
-        (pd.Series([*NAMES[:-2], pd.NA, ""]), r"2 examples have none .*: \[20, 21\]"),
+        ([*NAMES[:-1], None], r"1 of 22 are missing .*, of examples \[21\]; expected one for each"),
+        ([*range(N - 1), float("nan")], r"1 of 22 are missing"),
+        (pd.Series([*NAMES[:-2], pd.NA, ""]), r"2 of 22 are missing .*, of examples \[20, 21\]"),
         ([1, "1", *range(2, N)], r"examples 0 and 1 are both called '1'"),
         (lambda index: NAMES[index % 5], r"examples 0 and 5 are both called"),
         (lambda index: {}[index], r"ids\(0\) failed \(KeyError: 0\); expected a function from dataset index to id"),
@@ -560,6 +560,22 @@ def test_several_choices_and_long_texts() -> None:
     long = description(Tokenizer(), torch.full((10_000,), 2))
     assert isinstance(long, str)
     assert 100 < len(long) <= 500
+
+
+def test_tokens_one_by_one() -> None:
+    """Spaces tell where words begin; of control characters nothing is shown."""
+    words = ["<pad>", " a", "cat", "s\u202e", "\n", " \x00b\t", ""]
+
+    class Words:
+        pad_token_id = 0
+
+        def decode(self, tokens: list[int]) -> str:
+            return "".join(words[token] for token in tokens)
+
+    data = [(torch.tensor([1, 2, 3, 4, 5, 6, 0, 0]), 1), ({"input_ids": torch.ones(2, 3).long()}, 0)]
+    names = ExampleNames(data, describe=Words())
+    assert names.tokens([0, 1]) == {0: [" a", "cat", "s", " ", " b ", "", None, None]}  # of several texts, none
+    assert ExampleNames(data, describe=str).tokens([0]) == ExampleNames(data).tokens([0]) == {}
 
 
 def test_a_tokenizer_without_tokens_is_said() -> None:

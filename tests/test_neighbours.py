@@ -190,7 +190,8 @@ def test_the_record_of_several_passes() -> None:
         votes = torch.stack([(nearest == c).double().mean(1) for c in range(5)], 1)
         counted.append(torch.where(given.unsqueeze(1) >= 0, votes, torch.nan))
     expected = torch.stack(counted).nanmean(0)
-    found = record.votes(5)
+    every = torch.arange(len(labels) + 3)
+    found = record.votes(5, every)
     torch.testing.assert_close(found[3:], expected, rtol=0, atol=1e-6)
     assert not found[:3].any()
     assert found[3:, 4].sum() == 0, "a class that nobody has"
@@ -201,7 +202,7 @@ def test_the_record_of_several_passes() -> None:
 
     other = NeighbourRecord(len(labels) + 3)
     other.load_state_dict(record.state_dict())
-    assert torch.equal(other.votes(5), found)
+    assert torch.equal(other.votes(5, every), found)
 
 
 def test_votes_of_many_classes_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +210,6 @@ def test_votes_of_many_classes_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> 
     features, labels = _clusters()
     record = NeighbourRecord(len(labels))
     record.add(torch.arange(len(labels)), nearest_labels(features, labels), labels)
-    assert not record.votes(4).any()
+    assert not record.votes(4, torch.arange(len(labels))).any()
     assert record.disagreement is not None
     assert bool(record.disagreement.isfinite().all())

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from page_data import HOSTILE, picture, report_of
 
 from lightning_influence.audit.curves import Curves
@@ -94,12 +95,30 @@ def test_curves_and_their_histograms() -> None:
     report = report_of(40)
     found = read(report)
     assert found["curves"]["rows"] == "all"
+    assert (found["curves"]["p_given"], found["curves"]["p_suggested"]) == ("probability", None)
     loss = np.frombuffer(base64.b64decode(found["curves"]["data"]["loss"]), "<f4").reshape(40, 5)
     np.testing.assert_array_equal(loss, report.curves["loss"])
     last = [each for each in found["histories"] if each["column"] == "loss"][-1]
     assert last["epoch"] == 4
     assert sum(last["counts"]) == 40
     assert sum(last["candidates"]) == 4
+
+
+def test_the_curve_of_the_suggested_label() -> None:
+    report = report_of(40)
+    rival = report.columns["suggested"][:, None] + np.float32(0.25) * np.ones((40, 5), np.float32)
+    rival[7] = np.where(report.columns["suggested"][7] == 0, 1.5, 0.5)  # another class was likelier there
+    kept = {epoch: {"rival": torch.full((60,), torch.nan)} for epoch in range(5)}
+    for epoch, curves in kept.items():
+        curves["rival"][report.columns["index"]] = torch.from_numpy(rival[:, epoch]).float()
+    curves = Curves.of(kept, report.columns)
+    assert list(curves) == ["suggested_probability"]
+    found = read(replace(report, curves=curves))["curves"]
+    assert (found["p_given"], found["p_suggested"]) == (None, "suggested_probability")
+    values = np.frombuffer(base64.b64decode(found["data"][found["p_suggested"]]), "<f4").reshape(40, 5)
+    expected = np.full((40, 5), 0.25, np.float32)
+    expected[7] = np.nan
+    np.testing.assert_array_equal(values, expected)
 
 
 def test_an_audit_without_candidates_pairs_and_curves() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from page_data import HOSTILE, picture, report_of, write_audit, write_several
+from page_data import HOSTILE, add_tokens, picture, report_of, write_audit, write_several
 
 from lightning_influence.audit.curves import Curves
 from lightning_influence.audit.report import AuditReport
@@ -285,6 +285,43 @@ def test_untrusted_text_is_shown_as_text(page: Any, server: ViewServer) -> None:
     page.locator(".about").get_by_text(HOSTILE).first.wait_for()
 
 
+def test_tokens_by_their_part_of_a_score_and_what_was_likely(page: Any, tmp_path: Path) -> None:
+    report = report_of(90, classes=3, label_names=["good", "fair", "bad"])
+    assert report.pairs is not None
+    first = int(report.pairs["index"][0])
+    texts = {int(index): "it was long" for index in report.columns["index"]}
+    add_tokens(write_audit(tmp_path / "influence", report, texts=texts), first)
+    for server in serving(tmp_path):
+        show(page, server, "queries", "influence")
+        for kind, signs in (("proponent", ["3", "−1.5"]), ("opponent", ["−3", "1.5"])):
+            told = page.locator(f"section.{kind} .shaded").first
+            assert told.inner_text() == f"it {HOSTILE} was long"
+            assert [each.get_attribute("title") for each in told.locator(".token").all()] == signs
+            strengths = "(e) => [e.className, e.style.getPropertyValue('--strength')]"
+            other = "opponent" if kind == "proponent" else "proponent"
+            found = [each.evaluate(strengths) for each in told.locator(".token").all()]
+            assert found == [[f"token {kind}", "100%"], [f"token {other}", "50%"]]
+            spoken = f"strongest: {HOSTILE} {signs[0]}, long {signs[1]}; of no token: 0.25"
+            assert told.get_attribute("aria-description") == spoken
+        page.get_by_text("blue over a line: positive, makes the query better").wait_for()
+        page.keyboard.press("ArrowDown")  # a query without
+        page.get_by_role("heading", name="Query 2").wait_for()
+        assert page.locator(".shaded, .legend.tokens").count() == 0
+        show(page, server, "example", "influence", index=str(first))
+        page.locator(".kin .shaded").first.wait_for()
+        row = report.columns["index"].tolist().index(first)
+        names = ["good", "fair", "bad"]
+        given, suggested = (names[int(report.columns[name][row])] for name in ("label", "suggested"))
+        page.get_by_text(f"given {given}", exact=True).wait_for()
+        page.get_by_text(f"suggested {suggested}", exact=True).wait_for()
+        assert page.locator(".dot.other title").all_text_contents() == [
+            "epoch 1: 0.25",
+            "epoch 2: 0.5",
+            "epoch 4: 0.75",
+        ]
+        assert page.locator(".figures figure").count() == 3
+
+
 def test_from_a_query_to_an_example_and_back(page: Any, server: ViewServer, audits: dict[str, Path]) -> None:
     report = AuditReport.load(audits["pictures"])
     assert report.pairs is not None
@@ -335,7 +372,7 @@ def test_two_audits_are_compared(page: Any, server: ViewServer, audits: dict[str
     page.get_by_label("compare with").select_option("digits_again/influence")
     page.get_by_text("400 examples in both").wait_for()
     expected = np.corrcoef(first.columns["rank"], second.columns["rank"])[0, 1]
-    assert f"Spearman's rank correlation {expected:.3f}".replace("-", "-") in page.locator(".compare").inner_text()
+    assert f"Spearman's rank correlation {expected:.3f}".replace("-", "−") in page.locator(".compare").inner_text()
     left = len(set(candidates(first)) - set(candidates(second)))
     assert page.get_by_role("heading", name="alone").first.inner_text().endswith(f" {left}")
 
@@ -467,6 +504,98 @@ def test_ten_thousand_rows_scroll_without_gaps(page: Any, tmp_path: Path) -> Non
         page.get_by_role("listbox").focus()
         page.keyboard.press("End")
         assert page.locator(".panel strong").inner_text() == f"#{int(report.ranking[-1])}"
+
+
+def test_millions_of_rows_can_be_reached(page: Any, server: ViewServer) -> None:
+    """Browsers cap the height of elements: of 3 million rows, 80 % could not be scrolled to."""
+    show(page, server, "overview", "digits/influence")
+    found = page.evaluate(
+        """async () => {
+          const { VirtualList } = await import('./virtual.js');
+          const draw = (place) => Object.assign(document.createElement('div'), { textContent: String(place) });
+          const nothing = () => {};
+          const about = { label: 'l', height: 56, least: Infinity, draw, onPick: nothing, onOpen: nothing };
+          const list = new VirtualList(about);
+          Object.assign(list.element.style, { position: 'fixed', inset: '0', height: '560px', zIndex: 9 });
+          document.body.append(list.element);
+          const drawn = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+          const at = (y) => Number(document.elementFromPoint(80, y)?.closest('.item')?.textContent ?? NaN);
+          const seen = [];
+          list.reset(3_000_000);
+          await drawn();
+          for (const place of [0, 2_999_999, 1_234_567, 17, 0]) {
+            list.choose(place);
+            await drawn();
+            const rows = [];
+            for (let y = 28; y < 560; y += 56) rows.push(at(y));
+            seen.push([place, rows.includes(place), rows.every((row, k) => !k || row === rows[k - 1] + 1)]);
+          }
+          // By the wheel, no row is left out; with the bar, every part can be reached, and both ends.
+          let [last, gaps] = [at(28), 0];
+          for (let step = 0; step < 400; step += 1) {
+            list.element.scrollTop += 100;
+            await drawn();
+            if (!(at(28) - last <= 2)) gaps += 1;
+            last = at(28);
+          }
+          const dragged = [];
+          for (const share of [0.5, 1, 0.25, 0]) {
+            list.element.scrollTop = share * (list.element.scrollHeight - 560);
+            await drawn();
+            dragged.push(at(28) / 3e6);
+          }
+          list.element.scrollTop = 1e9;
+          await drawn();
+          const end = at(540);
+          list.element.remove();
+          return { seen, gaps, last, dragged, end, height: list.space.offsetHeight };
+        }"""
+    )
+    assert all(here and whole for _, here, whole in found["seen"])
+    assert found["gaps"] == 0
+    assert 700 < found["last"] < 730  # 400 steps of 100 pixels
+    assert found["dragged"] == pytest.approx([0.5, 1, 0.25, 0], abs=1e-4)
+    assert found["end"] == 2_999_999
+    assert found["height"] < 10_000_000
+
+
+def test_pictures_of_an_audit_that_took_its_place_are_not_shown(page: Any, tmp_path: Path) -> None:
+    report = report_of(50)
+    shown = {index: picture(index) for index in candidates(report)}
+    directory = write_audit(tmp_path / "influence", report, pictures=shown)
+    for server in serving(tmp_path):
+        page.route("**/pictures?*", lambda route: (page.wait_for_timeout(300), route.continue_()))
+        page.goto(f"{server.url}#view=triage&run=influence")
+        page.locator(".panel .picture img").wait_for(state="attached")
+        others = {index: picture(index + 1000) for index in candidates(report)}
+        (directory / "pictures-0.json").write_bytes(files(report, pictures=others)["pictures-0.json"])
+        page.locator(".panel .picture.empty").wait_for()
+        assert page.locator("img[src]").count() == 0
+        page.unroute("**/pictures?*")
+        (directory / "audit.json").write_bytes(files(report, pictures=others)["audit.json"])
+        page.reload()
+        page.locator(".panel img[src]").wait_for()
+
+
+def test_a_drag_that_the_system_takes_leaves_the_box_as_it_was(page: Any, server: ViewServer) -> None:
+    show(page, server, "pairs", "digits/influence")
+    box = page.get_by_label("prob_margin to")
+    box.fill("-0.5")
+    page.keyboard.press("Enter")
+    told = page.get_by_role("button", name="Look at").inner_text()
+    page.locator("canvas").evaluate(
+        """(canvas) => {
+          const at = (type, clientX, clientY) =>
+            canvas.dispatchEvent(new PointerEvent(type, { clientX, clientY, pointerId: 1 }));
+          canvas.setPointerCapture = () => {};
+          at('pointerdown', 200, 200);
+          at('pointermove', 400, 300);
+          at('pointercancel', 400, 300);
+          at('pointermove', 500, 350);
+        }"""
+    )
+    assert page.get_by_role("button", name="Look at").inner_text() == told
+    assert box.input_value() == "-0.5"
 
 
 # ------------------------------------------------------------------------------------------ other surroundings

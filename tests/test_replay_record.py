@@ -18,14 +18,20 @@ from models import CLASSES, Numbered, Witness, images, leftovers, loader, make_t
 from test_callback_untouched import differences
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from which_lightning import Callback, MisconfigurationException, ModelCheckpoint, StochasticWeightAveraging, pl
+from which_lightning import (
+    Callback,
+    LearningRateFinder,
+    MisconfigurationException,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    pl,
+)
 
-from lightning_influence import AuditReport, InfluenceAudit
+from lightning_influence import AuditReport, InfluenceAudit, Record
 from lightning_influence.audit.store.atomic import StoreError
 from lightning_influence.audit.store.kept_run import KeptRun
 from lightning_influence.replay import Recorder, ReplayError, Rerun, TrainingRecord, kept_states, streams
 from lightning_influence.replay.checksum import checksum
-from lightning_influence.replay.settings import Record
 from lightning_influence.replay.streams import StreamReader
 
 CHEAP: dict[str, Any] = {"curvature": "identity", "tracin": None, "verify": False}
@@ -134,7 +140,6 @@ RECIPES: dict[str, tuple[Callable[[nn.Module], Any] | None, dict[str, Any]]] = {
     "some batches": (None, {"limit_train_batches": 3, "max_epochs": 4}),
     "some steps": (None, {"max_steps": 7, "max_epochs": -1}),
     "endless": (None, {"max_epochs": -1, "max_time": {"seconds": 1}}),
-    "validated within epochs": (None, {"val_check_interval": 2, "num_sanity_val_steps": 1}),
 }
 
 
@@ -210,6 +215,39 @@ def test_nothing_is_stored_of_streams_that_nobody_draws_from(tmp_path: Path) -> 
     for name in ("torch", "numpy", "python"):
         met = {id(batch.before_step[name]) for step in record.steps for batch in step.batches}
         assert len(met) <= (1 if name != "torch" else 2)  # torch's own stream is asked for a seed at each epoch
+
+
+class Validated(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("noise", torch.rand(()) + random.random() + float(np.random.rand()))
+
+    def val_dataloader(self) -> Any:
+        return loader(images(9), batch_size=4, shuffle=True)
+
+
+def test_random_numbers_that_others_draw_in_between(tmp_path: Path) -> None:
+    audit, model, data = trained(tmp_path, Validated(), val_check_interval=2, num_sanity_val_steps=1)
+    again(audit, model, data)
+
+
+def test_an_epoch_that_ends_before_its_step(tmp_path: Path) -> None:
+    """Lightning drops the gradients of its last batch at the start of the next."""
+    with pytest.warns(UserWarning, match="epoch 0 ended before the step that 1 batches were for"):
+        audit, *_ = trained(tmp_path, EndsEpochs(), accumulate_grad_batches=2)
+    assert audit.report.status == "complete"
+
+
+def test_learning_rates_that_are_tried_out_are_no_part_of_the_run(tmp_path: Path) -> None:
+    class Tuned(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda module: torch.optim.SGD(module.parameters(), lr=module.lr))
+            self.lr = 0.1
+
+    finder = LearningRateFinder(num_training_steps=25, min_lr=1e-4, early_stop_threshold=None)
+    audit, model, data = trained(tmp_path, Tuned(), callbacks=[finder], max_epochs=6)
+    record = again(audit, model, data)
+    assert len(record.steps) == 30
+    assert record.steps[0].groups[0]["lr"] == model.lr != 0.1
 
 
 class AsksTheTrainer(Net):
@@ -415,6 +453,12 @@ def test_refused_before_training(case: tuple[Callable[[], Any], dict[str, Any], 
     assert list(differences(before, model.state_dict())) == []
     with pytest.raises(RuntimeError, match="there is no record of the training"):
         _ = audit.training_record
+
+
+def test_several_loaders_are_refused(tmp_path: Path) -> None:
+    data = {"a": loader(images(), BATCH), "b": loader(images(), BATCH)}
+    with pytest.raises(MisconfigurationException, match="trained on several loaders at once; expected one"):
+        trained(tmp_path, data=data, audit=InfluenceAudit(record=True, loader="a", **CHEAP))
 
 
 def test_without_recording(tmp_path: Path) -> None:

@@ -138,6 +138,9 @@ SPREADSHEETS: dict[str, Callable[[Rows], str | bytes]] = {
 }
 
 
+OTHER_TABLES = ["few columns", "a line of remarks", *(how for how in SPREADSHEETS if "thousand" in how)]
+
+
 @pytest.mark.parametrize("how", SPREADSHEETS)
 def test_a_table_that_a_spreadsheet_has_saved(how: str, tmp_path: Path) -> None:
     # "2,000" is a thousand times two, and can be two with decimals: both are in the audit.
@@ -318,10 +321,43 @@ class TestClassNames:
         (tmp_path / "t.csv").write_text("index,new_label,decision\n12,right,\n1,,ok")
         assert turns.apply_review(tmp_path / "t.csv").labels == {12: 1}
 
-    def test_names_that_differ_by_case_only(self) -> None:
-        near = report(label_names=["a", "A", "b"])
-        assert near.apply_review({12: "A"}).labels == {12: 1}
+    @pytest.mark.parametrize("names", [["a", "A", "b"], ["A", "a", "b"], ["=a", "=A", "b"]])
+    def test_names_that_differ_by_case_only(self, names: list[str], tmp_path: Path) -> None:
+        near = report(label_names=names)
+        for number, name in enumerate(names[:2]):
+            for written in (name, f"'{name}", f" {name} "):
+                (tmp_path / "t.csv").write_text(f"index,new_label_name,new_label\n0,{written},\n2,,{written}")
+                assert near.apply_review(tmp_path / "t.csv").labels == {n: number for n in (0, 2) if GIVEN[n] != number}
         assert near.apply_review({12: "B"}).labels == {12: 2}
+
+    @pytest.mark.parametrize("how", [how for how in SPREADSHEETS if how not in OTHER_TABLES])
+    @pytest.mark.parametrize(
+        "names",
+        [["2", "0", "1"], ["10", "2", "3"], ["a", "A", "2"], ["=1", "\u202e2", "é"], [], ["", "0", ""]],
+        ids=str,
+    )
+    def test_the_table_of_the_page(self, names: list[str], how: str, tmp_path: Path) -> None:
+        """It has the number of the new label, and its name: of a class without one, the number again."""
+        decided = {12: 1, 1234: 0, 2999: 1, 5: 0}
+        rows = [["decision", "new_label", "new_label_name", "index", "label", "suggested", "rank", "wrong_probability"]]
+        for index, label in decided.items():
+            name = (names[label] if names else "").replace("\u202e", "") or str(label)
+            guarded = f"'{name}" if name.startswith("=") else name
+            answers = ["relabel", str(label), guarded, str(index)]
+            rows.append([*answers, str(GIVEN[index]), str(SUGGESTED[index]), "1", "0.75"])
+        rows.append(["keep", "", "", "1", "1", "2", "2", "0.5"])
+        content = SPREADSHEETS[how](rows)
+        (tmp_path / "review.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+        review = report(label_names=names or None).apply_review(tmp_path / "review.csv")
+        assert (review.labels, review.kept) == (decided, (1,))
+
+    def test_a_data_frame_has_made_numbers_of_names(self) -> None:
+        """Where some cells of a column are empty, pandas reads 2 as 2.0: it is the name still."""
+        pandas = pytest.importorskip("pandas")
+        frame = pandas.DataFrame({"index": [12, 1], "new_label": [1.0, np.nan], "new_label_name": [2.0, np.nan]})
+        assert report(label_names=["1", "2", "0"]).apply_review(frame).labels == {12: 1}
+        with pytest.raises(ReviewError, match="can be any of the classes"):
+            report(label_names=["1", "2", "0"]).apply_review(frame[["index", "new_label"]])
 
 
 def test_a_table_of_more_than_the_candidates(tmp_path: Path) -> None:

@@ -10,23 +10,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import CLASSES, Classifier, Validated, make_trainer, vectors
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from which_lightning import CombinedLoader, MisconfigurationException, ModelCheckpoint, pl
 
 from lightning_influence import AuditReport, InfluenceAudit, Queries
 from lightning_influence.data import stream
 from lightning_influence.data.collation import DataError
 from lightning_influence.data.ids import IdBook, ids_in
-from lightning_influence.data.rows import Row, UnlikeError, joined
+from lightning_influence.data.rows import Row, UnlikeError, joined, without_rows
 from lightning_influence.data.stream import StreamSource
 
 SIZE = 22
@@ -400,6 +397,7 @@ def loose(items: list[Any]) -> Any:
         (name, lambda batch: batch["key"][:3], r"gives 3 ids for a batch of 4 examples"),
         (name, lambda batch: "shard", r"gives 1 ids for a batch of 4 examples"),
         (name, "x", r"gives a table of shape \(4, 5\)"),
+        (name, lambda batch: [batch["y"], batch["y"]], r"gives 2 columns \(a tensor of shape \(4,\), ...\)"),
         (lambda k: None, "key", r"gives no id \(None, NaN or an empty text\) for 4 of the 4 examples"),
         (lambda k: float("nan") if k == 1 else float(k), "key", r"for 1 of the 4 examples.*places \[1\]"),
         (lambda k: "", "key", r"gives no id"),
@@ -528,7 +526,9 @@ def test_what_is_saved_once_training_is_over_knows_whose_it_is(tmp_path: Path) -
     trainer.save_checkpoint(tmp_path / "over.ckpt")
     assert audit.report.manifest["stream"]
     held = torch.load(tmp_path / "over.ckpt", weights_only=True)["callbacks"][audit.state_key]["stream"]
-    assert held["ids"] == audit.report.columns["id"].tolist()
+    book = IdBook()
+    book.load_state_dict(held["ids"])
+    assert book.ids() == audit.report.columns["id"].tolist()
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -636,6 +636,18 @@ def test_a_book_numbers_ids_in_their_order() -> None:
     assert book.ids() == ids
 
 
+@pytest.mark.parametrize("ids", [[7, -3, 2**40], ["a", "", "shard/é", "x" * 300], [1, "two", 2**70], []])
+def test_a_book_goes_on_from_what_a_checkpoint_holds(ids: list[Any]) -> None:
+    """A list of ids is what earlier versions have written."""
+    book = IdBook()
+    book.add(ids)
+    for state in (book.state_dict(), book.ids()):
+        other = IdBook()
+        other.load_state_dict(state)
+        assert other.ids() == book.ids()
+        assert other.add([*ids, "new"]) == list(range(len(ids) + 1))
+
+
 def test_rows_of_several_batches() -> None:
     a = {"x": torch.arange(6).reshape(3, 2), "boxes": [torch.zeros(k, 4) for k in range(3)], "names": ["a", "b", "c"]}
     b = {"x": torch.arange(4).reshape(2, 2), "boxes": [torch.ones(5, 4)] * 2, "names": ["d", "e"]}
@@ -649,6 +661,49 @@ def test_rows_of_several_batches() -> None:
     picked = joined([Row(targets, 1, 2)])
     assert len(picked[0]) == 1
     assert picked[1][0]["label"] == 1
+
+
+class Weighted(Classifier):
+    """Whose batches bring the weights of their classes along."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, _, weights = batch["rows"] if isinstance(batch, dict) else batch
+        return F.cross_entropy(self.net(x), y, weight=weights)
+
+
+def weighing(rows: list[Any]) -> Any:
+    return (*default_collate(rows), torch.tensor([1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize("size", [CLASSES, CLASSES + 1, 5])
+@pytest.mark.parametrize("nested", [False, True])
+def test_class_weights_are_no_rows(size: int, nested: bool, tmp_path: Path) -> None:
+    """With as many weights as examples (or parts as examples: four), a batch of another size has to tell."""
+
+    def collate(rows: list[Any]) -> Any:
+        return {"rows": weighing(rows)} if nested else weighing(rows)
+
+    stream = report_of(
+        tmp_path,
+        DataLoader(Stream(), size, collate_fn=collate),
+        model=Weighted,
+        audit=InfluenceAudit(sample_id=lambda batch: (batch["rows"] if nested else batch)[2]),
+    )
+    plain = report_of(
+        tmp_path, DataLoader([*Stream()], size, collate_fn=collate), model=Weighted, audit=InfluenceAudit()
+    )
+    assert stream.columns["index"].tolist() == plain.columns["index"].tolist()
+    for column in ("self_influence", "tracin", "loss", "loss_mean"):
+        np.testing.assert_allclose(stream.columns[column], plain.columns[column], rtol=1e-4, atol=1e-9)
+
+
+def test_what_has_another_length_than_the_batch() -> None:
+    batch = {"x": torch.zeros(3, 2), "weights": torch.ones(3), "boxes": [torch.zeros(2)] * 3, "names": ("a", "b", "c")}
+    other = {**batch, "x": torch.zeros(2, 2), "boxes": [torch.zeros(3)] * 2, "names": ("d", "e")}
+    assert [*without_rows(batch, 3)] == []
+    assert [*without_rows(other, 2)] == [("weights",)]
+    assert joined([Row(batch, 2, 3, {("weights",)})])["weights"].tolist() == [1.0] * 3
+    assert len(Row(batch, 2, 3, {("weights",)}).example()["weights"]) == 3
 
 
 def test_the_book_is_not_asked_for_what_a_batch_does_not_hold() -> None:
@@ -698,7 +753,7 @@ def test_one_loader_in_a_container(around: Callable[[Any], Any], stream: bool, t
 def test_several_loaders_at_once_are_refused(mode: Any, sample_id: Any, tmp_path: Path) -> None:
     data = Stream() if sample_id else [*Stream()]
     loaders = CombinedLoader({"a": DataLoader(data, 4), "b": DataLoader(data, 4)}, mode)
-    with pytest.raises(MisconfigurationException, match=r"goes over 2 loaders at once \(a, b\).*`ConcatDataset`"):
+    with pytest.raises(MisconfigurationException, match=r"goes over 2 loaders at once \(a, b\).*\(loader='a'\)"):
         fitted(tmp_path, loaders, audit=InfluenceAudit(sample_id=sample_id), model=Unwrapping)
 
 
@@ -743,3 +798,75 @@ def test_a_stream_has_no_indices_to_know_of(argument: str, tmp_path: Path) -> No
 def test_data_with_an_index_are_named_by_ids(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match=r"TensorDataset has an index.*`ids=` names them"):
         report_of(tmp_path, DataLoader(DATA, 4))
+
+
+# ------------------------------------------------------------------------------------------- keys, whole batches
+
+
+class ByName(Dataset[Any]):
+    """Its keys are names, as those of a directory or a database are."""
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, key: Any) -> Any:
+        k = int(key.removeprefix("shard/"))
+        return (*DATA[k], key)
+
+
+class Whole(Dataset[Any]):
+    """Hands out whole batches, of several sizes."""
+
+    ENDS = (0, 3, 8, 12, 19, SIZE)
+
+    def __init__(self, make: Callable[[list[int]], Any]) -> None:
+        self.make = make
+
+    def __len__(self) -> int:
+        return len(self.ENDS) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(list(range(*self.ENDS[index : index + 2])))
+
+
+def as_mapping(rows: list[int]) -> Any:
+    x, y = DATA[rows]
+    return {"x": x, "y": y, "meta": {"key": [name(k) for k in rows], "from": "a shard"}, "n": len(rows)}
+
+
+def as_examples(rows: list[int]) -> Any:
+    return [{"x": DATA[k][0], "y": DATA[k][1], "meta": {"key": name(k)}} for k in rows]
+
+
+class Reading(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if isinstance(batch, list):
+            batch = default_collate(batch)
+        return F.cross_entropy(self.net(batch["x"]), batch["y"])
+
+
+@pytest.mark.parametrize(
+    ("make", "sample_id"),
+    [
+        (as_mapping, lambda batch: batch["meta"]["key"]),
+        (as_examples, lambda batch: [each["meta"]["key"] for each in batch]),
+    ],
+)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_data_set_that_hands_out_whole_batches(make: Any, sample_id: Any, shuffle: bool, tmp_path: Path) -> None:
+    loader = DataLoader(Whole(make), batch_size=None, shuffle=shuffle)
+    report = report_of(tmp_path, loader, model=Reading, audit=InfluenceAudit(sample_id=sample_id))
+    assert set(report.columns["times_seen"].tolist()) == {2}
+    own = dict(zip(map(name, range(SIZE)), DATA.tensors[1].tolist(), strict=True))
+    assert by_id(report, "label") == own
+
+
+def test_a_sampler_of_keys(tmp_path: Path) -> None:
+    keys = [name(k) for k in range(SIZE)]
+    found = report_of(tmp_path, DataLoader(ByName(), 4, sampler=keys))
+    plain = report_of(tmp_path, DataLoader(DATA, 4), audit=InfluenceAudit())
+    assert found.columns["id"].tolist() == keys
+    for column in ("self_influence", "tracin", "loss_mean"):
+        np.testing.assert_allclose(found.columns[column], plain.columns[column], rtol=1e-5)
+    with pytest.raises(MisconfigurationException, match="ByName can't be asked for its examples by number.*sample_id="):
+        fitted(tmp_path, DataLoader(ByName(), 4, sampler=keys), audit=InfluenceAudit())

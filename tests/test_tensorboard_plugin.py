@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from page_data import HOSTILE, report_of
+from tensorboard import errors
 from tensorboard.backend import application
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -53,7 +54,26 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_blobs(root / "foreign", "something", [b"\x89PNG and so on"])
     write_blobs(root / "later", "audit/influence", [b'{"format": 7}'])
     write_blobs(root / "empty", "audit/influence", [])
+    odd = '"format": 1, "columns": [], "examples": 3'
+    write_blobs(root / "number", "audit/influence", [f'{{{odd}, "epochs_done": NaN}}'.encode()])
+    deep = "[" * 900 + "]" * 900
+    write_blobs(root / "deep", "audit/influence", [f'{{{odd}, "status": {deep}, "epochs_done": {deep}}}'.encode()])
+    types = f'{{{odd}, "status": ["<img>"], "created": 7, "epochs_done": "<img>"}}'
+    write_blobs(root / "types", "audit/influence", [types.encode()])
+    # What is left of files by a full disk, and what is none of TensorBoard's.
+    (written,) = (root / "digits").glob("events.*")
+    for name, content in (
+        ("cut", written.read_bytes()[:5000]),
+        ("huge", b"\xff" * 7 + b"\x7f" + b"\0" * 100),
+        ("noise", bytes(range(256)) * 50),
+        ("nothing", b""),
+    ):
+        (root / name).mkdir()
+        (root / name / written.name).write_bytes(content)
     return root
+
+
+TOLD = {"damaged", "foreign", "later", "empty", "number", "types", "deep", "digits", "again", "going_on"}
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +136,12 @@ def test_the_tab_comes_with_data_alone(client: Client, tmp_path: Path) -> None:
 
 def test_runs_are_told_and_those_that_cannot_be_read_say_why(get: Get) -> None:
     runs = {run["id"]: run for run in get("runs").json}
-    good = {"digits/influence": 5, "again/influence": 5, "going_on/influence": 2}
+    good = {"digits/influence": 5, "again/influence": 5, "going_on/influence": 2, "types/influence": None}
+    deep = runs.pop("deep/influence")  # how deep JSON can be nested, depends on the version of Python
+    assert deep["error"] or (deep["status"], deep["epochs_done"]) == ("", None)
     assert {key: run["epochs_done"] for key, run in runs.items() if not run["error"]} == good
+    assert (runs["types/influence"]["status"], runs["types/influence"]["created"]) == ("", "")
+    assert "NaN, which is no number" in runs["number/influence"]["error"]
     assert runs["digits/influence"]["status"] == "complete"
     assert runs["going_on/influence"]["status"] == "recording"
     assert next(iter(runs)) == "digits/influence"  # the newest
@@ -125,7 +149,25 @@ def test_runs_are_told_and_those_that_cannot_be_read_say_why(get: Get) -> None:
     assert "damaged, or no audit's" in runs["foreign/something"]["error"]
     assert "format 7" in runs["later/influence"]["error"]
     assert runs["empty/influence"]["error"]
-    assert len(runs) == 7
+    assert {key.partition("/")[0] for key in runs} == TOLD - {"deep"}
+
+
+def test_an_audit_that_the_provider_fails_on_leaves_the_others_up(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplexer = EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(str(logs))
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(logs))
+    read = provider.read_blob_sequences
+
+    def failing(context: Any, **asked: Any) -> Any:
+        if "again" in asked["run_tag_filter"].runs:
+            raise errors.NotFoundError("its file is gone")
+        return read(context, **asked)
+
+    monkeypatch.setattr(provider, "read_blob_sequences", failing)
+    runs = {run["id"]: run for run in events.EventAudits(provider).runs(RequestContext(), "")}
+    assert "its file is gone" in runs["again/influence"]["error"]
+    assert not runs["digits/influence"]["error"]
 
 
 def test_documents_and_pictures(get: Get) -> None:
@@ -203,6 +245,16 @@ def test_formats_are_those_that_are_written() -> None:
         ("audit?id=damaged/influence", 422),
         ("audit?id=foreign/something", 422),
         ("audit?id=later/influence", 422),
+        ("audit?id=number/influence", 422),
+        ("audit?id=cut/influence", 404),
+        ("audit?id=huge/influence", 404),
+        ("audit?id=digits%252Finfluence", 404),
+        ("audit?id=digits%5cinfluence", 404),
+        ("audit?id=%ed%a0%80", 404),
+        ("audit;id=digits/influence", 404),
+        ("pictures?id=digits/influence&chunk=%d9%a0", 400),
+        ("pictures?id=digits/influence&chunk=0%00", 400),
+        ("pictures?id=digits/influence&chunk=+0", 400),
         ("audit?id=empty/influence", 404),
         ("pictures?id=digits/influence", 400),
         ("pictures?id=digits/influence&chunk=-1", 400),
@@ -229,7 +281,7 @@ def test_bad_requests_leak_nothing(client: Client, route: str, status: int) -> N
         assert leaked not in text
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND"])
 @pytest.mark.parametrize("route", ["runs", "audit?id=digits/influence", "static/index.js"])
 def test_only_get(client: Client, method: str, route: str) -> None:
     assert client.open(f"{ROUTE}/{route}", method=method, data=b"x" * 100).status_code == 405
@@ -252,14 +304,15 @@ def test_real_tensorboard_with_either_loader(logs: Path, fast: str) -> None:
                 return json.load(answer)
 
         end = time.monotonic() + 60
-        while len(runs := ask("runs")) < 7 and time.monotonic() < end:
+        while len(runs := ask("runs")) < len(TOLD) and time.monotonic() < end:
             time.sleep(0.2)
-        errors = {run["id"]: run["error"] for run in runs}
-        assert len(errors) == 7
-        assert [key for key, error in errors.items() if not error] == [
-            "digits/influence",
-            "again/influence",
-            "going_on/influence",
+        wrong = {run["id"].partition("/")[0]: run["error"] for run in runs}
+        assert wrong.keys() == TOLD
+        assert [key for key, error in wrong.items() if not error and key != "deep"] == [
+            "digits",
+            "again",
+            "going_on",
+            "types",
         ]
         found = ask("audit?id=going_on/influence")
         assert found["epochs_done"] == 2

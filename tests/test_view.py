@@ -5,10 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,8 +120,61 @@ def test_other_addresses_are_refused(server: ViewServer, path: str, expected: in
 
 def test_long_addresses_and_other_methods_are_refused(server: ViewServer) -> None:
     assert ask(server, "/audit?id=" + "a" * 70_000)[0] == 414
-    for method in ("PUT", "DELETE", "OPTIONS", "TRACE"):
-        assert ask(server, "/runs", method)[0] == 501
+    for method in ("HEAD", "PUT", "DELETE", "OPTIONS", "TRACE", "PROPFIND"):
+        status, body, headers = ask(server, "/runs", method)
+        assert (status, headers["Allow"], b"<" in body) == (405, "GET, POST", False)
+
+
+OWN = "X-Influence-Token: {token}\r\nHost: 127.0.0.1\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        ("GET /runs\r\n" + OWN, 200),  # as before HTTP/1.0
+        ("GET /runs HTTP/9.9\r\n" + OWN, 400),
+        ("GET /runs <b>HTTP/1.1\r\n" + OWN, 400),
+        ("\x16\x03\x01\x02\r\n", 400),
+        ("\0 \0 \0\r\n", 400),
+        ("GET http://[::1/runs HTTP/1.1\r\n" + OWN, 400),
+        ("GET /audit?id=%00 HTTP/1.1\r\n" + OWN, 404),
+        ("GET /audit?id=%ed%a0%80 HTTP/1.1\r\n" + OWN, 404),
+        ("GET /%61udit?id=digits/influence HTTP/1.1\r\n" + OWN, 404),
+        ("GET /audit?id=digits%5cinfluence HTTP/1.1\r\n" + OWN, 404),
+        ("GET /audit?id=digits/./influence HTTP/1.1\r\n" + OWN, 404),
+        ("GET /pictures?id=digits/influence&chunk=%d9%a0 HTTP/1.1\r\n" + OWN, 404),
+        ("GET /runs HTTP/1.1\r\nHost: [::1\r\n", 400),
+        ("GET /runs HTTP/1.1\r\nX-Influence-Token: {token}\r\n", 403),
+        ("GET /runs HTTP/1.1\r\nHost: evil.example\r\n" + OWN, 403),
+        ("GET /runs HTTP/1.1\r\n" + OWN + "X-Long: " + "a" * 70_000 + "\r\n", 431),
+        ("GET /runs HTTP/1.1\r\n" + OWN + "X-Many: 1\r\n" * 200, 431),
+        ("POST /review?id=digits/influence HTTP/1.1\r\n" + OWN + "Transfer-Encoding: chunked\r\n", 411),
+        ("POST /review?id=digits/influence HTTP/1.1\r\n" + OWN + "Content-Length: " + "9" * 5000 + "\r\n", 400),
+    ],
+    ids=lambda each: str(each)[:40],
+)
+def test_what_is_hardly_a_request(server: ViewServer, sent: str, expected: int) -> None:
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=10) as connection:
+        connection.sendall((sent.replace("{token}", server.token) + "\r\n").encode("latin-1"))
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(2**16), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.split(b" ", 2)[1] == str(expected).encode()
+    assert b"nosniff" in head
+    if expected != 200:
+        assert json.loads(body).keys() == {"error"}
+        assert b"<b>" not in answer
+
+
+def test_clients_that_say_nothing_keep_nobody_waiting(server: ViewServer) -> None:
+    slow = [socket.create_connection(("127.0.0.1", server.server_address[1])) for _ in range(40)]
+    for number, each in enumerate(slow):
+        each.sendall(b"POST /review?id=texts/influence HTTP/1.1\r\nContent-Le"[: number + 1])
+    start = time.monotonic()
+    assert ask(server, "/runs")[0] == 200
+    assert time.monotonic() - start < 5
+    for each in slow:
+        each.close()
 
 
 def test_a_name_that_points_here_is_refused(server: ViewServer) -> None:
@@ -176,6 +233,23 @@ def test_reviews_too_long_or_of_no_audit_are_refused(server: ViewServer) -> None
         assert ask(server, "/review?id=texts/influence", "POST", None, **sent)[0] == expected
 
 
+def test_of_those_who_write_at_once_one_wins(server: ViewServer, audits: dict[str, Path]) -> None:
+    told: list[tuple[int, bytes]] = []
+
+    def write(body: bytes) -> None:
+        told.append((ask(server, "/review?id=texts/influence", "POST", body, **NOTHING)[0], body))
+
+    threads = [threading.Thread(target=write, args=(REVIEW + b"drop,,%d\r\n" % k,)) for k in range(12)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert sorted(status for status, _ in told) == [200] + [412] * 11
+    path = audits["texts"] / "review.csv"
+    assert [body for status, body in told if status == 200] == [path.read_bytes()]
+    path.unlink()
+
+
 def test_a_review_that_breaks_off_changes_nothing(server: ViewServer, audits: dict[str, Path]) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
     connection.putrequest("POST", "/review?id=table/influence")
@@ -214,6 +288,23 @@ def test_damaged_and_foreign_audits_leave_the_rest_up(tmp_path: Path) -> None:
     assert runs["fine/influence"]["error"] is None
     for name in ("cut", "list", "deep", "text"):
         assert "audit.json can't be read" in runs[f"{name}/influence"]["error"]
+    odd = {
+        "number": '{"epochs_done": NaN}',
+        "deep": '{"status": ' + "[" * 900 + "]" * 900 + ', "epochs_done": ' + "[" * 900 + "]" * 900 + "}",
+        "digits": '{"epochs_done": 1' + "0" * 6000 + "}",
+        "types": '{"status": [], "created": {"a": 1}, "epochs_done": "<img>"}',
+        "large": '{"status": "' + "x" * 100_000 + '", "epochs_done": 1' + "0" * 400 + "}",
+    }
+    for name, content in odd.items():
+        (tmp_path / name / "influence").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "influence" / "audit.json").write_text(content)
+    text = json.dumps(found.runs(), allow_nan=False)
+    runs = {run["id"].partition("/")[0]: run for run in json.loads(text)}
+    assert "NaN, which is no number" in runs["number"]["error"]
+    assert "digits" in runs["digits"]["error"]
+    for name in ("types", "large"):
+        assert (runs[name]["error"], runs[name]["epochs_done"], runs[name]["created"]) == (None, None, "")
+    assert len(text) < 5000
     os.remove(fine / "audit.json")
     (fine / "scores.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(ViewError, match=r"scores\.parquet"):
@@ -263,6 +354,47 @@ def test_links_to_elsewhere_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "inside" / "influence").symlink_to(tmp_path / "outside" / "influence")
     with pytest.raises(KeyError):  # it was no link when it was found
         audits.document("influence")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_files_that_are_links(inside: bool, tmp_path: Path) -> None:
+    """As tools for versions of data make them; one that somebody else has packed may lead anywhere."""
+    directory = write_audit(tmp_path / "logs" / "influence", report_of(10), pictures={0: picture(0)})
+    elsewhere = tmp_path / ("logs/store" if inside else "secrets")
+    elsewhere.mkdir()
+    (directory / "review.csv").write_bytes(REVIEW)
+    for name in ("audit.json", "pictures-0.json", "review.csv"):
+        (directory / name).rename(elsewhere / f"kept-{name}")
+        (directory / name).symlink_to(elsewhere / f"kept-{name}")
+    audits = Audits(tmp_path / "logs")
+    (run,) = audits.runs()
+    asked = [
+        lambda: audits.document("influence"),
+        lambda: audits.pictures("influence", "0"),
+        lambda: audits.review("influence"),
+        lambda: audits.write_review("influence", REVIEW + b"drop,,1\r\n", tag_of(REVIEW)),
+    ]
+    if inside:
+        assert run["error"] is None
+        assert all(ask() for ask in asked)
+        return
+    assert "audit.json is a link to elsewhere" in run["error"]
+    for ask in asked:
+        with pytest.raises(ViewError, match="is a link to elsewhere; view a directory that holds both"):
+            ask()
+    assert (elsewhere / "kept-review.csv").read_bytes() == REVIEW
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+def test_folders_whose_names_are_no_text(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe"))
+    write_audit(folder / "influence", report_of(10))
+    write_audit(tmp_path / "fine" / "influence", report_of(10))
+    audits = Audits(tmp_path)
+    for run in audits.runs():
+        run["name"].encode()
+        assert audits.document(run["id"])
+    assert export_html(tmp_path, tmp_path / "out.html").read_text().count('id="influence-audit-') == 2
 
 
 def test_the_directory_is_walked_for_the_list_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +456,33 @@ def test_one_file_of_several_audits(audits: dict[str, Path], tmp_path: Path) -> 
     assert text.count('id="influence-audit-') == 4
     assert "data:image/png;base64" in text
     assert [each.name for each in path.parent.iterdir()] == ["out.html"]
+
+
+def test_one_file_holds_a_chunk_of_pictures_at_a_time(tmp_path: Path) -> None:
+    """Six copies of all of them were held before: 87 MB for the 20 MB that an audit may have."""
+    noise = {index: b"\x89PNG" + bytes([index]) * 500_000 for index in range(12)}
+    write_audit(tmp_path / "influence", report_of(30), pictures=noise)
+    export_html(tmp_path, tmp_path / "out.html")  # what is read once and kept
+    tracemalloc.start()
+    try:
+        path = export_html(tmp_path, tmp_path / "out.html")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 8_000_000
+    assert peak < 4_000_000
+
+
+def test_one_file_without_pictures_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = {index: b"\x89PNG" + bytes([index]) * 900_000 for index in range(3)}
+    directory = write_audit(tmp_path / "influence", report_of(30), pictures=noise)
+    with open(directory / "pictures-1.json", "ab") as file:
+        file.truncate(3_000_000)
+    monkeypatch.setattr("lightning_influence.view.audits._LARGEST", 2_000_000)
+    with pytest.warns(UserWarning, match="influence, its pictures from chunk 1 on: pictures-1.json has 3,000"):
+        text = export_html(tmp_path, tmp_path / "out.html").read_text()
+    assert re.findall(r'id="influence-([a-z]+-?\d?-?\d?)"', text) == ["audit-0", "pictures-0-0", "runs"]
+    assert text.endswith("</html>\n")
 
 
 def test_one_file_leaves_out_what_is_damaged(tmp_path: Path) -> None:

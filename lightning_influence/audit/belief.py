@@ -10,7 +10,7 @@ Index legend: ``n`` examples, ``c`` classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -38,6 +38,8 @@ _UNSURE = 0.5
 _JOINT = 100
 # Where the run cannot tell, no label is called wrong with more probability than this.
 DOUBT = 0.45
+_ROWS = 2**12
+_EVIDENCE = ("early", "late", "first", "trained")
 _NUMBERS = ("noise_rate", "noise_rate_low", "noise_rate_high", "noise_rate_surest")
 # Of the posterior: fitted on 146 runs (digits, tables, reviews; random flips, none, and others), half of them held out.
 _POSTERIOR = {
@@ -129,22 +131,26 @@ def believe(
         "suggested": np.full(len(labels), -1),
         "wrong_probability": np.full(len(labels), np.nan),
     }
-    early, late, first, trained = (_array(getattr(evidence, name)) for name in ("early", "late", "first", "trained"))
+    early, late, first, trained = (np.asarray(getattr(evidence, name)) for name in _EVIDENCE)
     known = (labels >= 0) & (early.sum(1) > 0)
     if not known.any() or early.shape[1] < 2:
         return LabelBeliefs(reason="nothing was recorded that tells labels apart"), columns
     given = labels[known]
     if (given == given[0]).all():
         return LabelBeliefs(reason="all given labels are the same"), columns
-    early, late, first, trained = early[known], late[known], first[known], trained[known]
+    if not known.all():
+        early, late, first, trained = early[known], late[known], first[known], trained[known]
     n = len(given)
     joint = _confident_joint(early, given)
     differs = early.argmax(1) != given
     rate = float(min(1 - np.trace(joint) / n, differs.mean()))
     beliefs = _verdict(first, early, given, rate, joint)
-    others = _without(early + late + 1e-9 * trained, given)  # the run breaks ties
-    others[:, np.bincount(given, minlength=early.shape[1]) == 0] = -np.inf  # classes that nobody has
-    columns["suggested"][known] = np.where(np.isfinite(others).any(1), others.argmax(1), -1)
+    nobodys, suggested = np.bincount(given, minlength=early.shape[1]) == 0, []
+    for soon, later, run, own in _blocks(early, late, trained, given):
+        others = _without(soon + later + 1e-9 * run, own)  # the run breaks ties
+        others[:, nobodys] = -np.inf
+        suggested.append(np.where(np.isfinite(others).any(1), others.argmax(1), -1))
+    columns["suggested"][known] = np.concatenate(suggested)
     place = np.empty(len(labels))
     place[order] = np.arange(len(order))
     # Among the known ones only: the others have no label that could be wrong.
@@ -157,12 +163,19 @@ def believe(
     return beliefs, columns
 
 
-def _array(shares: Any) -> Matrix:
-    return np.asarray(shares, dtype=np.float64)
+def _blocks(*tables: NDArray[Any]) -> Iterator[list[NDArray[Any]]]:
+    """Yield some rows of each at a time, shares in float64: evidence is most of the memory, and kept in float32."""
+    for start in range(0, len(tables[0]), _ROWS):
+        parts = (table[start : start + _ROWS] for table in tables)
+        yield [part.astype(np.float64) if part.dtype.kind == "f" else part for part in parts]
 
 
-def _own(shares: Matrix, given: NDArray[np.int64]) -> NDArray[np.float64]:
-    return shares[np.arange(len(given)), given]
+def _own(shares: NDArray[Any], given: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.asarray(shares[np.arange(len(given)), given], np.float64)
+
+
+def _best_other(shares: NDArray[Any], given: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.concatenate([_without(part, own).max(1) for part, own in _blocks(shares, given)])
 
 
 def _without(shares: Matrix, given: NDArray[np.int64]) -> Matrix:
@@ -172,7 +185,7 @@ def _without(shares: Matrix, given: NDArray[np.int64]) -> Matrix:
     return others
 
 
-def _confident_joint(shares: Matrix, given: NDArray[np.int64]) -> Matrix:
+def _confident_joint(shares: NDArray[Any], given: NDArray[np.int64]) -> Matrix:
     """Return how many examples of each given class (rows) are probably of each class (columns).
 
     Another class is probable where its share is as large as usual among those labelled so, and larger than that of the
@@ -181,18 +194,22 @@ def _confident_joint(shares: Matrix, given: NDArray[np.int64]) -> Matrix:
     classes = shares.shape[1]
     sizes, own = np.bincount(given, minlength=classes), _own(shares, given)
     usual = np.bincount(given, own, minlength=classes) / np.maximum(sizes, 1)
-    others = np.where((shares >= usual) & (shares > own[:, None]) & (sizes > 0), shares, -1.0)
-    contradicted, sure = others.max(1) >= 0, own >= usual[given]
-    counts = np.where(contradicted | sure, 1.0, np.where(own >= shares.max(1), _UNSURE, 0.0))
     joint = np.zeros((classes, classes))
-    np.add.at(joint, (given, np.where(contradicted, others.argmax(1), given)), counts)
+    for part, labels in _blocks(shares, given):
+        held = _own(part, labels)
+        others = np.where((part >= usual) & (part > held[:, None]) & (sizes > 0), part, -1.0)
+        contradicted, sure = others.max(1) >= 0, held >= usual[labels]
+        counts = np.where(contradicted | sure, 1.0, np.where(held >= part.max(1), _UNSURE, 0.0))
+        np.add.at(joint, (labels, np.where(contradicted, others.argmax(1), labels)), counts)
     counted = joint.sum(1)
     joint[counted == 0] = np.diag(sizes)[counted == 0]
     scaled: Matrix = joint * (sizes / np.maximum(joint.sum(1), 1))[:, None]
     return scaled
 
 
-def _verdict(first: Matrix, early: Matrix, given: NDArray[np.int64], rate: float, joint: Matrix) -> LabelBeliefs:
+def _verdict(
+    first: NDArray[Any], early: NDArray[Any], given: NDArray[np.int64], rate: float, joint: Matrix
+) -> LabelBeliefs:
     """Tell whether a run can tell.
 
     Of every class, the examples are asked that look most like it: half and a quarter as many as its labels that are
@@ -235,13 +252,15 @@ def _verdict(first: Matrix, early: Matrix, given: NDArray[np.int64], rate: float
     return replace(found, verdict="cannot tell", reason=reason, noise_rate=min(surest, rate), low=0.0, surest=0.0)
 
 
-def _contradicted(shares: Matrix, given: NDArray[np.int64], asked: NDArray[Any], weights: NDArray[np.int64]) -> float:
+def _contradicted(
+    shares: NDArray[Any], given: NDArray[np.int64], asked: NDArray[Any], weights: NDArray[np.int64]
+) -> float:
     """Return the share of other labels among the ``asked`` examples that look most like each class, weighted."""
-    two = np.partition(shares, -2, axis=1)[:, -2:]
+    two = np.concatenate([np.partition(part, -2, axis=1)[:, -2:].copy() for (part,) in _blocks(shares)])
     predicted, total = shares.argmax(1), 0.0
     for own in np.flatnonzero(weights):
         number = min(max(int(np.ceil(asked[own])), 1), len(given))
-        lead = shares[:, own] - np.where(predicted == own, two[:, 0], two[:, 1])
+        lead = shares[:, own].astype(np.float64) - np.where(predicted == own, two[:, 0], two[:, 1])
         most = np.argpartition(-lead, number - 1)[:number]
         total += float(weights[own] * (given[most] != own).mean())
     return total / float(weights.sum())
@@ -270,18 +289,18 @@ def _log_odds(
     places: NDArray[np.float64],
     rate: float,
     given: NDArray[np.int64],
-    early: Matrix,
-    late: Matrix,
-    trained: Matrix,
+    early: NDArray[Any],
+    late: NDArray[Any],
+    trained: NDArray[Any],
     differs: NDArray[np.bool_],
 ) -> NDArray[np.float64]:
     """Return the log odds that each label is wrong, from its place in the ranking (0 first, 1 last) and the rest."""
     odds = np.log((rate + 0.003) / (1 - rate + 0.003))
     depth = np.clip(np.log((places + 0.003) / (rate + 0.003)), -3, 3)
     in_early, in_late = (
-        np.log((_own(shares, given) + 0.02) / (_without(shares, given).max(1) + 0.02)) for shares in (early, late)
+        np.log((_own(shares, given) + 0.02) / (_best_other(shares, given) + 0.02)) for shares in (early, late)
     )
-    support = _own(trained, given) - _without(trained, given).max(1)
+    support = _own(trained, given) - _best_other(trained, given)
     terms = {
         "depth": depth,
         "deep": np.maximum(depth, 0),

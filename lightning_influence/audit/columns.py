@@ -274,6 +274,13 @@ PAIR_DESCRIPTIONS: dict[str, str] = {
 }
 """Columns of the table of pairs, one row a query and strong training example, with their meanings."""
 
+TOKEN_DESCRIPTIONS: dict[str, str] = {
+    "tokens": "what the score is made of, by the tokens of the training example, as JSON: [[text, part], ...]; empty = "
+    "unknown",
+    "tokens_rest": "what is no token's of the score, as of norms and of a head on pooled features",
+}
+"""Columns that it has beside these where a tokenizer describes the examples."""
+
 PAIRS_NEEDED = [name for name in PAIR_DESCRIPTIONS if name not in ("list", "relative")]
 """Those of them that audits have always had."""
 
@@ -287,5 +294,5 @@ PAIR_LISTS: dict[str, str] = {
 def meaning_in_pairs(name: str) -> str:
     """Return the meaning of a column of the table of pairs, those of names included that it has where there are any."""
     of_query = name.startswith("query_")
-    known = PAIR_DESCRIPTIONS.get(name) or column_of(name.removeprefix("query_")).meaning
+    known = (PAIR_DESCRIPTIONS | TOKEN_DESCRIPTIONS).get(name) or column_of(name.removeprefix("query_")).meaning
     return f"of the query: {known}" if of_query and name not in PAIR_DESCRIPTIONS else known

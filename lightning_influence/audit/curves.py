@@ -9,7 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_influence.audit.columns import Columns
 from lightning_influence.training.curves import CURVES
+from lightning_influence.training.dynamics import RIVAL
+
+SUGGESTED = "suggested_probability"
 
 _BARS = "▁▂▃▄▅▆▇█"
 _GAP = "·"
@@ -17,10 +21,15 @@ _WIDEST = 32
 
 
 class Curves(Mapping[str, NDArray[np.float32]]):
-    """Curve name (``loss``, ``margin``, ``probability``) to values ``[n, e]``, for each example and epoch.
+    """Curve name (``loss``, ``margin``, ``probability``, ...) to values ``[n, e]``, for each example and epoch.
 
-    Rows are those of the report's columns. Each value is the mean over the example's visits in the epoch, as training
-    saw it; NaN where it was not trained on. Empty for an audit that has recorded none.
+    Each is put together when it is asked for. Rows are those of the report's columns. Each value is the mean over the
+    example's visits in the epoch, as training saw it; NaN where it was not trained on. Empty for an audit that has
+    recorded none.
+
+    ``probability`` is that of the given label, ``suggested_probability`` that of the label that the audit suggests, at
+    the last visit in the epoch. It is known where that was the likeliest class but the given one: the others are not
+    kept, as it is the end of training that tells which label is suggested. Of candidates nearly all of it is there.
 
     Attributes:
         epochs: Numbers of the epochs, ascending, ``[e]``; of long runs a part, evenly spaced, with the last.
@@ -31,50 +40,75 @@ class Curves(Mapping[str, NDArray[np.float32]]):
 
     def __init__(self, epochs: Sequence[int] = (), values: Mapping[str, NDArray[np.float32]] | None = None) -> None:
         self.epochs = np.asarray(epochs, dtype=np.int64)
-        self._values = dict(values or {})
+        self._names = list(values or ())
+        self._rows = np.arange(max(map(len, (values or {}).values()), default=0))
+        self._kept = [
+            {name: np.asarray(table[:, column]) for name, table in (values or {}).items()}
+            for column in range(len(self.epochs))
+        ]
+        self._suggested: NDArray[np.int32] | None = None  # by dataset index
 
     @classmethod
-    def of(cls, kept: Mapping[int, Mapping[str, Tensor]], indices: NDArray[np.int64]) -> Curves:
-        """Return the curves of some examples.
+    def of(cls, kept: Mapping[int, Mapping[str, Tensor]], columns: Columns) -> Curves:
+        """Return the curves of some examples; what is kept is not copied.
 
         Args:
             kept: Epoch to curve name to values by dataset index.
-            indices: Dataset indices ``[n]``; what is not in an epoch's values is NaN.
+            columns: Of the report: dataset indices, and ``suggested`` if labels are; what is not in an epoch's values
+                is NaN.
         """
-        values = {}
-        for name in CURVES:
-            if any(name in curves for curves in kept.values()):
-                table = np.full((len(indices), len(kept)), np.nan, dtype=np.float32)
-                for column, epoch in enumerate(sorted(kept)):
-                    known = kept[epoch].get(name)
-                    if known is not None:
-                        inside = indices < len(known)
-                        table[inside, column] = known.numpy()[indices[inside]]
-                values[name] = table
-        return cls(sorted(kept) if values else (), values)
+        indices = columns["index"]
+        names = [name for name in CURVES if any(name in curves for curves in kept.values())]
+        if "suggested" in columns and any(RIVAL in curves for curves in kept.values()):
+            names.append(SUGGESTED)
+        made = cls(sorted(kept) if names else ())
+        made._names, made._rows = names, indices
+        made._kept = [{name: values.numpy() for name, values in kept[epoch].items()} for epoch in made.epochs.tolist()]
+        if SUGGESTED in names:
+            made._suggested = np.full(int(indices.max(initial=-1)) + 1, -1, dtype=np.int32)
+            made._suggested[indices] = columns["suggested"]
+        return made
 
-    def by_epoch(self, indices: NDArray[np.int64]) -> dict[int, dict[str, Tensor]]:
-        """Return the opposite of ``of``."""
-        result: dict[int, dict[str, Tensor]] = {}
-        for column, epoch in enumerate(self.epochs.tolist()):
-            result[epoch] = {}
-            for name, table in self.items():
-                values = np.full(int(indices.max(initial=-1)) + 1, np.nan, dtype=np.float32)
-                values[indices] = table[:, column]
-                result[epoch][name] = torch.from_numpy(values)
+    def of_example(self, row: int) -> dict[str, NDArray[np.float32]]:
+        """Return the curves of one example by its row in the report, ``[e]`` each."""
+        return {name: self._table(name, self._rows[row : row + 1])[0] for name in self}
+
+    def of_epoch(self, epoch: int, indices: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Return the values of an epoch by dataset index, the opposite of ``of``."""
+        result, place = {}, self.epochs.tolist().index(epoch)
+        for name in [name for name in (*self, RIVAL) if name in self._kept[place]]:
+            values = np.full(int(indices.max(initial=-1)) + 1, np.nan, dtype=np.float32)
+            values[indices] = self._column(name, place, self._rows)
+            result[name] = torch.from_numpy(values)
         return result
 
+    def _table(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        columns = [self._column(name, place, rows) for place in range(len(self.epochs))]
+        return np.stack(columns, axis=1)
+
+    def _column(self, name: str, place: int, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        if name == SUGGESTED and self._suggested is not None:
+            rival, probability = np.divmod(self._column(RIVAL, place, rows), np.float32(1))
+            return np.where(rival == self._suggested[rows], probability, np.float32(np.nan))
+        known = self._kept[place].get(name, np.empty(0, np.float32))
+        values = np.full(len(rows), np.nan, dtype=np.float32)
+        inside = rows < len(known)
+        values[inside] = known[rows[inside]]
+        return values
+
     def __getitem__(self, name: str) -> NDArray[np.float32]:
-        return self._values[name]
+        if name not in self._names:
+            raise KeyError(name)
+        return self._table(name, self._rows)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._names)
 
     def __repr__(self) -> str:
-        examples = len(next(iter(self.values()))) if self else 0
+        examples = len(self._rows) if self else 0
         return f"Curves({', '.join(self) or 'none'}: {examples:,} examples, {len(self.epochs)} epochs)"
 
 

@@ -141,8 +141,34 @@ def _image_in(example: Any) -> Tensor | None:
     return None
 
 
+def token_texts(tokenizer: Any, example: Any) -> list[str | None] | None:
+    """Return the text of each token that an example holds, None for padding; None of several sequences.
+
+    Raises:
+        ValueError: If there are no tokens to decode.
+    """
+    tokens, keep = _tokens(tokenizer, example)
+    if tokens.ndim != 1:
+        return None
+    shown = zip(tokens.tolist(), keep.tolist(), strict=True)
+    return [_token_text(str(tokenizer.decode([token]))) if kept else None for token, kept in shown]
+
+
+def _token_text(text: str) -> str:
+    """Return what can be seen of a token, with the space on either side that tells where words begin."""
+    before, after = (" " if end.isspace() else "" for end in (text[:1], text[-1:]))
+    return f"{before}{found}{after}" if (found := visible(text)) else before
+
+
 def _decoded(tokenizer: Any, example: Any) -> str:
     """Return the text of the tokens that an example holds, without padding and special tokens."""
+    tokens, keep = _tokens(tokenizer, example)
+    rows = zip(np.atleast_2d(tokens), np.atleast_2d(keep), strict=True)
+    return " | ".join(_text_of(tokenizer, row[kept][:_MOST_TOKENS].tolist()) for row, kept in rows)
+
+
+def _tokens(tokenizer: Any, example: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the tokens of an example, and which of them are no padding."""
     found = list(_integer_sequences(example))
     named = [tokens for name, tokens in found if name == "input_ids"]
     candidates = named or [tokens for name, tokens in found if not str(name).endswith(_NO_TOKENS)]
@@ -154,8 +180,7 @@ def _decoded(tokenizer: Any, example: Any) -> str:
     padding = [getattr(tokenizer, name, None) for name in ("pad_token_id", "pad_id")]
     for token in (value for value in padding if isinstance(value, int)):
         keep &= tokens != token
-    rows = zip(np.atleast_2d(tokens), np.atleast_2d(keep), strict=True)
-    return " | ".join(_text_of(tokenizer, row[kept][:_MOST_TOKENS].tolist()) for row, kept in rows)
+    return tokens, keep
 
 
 def _text_of(tokenizer: Any, tokens: list[int]) -> str:

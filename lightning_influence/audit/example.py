@@ -131,7 +131,7 @@ def example_of(
                 percentiles[name] = float((known < scores[row]).sum() / (len(known) - 1))
     about_it = np.flatnonzero(pairs["index"] == values["index"]) if pairs is not None else ()
     told = tuple({name: _plain(pairs[name][each]) for name in pairs} for each in about_it) if pairs is not None else ()
-    over = {name: table[row] for name, table in curves.items()}
+    over = curves.of_example(row)
     epochs, names = tuple(curves.epochs.tolist()), manifest.get("label_names")
     return Example(values["index"], values, percentiles, told, len(columns["index"]), over, epochs, names)
 

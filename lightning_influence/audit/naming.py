@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from lightning_influence.audit.columns import Columns
-from lightning_influence.audit.descriptions import Description, description, guessed, guessed_images
+from lightning_influence.audit.descriptions import Description, description, guessed, guessed_images, token_texts
 from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.core.errors import short
 from lightning_influence.core.isolation import left_alone
@@ -146,6 +146,15 @@ class ExampleNames:
         with left_alone(dataset):
             for index in indices:
                 yield guessed(dataset[index])
+
+    def tokens(self, indices: Sequence[int]) -> dict[int, list[str | None]]:
+        """Return the text of each token of examples, None for padding; of none where no tokenizer describes them."""
+        if not callable(getattr(self._describe, "decode", None)):
+            return {}
+        _fetch(self.dataset, indices)
+        with left_alone(self.dataset):
+            found = {index: token_texts(self._describe, copied(self.dataset[index])) for index in indices}
+        return {index: texts for index, texts in found.items() if texts}
 
     def try_out(self, indices: Sequence[int]) -> None:
         """Describe examples, so that what fails is said while something can be done about it."""
@@ -285,8 +294,8 @@ def _checked_ids(ids: Any, dataset: Any) -> tuple[NDArray[Any], Any]:
     missing = [index for index, value in enumerate(plain) if value is None]
     if missing:
         raise ValueError(
-            f"ids: {len(missing):,} examples have none (None, NaN or an empty text): {missing[:_KNOWN]}; expected one "
-            "for each. `str(index)` is one that there always is."
+            f"ids: {len(missing):,} of {len(plain):,} are missing (None, NaN or an empty text), of examples "
+            f"{missing[:_KNOWN]}; expected one for each. `str(index)` is one that there always is."
         )
     whole = all(isinstance(value, int) and -(2**63) <= value < 2**63 for value in plain)
     # Text as objects: arrays of fixed width drop trailing zeros, and pad all to the longest.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -45,9 +46,12 @@ from lightning_influence.scores.queries import (
     query_chunks,
     run_on_queries,
 )
+from lightning_influence.scores.token_scores import TokenScores
 
 Columns = dict[str, NDArray[Any]]
 Lists = Literal["both", "none", "relative"]
+
+_MOST_TOKENS = 512  # of a pair
 
 _LISTS: dict[Lists, dict[str, Normalisation]] = {
     "both": {"strongest": "none", "specific": "relative"},
@@ -220,6 +224,42 @@ class QuerySearch:
             influence = in_order(columns["index"].tolist(), found.indices, -found.columns["harm"]).cpu()
             more = {INFLUENCE_ON + asked.measured.name: influence.double().numpy()}
         return QueryPairs(table, more, about, self._notes)
+
+    def tokens(self, table: Columns, texts: Mapping[int, Sequence[str | None]]) -> Columns:
+        """Return what the scores of a table of pairs are made of, by token; nothing if no layer tells.
+
+        Args:
+            table: Of ``result``.
+            texts: Of the training examples in it, each token's text, None for padding.
+
+        Returns:
+            Columns of the table, see ``columns.TOKEN_DESCRIPTIONS``. One more pass over the examples is made, in
+            batches of those with the same number of tokens: nothing is filled up then.
+        """
+        lengths: dict[int, list[int]] = {}
+        for index, own in texts.items():
+            lengths.setdefault(len(own), []).append(index)
+        scores: dict[tuple[int, int], Tensor] = {}  # by number of the query and example
+        for length, group in sorted(lengths.items()):
+            visitors = [TokenScores(strongest.prepared, length) for _, _, strongest in self._found]
+            visit(self._gradients, group, visitors, everywhere=True)
+            for (_, places, _), visitor in zip(self._found, visitors, strict=True):
+                for index, found in visitor.found.items() if visitor.told else ():
+                    scores |= {(place + 1, index): own for place, own in zip(places, found, strict=True)}
+        if not scores:
+            return {}
+        sign = -1 if self._asked.statistic.higher_is_better else 1
+        rows = len(table["index"])
+        made: Columns = {"tokens": np.full(rows, "", dtype=object), "tokens_rest": np.full(rows, np.nan)}
+        for row, key in enumerate(zip(table["number"].tolist(), table["index"].tolist(), strict=True)):
+            if key in scores and bool(scores[key].isfinite().all()):
+                own = texts[key[1]]
+                *parts, rest = (sign * scores[key]).tolist()
+                told = [[text, part] for text, part in zip(own, parts, strict=True) if text is not None]
+                made["tokens"][row] = json.dumps(told[:_MOST_TOKENS], ensure_ascii=False)
+                shown = sum(part for _, part in told[:_MOST_TOKENS])
+                made["tokens_rest"][row] = rest + sum(parts) - shown
+        return made
 
     def _choose(self) -> None:
         """Choose the queries, the worst first."""

@@ -22,7 +22,11 @@ from lightning_influence.audit.trusted import wrong_beside_trusted
 from lightning_influence.training.evidence import LabelEvidence
 
 NO_CLASSES = "an example has no single class (but a number, tokens or several labels): it may fit badly and be right"
+ONE_SIDED = "all labels are one side of a yes or no, as where a loss compares two outputs: none of them can be wrong"
 _NO_EVIDENCE = "no features of the first epochs were looked at"
+
+# What is said of labels, if there are some.
+_OF_LABELS = ("label", "predicted", "suggested", "support", "neighbour_disagreement")
 
 # Beside trusted labels some of the others must be wrong with this probability, or nothing is said of them.
 _SURE = 0.5
@@ -56,7 +60,8 @@ def judged(
         tell. Examples that are not finite rank last. With nothing to rank by, ``suspicion`` is NaN and the order that
         of the data set.
     """
-    result = dict(columns)
+    one_sided = _one_sided(columns)
+    result = {name: values for name, values in columns.items() if not (one_sided and name in _OF_LABELS)}
     _add_computed(result)
     size = len(result["index"])
     finite = result.get("finite", np.ones(size, dtype=bool)).astype(bool)
@@ -70,7 +75,8 @@ def judged(
         result |= found
     elif beliefs is not None and not beliefs.told and "wrong_probability" in result:  # of those who could tell
         result["wrong_probability"] = np.minimum(result["wrong_probability"], DOUBT)
-    beliefs = beliefs or LabelBeliefs(reason=NO_CLASSES if "label" not in result else _NO_EVIDENCE)
+    without = ONE_SIDED if one_sided else NO_CLASSES if "label" not in result else _NO_EVIDENCE
+    beliefs = beliefs or LabelBeliefs(reason=without)
     eligible = finite & (result["suggested"] >= 0 if "suggested" in result else False)
     if trusted is not None and len(trusted):
         right = np.isin(result["index"], trusted)
@@ -91,6 +97,13 @@ def judged(
             count = float(np.nansum(result["wrong_probability"][first]))
         result["candidate"][first[: round(count)]] = True
     return result, beliefs
+
+
+def _one_sided(columns: Columns) -> bool:
+    """Tell whether every decision is a yes, of a margin or a preference: the class is in the order of its inputs."""
+    found = [columns[name] for name in ("label", "predicted") if name in columns]
+    known = columns["label"][columns["label"] >= 0] if "label" in columns else np.empty(0)
+    return len(known) > 0 and bool((known == 1).all()) and all(bool((values <= 1).all()) for values in found)
 
 
 def _beside_trusted(

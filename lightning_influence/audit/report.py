@@ -70,7 +70,7 @@ class AuditReport(ReportViews, Replayed):
         store = AuditStore.open(directory)
         report = cls(store.read_scores(), store.manifest, store.directory, store.read_pairs())
         _check_readable(report, store.directory)
-        return replace(report, curves=Curves.of(store.curves.read(), report.columns["index"]))
+        return replace(report, curves=Curves.of(store.curves.read(), report.columns))
 
     @classmethod
     def ensemble(cls, reports: Sequence[AuditReport]) -> AuditReport:
@@ -158,7 +158,9 @@ class AuditReport(ReportViews, Replayed):
             "glossary": lambda store: store.write_glossary(self.glossary()),
         }
         if self.curves:
-            files["curves"] = lambda store: store.curves.write(self.curves.by_epoch(self.columns["index"]))
+            files["curves"] = lambda store: store.curves.write(
+                self.curves.epochs.tolist(), lambda epoch: self.curves.of_epoch(epoch, self.columns["index"])
+            )
         if (pairs := self.pairs) is not None:
             files["pairs"] = lambda store: store.write_pairs(pairs)
         return files

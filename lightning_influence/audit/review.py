@@ -11,8 +11,9 @@ import io
 import operator
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from lightning_influence.audit.acting import classes_of
 from lightning_influence.audit.relabel import Relabelled, as_label
 from lightning_influence.audit.store.atomic import replacing, whole
 from lightning_influence.audit.store.tables import candidates_csv
+from lightning_influence.audit.words import visible
 from lightning_influence.core.errors import short
 from lightning_influence.core.indices import integers
 from lightning_influence.gradients.coverage import listed
@@ -148,11 +150,13 @@ class _Reader:
         self.columns = report.columns
         self.places = {int(index): place for place, index in enumerate(self.columns["index"])}
         self.classes = classes_of(self.columns)
-        self.names: dict[str, set[int]] = {}  # as they are written, and without regard to case
+        # By spelling: as they are written, and as spreadsheets and people write them. The first that fits counts.
+        self.names: dict[Callable[[str], str], dict[str, set[int]]] = {str.strip: {}, _bare: {}, _word: {}}
         known = enumerate(report.manifest.get("label_names") or ())
         for number, name in chain(known, _named(rows)):
-            for key in {name.strip(), _word(name)} - {""} if number in self.classes else ():
-                self.names.setdefault(key, set()).add(number)
+            for spelt, classes in self.names.items():
+                if number in self.classes and spelt(name):
+                    classes.setdefault(spelt(name), set()).add(number)
         self.labels: dict[int, int] = {}
         self.found: dict[str, list[int]] = {"confirmed": [], "keep": [], "drop": [], "": []}
         self._seen: dict[int, int] = {}
@@ -233,8 +237,13 @@ class _Reader:
             return None
         if not self.classes:
             raise ReviewError(f"there is a new label, but {_NO_LABELS}")
-        meant = (_numbers(text) | self._classes_named(text) if text else self.classes) & self.classes
-        meant &= self._classes_named(name) if name else self.classes
+        by_number, by_name = _numbers(text) & self.classes, self._classes_called(text)
+        if name:
+            # Of a class without a name, the page writes the number for one. Beside a name, a number is a number.
+            called = self._classes_called(name) | (_numbers(name) & self.classes - self._named)
+            meant = by_number & called or by_name & called if text else called
+        else:
+            meant = by_number | by_name
         if len(meant) == 1:
             return meant.pop()
         what = " and ".join(filter(None, (text, name)))
@@ -243,11 +252,22 @@ class _Reader:
                 f"the new label {what!r} can be any of the classes {sorted(meant)}, by number or by name; write the "
                 "name into a column `new_label_name`."
             )
-        known = listed(sorted(self.classes), 20) + (f", or a name such as {min(self.names)!r}" if self.names else "")
+        names = self.names[str.strip]
+        known = listed(sorted(self.classes), 20) + (f", or a name such as {min(names)!r}" if names else "")
         raise ReviewError(f"the new label {what!r} is no class of the audit; expected one of {known}.")
 
     def _classes_named(self, text: str) -> set[int]:
-        return self.names.get(text.strip()) or self.names.get(_word(text), set())
+        found = (classes.get(spelt(text), set()) for spelt, classes in self.names.items())
+        return next(filter(None, found), set())
+
+    def _classes_called(self, text: str) -> set[int]:
+        """Return the classes of a name, of one that a table has made a number with decimals of, too."""
+        return self._classes_named(text).union(*(self._classes_named(str(number)) for number in _numbers(text)))
+
+    @cached_property
+    def _named(self) -> set[int]:
+        """The classes that have names."""
+        return set().union(*self.names[str.strip].values())
 
 
 def _named(rows: Iterable[Row]) -> Iterator[tuple[int, str]]:
@@ -354,8 +374,8 @@ def _numbers(text: str) -> set[int]:
 
 
 def _word(text: str) -> str:
-    """Return text without regard to case, spaces, and quotes around it."""
-    return " ".join(_bare(text).casefold().split())
+    """Return text without regard to case, spaces, quotes around it, and characters that can't be seen."""
+    return visible(_bare(text).casefold())
 
 
 def _bare(text: str) -> str:

@@ -264,7 +264,7 @@ def _of_example(columns: Columns, row: int, curves: Curves) -> Any:
 
 def _panels(count: int, size: float = 2.4, **shared: bool) -> tuple[Any, list[Any]]:
     """Return a figure that pyplot knows nothing of, and its panels."""
-    across = min(count, 4 if count > 4 else 3)
+    across = 2 if count == 4 else min(count, 4 if count > 4 else 3)
     down = -(-count // across)
     # A single panel, or few of them, would be too small.
     width, height = max(across * size * 1.25, 5.0), max(down * size, 3.2)

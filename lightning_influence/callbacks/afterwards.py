@@ -66,7 +66,7 @@ class Afterwards(RunHooks):
                 believe of the labels. Without ``ckpt_path``, the last of them is audited.
             val_dataloaders: Validation data, for ``harm`` and ``queries``.
             trainer: For device, precision and loggers; by default one device, and no logger. The audit then lies
-                beside the checkpoint.
+                beside the checkpoint, without one in the working directory.
 
         Returns:
             The report, also in ``report``; None on other ranks than zero, which only a ``trainer`` has.

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_influence.audit.naming import Ids, check_naming
 from lightning_influence.audit.queries import Queries
 from lightning_influence.callbacks.chosen_weights import Weights
+from lightning_influence.callbacks.loaders import LoaderName, check_loader
 from lightning_influence.callbacks.query_report import described
 from lightning_influence.core.errors import is_number, short
 from lightning_influence.core.indices import Indices, integers
@@ -55,6 +56,7 @@ class Arguments:
     describe: Any = None
     weights: Weights = "last"
     sample_id: SampleId | None = None
+    loader: LoaderName = None
     record: Record | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +68,7 @@ class Arguments:
         check_factor_examples(self.factor_examples)
         check_naming(self.ids, self.describe)
         check_sample_id(self.sample_id)
+        check_loader(self.loader)
         if self.trusted is not None and self.known_noise is not None:
             both = self.trusted[torch.isin(self.trusted, self.known_noise)].tolist()
             if both:
@@ -97,6 +100,7 @@ class Arguments:
             "task": None if task is None else getattr(task, "__name__", type(task).__name__),
             "verify": self.verify,
             "weights": self.weights,
+            **({} if self.loader is None else {"loader": self.loader}),
         }
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.lightning import MisconfigurationException, Trainer
-from lightning_influence.callbacks.loaders import batch_of_loader, train_loader
+from lightning_influence.callbacks.loaders import LoaderName, path_of_loader, train_loader
 from lightning_influence.callbacks.preparing import errors_as_misconfiguration
 from lightning_influence.core import distributed
 from lightning_influence.data.again import Again
 from lightning_influence.data.collation import DataError, is_plain
+from lightning_influence.data.contents import at
 from lightning_influence.data.ids import SampleId
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.data.stream import StreamSource
@@ -26,6 +28,14 @@ _ELSEWHERE = (
     "the training loop got other objects than the DataLoader made (merged, cut, copied, moved or overwritten batches, "
     "or a loader of its own kind)"
 )
+
+
+class _Followed(NamedTuple):
+    """A loader whose batches are tagged."""
+
+    loader: DataLoader[Any]
+    source: ExampleSource
+    tagging: Tagging
 
 
 class BatchIndexRecorder:
@@ -40,6 +50,7 @@ class BatchIndexRecorder:
 
     Args:
         sample_id: How batches of a stream tell the ids of their examples.
+        loader: Which loader of several.
 
     Attributes:
         source: The examples of the loader, as ``ExampleSource.from_loader`` tells; None before there is one.
@@ -48,14 +59,13 @@ class BatchIndexRecorder:
         on_batch: Called with the trainer, each batch as it was fetched, and what is known of it.
     """
 
-    def __init__(self, sample_id: SampleId | None = None) -> None:
-        self.sample_id = sample_id
+    def __init__(self, sample_id: SampleId | None = None, loader: LoaderName = None) -> None:
+        self.sample_id, self.loader = sample_id, loader
         self.known: dict[str, Any] | None = None
         self.source: ExampleSource | None = None
         self.before_fetch: Callable[[], Any] | None = None
         self.on_batch: Callable[[Trainer, Any, BatchRecord], None] | None = None
-        self._loader: DataLoader[Any] | None = None
-        self._tagging: Tagging | None = None
+        self._followed: list[_Followed] = []
         self._found = BatchRecord(None, _ELSEWHERE)
         self._unread = ""  # why ids of a batch could not be read
         self._undo: list[tuple[Any, str]] = []
@@ -81,7 +91,7 @@ class BatchIndexRecorder:
             # What the data fetcher handed on, before hooks and devices change it.
             if trainer.training:
                 with around():
-                    self._found = self._look_up(data) if self.sample_id is None else self._read(trainer, data)
+                    self._found = self._look_up(trainer, data) if self.sample_id is None else self._read(trainer, data)
                     if self.on_batch is not None:
                         self.on_batch(trainer, data, self._found)
             return convert(data)
@@ -110,9 +120,16 @@ class BatchIndexRecorder:
         """
         if self.sample_id is not None:
             return self._stream(trainer)
-        loader = train_loader(trainer)
-        if self.source is None or loader is not self._loader:
-            return ExampleSource.from_loader(loader)
+        followed = self._own(trainer)
+        if followed is not None:
+            return followed.source
+        source = ExampleSource.from_loader(train_loader(trainer, self.loader))
+        return bridge.in_company(trainer, self.loader, source)
+
+    def source_of_epoch(self, trainer: Trainer) -> ExampleSource | None:
+        """Return the examples of the loader that an epoch goes over, as far as it is followed."""
+        if self.sample_id is None and self.source is not None:
+            self._own(trainer)
         return self.source
 
     def next(self) -> BatchRecord:
@@ -123,7 +140,9 @@ class BatchIndexRecorder:
     def _read(self, trainer: Trainer, batch: Any) -> BatchRecord:
         with errors_as_misconfiguration():
             source = self._stream(trainer)
-        endless, own = not math.isinf(trainer.num_training_batches), batch_of_loader(trainer, batch)
+        endless, own = not math.isinf(trainer.num_training_batches), self._part(trainer, batch)
+        if own is None:
+            return BatchRecord((), filed=True)
         try:
             return BatchRecord(tuple(source.met(own, trainer.current_epoch, endless=endless)))
         except DataError as error:
@@ -134,17 +153,41 @@ class BatchIndexRecorder:
 
     def _stream(self, trainer: Trainer) -> StreamSource:
         """Return the examples of the loader that there is by now."""
-        loader = train_loader(trainer)
+        loader = train_loader(trainer, self.loader)
         if not isinstance(self.source, StreamSource):
+            if self.loader is not None:
+                _check_stream(loader)
             self.source = StreamSource(loader, self.sample_id)
+            bridge.in_company(trainer, self.loader, self.source)
             if self.known is not None:
                 self.source.load_state_dict(self.known)
         elif loader is not self.source.loader:
             self.source.take(loader)
         return self.source
 
-    def _look_up(self, batch: Any) -> BatchRecord:
-        drawn = None if self._tagging is None else self._tagging.registry.find(batch)
+    def _part(self, trainer: Trainer, batch: Any) -> Any:
+        """Return the loader's own batch in what ``training_step`` gets."""
+        return at(batch, path_of_loader(trainer, self.loader))
+
+    def _own(self, trainer: Trainer) -> _Followed | None:
+        """Return the loader in question, if it is followed; the others are left alone from then on."""
+        loader = train_loader(trainer, self.loader)
+        own = next((each for each in self._followed if each.loader is loader), None)
+        if own is None:
+            return None
+        if len(self._followed) > 1:
+            self._leave(but=own)
+        if own.source.company is None:
+            bridge.in_company(trainer, self.loader, own.source)
+        self.source = own.source
+        return own
+
+    def _look_up(self, trainer: Trainer, data: Any) -> BatchRecord:
+        with errors_as_misconfiguration():
+            batch, followed = self._part(trainer, data), self._own(trainer)
+        if batch is None and self.loader is not None:  # it has come to its end before others
+            return BatchRecord((), filed=True)
+        drawn = None if followed is None else followed.tagging.registry.find(batch)
         if drawn is None:
             return BatchRecord(None, _ELSEWHERE)
         if not isinstance(drawn.indices, bytes):
@@ -161,34 +204,39 @@ class BatchIndexRecorder:
         return BatchRecord(tuple(own.tolist()), ragged=drawn.ragged, drawn=drawn)
 
     def _follow(self, loader: object) -> None:
-        if loader is self._loader:
+        if any(loader is each.loader for each in self._followed):
             return
         if self.sample_id is not None:
-            with errors_as_misconfiguration():
-                _check_stream(loader)
+            if self.loader is None:
+                with errors_as_misconfiguration():
+                    _check_stream(loader)
             return
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             return
         if loader.batch_sampler is None:
             return
         # One at a time: holding on to a loader that was replaced would keep its persistent workers alive.
-        self._leave()
+        if self.loader is None:
+            self._leave()
         try:
             with errors_as_misconfiguration():
                 source = ExampleSource.from_loader(loader)
                 collating = None if is_plain(loader.collate_fn) else source.collation
         except MisconfigurationException:
-            if self.source is None:
+            if self.source is None and self.loader is None:
                 raise
-            return  # loaded again in the middle of training, which goes on
-        self.source = source
-        self._loader, self._tagging = loader, Tagging.of(loader, collating)
-        self._tagging.before_fetch = self.before_fetch
+            return  # loaded again in the middle of training, which goes on; or it may be another one that is asked for
+        if self.loader is None:
+            self.source = source
+        tagging = Tagging.of(loader, collating)
+        tagging.before_fetch = self.before_fetch
+        self._followed.append(_Followed(loader, source, tagging))
 
-    def _leave(self) -> None:
-        if self._tagging is not None:
-            self._tagging.leave()
-        self._loader = self._tagging = None
+    def _leave(self, but: _Followed | None = None) -> None:
+        for each in self._followed:
+            if each is not but:
+                each.tagging.leave()
+        self._followed = [] if but is None else [but]
 
 
 def _check_stream(loader: Any) -> None:

@@ -22,7 +22,8 @@ from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.verify import roomy_batch_size
 from lightning_influence.objective.scale import NoLossError
-from lightning_influence.objective.task import TrainingStepTask
+from lightning_influence.objective.standard_task import StandardTask
+from lightning_influence.objective.task import Task, TrainingStepTask
 from lightning_influence.training.recording import Recording
 
 
@@ -41,7 +42,8 @@ def begun(
     if isinstance(source, StreamSource):
         drawn, ids = source.at_hand, cast(Ids, source.book)
     else:
-        drawn, ids = bridge.drawn_from(train_loader(trainer), len(source)), arguments.ids
+        drawn, ids = bridge.drawn_from(train_loader(trainer, arguments.loader), len(source)), arguments.ids
+    preparing.check_company(source, arguments.tracin)
     first = preparing.some_of(drawn, source.batch_size)
     names = ExampleNames(source.dataset, ids, arguments.describe)
     if trainer.is_global_zero:
@@ -49,8 +51,15 @@ def begun(
     try:
         return _begun(arguments, trainer, module, source, recording, names, first)
     except NoLossError:
-        first = preparing.with_loss(trainer, module, arguments.task or TrainingStepTask(), source, first)
+        first = preparing.with_loss(trainer, module, _task(arguments, source), source, first)
         return _begun(arguments, trainer, module, source, recording, names, first)
+
+
+def _task(arguments: Arguments, source: ExampleSource) -> Task:
+    task = arguments.task or TrainingStepTask()
+    if isinstance(task, StandardTask) and source.company is not None:
+        return StandardTask(task.name, source.company.own)
+    return task
 
 
 def _begun(
@@ -62,12 +71,13 @@ def _begun(
     names: ExampleNames,
     first: Sequence[int],
 ) -> AuditRun:
-    task, tracin = arguments.task or TrainingStepTask(), arguments.tracin
+    task, tracin = _task(arguments, source), arguments.tracin
     queries = None if arguments.queries is None else QueryReport(arguments.queries)
     with bridge.aside(trainer):
         trace = trace_model(module, task, source, indices=first, **bridge.surroundings(trainer, module))
         passes = TrainingPasses(source, task, trace, arguments.layers, arguments.uncovered)
         gradients = passes.gradients(trainer, module)
+        recording.losses.own = trace.own if arguments.task is None else preparing.own_terms_of_step(gradients, first)
         recording.losses.compiled = bool(preparing.compiled_parts(gradients, first, tracin))
         recording.step_sizes.summed = source.batch_size if trace.sums else 1
         if arguments.layers is None:

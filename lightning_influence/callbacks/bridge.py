@@ -26,13 +26,14 @@ from lightning_influence.callbacks.lightning import (
     is_a,
     rank_zero_warn,
 )
-from lightning_influence.callbacks.loaders import batch_of_step, train_loader
+from lightning_influence.callbacks.loaders import LoaderName, path_of_loader, train_loader
 from lightning_influence.core import distributed
 from lightning_influence.core.containers import leaves
 from lightning_influence.core.isolation import kept
 from lightning_influence.core.origin import is_lightnings, is_users
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.core.reachable import Found, shallow
+from lightning_influence.data.company import Company
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.passes import ExampleGradients
@@ -55,7 +56,6 @@ def surroundings(trainer: Trainer, module: LightningModule) -> Surroundings:
     plugin = trainer.precision_plugin
 
     def to_device(batch: Any) -> Any:
-        batch = batch_of_step(trainer, batch)
         convert: Any = type(plugin).convert_input
         batch = convert(plugin, batch)  # past what notes the batches of training
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -97,11 +97,21 @@ def trained(trainer: Trainer, module: LightningModule) -> frozenset[int] | None:
     return frozenset(held.intersection(map(id, module.parameters()))) or None
 
 
-def audited_indices(trainer: Trainer, seen: list[int], source: ExampleSource, *, last: bool) -> list[int]:
+def in_company(trainer: Trainer, name: LoaderName, source: ExampleSource) -> ExampleSource:
+    """Let the batches of a loader be what ``training_step`` gets of them: with those of others, in a container."""
+    if path := path_of_loader(trainer, name):
+        source.company = Company(trainer.train_dataloader, path, drawn_from)
+    return source
+
+
+def audited_indices(
+    trainer: Trainer, name: LoaderName, seen: list[int], source: ExampleSource, *, last: bool
+) -> list[int]:
     """Return the training examples: what the sampler draws from, or what it has drawn if that may be less.
 
     Args:
         trainer: The trainer.
+        name: Of the training loader, of several.
         seen: Sorted indices of the examples trained on so far.
         source: The training data; of a stream, no more are known than those that it has drawn.
         last: Whether no more examples are drawn. Until then some may turn up that passes must not have left out.
@@ -109,7 +119,7 @@ def audited_indices(trainer: Trainer, seen: list[int], source: ExampleSource, *,
     if isinstance(source, StreamSource):
         source.look_again()
         return seen or (list(range(len(source))) if source.whole else [])
-    loader: Any = train_loader(trainer)
+    loader: Any = train_loader(trainer, name)
     limited = trainer.num_training_batches < length_of(loader) or bool(getattr(trainer, "overfit_batches", False))
     return seen if limited or (last and seen and not _draws_all(loader)) else drawn_from(loader, len(source))
 

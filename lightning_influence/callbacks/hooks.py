@@ -46,8 +46,8 @@ class RunHooks(Answers):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look whether the data were loaded again."""
-        if self._run is not None and self._recorder.source is not None:
-            self._run.take_data(self._recorder.source, trainer.current_epoch)
+        if self._run is not None and (source := self._recorder.source_of_epoch(trainer)) is not None:
+            self._run.take_data(source, trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note which examples come, and listen for their loss."""

@@ -96,6 +96,7 @@ class InfluenceAudit(Afterwards):
         sample_id: For streams (``IterableDataset``, WebDataset, loaders without an index): the name or place of the
             column of a batch that holds each example's id, or a function from batch to ids. Everything is filed by
             these, and the examples are met again by going over the loader once more, see ``docs/streams.md``.
+        loader: Of several training loaders at once, the one whose examples are audited: its key, or place in a list.
         record: Whether to note every step, so that the run can be replayed (``training_record``): what would have come
             out without an example, exactly to first order (``report.replay``; see ``docs/replay.md``). With validation
             data, a short run gets a column ``harm_exact``. ``Record(...)`` has budgets of memory and time.
@@ -104,8 +105,7 @@ class InfluenceAudit(Afterwards):
         ValueError: If an argument is out of range.
         MisconfigurationException: During ``fit``, before the first step: for a stream without ``sample_id``, collate
             functions whose order can't be followed, strategies that split the model, manual optimization without a
-            ``task``, models without a supported layer, losses that are not made of per-example losses, ``ids`` that
-            don't name each example, unwritable directories.
+            ``task``, models without a supported layer, losses that are not made of per-example losses, ...
 
     Example:
         >>> trainer = Trainer(max_epochs=10, callbacks=[InfluenceAudit()])
@@ -134,6 +134,7 @@ class InfluenceAudit(Afterwards):
         describe: Describe | None = None,
         weights: Weights = "last",
         sample_id: SampleId | None = None,
+        loader: str | int | None = None,
         record: bool | Record = False,
     ) -> None:
         self.arguments = Arguments(
@@ -155,10 +156,11 @@ class InfluenceAudit(Afterwards):
             describe,
             weights,
             sample_id,
+            loader,
             checked_record(record),
         )
         super().__init__()
-        self._recorder.sample_id = sample_id
+        self._recorder.sample_id, self._recorder.loader = sample_id, loader
         self._before: tuple[AuditReport | None, Recording | None, AuditRun | None] = (None, None, None)
 
     @cached_property  # asked for at every hook
@@ -194,6 +196,7 @@ class InfluenceAudit(Afterwards):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at one batch before the first step, so that nothing fails after hours of training."""
+        self._replay.start()
         # Callbacks come before the model's own hooks, in which it may set up what its step needs.
         # Of a stream, the first batch is the only one that can be looked at without taking it from training.
         own = any(overrides(hook, pl_module) for hook in ("on_train_start", "on_train_epoch_start"))

@@ -8,14 +8,33 @@ from pathlib import Path
 
 from lightning_influence.audit.store.atomic import StoreError
 from lightning_influence.audit.store.store import AuditStore
+from lightning_influence.callbacks.lightning import LightningModule, Trainer
 from lightning_influence.core.memory import readable
 from lightning_influence.gradients.coverage import listed
 from lightning_influence.training.checkpoints import Checkpoint
+from lightning_influence.training.optimizers import preconditioners
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
 
 
-def keep_checkpoint(store: AuditStore | None, checkpoint: Checkpoint, tracin: TracIn, recording: Recording) -> None:
+def take_checkpoint(
+    store: AuditStore | None, trainer: Trainer, module: LightningModule, recording: Recording, tracin: TracIn
+) -> Checkpoint:
+    """Take a checkpoint that stands for the steps since the last one, and keep it."""
+    taken, scales = recording.step_sizes, preconditioners(trainer.optimizers, module)
+    checkpoint = Checkpoint.of(
+        module,
+        trainer.global_step,
+        steps=taken.steps,  # before they are taken
+        step_sizes=taken.take(scales),
+        preconditioner=scales,
+        optimizer=", ".join(sorted(taken.optimizers)),
+    )
+    _keep(store, checkpoint, tracin, recording)
+    return checkpoint
+
+
+def _keep(store: AuditStore | None, checkpoint: Checkpoint, tracin: TracIn, recording: Recording) -> None:
     """Keep a checkpoint within the budget, and note it if that can't be."""
     if store is None or not tracin.keep_checkpoints:
         return
@@ -42,7 +61,7 @@ def keep_curves(store: AuditStore | None, recording: Recording) -> None:
     """Write the curves of the epochs so far, of which a checkpoint holds the numbers alone."""
     if store is not None:
         try:
-            store.curves.write(recording.curves.lasting())
+            store.curves.write(lasting := recording.curves.lasting(), lasting.__getitem__)
         except StoreError as error:
             recording.note(f"curves were not kept while training went on: {error}")
 

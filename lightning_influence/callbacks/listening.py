@@ -60,6 +60,8 @@ class BatchListener:
         """Listen for the losses of the examples, if it is known which they are."""
         self.stop()
         self.batch = batch
+        if batch.filed:  # it holds none of the examples, as loaders of other lengths go
+            return
         self.recording.gaps.batches += 1
         if batch.indices is None:
             self.recording.record_lost(batch)
@@ -103,7 +105,8 @@ class BatchListener:
     @_timed
     def before_step(self, trainer: Trainer, optimizer: object) -> None:
         """Note the learning rates that are really used."""
-        self.recording.record_step(optimizer)
+        if self.batch is None or self.batch.indices != ():
+            self.recording.record_step(optimizer)
         if self.flight is not None:
             self.flight.before_step(trainer, optimizer)
 

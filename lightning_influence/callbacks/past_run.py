@@ -161,6 +161,7 @@ class PastRun:
             trainer.fit_loop.max_batches, trainer.overfit_batches = limit, 0.0
             no_training.call_hooks(trainer, module)
             run = self.run = begun(arguments, trainer, module, source, recording)
+            _tell_directory(run, trainer)
             run.take_over(trainer)
             run.reporter.weights = self.files.told
             if restored is not None and self._of_other_data(run):
@@ -189,8 +190,10 @@ class PastRun:
     def _data(self) -> tuple[ExampleSource, Restored | None]:
         """Return the training data, and what the checkpoint holds of an audit's records, if they are of these data."""
         trainer: Any = self.trainer
-        loader, sample_id = train_loader(trainer), self.arguments.sample_id
+        name, sample_id = self.arguments.loader, self.arguments.sample_id
+        loader = train_loader(trainer, name)
         source = ExampleSource.from_loader(loader) if sample_id is None else StreamSource(loader, sample_id)
+        bridge.in_company(trainer, name, source)
         preparing.check_indices("known_noise", self.arguments.known_noise, source)
         preparing.check_indices("trusted", self.arguments.trusted, source)
         restored = self._restored()
@@ -212,6 +215,7 @@ class PastRun:
             if source.at_hand and (new := len(source) - known):
                 self._others(f"it had {known:,} examples, and {new} of the first batch are none of these")
                 source, restored = StreamSource(loader, sample_id), None
+                bridge.in_company(trainer, name, source)
         if restored is None:
             source.counted(trainer.num_training_batches)
         source.whole = True
@@ -282,14 +286,10 @@ class PastRun:
         else:  # what a damping asks for that follows the learning rates
             self._stand_for(recording, files.audited, files.audited.step, files.audited.epochs)
             taken = recording.step_sizes.take(preconditioners(self.trainer.optimizers, self.module))
-            if taken and self._follows_rates():
+            if taken and _follows_rates(self.arguments):
                 self._notes.append(
                     f"the damping follows learning rates of which {files.audited.name} tells the last ones alone"
                 )
-
-    def _follows_rates(self) -> bool:
-        rule, curvature = self.arguments.damping, self.arguments.curvature
-        return rule == "trainer" or (rule == "auto" and curvature in ("block_ggn", "ggn", "hessian"))
 
     def _stand_for(self, recording: Recording, file: TrainerCheckpoint, steps: int, epochs: int) -> None:
         """Go to a checkpoint, and note the learning rates of the steps on the way there.
@@ -338,7 +338,7 @@ class PastRun:
             run.score_checkpoint(self.trainer, self.module, run.arguments.tracin)
         elif not evidence.closed:
             with bridge.aside(self.trainer):
-                indices = bridge.drawn_from(train_loader(self.trainer), recording.size)
+                indices = bridge.drawn_from(train_loader(self.trainer, self.arguments.loader), recording.size)
                 seen = look_at_labels(run.passes.gradients(self.trainer, self.module), indices)
             if seen is not None:
                 recording.add_snapshot(seen)
@@ -346,6 +346,21 @@ class PastRun:
     def _warn(self, told: str) -> None:
         rank_zero_warn(f"InfluenceAudit: {told}.")
         self._notes.append(told)
+
+
+def _follows_rates(arguments: Arguments) -> bool:
+    rule, curvature = arguments.damping, arguments.curvature
+    return rule == "trainer" or (rule == "auto" and curvature in ("block_ggn", "ggn", "hessian"))
+
+
+def _tell_directory(run: AuditRun, trainer: Trainer) -> None:
+    """Say where the audit goes if nothing that was passed names a folder."""
+    directory = run.reporter.directory
+    if run.arguments.dirpath is None and directory is not None and not bridge.real_loggers(trainer):
+        rank_zero_warn(
+            f"no logger, and no checkpoint of a run: the influence audit goes to {directory}; "
+            "`InfluenceAudit(dirpath=...)` names another directory"
+        )
 
 
 def _compare(report: AuditReport, audited: TrainerCheckpoint | None, directory: str) -> None:

@@ -36,9 +36,12 @@ from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.answering import answered
 from lightning_influence.gradients.capture import Capture
 from lightning_influence.gradients.coverage import Coverage, listed_reasons
+from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection, VerificationError, inspect
 from lightning_influence.layers.blocks import LayerError
+from lightning_influence.objective.own_part import OwnRows
+from lightning_influence.objective.scale import TermKey
 from lightning_influence.objective.standard_task import StandardTask
 from lightning_influence.objective.task import Task, TaskError, TrainingStepTask, run_tapped
 from lightning_influence.training.recording import Recording
@@ -86,6 +89,34 @@ def check_optimization(module: LightningModule, task: Task | None, tracin: TracI
             f"TracIn in flight can't tell which steps of {type(module).__name__} a backward pass is for: it "
             'optimizes manually. Pass `tracin="epoch"`.'
         )
+
+
+def check_company(source: ExampleSource, tracin: TracIn | None) -> None:
+    """Raise ``MisconfigurationException`` for what batches of several loaders rule out."""
+    if source.company is not None and source.company.others and tracin is not None and tracin.mode == "step":
+        raise MisconfigurationException(
+            f"TracIn in flight can't tell which gradients of a step are those of {source.company.loader!r}: the step "
+            f'goes over {", ".join(map(repr, source.company.others))}, too. Pass `tracin="epoch"`.'
+        )
+
+
+def own_terms_of_step(gradients: ExampleGradients, indices: Sequence[int]) -> dict[TermKey, OwnRows] | None:
+    """Return which terms of the loss of ``training_step``, that a task replaces, are about one of several loaders.
+
+    None if all of them are; none of them if they can't be told: training then says nothing of the examples.
+    """
+    source, module = gradients.source, gradients.module
+    if source.company is None or not source.company.others:
+        return None
+    if not getattr(module, "automatic_optimization", True):
+        return {}
+    to_device, context = gradients.to_device, gradients.forward_context
+    try:
+        return trace_model(
+            module, TrainingStepTask(), source, indices=indices, to_device=to_device, forward_context=context
+        ).own
+    except Exception:  # whatever is the matter with it: the task is there for that
+        return {}
 
 
 def compiled_parts(gradients: ExampleGradients, indices: Sequence[int], tracin: TracIn | None) -> list[str]:
@@ -220,7 +251,7 @@ def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection:
         for seed in range(2):
             seed_everything(seed)
             batch = (source.collate_fn or default_collate)([source.dataset[index] for index in chosen])
-            loss = passes.forward(batch, len(chosen), step_seed=seed)
+            loss = passes.forward(source.beside(chosen, batch), len(chosen), step_seed=seed)
             labels.append(None if loss.primary is None else loss.primary.statistics(loss.n).get("label"))
     first, second = labels
     return first is not None and second is not None and not torch.equal(first, second)

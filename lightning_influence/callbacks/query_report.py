@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -125,17 +126,37 @@ class QueryReport:
             visitors = self._search.on_training(curvature, own)
         return visitors
 
-    def find(self, columns: Columns, seconds: dict[str, float]) -> Columns:
-        """Return what the queries add to the scores table, once the passes are over; add the time that it took."""
+    def find(self, columns: Columns, seconds: dict[str, float], names: ExampleNames | None = None) -> Columns:
+        """Return what the queries add to the scores table, once the passes are over; add the time that it took.
+
+        Args:
+            columns: The scores table.
+            seconds: By what they were spent on.
+            names: Of the training examples: where they have tokens, the pairs' scores are told by token.
+        """
         start = time.perf_counter()
         with self._or_give_up():
             self.pairs = None if self._search is None else self._search.result(columns)
+        if names is not None:
+            self._by_token(names)
         seconds["queries"] += time.perf_counter() - start
         self._search = None  # it holds gradients
         if self.pairs is None:
             return {}
         self.notes += self.pairs.notes
         return self.pairs.columns
+
+    def _by_token(self, names: ExampleNames) -> None:
+        if self.pairs is None or self._search is None:
+            return
+        try:
+            texts = names.tokens(np.unique(self.pairs.table["index"]).tolist())
+            told = self._search.tokens(self.pairs.table, texts)
+            self.pairs = replace(self.pairs, table=self.pairs.table | told)
+            if texts and not told:
+                self.notes.append("pairs are not told by token: no layer has a position for each")
+        except Exception as error:  # the pairs are there without
+            self.notes.append(f"pairs are not told by token: {type(error).__name__}: {error}")
 
     @property
     def datasets(self) -> list[Any]:

@@ -72,6 +72,7 @@ class RunRecorder:
         self._settings: Record | None = None  # as long as something is recorded
         self._recorder: Recorder | None = None
         self._record: TrainingRecord | None = None
+        self._started = False
         self._why = _NOT_ASKED
 
     def attach(
@@ -82,7 +83,7 @@ class RunRecorder:
         Raises:
             MisconfigurationException: If such a run can't be replayed.
         """
-        self._settings, self._recorder, self._record = settings, None, None
+        self._settings, self._recorder, self._record, self._started = settings, None, None, False
         batches.before_fetch = batches.on_batch = None
         self._why = _NOT_ASKED
         if settings is None:
@@ -93,10 +94,14 @@ class RunRecorder:
         batches.before_fetch = StreamReader()
         batches.on_batch = self._fetched
 
+    def start(self) -> None:
+        """Begin with training; what was fetched before was for those who try out learning rates or batch sizes."""
+        self._started = True
+
     @_tolerated
     def _fetched(self, trainer: Trainer, batch: Any, known: BatchRecord) -> None:
         """Note a batch as it comes from the loader; the first one begins the recording."""
-        if self._recorder is None and self._settings is not None:
+        if self._recorder is None and self._settings is not None and self._started:
             self._begin(trainer)
         recorder = self._recorder
         if recorder is None:
@@ -149,6 +154,10 @@ class RunRecorder:
         if self._recorder is not None:
             if run is not None and run.reporter.store is not None:
                 self._recorder.states.shelf = KeptRun.beside(run.reporter.store.directory)
+            if not number and self._recorder.accumulated:
+                epoch = trainer.current_epoch - 1
+                self.fail(f"epoch {epoch} ended before the step that {self._recorder.accumulated} batches were for")
+                return
             self._recorder.begin(number, trainer.current_epoch)
 
     @_tolerated
@@ -233,6 +242,8 @@ def _unlike_a_recipe(trainer: Trainer, module: LightningModule, batches: BatchIn
         return f"{name} optimizes manually, and what it does in a step is known to it alone"
     if batches.sample_id is not None:
         return "it is trained on a stream, whose examples have no index to be fetched by once more"
+    if batches.loader is not None:
+        return "it is trained on several loaders at once; expected one"
     if trainer.world_size > 1:
         return f"{trainer.world_size} processes share each step; expected one, `Trainer(devices=1)`"
     if bridge.has_loss_scaler(trainer) or trainer.precision not in _PRECISIONS:

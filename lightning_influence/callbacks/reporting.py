@@ -153,7 +153,7 @@ class Reporter:
             manifest = manifest | {"status": status, "error": error}
             self.store.write_scores(columns)
             self.store.write_manifest(manifest)
-            curves = Curves.of(recording.curves.kept, columns["index"])
+            curves = Curves.of(recording.curves.kept, columns)
             report = AuditReport(columns, manifest, self.directory, curves=curves)
             self._page.write_partial(trainer, report, trainer.current_epoch if ended_epochs is None else ended_epochs)
         self._partial = time.perf_counter(), time.perf_counter() - start
@@ -208,7 +208,7 @@ class Reporter:
             mislabelled = np.isin(ranked["index"], self.known_noise)
             if mislabelled.any() and not mislabelled.all():
                 manifest["detection"] = detection_of(ranked, mislabelled)
-        curves = Curves() if recording.gaps.misplaced else Curves.of(recording.curves.kept, ranked["index"])
+        curves = Curves() if recording.gaps.misplaced else Curves.of(recording.curves.kept, ranked)
         report = self._with_texts(AuditReport(ranked, manifest, self.directory, curves=curves))
         if self.queries is not None:
             manifest["notes"] += self.queries.notes

@@ -45,6 +45,9 @@ def state_for(own: str, arguments: Mapping[str, Any], states: Mapping[Any, Any])
     """
     kinds, settings = {own.partition("{")[0], *_KINDS}, _of_tracin(arguments)
     others = {key: state for key, state in states.items() if str(key).partition("{")[0] in kinds and state}
+    # What is recorded is about the examples of a loader.
+    own_loader = arguments.get("loader")
+    others = {key: s for key, s in others.items() if s.get("arguments", {}).get("loader") == own_loader}
     if own in others or not others:
         return None
     found = []

@@ -6,16 +6,20 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.chosen_weights import chosen
-from lightning_influence.callbacks.keeping import keep_checkpoint, keep_curves, take_over_checkpoints, take_over_curves
+from lightning_influence.callbacks.keeping import keep_curves, take_checkpoint, take_over_checkpoints, take_over_curves
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_influence.callbacks.listening import BatchListener
-from lightning_influence.callbacks.loaders import train_loader
+from lightning_influence.callbacks.loaders import LoaderName, train_loader
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
@@ -34,6 +38,7 @@ from lightning_influence.training.optimizers import preconditioners
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import TracIn
 from lightning_influence.training.step_sizes import StepSize, block_step_sizes
+from lightning_influence.training.table import nearest_columns
 
 Finished = tuple[AuditReport | None, Callable[[], None]]
 """The audit, None on other ranks than zero, and what writes it to files and loggers."""
@@ -145,7 +150,7 @@ class AuditRun:
             self.look(trainer, module)  # other passes look by the way
         if tracin is not None and due and recording.step_sizes.steps:
             if self.flight is not None:
-                self._keep_checkpoint(trainer, module, tracin)
+                take_checkpoint(self.reporter.store, trainer, module, recording, tracin)
             elif not last and self.passes.any_time:
                 self.score_checkpoint(trainer, module, tracin)
         if recording.visits is not None:
@@ -162,30 +167,17 @@ class AuditRun:
             # Weighed as training weighs: by what it has drawn, not by what it could draw.
             drawn = self.recording.seen_indices() or indices
             gradients = self.passes.scaled(trainer, module, drawn, self.recording.losses.terms)
+            checkpoint = take_checkpoint(self.reporter.store, trainer, module, self.recording, tracin)
             scores = score_examples(
                 gradients,
                 indices,
-                step_sizes=_step_sizes(self._keep_checkpoint(trainer, module, tracin), gradients.coverage, module),
+                step_sizes=_step_sizes(checkpoint, gradients.coverage, module),
                 features=True,
                 title=f"TracIn, step {trainer.global_step}",
             )
         self.recording.add_pass(trainer.global_step, scores)
         self.reporter.seconds_per_example = (time.perf_counter() - start) / len(indices)
         self.reporter.log_tracin(trainer, scores.columns["tracin"])
-
-    def _keep_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> Checkpoint:
-        """Take a checkpoint that stands for the steps since the last one, and keep it."""
-        taken, scales = self.recording.step_sizes, preconditioners(trainer.optimizers, module)
-        checkpoint = Checkpoint.of(
-            module,
-            trainer.global_step,
-            steps=taken.steps,  # before they are taken
-            step_sizes=taken.take(scales),
-            preconditioner=scales,
-            optimizer=", ".join(sorted(taken.optimizers)),
-        )
-        keep_checkpoint(self.reporter.store, checkpoint, tracin, self.recording)
-        return checkpoint
 
     # ---------------------------------------------------------------- the end
 
@@ -214,7 +206,10 @@ class AuditRun:
             tracin = self.arguments.tracin if alone else None
             if tracin is not None and self.recording.step_sizes.steps and not bridge.is_dry_run(trainer):
                 self.recording.synchronise()  # it is no part of the final pass, which is about other weights
-                (self.score_checkpoint if self.flight is None else self._keep_checkpoint)(trainer, module, tracin)
+                if self.flight is None:
+                    self.score_checkpoint(trainer, module, tracin)
+                else:
+                    take_checkpoint(self.reporter.store, trainer, module, self.recording, tracin)
             with chosen(trainer, module, self.arguments.weights) as about:
                 self.reporter.weights = about | self.reporter.weights
                 return self._finish(trainer, module)
@@ -248,17 +243,20 @@ class AuditRun:
         if self.flight is not None:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
-        indices = result.scores.indices.tolist()
-        result.notes.extend(_data_notes(trainer, self.passes, audited, indices))
-        evidence = recording.label_evidence(indices)
-        columns = recording.columns(indices, result.scores, evidence)
+        scored = result.scores.indices.cpu()
+        result.notes.extend(_data_notes(trainer, self.passes, self.arguments.loader, audited, scored))
+        near = nearest_columns(result.scores)
+        result = replace(result, scores=replace(result.scores, features=None))  # what takes memory
+        evidence = recording.label_evidence(scored)
+        columns = recording.columns(scored, result.scores, evidence) | near
         later = bridge.after_training(trainer, gradients)
-        given = columns["label"].tolist() if "label" in columns else ()
-        labels = {index: label for index, label in zip(indices, given, strict=False) if label >= 0}
-        self.make_influence = lambda: Influence.of(later, inspection, indices, history=history, labels=labels)
+        of, labels = columns["index"], columns.get("label", np.zeros(0, np.int64))
+        self.make_influence = lambda: Influence.of(
+            later, inspection, of.tolist(), history=history, labels=_known(of, labels)
+        )
         if self.queries is not None:
             with bridge.aside(trainer):
-                columns |= self.queries.find(columns, result.seconds)
+                columns |= self.queries.find(columns, result.seconds, self.reporter.names)
         self.finished = True
         if not trainer.is_global_zero:
             return None, lambda: None
@@ -271,7 +269,7 @@ class AuditRun:
         """Keep the last checkpoint; return its step sizes if the final pass is to add to TracIn."""
         if self.arguments.tracin is None or not self.recording.step_sizes.steps:
             return None
-        checkpoint = self._keep_checkpoint(trainer, module, self.arguments.tracin)
+        checkpoint = take_checkpoint(self.reporter.store, trainer, module, self.recording, self.arguments.tracin)
         return _step_sizes(checkpoint, coverage, module) if self.flight is None else None
 
     def interrupt(self, trainer: Trainer, error: str) -> None:
@@ -285,7 +283,9 @@ class AuditRun:
         return [k for k in indices if distributed.world_size() > 1 or k not in self.passes.source.missing]
 
     def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
-        return bridge.audited_indices(trainer, self.recording.seen_indices(), self.passes.source, last=last)
+        return bridge.audited_indices(
+            trainer, self.arguments.loader, self.recording.seen_indices(), self.passes.source, last=last
+        )
 
 
 @contextmanager
@@ -302,12 +302,20 @@ def _tolerated(recording: Recording, trainer: Trainer) -> Iterator[None]:
         )
 
 
-def _data_notes(trainer: Trainer, passes: TrainingPasses, audited: list[int], scored: list[int]) -> list[str]:
+def _data_notes(
+    trainer: Trainer, passes: TrainingPasses, loader: LoaderName, audited: list[int], scored: Tensor
+) -> list[str]:
     """Return what a reader should know of the data: how batches are made, and who is not in the report."""
     source = passes.source
     notes = [source.collation.note] if source.collation.note else []
+    if source.company is not None and source.company.others:
+        others = ", ".join(map(repr, source.company.others))
+        part = f"a loss that does not depend on those of {others}"
+        if passes.trace.own is not None:
+            part = f"their part of the loss; the curvature is that of all of it, with examples of {others}"
+        notes.append(f"this is about the examples of the loader {source.company.loader!r}, and {part}")
     notes += source.notes() if isinstance(source, StreamSource) else []
-    if missing := sorted(set(audited) - set(scored)):
+    if missing := np.setdiff1d(audited, scored).tolist():
         reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
         named = source.book[missing].tolist() if isinstance(source, StreamSource) else missing
         notes.append(f"{len(missing)} of {len(audited)} examples are not scored: {listed(named, 10)} ({reasons})")
@@ -316,9 +324,13 @@ def _data_notes(trainer: Trainer, passes: TrainingPasses, audited: list[int], sc
     if bridge.is_dry_run(trainer):
         notes.append(f"`fast_dev_run`: {len(audited)} examples alone were looked at, and nothing is written")
     elif not isinstance(source, StreamSource):
-        never = len(bridge.drawn_from(train_loader(trainer), len(source))) - len(audited)
+        never = len(bridge.drawn_from(train_loader(trainer, loader), len(source))) - len(audited)
         notes += [f"{never} examples of the data set were never drawn, and are not audited"] if never else []
     return notes
+
+
+def _known(indices: NDArray[np.int64], labels: NDArray[np.int64]) -> dict[int, int]:
+    return {k: label for k, label in zip(indices.tolist(), labels.tolist(), strict=False) if label >= 0}
 
 
 def _step_sizes(checkpoint: Checkpoint, coverage: Coverage, module: LightningModule) -> dict[str, StepSize]:

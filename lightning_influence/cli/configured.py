@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from lightning_influence.callbacks import InfluenceAudit
+from lightning_influence.cli.refusals import in_one_sentence, raising
 from lightning_influence.core.errors import short
 
 _AUDIT = "lightning_influence.InfluenceAudit"
@@ -66,6 +67,7 @@ class Configured:
 
         Raises:
             ValueError: If the YAML can't be read, or names no model or data.
+            UsageError: If it has an argument or a value that there is none of.
             ImportError: If jsonargparse is missing, or a class is.
         """
         if importlib.util.find_spec("jsonargparse") is None:
@@ -106,8 +108,8 @@ class Configured:
             )
         lightning_cli = importlib.import_module(f"{package}.cli").LightningCLI
         parts = {name: value for name, value in config.items() if name not in (*_OF_FIT, *ignored)}
-        with _no_arguments():
-            made = (own or lightning_cli)(
+        with _no_arguments(), in_one_sentence(path):
+            made = raising(own or lightning_cli)(
                 **fixed,
                 subclass_mode_model="model_class" not in fixed,
                 subclass_mode_data="datamodule_class" not in fixed,
@@ -133,8 +135,9 @@ def _loaded(path: str) -> dict[str, Any]:
     try:
         config = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        told = " ".join(str(error).split())
         raise ValueError(
-            f"the configuration {path} can't be read: {error}. Expected the YAML of a LightningCLI, such as the "
+            f"the configuration {path} can't be read: {told}. Expected the YAML of a LightningCLI, such as the "
             "config.yaml that it saves beside its logs."
         ) from error
     if not isinstance(config, dict):

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_influence.audit.report import AuditReport
 
-FAILED, TOO_NOISY, CANNOT_TELL = 1, 3, 4
+FAILED, WRONG, TOO_NOISY, CANNOT_TELL = 1, 2, 3, 4
 
 _CODES = f"""
 exit codes:
   0  done
   {FAILED}  it failed, with a sentence on stderr
-  2  wrong usage
+  {WRONG}  wrong usage
   {TOO_NOISY}  more labels are estimated to be wrong than --fail-over allows
   {CANNOT_TELL}  the audit can't tell how many are, and --fail-over asks
 """
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.traceback:
             raise
         print(f"lightning-influence {asked.command}: {_told(error)}", file=sys.stderr)
-        return FAILED
+        return WRONG if type(error).__name__ == "UsageError" else FAILED
 
 
 def _told(error: Exception) -> str:

@@ -13,7 +13,8 @@ from lightning_influence.core.memory import available_bytes, fits, readable
 from lightning_influence.curvature.registry import LADDER, CurvatureName
 from lightning_influence.curvature.solve.solvers import SOLVERS
 from lightning_influence.gradients.coverage import Coverage
-from lightning_influence.gradients.passes import NO_EXACT_LABELS, Labels
+from lightning_influence.gradients.passes import Labels
+from lightning_influence.gradients.starts import NO_EXACT_LABELS
 from lightning_influence.objective.losses import known_losses
 from lightning_influence.objective.terms import TaskError
 

@@ -62,6 +62,7 @@ def fit(
         IndefiniteError: If a Hessian has eigenvalues below ``-λ``.
         TaskError: If GGN or Hessian are not defined for the loss, or the model can't be differentiated twice.
     """
+    gradients = gradients.of_whole_loss()
     blocks = gradients.coverage.blocks
     dampings = None
     if damping is not None:
@@ -88,7 +89,7 @@ def check_curvature(gradients: ExampleGradients, name: CurvatureName, indices: S
     make = LADDER[name].product
     if make is None:
         return
-    trial = gradients.with_scale(None)  # that of the data is not worth a pass yet
+    trial = gradients.with_scale(None).of_whole_loss()  # that of the data is not worth a pass yet
     with closing(trial.run(indices[: 4 * _LOOKED_AT], everywhere=True)) as batches:
         finite = [pair for batch in batches for pair in zip(batch.indices, batch.finite.tolist(), strict=True)]
     if usable := [index for index, good in finite if good][:_LOOKED_AT]:
@@ -111,7 +112,7 @@ def _fit_blocks(
         "covariances": (labels[0], examples.covariances),
         "eigenvalues": (labels[1], examples.eigenvalues),
     }
-    used = []
+    used, lacks = [], False
     for number, measure in enumerate(kind.measures):
         which, size = chosen[measure]
         subset = random_subset(indices, size, 0)
@@ -120,6 +121,7 @@ def _fit_blocks(
         # Another draw for each pass: eigenvalues measured with that of their basis come out biased.
         with closing(gradients.run(subset, which, draw=1 + number, title=f"{kind.title} {measure}")) as batches:
             for batch in batches:
+                lacks |= batch.loss.remainder and which != "true"
                 usable = batch.counted
                 counted += usable
                 for io in batch.drained():
@@ -144,7 +146,10 @@ def _fit_blocks(
         dampings = {layer: value or float(bool(kind.measures)) for layer, value in found.items()}
     for layer, block in blocks.items():
         block.check_damping(dampings[layer])
-    return BlockCurvature(name, blocks, dampings, [chosen[measure][0] for measure in kind.measures], used)
+    curvature = BlockCurvature(name, blocks, dampings, [chosen[measure][0] for measure in kind.measures], used)
+    if lacks:
+        curvature.notes.append("the curvature lacks a part of the loss that is no known loss call")
+    return curvature
 
 
 def _default_damping(block: CurvatureBlock, examples: int, directions: int | None) -> float:

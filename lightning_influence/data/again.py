@@ -17,7 +17,7 @@ from lightning_influence.core.errors import told
 from lightning_influence.core.isolation import unchanged
 from lightning_influence.core.origin import is_stream
 from lightning_influence.core.random_streams import OwnStreams
-from lightning_influence.data.collation import DataError
+from lightning_influence.data.collation import DataError, is_plain
 
 _END = object()
 # Where iterators are looked for in a data set.
@@ -59,6 +59,16 @@ class Again:
             getattr(each, "batch_size", None) for each in (self.loader, getattr(self.loader, "batch_sampler", None))
         ]
         return next((size for size in sizes if isinstance(size, int) and size > 0), 32)
+
+    def resized(self, size: int) -> Again | None:
+        """Return the loader with batches of another size; None if it is not the one that puts them together.
+
+        None also if torch's own collating does: every part of its batches has a row for each example.
+        """
+        loader = self.loader
+        if not self.apart or loader.batch_size is None or is_plain(loader.collate_fn):
+            return None
+        return Again(DataLoader(self.dataset, size, collate_fn=loader.collate_fn))
 
     def __iter__(self) -> Iterator[Any]:
         """Go over the loader once, with random streams of its own, and leave what that reaches as it was."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -71,6 +72,13 @@ def ids_in(batch: Any, sample_id: SampleId) -> list[Id]:
     single = isinstance(found, (str, bytes, Mapping)) or not hasattr(found, "__iter__") or getattr(found, "ndim", 1) < 1
     # Of accelerators, not one at a time.
     values: list[Any] = [found] if single else found.tolist() if isinstance(found, Tensor) else list(found)
+    if columns := [
+        value for value in values if isinstance(value, (Tensor, np.ndarray)) and value.ndim and len(value) > 1
+    ]:
+        raise DataError(
+            f"sample_id={name} gives {len(columns)} columns ({described(columns[0])}, ...); expected one id for each "
+            "example of the batch: integers or texts. A function from batch to ids can put several into one text."
+        )
     ids = [plain_id(value) for value in values]
     sizes = sizes_of(batch)
     if len(ids) not in sizes and not (len(ids) == 1 and not sizes):
@@ -166,6 +174,29 @@ class IdBook:
         """Return all ids."""
         found: list[Id] = self[np.arange(len(self))].tolist()
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and primitives, for a Lightning checkpoint: of an id its text, and one byte if that is short.
+
+        Lists of texts would take many times as much while they are stored.
+        """
+        sizes = np.diff(np.frombuffer(self._ends, np.int64))
+        kind = np.uint8 if sizes.max(initial=0) < 256 else np.int64
+        text = np.array(self._text, np.uint8)  # a copy
+        return {"text": torch.from_numpy(text), "sizes": torch.from_numpy(sizes.astype(kind)), "whole": self._whole}
+
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Id]) -> None:
+        """Go on from a checkpoint; those of earlier versions hold a list of the ids."""
+        for value in _stored(state) if isinstance(state, Mapping) else state:
+            self._number(value, new=True)
+
+
+def _stored(state: Mapping[str, Any]) -> Iterator[Id]:
+    text, end = state["text"].numpy(), 0
+    for size in state["sizes"].tolist():
+        start, end = end, end + size
+        value = text[start:end].tobytes().decode()
+        yield int(value) if state["whole"] else value
 
 
 def _hash(key: bytes) -> np.uint64:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_influence.core.containers import children, rebuilt
+from lightning_influence.core.containers import Path, children, rebuilt
 
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), np.generic)
 _DEEPEST = 8
@@ -29,20 +29,59 @@ class Row(NamedTuple):
         batch: As the loader has handed it out.
         place: Of the example in it.
         size: Number of its examples.
+        whole: Where there is something without a row for each example, see ``without_rows``.
     """
 
     batch: Any
     place: int
     size: int
+    whole: Collection[Path] = ()
 
     def example(self) -> Any:
         """Return what the batch holds of the example, as a data set would."""
-        return _single(self.batch, self.place, self.size, _DEEPEST)
+        return _single(self.batch, self)
 
 
 def sizes_of(batch: Any) -> Counter[int]:
     """Count how often parts of a batch have which length: its tensors, arrays and lists."""
     return Counter(_lengths(batch, _DEEPEST))
+
+
+def without_rows(batch: Any, size: int) -> Iterator[Path]:
+    """Yield the paths to tensors, arrays and lists that are longer or shorter than a batch has examples.
+
+    Weights of classes may happen to have one for each example; a batch of another size tells.
+    """
+    waiting: list[tuple[Path, Any]] = [((), batch)]
+    while waiting:
+        path, node = waiting.pop()
+        listed = isinstance(node, (list, tuple)) and not hasattr(node, "_fields")
+        if (listed or (_is_array(node) and node.ndim)) and len(node) != size:
+            yield path
+        if len(path) < _DEEPEST and not _is_array(node) and not _has_rows(node, size):
+            waiting += [((*path, key), value) for key, value in (_parts_of(node) or {}).items()]
+
+
+class Cutting:
+    """How the batches of a loader are cut: what has no row for each example is learnt from those of other sizes."""
+
+    def __init__(self) -> None:
+        self._whole, self._sizes = set[Path](), set[int]()
+
+    def learn(self, batch: Any, size: int) -> None:
+        """Look at a batch of another size than those before."""
+        if size not in self._sizes:
+            self._sizes.add(size)
+            self._whole.update(without_rows(batch, size))
+
+    def rows(self, batch: Any, size: int, places: Iterable[int] | None = None) -> list[Row]:
+        """Return some rows of a batch, by default all."""
+        return [Row(batch, place, size, self._whole) for place in (range(size) if places is None else places)]
+
+    def picked(self, batch: Any, size: int, places: Sequence[int]) -> list[Row]:
+        """Return the same; of few of them no more is held than they are."""
+        rows = self.rows(batch, size, places)
+        return self.rows(joined(rows), len(rows)) if 0 < len(rows) < size else rows
 
 
 def joined(rows: Sequence[Row]) -> Any:
@@ -55,17 +94,18 @@ def joined(rows: Sequence[Row]) -> Any:
         UnlikeError: If batches differ in more than their rows.
     """
     parts: list[_Part] = []
-    for batch, place, size in rows:
-        if not parts or parts[-1].batch is not batch:
-            parts.append(_Part(batch, [], size))
-        parts[-1].places.append(place)
-    return _join([part.batch for part in parts], parts, _DEEPEST)
+    for row in rows:
+        if not parts or parts[-1].batch is not row.batch:
+            parts.append(_Part(row.batch, [], row.size, row.whole))
+        parts[-1].places.append(row.place)
+    return _join([part.batch for part in parts], parts)
 
 
 class _Part(NamedTuple):
     batch: Any
     places: list[int]
     size: int
+    whole: Collection[Path]
 
 
 def _is_array(node: Any) -> bool:
@@ -109,11 +149,11 @@ def _rebuilt(node: Any, parts: dict[Any, Any]) -> Any:
     return result
 
 
-def _join(nodes: list[Any], parts: list[_Part], depth: int) -> Any:
+def _join(nodes: list[Any], parts: list[_Part], path: Path = ()) -> Any:
     first = nodes[0]
-    if all(_has_rows(node, part.size) for node, part in zip(nodes, parts, strict=True)):
+    if all(path not in part.whole and _has_rows(node, part.size) for node, part in zip(nodes, parts, strict=True)):
         return _join_rows(nodes, parts)
-    held = [_parts_of(node) for node in nodes] if depth and not _is_array(first) else [None]
+    held = [_parts_of(node) for node in nodes] if len(path) < _DEEPEST and not _is_array(first) else [None]
     if held[0] is None:
         if not all(_same(first, node) for node in nodes[1:]):
             raise UnlikeError("batches differ in what their examples have in common")
@@ -122,7 +162,7 @@ def _join(nodes: list[Any], parts: list[_Part], depth: int) -> Any:
         other is None or other.keys() != held[0].keys() for other in held
     ):
         raise UnlikeError("batches have other keys")
-    own = {key: _join([other[key] for other in held if other is not None], parts, depth - 1) for key in held[0]}
+    own = {key: _join([other[key] for other in held if other is not None], parts, (*path, key)) for key in held[0]}
     return _rebuilt(first, own)
 
 
@@ -149,13 +189,13 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
-def _single(node: Any, place: int, size: int, depth: int) -> Any:
-    if _has_rows(node, size):
-        return copy.deepcopy(node[place])
-    parts = _parts_of(node) if depth and not _is_array(node) else None
+def _single(node: Any, row: Row, path: Path = ()) -> Any:
+    if path not in row.whole and _has_rows(node, row.size):
+        return copy.deepcopy(node[row.place])
+    parts = _parts_of(node) if len(path) < _DEEPEST and not _is_array(node) else None
     if parts is None:
         return node
-    own = {key: _single(value, place, size, depth - 1) for key, value in parts.items()}
+    own = {key: _single(value, row, (*path, key)) for key, value in parts.items()}
     return own if dataclasses.is_dataclass(node) else _rebuilt(node, own)
 
 

@@ -6,10 +6,10 @@ Random augmentation is drawn from a stream that belongs to the example, so neith
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence, Sized
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch.utils.data import (
     DataLoader,
@@ -28,6 +28,9 @@ from lightning_influence.data.collation import DataError as DataError
 from lightning_influence.data.contents import digest
 from lightning_influence.data.probing import learn
 from lightning_influence.data.repeatable import Repeatable, RepeatableCollate, is_deterministic, needs_everything
+
+if TYPE_CHECKING:
+    from lightning_influence.data.company import Company
 
 BY_ID = '`InfluenceAudit(sample_id=lambda batch: batch["key"])`'
 # Batches that are tried to find examples which stay where they are.
@@ -50,6 +53,7 @@ class ExampleSource:
 
     Attributes:
         missing: Dataset indices of examples that no batch held so far, with the reason.
+        company: What a step gets beside a batch; None if that is all.
 
     Raises:
         DataError: For an ``IterableDataset`` or a dataset without a length.
@@ -90,6 +94,7 @@ class ExampleSource:
         self.changed: dict[str, None] = {}
         self._rewinding: bool | None = None
         self.missing: dict[int, str] = {}
+        self.company: Company | None = None
 
     @classmethod
     def from_loader(cls, loader: Any, batch_size: int | None = None) -> ExampleSource:
@@ -148,7 +153,20 @@ class ExampleSource:
             DataError: If the data set hands out something else for the same index each time, or changes what training's
                 workers share.
         """
-        size = size or self.pass_batch_size
+        with closing(self._batches(indices, size or self.pass_batch_size)) as batches:
+            for chosen, batch in batches:
+                yield chosen, self.beside(chosen, batch)
+
+    def one_batch(self, indices: Sequence[int], beside: Sequence[int] | None = None) -> Any:
+        """Return what a step gets of these examples as one batch, in the company of others if so asked."""
+        ((_, batch),) = self._batches(indices, len(indices))
+        return self.beside(indices if beside is None else beside, batch)
+
+    def beside(self, indices: Sequence[int], batch: Any) -> Any:
+        """Return what a step gets of a batch of these examples."""
+        return batch if self.company is None else self.company.beside(indices, batch)
+
+    def _batches(self, indices: Sequence[int], size: int) -> Generator[tuple[list[int], Any], None, None]:
         plan = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
         if len(plan) > 1 and len(plan[-1]) == 1 and size > 2:
             # A lone last example would meet steps that `squeeze()` the batch away; the one before keeps it company.
@@ -235,7 +253,7 @@ class ExampleSource:
         """Return the examples that make one batch together, in the order in which it holds them."""
         if is_plain(self.collate_fn):
             return list(indices)
-        return max((own for own, _ in self.batches(indices, len(indices))), key=len, default=[])
+        return max((own for own, _ in self._batches(indices, len(indices))), key=len, default=[])
 
     def steady(self, indices: Sequence[int], start: int, size: int) -> list[int]:
         """Return a few examples that come in their order, also with a copy of the first at the end.
@@ -248,22 +266,7 @@ class ExampleSource:
         Raises:
             DataError: If the collate function moves all that were tried.
         """
-        collation = self.collation
-        pool = list(indices) if is_plain(self.collate_fn) else self.settled(list(indices)[: max(64, size)])
-        if collation.lengths and not collation.few_lengths:
-            # What lies end to end has to be seen to do so.
-            with self.fetching() as fetch:
-                pool.sort(key=lambda index: collation.lengths_of(fetch(index)))
-            return [pool[(start + k * (len(pool) // size or 1)) % len(pool)] for k in range(size)]
-        for shift in range(_TRIALS):
-            chosen = [pool[(start + shift + k) % len(pool)] for k in range(size)]
-            if collation.keeps_order or self.settled([*chosen, chosen[0]]) == [*chosen, chosen[0]]:
-                return chosen
-        # It sorts by something that all of them differ in: copies of one example are all that it leaves in place.
-        alike = [pool[start % len(pool)]] * size
-        if self.settled([*alike, alike[0]]) == [*alike, alike[0]]:
-            return alike
-        raise DataError("the collate function moves examples, and none that it leaves in place were found.")
+        return _steady(self, indices, start, size)
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:
@@ -280,8 +283,52 @@ class ExampleSource:
         if is_deterministic(self.dataset):
             return self.dataset
         if self._rewinding is None:
-            self._rewinding = needs_everything(self.dataset, indices, self.num_workers)
+            with _by_number(self.dataset, indices):
+                self._rewinding = needs_everything(self.dataset, indices, self.num_workers)
         return Repeatable(self.dataset, everything=self._rewinding)
+
+
+@contextmanager
+def _by_number(dataset: Any, indices: Sequence[int]) -> Iterator[None]:
+    """Refuse a data set that has no examples by number."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if not _has_keys(dataset, indices):
+            raise
+        raise DataError(
+            f"{type(dataset).__name__} can't be asked for its examples by number ({type(error).__name__}: {error}). "
+            "Expected a data set with indices from 0; one with keys of its own, which its sampler draws, is filed by "
+            f"these: {BY_ID}."
+        ) from None
+
+
+def _has_keys(dataset: Any, indices: Sequence[int]) -> bool:
+    """Tell whether a data set has none of some examples: its keys are no numbers."""
+    for index in dict.fromkeys(indices[:_TRIALS]):
+        with isolated_rng(), unchanged(dataset), suppress(Exception):
+            dataset[index]
+            return False
+    return True
+
+
+def _steady(source: ExampleSource, indices: Sequence[int], start: int, size: int) -> list[int]:
+    collation = source.collation
+    pool = list(indices) if is_plain(source.collate_fn) else source.settled(list(indices)[: max(64, size)])
+    if collation.lengths and not collation.few_lengths:
+        # What lies end to end has to be seen to do so.
+        with source.fetching() as fetch:
+            pool.sort(key=lambda index: collation.lengths_of(fetch(index)))
+        return [pool[(start + k * (len(pool) // size or 1)) % len(pool)] for k in range(size)]
+    for shift in range(_TRIALS):
+        chosen = [pool[(start + shift + k) % len(pool)] for k in range(size)]
+        if collation.keeps_order or source.settled([*chosen, chosen[0]]) == [*chosen, chosen[0]]:
+            return chosen
+    # It sorts by something that all of them differ in: copies of one example are all that it leaves in place.
+    alike = [pool[start % len(pool)]] * size
+    if source.settled([*alike, alike[0]]) == [*alike, alike[0]]:
+        return alike
+    raise DataError("the collate function moves examples, and none that it leaves in place were found.")
 
 
 def _refusal(dataset: Any, collate: Callable[[list[Any]], Any], chosen: list[int], words: str) -> DataError:

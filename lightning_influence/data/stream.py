@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from lightning_influence.data.again import Again
 from lightning_influence.data.collation import DataError
 from lightning_influence.data.contents import digest
 from lightning_influence.data.ids import Id, IdBook, SampleId, ids_in
-from lightning_influence.data.rows import Row, UnlikeError, joined, sizes_of
+from lightning_influence.data.rows import Cutting, Row, UnlikeError, joined, sizes_of
 from lightning_influence.data.source import ExampleSource
 
 NOT_MET = "the stream did not hold it again"
@@ -92,9 +93,10 @@ class StreamSource(ExampleSource):
         self.sample_id = sample_id
         self.repeated, self.repeats = 0, list[Id]()
         self.whole = False
-        self._epoch, self._batches, self._longest = -1, 0, 0
+        self._epoch, self._drawn, self._longest = -1, 0, 0
         self._seen = np.zeros(0, bool)  # in this epoch
         self._ends = False
+        self._cutting = Cutting()
 
     @property
     def loader(self) -> Any:
@@ -125,20 +127,21 @@ class StreamSource(ExampleSource):
             DataError: If the ids can't be read; of the first batch, also if they don't tell its examples apart.
         """
         ids = self._ids(batch)
+        self._cutting.learn(batch, len(ids))
         if not len(self.book):
             self._look_at(batch, ids)
         first = not self._stream.rows and self._epoch < 0
         numbers = self.book.add(ids)
         if first:
             self.batch_size = self.pass_batch_size = len(ids)
-            copied = joined([Row(batch, place, len(ids)) for place in range(len(ids))])  # a step may overwrite it
-            self._stream.rows = {k: Row(copied, place, len(ids)) for place, k in enumerate(numbers)}
+            copied = joined(self._cutting.rows(batch, len(ids)))  # a step may overwrite it
+            self._stream.rows = dict(zip(numbers, self._cutting.rows(copied, len(ids)), strict=True))
         if epoch != self._epoch:
             self._ends |= self._epoch >= 0 and not endless
-            self._epoch, self._batches = epoch, 0
+            self._epoch, self._drawn = epoch, 0
             self._seen[:] = False
-        self._batches += 1
-        self._longest = max(self._longest, self._batches)
+        self._drawn += 1
+        self._longest = max(self._longest, self._drawn)
         if len(self._seen) < len(self.book):
             self._seen = np.concatenate([self._seen, np.zeros(len(self.book) // 8 + len(numbers) + 256, bool)])
         again = self._seen[numbers]
@@ -160,9 +163,13 @@ class StreamSource(ExampleSource):
     def _look_at(self, batch: Any, ids: list[Id]) -> None:
         """Refuse ids of a first batch that are not those of its rows, or that examples share."""
         n = len(ids)
-        picked = joined([Row(batch, place, n) for place in (n - 1, 0)])
+        with suppress(Exception):  # it need not make batches of any size
+            other = self._loader.resized(n - 1 or 2)
+            for another in islice(other or (), 1):
+                self._cutting.learn(another, len(self._ids(another)))
+        picked = joined(self._cutting.rows(batch, n, (n - 1, 0)))
         with suppress(DataError):
-            if self._ids(picked) == [ids[-1], ids[0]]:
+            if self.sample_id is None or self._ids(picked) == [ids[-1], ids[0]]:
                 picked = None
         if picked is not None:
             raise DataError(
@@ -170,18 +177,7 @@ class StreamSource(ExampleSource):
                 "batch. Expected batches of tensors, arrays and lists with one row for each example, the ids among "
                 "them."
             )
-        held: dict[Id, list[int]] = {}
-        for place, value in enumerate(ids):
-            held.setdefault(value, []).append(place)
-        shared = {value: places for value, places in held.items() if len(places) > 1}
-        for value, places in shared.items():
-            rows = [Row(batch, place, n).example() for place in places]
-            if len({digest(row) for row in rows}) > 1:
-                raise DataError(
-                    f"sample_id gives {len(places)} examples of the first batch the id {value!r}, and they hold "
-                    f"different things ({len(shared)} ids of {len(held)} are shared so). Expected ids that tell "
-                    "examples apart: add what differs (a row, a line, a shard)."
-                )
+        _check_shared(ids, self._cutting.rows(batch, n))
 
     # ------------------------------------------------------------------ passes
 
@@ -194,7 +190,7 @@ class StreamSource(ExampleSource):
                 break
         return list(self._stream.rows)
 
-    def batches(self, indices: Sequence[int], size: int | None = None) -> Iterator[tuple[list[int], Any]]:
+    def _batches(self, indices: Sequence[int], size: int) -> Generator[tuple[list[int], Any], None, None]:
         """Yield ``(indices, batch)``, ``size`` examples at a time, in the order in which the stream holds them.
 
         Examples that are at hand come in the order that is asked for. Batches that can't be put together (of other
@@ -203,7 +199,6 @@ class StreamSource(ExampleSource):
         Raises:
             DataError: If the stream can't be gone over again, or holds none of the examples any more.
         """
-        size = size or self.pass_batch_size
         rows = self._stream.rows
         if all(index in rows for index in indices):
             for part in _parts(list(indices), size):
@@ -228,7 +223,8 @@ class StreamSource(ExampleSource):
                     if self.missing.get(index) == NOT_MET:
                         del self.missing[index]
             met += len(places)
-            waiting += _rows_of(batch, numbers, places)
+            rows = self._cutting.picked(batch, len(numbers), places)
+            waiting += [(numbers[place], row) for place, row in zip(places, rows, strict=True)]
             # One more is waited for: a lone last example would meet steps that squeeze the batch away.
             while len(waiting) > size + 1:
                 yield from self._handed(waiting[:size])
@@ -257,6 +253,7 @@ class StreamSource(ExampleSource):
         for number, batch in enumerate(self._loader):
             with suppress(DataError):  # whose ids are not known in training, either
                 ids = self._ids(batch)
+                self._cutting.learn(batch, len(ids))
                 yield batch, range(start, start + len(ids)) if self.sample_id is None else self.book.find(ids)
                 start += len(ids)
             if number + 1 >= limit:
@@ -273,7 +270,7 @@ class StreamSource(ExampleSource):
 
     def _hold(self, indices: Sequence[int]) -> None:
         """Go over the stream for a few examples, and keep them in ``dataset``."""
-        for chosen, _ in self.batches(indices):
+        for chosen, _ in self._batches(indices, self.pass_batch_size):
             self._stream.held |= {index: self._stream.rows[index].example() for index in chosen}
 
     # ------------------------------------------------------------------ what an index would allow
@@ -307,12 +304,26 @@ class StreamSource(ExampleSource):
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives, for a Lightning checkpoint."""
-        return {"ids": self.book.ids(), "longest": self._longest, "ends": self._ends, "repeated": self.repeated}
+        return {"ids": self.book.state_dict(), "longest": self._longest, "ends": self._ends, "repeated": self.repeated}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.book.add(state["ids"])
+        self.book.load_state_dict(state["ids"])
         self._longest, self._ends, self.repeated = state["longest"], state["ends"], state["repeated"]
+
+
+def _check_shared(ids: Sequence[Id], rows: Sequence[Row]) -> None:
+    held: dict[Id, list[int]] = {}
+    for place, value in enumerate(ids):
+        held.setdefault(value, []).append(place)
+    shared = {value: places for value, places in held.items() if len(places) > 1}
+    for value, places in shared.items():
+        if len({digest(rows[place].example()) for place in places}) > 1:
+            raise DataError(
+                f"sample_id gives {len(places)} examples of the first batch the id {value!r}, and they hold different "
+                f"things ({len(shared)} ids of {len(held)} are shared so). Expected ids that tell examples apart: add "
+                "what differs (a row, a line, a shard)."
+            )
 
 
 def _patiently(loader: Again) -> Iterator[Any]:
@@ -349,13 +360,3 @@ def _split(waiting: list[tuple[int, Row]]) -> Iterator[tuple[list[int], list[Row
             yield [chosen[k] for k in own], [rows[k] for k in own], joined([rows[k] for k in own])
         return
     yield chosen, rows, whole
-
-
-def _rows_of(batch: Any, numbers: Sequence[int], places: list[int]) -> list[tuple[int, Row]]:
-    """Return rows of a batch with their numbers; of few of them no more is held than they are."""
-    n = len(numbers)
-    rows = [Row(batch, place, n) for place in places]
-    if rows and len(rows) < n:
-        picked = joined(rows)
-        rows = [Row(picked, k, len(rows)) for k in range(len(rows))]
-    return [(numbers[place], row) for place, row in zip(places, rows, strict=True)]

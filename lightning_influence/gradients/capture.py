@@ -221,11 +221,23 @@ class Capture:
             laid_out = [([kept(x, keep) for x in xs], [kept(g, keep) for g in gs]) for xs, gs in laid_out]
         return LayerIO(name, *joined(laid_out))
 
-    def features(self, n: int) -> Tensor | None:
-        """Return the inputs of the last linear map or convolution, averaged over positions: ``[n, d]``."""
+    def features(self, n: int, *, partial: bool = False) -> Tensor | None:
+        """Return the inputs of the last linear map or convolution, averaged over positions: ``[n, d]``.
+
+        Args:
+            n: Number of examples.
+            partial: Whether to take only what the part of the loss that the backward pass began at depends on.
+        """
         for _, use in reversed(self._uses):
-            if isinstance(use.call, MatrixCall):
-                return use.call.activations(n, use.layouts).mean(2).transpose(0, 1).reshape(n, -1)
+            call = use.call
+            if not isinstance(call, MatrixCall) or (partial and not use.output.reached):
+                continue
+            x = call.activations(n, use.layouts)
+            if partial:
+                (gradient, *_) = (g for g in use.output.gradients if g is not None)
+                met = call.output_gradients(gradient, n, use.layouts).ne(0).any(-1).any(1).any(0)
+                x = x[:, :, met] if bool(met.any()) else x
+            return x.mean(2).transpose(0, 1).reshape(n, -1)
         return None
 
 

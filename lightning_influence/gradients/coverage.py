@@ -29,6 +29,8 @@ Layers: TypeAlias = "Layer | Iterable[Layer] | None"
 
 # Gradients of so many scalars are formed for every example where there is no other way; larger ones only on request.
 _LARGEST_UNASKED = 2**20
+# Recurrent layers are covered unasked in so many steps: a pass then takes 4 to 8 times as long as one of training.
+_MOST_STEPS_UNASKED = 512
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class _Survey:
         untraced = self.trace.failure is not None
         slow = self._slow_blocks() if self.exact or untraced else []
         blocks = self._blocks() + slow
-        chosen = blocks if layers is None else self._selected(blocks, listed_layers(layers))
+        chosen = self._unasked(blocks) if layers is None else self._selected(blocks, listed_layers(layers))
         size = sum(p.numel() for block in chosen for p in block.parameters.values())
         if untraced and not self.exact and size > _LARGEST_UNASKED:
             raise LayerError(
@@ -156,7 +158,7 @@ class _Survey:
         of_slow = {name for block in slow for name in block.parameters}
         reasons = {p.name: p.reason for p in self.profiles.values() if p.reason is not None and p.name not in of_slow}
         left = [name for block in blocks for name in block.parameters if name not in covered]
-        reasons |= dict.fromkeys(left, LEFT_OUT)
+        reasons |= {name: LEFT_OUT if layers is not None else self._too_long(name) for name in left}
         if not chosen:
             why = "; ".join(sorted(set(reasons.values()))) or "no parameter requires a gradient"
             way_out = ' Pass `uncovered="exact"` to compute them one example at a time.' if reasons else ""
@@ -177,6 +179,16 @@ class _Survey:
             self.trace,
             sum(self.untrained.values()),
         )
+
+    def _unasked(self, blocks: list[ParameterBlock]) -> list[ParameterBlock]:
+        """Leave out what takes many times a pass of training, unless that is everything."""
+        steps, most = self.trace.steps, math.inf if self.exact else _MOST_STEPS_UNASKED
+        quick = [b for b in blocks if max((steps.get(id(p), 0) for p in b.parameters.values()), default=0) <= most]
+        return quick or blocks
+
+    def _too_long(self, name: str) -> str:
+        steps = next(self.trace.steps[id(p.parameter)] for p in self.profiles.values() if p.name == name)
+        return f"runs in {steps:,} steps, in which passes take many times as long; `layers=` that name it cover it"
 
     def _blocks(self) -> list[ParameterBlock]:
         understood = [p for p in self.profiles.values() if p.reason is None]

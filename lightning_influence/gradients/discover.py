@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_influence.core.containers import mover
 from lightning_influence.core.isolation import hidden_parameters, rewind, untouched
@@ -16,13 +16,16 @@ from lightning_influence.core.layout import BatchLayout, Order, find_layout
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.core.snapshot import StateError
+from lightning_influence.data.company import Company
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered, cover
 from lightning_influence.gradients.trace import Trace
 from lightning_influence.gradients.tracer import Tracer
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.losses import LossCall
+from lightning_influence.objective.own_part import OwnRows, own_terms
 from lightning_influence.objective.scale import NoLossError, TermKey
+from lightning_influence.objective.tap import Heard
 from lightning_influence.objective.task import Task, run_tapped
 from lightning_influence.objective.terms import BatchLoss, LossTerm, TaskError, TermForm, understand
 
@@ -104,21 +107,28 @@ def trace_model(
 
     moved = to_device or mover(module)
 
-    def run(watch: AbstractContextManager[Any], indices: list[int]) -> BatchLoss | None:
-        ((_, batch),) = source.batches(indices, len(indices))
+    def heard(batch: Any, watch: AbstractContextManager[Any]) -> tuple[Tensor, Heard]:
         rewind()
         seed_everything(0)
         with forward_context(), watch:
-            loss, calls = run_tapped(task, module, moved(batch))
+            return run_tapped(task, module, moved(batch))
+
+    def run(watch: AbstractContextManager[Any], indices: list[int]) -> BatchLoss | None:
+        loss, calls = heard(source.one_batch(indices), watch)
         try:
             return understand(loss, calls, len(indices))
         except TaskError:  # raised again by the first pass
             return None
 
+    def with_own_terms(trace: Trace) -> Trace:
+        company = source.company
+        if company is not None and company.others:
+            with _differentiated(module, task, parameters):
+                trace.own = _own_terms(source, company, indices if whole else indices[:3], heard)
+        return trace
+
     try:
-        with untouched(module, task):
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
+        with _differentiated(module, task, parameters):
             # Examples that happen to have equal rows leave their order open: others are tried then.
             for start, size in ((0, 2), (2, 3), (5, 4)) if not whole else ((0, len(indices)),):
                 chosen = list(indices) if whole else source.steady(indices, start, size)
@@ -154,8 +164,29 @@ def trace_model(
                 "its use of parameters is found out. Its step has to take batches of any size: a size that is written "
                 "into the model has to come from its inputs."
             ) from error
-        return Trace(failure=failure)
-    return tracer.trace
+        return with_own_terms(Trace(failure=failure))
+    return with_own_terms(tracer.trace)
+
+
+@contextmanager
+def _differentiated(module: nn.Module, task: Task, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    with untouched(module, task):
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield
+
+
+def _own_terms(
+    source: ExampleSource, company: Company, indices: Sequence[int], heard: Callable[..., tuple[Tensor, Heard]]
+) -> dict[TermKey, OwnRows] | None:
+    """Return the terms of the loss that are about the examples of a source, see ``own_terms``."""
+    *chosen, other = dict.fromkeys(indices)
+    n = len(chosen)
+    if not n:
+        return {}  # one example does not tell
+    tried = (chosen, chosen), ([other] * n, chosen), (chosen, [chosen[0] + 1] * n)
+    first, of_own, of_others = (understand(*heard(source.one_batch(*each), nullcontext()), n) for each in tried)
+    return own_terms((first, of_own, of_others), company.loader, company.others)
 
 
 def term_forms(small: BatchLoss, large: BatchLoss) -> dict[TermKey, TermForm]:

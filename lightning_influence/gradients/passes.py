@@ -27,19 +27,16 @@ from lightning_influence.gradients.capture import Capture, LayerIO
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.new_paths import followed
-from lightning_influence.gradients.noise import ExampleNoise
-from lightning_influence.gradients.plain_autograd import Start, gradients_one_by_one
-from lightning_influence.objective.losses import known_losses
+from lightning_influence.gradients.plain_autograd import gradients_one_by_one
+from lightning_influence.gradients.starts import starts, starts_of_copies
+from lightning_influence.gradients.trace import Trace
+from lightning_influence.objective.own_part import own_part
 from lightning_influence.objective.scale import LossScale
-from lightning_influence.objective.task import Task, TaskError, run_tapped
+from lightning_influence.objective.task import Task, run_tapped
 from lightning_influence.objective.terms import BatchLoss, understand
 
 Labels = Literal["true", "sampled", "exact"]
 """Whose gradients: of the given labels, of a draw from the model, or of as many as make the expectation exact."""
-NO_EXACT_LABELS = (
-    "the expectation over labels has no closed form for this loss (it makes several decisions per example); use "
-    '`fisher="sampled"`.'
-)
 
 
 class Progress(Protocol):
@@ -153,6 +150,7 @@ class ExampleGradients:
         self.coverage = coverage
         self.seed = seed
         self.quantity: Quantity | None = None
+        self._whole = False  # see `of_whole_loss`
         self.to_device = to_device or mover(module)
         self._progress = progress or _silent
         self.forward_context = forward_context
@@ -186,7 +184,7 @@ class ExampleGradients:
         return self if self._scale.measure is None else self.with_scale(self._measured(indices, of_mean))
 
     def _measured(self, indices: Sequence[int], of_mean: bool | None = None) -> LossScale:
-        return measured_scale(self.with_scale(None).losses, self.source, indices, of_mean)
+        return measured_scale(self.with_scale(None).of_whole_loss().losses, self.source, indices, of_mean)
 
     def like(self, other: ExampleGradients) -> ExampleGradients:
         """Return the same passes with the loss scale of others (queries are weighed as the training data are)."""
@@ -197,7 +195,8 @@ class ExampleGradients:
         return self._with(_scale=_Scale(None, scale))
 
     def on(self, source: ExampleSource) -> ExampleGradients:
-        """Return the same passes over other examples."""
+        """Return the same passes over other examples, in the same company."""
+        source.company = self.source.company
         return self._with(source=source)
 
     def within(self, context: Callable[[], AbstractContextManager[Any]]) -> ExampleGradients:
@@ -209,6 +208,10 @@ class ExampleGradients:
                 yield
 
         return self._with(forward_context=both)
+
+    def of_whole_loss(self) -> ExampleGradients:
+        """Return the same passes with all that training minimises, parts about other loaders' examples, too."""
+        return self._with(_whole=True)
 
     def measuring(self, quantity: Quantity | None) -> ExampleGradients:
         """Return the same passes whose gradients are those of another quantity than the loss."""
@@ -266,12 +269,12 @@ class ExampleGradients:
         with closing(run) as losses:
             for chosen, loss in losses:
                 draws = loss.exact_draws() if labels == "exact" else 1
-                for number, (outputs, gradients) in enumerate(_starts(self, loss, labels, chosen, draw)):
+                for number, (outputs, gradients) in enumerate(starts(self, loss, labels, chosen, draw)):
                     capture.backward(outputs, gradients, last=number + 1 == draws)
                 if self.coverage.one_by_one:
                     # A copy of an example weighs as the example does in its batch.
-                    starts = partial(_starts_of_copies, passes=self.with_scale(loss.scale), labels=labels, draw=draw)
-                    for name, found in gradients_one_by_one(self.coverage, chosen, starts).items():
+                    of_copies = partial(starts_of_copies, passes=self.with_scale(loss.scale), labels=labels, draw=draw)
+                    for name, found in gradients_one_by_one(self.coverage, chosen, of_copies).items():
                         capture.add_computed(name, found)
                 finite = capture.finite(loss.n)
                 if loss.values is not None:
@@ -311,16 +314,7 @@ class ExampleGradients:
                 n = len(chosen)
                 return self.forward(batch, n, step_seed=step_seed, watch=watch(n) if watch else None)
 
-            retrace = partial(
-                trace_model,
-                self.module,
-                self.task,
-                self.source,
-                indices=chosen,
-                to_device=self.to_device,
-                forward_context=self.forward_context,
-            )
-            return followed(self.coverage, evaluate, retrace, chosen)
+            return followed(self.coverage, evaluate, partial(_traced_again, self, chosen), chosen)
 
         progress = self._progress if title else _silent
         with (
@@ -357,7 +351,9 @@ class ExampleGradients:
         with self.forward_context():
             with watch or nullcontext():
                 loss, calls = run_tapped(self.task, self.module, batch)
-            return understand(loss, calls, n, self.scale, self.coverage.trace.forms)
+            found = understand(loss, calls, n, self.scale, self.coverage.trace.forms)
+            own = None if self._whole else self.coverage.trace.own
+            return found if own is None else own_part(found, own)
 
     def applied(self, function: Callable[[Any, Any], Any], batch: Any) -> Any:
         """Return ``function(module, batch)`` as a pass would run it; callers isolate the model, see ``forward``."""
@@ -367,30 +363,16 @@ class ExampleGradients:
             return function(self.module, self.to_device(batch))
 
 
-def _starts(
-    passes: ExampleGradients, loss: BatchLoss, labels: Labels, indices: Sequence[int], draw: int
-) -> Iterator[Start]:
-    """Yield tensors and gradients to run backward from, once per draw of labels."""
-    if labels == "true":
-        yield loss.true_outputs() if passes.quantity is None else passes.quantity.outputs(loss)
-        return
-    if not loss.terms:
-        raise TaskError(
-            f"labels can't be sampled from the model: no known loss call was seen ({known_losses()}). Use "
-            '`fisher="empirical"`.'
-        )
-    if labels == "sampled":
-        yield loss.sampled_outputs(ExampleNoise(passes.seed, draw, indices))
-        return
-    if loss.exact_draws() is None:
-        raise TaskError(NO_EXACT_LABELS)
-    yield from loss.exact_outputs()
-
-
-def _starts_of_copies(index: int, copies: int, passes: ExampleGradients, labels: Labels, draw: int) -> Sequence[Start]:
-    """Return the same for a batch of copies of one example."""
-    ((_, batch),) = passes.source.batches([index] * copies, copies)
-    return list(_starts(passes, passes.forward(batch, copies), labels, [index] * copies, draw))
+def _traced_again(passes: ExampleGradients, indices: Sequence[int], *, whole: bool) -> Trace:
+    return trace_model(
+        passes.module,
+        passes.task,
+        passes.source,
+        indices=indices,
+        whole=whole,
+        to_device=passes.to_device,
+        forward_context=passes.forward_context,
+    )
 
 
 def _silent(title: str, examples: int) -> AbstractContextManager[Callable[[int], None]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.core.torch_private import base_of
 from lightning_influence.layers.call import Call, Layouts
+from lightning_influence.objective.own_part import OwnRows
 from lightning_influence.objective.scale import TermKey
 from lightning_influence.objective.terms import TermForm
 
@@ -103,7 +104,10 @@ class Trace:
         ambiguous: Whether the values left open in which order rows of examples lie.
         forms: Where the examples of each term of the loss are, see ``discover.term_forms``.
         formless: Terms of the loss that tracing has told nothing about.
+        own: Terms that are about the examples, and with which of their rows, where others are about those of other
+            loaders; None if all are.
         outside: Shapes of trainable parameters that took part but are in no module, and the functions that used them.
+        steps: Id of a parameter of a recurrent layer to the number of steps that the layer is run in.
         failure: Why there is no trace: all gradients have to be computed one example at a time then.
     """
 
@@ -113,7 +117,9 @@ class Trace:
     ambiguous: bool = False
     forms: Mapping[TermKey, TermForm] = field(default_factory=dict)
     formless: set[TermKey] = field(default_factory=set)
+    own: dict[TermKey, OwnRows] | None = None
     outside: list[str] = field(default_factory=list)
+    steps: Mapping[int, int] = field(default_factory=dict)
     failure: str | None = None
 
     @property
@@ -128,6 +134,9 @@ class Trace:
     def add(self, other: Trace) -> None:
         """Add the paths of another trace of the same model."""
         self.forms = {**other.forms, **self.forms}
+        if self.own is not None:
+            self.own |= other.own or {}
+        self.steps = {**other.steps, **self.steps}
         for key, paths in other.paths.items():
             known = self.paths.setdefault(key, [])
             known.extend(path for path in paths if path not in known)

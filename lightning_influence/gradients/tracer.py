@@ -90,7 +90,7 @@ class Tracer(Follower):
     ) -> None:
         super().__init__({} if smaller is None else parameters)
         self.calls: list[Shapes] = []
-        self.trace = Trace(parameters=list(parameters.values()))
+        self.trace = Trace(parameters=list(parameters.values()), steps=self._recurrent.steps)
         self._registered = {id(p) for p in parameters.values()}
         self._hidden = {id(p) for p in hidden}
         self._smaller, self._sizes = smaller, sizes

@@ -57,6 +57,7 @@ class Inspection:
         seconds: Wall time of their forward and backward pass (the first batch is slower than later ones).
         examples: Number of examples looked at.
         random: Whether the step draws random numbers of its own in eval mode.
+        labels_of: The loss that tells the labels, if there are others that have other ones.
     """
 
     positions: dict[str, int]
@@ -67,6 +68,7 @@ class Inspection:
     seconds: float
     examples: int
     random: bool = False
+    labels_of: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +199,7 @@ def _look(
             None,
             time.perf_counter() - start,
             len(indices),
+            labels_of=loss.labels_of(),
         )
         return _Look(
             inspection,
@@ -235,7 +238,7 @@ def batch_gradient(gradients: ExampleGradients, batch: Any, n: int) -> dict[str,
 
 def _compare(gradients: ExampleGradients, indices: list[int], look: _Look) -> float:
     with isolated_rng():
-        ((_, batch),) = gradients.source.batches(indices, len(indices))
+        batch = gradients.source.one_batch(indices)
     expected = batch_gradient(gradients, batch, len(indices))
     whole = max((float(block.norm()) for block in expected.values()), default=0.0)
     errors: dict[str, float] = {}
@@ -302,7 +305,7 @@ def _way_out(gradients: ExampleGradients, indices: list[int]) -> str:
     if isinstance(gradients.task, StandardTask):
         return f"{task}, and mix examples in `training_step` rather than before it"
     with isolated_rng():
-        ((_, batch),) = gradients.source.batches(indices, len(indices))
+        batch = gradients.source.one_batch(indices)
     with untouched(gradients.module, gradients.task):
         line = gradients.applied(suggested, batch)
     return task if line is None else f"the loss of each example alone, {line} (else {task})"

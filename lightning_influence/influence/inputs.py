@@ -102,6 +102,11 @@ def notes_of(inspection: Inspection) -> list[str]:
             "no known loss call accounts for the whole loss: the Fisher is empirical, and no predictions, margins or "
             f"suggested labels come from it ({known_losses()} are known)"
         )
+    if inspection.labels_of:
+        notes.append(
+            "several losses of a step have labels: `label`, predictions and margins are those of "
+            f"{inspection.labels_of}, which comes first in it"
+        )
     if inspection.random:
         notes.append("the loss draws random numbers in eval mode: scores hold for one draw, and depend on batches")
     return notes

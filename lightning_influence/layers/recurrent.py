@@ -74,9 +74,13 @@ class Recurrent:
 
     A packed sequence holds rows sorted by length. Only where torch itself has sorted them (``enforce_sorted=False``) is
     it known which row is whose; others are left to torch.
+
+    Attributes:
+        steps: Id of a weight of such a layer to the number of steps that its call has been run in.
     """
 
     def __init__(self) -> None:
+        self.steps: dict[int, int] = {}
         # What was put in order, kept alive, along which dimension, and the order.
         self._orders: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._packed: dict[int, tuple[Tensor, Tensor]] = {}  # sizes of steps, kept alive, and the order
@@ -117,11 +121,14 @@ class Recurrent:
         layers, dropout, training = args[5:8] if packed else args[4:7]
         if dropout and training and layers > 1:
             return None
+        if packed and id(args[1]) not in self._packed:
+            return None
+        length = len(args[1]) if packed else args[0].shape[1 if args[8] else 0]
+        steps = length * layers * (2 if args[-1 if packed else -2] else 1)
+        self.steps.update((id(weight), steps) for weight in args[3 if packed else 2])
         if not packed:
             with watched():
                 return _layers(function, *args)
-        if id(args[1]) not in self._packed:
-            return None
         return _of_packed(function, self._packed[id(args[1])][1], watched, *args)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import unicodedata
+from bisect import bisect
 from collections.abc import Sequence
 from typing import Any
 
@@ -182,7 +183,6 @@ def _cut(text: str, font: Font, room: int) -> str:
     """Return as much of a text as is no wider than ``room`` pixels."""
     if font.getlength(text) <= room:
         return text
-    kept = text[:room]  # no letter is narrower than a pixel
-    while kept and font.getlength(f"{kept}…") > room:
-        kept = kept[:-1]
-    return f"{kept.rstrip()}…"
+    # No letter is narrower than a pixel. Measuring a text takes a while: halved, not one letter after the other.
+    fits = bisect(range(1, min(len(text), room) + 1), float(room), key=lambda size: font.getlength(f"{text[:size]}…"))
+    return f"{text[:fits].rstrip()}…"

@@ -121,29 +121,51 @@ def handwritten(
     Args:
         loss: A number, in the graph. What is run backward is the little between it and the logits.
         decisions: What was heard on the way.
-        known: Known calls that the loss is made of as well: what they tell of the same logits is not told twice.
+        known: Known calls that the loss is made of as well: their part of it, and of its gradient, is left out.
         sure: Whether these decisions are known to be those of such a loss, in other batches.
     """
-    taken = {tensor.shape for call in known for tensor in call.predictions}
     candidates: list[Decision] = []
     for each in decisions:
-        new = all(each.logits is not other.logits for other in candidates) and each.logits.shape not in taken
+        new = all(each.logits is not other.logits for other in candidates)
         if new and version(each.logits) == each.version and not has_hooks(each.logits):
             candidates.append(each)
     if not candidates or loss.numel() != 1:
         return []
-    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-        loss, [each.logits for each in candidates], retain_graph=True, allow_unused=True
-    )
-    total, found = float(loss.detach()), list[HandWritten]()
+    gradients, rest = _besides(loss, [each.logits for each in candidates], known)
+    found = list[HandWritten]()
     for each, gradient in zip(candidates, gradients, strict=True):
         if gradient is None:
             continue
-        read = _yes_or_no(each, gradient, total) if each.dim is None else _choice(each, gradient, total, sure)
+        read = _yes_or_no(each, gradient, rest) if each.dim is None else _choice(each, gradient, rest, sure)
         # A softmax of log-probabilities tells once more what that of the logits has told.
         if read is not None and not any(_same(read[0], other.call) for other in found):
             found.append(HandWritten(*read, each.logits, each.after))
     return found
+
+
+def _besides(
+    loss: Tensor, logits: Sequence[Tensor], known: Collection[LossCall]
+) -> tuple[Sequence[Tensor | None], float]:
+    """Return the gradient at the logits, None for none, and the value of what a loss has besides known calls."""
+    outputs = [call.output for call in known]
+    found = torch.autograd.grad(loss, [*logits, *outputs], retain_graph=True, allow_unused=True)
+    gradients, coefficients = found[: len(logits)], found[len(logits) :]
+    used = [(output, c) for output, c in zip(outputs, coefficients, strict=True) if c is not None]
+    rest = float(loss.detach()) - sum(float((c * output.detach()).sum()) for output, c in used)
+    if not used:
+        return gradients, rest
+    through = torch.autograd.grad(
+        [output for output, _ in used], logits, [c for _, c in used], retain_graph=True, allow_unused=True
+    )
+    return [_difference(*pair) for pair in zip(gradients, through, strict=True)], rest
+
+
+def _difference(gradient: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """Return a gradient without a part of it; None if that is all but rounding."""
+    if gradient is None or part is None:
+        return gradient
+    rest = gradient - part
+    return rest if bool(rest.norm() > 64 * torch.finfo(rest.dtype).eps * gradient.norm()) else None
 
 
 def _choice(of: Decision, gradient: Tensor, total: float, sure: bool) -> tuple[LossCall, Tensor] | None:

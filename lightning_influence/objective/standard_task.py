@@ -7,7 +7,10 @@ each example alone.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -45,10 +48,12 @@ class StandardTask:
 
     Args:
         name: ``"classification"``, ``"binary"`` or ``"regression"``.
+        within: Keys that lead to the batch in what it is given, which holds one of each loader.
     """
 
-    def __init__(self, name: TaskName) -> None:
+    def __init__(self, name: TaskName, within: Sequence[Any] = ()) -> None:
         self.name = self.__name__ = name
+        self.within = within
 
     def __call__(self, module: Any, batch: Any) -> Tensor:
         """Return the loss.
@@ -56,7 +61,7 @@ class StandardTask:
         Raises:
             TaskError: If inputs, labels or outputs are not to be found, or do not fit.
         """
-        parts = _parts(module, batch)
+        parts = _parts(module, reduce(getitem, self.within, batch))
         found = module(*parts.args, **parts.kwargs)
         outputs = _outputs(found)
         labels = parts.labels
@@ -76,6 +81,10 @@ class StandardTask:
 
     def written_out(self, module: Any, batch: Any) -> str:
         """Return what it computes for such batches, as code."""
+        place = "".join(f"[{json.dumps(key)}]" for key in self.within)
+        return self._code(module, reduce(getitem, self.within, batch)).replace("batch[", f"batch{place}[")
+
+    def _code(self, module: Any, batch: Any) -> str:
         parts = _parts(module, batch)
         with torch.enable_grad():
             found = module(*parts.args, **parts.kwargs)

@@ -25,7 +25,7 @@ from lightning_influence.objective.losses import LossCall, single
 from lightning_influence.objective.scale import LossScale, TaskError, TermKey, TermShare
 from lightning_influence.objective.tap import Heard, edges_below
 
-__all__ = ["BatchLoss", "LossTerm", "TaskError", "TermForm", "placed_calls", "steady_terms", "understand"]
+__all__ = ["BatchLoss", "LossTerm", "TaskError", "TermForm", "placed_calls", "steady_terms", "understand", "values_of"]
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ class BatchLoss:
             value of its own (an untapped loss, a penalty).
         values: Per-example losses ``[n]`` if the task returned them or the terms tell them, else None.
         seen: The terms and the known calls whose rows can't be shared out.
+        partial: Whether other terms of what the task returned are left out, see ``own_part``.
     """
 
     loss: Tensor
@@ -139,12 +140,17 @@ class BatchLoss:
     remainder: bool
     values: Tensor | None
     seen: tuple[LossTerm, ...] = ()
+    partial: bool = False
 
     @property
     def scale(self) -> LossScale:
-        """What the terms are scaled by: the given scale, or else the batch's own."""
-        of = {t.key: t.batch_reference(self.n) if t.reference is None else t.reference for t in self.terms}
+        """What all terms are scaled by: the given scale, or else the batch's own."""
+        of = {t.key: t.batch_reference(self.n) if t.reference is None else t.reference for t in self._whole}
         return LossScale(of)
+
+    @property
+    def _whole(self) -> list[LossTerm]:
+        return [term for term in self.seen if term.call.rows_match(self.n)]
 
     @property
     def tapped(self) -> bool:
@@ -155,6 +161,13 @@ class BatchLoss:
     def primary(self) -> LossCall | None:
         """The call that predictions and margins are read from: the first."""
         return self.terms[0].call if self.terms else None
+
+    def labels_of(self) -> str:
+        """Return what tells the labels, if others have other ones; else nothing."""
+        told = [(term.key, term.call.statistics(self.n).get("label")) for term in self.terms] if self.terms[1:] else []
+        labels = [(key, label) for key, label in told if label is not None]
+        alike = all(torch.equal(label, labels[0][1]) for _, label in labels)
+        return "" if alike or labels[0][0] != self.terms[0].key else str(labels[0][0])
 
     def true_outputs(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return tensors and gradients to run backward from, for the gradients of every example's own loss.
@@ -176,8 +189,8 @@ class BatchLoss:
         return _in_graph(chain.from_iterable(each))
 
     def exact_draws(self) -> int | None:
-        """Return the number of backward passes of ``exact_outputs``, or None if there is no closed form."""
-        draws = [term.call.exact_draws(self.n) for term in self.terms]
+        """Return the backward passes that ``exact_outputs`` of the whole loss takes; None without a closed form."""
+        draws = [term.call.exact_draws(self.n) for term in self._whole]
         return sum(d for d in draws if d is not None) if draws and None not in draws else None
 
     def exact_outputs(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
@@ -264,11 +277,16 @@ def understand(
         # In the order of the step: labels are read from the first.
         seen = tuple(term for _, term in sorted([*by_hand, *numbered.items()], key=itemgetter(0)))
         terms, remainder = _told(loss, seen, n)
-    with torch.no_grad():
-        if terms and not remainder:
-            parts = [term.call.per_example(term.call.elements() * term.scale(n), n) for term in terms]
-            values = torch.stack([part.to(loss.dtype) for part in parts]).sum(0)
+    if terms and not remainder:
+        values = values_of(terms, n, loss.dtype)
     return BatchLoss(loss, n, terms, remainder, values, seen)
+
+
+@torch.no_grad()
+def values_of(terms: Sequence[LossTerm], n: int, dtype: torch.dtype) -> Tensor:
+    """Return what terms say of every example's own loss, ``[n]``."""
+    parts = [term.call.per_example(term.call.elements() * term.scale(n), n) for term in terms]
+    return torch.stack([part.to(dtype) for part in parts]).sum(0)
 
 
 def _told(loss: Tensor, seen: Sequence[LossTerm], n: int) -> tuple[tuple[LossTerm, ...], bool]:

@@ -49,7 +49,7 @@ def _candidates(report: AuditReport) -> Card:
             share = advised.expected / len(advised)
             note = f"{len(advised):,} are sure enough to act on; expected precision {share:.0%}"
         else:
-            note = advised.reason
+            note = advised.reason if report.beliefs.told else "none is sure enough to be named; the ranking is there"
     yield "candidates", f"{count:,}", note or f"{count / max(len(report), 1):.1%} of the examples"
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_influence.audit.columns import COLUMNS, INFLUENCE_ON, Columns, candidate_rows, column_of
+from lightning_influence.audit.curves import SUGGESTED
 from lightning_influence.page.cards import cards
 
 if TYPE_CHECKING:
@@ -23,6 +27,7 @@ AUDIT = "audit.json"
 _CHUNK = 1_000_000  # characters of pictures that come with one request
 # Of columns and curves together, before they are written as text; curves have a part of it in any case.
 _BYTES, _CURVES = 1_400_000, 100_000
+_TOKENS = 1_000_000  # characters of tokens and their scores
 _BINS = 40
 _PAIR_FIELDS = {
     "query": "query",
@@ -67,7 +72,12 @@ def files(
     places = _placed({str(index): image for index, image in (pictures or {}).items()}, chunks)
     of_queries = _placed({f"{a}/{b}": image for (a, b), image in (query_pictures or {}).items()}, chunks)
     found = document(report, name=name, texts=texts, query_texts=query_texts, epochs=epochs)
-    found |= {"pictures": places, "query_pictures": of_queries}
+    # Each chunk ends with what the document says of them: a page that is open when another audit takes the place of
+    # this one shows none of that one's pictures.
+    whose = sha256("".join(chain.from_iterable(chunks)).encode()).hexdigest()[:16]
+    for chunk in chunks:
+        chunk.append(whose)
+    found |= {"pictures": places, "query_pictures": of_queries, "pictures_of": whose}
     result = {AUDIT: as_json(found)}
     return result | {f"pictures-{number}.json": as_json(chunk) for number, chunk in enumerate(chunks)}
 
@@ -83,7 +93,9 @@ def document(
     """Return the document of an audit, without pictures; see ``files``."""
     columns, manifest = report.columns, report.manifest
     order = np.argsort(columns["index"], kind="stable")
-    columns = {name: np.asarray(values)[order] for name, values in columns.items()}
+    columns = {name: np.asarray(values) for name, values in columns.items()}
+    if not np.array_equal(order, np.arange(len(order))):  # as it is, but for what somebody else has put together
+        columns = {name: values[order] for name, values in columns.items()}
     curves = getattr(report, "curves", None) or {}
     rows = _curve_rows(columns, report.pairs, curves)
     told = {int(i): str(text) for i, text in zip(columns["index"], columns.get("text", ()), strict=False) if text}
@@ -113,9 +125,11 @@ def document(
 
 def as_json(value: Any) -> bytes:
     """Return JSON; numbers that are not finite become null."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(
-        errors="replace"
-    )
+    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    told = io.BytesIO()
+    for piece in encoder.iterencode(_finite(value)):  # all at once, the columns would be held three more times
+        told.write(piece.encode(errors="replace"))
+    return told.getvalue()
 
 
 def _finite(value: Any) -> Any:
@@ -191,8 +205,11 @@ def _curves(
     return {
         "epochs": [int(epoch) for epoch in getattr(curves, "epochs", ())],
         "names": list(curves),
+        # Which of them, if any, is the probability of the given label, and of the suggested one.
+        "p_given": "probability" if "probability" in curves else None,
+        "p_suggested": SUGGESTED if SUGGESTED in curves else None,
         "rows": "all" if len(rows) == len(order) else rows.tolist(),
-        "data": {name: _base64(_float32(table[order][rows])) for name, table in curves.items()},
+        "data": {name: _base64(_float32(table[order[rows]])) for name, table in curves.items()},
     }
 
 
@@ -202,13 +219,14 @@ def _histories(
     """Return a histogram of each curve at each epoch, over the same bins, and that of the candidates."""
     found = []
     for name, table in curves.items():
-        values = table[order].astype(np.float64)
-        known = values[np.isfinite(values)]
-        if not len(known):
+        finite = np.isfinite(table)
+        low = float(table.min(where=finite, initial=np.inf))
+        high = float(table.max(where=finite, initial=-np.inf))
+        if low > high:
             continue
-        edges = np.linspace(known.min(), known.max() if known.max() > known.min() else known.min() + 1, _BINS + 1)
+        edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
         for column, epoch in enumerate(getattr(curves, "epochs", ())):
-            own = values[:, column]
+            own = table[order, column].astype(np.float64)
             entry = {"column": name, "epoch": int(epoch), "edges": edges.tolist()}
             for key, some in (("counts", np.ones_like(candidate)), ("candidates", candidate)):
                 entry[key] = np.histogram(own[some & np.isfinite(own)], edges)[0].tolist()
@@ -221,7 +239,20 @@ def _pairs(pairs: Columns | None) -> list[dict[str, Any]]:
         return []
     lists = {name: np.asarray(pairs[source]).tolist() for name, source in _PAIR_FIELDS.items() if source in pairs}
     lists.setdefault("list", ["strongest"] * len(lists["index"]))
+    if "tokens" in pairs:
+        lists |= {"tokens": _tokens(pairs), "tokens_rest": np.asarray(pairs["tokens_rest"]).tolist()}
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+
+
+def _tokens(pairs: Columns) -> list[list[tuple[str, float]] | None]:
+    """Return text and score of each token by pair, as many as fit, those first that are first in their lists."""
+    found: list[list[tuple[str, float]] | None] = [None] * len(pairs["index"])
+    room = _TOKENS
+    for row in np.argsort(pairs["rank"], kind="stable").tolist():
+        if (text := str(pairs["tokens"][row])) and len(text) <= room:
+            room -= len(text)
+            found[row] = [(str(token), float(f"{float(score):.4g}")) for token, score in json.loads(text)]
+    return found
 
 
 def _placed(pictures: Mapping[str, bytes], chunks: list[list[str]]) -> dict[str, tuple[int, int]]:
@@ -257,12 +288,15 @@ def shown_indices(report: AuditReport, most: int = 2000) -> list[int]:
     Args:
         report: The audit.
         most: How many at most: candidates and the first of the ranking, the training examples of the queries' lists,
-            and those that the model rests on most.
+            those that the first candidates are beside, and those that the model rests on most.
     """
     columns = report.columns
     parts: list[Iterable[int]] = [report.candidates[: most // 2]]
     if report.pairs is not None:
         parts.append(report.pairs["index"])
+    if "nearest" in columns:
+        nearest = columns["nearest"][candidate_rows(columns)[: most // 4]]
+        parts.append(nearest[np.isin(nearest, columns["index"])])
     if "self_influence" in columns:
         parts.append(columns["index"][np.argsort(-np.nan_to_num(columns["self_influence"]), kind="stable")[:200]])
     parts += [report.candidates[most // 2 :], report.ranking]

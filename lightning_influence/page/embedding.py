@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
+from itertools import chain, islice
 from typing import Any
 
 from lightning_influence.page.assets import static_files
+from lightning_influence.page.listing import parsed, told, unreadable
 
 _PREFIX = "influence/"  # of the modules' names in the import map, which `data:` addresses can refer to
 _IMPORT = re.compile(r"""^(import\b[^;'"]*|export\b[^;'"]*\bfrom\s*|\} from\s*)(["'])\./([\w-]+\.js)\2""", re.MULTILINE)
@@ -28,47 +30,52 @@ class Embedded:
     Args:
         name: What it is called where there are several.
         audit: Its ``audit.json``.
-        pictures: Its ``pictures-<chunk>.json``, in order.
+        pictures: Its ``pictures-<chunk>.json``, in order; each is asked for when it is written.
     """
 
     name: str
     audit: bytes
-    pictures: Sequence[bytes] = ()
+    pictures: Iterable[bytes] = ()
 
 
-def one_file(audits: Sequence[Embedded], title: str = "") -> bytes:
-    """Return the page with some audits in it.
+def one_file(audits: Iterable[Embedded], title: str = "") -> bytes:
+    """Return the page with some audits in it; see ``pieces``."""
+    return b"".join(pieces(audits, title))
+
+
+def pieces(audits: Iterable[Embedded], title: str = "") -> Iterator[bytes]:
+    """Yield the page with some audits in it, of whose pictures no more than a chunk has to be in memory.
 
     Args:
         audits: The first is shown first.
         title: Of the browser's window; by default the name of the first audit.
     """
-    files = static_files()
+    files, others = static_files(), iter(audits)
+    first = list(islice(others, 1))
+    yield "\n".join(
+        [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">',
+            f"<title>{escape(title or (first[0].name if first else 'Influence'))}</title>",
+            f"<style>{files['style.css'][1].decode()}</style></head><body>\n",
+        ]
+    ).encode()
+    runs = []
+    for number, each in enumerate(chain(first, others)):
+        runs.append(_about(str(number), each))
+        yield from _data(f"influence-audit-{number}", each.audit)
+        for chunk, pictures in enumerate(each.pictures):
+            yield from _data(f"influence-pictures-{number}-{chunk}", pictures)
+    yield from _data("influence-runs", json.dumps(runs).encode())
     modules = {
         _PREFIX + name: "data:text/javascript;base64," + base64.b64encode(_renamed(content)).decode("ascii")
         for name, (_, content) in files.items()
         if name.endswith(".js")
     }
-    runs = [_about(str(number), each) for number, each in enumerate(audits)]
-    parts = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">',
-        f"<title>{escape(title or (audits[0].name if audits else 'Influence'))}</title>",
-        f"<style>{files['style.css'][1].decode()}</style></head><body>",
-        _data("influence-runs", json.dumps(runs)),
-    ]
-    for number, each in enumerate(audits):
-        parts.append(_data(f"influence-audit-{number}", each.audit.decode()))
-        parts += [
-            _data(f"influence-pictures-{number}-{chunk}", pictures.decode())
-            for chunk, pictures in enumerate(each.pictures)
-        ]
-    parts += [
-        f'<script type="importmap">{json.dumps({"imports": modules})}</script>',
-        f'<script type="module">import {{ render }} from "{_PREFIX}index.js"; render();</script></body></html>\n',
-    ]
-    return "\n".join(parts).encode()
+    yield f'<script type="importmap">{json.dumps({"imports": modules})}</script>\n'.encode()
+    start = f'import {{ render }} from "{_PREFIX}index.js"; render();'
+    yield f'<script type="module">{start}</script></body></html>\n'.encode()
 
 
 def _renamed(content: bytes) -> bytes:
@@ -78,12 +85,13 @@ def _renamed(content: bytes) -> bytes:
 
 def _about(key: str, audit: Embedded) -> Mapping[str, Any]:
     try:
-        document = json.loads(audit.audit)
-        return {"id": key, "name": audit.name, "status": document.get("status", ""), "created": document["created"]}
-    except (ValueError, KeyError, AttributeError) as error:
-        return {"id": key, "name": audit.name, "status": "", "created": "", "error": f"it can't be read: {error}"}
+        about = told(parsed(audit.audit))
+    except ValueError as error:
+        about = unreadable(f"it can't be read: {error}")
+    return {"id": key, "name": audit.name, **about}
 
 
-def _data(key: str, text: str) -> str:
-    safe = text.replace("<", "\\u003c")
-    return f'<script type="application/json" id="{escape(key)}">{safe}</script>'
+def _data(key: str, text: bytes) -> Iterator[bytes]:
+    yield f'<script type="application/json" id="{escape(key)}">'.encode()
+    yield text.replace(b"<", b"\\u003c")
+    yield b"</script>\n"

@@ -218,6 +218,11 @@ class Recorder:
         self.fetching = StreamReader()
 
     @property
+    def accumulated(self) -> int:
+        """Number of batches whose step is still to come."""
+        return len(self._batches)
+
+    @property
     def bytes(self) -> int:
         """Memory that the records take, states included."""
         return self._record_bytes + self.states.bytes

@@ -122,7 +122,8 @@ class Rerun:
         state = record.states[first]
         with self._guarded(state) as own:
             optimizer = optimizer_of(record.recipe, self._parameters)
-            put(optimizer, state, self._parameters)
+            fused = any(group.get("fused") for group in record.steps[0].groups)
+            put(optimizer, state, self._parameters, fused=fused)
             last = first  # that is known to be right
             for number in range(first, stop):
                 step = record.steps[number]
@@ -261,17 +262,17 @@ def optimizer_of(recipe: Recipe, parameters: Mapping[str, nn.Parameter]) -> torc
     return made
 
 
-def put(optimizer: torch.optim.Optimizer, state: RunState, parameters: Mapping[str, nn.Parameter]) -> None:
+def put(
+    optimizer: torch.optim.Optimizer, state: RunState, parameters: Mapping[str, nn.Parameter], *, fused: bool = False
+) -> None:
     """Let an optimizer stand where it stood."""
     for name, own in state.optimizer.items():
-        place = parameters[name].device
-        optimizer.state[parameters[name]] = {
-            # A count of steps stays where it was, on the host.
-            key: value.detach().to(place if value.ndim else value.device, copy=True)
-            if isinstance(value, Tensor)
-            else value
-            for key, value in own.items()
-        }
+        place, put_there = parameters[name].device, {}
+        for key, value in own.items():
+            # Counts of steps are on the host, but for those of fused optimizers.
+            moves = isinstance(value, Tensor) and (value.ndim or fused)
+            put_there[key] = value.detach().to(place, copy=True) if moves else _clone(value)
+        optimizer.state[parameters[name]] = put_there
 
 
 def clip(recipe: Recipe, optimizer: torch.optim.Optimizer) -> None:

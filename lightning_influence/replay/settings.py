@@ -16,7 +16,7 @@ from lightning_influence.data.contents import digest
 from lightning_influence.data.repeatable import is_deterministic
 
 # Examples that are fetched twice: augmentation may be rare.
-_TRIED = 32
+_TRIED = 16
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ class _WeightedCalls(LossTap):
         if not call.rows_match(n):
             return call.output
         shares = call.shares(n)
-        rows = shares.scatter(_spread(self._weights, shares.shape)).to(call.output.dtype)
+        rows = shares.scatter(_spread(self._weights, shares.shape)).to(call.output)
         if call.reduction == "none":
             if isinstance(call, Divergence):
                 return call.output * rows.unsqueeze(1).movedim(1, call.class_dim)

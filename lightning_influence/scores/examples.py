@@ -77,7 +77,7 @@ class ExampleScorer(Visitor):
         """Begin the sums over the layers."""
         n = batch.loss.n
         self._scorer = None if self._curvature is None else self._curvature.scorer(n)
-        self._last = batch.capture.features(n) if self._features else None
+        self._last = batch.capture.features(n, partial=batch.loss.partial) if self._features else None
         wanted = {"grad_norm_squared": True, "harm": self._query, "tracin": self._step_sizes}
         self._row = {name: wide_zeros(n, batch.finite.device) for name, of in wanted.items() if of is not None}
 

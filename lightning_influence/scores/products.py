@@ -43,6 +43,11 @@ class _Pairs(Visitor, ABC):
         self._places = {layer: 1 + place for place, layer in enumerate(layers)}
         self._scores = wide_zeros(0, prepared.self_influence.device)
 
+    @property
+    def prepared(self) -> PreparedQueries:
+        """The queries."""
+        return self._prepared
+
     def begin(self, batch: BatchGradients) -> None:
         of_queries = self._prepared.self_influence
         self._scores = of_queries.new_zeros((batch.loss.n, 1 + len(self._places), len(of_queries)))

@@ -56,6 +56,10 @@ class PreparedQueries:
         """Return one block's part of ``⟨g_z, v_q⟩`` for a batch of ``n`` examples, ``[n, q]``."""
         return per_sample.products(*_rows(io, self.bases.get(io.name)), self.vectors[io.name])
 
+    def by_position(self, io: LayerIO) -> list[Tensor]:
+        """Return the same before the sum over positions, ``[n, q, s]`` for each kind of rows that the block has."""
+        return per_sample.by_position(*_rows(io, self.bases.get(io.name)), self.vectors[io.name])
+
 
 def check_pairs(
     gradients: ExampleGradients, indices: Sequence[int], queries: ExampleGradients, query_indices: Sequence[int]

@@ -6,12 +6,13 @@ step, the first is its document, ``audit.json``, the others its pictures in chun
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tensorboard.data.provider import RunTagFilter
+
+from lightning_influence.page.listing import parsed, told, unreadable
 
 PLUGIN = "influence"
 
@@ -93,11 +94,13 @@ class EventAudits:
 
     def _about(self, context: Any, experiment: str, series: _Series) -> dict[str, Any]:
         try:
-            document = _checked(self._blob(context, experiment, series, 0))
-        except (AuditError, KeyError) as error:
-            return {"status": "", "created": "", "error": str(error) or "it holds nothing"}
-        told = {name: str(document.get(name, "")) for name in ("status", "created")}
-        return {**told, "epochs_done": document.get("epochs_done"), "error": None}
+            return {**told(_checked(self._blob(context, experiment, series, 0))), "error": None}
+        except KeyError:
+            return unreadable("it holds nothing")
+        except AuditError as error:
+            return unreadable(error)
+        except Exception as error:  # of one audit: whatever the data provider says of it, the others are listed
+            return unreadable(f"it can't be read: {type(error).__name__}: {error}")
 
     def _blob(self, context: Any, experiment: str, series: _Series, number: int) -> bytes:
         read = self._provider.read_blob_sequences(
@@ -143,6 +146,6 @@ def _checked(content: bytes) -> dict[str, Any]:
 
 def _parsed(content: bytes) -> Any:
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
+        return parsed(content)
+    except ValueError as error:
         raise AuditError(f"it is damaged, or no audit's: {error}") from error

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_influence.core import distributed
+from lightning_influence.training.dynamics import RIVAL, TrainingDynamics
 from lightning_influence.training.example_sums import lengthened
-
-if TYPE_CHECKING:
-    from lightning_influence.training.dynamics import TrainingDynamics
 
 CURVES = ("loss", "margin", "probability")
 """What there may be a curve of: the example's loss, the logit of its given label minus the largest other, and the
@@ -33,7 +32,8 @@ class CurveRecord:
         dynamics: Whose sums they are.
 
     Attributes:
-        kept: Epoch to curve name to values ``[size]``, float32, NaN for examples that were not trained on in it.
+        kept: Epoch to curve name to values ``[size]``, float32, NaN for examples that were not trained on in it; and
+            to ``rival``, by which the probability of the suggested label is known once there is one.
         missing: Epochs that were recorded before training was resumed, and are not in memory so far.
         epoch: The one that is going on.
     """
@@ -61,8 +61,13 @@ class CurveRecord:
             return
         visits = torch.where(count > 0, count, torch.nan)
         curves = {name: (total / visits).float() for name, total in since.items()}
+        if RIVAL in self._dynamics.sums:
+            rival = self._dynamics.sums[RIVAL].float()
+            # Of an example that several processes have visited it is a mean, which means nothing.
+            known = (rival >= 0) & ((count == 1) | ((count > 0) & (distributed.world_size() == 1)))
+            curves[RIVAL] = torch.where(known, rival, torch.nan)
         self.kept = {known: values for known, values in self.kept.items() if self._lasts(known)} | {epoch: curves}
-        most = max(2, min(_MOST_EPOCHS, _BUDGET // (_ENTRY * len(CURVES) * max(self._dynamics.size, 1))))
+        most = max(2, min(_MOST_EPOCHS, _BUDGET // (_ENTRY * (len(CURVES) + 1) * max(self._dynamics.size, 1))))
         while len(self.kept) + len(self.missing) > most:
             self._stride *= 2
             self.kept = {k: values for k, values in self.kept.items() if self._lasts(k) or k == epoch}

@@ -21,12 +21,15 @@ from torch import Tensor
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.objective.losses import LossCall
 from lightning_influence.training.batch_record import BatchRecord
-from lightning_influence.training.example_sums import ExampleSums
+from lightning_influence.training.example_sums import ExampleSums, in_blocks
 
 # Logits up to this many scalars wait for those of other batches: each call costs more than its arithmetic.
 _SMALL = 2**16
 # Mean probabilities are kept up to this many scalars (400 MB); beyond, their columns are left out.
 _PROBABILITY_BUDGET = 10**8
+
+RIVAL = "rival"
+"""In one number: the likeliest class but the given one, and after the point how likely the last visit found it."""
 
 _Statistics: TypeAlias = Mapping[str, Tensor]
 
@@ -38,19 +41,26 @@ class TrainingDynamics:
         size: Number of examples of the data set.
 
     Attributes:
-        sums: The sums; ``label`` and ``last_wrong`` are the state at the last visit.
+        sums: The sums; ``label``, ``last_wrong`` and ``rival`` are the state at the last visit.
         checks_labels: Whether batches whose examples had other labels before are left out.
         contradicted_batches: Their number.
+        left_out: Which columns there are not, and why.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.sums = ExampleSums(size, last={"label": -1.0, "last_wrong": 1.0}, visits="times_seen")
+        self.sums = ExampleSums(
+            size,
+            last={"label": -1.0, "last_wrong": 1.0, RIVAL: -1.0},
+            visits="times_seen",
+            whole=("nonfinite", "forgetting", "label"),
+        )
         # Batches wait on their device: copying each one at once would make a GPU wait in every step.
         self._waiting: list[tuple[BatchRecord, _Statistics]] = []
         self._rows: list[tuple[BatchRecord, LossCall]] = []  # all alike
         self.checks_labels = True
         self.contradicted_batches = 0
+        self.left_out = ""
 
     def record_call(self, batch: BatchRecord, call: LossCall) -> None:
         """File one training batch by its loss call, see ``record``.
@@ -86,9 +96,18 @@ class TrainingDynamics:
 
     def _within_budget(self, statistics: _Statistics) -> _Statistics:
         probabilities = statistics.get("probabilities")
-        if probabilities is None or self.size * probabilities.shape[1] <= _PROBABILITY_BUDGET:
+        if probabilities is None:
             return dict(statistics)
-        return {name: value for name, value in statistics.items() if name != "probabilities"}
+        found = {RIVAL: _rivals(probabilities, statistics["label"]), **statistics}
+        if self.size * probabilities.shape[1] > _PROBABILITY_BUDGET:
+            self.left_out = (
+                f"no prob_margin and no support, and suggested is the final prediction: the mean probabilities of "
+                f"{self.size:,} examples and {probabilities.shape[1]:,} classes are more numbers than are kept, "
+                f"{_PROBABILITY_BUDGET:,}"
+            )
+            self.sums.forget("probabilities")  # of a stream that was shorter so far
+            del found["probabilities"]
+        return found
 
     def flush(self) -> None:
         """Add the waiting batches to the sums."""
@@ -100,13 +119,13 @@ class TrainingDynamics:
             batches, calls = zip(*rows, strict=True)
             logits, labels = (torch.cat([getattr(c, name) for c in calls]) for name in ("input", "target"))
             call = replace(calls[0], input=logits, target=labels, layout=BatchLayout())
-            self._file(batches, self._within_budget(call.statistics(len(logits))))
+            self._file(batches, call.statistics(len(logits)))
 
     def _file(self, batches: Sequence[BatchRecord], statistics: _Statistics) -> None:
         """Add batches that lie end to end, in turn where one has examples of another."""
         of = np.repeat(np.arange(len(batches)), [len(batch.indices or ()) for batch in batches])
         indices = np.fromiter(chain.from_iterable(batch.indices or () for batch in batches), np.int64)
-        found = {name: value.cpu() for name, value in statistics.items()}
+        found = {name: value.cpu() for name, value in self._within_budget(statistics).items()}
         for places in _rounds(indices, of):
             rows, taken = _rows(torch.from_numpy(indices), found, torch.from_numpy(places))
             if self.checks_labels and "label" in taken and "label" in self.sums:
@@ -143,49 +162,60 @@ class TrainingDynamics:
             rows, taken = _kept(rows, taken, taken["label"] >= 0)
         finite = torch.isfinite(taken["loss"])
         sums = self.sums
-        sums.add("nonfinite", rows, (~finite).double())
+        sums.add("nonfinite", rows, ~finite)
         rows, taken = _kept(rows, taken, finite)
-        sums.add("times_seen", rows, torch.ones(len(rows), dtype=torch.float64))
+        sums.add("times_seen", rows, torch.ones(len(rows)))
         for name in ("loss", "worst", "margin", "el2n", "wrong", "probability", "probabilities"):
             if name in taken:
                 sums.add(name, rows, taken[name])
         sums.add("loss_squared", rows, taken["loss"].double().square())
         if "wrong" in taken:
             before = sums.put("last_wrong", rows, taken["wrong"])
-            sums.add("forgetting", rows, ((before < 0.5) & (taken["wrong"].double() >= 0.5)).double())
-        if "label" in taken:
-            sums.put("label", rows, taken["label"])
+            sums.add("forgetting", rows, (before < 0.5) & (taken["wrong"].double() >= 0.5))
+        for name in ("label", RIVAL):
+            if name in taken:
+                sums.put(name, rows, taken[name])
 
     def grow(self, size: int) -> None:
         """Have room for more examples."""
         self.size = size
         self.sums.grow(size)
 
-    def columns(self) -> dict[str, Tensor]:
-        """Return one column per score, ``[size]``; NaN (or -1) for examples that were never trained on."""
+    def columns(self, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """Return one column per score; NaN (or -1) for examples that were never trained on.
+
+        Args:
+            rows: Of ``n`` examples; all by default.
+        """
         self.flush()
         if "times_seen" not in self.sums:
             return {}
-        seen = self.sums["times_seen"]
-        count = torch.where(seen > 0, seen, torch.nan)
-        mean = self.sums["loss"] / count
+        sums, at = self.sums, torch.arange(self.size) if rows is None else rows
+        seen = sums["times_seen"][at]
+        count = torch.where(seen > 0, seen.double(), torch.nan)
+        mean = sums["loss"][at] / count
         result = {
             "times_seen": seen.long(),
             "loss_mean": mean,
-            "loss_variance": (self.sums["loss_squared"] / count - mean.square()).clamp(min=0),
+            "loss_variance": (sums["loss_squared"][at] / count - mean.square()).clamp(min=0),
         }
         for name, column in (("worst", "loss_worst"), ("margin", "aum"), ("el2n", "el2n")):
-            if name in self.sums:
-                result[column] = self.sums[name] / count
-        if "wrong" in self.sums:
-            result["epochs_wrong"] = torch.where(seen > 0, self.sums["wrong"], torch.nan)
-            result["forgetting"] = torch.where(seen > 0, self.sums["forgetting"], torch.nan)
-        if "label" in self.sums:
-            result["label"] = self.sums["label"].long()
-        if (probabilities := self.mean_probabilities()) is not None:
-            known = torch.where(torch.isfinite(count), result["label"], -1)
-            result["prob_margin"], _ = margin_of_label(probabilities, known)
+            if name in sums:
+                result[column] = sums[name][at] / count
+        if "wrong" in sums:
+            result["epochs_wrong"] = torch.where(seen > 0, sums["wrong"][at], torch.nan)
+            result["forgetting"] = torch.where(seen > 0, sums["forgetting"][at].double(), torch.nan)
+        if "label" in sums:
+            result["label"] = sums["label"][at].long()
+        if "probabilities" in sums:
+            known = torch.where(seen > 0, result["label"], -1)
+            result["prob_margin"] = torch.cat([self._margin(some, given) for some, given in in_blocks(at, known)])
         return result
+
+    def _margin(self, rows: Tensor, labels: Tensor) -> Tensor:
+        probabilities = self.mean_probabilities(rows)
+        assert probabilities is not None
+        return margin_of_label(probabilities, labels)[0]
 
     def predicted_rightly(self) -> tuple[float, float] | None:
         """Return how many visits so far were of examples that were predicted rightly, and of how many."""
@@ -194,12 +224,15 @@ class TrainingDynamics:
         visits = float(self.sums["times_seen"].sum())
         return visits - float(self.sums["wrong"].sum()), visits
 
-    def mean_probabilities(self) -> Tensor | None:
-        """Return the mean predicted probabilities over the visits, ``[size, c]``; NaN without one, None if not kept."""
+    def mean_probabilities(self, rows: Tensor) -> Tensor | None:
+        """Return the mean predicted probabilities over the visits of ``n`` examples; NaN without one.
+
+        ``[n, c]`` float64, eight bytes for each class: ask for some rows at a time. None if they are not kept.
+        """
         if "probabilities" not in self.sums:
             return None
-        seen = self.sums["times_seen"]
-        return self.sums["probabilities"].double() / torch.where(seen > 0, seen, torch.nan).unsqueeze(1)
+        seen = self.sums["times_seen"][rows]
+        return self.sums["probabilities"][rows].double() / torch.where(seen > 0, seen.double(), torch.nan).unsqueeze(1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint."""
@@ -224,6 +257,16 @@ def margin_of_label(shares: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     margin = shares.gather(1, own).squeeze(1) - others
     known = (labels >= 0) & margin.isfinite()
     return torch.where(known, margin, torch.nan), torch.where(known, best, -1)
+
+
+def _rivals(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return the likeliest class but the given one plus its probability, below 1, ``[n]`` float32; -1 for none."""
+    if probabilities.shape[1] < 2:
+        return torch.full_like(labels, -1, dtype=torch.float32)
+    others = probabilities.float().scatter(1, labels.clamp(min=0).unsqueeze(1), -1.0)
+    probability, rival = others.max(1)
+    below = torch.nextafter((rival + 1).float(), probability.new_zeros(()))
+    return torch.minimum(rival + probability, below)
 
 
 def _rounds(indices: NDArray[np.int64], of: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

@@ -6,22 +6,22 @@ without the example's own label: ridge regression that leaves it out, and the vo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_influence.core.indices import Indices
 from lightning_influence.core.precision import exact
-from lightning_influence.training.example_sums import lengthened
-from lightning_influence.training.neighbours import votes
+from lightning_influence.training.example_sums import in_blocks, lengthened
+from lightning_influence.training.neighbours import finite_rows, picked, votes
 
 # Penalties of the ridge, shares of the number of examples; the one with the least error on left-out labels is taken.
 _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 # A feature that hardly varies is not blown up to unit variance: this share of the largest deviation at least.
 _LEAST_DEVIATION = 1e-3
-_CHUNK = 2**12  # rows
 # Epochs that the belief is made of at least; more while the run predicts labels well worse than the others tell them.
 _EARLY = 3
 # Three matrices are kept, of up to so many scalars (200 MB) each.
@@ -48,15 +48,20 @@ def ridge_leave_one_out(features: Tensor, labels: Tensor, classes: int) -> Tenso
     Returns:
         ``[n, c]`` float64, each between 0 and 1; rows sum to about 1.
     """
-    n = len(features)
+    return torch.cat(list(_left_out(features, labels, classes)))
+
+
+def _left_out(features: Tensor, labels: Tensor, classes: int) -> Iterator[Tensor]:
+    """Yield the predictions of ``ridge_leave_one_out`` block by block, where the labels are."""
+    n, device = len(features), labels.device
     mean = features.mean(0)
-    spread = exact(features.std(0, correction=0))
+    spread = exact(features.std(0, correction=0).to(device))
     spread = spread.clamp(min=max(_LEAST_DEVIATION * float(spread.max()), torch.finfo(spread.dtype).tiny))
     frequencies = exact(torch.bincount(labels, minlength=classes)) / n
 
     def chunks() -> Iterator[tuple[Tensor, Tensor]]:
-        for part, given in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True):
-            yield exact(part - mean) / spread, F.one_hot(given, classes).to(frequencies) - frequencies
+        for part, given in in_blocks(features, labels):
+            yield exact((part - mean).to(device)) / spread, F.one_hot(given, classes).to(frequencies) - frequencies
 
     gram = sum(x.T @ x for x, _ in chunks())
     eigenvalues, basis = torch.linalg.eigh(gram)
@@ -70,7 +75,8 @@ def ridge_leave_one_out(features: Tensor, labels: Tensor, classes: int) -> Tenso
 
     errors = [sum(float((left_out(x, y, p) - y).square().sum()) for x, y in chunks()) for p in _PENALTIES]
     penalty = _PENALTIES[errors.index(min(errors))]
-    return torch.cat([(left_out(x, y, penalty) + frequencies).clamp(0, 1) for x, y in chunks()])
+    for x, y in chunks():
+        yield (left_out(x, y, penalty) + frequencies).clamp(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +102,14 @@ class EvidenceRecord:
 
     Args:
         size: Number of examples of the data set.
+
+    Attributes:
+        refusal: Why nothing is kept.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.refusal = ""
         self._sums = {name: torch.zeros(size, 0) for name in _SUMS}
         # Epochs looked at for `early`, snapshots in two of the sums, whether another would tell nothing, whether
         # `early` is complete, accuracy of its best snapshot, and what training had predicted by the last one.
@@ -145,31 +155,39 @@ class EvidenceRecord:
                 the last snapshot, is more than the others can tell, labels are learnt by heart, and features say what
                 they were told.
         """
-        usable = (labels >= 0) & features.float().norm(dim=1).isfinite()  # as `nearest_labels` has it
-        rows, features, labels = indices[usable].cpu(), features[usable], labels[usable]
+        usable = ((labels >= 0) & finite_rows(features).to(labels.device)).nonzero().squeeze(1)
+        indices, features, labels, nearest = (picked(each, usable) for each in (indices, features, labels, nearest))
+        rows = indices.cpu()
         classes = max(self._sums["first"].shape[1], 1 + int(labels.max()) if len(labels) else 0)
         if self.size * classes > _BUDGET:
             self.close()
+            self.refusal = (
+                f"for {len(rows):,} examples and {classes:,} classes it would take more numbers than are kept, "
+                f"{_BUDGET:,}"
+            )
         if self.closed or len(rows) < _FEWEST:
             return
-        ridge = ridge_leave_one_out(features, labels, classes).cpu()
-        near = votes(nearest[usable], classes).cpu()
-        by_ridge, by_votes = ((labels.cpu() == told.argmax(1)).double().mean().item() for told in (ridge, near))
         state, as_seen = self._state, self._as_seen(right)
-        if not state["late"]:
-            self._add("first", rows, ridge + near)
+        both, right_ones = torch.empty(len(rows), classes), torch.zeros(3, dtype=torch.long)
+        parts = in_blocks(rows, labels, nearest, both)
+        for ridge, (at, given, near, told) in zip(_left_out(features, labels, classes), parts, strict=True):
+            share, near = ridge.cpu(), votes(near, classes).cpu()
+            if not state["late"]:
+                self._add("first", at, share + near)
+            mean = (share / share.sum(1, keepdim=True).clamp(min=1e-12) + near) / 2
+            right_ones += torch.stack([(given.cpu() == says.argmax(1)).sum() for says in (share, near, mean)])
+            told.copy_(mean)
+        by_ridge, by_votes, by_both = (right_ones.double() / len(rows)).tolist()
         if not trained:
             return
         if as_seen > max(by_ridge, by_votes) and state["late"]:
             self.close()
             return
-        both = (ridge / ridge.sum(1, keepdim=True).clamp(min=1e-12) + near) / 2
         self._add("late", rows, both)
         state["late"] += 1
         if not state["done"]:
-            told = (labels.cpu() == both.argmax(1)).double().mean().item()
-            self._add_early(rows, both, told)
-            state["done"] = float(state["epochs"] >= _EARLY and not as_seen < told - _BEHIND)
+            self._add_early(rows, both, by_both)
+            state["done"] = float(state["epochs"] >= _EARLY and not as_seen < by_both - _BEHIND)
 
     def _add_early(self, rows: Tensor, both: Tensor, told: float) -> None:
         state = self._state
@@ -192,11 +210,10 @@ class EvidenceRecord:
     def _add(self, name: str, rows: Tensor, shares: Tensor) -> None:
         kept = self._sums[name]
         if kept.shape[1] < shares.shape[1]:
-            kept = F.pad(kept, (0, shares.shape[1] - kept.shape[1]))
-        kept[rows] += shares.float()
-        self._sums[name] = kept
+            kept = self._sums[name] = F.pad(kept, (0, shares.shape[1] - kept.shape[1]))
+        kept.index_add_(0, rows, shares.float())
 
-    def about(self, indices: Sequence[int], trained: Tensor | None) -> LabelEvidence | None:
+    def about(self, indices: Indices, trained: Tensor | None) -> LabelEvidence | None:
         """Return the evidence on the labels of some examples; None before a step was trained.
 
         Args:
@@ -205,7 +222,7 @@ class EvidenceRecord:
         """
         if not self._state["late"]:
             return None
-        rows = torch.as_tensor(list(indices), dtype=torch.long)
+        rows = torch.as_tensor(indices, dtype=torch.long)
         classes = max(value.shape[1] for value in self._sums.values())
         found = {name: F.pad(value[rows], (0, classes - value.shape[1])) for name, value in self._sums.items()}
         for shares in found.values():  # an example that turned up later was in fewer snapshots
@@ -220,11 +237,13 @@ class EvidenceRecord:
         self._sums = {name: lengthened(column, size) for name, column in self._sums.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return tensors only, for a Lightning checkpoint."""
+        """Return tensors only, for a Lightning checkpoint; ``late`` is not among them as long as it is ``early``."""
         state = torch.tensor([self._state[name] for name in _STATE], dtype=torch.float64)
-        return {name: value.clone() for name, value in self._sums.items()} | {"state": state}
+        same = torch.equal(self._sums["early"], self._sums["late"])
+        kept = {name: value.clone() for name, value in self._sums.items() if not (same and name == "late")}
+        return kept | {"state": state}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint."""
-        self._sums = {name: state[name].clone() for name in _SUMS}
+        self._sums = {name: state.get(name, state["early"]).clone() for name in _SUMS}
         self._state = dict(zip(_STATE, state["state"].tolist(), strict=True))

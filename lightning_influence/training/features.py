@@ -37,7 +37,9 @@ def look_at_features(gradients: ExampleGradients, indices: Sequence[int], *, tit
     passes = gradients.with_scale(None)
     with closing(passes.losses(indices, title=title, watch=capture.forward, capture=capture)) as losses:
         for chosen, loss in losses:
-            found = capture.features(loss.n)
+            if loss.partial:
+                capture.backward(*loss.true_outputs())
+            found = capture.features(loss.n, partial=loss.partial)
             row = {} if found is None else {"features": projected(found.detach())}
             columns.add(chosen, loss_columns(loss) | row)
             capture.clear()

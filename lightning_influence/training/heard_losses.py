@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.objective.handwritten import HAND_WRITTEN, handwritten
+from lightning_influence.objective.handwritten import HAND_WRITTEN, HandWritten, handwritten
 from lightning_influence.objective.losses import CrossEntropy, LossCall
+from lightning_influence.objective.own_part import OwnRows, own_rows
 from lightning_influence.objective.scale import HeardTerms, Place, TermKey
 from lightning_influence.objective.tap import Heard, calls_in
 from lightning_influence.objective.terms import TermForm, placed_calls, steady_terms
@@ -29,6 +31,7 @@ class HeardLosses:
         compiled: Whether training runs compiled code: what watches its calls would have it compiled anew, perhaps
             otherwise.
         task_apart: Whether passes minimise something else than training does: its step may mix examples.
+        own: Terms of the loss that are about the examples of the loader in question, of several; None if all are.
         mixed: Whether it did in the batch that was read last: what that says is of no example alone.
     """
 
@@ -36,6 +39,7 @@ class HeardLosses:
         self.terms = HeardTerms()
         self.compiled = False
         self.task_apart = False
+        self.own: Mapping[TermKey, OwnRows] | None = None
         self.mixed = False
         self._agreed = 0
         self._failed = False
@@ -50,7 +54,7 @@ class HeardLosses:
         """
         if epoch != self._epoch:
             self._epoch, self._agreed = epoch, min(self._agreed, _AGREEING - _AGAIN)
-        return not self.compiled and (self._failed or self._agreed < _AGREEING)
+        return not self.compiled and (self._failed or self._agreed < _AGREEING or self.own is not None)
 
     def read(
         self, batch: BatchRecord, loss: Tensor, calls: Sequence[LossCall] | None, forms: Mapping[TermKey, TermForm]
@@ -65,7 +69,7 @@ class HeardLosses:
         """
         n, self.mixed = len(batch.indices or ()), False
         if calls is None:
-            return self._in_graph(loss, n, forms)
+            return self._in_graph(loss, n, forms) if self.own is None else None
         forms = {} if self.task_apart else forms  # they are those of the task's calls
         found = self._first(batch, loss, n, calls, forms)
         self.mixed = found is not None and self.task_apart and _mixes(found, calls_in(loss, calls))
@@ -84,10 +88,16 @@ class HeardLosses:
         self, batch: BatchRecord, loss: Tensor, n: int, calls: Sequence[LossCall], forms: Mapping[TermKey, TermForm]
     ) -> LossCall | None:
         known = calls_in(loss, calls)
-        written = self._by_hand(loss, calls, known, n, forms)
-        placed = placed_calls([*written, *known], forms)
+        by_hand = self._by_hand(loss, calls, known, n, forms)
+        written = [each.call for each in by_hand]
+        # In the order of the step, as passes have them: labels are read from the first.
+        numbered = [(each.after, each.call) for each in by_hand] + [(calls.index(call), call) for call in known]
+        placed = placed_calls([call for _, call in sorted(numbered, key=itemgetter(0))], forms)
+        if self.own is not None:
+            rows = self.own
+            placed = [(key, own_rows(call, n, rows[key]), form) for key, call, form in placed if key in rows]
         self.terms.terms.update(key for key, call, _ in placed if call.rows_match(n))
-        self.terms.add(steady_terms(placed, n))
+        self.terms.add(steady_terms(placed, n) if self.own is None else None)
         _, first, form = placed[0] if placed else (None, None, None)
         if first is not None and first.reduction != "none" and _is_plain(first, n, form):
             told = call_in_graph(loss)
@@ -109,16 +119,16 @@ class HeardLosses:
         known: Sequence[LossCall],
         n: int,
         forms: Mapping[TermKey, TermForm],
-    ) -> list[LossCall]:
+    ) -> list[HandWritten]:
         """Return the losses that are written by hand, unless known calls tell of the examples."""
         places = {key.place for key in forms if key.kind in HAND_WRITTEN}
         told = any(call.rows_match(n) for _, call, _ in placed_calls(known, forms))
         if not isinstance(calls, Heard) or (told and not places):
             return []
         asked = [each for each in calls.decisions if each.place not in self._silent]
-        found = [written.call for written in handwritten(loss, asked, known, sure=bool(places))]
+        found = handwritten(loss, asked, known, sure=bool(places))
         if found:
-            self._silent |= {each.place for each in asked} - {call.place for call in found}
+            self._silent |= {each.place for each in asked} - {written.call.place for written in found}
         elif not places:
             self._silent |= {each.place for each in asked}
         return found

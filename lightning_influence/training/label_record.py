@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_influence.core.indices import Indices
 from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.training.evidence import EvidenceRecord, LabelEvidence
+from lightning_influence.training.example_sums import in_blocks
 from lightning_influence.training.neighbours import NeighbourRecord, nearest_labels
 
 
@@ -45,19 +47,21 @@ class LabelRecord:
         if trained:
             self.neighbours.add(scores.indices, nearest, labels)
         self.evidence.add(scores.indices, features, labels, nearest, trained=trained, right=right)
+        self.unknown = self.unknown or self.evidence.refusal
 
-    def about(self, indices: Sequence[int], probabilities: Tensor | None) -> LabelEvidence | None:
+    def about(self, indices: Indices, predicted: Callable[[Tensor], Tensor | None]) -> LabelEvidence | None:
         """Return the evidence on the labels of some examples; None before a step was trained.
 
         Args:
             indices: Dataset indices, ``n`` of them.
-            probabilities: Mean predictions of training for all examples, ``[size, c]``; NaN where there are none.
+            predicted: Mean predictions of training for some examples, see ``TrainingDynamics.mean_probabilities``.
         """
-        shares = None
-        if probabilities is not None:
-            rows = torch.as_tensor(list(indices), dtype=torch.long)
-            shares = probabilities[rows].nan_to_num() + self.neighbours.votes(probabilities.shape[1])[rows]
-        return self.evidence.about(indices, shares)
+        parts = []
+        for (rows,) in in_blocks(torch.as_tensor(indices, dtype=torch.long)):
+            if (probabilities := predicted(rows)) is not None:
+                votes = self.neighbours.votes(probabilities.shape[1], rows)
+                parts.append((probabilities.nan_to_num() + votes).float())
+        return self.evidence.about(indices, torch.cat(parts) if parts else None)
 
     def grow(self, size: int) -> None:
         """Have room for more examples."""

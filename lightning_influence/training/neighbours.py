@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.training.example_sums import lengthened
+from lightning_influence.training.example_sums import in_blocks, lengthened, narrowed
 
 # Neighbours are looked for among at most so many examples: the cost then grows with N, not with N².
 _MAX_REFERENCES = 10_000
@@ -35,39 +35,47 @@ def nearest_labels(features: Tensor, labels: Tensor, *, neighbours: int = 20, se
         seed: Seed of the random reference set.
 
     Returns:
-        ``[n, k]``, nearest first, with ``k`` at most ``neighbours``; -1 for unknown labels and features without
-        finite squares.
+        ``[n, k]`` int32 where the labels are, nearest first, with ``k`` at most ``neighbours``; -1 for unknown labels
+        and features without finite squares.
     """
-    # By their length: of a huge vector, whose squares overflow, there are no cosines.
-    usable = (labels >= 0) & torch.isfinite(features.float().norm(dim=1))
-    rows = usable.nonzero().squeeze(1)
+    rows = ((labels >= 0) & finite_rows(features).to(labels.device)).nonzero().squeeze(1)
     if len(rows) < 2:
-        return labels.new_full((len(labels), 0), -1)
-    own = labels[rows]
+        return labels.new_full((len(labels), 0), -1, dtype=torch.int32)
+    own = labels[rows].int()
     k = min(neighbours, len(rows) - 1, _MAX_REFERENCES - 1)
-    result = labels.new_full((len(labels), k), -1)
-    for chunk, _, places in _nearest(_unit(features[rows]), k, seed):
+    result = own.new_full((len(labels), k), -1)
+    for chunk, _, places in _nearest(picked(features, rows), k, seed, labels.device):
         result[rows[chunk]] = own[places]
     return result
 
 
-def _unit(features: Tensor) -> Tensor:
-    features = features.float()
-    unit = features - features.mean(0)
-    unit /= unit.norm(dim=1, keepdim=True).clamp(min=1e-12)  # in place: features are what takes memory
-    return unit
+def finite_rows(features: Tensor) -> Tensor:
+    """Return which rows ``[n]`` have finite squares: of a huge vector, whose squares overflow, there are no cosines."""
+    return torch.isfinite(features.float().norm(dim=1))
 
 
-def _nearest(unit: Tensor, k: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def picked(features: Tensor, rows: Tensor) -> Tensor:
+    """Return distinct sorted rows of a table; all of them are not copied: features are what takes memory."""
+    return features if len(rows) == len(features) else features[rows.to(features.device)]
+
+
+def _nearest(features: Tensor, k: int, seed: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield some rows, and of their ``k`` nearest among the references the cosines and rows, the nearest first."""
+    features = features.float()
+    n, mean = len(features), features.mean(0)
     generator = torch.Generator().manual_seed(seed)
-    references = torch.randperm(len(unit), generator=generator)[:_MAX_REFERENCES].sort().values.to(unit.device)
-    among = unit[references]
+    references = torch.randperm(n, generator=generator)[:_MAX_REFERENCES].sort().values
+
+    def unit(part: Tensor) -> Tensor:
+        centred = (part - mean).to(device)
+        return centred.div_(centred.norm(dim=1, keepdim=True).clamp(min=1e-12))
+
+    among, references = unit(features[references.to(features.device)]), references.to(device)
     step = max(1, _CHUNK_ELEMENTS // len(references))
-    room = among.new_empty(min(step, len(unit)), len(references))
-    for start in range(0, len(unit), step):
-        chunk = torch.arange(start, min(start + step, len(unit)), device=unit.device)
-        cosines = torch.mm(unit[chunk], among.T, out=room[: len(chunk)])
+    room = among.new_empty(min(step, n), len(references))
+    for start in range(0, n, step):
+        chunk = torch.arange(start, min(start + step, n), device=device)
+        cosines = torch.mm(unit(features[start : start + step]), among.T, out=room[: len(chunk)])
         place = torch.searchsorted(references, chunk).clamp_(max=len(references) - 1)
         itself = references[place] == chunk
         cosines[itself.nonzero().squeeze(1), place[itself]] = -torch.inf
@@ -75,7 +83,9 @@ def _nearest(unit: Tensor, k: int, seed: int) -> Iterator[tuple[Tensor, Tensor, 
         yield chunk, found.values, references[found.indices]
 
 
-def nearest_examples(features: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def nearest_examples(
+    features: Tensor, *, seed: int = 0, device: torch.device | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return each example's nearest other example by features, how near it is, and which are likely copies.
 
     A copy is far nearer than the sixth nearest. How much nearer the nearest is by chance follows from the dimension of
@@ -86,6 +96,7 @@ def nearest_examples(features: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor
     Args:
         features: ``[n, d]``; distances and references as in ``nearest_labels``.
         seed: Seed of the random reference set.
+        device: Where distances are computed, a part of the features at a time; by default where these are.
 
     Returns:
         Rows of the nearest ``[n]``, -1 where unknown; cosines ``[n]``, NaN there; and whether it is a copy ``[n]``.
@@ -93,12 +104,13 @@ def nearest_examples(features: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor
     n = len(features)
     found = torch.full((n,), -1, dtype=torch.long)
     cosines, ratios = torch.full((n,), torch.nan), torch.full((n,), torch.nan)
-    rows = torch.isfinite(features.float().norm(dim=1)).nonzero().squeeze(1)
+    rows = finite_rows(features).nonzero().squeeze(1)
     if len(rows) < 2:
         return found, cosines, ratios < 0
-    for chunk, values, places in _nearest(_unit(features[rows]), min(_CROWD, len(rows) - 1), seed):
-        at = rows[chunk].cpu()
-        found[at], cosines[at] = rows[places[:, 0]].cpu(), values[:, 0].cpu()
+    rows, own = rows.cpu(), picked(features, rows)
+    for chunk, values, places in _nearest(own, min(_CROWD, len(rows) - 1), seed, device or features.device):
+        at = rows[chunk.cpu()]
+        found[at], cosines[at] = rows[places[:, 0].cpu()], values[:, 0].cpu()
         distances = (1 - values).clamp(min=_ROUNDING)
         ratios[at] = (distances[:, 0] / distances[:, -1]).cpu() if values.shape[1] == _CROWD else torch.nan
     usual = float(ratios.nanmedian())
@@ -120,7 +132,7 @@ def disagreement(nearest: Tensor, labels: Tensor) -> Tensor:
     """
     if not nearest.shape[1]:
         return torch.full((len(labels),), torch.nan, device=labels.device)
-    shares = (nearest != labels.unsqueeze(1)).float().mean(1)
+    shares = torch.cat([(a != b.unsqueeze(1)).float().mean(1) for a, b in in_blocks(nearest, labels)])
     return shares.masked_fill(nearest[:, 0] < 0, torch.nan)
 
 
@@ -131,8 +143,10 @@ def votes(nearest: Tensor, classes: int) -> Tensor:
         nearest: Labels ``[n, k]``, see ``nearest_labels``; none of them unknown.
         classes: Number of classes.
     """
-    share = torch.full(nearest.shape, 1 / max(nearest.shape[1], 1), device=nearest.device)
-    return torch.zeros(len(nearest), classes, device=nearest.device).scatter_add_(1, nearest, share)
+    result = torch.zeros(len(nearest), classes, device=nearest.device)
+    for counted, near in in_blocks(result, nearest):
+        counted.scatter_add_(1, near.long(), torch.full_like(near, 1 / max(near.shape[1], 1), dtype=result.dtype))
+    return result
 
 
 class NeighbourRecord:
@@ -145,7 +159,7 @@ class NeighbourRecord:
     def __init__(self, size: int) -> None:
         self.size = size
         self._disagreement = torch.zeros(size, dtype=torch.float64)
-        self._passes = torch.zeros(size, dtype=torch.float64)
+        self._passes = torch.zeros(size, dtype=torch.int32)
         self._votes = torch.zeros(size, 0)
 
     def add(self, indices: Tensor, nearest: Tensor, labels: Tensor) -> None:
@@ -163,20 +177,23 @@ class NeighbourRecord:
         self._passes[rows] += 1
         if not len(rows):
             return
-        nearest = nearest.cpu()[known]
+        nearest = picked(nearest.cpu(), known.nonzero().squeeze(1))
         classes = max(self._votes.shape[1], 1 + int(nearest.max()))
-        if self.size * classes <= _VOTE_BUDGET:
-            self._votes = F.pad(self._votes, (0, classes - self._votes.shape[1]))
-            self._votes[rows] += votes(nearest, classes)
+        if self.size * classes > _VOTE_BUDGET:
+            self._votes = torch.zeros(self.size, 0)
+            return
+        self._votes = F.pad(self._votes, (0, classes - self._votes.shape[1]))
+        for at, near in in_blocks(rows, nearest):
+            self._votes[at] += votes(near, classes)
 
     @property
     def disagreement(self) -> Tensor | None:
         """Mean share of neighbours with another label, ``[size]``, NaN where unknown; None before the first pass."""
         return self._disagreement / self._passes if bool(self._passes.any()) else None
 
-    def votes(self, classes: int) -> Tensor:
-        """Return the mean share of neighbours of each class, ``[size, classes]``; zeros where unknown."""
-        kept = self._votes[:, :classes].double() / self._passes.clamp(min=1).unsqueeze(1)
+    def votes(self, classes: int, rows: Tensor) -> Tensor:
+        """Return the mean share of neighbours of each class, ``[n, classes]`` of ``n`` rows; zeros where unknown."""
+        kept = self._votes[rows, :classes].double() / self._passes[rows].clamp(min=1).unsqueeze(1)
         return F.pad(kept, (0, classes - kept.shape[1]))
 
     def grow(self, size: int) -> None:
@@ -188,8 +205,11 @@ class NeighbourRecord:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint."""
-        return dict(zip(_STATE, (self._disagreement.clone(), self._passes.clone(), self._votes.clone()), strict=True))
+        return dict(zip(_STATE, map(narrowed, (self._disagreement, self._passes, self._votes)), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint."""
-        self._disagreement, self._passes, self._votes = (state[name].clone() for name in _STATE)
+        self._disagreement, self._passes, self._votes = (
+            state[name].to(own.dtype, copy=True)
+            for name, own in zip(_STATE, (self._disagreement, self._passes, self._votes), strict=True)
+        )

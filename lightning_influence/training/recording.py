@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lightning_influence.core.indices import Indices
 from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.objective.losses import LossCall
@@ -84,7 +85,7 @@ class Recording:
         self.visits = VisitSums(size) if self._in_flight else None
         self.labels = LabelRecord(size)
         self._passes: list[int] = []  # steps
-        self._seen = ExampleSums(size, "seen")
+        self._seen = ExampleSums(size, "seen", whole=("seen",))
         self._unfiled: list[BatchRecord] = []
 
     def start_again(self, size: int, epoch: int) -> None:
@@ -164,7 +165,7 @@ class Recording:
         """Add up all that waits."""
         unfiled, self._unfiled = self._unfiled, []
         rows = torch.from_numpy(np.fromiter(chain.from_iterable(batch.indices or () for batch in unfiled), np.int64))
-        self._seen.add("seen", rows, torch.ones(len(rows), dtype=torch.float64))
+        self._seen.add("seen", rows, torch.ones(len(rows)))
         try:
             self.dynamics.flush()
             self.gaps.contradicted = self.dynamics.contradicted_batches
@@ -202,6 +203,7 @@ class Recording:
         """Return what a reader of the columns should know."""
         unknown = self.step_sizes.unknown if self.wants_tracin else ()
         plain = [_plain_steps(unknown)] if unknown else []
+        plain += filter(None, [self.dynamics.left_out])
         return self.gaps.remarks(compiled=self.losses.compiled, late=self.tracin.late) + self.notes + plain
 
     def synchronise(self) -> None:
@@ -216,7 +218,7 @@ class Recording:
         return indices
 
     def columns(
-        self, indices: Sequence[int], scores: ExampleScores | None = None, evidence: LabelEvidence | None = None
+        self, indices: Indices, scores: ExampleScores | None = None, evidence: LabelEvidence | None = None
     ) -> dict[str, NDArray[Any]]:
         """Return all columns for the given examples, of what was synchronised; see ``table``."""
         self.flush()
@@ -224,9 +226,9 @@ class Recording:
         dynamics, visits = (self.dynamics, self.visits) if known else (TrainingDynamics(self.size), None)
         return table(indices, dynamics, self.tracin, visits, self.labels.neighbours, evidence, scores)
 
-    def label_evidence(self, indices: Sequence[int]) -> LabelEvidence | None:
+    def label_evidence(self, indices: Indices) -> LabelEvidence | None:
         """Return what is known of the labels of the given examples without them, of what was synchronised."""
-        return None if self.gaps.misplaced else self.labels.about(indices, self.dynamics.mean_probabilities())
+        return None if self.gaps.misplaced else self.labels.about(indices, self.dynamics.mean_probabilities)
 
     def local_columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns of the examples that this process has seen, without talking to others."""

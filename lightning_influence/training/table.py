@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +10,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_influence.core.indices import Indices
 from lightning_influence.core.precision import exact
 from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.training.dynamics import TrainingDynamics, margin_of_label
 from lightning_influence.training.evidence import LabelEvidence
+from lightning_influence.training.example_sums import in_blocks
 from lightning_influence.training.neighbours import NeighbourRecord, nearest_examples
 from lightning_influence.training.tracin import TracInScores, VisitSums
 
 
 def table(
-    indices: Sequence[int],
+    indices: Indices,
     dynamics: TrainingDynamics,
     tracin: TracInScores,
     visits: VisitSums | None,
@@ -42,9 +43,9 @@ def table(
     Returns:
         Column name to ``[n]``.
     """
-    rows = torch.as_tensor(list(indices), dtype=torch.long)
+    rows = torch.as_tensor(indices, dtype=torch.long)
     columns: dict[str, Tensor] = {"index": rows}
-    columns |= {name: values[rows] for name, values in dynamics.columns().items()}
+    columns |= dynamics.columns(rows)
     finite = torch.ones(len(rows), dtype=torch.bool)
     if tracin.checkpoints:
         columns["tracin"] = tracin.values[rows]
@@ -54,16 +55,9 @@ def table(
         finite &= torch.isfinite(columns["tracin"]) | visits.unmeasured[rows]
     if (disagreement := neighbours.disagreement) is not None:
         columns["neighbour_disagreement"] = disagreement[rows]
-    if (probabilities := dynamics.mean_probabilities()) is not None:
-        # Where a network soon knows wrong labels by heart, its mean prediction stands up for them; its features
-        # are slower to forget what the examples look like.
-        told = neighbours.votes(probabilities.shape[1])[rows]
-        if evidence is not None:
-            late = evidence.late[:, : told.shape[1]].to(told)  # of as many classes as labels name
-            known = late.sum(1) > 0
-            told[known] = F.pad(late, (0, told.shape[1] - late.shape[1]))[known]
-        shares = probabilities[rows] + told
-        columns["support"], columns["suggested"] = margin_of_label(shares, columns["label"])
+    if "probabilities" in dynamics.sums:
+        late = None if evidence is None else evidence.late
+        columns["support"], columns["suggested"] = _supported(rows, columns["label"], dynamics, neighbours, late)
     if "nonfinite" in dynamics.sums:
         finite &= dynamics.sums["nonfinite"][rows] == 0
     if scores is not None:
@@ -73,10 +67,6 @@ def table(
             if name != "tracin"
         }
         finite &= final.pop("finite")
-        if scores.features is not None:
-            near, cosines, copies = nearest_examples(scores.features)
-            columns["nearest"] = torch.where(near >= 0, rows[near], -1)
-            columns |= {"nearest_cosine": cosines, "near_duplicate": copies}
         columns |= final
         if "suggested" not in columns and "predicted" in columns:
             # No mean over the run was kept (too many classes): the final prediction will have to do.
@@ -84,3 +74,34 @@ def table(
             columns["suggested"] = torch.where(contradicts, columns["predicted"], -1)
     columns["finite"] = finite
     return {name: np.asarray(values) for name, values in columns.items()}
+
+
+def nearest_columns(scores: ExampleScores) -> dict[str, NDArray[Any]]:
+    """Return what the features of the final pass tell of near duplicates; they are not needed any more then."""
+    if scores.features is None:
+        return {}
+    near, cosines, copies = nearest_examples(scores.features, device=scores.indices.device)
+    nearest = torch.where(near >= 0, scores.indices.cpu()[near], -1)
+    return {"nearest": nearest.numpy(), "nearest_cosine": cosines.numpy(), "near_duplicate": copies.numpy()}
+
+
+def _supported(
+    rows: Tensor, labels: Tensor, dynamics: TrainingDynamics, neighbours: NeighbourRecord, late: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return how far the run and the neighbours are for the given labels, and the best of the other classes.
+
+    Where a network soon knows wrong labels by heart, its mean prediction stands up for them; its features are slower to
+    forget what the examples look like.
+    """
+    margins, best = torch.empty(len(rows), dtype=torch.float64), torch.empty_like(labels)
+    said = torch.zeros(len(rows), 0) if late is None else late
+    for at, given, shares, margin, other in in_blocks(rows, labels, said, margins, best):
+        probabilities = dynamics.mean_probabilities(at)
+        assert probabilities is not None
+        told = neighbours.votes(probabilities.shape[1], at)
+        shares = shares[:, : told.shape[1]].to(told)  # of as many classes as labels name
+        known = shares.sum(1) > 0
+        told[known] = F.pad(shares, (0, told.shape[1] - shares.shape[1]))[known]
+        for column, values in zip((margin, other), margin_of_label(probabilities + told, given), strict=True):
+            column.copy_(values)
+    return margins, best

@@ -82,7 +82,7 @@ class VisitSums:
     """
 
     def __init__(self, size: int) -> None:
-        self.sums = ExampleSums(size, "tracin", "visits", "measured")
+        self.sums = ExampleSums(size, "tracin", "visits", "measured", whole=("visits", "measured"))
         self._next_step = 0  # optimizer steps before this one are in the sums
         # They wait on their device: copying each one at once would make a GPU wait in every step.
         self._waiting: list[tuple[BatchRecord, Tensor | None]] = []
@@ -109,7 +109,7 @@ class VisitSums:
         measured = [(indices, values) for indices, values in visits if values is not None]
         for name, batches in (("visits", visits), ("measured", measured)):
             rows = torch.from_numpy(np.fromiter(chain.from_iterable(indices for indices, _ in batches), np.int64))
-            self.sums.add(name, rows, torch.ones(len(rows), dtype=torch.float64))
+            self.sums.add(name, rows, torch.ones(len(rows)))
         if measured:  # whose rows are those of the last round of the loop
             self.sums.add("tracin", rows, torch.cat([values.cpu() for _, values in measured]))
 

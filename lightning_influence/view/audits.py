@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from lightning_influence.page.listing import parsed, told, unreadable
 
 AUDIT, MANIFEST, SCORES, REVIEW = "audit.json", "manifest.json", "scores.parquet", "review.csv"
 
@@ -37,12 +38,12 @@ def tag_of(content: bytes) -> str:
     return f'"{hashlib.sha256(content).hexdigest()[:24]}"'
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, pieces: Iterable[bytes]) -> None:
     """Write a file: the old one or the new one is there at any time. That of the store needs torch."""
     temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -89,7 +90,7 @@ class Audits:
     def found(self) -> dict[str, Path]:
         """Return the audits by their ids: the paths below the root."""
         folders = islice(self._folders(), _MOST)
-        self._known = {folder.relative_to(self.root).as_posix(): folder for folder in folders}
+        self._known = {_key(folder.relative_to(self.root)): folder for folder in folders}
         return self._known
 
     def _folder(self, key: str) -> Path:
@@ -103,7 +104,7 @@ class Audits:
         """Return what there is, the newest first; what can't be read says why."""
         runs = []
         for key, folder in self.found().items():
-            name = key if key != "." else f"{folder.parent.name}/{folder.name}"
+            name = key if key != "." else _key(Path(folder.parent.name, folder.name))
             runs.append({"id": key, "name": name, **self._about(folder)})
         return sorted(runs, key=lambda run: str(run["created"]), reverse=True)
 
@@ -116,7 +117,7 @@ class Audits:
         """
         folder = self._folder(key)
         if (folder / AUDIT).is_file():
-            return _whole(folder / AUDIT)
+            return self._whole(folder / AUDIT)
         with self._lock:  # one at a time: it takes a while, and browsers ask twice
             stamp = _stamp(folder / MANIFEST)
             if folder not in self._made or self._made[folder][0] != stamp:
@@ -135,12 +136,12 @@ class Audits:
         path = self._folder(key) / f"pictures-{chunk}.json"
         if not _CHUNK.fullmatch(chunk) or not path.is_file():
             raise KeyError(chunk)
-        return _whole(path)
+        return self._whole(path)
 
     def review(self, key: str) -> bytes:
         """Return what was decided so far, as CSV; empty for nothing."""
         path = self._folder(key) / REVIEW
-        return _whole(path) if path.is_file() else b""
+        return self._whole(path) if path.is_file() else b""
 
     def write_review(self, key: str, content: bytes, instead_of: str) -> str:
         """Write what was decided beside the audit: the old file or the new one is there at any time.
@@ -163,7 +164,7 @@ class Audits:
             if tag_of(self.review(key)) != instead_of:
                 raise ChangedError(f"{REVIEW} has been changed by somebody else; reload the page to have both.")
             try:
-                replace(path, content)
+                replace(path, [content])
             except OSError as error:
                 raise ViewError(
                     f"{path} can't be written ({error}); the decisions are still in the browser."
@@ -184,19 +185,23 @@ class Audits:
         try:
             stamp = _stamp(source)
             if folder not in self._told or self._told[folder][0] != stamp:
-                self._told[folder] = stamp, _told(_whole(source))
+                self._told[folder] = stamp, {**told(parsed(self._whole(source))), "error": None}
             return self._told[folder][1]
-        except (OSError, ValueError, RecursionError) as error:
-            return {"status": "", "created": "", "error": f"{source.name} can't be read: {error}"}
+        except (OSError, ValueError) as error:
+            return unreadable(f"{source.name} can't be read: {error}")
+
+    def _whole(self, path: Path) -> bytes:
+        """Return what a file holds, if it is one of the directory, and not too large."""
+        if not Path(os.path.realpath(path)).is_relative_to(self.root):
+            raise ViewError(f"{path.name} is a link to elsewhere; view a directory that holds both.")
+        if (size := path.stat().st_size) > _LARGEST:
+            raise ViewError(f"{path.name} has {size:,} bytes, more than the {_LARGEST:,} that a page can take.")
+        return path.read_bytes()
 
 
-def _told(content: bytes) -> dict[str, Any]:
-    found = json.loads(content)
-    if not isinstance(found, dict):
-        raise ValueError(f"it holds a {type(found).__name__}; expected an object")
-    done = found.get("epochs_done")
-    status, created = str(found.get("status", "")), str(found.get("created", ""))
-    return {"status": status, "created": created, "epochs_done": done, "error": None}
+def _key(path: Path) -> str:
+    """Return a path as text that can be written in any encoding: names of files are bytes, and may be none."""
+    return path.as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _recording(folder: Path) -> bool:
@@ -207,9 +212,3 @@ def _recording(folder: Path) -> bool:
 def _stamp(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_mtime_ns, found.st_size
-
-
-def _whole(path: Path) -> bytes:
-    if (size := path.stat().st_size) > _LARGEST:
-        raise ViewError(f"{path.name} has {size:,} bytes, more than the {_LARGEST:,} that a page can take.")
-    return path.read_bytes()

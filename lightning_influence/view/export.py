@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
-from lightning_influence.page.embedding import Embedded, one_file
+from lightning_influence.page.embedding import Embedded, pieces
 from lightning_influence.view.audits import Audits, ViewError, replace
 
 
@@ -30,29 +32,44 @@ def export_html(directory: str | os.PathLike[str], out: str | os.PathLike[str]) 
     """
     path = Path(out).expanduser()
     audits = Audits(Path(directory).expanduser().resolve())
-    found, wrong = [], []
+    wrong: list[str] = []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace(path, pieces(_embedded(audits, wrong)))
+    except OSError as error:
+        raise ViewError(f"{path} can't be written: {error}.") from error
+    if wrong:
+        warnings.warn(f"{path} is without audits that can't be read:\n  " + "\n  ".join(wrong), stacklevel=2)
+    return path
+
+
+def _embedded(audits: Audits, wrong: list[str]) -> Iterator[Embedded]:
+    """Yield the audits that can be read, and say of the others why not.
+
+    Raises:
+        ViewError: If there is none.
+    """
+    none = True
     for run in audits.runs():
         try:
             if run["error"]:
                 raise ViewError(run["error"])
-            found.append(Embedded(run["name"], audits.document(run["id"]), _pictures(audits, run["id"])))
+            document = audits.document(run["id"])
         except (ValueError, OSError) as error:
             wrong.append(f"{run['name']}: {error}")
-    if wrong and found:
-        warnings.warn(f"{path} is without audits that can't be read:\n  " + "\n  ".join(wrong), stacklevel=2)
-    if not found:
+            continue
+        none = False
+        yield Embedded(run["name"], document, _pictures(audits, run, wrong))
+    if none:
         raise ViewError(f"none of the audits in {audits.root} can be read:\n  " + "\n  ".join(wrong))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, one_file(found))
-    except OSError as error:
-        raise ViewError(f"{path} can't be written: {error}.") from error
-    return path
 
 
-def _pictures(audits: Audits, key: str) -> list[bytes]:
-    found: list[bytes] = []
+def _pictures(audits: Audits, run: Mapping[str, Any], wrong: list[str]) -> Iterator[bytes]:
     with suppress(KeyError):  # the last is the one before the first that is not there; the page does without others
         for chunk in count():
-            found.append(audits.pictures(key, str(chunk)))
-    return found
+            try:
+                pictures = audits.pictures(run["id"], str(chunk))
+            except (ValueError, OSError) as error:
+                wrong.append(f"{run['name']}, its pictures from chunk {chunk} on: {error}")
+                return
+            yield pictures

@@ -118,7 +118,7 @@ class _Refused(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     server: ViewServer
-    protocol_version = "HTTP/1.1"
+    protocol_version, default_request_version = "HTTP/1.1", "HTTP/1.0"  # by default refusals have no status
     server_version, sys_version = "lightning-influence", ""
     timeout = 60  # of a connection that says nothing
 
@@ -127,6 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self._answer(self._post)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse what is no request, or by a method that there is not, as everything else is refused."""
+        status = {501: HTTPStatus.METHOD_NOT_ALLOWED}.get(code, HTTPStatus(code if code < 500 else 400))
+        self._refuse(status, f"the request can't be answered: {status.phrase}")
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep addresses, and the token in them, off the terminal."""
@@ -205,9 +210,12 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {**_HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}
         if kind == _TEXT:
             headers["ETag"] = tag_of(body)
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = "GET, POST"
         if self.close_connection:
             headers["Connection"] = "close"
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)

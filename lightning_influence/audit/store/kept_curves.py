@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,21 +25,22 @@ class KeptCurves:
 
     directory: Path
 
-    def write(self, kept: Mapping[int, Mapping[str, Tensor]]) -> None:
+    def write(self, epochs: Collection[int], of_epoch: Callable[[int], Mapping[str, Tensor]]) -> None:
         """Writes one file an epoch; those of other epochs go, and what is there stays: an epoch is over once.
 
         Args:
-            kept: Epoch to curve name to values by dataset index, see `curves.Curves`.
+            epochs: Their numbers.
+            of_epoch: Returns curve name to values by dataset index, see `curves.Curves`.
 
         Raises:
             StoreError: A file cannot be written.
         """
         stored = self._curve_files()
-        for epoch in kept.keys() - stored.keys():
-            data = packed_tensors(kept[epoch], {})
+        for epoch in set(epochs) - stored.keys():
+            data = packed_tensors(of_epoch(epoch), {})
             with replacing(self.directory / f"epoch-{epoch:05d}{SUFFIX}") as handle:
                 handle.write(data)
-        for epoch in stored.keys() - kept.keys():
+        for epoch in stored.keys() - set(epochs):
             with suppress(OSError):
                 stored[epoch].unlink()
 

@@ -48,14 +48,16 @@ def write_table(
         meanings: Column name to what is stored with it.
         about: What is stored with the table.
     """
-    arrays = {name: pa.array(np.asarray(values)) for name, values in columns.items()}
+    arrays = {name: _plain(np.asarray(values)) for name, values in columns.items()}
+    stored = {name: _arrow(values) for name, values in arrays.items()}
     fields = [
-        pa.field(name, array.type, metadata={"description": meanings[name]} if meanings.get(name) else None)
-        for name, array in arrays.items()
+        pa.field(name, column.type, metadata={"description": meanings[name]} if meanings.get(name) else None)
+        for name, column in stored.items()
     ]
-    table = pa.Table.from_arrays(list(arrays.values()), schema=pa.schema(fields))
-    table = table.replace_schema_metadata({**about, _CHECKSUM: str(_checksum(_arrays(table)))})
-    pq.write_table(table, handle, write_page_checksum=True)
+    table = pa.Table.from_arrays(list(stored.values()), schema=pa.schema(fields))
+    table = table.replace_schema_metadata({**about, _CHECKSUM: str(_checksum(arrays))})
+    # Dictionaries of numbers that are all different take a column's memory again, and most of the time.
+    pq.write_table(table, handle, write_page_checksum=True, use_dictionary=False)
 
 
 def read_table(path: Path) -> dict[str, NDArray[Any]]:
@@ -116,6 +118,29 @@ def _id_cell(value: Any) -> str:
     """Return an id as a text that comes back from a spreadsheet as it is."""
     text = _cell(value)
     return f"'{text}" if _TURNED.fullmatch(text.strip()) and not _STAYS.fullmatch(text) else text
+
+
+def _plain(values: NDArray[Any]) -> NDArray[Any]:
+    """Return a column as it will be read back."""
+    if values.ndim == 1 and values.dtype.isnative and values.dtype.kind in "biufO":
+        return np.ascontiguousarray(values)
+    return np.array(pa.array(values).to_numpy(zero_copy_only=False))  # refuses what is no column
+
+
+def _arrow(values: NDArray[Any]) -> pa.Array:
+    """Return a column for a file; numbers are not copied, and pandas is not imported, as ``pa.array`` would."""
+    kind, n = values.dtype.kind, len(values)
+    if kind == "b":
+        return pa.Array.from_buffers(pa.bool_(), n, [None, pa.py_buffer(np.packbits(values, bitorder="little"))])
+    if kind != "O":
+        return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), n, [None, pa.py_buffer(values)])
+    if not all(isinstance(value, str) for value in values):
+        return pa.array(values)
+    text, ends = bytearray(), np.zeros(n + 1, np.int64)
+    for place, value in enumerate(values, 1):
+        text += value.encode()
+        ends[place] = len(text)
+    return pa.Array.from_buffers(pa.large_string(), n, [None, pa.py_buffer(ends), pa.py_buffer(text)])
 
 
 def _arrays(table: pa.Table) -> dict[str, NDArray[Any]]:

@@ -11,7 +11,7 @@ Index legend: ``k`` groups, ``n`` examples, ``s``/``t`` positions, ``i`` inputs,
 
 from lightning_influence.layers.per_sample.forming import formed, gradients, summed_gradient
 from lightning_influence.layers.per_sample.norms import squared_norms
-from lightning_influence.layers.per_sample.products import inner_products, products
+from lightning_influence.layers.per_sample.products import by_position, inner_products, products
 from lightning_influence.layers.per_sample.rotated import (
     rotated_rows,
     rotated_scores,
@@ -21,6 +21,7 @@ from lightning_influence.layers.per_sample.rotated import (
 )
 
 __all__ = [
+    "by_position",
     "formed",
     "gradients",
     "inner_products",

@@ -58,6 +58,19 @@ def products(x: Tensor, g: Rows, vectors: Tensor) -> Tensor:
     return torch.cat([chunk.transpose(0, 1).flatten(1) @ flat for chunk in chunks])
 
 
+def by_position(x: Tensor, g: Rows, vectors: Tensor) -> list[Tensor]:
+    """Return what ``products`` adds up, position by position, ``[n, q, s]``: of one-hot rows and of dense ones.
+
+    The arguments are those of ``products``.
+    """
+    if isinstance(g, Joined):
+        first, second = g.split(x)
+        return by_position(first, g.onehot, vectors) + by_position(second, g.dense, vectors)
+    if isinstance(g, OneHot):
+        return [torch.stack([torch.einsum("nsi,nsi->ns", x[0], vector[0][g.indices]) for vector in vectors], 1)]
+    return [torch.stack([((x @ vector.mT.unsqueeze(1)) * g).sum((0, 3)) for vector in vectors], 1)]
+
+
 def _bilinear(x: Tensor, g: Tensor, vectors: Tensor) -> Tensor:
     """Return ``Σ_k g_knᵀ v_qk x_kn``, ``[n, q]``, from ``[k, n, i]``, ``[k, n, o]`` and ``[q, k, o, i]``.
 

@@ -96,6 +96,7 @@ export class App {
       this.fail(/** @type {Error} */ (error));
     }
     if (this.host.changes) setInterval(() => this.poll(), POLL);
+    document.addEventListener('visibilitychange', () => this.host.changes && this.poll());
   }
 
   /** @param {import('./host.js').Run[]} runs */
@@ -131,6 +132,7 @@ export class App {
 
   async route() {
     const [asked, where] = [location.hash, this.where];
+    this.message.classList.remove('shown'); // it was of what was to be seen before
     const run = where.get('run') ?? this.runs.find(({ error }) => !error)?.id ?? this.runs[0]?.id;
     if (run === undefined) {
       this.fail(new Error('there is no audit yet; one comes at the end of training.'));

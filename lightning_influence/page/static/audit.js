@@ -10,7 +10,9 @@
  * @property {string[] | null} texts
  */
 
-/** @typedef {Record<string, any> & { index: number, list: string, kind: string }} Pair */
+/** @typedef {[string, number | null][]} Tokens Texts of the tokens of a training example, with their parts of a score. */
+
+/** @typedef {Record<string, any> & { index: number, list: string, kind: string, tokens?: Tokens | null }} Pair */
 
 const ARRAYS = { float: Float32Array, int: Int32Array, bool: Uint8Array };
 
@@ -54,6 +56,7 @@ export class Audit {
     this.histories = content.histories ?? [];
     this.texts = content.texts ?? {};
     this.queryTexts = content.query_texts ?? {};
+    this.picturesOf = content.pictures_of; // what the pictures say that they belong to
     this.pictures = content.pictures ?? {};
     this.queryPictures = content.query_pictures ?? {};
     this.hasPictures = Object.keys(this.pictures).length > 0;
@@ -162,7 +165,10 @@ export class Audit {
     const [chunk, position] = place;
     if (!this.chunks.has(chunk)) this.chunks.set(chunk, this.host.pictures(this.id, chunk));
     try {
-      const found = (await this.chunks.get(chunk))?.[position];
+      const all = (await this.chunks.get(chunk)) ?? [];
+      // Those of an audit that has taken the place of this one are others.
+      if (this.picturesOf !== undefined && all[all.length - 1] !== this.picturesOf) return null;
+      const found = all[position];
       return typeof found === 'string' && found.startsWith('data:image/') ? found : null;
     } catch {
       this.chunks.delete(chunk); // so that it is asked for again
@@ -201,7 +207,14 @@ function curvesOf(curves) {
   /** @type {Map<number, number> | null} */
   const rows = curves.rows === 'all' ? null : new Map(curves.rows.map((/** @type {number} */ row, i = 0) => [row, i]));
   if (rows) curves.rows.forEach((/** @type {number} */ row, /** @type {number} */ place) => rows.set(row, place));
-  return { epochs: /** @type {number[]} */ (curves.epochs), names: /** @type {string[]} */ (curves.names), data, rows };
+  return {
+    epochs: /** @type {number[]} */ (curves.epochs),
+    names: /** @type {string[]} */ (curves.names),
+    given: curves.p_given ?? (data.has('probability') ? 'probability' : null),
+    suggested: data.has(curves.p_suggested) ? String(curves.p_suggested) : null,
+    data,
+    rows,
+  };
 }
 
 /** @param {Audit} audit @returns {number[]} The classes that the labels know, ascending. */

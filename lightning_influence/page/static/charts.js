@@ -52,9 +52,12 @@ export function logarithmic(low, high, from, to) {
   const inner = linear(Math.log10(low), Math.log10(high), from, to);
   const [first, last] = [Math.ceil(Math.log10(low) - 1e-9), Math.floor(Math.log10(high) + 1e-9)];
   const step = Math.max(1, Math.ceil((last - first) / 6));
-  const powers = [];
-  for (let k = first; k <= last; k += step) powers.push(10 ** k);
-  return { to: (value) => inner.to(Math.log10(value)), ticks: powers };
+  // Of few powers of ten, or none, their multiples as well.
+  const [start, parts] = last - first < 2 ? [first - 1, [1, 2, 5]] : [first, [1]];
+  const found = [];
+  for (let k = start; k <= last; k += step) found.push(...parts.map((part) => part * 10 ** k));
+  const inside = found.filter((value) => value >= low * (1 - 1e-9) && value <= high * (1 + 1e-9));
+  return { to: (value) => inner.to(Math.log10(value)), ticks: inside.length > 1 ? inside : ticks(low, high, 3) };
 }
 
 /**
@@ -132,6 +135,7 @@ export function histogram({ edges, counts, candidates = [] }, options) {
     ? logarithmic(low, high, LEFT, width - RIGHT)
     : linear(low, high, LEFT, width - RIGHT, Math.max(2, width / 90));
   const y = logY ? logarithmic(0.5, most * 1.2, base, TOP) : linear(0, most, base, TOP, 4);
+  y.ticks = y.ticks.filter(Number.isInteger);
   const top = (/** @type {number} */ count) => (count > 0 ? y.to(count) : base);
   const bars = counts.flatMap((count, k) => {
     const [from, to] = [x.to(edges[k]), x.to(edges[k + 1])];
@@ -170,26 +174,29 @@ function bar(kind, count, size, top, base) {
 }
 
 /**
- * A curve over epochs.
+ * Curves over epochs, the second one in another colour and form.
  * @param {number[]} epochs
- * @param {ArrayLike<number>} values
+ * @param {ArrayLike<number>[]} series
  * @param {{ label: string, width: number, height?: number, low?: number, high?: number }} options
  */
-export function curve(epochs, values, { label, width, height = 150, low, high }) {
-  const known = Array.from(values).filter((value) => Number.isFinite(value));
+export function curve(epochs, series, { label, width, height = 150, low, high }) {
+  const known = series.flatMap((values) => Array.from(values).filter((value) => Number.isFinite(value)));
   const least = low ?? Math.min(0, ...known);
   const most = high ?? Math.max(0, ...known);
   const [first, last] = [epochs[0], epochs[epochs.length - 1]];
   const x = linear(first, Math.max(last, first + 1), LEFT, width - RIGHT, Math.max(2, width / 60));
   x.ticks = x.ticks.filter((value) => Number.isInteger(value));
   const y = linear(least, least === most ? most + 1 : most, height - BOTTOM, TOP, 4);
-  const dots = epochs.map((epoch, k) => {
-    const place = { class: 'dot', cx: x.to(epoch).toFixed(1), cy: y.to(values[k]).toFixed(1), r: 2.6 };
-    return Number.isFinite(values[k]) && s('circle', place, s('title', {}, `epoch ${epoch}: ${number(values[k])}`));
+  const drawn = series.map((values, which) => {
+    const kind = which ? ' other' : '';
+    const dots = epochs.map((epoch, k) => {
+      const place = { class: `dot${kind}`, cx: x.to(epoch).toFixed(1), cy: y.to(values[k]).toFixed(1), r: 2.6 };
+      return Number.isFinite(values[k]) && s('circle', place, s('title', {}, `epoch ${epoch}: ${number(values[k])}`));
+    });
+    return [s('path', { class: `curve${kind}`, d: path(epochs, values, x, y) }), epochs.length <= 40 && dots];
   });
-  const line = s('path', { class: 'curve', d: path(epochs, values, x, y) });
   const size = { class: 'chart', width, height, role: 'img', 'aria-label': label };
-  return s('svg', size, axes(x, y, width, height, String), line, epochs.length <= 40 && dots);
+  return s('svg', size, axes(x, y, width, height, String), drawn);
 }
 
 /**

@@ -41,8 +41,8 @@ export function columns(audit, row) {
     'tr',
     {},
     h('th', { scope: 'col' }, 'column'),
-    h('th', { scope: 'col' }, 'value'),
-    h('th', { scope: 'col', title: 'share of the examples that are less suspicious' }, 'above % of all'),
+    h('th', { scope: 'col', class: 'number' }, 'value'),
+    h('th', { scope: 'col', title: 'share of the examples that are less suspicious' }, 'worse than'),
   );
   const name = ['suspicion', 'self_influence'].find((each) => audit.columns.has(each));
   return h(

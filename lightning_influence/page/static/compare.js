@@ -1,7 +1,7 @@
 // Two audits side by side: of other runs, other methods, or before and after cleaning.
 
 import { counted, fill, h, refocused, select } from './dom.js';
-import { entry } from './example.js';
+import { entry } from './entries.js';
 import { legend } from './parts.js';
 import { scatter } from './scatter.js';
 
@@ -95,7 +95,7 @@ function sideBySide(context, other, draw) {
   const points = { x, y, marked, xName: `${name}, ${audit.name}`, yName: `${name}, ${other.name}` };
   const told = [
     `${counted(rows.length, 'example')} in both`,
-    `Spearman's rank correlation ${Number.isFinite(alike) ? alike.toFixed(3) : 'unknown'}`,
+    `Spearman's rank correlation ${Number.isFinite(alike) ? alike.toFixed(3).replace('-', '−') : 'unknown'}`,
     ...(changed ? [`${counted(changed, 'given label')} changed`] : []),
   ].join('; ');
   const left = rows.filter(([a, b]) => audit.candidate[a] && !other.candidate[b]).map(([a]) => a);

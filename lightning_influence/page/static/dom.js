@@ -51,12 +51,25 @@ function filled(element, attributes, children) {
 }
 
 /**
- * Put other children into an element.
+ * Put other children into an element. A select box in which somebody is stays, if it is among them again: another one
+ * would know nothing of the letters that were typed.
  * @param {Element} element
  * @param {...Children} children
  */
 export function fill(element, ...children) {
-  element.replaceChildren(...nodes(children));
+  const fresh = nodes(children);
+  const box = /** @type {HTMLSelectElement | null} */ (element.querySelector('select:focus'));
+  const old = [...element.children].find((each) => box && each.contains(box));
+  const place = old ? fresh.findIndex((each) => each instanceof Element && each.textContent === old.textContent) : -1;
+  const twin = place < 0 ? null : /** @type {Element} */ (fresh[place]).querySelector('select');
+  if (!box || !old || !twin) {
+    element.replaceChildren(...fresh);
+    return;
+  }
+  box.value = twin.value;
+  for (const each of [...element.childNodes]) if (each !== old) each.remove();
+  old.before(...fresh.slice(0, place));
+  old.after(...fresh.slice(place + 1));
 }
 
 /**

@@ -3,7 +3,8 @@
 import { curve } from './charts.js';
 import { columns } from './columns.js';
 import { answers, decidingKeys } from './deciding.js';
-import { button, fitted, h, number, percent } from './dom.js';
+import { button, fitted, h, percent } from './dom.js';
+import { inQueries, kin } from './entries.js';
 import { badge, labels, picture } from './parts.js';
 
 /** @typedef {import('./app.js').Context} Context */
@@ -145,14 +146,17 @@ function about(context, row, decide) {
  */
 function overEpochs(audit, row) {
   if (!audit.curves) return null;
-  const { epochs, names } = audit.curves;
+  const { epochs, names, given, suggested } = audit.curves;
   const drawn = names.flatMap((name) => {
     const values = audit.curve(name, row);
-    if (!values) return [];
-    const range = name === 'probability' ? { low: 0, high: 1 } : {};
-    const told = name === 'probability' ? 'probability of the given label' : name;
-    const chart = fitted(150, (width) => curve(epochs, values, { label: `${told} over the epochs`, width, ...range }));
-    return [h('figure', {}, h('figcaption', {}, told), chart)];
+    if (!values || name === suggested) return [];
+    const range = name === given ? { low: 0, high: 1 } : {};
+    const other = name === given && suggested !== null ? audit.curve(suggested, row) : null;
+    const told = name === given ? `probability of the given label${other ? ' and of the suggested one' : ''}` : name;
+    const series = other ? [values, other] : [values];
+    const chart = fitted(150, (width) => curve(epochs, series, { label: `${told} over the epochs`, width, ...range }));
+    const caption = other ? probabilities(audit, row) : name === given ? told : name.replaceAll('_', ' ');
+    return [h('figure', {}, h('figcaption', {}, caption), chart)];
   });
   if (!drawn.length)
     return h('p', { class: 'muted' }, 'The curves of this example are not in the page: report.curves has them.');
@@ -160,105 +164,17 @@ function overEpochs(audit, row) {
 }
 
 /**
- * The training example that looks most alike to the model.
- * @param {Context} context
+ * Which line is whose.
+ * @param {import('./audit.js').Audit} audit
  * @param {number} row
  */
-function kin(context, row) {
-  const { audit } = context;
-  const nearest = audit.value('nearest', row);
-  if (!Number.isInteger(nearest) || nearest < 0) return null;
-  const alike = number(audit.value('nearest_cosine', row));
-  const copy = audit.value('near_duplicate', row) ? 'likely a copy; ' : '';
-  return h(
-    'section',
-    {},
-    h('h2', {}, 'Nearest training example'),
-    h('ul', { class: 'kin' }, entry(context, nearest, `${copy}cosine ${alike}`)),
-  );
-}
-
-/**
- * A training example as an entry that leads to it.
- * @param {Context} context
- * @param {number} index
- * @param {string} told
- * @param {Node | null} [more]
- */
-export function entry(context, index, told, more = null) {
-  const { audit, go } = context;
-  const row = audit.rows.get(index);
-  const known = row !== undefined;
-  return h(
-    'li',
-    {},
-    h(
-      'button',
-      {
-        type: 'button',
-        class: 'entry',
-        disabled: !known,
-        on: { click: () => go('example', { index: String(index) }) },
-      },
-      audit.hasPictures && picture(audit, index, 'thumb'),
-      h(
-        'span',
-        { class: 'name' },
-        h('span', { class: 'index' }, `#${index}`),
-        known && audit.labelled && labels(audit, row, false),
-      ),
-      known && !audit.hasPictures && audit.hasTexts && h('span', { class: 'cut snippet' }, audit.text(row)),
-      more,
-      h('span', { class: 'muted told' }, told),
-    ),
-  );
-}
-
-/**
- * The queries that the example is a strong proponent or opponent of.
- * @param {Context} context
- * @param {number} row
- */
-function inQueries(context, row) {
-  const { audit, go } = context;
-  const own = audit.pairs.filter((pair) => pair.index === audit.index[row]);
-  if (!audit.pairs.length) return null;
-  if (!own.length)
-    return h('section', {}, h('h2', {}, 'Queries'), h('p', { class: 'muted' }, 'In the lists of no query.'));
-  const groups = [
-    ['opponent', 'Makes these validation examples worse'],
-    ['proponent', 'Makes these validation examples better'],
+function probabilities(audit, row) {
+  const line = (/** @type {string} */ kind) => h('span', { class: `swatch line ${kind}`, 'aria-hidden': 'true' });
+  const named = (/** @type {string} */ told, /** @type {number} */ label) => `${told} ${audit.label(label)}`;
+  return [
+    'probability: ',
+    h('span', { class: 'nowrap' }, line('first'), named('given', audit.given(row))),
+    ' ',
+    h('span', { class: 'nowrap' }, line('other'), named('suggested', audit.suggested(row))),
   ];
-  return h(
-    'section',
-    {},
-    groups
-      .map(([kind, title]) => {
-        const some = own.filter((pair) => pair.kind === kind);
-        if (!some.length) return null;
-        const entries = some.map((pair) => {
-          const key = `${pair.set}/${pair.query}`;
-          const told = `${pair.list}, place ${pair.rank}: ${number(pair.list === 'specific' ? pair.relative : pair.score)}`;
-          const open = () => go('queries', { number: String(pair.number) });
-          const name =
-            pair.label >= 0
-              ? `query ${pair.query}: ${audit.label(pair.label)}, predicted ${audit.label(pair.predicted)}`
-              : `query ${pair.query}`;
-          const shown = audit.queryPictures[key] ? picture(audit, key, 'thumb', true) : null;
-          return h(
-            'li',
-            {},
-            h(
-              'button',
-              { type: 'button', class: 'entry', on: { click: open } },
-              shown,
-              h('span', { class: 'name' }, name),
-              h('span', { class: 'muted told' }, told),
-            ),
-          );
-        });
-        return [h('h2', {}, title), h('ul', { class: 'kin' }, entries)];
-      })
-      .flat(),
-  );
 }

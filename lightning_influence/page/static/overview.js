@@ -62,14 +62,18 @@ function unfinished(audit) {
 /** @param {Context} context */
 function next({ audit, decisions, go }) {
   const total = audit.candidates;
-  if (!total) return null;
+  if (!audit.n) return null;
   const told = decisions.count
     ? `${decisions.count.toLocaleString('en')} decided so far.`
-    : 'The most suspicious come first.';
+    : audit.columns.has('suspicion')
+      ? 'The most suspicious come first.'
+      : 'What is recorded so far, example by example.';
   return h(
     'p',
     { class: 'next' },
-    button(`Look at ${counted(total, 'candidate')}`, () => go('triage'), { class: 'primary' }),
+    button(`Look at ${total ? counted(total, 'candidate') : counted(audit.n, 'example')}`, () => go('triage'), {
+      class: 'primary',
+    }),
     h('span', { class: 'muted' }, told),
   );
 }
@@ -119,7 +123,7 @@ function spread(context) {
       ),
       ...(state.over ? [] : [check('log values', state.logX, (logX) => set({ logX }))]),
       check('log counts', state.logY, (logY) => set({ logY })),
-      ...(audit.columns.has('label') && !state.over
+      ...(audit.columns.has('label') && (!state.over || audit.curves?.rows === null)
         ? [select('class', [['', 'all'], ...classes], state.given, (given) => set({ given }))]
         : []),
       ...(history && audit.columns.has(state.name)
@@ -195,12 +199,33 @@ function ofColumn(audit, state) {
 function byEpoch(audit, state) {
   const all = ofColumn(audit, state);
   const one = all.find((/** @type {any} */ each) => each.epoch === state.epoch) ?? all[all.length - 1];
-  const highest = Math.max(...all.flatMap((/** @type {any} */ each) => each.counts));
+  const shown = state.given === '' ? all : all.map((/** @type {any} */ each) => ofClass(audit, each, state.given));
+  const highest = Math.max(...shown.flatMap((/** @type {any} */ each) => each.counts));
   const label = `histogram of ${state.name} in epoch ${one.epoch}`;
   return [
-    h('p', { class: 'muted' }, `${state.name} as training saw it in epoch ${one.epoch}`),
-    fitted(250, (width) => histogram(one, { label, logY: state.logY, highest, width })),
+    h('p', { class: 'muted' }, `${state.name.replaceAll('_', ' ')} as training saw it in epoch ${one.epoch}`),
+    fitted(250, (width) => histogram(shown[all.indexOf(one)], { label, logY: state.logY, highest, width })),
   ];
+}
+
+/**
+ * The histogram of an epoch for a class alone; this needs the curves of all examples.
+ * @param {import('./audit.js').Audit} audit
+ * @param {any} whole
+ * @param {string} given
+ */
+function ofClass(audit, { column, epoch, edges }, given) {
+  const [counts, candidates] = [new Array(edges.length - 1).fill(0), new Array(edges.length - 1).fill(0)];
+  const place = audit.curves?.epochs.indexOf(epoch) ?? -1;
+  const share = counts.length / (edges[counts.length] - edges[0]);
+  for (let row = 0; row < audit.n; row += 1) {
+    const value = audit.curve(column, row)?.[place] ?? NaN;
+    if (audit.given(row) !== Number(given) || !Number.isFinite(value)) continue;
+    const bin = Math.max(0, Math.min(counts.length - 1, Math.floor((value - edges[0]) * share)));
+    counts[bin] += 1;
+    if (audit.candidate[row]) candidates[bin] += 1;
+  }
+  return { edges, counts, candidates };
 }
 
 /**

@@ -48,7 +48,11 @@ function flows(audit) {
 function matrix(context) {
   const { audit, kept } = context;
   if (audit.classes.length < 2 || !audit.columns.has('suggested')) {
-    return h('p', { class: 'nothing' }, 'The audit suggests no labels, so that there are no pairs of classes.');
+    const told =
+      audit.status === 'recording'
+        ? 'The audit suggests no labels yet: pairs of classes come at the end of training.'
+        : 'The audit suggests no labels, so that there are no pairs of classes.';
+    return h('p', { class: 'nothing' }, told);
   }
   const { candidates, estimated } = flows(audit);
   const which = estimated ? (kept.flows ?? 'estimated') : 'candidates';

@@ -61,6 +61,6 @@ function lossCurve(audit, row) {
     'figure',
     {},
     h('figcaption', {}, 'loss by epoch'),
-    fitted(110, (width) => curve(epochs, values, { label, width, height: 110 })),
+    fitted(110, (width) => curve(epochs, [values], { label, width, height: 110 })),
   );
 }

@@ -1,8 +1,12 @@
 // What several views show of an example: picture, text, labels, evidence, decision.
 
 import { h, number, percent } from './dom.js';
+import { clean } from './audit.js';
 
 /** @typedef {import('./audit.js').Audit} Audit */
+
+/** @type {Record<string, number>} Letters of a text in a frame. */
+const LETTERS = { large: 5000, medium: 240 };
 
 /**
  * The picture of an example, filled in once it is there; else its text, else its number.
@@ -16,7 +20,7 @@ export function picture(audit, key, kind, ofQuery = false) {
   const text = (ofQuery ? audit.queryTexts : audit.texts)[key];
   if (!(ofQuery ? audit.queryPictures : audit.pictures)[key]) {
     frame.classList.add('empty');
-    frame.append(text ? String(text).slice(0, kind === 'large' ? 5000 : 80) : '');
+    frame.append(text ? clean(text).slice(0, LETTERS[kind] ?? 80) : '');
     if (!text) frame.setAttribute('aria-hidden', 'true');
     return frame;
   }
@@ -95,7 +99,11 @@ function strength(audit, name) {
  * @returns {(row: number) => string}
  */
 function told(audit, name) {
-  return (row) => `${name} ${number(audit.value(name, row))}, above ${percent(audit.percentiles(name)[row])} of all`;
+  return (row) => {
+    const share = audit.percentiles(name)[row];
+    const where = share > 0.999 ? 'nearly all' : percent(share);
+    return `${name.replaceAll('_', ' ')} ${number(audit.value(name, row))}, worse than ${where}`;
+  };
 }
 
 /**

@@ -1,8 +1,9 @@
 // The queries, each with the training examples that make it better and those that make it worse.
 
 import { h, number, select } from './dom.js';
-import { entry } from './example.js';
+import { entry } from './entries.js';
 import { meter, picture } from './parts.js';
+import { shadedText, tokenLegend } from './tokens.js';
 
 /** @typedef {import('./app.js').Context} Context */
 /** @typedef {import('./audit.js').Pair} Pair */
@@ -51,6 +52,7 @@ export function queries(context) {
       { class: 'page' },
       query(context, own[0]),
       h('div', { class: 'controls' }, pick, h('span', { class: 'muted' }, LISTS[list]?.[1] ?? '')),
+      own.some((pair) => pair.tokens) && tokenLegend(),
       h('div', { class: 'halves' }, side(context, own, list, 'proponent'), side(context, own, list, 'opponent')),
     ),
   );
@@ -150,7 +152,7 @@ function side(context, own, list, kind) {
   const entries = some.map((pair) => {
     const bar = meter(Math.abs(pair[name]) / most, `${name} ${number(pair[name])}`, kind);
     const relative = pair.relative === undefined || pair.relative === null ? '' : `\nrelative ${number(pair.relative)}`;
-    return entry(context, pair.index, `score ${number(pair.score)}${relative}`, bar);
+    return entry(context, pair.index, `score ${number(pair.score)}${relative}`, bar, shadedText(pair));
   });
   return h(
     'section',

@@ -12,28 +12,37 @@ const MEANT = new Map(
   }).flatMap(([decision, words]) => words.map((word) => [word, decision])),
 );
 
-const WRITTEN = ['decision', 'new_label', 'index', 'label', 'suggested', 'rank', 'wrong_probability'];
+const ANSWERS = ['decision', 'new_label', 'new_label_name'];
+const NUMBERS = ['label', 'suggested', 'rank', 'wrong_probability'];
+const WRITTEN = [...ANSWERS, 'index', ...NUMBERS];
 
 /** @param {string} name Of a column, as people write it. */
 const plain = (name) => name.trim().toLowerCase().replaceAll(' ', '_');
 
 /**
- * Write decisions as CSV. Numbers alone: nothing that a spreadsheet could run.
+ * Write decisions as CSV: a label by its number and by its name, which may be another one's number.
  * @param {import('./audit.js').Audit} audit
  * @param {Map<number, Decision>} decisions By dataset index.
  */
 export function toCsv(audit, decisions) {
-  const more = WRITTEN.slice(3).filter((name) => audit.columns.has(name));
-  const answers = audit.labelled ? ['decision', 'new_label'] : ['decision'];
+  const more = NUMBERS.filter((name) => audit.columns.has(name));
+  const answers = audit.labelled ? ANSWERS : ['decision'];
   const lines = [[...answers, 'index', ...more].join(',')];
   for (const [index, { decision, label }] of decisions) {
     const row = audit.rows.get(index);
     if (row === undefined) continue;
-    const cells = audit.labelled ? [decision, label === null ? '' : String(label)] : [decision];
+    const wanted = label === null ? ['', ''] : [String(label), text(audit.label(label))];
+    const cells = audit.labelled ? [decision, ...wanted] : [decision];
     const numbers = more.map((name) => cell(audit.value(name, row)));
     lines.push([...cells, String(index), ...numbers].join(','));
   }
   return lines.map((line) => `${line}\r\n`).join('');
+}
+
+/** @param {string} name Quoted, and nothing that a spreadsheet could run. */
+function text(name) {
+  const safe = /^[=+@\t\r-]/.test(name) ? `'${name}` : name;
+  return /[",;\r\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
 }
 
 /** @param {number} value */

@@ -45,6 +45,8 @@ const WIDTHS = {
   decision: 'minmax(76px, 110px)',
 };
 
+const SPARE = new Set(['evidence-head', 'stack-head', 'loss']);
+
 /** @typedef {{ key: string, title: string, sort: string | null, hint: string }} Head */
 
 /**
@@ -91,7 +93,9 @@ export function rowMaker(audit, decisions) {
     { key: 'decision', title: 'decision', sort: null, hint: '' },
   ];
   const kept = /** @type {Head[]} */ (heads.filter(Boolean));
-  const template = kept.map(({ key }) => WIDTHS[key]).join(' ');
+  // Where there is little room, what the panel shows as well is left out.
+  const columns = (/** @type {Head[]} */ some) => some.map(({ key }) => WIDTHS[key]).join(' ');
+  const template = { '--all': columns(kept), '--few': columns(kept.filter(({ key }) => !SPARE.has(key))) };
 
   const bars = (/** @type {number} */ row) =>
     about.map(({ title, strength, told }) => meter(strength(row), `${title}: ${told(row)}`, title));

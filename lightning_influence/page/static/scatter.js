@@ -31,7 +31,7 @@ export function scatter(points, { label, onBox, height = 420, box = null }) {
       h('canvas', { role: 'img', 'aria-label': label, class: onBox ? 'scatter boxed' : 'scatter' })
     )
   );
-  let [width, drag] = [720, /** @type {[number, number] | null} */ (null)];
+  let [width, drag, before] = [720, /** @type {[number, number] | null} */ (null), box];
   let [x, y] = [scaleOf(points.x, !!points.logX, LEFT, width), scaleOf(points.y, !!points.logY, 0, 1)];
 
   function draw() {
@@ -46,6 +46,7 @@ export function scatter(points, { label, onBox, height = 420, box = null }) {
     const colour = (/** @type {string} */ name) => style.getPropertyValue(name).trim();
     pen.font = `11px ${style.fontFamily}`;
     frame(pen, colour('--line'), colour('--muted'));
+    const size = points.x.length > 1000 ? 1.2 : 1.8;
     for (const marked of [false, true]) {
       pen.fillStyle = colour(marked ? '--mark' : '--dot');
       pen.globalAlpha = marked ? 0.75 : 0.45;
@@ -54,8 +55,8 @@ export function scatter(points, { label, onBox, height = 420, box = null }) {
         const [a, b] = [x.to(points.x[row]), y.to(points.y[row])];
         if (!Number.isFinite(a) || !Number.isFinite(b)) continue;
         // Candidates differ in form, too.
-        if (marked) pen.fillRect(a - 2.2, b - 2.2, 4.4, 4.4);
-        else pen.fillRect(a - 1.2, b - 1.2, 2.4, 2.4);
+        const half = marked ? 2.2 : size;
+        pen.fillRect(a - half, b - half, 2 * half, 2 * half);
       }
     }
     pen.globalAlpha = 1;
@@ -68,10 +69,7 @@ export function scatter(points, { label, onBox, height = 420, box = null }) {
    * @param {string} ink
    */
   function frame(pen, line, ink) {
-    pen.strokeStyle = line;
-    pen.fillStyle = ink;
-    pen.lineWidth = 1;
-    pen.textBaseline = 'middle';
+    Object.assign(pen, { strokeStyle: line, fillStyle: ink, lineWidth: 1, textBaseline: 'middle' });
     for (const value of y.ticks) {
       const at = Math.round(y.to(value)) + 0.5;
       pen.beginPath();
@@ -98,10 +96,7 @@ export function scatter(points, { label, onBox, height = 420, box = null }) {
   function outline(pen, colour) {
     const { x0, x1, y0, y1 } = /** @type {Box} */ (box);
     const [a, b, c, d] = [x.to(x0), y.to(y1), x.to(x1), y.to(y0)];
-    pen.strokeStyle = colour;
-    pen.fillStyle = colour;
-    pen.lineWidth = 1.5;
-    pen.globalAlpha = 0.1;
+    Object.assign(pen, { strokeStyle: colour, fillStyle: colour, lineWidth: 1.5, globalAlpha: 0.1 });
     pen.fillRect(a, b, c - a, d - b);
     pen.globalAlpha = 1;
     pen.strokeRect(a, b, c - a, d - b);
@@ -113,7 +108,7 @@ export function scatter(points, { label, onBox, height = 420, box = null }) {
   };
   if (onBox) {
     canvas.addEventListener('pointerdown', (event) => {
-      drag = at(event);
+      [drag, before] = [at(event), box];
       canvas.setPointerCapture(event.pointerId);
     });
     canvas.addEventListener('pointermove', (event) => {
@@ -125,11 +120,15 @@ export function scatter(points, { label, onBox, height = 420, box = null }) {
     });
     canvas.addEventListener('pointerup', (event) => {
       const here = at(event);
-      const small = !drag || Math.hypot(here[0] - drag[0], here[1] - drag[1]) < 4;
+      if (!drag || Math.hypot(here[0] - drag[0], here[1] - drag[1]) < 4) box = null;
       drag = null;
-      if (small) box = null;
       draw();
       onBox(box);
+    });
+    // The system took the finger or the mouse: what was chosen before stays so.
+    canvas.addEventListener('pointercancel', () => {
+      [drag, box] = [null, before];
+      draw();
     });
   }
   canvas.style.height = `${height}px`;

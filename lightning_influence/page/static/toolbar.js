@@ -41,7 +41,7 @@ export function tools({ audit, decisions, triage: { asked, grid }, say }, ask, s
     );
   const search = h('input', {
     type: 'search',
-    placeholder: audit.hasTexts ? 'index, id or text' : audit.columns.has('id') ? 'index or id' : 'index',
+    placeholder: audit.hasTexts ? '#index, id or text' : audit.columns.has('id') ? 'index or id' : 'index',
     'aria-label': 'search',
     value: asked.text,
     on: { input: () => ask({ text: search.value }) },
@@ -82,15 +82,32 @@ export function tools({ audit, decisions, triage: { asked, grid }, say }, ask, s
     ...(audit.labelled ? [classes('given'), classes('suggested')] : []),
     h('label', { class: 'field' }, search),
     sorting(audit, asked, ask),
-    h('span', { class: 'gap' }),
-    button(grid ? 'Table' : 'Grid', swap, { title: 'the same examples as a table, or as a grid' }),
-    button('Import', () => file.click(), { title: 'go on with a review that was exported' }),
-    file,
-    button('Export CSV', () => download('review.csv', decisions.toCsv()), {
-      class: 'primary',
-      title: 'the decisions, for report.apply_review("review.csv")',
-    }),
+    h(
+      'span',
+      { class: 'acts' },
+      button(grid ? 'Table' : 'Grid', swap, { title: 'the same examples as a table, or as a grid' }),
+      button('Import', () => file.click(), { title: 'go on with a review that was exported' }),
+      file,
+      button('Export CSV', () => exported(decisions, say), {
+        class: 'primary',
+        title: 'the decisions, for report.apply_review("review.csv")',
+      }),
+    ),
   ];
+}
+
+/**
+ * @param {import('./decisions.js').Decisions} decisions
+ * @param {(text: string, kind?: string) => void} say
+ */
+function exported(decisions, say) {
+  if (!decisions.made.size) {
+    say('nothing is decided yet: R relabels, K keeps, D drops, a digit names the class', 'bad');
+    return;
+  }
+  download('review.csv', decisions.toCsv());
+  const told = counted(decisions.made.size, 'decision');
+  say(`${told} in review.csv; in Python, report.apply_review("review.csv") gives the new labels`, 'good');
 }
 
 /**

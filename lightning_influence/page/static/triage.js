@@ -23,18 +23,14 @@ export function triage(context) {
   let rows = selected(audit, decisions, state.asked);
   const side = h('aside', { class: 'panel', 'aria-label': 'the example at hand', tabindex: '-1' });
   const bar = h('div', { class: 'toolbar', role: 'toolbar', 'aria-label': 'which examples' });
-  const head = h('div', { class: 'head row', style: { 'grid-template-columns': maker.template } });
+  const head = h('div', { class: 'head row' });
   const progress = h('div', { class: 'progress' });
   const empty = h('p', { class: 'nothing', hidden: true });
-  const element = h('div', { class: `triage ${state.grid ? 'as-grid' : 'as-table'}` });
+  const element = h('div', { class: `triage ${state.grid ? 'as-grid' : 'as-table'}`, style: maker.template });
   const list = new VirtualList({
     label: 'examples',
     ...(state.grid ? GRID : TABLE),
-    draw: (place) => {
-      const item = state.grid ? maker.tile(rows[place]) : maker.line(rows[place]);
-      if (!state.grid) item.style.gridTemplateColumns = maker.template;
-      return item;
-    },
+    draw: (place) => (state.grid ? maker.tile(rows[place]) : maker.line(rows[place])),
     onPick: (place) => choose(place),
     onOpen: (place) => context.go('example', { index: String(audit.index[rows[place]]) }),
   });

@@ -1,6 +1,6 @@
 // Two columns against each other, with a box that leads to triage.
 
-import { button, check, counted, h, number, refocused, select } from './dom.js';
+import { button, check, counted, fill, h, number, refocused, select } from './dom.js';
 import { legend } from './parts.js';
 import { scatter } from './scatter.js';
 
@@ -86,7 +86,8 @@ export function columnsAgainst(context) {
       draw();
     };
     const options = names.map((name) => /** @type {[string, string]} */ ([name, name.replaceAll('_', ' ')]));
-    controls.replaceChildren(
+    fill(
+      controls,
       select('across', options, state.x, (x) => set({ x })),
       check('log', state.logX, (logX) => set({ logX })),
       select('up', options, state.y, (y) => set({ y })),

@@ -3,6 +3,7 @@
 import { h } from './dom.js';
 
 const AHEAD = 8; // rows above and below
+const HIGHEST = 8e6; // pixels; browsers cap what is higher than some 17 to 33 million
 
 export class VirtualList {
   /**
@@ -19,6 +20,8 @@ export class VirtualList {
     this.count = 0;
     this.chosen = -1;
     this.across = 1;
+    this.offset = 0; // of a list that is higher than its element can be: where it begins, above that
+    this.seen = 0; // where it was scrolled to last
     /** @type {Map<number, HTMLElement>} */
     this.drawn = new Map();
     this.space = h('div', { class: 'space', role: 'presentation' });
@@ -30,7 +33,7 @@ export class VirtualList {
         tabindex: '0',
         'aria-label': options.label,
         on: {
-          scroll: () => this.fill(),
+          scroll: () => this.scrolled(),
           click: (/** @type {MouseEvent} */ event) => this.picked(event, options.onPick),
           dblclick: (/** @type {MouseEvent} */ event) => this.picked(event, options.onOpen),
         },
@@ -62,18 +65,60 @@ export class VirtualList {
   layout() {
     const width = this.element.clientWidth;
     if (!width) return;
+    const top = this.top;
     this.across = Math.max(1, Math.floor(width / this.options.least));
-    this.space.style.height = `${Math.ceil(this.count / this.across) * this.options.height}px`;
+    this.space.style.height = `${Math.min(this.full, HIGHEST)}px`;
     for (const item of this.drawn.values()) item.remove();
     this.drawn.clear();
+    this.scrollTo(top);
+    this.fill();
+  }
+
+  /** Height of all rows. */
+  get full() {
+    return Math.ceil(this.count / this.across) * this.options.height;
+  }
+
+  /** Where the list is scrolled to, in pixels of all rows. */
+  get top() {
+    return this.element.scrollTop + this.offset;
+  }
+
+  /**
+   * Of a list that is too high, its element stands for the part that is near; where in it goes with where in the list.
+   * @param {number} top
+   */
+  scrollTo(top) {
+    const room = this.element.clientHeight;
+    const hidden = Math.max(0, this.full - room);
+    const wanted = Math.min(Math.max(0, top), hidden);
+    const real = this.full > HIGHEST ? Math.round((wanted / hidden) * (HIGHEST - room)) : wanted;
+    this.element.scrollTop = real;
+    this.seen = this.element.scrollTop;
+    this.offset = this.full > HIGHEST ? Math.round(wanted - real) : 0;
+    for (const [place, item] of this.drawn) this.put(place, item);
+  }
+
+  scrolled() {
+    if (this.full > HIGHEST) {
+      const { scrollTop, clientHeight } = this.element;
+      const [far, last] = [HIGHEST - clientHeight, this.full - clientHeight];
+      const step = Math.abs(scrollTop - this.seen);
+      const share = scrollTop / far;
+      // The bar was dragged: to its place in the whole list. Else pixel by pixel, until the two are far apart.
+      if (step > 2 * clientHeight) this.scrollTo(share * last);
+      else if (step && Math.abs(this.top / last - share) > Math.min(0.01, share / 2, (1 - share) / 2)) {
+        this.scrollTo(this.top);
+      }
+      this.seen = this.element.scrollTop;
+    }
     this.fill();
   }
 
   /** Draw what is in sight and is not there yet; forget what is far away. */
   fill() {
     const { height, draw } = this.options;
-    const top = this.element.scrollTop;
-    const first = Math.max(0, Math.floor(top / height) - AHEAD) * this.across;
+    const first = Math.max(0, Math.floor(this.top / height) - AHEAD) * this.across;
     const rows = Math.ceil(this.element.clientHeight / height) + 2 * AHEAD + 1;
     const last = Math.min(this.count, first + rows * this.across);
     for (const [place, item] of this.drawn) {
@@ -94,7 +139,7 @@ export class VirtualList {
    * @param {HTMLElement} item
    */
   place(place, item) {
-    const [row, column] = [Math.floor(place / this.across), place % this.across];
+    const column = place % this.across;
     item.classList.add('item');
     item.classList.toggle('chosen', place === this.chosen);
     item.setAttribute('role', 'option');
@@ -103,12 +148,21 @@ export class VirtualList {
     item.setAttribute('aria-setsize', String(this.count));
     item.id = `item-${place}`;
     item.dataset.place = String(place);
-    item.style.transform = `translateY(${row * this.options.height}px)`;
     item.style.height = `${this.options.height}px`;
     item.style.left = `${(100 * column) / this.across}%`;
     item.style.width = `${100 / this.across}%`;
+    this.put(place, item);
     this.drawn.set(place, item);
     return item;
+  }
+
+  /**
+   * @param {number} place
+   * @param {HTMLElement} item
+   */
+  put(place, item) {
+    const top = Math.floor(place / this.across) * this.options.height - this.offset;
+    item.style.transform = `translateY(${top}px)`;
   }
 
   /**
@@ -129,11 +183,9 @@ export class VirtualList {
     this.chosen = place;
     const { height } = this.options;
     const top = Math.floor(place / this.across) * height;
-    const { scrollTop, clientHeight } = this.element;
-    if (place >= 0 && top < scrollTop) this.element.scrollTop = Math.max(0, top - height);
-    else if (place >= 0 && top + height > scrollTop + clientHeight) {
-      this.element.scrollTop = top + 2 * height - clientHeight;
-    }
+    const { clientHeight } = this.element;
+    if (place >= 0 && top < this.top) this.scrollTo(top - height);
+    else if (place >= 0 && top + height > this.top + clientHeight) this.scrollTo(top + 2 * height - clientHeight);
     this.fill();
     for (const [each, on] of /** @type {[number, boolean][]} */ ([
       [before, false],
