@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,10 @@ from which_lightning import ModelCheckpoint, pl
 from lightning_influence import AuditReport, DemographicParityGap, Influence, InfluenceAudit
 from lightning_influence.audit.store.atomic import StoreError
 from lightning_influence.audit.store.store import AuditStore
-from lightning_influence.replay import ReplayError, replay_scores
+from lightning_influence.core import memory
+from lightning_influence.data import ExampleSource
+from lightning_influence.replay import ReplayError, Rerun, replay_scores
+from lightning_influence.replay.attribution import Replay, _Bill
 from lightning_influence.replay.scores import weighting_of
 from lightning_influence.replay.settings import Record
 from lightning_influence.replay.trust import Retraining, Trust, self_test
@@ -162,7 +167,7 @@ def test_a_data_module_freshly_made(tmp_path: Path) -> None:
         audit.report.replay(Digits(), digits(0, 60), digits(60, 66))
 
 
-def test_what_is_refused(run: Run, tmp_path: Path) -> None:
+def test_what_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     replay = partial(run.report.replay, queries=run.queries, indices=[0], self_test=0)
     wider = Digits()
     wider.net[0] = nn.Linear(64, 17)
@@ -188,10 +193,43 @@ def test_what_is_refused(run: Run, tmp_path: Path) -> None:
     for odd in (True, 2, -1, 1.5, None):
         with pytest.raises(ValueError, match=r"self_test=.*; expected an integer >= 3, or 0 for none"):
             replay(Digits(), run.train, self_test=odd)
+    with monkeypatch.context() as small:
+        small.setattr(memory, "available_bytes", lambda device: 10_000)
+        with pytest.raises(ReplayError, match="1 queries take .* of memory"):
+            replay(Digits(), run.train)
     with pytest.raises(ValueError, match="the query set has no example \\[30\\]"):
         run.report.replay(Digits(), run.train, run.queries, [30])
     with pytest.raises(ValueError, match="together='yes'; expected True or False"):
         replay(Digits(), run.train, together="yes")
+
+
+def test_what_it_takes_is_told_before_most_of_it_is_spent(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    influence = Influence(run.model, None, run.train, verify=False)
+    record, told = run.report.training_record(), list[str]()
+    replay = Replay(
+        Rerun(record, run.model, source=ExampleSource(run.train)), progress=progress_to(told), told=told.append
+    )
+    queries, chosen = influence.queries(run.queries, [0])
+    replay.pairs(queries, chosen, self_test=3)
+    steps = len(record.steps)
+    assert told[0] == f"replay: {5 * steps} steps"
+    (at,) = [number for number, words in enumerate(told) if words.startswith("about ")]
+    assert "to run the training again" in told[at]
+    assert "for the self-test" in told[at]
+    assert told.count("step") == 5 * steps
+    assert told[:at].count("step") == steps + 3
+    monkeypatch.setattr(_Bill, "running_again", lambda self: None)
+    with pytest.raises(ReplayError, match=r"would take \d\S* seconds for 42 steps, more than max_cost=1e-06"):
+        replay.pairs(queries, chosen, self_test=0, max_cost=1e-6)
+
+
+def progress_to(told: list[str]) -> Any:
+    @contextmanager
+    def progress(title: str, steps: int) -> Iterator[Any]:
+        told.append(f"{title}: {steps} steps")
+        yield lambda done: told.extend(["step"] * done)
+
+    return progress
 
 
 class Mixed(Digits):

@@ -13,9 +13,10 @@ from torch import Tensor
 from lightning_influence.core.errors import check_flag, is_number, short
 from lightning_influence.core.progress import say, shown
 from lightning_influence.core.torch_private import eagerly
+from lightning_influence.core.weights import parameters_of
 from lightning_influence.gradients.passes import ExampleGradients, Progress
 from lightning_influence.objective.task import Task
-from lightning_influence.replay.backward import Cost, check_record
+from lightning_influence.replay.backward import Cost, check_memory, check_record
 from lightning_influence.replay.mixing import check_rows
 from lightning_influence.replay.record import ReplayError
 from lightning_influence.replay.rerun import Rerun
@@ -222,6 +223,8 @@ class Replay:
         if not ends or not all(indices for _, sets in ends for _, indices in sets):
             raise ValueError("there is no query; pass at least one index.")
         check_record(rerun.record)
+        known, trained = parameters_of(rerun.module), rerun.record.states[0].parameters
+        check_memory([known[name] for name in trained], rerun.record, len(ends))
         steps = len(rerun.record.steps)
         bill, began = _Bill(steps, trials, max_cost, self._told), time.perf_counter()
         way = self._weighting(ends[0][1][0][0])
