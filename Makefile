@@ -23,7 +23,7 @@ FLOOR_INSTALL = $(subst $(PY),$(FLOOR)/bin/python,$(INSTALL))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test test-quick test-floor test-browser screenshots size lint lint-page bench cost detection queries lds solvers unlearning fairness robustness compatibility package clean
+.PHONY: help demo clean-and-retrain test test-quick test-floor test-browser screenshots size lint lint-page bench cost detection queries lds solvers unlearning fairness robustness compatibility memory recording package clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -46,6 +46,8 @@ help:
 	@echo 'make fairness    whether removing what a fairness gap names makes it smaller (arrests)'
 	@echo 'make robustness  the same for the adversarial loss (MNIST-5k)'
 	@echo 'make compatibility   which workflows an audit goes through in, with the newest and the oldest releases (10 minutes)'
+	@echo 'make memory   what an audit takes of memory beside plain training, by example'
+	@echo 'make recording   what noting every step for a replay costs'
 	@echo 'make package   build wheel and sdist, check them, and install the wheel alone beside torch'
 	@echo 'make clean   remove the environment, caches and builds (not the logs of runs)'
 	@echo
@@ -125,6 +127,12 @@ fairness: $(VENV)/.dev
 
 robustness: $(VENV)/.dev
 	@$(PY) benchmarks/robustness.py --out docs/results/robustness.md
+
+memory: $(VENV)/.dev
+	@$(PY) benchmarks/memory.py
+
+recording: $(VENV)/.dev
+	@$(PY) benchmarks/recording.py
 
 compatibility: $(VENV)/.dev $(FLOOR)/.floor
 	@$(INSTALL) datasets

@@ -61,8 +61,8 @@ class InfluenceAudit(Afterwards):
             ``"ggn"`` and ``"hessian"``, else relative, for K-FAC and EK-FAC bounded (``docs/curvature.md``).
         solver: For ``"ggn"`` and ``"hessian"``, also those that ``influence()`` and ``unlearner()`` fit later:
             ``"dense"`` forms the matrix; ``"cg"`` (conjugate gradients), ``"nystrom"`` and ``"pcg"`` (the same,
-            preconditioned with a sketch of the matrix, or with EK-FAC) and ``"lissa"`` use products only. ``"auto"`` is
-            dense for up to 4,096 parameters, else ``"nystrom"`` (``"cg"`` for the Hessian).
+            preconditioned with a sketch, or EK-FAC) and ``"lissa"`` use products only, ``"woodbury"`` some gradients.
+            ``"auto"`` is dense for up to 4,096 parameters, else ``"nystrom"`` (``"cg"`` for the Hessian).
         factor_examples: Number of random examples that the curvature is fitted on; ``"auto"`` gives every factor
             enough rows and does not grow with the data; None takes all.
         tracin: ``"epoch"``: TracIn by a pass over the training data at ends of epochs. ``"step"``: in flight, at every

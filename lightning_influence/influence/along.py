@@ -75,7 +75,7 @@ class AlongTraining:
         weight_decay: float | Mapping[str, float] | None = None,
         at: At = "checkpoints",
     ) -> PairwiseScores:
-        """Return SOURCE: influence through the steps of training, by segments; for SGD, see ``source_scores``.
+        """Return SOURCE: influence through the steps of training, by segments; see ``source_scores``.
 
         Args:
             test_set: The queries' data.

@@ -159,7 +159,7 @@ class Influence(ExaminedModel):
                 ``"auto"`` samples if the loss is known.
             damping: A number λ, ``"relative"`` (0.1 of each block's mean eigenvalue), ``"trainer"`` (what the training
                 implies, which takes ``history``), or ``"auto"``: that of the curvature, see ``curvature.damping``.
-            solver: Of GGN and Hessian: ``"dense"``, ``"cg"``, ``"nystrom"``, ``"pcg"`` or ``"lissa"``.
+            solver: Of GGN and Hessian: ``"dense"``, ``"cg"``, ``"nystrom"``, ``"pcg"``, ``"lissa"``, ``"woodbury"``.
             factor_examples: Number of random examples to fit on; ``"auto"``: enough for every factor; None: all.
             history: What the optimizer did, see ``StepSizes.history``; by default as far as an audit has followed it.
 
@@ -218,7 +218,7 @@ class Influence(ExaminedModel):
             test_set: Data of the queries.
             indices: Which of them; all by default.
             normalise: ``"relative"`` divides by the root of the training example's self-influence, ``"cosine"`` by the
-                query's, too.
+                query's, too; ``"leverage"`` by one minus the example's leverage.
             by_layer: Whether to give each layer's part.
             path: An ``.npy`` file to put scores into that are too many for memory.
         """
