@@ -3,19 +3,25 @@
 The network and the queries are those of the digits in ``lds.py``. The GGN is formed once, so that a step is a matrix
 product and the exact block-diagonal GGN can be tried as a preconditioner, too: no approximation of it, EK-FAC included,
 can be expected to do better than it does itself. Run ``make solvers``.
+
+    python benchmarks/solvers.py --cnn          what ``solver="woodbury"`` takes for 100 queries of a CNN
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lds_methods import digits
-from torch import Tensor
+from lds_methods import digits, task
+from networks import digits as images_of_digits
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
+from lightning_influence import Influence
 from lightning_influence.curvature import (
     BlockCoordinates,
     BlockCurvature,
@@ -24,6 +30,7 @@ from lightning_influence.curvature import (
     cg,
     fit,
     nystrom_preconditioner,
+    sampled,
 )
 from lightning_influence.scores import prepared_queries
 
@@ -31,14 +38,19 @@ Product = Callable[[Tensor], Tensor]
 QUERIES = 20
 TOLERANCE = 1e-4
 FACTORS = (10.0, 1.0, 0.1)
+EXAMPLES, ASKED = 2000, 100
 
 
 def main() -> None:
     """Count steps and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="markdown file to write")
+    parser.add_argument("--cnn", action="store_true", help="100 queries of a convolutional network instead")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    if arguments.cnn:
+        convolutional()
+        return
     setting = digits()
     setting.train_full()
     setting.become(0)
@@ -100,6 +112,54 @@ def main() -> None:
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text)
+
+
+def convolutional() -> None:
+    """Print seconds and residuals for 100 queries of a CNN, by the number of gradients that make the GGN."""
+    images, labels = images_of_digits(EXAMPLES + ASKED)
+    net = nn.Sequential(
+        nn.Conv2d(1, 16, 3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(32 * 49, 54),
+        nn.GELU(),
+        nn.Linear(54, 10),
+    )
+    optimizer, epochs = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9), 8
+    for _ in range(epochs):
+        for chosen in torch.randperm(EXAMPLES).split(32):
+            optimizer.zero_grad()
+            task(net, (images[chosen], labels[chosen])).backward()
+            optimizer.step()
+    damping = 0.1 / (0.02 * epochs * -(-EXAMPLES // 32))
+    influence = Influence(net, task, TensorDataset(images[:EXAMPLES], labels[:EXAMPLES]), batch_size=256)
+    asked = TensorDataset(images[EXAMPLES:], labels[EXAMPLES:])
+    product = GGNProduct(influence.training, range(EXAMPLES))
+    start = time.process_time()
+    product(torch.randn(4, product.flat.size))
+    each = (time.process_time() - start) / 4
+    print(f"{product.flat.size:,} parameters; a product of {ASKED} vectors: {ASKED * each:.0f} s (from 4)", flush=True)
+    found: dict[int, Tensor] = {}
+    for count in (8192, 4096):
+        sampled._MOST, start = count, time.process_time()
+        fitted = influence.fit("ggn", damping=damping, solver="woodbury")
+        found[count] = fitted.pairs(asked).scores
+        (solve,) = fitted.curvature.solves
+        agreement = torch.stack([rank_correlation(a, b) for a, b in zip(found[count], found[8192], strict=True)])
+        print(
+            f"| {count:,} gradients | {time.process_time() - start:.0f} s | {float(solve.residual.max()):.3f} | "
+            f"{float(agreement.mean()):.4f} (least {float(agreement.min()):.4f}) | {solve.steps.max()} steps |",
+            flush=True,
+        )
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Return Spearman's correlation."""
+    return torch.corrcoef(torch.stack([each.argsort().argsort().double() for each in (a, b)]))[0, 1]
 
 
 def _in_blocks(curvature: BlockCurvature, coordinates: BlockCoordinates, v: Tensor, damping: float) -> Tensor:

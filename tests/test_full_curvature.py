@@ -26,6 +26,7 @@ from lightning_influence.curvature import (
 from lightning_influence.curvature.fit import check_curvature
 from lightning_influence.curvature.implicit import mean_eigenvalues
 from lightning_influence.curvature.registry import fitted_bytes
+from lightning_influence.curvature.sampled import _chances
 from lightning_influence.curvature.solve.cg import cg
 from lightning_influence.curvature.solve.nystrom import nystrom_preconditioner
 from lightning_influence.curvature.solve.solvers import SOLVERS
@@ -130,7 +131,7 @@ class TestDense:
             torch.testing.assert_close(pairs, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("solver", ["cg", "nystrom", "pcg", "lissa"])
+@pytest.mark.parametrize("solver", ["cg", "nystrom", "pcg", "lissa", "woodbury"])
 def test_iterative_solvers_agree_with_the_dense_one(solver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tolerance, steps = (1e-9, 100) if solver != "lissa" else (1e-2, 150)
     monkeypatch.setitem(SOLVERS, solver, replace(SOLVERS[solver], tolerance=tolerance, steps=steps))
@@ -148,7 +149,7 @@ def test_iterative_solvers_agree_with_the_dense_one(solver: Any, monkeypatch: py
     assert float(F.cosine_similarity(plain.flatten(), problem.expected("ggn", 0.05).flatten(), dim=0)) < 0.97
 
 
-@pytest.mark.parametrize("solver", ["cg", "nystrom", "pcg", "lissa"])
+@pytest.mark.parametrize("solver", ["cg", "nystrom", "pcg", "lissa", "woodbury"])
 def test_self_influence_without_a_dense_matrix_is_that_of_the_blocks(solver: Any) -> None:
     problem = Problem()
     own = score_examples(problem.gradients, range(N), curvature=problem.fit("ekfac", 0.05)).columns
@@ -156,6 +157,59 @@ def test_self_influence_without_a_dense_matrix_is_that_of_the_blocks(solver: Any
     found = score_examples(problem.gradients, range(N), curvature=curvature).columns
     torch.testing.assert_close(found["self_influence"], own["self_influence"], rtol=1e-10, atol=0)
     assert any("self_influence is that of EK-FAC" in note for note in curvature.notes)
+
+
+class TestWoodbury:
+    """Some of the gradients that the GGN is the mean square of; of so small data, by default all of them."""
+
+    @pytest.mark.parametrize("model", MODELS)
+    def test_all_gradients_make_the_ggn(self, model: str) -> None:
+        problem = Problem(model)
+        dampings = {block: 0.05 * (1 + 3 * k) for k, block in enumerate(problem.gradients.coverage.blocks)}
+        curvature = problem.fit("ggn", dampings, solver="woodbury")
+        pairs = pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, range(N)).scores
+        expected = problem.expected("ggn", problem.damping_vector(dampings))
+        torch.testing.assert_close(pairs, expected, rtol=1e-7, atol=1e-10)
+        (solve,) = curvature.solves
+        assert (solve.products, float(solve.residual.max())) == (1, pytest.approx(0, abs=1e-8))
+        assert "measured for 4 of 14 systems" in curvature.notes[-1]
+
+    @pytest.mark.parametrize("few", [{"_MOST": 8}, {"_EXACT": 2}], ids=["few", "sampled labels"])
+    def test_some_gradients_take_the_others_to_arrive(
+        self, few: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a preconditioner they save steps; taken for all of them they would be far off."""
+        for name, value in few.items():
+            monkeypatch.setattr(f"lightning_influence.curvature.sampled.{name}", value)
+        problem, steps = Problem(), {}
+        for solver in ("cg", "woodbury"):
+            monkeypatch.setitem(SOLVERS, solver, replace(SOLVERS[solver], tolerance=1e-6))
+            curvature = problem.fit("ggn", 1e-3, solver=solver)
+            pairs = pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, range(N)).scores
+            torch.testing.assert_close(pairs, problem.expected("ggn", 1e-3), rtol=1e-2, atol=1e-2)
+            steps[solver] = curvature.solves[0].steps.double().mean()
+        assert 0 < steps["woodbury"] < steps["cg"]
+        monkeypatch.setitem(SOLVERS, "woodbury", replace(SOLVERS["woodbury"], tolerance=10.0))
+        monkeypatch.setattr("lightning_influence.curvature.implicit._ACCEPTED", 10.0)
+        alone = problem.fit("ggn", 1e-3, solver="woodbury")
+        found = pairwise_scores(problem.gradients, range(N), alone, problem.gradients, range(N)).scores
+        assert (found - problem.expected("ggn", 1e-3)).norm() > 0.05 * found.norm()
+        assert float(alone.solves[0].residual.max()) > 0.05
+
+    @pytest.mark.parametrize("count", [1, 5, 30, 59, 60, 100])
+    def test_chances_add_up(self, count: int) -> None:
+        lengths = torch.cat([torch.logspace(-3, 3, 60, dtype=torch.float64), torch.zeros(4).double()]).view(16, 4)
+        chances = _chances(lengths, count)
+        assert float(chances.sum()) == pytest.approx(min(count, 60))
+        assert float(chances.max()) <= 1
+        unsure = (chances > 0) & (chances < 1)
+        ratios = (chances / lengths)[unsure]
+        assert len(ratios) < 2 or float(ratios.max() / ratios.min()) == pytest.approx(1)
+        assert not chances.flatten()[-4:].any()
+
+    def test_the_hessian_is_no_sum_of_squares(self) -> None:
+        with pytest.raises(ValueError, match='solver="woodbury" needs a curvature without negative eigenvalues'):
+            Problem().fit("hessian", 2.0, solver="woodbury")
 
 
 class TestNystrom:

@@ -126,4 +126,4 @@ def test_a_solver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_stays_registered() -> None:
     assert not {"foof"} & LADDER.keys()
-    assert SOLVERS.keys() == {"cg", "nystrom", "pcg", "lissa"}
+    assert SOLVERS.keys() == {"cg", "nystrom", "pcg", "lissa", "woodbury"}

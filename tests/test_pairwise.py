@@ -220,7 +220,7 @@ def test_nothing_to_score() -> None:
     with pytest.raises(ValueError, match="no training example"):
         top_scores(problem.train, [], fitted, problem.queries, [0])
     typo: Any = "cos"
-    with pytest.raises(ValueError, match="normalise='cos'; expected one of 'none', 'relative', 'cosine'"):
+    with pytest.raises(ValueError, match="normalise='cos'; expected one of 'none', 'relative', 'cosine', 'leverage'"):
         pairwise_scores(problem.train, [0], fitted, problem.queries, [0], normalise=typo)
 
 

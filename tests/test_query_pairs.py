@@ -144,6 +144,33 @@ def test_pairs_are_on_disk_and_come_back(tmp_path: Path) -> None:
     assert not any(name.startswith("influence_on") for name in report.columns)
 
 
+def test_scores_by_leverage(tmp_path: Path) -> None:
+    report, model, _ = audited(tmp_path, Queries(count=2, top=3, normalise="leverage"))
+    direct = Direct(model)
+    worst = direct.losses().argsort(descending=True)[:2].tolist()
+    scored = direct.gradients, range(N), direct.curvature, direct.queries, worst
+    top = top_scores(*scored, 3, normalise="leverage")
+    for row in range(2):
+        pairs = of_query(report, row + 1, "opponent", "strongest")
+        assert pairs["index"].tolist() == top.opponents[row].tolist()
+        np.testing.assert_allclose(pairs["score"], top.opponent_scores[row], rtol=1e-8)
+    assert (top.opponent_scores < 1.05 * top_scores(*scored, 3).opponent_scores).all()
+    assert any("divided by one minus the leverage" in note for note in report.manifest["notes"])
+
+
+class Handmade(Validated):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self(batch[0]).square().sum(1) + 1).log().mean()
+
+
+def test_no_leverage_without_a_known_loss(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, callbacks=[InfluenceAudit(queries=Queries(normalise="leverage"))])
+    with pytest.raises(MisconfigurationException, match='"leverage" needs a loss made of known calls alone'):
+        trainer.fit(Handmade().double(), loader(TRAINING), loader(VALIDATION, 4))
+    assert not trainer.global_step
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
 @pytest.mark.parametrize(("normalise", "name"), [("none", "strongest"), ("relative", "specific")])
 def test_one_list_alone(normalise: Any, name: str, tmp_path: Path) -> None:
     both, _, _ = audited(tmp_path / "both", Queries(count=3, top=4))
@@ -488,7 +515,10 @@ def test_a_stream_of_queries(tmp_path: Path) -> None:
         (lambda: Queries("best"), "which='best'; expected \"worst\" or a DataLoader"),  # type: ignore[arg-type]
         (lambda: Queries(count=0), "count=0; expected an integer >= 1"),
         (lambda: Queries(top=True), "top=True; expected an integer >= 1"),
-        (lambda: Queries(normalise="cosine"), "normalise='cosine'; expected one of 'both', 'none', 'relative'"),  # type: ignore[arg-type]
+        (
+            lambda: Queries(normalise="cosine"),
+            "normalise='cosine'; expected one of 'both', 'none', 'relative', 'leverage'",
+        ),  # type: ignore[arg-type]
         (lambda: Queries(measurement="gap"), "measurement='gap'; expected 'loss' or 'margin'"),  # type: ignore[arg-type]
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from models import CLASSES, Classifier, loader, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_influence import AuditReport, InfluenceAudit, TracIn, tracin_scores
+from lightning_influence import AuditReport, Influence, InfluenceAudit, TracIn, tracin_scores
 from lightning_influence.audit.store.store import AuditStore, StoreError
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import discover
@@ -197,6 +198,19 @@ def test_a_run_keeps_checkpoints_whose_scores_are_its_tracin(optimizer: Any, mod
     if mode == "epoch":
         torch.testing.assert_close(scores.scores.diagonal(), torch.from_numpy(report.columns["tracin"]), **EXACT)
     assert bool((scores.scores.diagonal() > 0).all())
+
+
+def test_source_follows_the_steps_of_adam_that_a_run_has_kept(tmp_path: Path) -> None:
+    """It was refused; with plain steps in their place scores would be others."""
+    report, model, _ = train(tmp_path, TracIn(), adam, epochs=3)
+    influence = Influence(model, nn.CrossEntropyLoss(), vectors(dtype=torch.float64), batch_size=5)
+    kept = report.checkpoints()
+    found = influence.along(kept).source(vectors(dtype=torch.float64), [0, 1], segments=2).scores
+    plain = [replace(checkpoint, preconditioner={}, optimizer="") for checkpoint in kept]
+    other = influence.along(plain).source(vectors(dtype=torch.float64), [0, 1], segments=2).scores
+    assert bool(found.isfinite().all())
+    assert float(F.cosine_similarity(found.flatten(), other.flatten(), dim=0)) < 0.99
+    assert (found - other).norm() > 0.5 * found.norm()
 
 
 def passes_coverage(model: nn.Module) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from torch.utils.data import TensorDataset
 from trajectory_cases import RATES, C, N, Q, Run, make_run, scaled, task
 
 from lightning_influence.curvature import BLOCKS, BlockCurvature, FactorExamples, fit
+from lightning_influence.curvature.solve.chebyshev import exponential_mean, matrix_exponential_mean
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
@@ -37,6 +39,30 @@ def source(run: Run, checkpoints: list[Checkpoint], batch_size: int | None = Non
     return source_scores(train, range(N), queries, range(Q), checkpoints, **options).scores
 
 
+def adaptive(run: Run) -> list[Checkpoint]:
+    """Return the run's checkpoints as if gradients had been scaled, a hundredfold apart; some entries never moved."""
+    generator = torch.Generator().manual_seed(3)
+
+    def scales() -> dict[str, Tensor]:
+        found = {}
+        for name, p in run.net.named_parameters():
+            scale = torch.rand(p.shape, generator=generator, dtype=torch.float64).mul(2).sub(1).mul(math.log(10)).exp()
+            found[name] = scale.masked_fill(torch.rand(p.shape, generator=generator) < 0.1, 0.0)
+        return found
+
+    return [replace(c, preconditioner=scales(), optimizer="Adam") for c in run.checkpoints]
+
+
+def sizes_of(run: Run, group: list[Checkpoint]) -> Tensor:
+    """Return ``Σ η P`` over a group of checkpoints, ``[P]``."""
+    every = [
+        torch.cat([c.preconditioner.get(n, torch.ones_like(p)).flatten() for n, p in c.parameters.items()])
+        * run.spread(dict(c.step_sizes))
+        for c in group
+    ]
+    return torch.stack(every).sum(0)
+
+
 def dense(run: Run, groups: list[list[Checkpoint]], at: At, decay: dict[str, float]) -> list[Any]:
     """Return segments for the reference, with the GGN of every layer."""
     names = list(RATES)
@@ -48,7 +74,7 @@ def dense(run: Run, groups: list[list[Checkpoint]], at: At, decay: dict[str, flo
         average = replace(group[-1], parameters=cast("Any", mean))
         curvature = ref.ggn_dense(run.at(average), run.data.tensors[0], "cross_entropy", names)
         curvature = curvature * (layer.unsqueeze(1) == layer) + torch.diag(run.spread(decay))
-        sizes = run.spread({name: sum(c.step_sizes[name] for c in group) for name in names})
+        sizes = sizes_of(run, group)
         places = [(average, 1.0)] if at == "average" else [(c, c.steps / steps) for c in group]
         segments.append((curvature, sizes, sum(share * run.gradients(c, run.data) for c, share in places)))
     return segments
@@ -75,6 +101,42 @@ def test_segments_equal_matrix_exponentials(segments: int, at: At, decay: dict[s
         # What comes after an early segment takes back a part of what it did.
         undiminished = sum(ref.source_dense(ends, [part]) for part in reference)
         assert (found - undiminished).abs().max() > 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("decay", [DECAY, dict.fromkeys(RATES, 0.0)], ids=["decay", "singular"])
+def test_scaled_gradients_equal_matrix_exponentials(segments: int, decay: dict[str, float]) -> None:
+    """Adam's elementwise scale, which has no eigenbasis in common with the curvature."""
+    run = make_run()
+    checkpoints = adaptive(run)
+    groups = [checkpoints[1:]] if segments == 1 else [[c] for c in checkpoints[1:]]
+    ends = run.gradients(checkpoints[-1], run.asked)
+    expected = ref.source_dense(ends, dense(run, groups, "checkpoints", decay))
+    options: dict[str, Any] = {"segments": segments, "weight_decay": decay}
+    found = source(run, checkpoints, curvature="block_ggn", **options)
+    torch.testing.assert_close(found, expected, **EXACT)
+    for wrong in (
+        source(run, run.checkpoints, curvature="block_ggn", **options),
+        source(run, checkpoints, **options, curvature="identity"),
+    ):
+        assert (wrong - expected).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("largest", [1e-3, 1.0, 300.0, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chebyshev_polynomials_reach_rounding(largest: float, dtype: torch.dtype) -> None:
+    """Also with most eigenvalues at zero, which the rounding of the largest moves."""
+    basis = torch.linalg.qr(torch.randn(20, 20, generator=torch.Generator().manual_seed(0)).double())[0]
+    values = torch.cat([torch.zeros(12), torch.rand(7, generator=torch.Generator().manual_seed(1)), torch.ones(1)])
+    values = values.double() * largest
+    matrix = ((basis * values) @ basis.T).to(dtype)
+    v = torch.randn(3, 20, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found = matrix_exponential_mean(lambda x: x @ matrix, v)
+    expected = v.double() @ (basis * exponential_mean(values)) @ basis.T
+    tolerance = torch.finfo(dtype).eps * (1000 + largest)
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    nothing = matrix_exponential_mean(torch.zeros_like, v)
+    assert torch.equal(nothing, v)
 
 
 @pytest.mark.parametrize("curvature", ["ekfac", "kfac", "diagonal", "block_ggn"])
@@ -107,16 +169,18 @@ def test_short_training_is_tracin() -> None:
         assert (source(run, run.trained, segments=segments) - tracin).abs().max() > 0.1 * tracin.abs().max()
 
 
-def regression(rate: float, steps: int) -> tuple[ExampleGradients, list[Checkpoint], Tensor]:
+def regression(rate: float, steps: int, spread: float = 1.0) -> tuple[ExampleGradients, list[Checkpoint], Tensor]:
     """Linear regression, whose GGN is the Hessian: passes, a checkpoint after every step, and scores by retraining.
 
-    Scores are ``N`` times the derivative of the final losses by how much of an example is left out, ``[N, N]``.
+    Gradients are multiplied elementwise by fixed numbers from ``1 / spread`` to ``spread``. Scores are ``N`` times the
+    derivative of the final losses by how much of an example is left out, ``[N, N]``.
     """
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(N, 4, generator=generator).double(), torch.randn(N, 2, generator=generator).double()
     torch.manual_seed(0)
     net = nn.Linear(4, 2).double()
     start = [p.detach().clone() for p in net.parameters()]
+    scales = [spread ** (2 * torch.rand(p.shape, generator=generator).double() - 1) for p in start]
 
     def losses(w: Tensor, b: Tensor) -> Tensor:
         return F.mse_loss(x @ w.T + b, y, reduction="none").mean(1)
@@ -125,7 +189,7 @@ def regression(rate: float, steps: int) -> tuple[ExampleGradients, list[Checkpoi
         path = [[p.clone().requires_grad_(True) for p in start]]
         for _ in range(steps):
             found = torch.autograd.grad(losses(*path[-1]) @ weights / N, path[-1])
-            moved = [p - rate * g for p, g in zip(path[-1], found, strict=True)]
+            moved = [p - rate * scale * g for p, scale, g in zip(path[-1], scales, found, strict=True)]
             path.append([p.detach().requires_grad_(True) for p in moved])
         return path
 
@@ -135,7 +199,14 @@ def regression(rate: float, steps: int) -> tuple[ExampleGradients, list[Checkpoi
         less, more = (losses(*trained(1 + sign * part)[-1]).detach() for sign in (-1, 1))
         expected[:, n] = N * (less - more) / 2e-3
     run = [
-        Checkpoint(step, {"weight": w.detach(), "bias": b.detach()}, {}, {"weight": rate, "bias": rate}, 1)
+        Checkpoint(
+            step,
+            {"weight": w.detach(), "bias": b.detach()},
+            {},
+            {"weight": rate, "bias": rate},
+            1,
+            dict(zip(("weight", "bias"), scales, strict=True)) if spread > 1 else {},
+        )
         for step, (w, b) in enumerate(trained(torch.ones(N).double())[1:], 1)
     ]
 
@@ -146,14 +217,17 @@ def regression(rate: float, steps: int) -> tuple[ExampleGradients, list[Checkpoi
     return ExampleGradients(net, mean_squares, source, discover(net, mean_squares, source)), run, expected
 
 
-def test_a_segment_for_every_step_is_what_training_does() -> None:
+@pytest.mark.parametrize("spread", [1.0, 5.0], ids=["plain", "scaled"])
+def test_a_segment_for_every_step_is_what_training_does(spread: float) -> None:
     """Up to the order of one step: gradients are those after it, and ``1 - η λ`` is ``exp(-η λ)``.
 
-    The influence function is off by more than the scores themselves, as training stops early.
+    The influence function is off by more than the scores themselves, as training stops early; plain steps in the place
+    of scaled ones are off, too.
     """
 
-    def error(rate: float, steps: int, curvature: Any = "block_ggn") -> float:
-        passes, run, expected = regression(rate, steps)
+    def error(rate: float, steps: int, curvature: Any = "block_ggn", *, plain: bool = False) -> float:
+        passes, run, expected = regression(rate, steps, spread)
+        run = [replace(c, preconditioner={}) for c in run] if plain else run
         found = source_scores(
             passes, range(N), passes, range(N), run, labels=("exact", "exact"), segments=steps, curvature=curvature
         ).scores
@@ -163,7 +237,8 @@ def test_a_segment_for_every_step_is_what_training_does() -> None:
     assert coarse < 0.07
     assert error(0.02, 16) < 0.6 * coarse
     assert error(0.02, 16, "identity") > 0.1
-    passes, run, expected = regression(0.02, 16)
+    assert spread == 1 or error(0.02, 16, plain=True) > 0.3
+    passes, run, expected = regression(0.02, 16, spread)
     with run[-1].loaded(passes.module):
         fitted = fit(passes, "block_ggn", range(N), examples=EVERY, labels=("exact", "exact"), damping=1e-6)
         influence = pairwise_scores(passes, range(N), fitted, passes, range(N)).scores
@@ -254,7 +329,7 @@ def test_segments_share_the_checkpoints_and_weigh_them_by_their_steps() -> None:
     first, second = run.trained[:2]
     mean = 0.25 * first.parameters["0.weight"] + 0.75 * second.parameters["0.weight"]
     torch.testing.assert_close(segments[0].average.parameters["0.weight"], mean)
-    assert segments[0].step_sizes["2.weight"] == pytest.approx(4 * 0.1)
+    assert segments[0].average.step_sizes["2.weight"] == pytest.approx(4 * 0.1)
 
 
 def test_counters_are_not_averaged() -> None:
@@ -284,18 +359,31 @@ def test_checkpoints_of_another_model() -> None:
 def test_checkpoints_of_another_optimizer() -> None:
     run = make_run()
     train, queries = run.passes()
-    adam = [replace(c, preconditioner={"0.weight": torch.ones(3, 4)}) for c in run.trained]
-    unheard = [replace(c, optimizer="NAdam") for c in run.trained]
-    unknown = [replace(c, step_sizes={}, steps=0) for c in run.trained]
-    for checkpoints, message in (
-        (adam, r"steps \[4, 6, 12\] are of an adaptive optimizer.* Use TracIn"),
-        (unheard, r"steps \[4, 6, 12\] are of an adaptive optimizer or an unknown one"),
-        (unknown, "none of 3 checkpoints knows the steps it stands for"),
+    part = {"0.weight": torch.ones(3, 4)}
+    every = {name: torch.ones_like(value) for name, value in run.trained[0].parameters.items()}
+
+    def of(**changes: Any) -> list[Checkpoint]:
+        return [replace(c, **changes) for c in run.trained]
+
+    steps = r"the checkpoints of the steps \[4, 6, 12\] are of"
+    both: list[tuple[list[Checkpoint], str]] = [
+        (of(step_sizes={}, steps=0), "none of 3 checkpoints knows the steps it stands for"),
         (run.trained[::-1], r"are of the steps \[12, 6, 4\]; expected those of one run, in the order"),
         ([], "there is no checkpoint"),
-    ):
+    ]
+    unheard = of(optimizer="NAdam"), of(optimizer="Adam, Lion", preconditioner=part), of(optimizer="Adam")
+    understood = of(preconditioner=part), of(optimizer="Adam, SGD", preconditioner=part)
+    understood += (of(optimizer="MyAdam", preconditioner=every),)
+    for checkpoints, message in [*both, *((each, f"{steps} an unknown optimizer.* Use TracIn") for each in unheard)]:
         with pytest.raises(CheckpointError, match=message):
             source(run, checkpoints)
+    for checkpoints in understood:
+        assert source(run, checkpoints).isfinite().all()
+    refused = [*unheard, *understood]
+    for checkpoints, message in [
+        *both,
+        *((each, f"{steps} an adaptive optimizer or an unknown one") for each in refused),
+    ]:
         with pytest.raises(CheckpointError, match=message):
             diff_in_scores(train, range(N), queries, range(Q), checkpoints)
 

@@ -49,7 +49,7 @@ from lightning_influence.scores.queries import (
 from lightning_influence.scores.token_scores import TokenScores
 
 Columns = dict[str, NDArray[Any]]
-Lists = Literal["both", "none", "relative"]
+Lists = Literal["both", "none", "relative", "leverage"]
 
 _MOST_TOKENS = 512  # of a pair
 
@@ -57,6 +57,7 @@ _LISTS: dict[Lists, dict[str, Normalisation]] = {
     "both": {"strongest": "none", "specific": "relative"},
     "none": {"strongest": "none"},
     "relative": {"specific": "relative"},
+    "leverage": {"strongest": "leverage"},
 }
 
 
@@ -76,7 +77,9 @@ class Queries:
             column ``influence_on_<name>``; so it does for the loss of a loader.
         normalise: Which lists are made of each query: ``"none"``, the ``strongest`` examples, among them the loud ones
             (wrong labels, outliers) that lead many lists; ``"relative"``, the most ``specific`` ones, whose score is
-            large for how much they move the model at all (RelatIF); or ``"both"``, in the same pass.
+            large for how much they move the model at all (RelatIF); or ``"both"``, in the same pass. ``"leverage"``:
+            the ``strongest`` by what removing them does, curvature included (rescaled influence): scores are divided by
+            one minus the example's leverage. It needs a known loss.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -218,6 +221,8 @@ class QuerySearch:
             "examples": total,
         }
         more: Columns = {}
+        if asked.normalise == "leverage":
+            self._notes.append("queries: scores are divided by one minus the leverage of the training example")
         if self._of_set is not None:
             about |= {"value": self._measurement.value, "groups": self._measurement.counts}
             found = self._of_set.result()
@@ -332,7 +337,9 @@ class QuerySearch:
         side = int(self._asked.statistic.higher_is_better)
         kinds = ("proponent", side, 1), ("opponent", 1 - side, -1)
         parts = []
-        for name, found, rows, scores in zip(_LISTS[self._asked.normalise], *strongest.result(), strict=True):
+        lists, leveraged = _LISTS[self._asked.normalise], self._asked.normalise == "leverage"
+        for name, found, rows, plain in zip(lists, *strongest.result(), strict=True):
+            scores = found if leveraged else plain
             for kind, side, sign in kinds:
                 # Of few examples, the strongest proponents may be none; or fewer than asked for have a score at all.
                 row, rank = (found[side] > 0).nonzero(as_tuple=True)

@@ -24,6 +24,7 @@ from lightning_influence.gradients.verify import roomy_batch_size
 from lightning_influence.objective.scale import NoLossError
 from lightning_influence.objective.standard_task import StandardTask
 from lightning_influence.objective.task import Task, TrainingStepTask
+from lightning_influence.scores.leverage import check_known
 from lightning_influence.training.recording import Recording
 
 
@@ -101,6 +102,8 @@ def _begun(
                 "`task=` can take another one"
             )
         if queries is not None:
+            if queries.asked.normalise == "leverage":
+                check_known(inspection.tapped)
             queries.check(trainer, gradients, bridge.validation_queries(trainer, gradients))
     source.pass_batch_size = roomy_batch_size(inspection)
     flight = None

@@ -18,7 +18,7 @@ from lightning_influence.gradients.starts import NO_EXACT_LABELS
 from lightning_influence.objective.losses import known_losses
 from lightning_influence.objective.terms import TaskError
 
-Solver = Literal["auto", "dense", "cg", "nystrom", "pcg", "lissa"]
+Solver = Literal["auto", "dense", "cg", "nystrom", "pcg", "lissa", "woodbury"]
 """How systems with GGN or Hessian are solved, see ``fit``."""
 Fisher = Literal["auto", "exact", "sampled", "empirical"]
 """Labels that a Fisher is fitted on: the model's own, in expectation or drawn, or the given ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial
 
 import torch
 
@@ -17,6 +18,7 @@ from lightning_influence.curvature.curvature import BlockCurvature, Curvature
 from lightning_influence.curvature.dense import DenseCurvature, dense_matrix
 from lightning_influence.curvature.implicit import ImplicitCurvature, mean_eigenvalues
 from lightning_influence.curvature.registry import LADDER, CurvatureName, check_memory
+from lightning_influence.curvature.sampled import sampled_inverse
 from lightning_influence.curvature.solve.spectrum import IndefiniteError, check_damping
 from lightning_influence.gradients.passes import ExampleGradients, Labels
 
@@ -50,7 +52,8 @@ def fit(
             ``KFACBlock.bounded_damping``; None for no bound.
         solver: For GGN and Hessian: ``"dense"`` forms the matrix; ``"cg"`` (conjugate gradients), ``"nystrom"`` and
             ``"pcg"`` (the same, preconditioned with a sketch of the matrix, see ``nystrom``, or with EK-FAC) and
-            ``"lissa"`` need its products only. ``"auto"`` is dense for up to 4,096 parameters, else ``"nystrom"`` for
+            ``"lissa"`` need its products only; ``"woodbury"`` inverts a GGN of some gradients, see ``sampled``, and
+            measures the residual with all. ``"auto"`` is dense for up to 4,096 parameters, else ``"nystrom"`` for
             the GGN and ``"cg"`` for the Hessian, which a sketch may not be taken of.
 
     Returns:
@@ -198,7 +201,9 @@ def _fit_full(
             f"self_influence is that of EK-FAC with the same damping: with the {name} it would take a solve for every "
             f"training example. What is solved with the {name}: harm, and scores of queries."
         )
-        curvature = ImplicitCurvature(name, product, coordinates, dampings, solver=chosen, blocks=blocks)
+        left = set(product.left_out)
+        sample = partial(sampled_inverse, gradients, [index for index in subset if index not in left], coordinates)
+        curvature = ImplicitCurvature(name, product, coordinates, dampings, solver=chosen, blocks=blocks, sample=sample)
     if left_out := len(subset) - product.examples:
         notes.append(f"{left_out} examples with a non-finite loss or gradient are not in the {name}.")
     curvature.notes += notes

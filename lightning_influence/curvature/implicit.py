@@ -43,6 +43,7 @@ class ImplicitCurvature(Curvature):
         dampings: Block name to λ.
         solver: Which of ``SOLVERS``.
         blocks: A block-diagonal curvature with the same damping, for self-influence, and as a preconditioner.
+        sample: Makes what multiplies by the inverse with a damping ``[p]``, of some of the data's gradients.
 
     Raises:
         IndefiniteError: If the curvature has a negative eigenvalue below ``-λ``, as far as was looked.
@@ -57,6 +58,7 @@ class ImplicitCurvature(Curvature):
         *,
         solver: str,
         blocks: BlockCurvature,
+        sample: Callable[[Tensor], Matvec],
     ) -> None:
         super().__init__(name, dampings, blocks.labels, [product.examples, *blocks.examples])
         self.coordinates = coordinates
@@ -67,10 +69,13 @@ class ImplicitCurvature(Curvature):
         like = product.gradient.new_zeros(product.flat.size)
         # One damping for each block is the smallest of them for all, and the rest as part of the curvature.
         least = min(self.dampings.values())
-        self._rest = coordinates.spread(self.dampings, like) - least
+        whole = coordinates.spread(self.dampings, like)
+        self._rest = whole - least
         if not product.semidefinite:
             require_positive_definite(self.matvec, like, least, max_steps=_LOOKS)
-        self._system = System(self.matvec, least, self._block_inverse, self._random_batches, like)
+        self._system = System(
+            self.matvec, least, self._block_inverse, self._random_batches, partial(sample, whole), like
+        )
 
     @property
     def blockwise(self) -> BlockCurvature:
@@ -97,8 +102,9 @@ class ImplicitCurvature(Curvature):
         worst = float(found.residual.max()) if len(found.residual) else 0.0
         if worst > _ACCEPTED:
             raise SolverError(f"{self.name} with {self._solver}: {found.reason}")
-        note = f"{self.name} was solved with {self._solver} to a relative residual of {worst:.2g} only"
-        if found.reason and note not in self.notes:
+        about = f"to a relative residual of {worst:.2g} only" if found.reason else found.about
+        note = f"{self.name} was solved with {self._solver} {about}"
+        if about and note not in self.notes:
             self.notes.append(note)
         return self.coordinates.split(found.solution.reshape(line.shape))
 

@@ -52,6 +52,7 @@ class ExampleScorer(Visitor):
     """Scores every example of a pass by itself, see ``score_examples``.
 
     Attributes:
+        examples: Number of examples that are scored, over all processes.
         self_influence: Of the last batch that is through, ``[n]``, for those who look at the batch next.
     """
 
@@ -67,6 +68,7 @@ class ExampleScorer(Visitor):
     ) -> None:
         self._curvature, self._query, self._step_sizes = curvature, query, step_sizes
         self._features = features
+        self.examples = len(indices)
         self._columns = ExampleColumns(indices, gradients.device)
         self._scorer: Scorer | None = None
         self._last: Tensor | None = None

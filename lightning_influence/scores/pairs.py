@@ -171,7 +171,8 @@ def pairwise_scores(
             query, too: the cosine of the gradients in the metric ``(C + λ)⁻¹``; with the identity it is the plain one
             (grad-cos). Where GGN and Hessian are not dense, the norm of training examples is EK-FAC's, and that of
             queries their own; such cosines may exceed 1. An example without a gradient (or one so small that float32
-            loses its square) has 0.
+            loses its square) has 0. ``"leverage"`` divides by what the others carry of the example's fit, ``1 - h_z``:
+            the effect of a removal, curvature included, see ``leverage``; ``indices`` are all training examples then.
         by_layer: Whether to give each layer's part of the scores, too.
         path: Where to write the scores instead of holding them in memory: an ``.npy`` file in float32, which
             ``numpy.load(path, mmap_mode="r")`` reads. It appears when it is complete; none that is there is replaced.
@@ -193,8 +194,7 @@ def pairwise_scores(
         raise ValueError(f"by_layer=True with normalise={normalise!r}: a normalised score is no sum over layers.")
     if by_layer and path is not None:
         raise ValueError("by_layer=True keeps the parts in memory; leave out `path`, and take fewer queries at a time.")
-    layers = list(gradients.coverage.blocks) if by_layer else []
-    shape = len(query_indices), len(distinct(indices))
+    layers, shape = list(gradients.coverage.blocks) if by_layer else [], (len(query_indices), len(distinct(indices)))
     with nullcontext() if path is None else matrix_file.written(path, shape) as write:
         total = PairSum(gradients, indices, queries, query_indices, layers=layers, write=write)
         for rows, prepared in total.prepared(curvature):

@@ -20,10 +20,12 @@ from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients
 from lightning_influence.gradients.visitors import Visitor
 from lightning_influence.scores.examples import ExampleScorer
+from lightning_influence.scores.leverage import curvature_along_gradients, inverse_rest
 from lightning_influence.scores.queries import PreparedQueries
 
-Normalisation = Literal["none", "relative", "cosine"]
-"""What scores of pairs are divided by: nothing, the norm of the training example, or that of the query, too."""
+Normalisation = Literal["none", "relative", "cosine", "leverage"]
+"""What scores of pairs are divided by: nothing, the norm of the training example, or that of the query, too; or what
+the other examples carry of its fit."""
 
 SCORE_BYTES = 8
 
@@ -35,11 +37,19 @@ class _Pairs(Visitor, ABC):
         prepared: The queries.
         own: Scores the examples with the curvature in the same pass, and comes before: the lengths to divide by. Not
             needed where nothing is divided.
+        asked: What to divide by.
         layers: Whose parts of the scores to give, after the whole.
     """
 
-    def __init__(self, prepared: PreparedQueries, own: ExampleScorer | None = None, layers: Sequence[str] = ()) -> None:
-        self._prepared, self._own = prepared, own
+    def __init__(
+        self,
+        prepared: PreparedQueries,
+        own: ExampleScorer | None = None,
+        asked: Sequence[Normalisation] = (),
+        layers: Sequence[str] = (),
+    ) -> None:
+        self._prepared, self._own, self._asked = prepared, own, asked
+        self._along: Tensor | None = None
         self._places = {layer: 1 + place for place, layer in enumerate(layers)}
         self._scores = wide_zeros(0, prepared.self_influence.device)
 
@@ -62,6 +72,8 @@ class _Pairs(Visitor, ABC):
         scores = self._scores
         scores[~batch.finite] = torch.nan
         scores[..., self._prepared.self_influence.isnan()] = torch.nan
+        if "leverage" in self._asked:
+            self._along = curvature_along_gradients(batch.loss)
         self._take(batch.indices, scores)
 
     def _normalised(self, scores: Tensor, normalise: Normalisation) -> Tensor:
@@ -70,6 +82,8 @@ class _Pairs(Visitor, ABC):
             return scores
         assert self._own is not None
         of_examples, of_queries = self._own.self_influence.to(scores), self._prepared.self_influence
+        if self._along is not None and normalise == "leverage":
+            return scores * inverse_rest(of_examples, self._along.to(scores), self._own.examples)[:, None, None]
         scores = scores * inverse_length(of_examples)[:, None, None]
         return scores * inverse_length(of_queries) if normalise == "cosine" else scores
 
@@ -99,7 +113,7 @@ class PairColumns(_Pairs):
         normalise: Normalisation = "none",
         layers: Sequence[str] = (),
     ) -> None:
-        super().__init__(prepared, own, layers)
+        super().__init__(prepared, own, [normalise], layers)
         self._examples, self._write, self._normalise = examples, write, normalise
         self._shape = 1 + len(layers), len(prepared.self_influence)
         self._rounds = distributed.Rounds(len(examples), SCORE_BYTES * math.prod(self._shape))
@@ -140,7 +154,7 @@ class StrongestPairs(_Pairs):
         own: ExampleScorer | None = None,
         lists: Sequence[Normalisation] = ("none",),
     ) -> None:
-        super().__init__(prepared, own)
+        super().__init__(prepared, own, lists)
         self._count, self._lists = count, lists
         self._shape = len(lists), 2, len(prepared.self_influence)
         scores = wide_zeros((math.prod(self._shape), 0), prepared.self_influence.device)
@@ -172,7 +186,6 @@ def inverse_length(squared: Tensor) -> Tensor:
     Zero for what is too short to be divided by: its square is lost in float32, whatever it was summed up in, while its
     products are not. NaN for what an inexact solver has left negative.
     """
-    short = squared.abs() < torch.finfo(torch.float32).tiny
     short = squared.abs() < torch.finfo(torch.float32).tiny
     return squared.rsqrt().masked_fill(short, 0.0)
 

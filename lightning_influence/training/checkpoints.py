@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_influence.core.errors import check_count, is_number
 from lightning_influence.core.torch_private import eager_name
 from lightning_influence.core.weights import parameters_of, places_of, swapped
+from lightning_influence.training.optimizers import KINDS
 
 
 class CheckpointError(ValueError):
@@ -127,6 +128,18 @@ class Checkpoint:
         tensors = [*self.parameters.values(), *self.buffers.values(), *self.preconditioner.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its steps were multiples of the gradient, as far as is told."""
+        return not self.preconditioner and self.optimizer in ("", "SGD")
+
+    @property
+    def is_understood(self) -> bool:
+        """Whether it is told what every gradient was multiplied with, if by anything."""
+        names = {name for name, size in self.step_sizes.items() if size}
+        known = {"", *KINDS}.issuperset(self.optimizer.split(", "))
+        return self.preconditioner.keys() >= names or (known and bool(self.preconditioner or self.is_plain))
+
     def check(self, module: nn.Module) -> None:
         """Raise ``CheckpointError`` if the module is not the one that this is a checkpoint of."""
         places = places_of(module)
@@ -217,19 +230,26 @@ def check_step_sizes(checkpoints: Sequence[Checkpoint]) -> None:
         )
 
 
-def plain_steps(checkpoints: Sequence[Checkpoint], module: nn.Module) -> list[Checkpoint]:
-    """Return the checkpoints of a run that stand for steps, for methods that follow steps along the gradient.
+def steps_taken(checkpoints: Sequence[Checkpoint], module: nn.Module, *, adaptive: bool = False) -> list[Checkpoint]:
+    """Return the checkpoints of a run that stand for steps, for methods that follow these.
+
+    Args:
+        checkpoints: The checkpoints.
+        module: The model.
+        adaptive: Whether the method follows steps that are multiples of the gradient elementwise only (Adam's).
 
     Raises:
-        CheckpointError: As ``check_together``, or if the steps are unknown, or were not multiples of the gradient.
+        CheckpointError: As ``check_together``, or if the steps are unknown, or of another kind.
     """
     check_together(checkpoints, module)
     moved = [c for c in checkpoints if c.steps and any(c.step_sizes.values())]
-    if adaptive := [c.step for c in moved if c.preconditioner or c.optimizer not in ("", "SGD")]:
+    if odd := [c.step for c in moved if not (c.is_plain or (adaptive and c.is_understood))]:
+        kind = "an unknown optimizer" if adaptive else "an adaptive optimizer or an unknown one"
+        whose = "SGD, Adam and their kin, whose scales the checkpoints hold" if adaptive else "SGD"
         raise CheckpointError(
-            f"the checkpoints of the steps {adaptive[:5]} are of an adaptive optimizer or an unknown one, whose steps "
-            "may not be multiples of the gradient; this method is for SGD. Use TracIn, or leave out `preconditioner` "
-            "and `optimizer` to treat the steps as plain ones."
+            f"the checkpoints of the steps {odd[:5]} are of {kind}, whose steps may not be multiples of the gradient; "
+            f"this method is for {whose}. Use TracIn, or leave out `preconditioner` and `optimizer` to treat the steps "
+            "as plain ones."
         )
     if not moved:
         raise CheckpointError(

@@ -145,6 +145,8 @@ def _inverse(second: Tensor, correction: float | Tensor, eps: float) -> Tensor:
 _Scale = Callable[[Mapping[str, Any], Mapping[str, Any]], Tensor]
 _PRECONDITIONERS: dict[str, _Scale] = {"Adam": _adam, "RMSprop": _rmsprop, "Adagrad": _adagrad}
 _PLAIN = ("SGD",)
+KINDS = (*_PLAIN, *_PRECONDITIONERS, "AdamW")
+"""Names of the optimizers of torch that are understood."""
 
 
 def _kind(optimizer: Any) -> str | None:

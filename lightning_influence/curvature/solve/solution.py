@@ -35,6 +35,7 @@ class Solution:
         residual: ``[q]``, ``‖(C + λ) v - g‖ / ‖g‖``, computed anew from the solution; 0 where ``g`` is 0.
         reasons: One text per system: empty if it converged, else why not and the way out.
         products: Number of products of the full curvature with a batch of vectors.
+        about: How the solution came about, where a reader of the scores should know.
     """
 
     solution: Tensor
@@ -43,6 +44,7 @@ class Solution:
     residual: Tensor
     reasons: tuple[str, ...]
     products: int
+    about: str = ""
 
     @property
     def reason(self) -> str:

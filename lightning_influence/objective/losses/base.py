@@ -98,6 +98,14 @@ class LossCall(TappedCall, ABC):
             for column in curvature.columns(self.shares(n)):
                 yield [(tensor, sign * column) for tensor, sign in curvature.tensors]
 
+    def gradients(self, curvatures: Sequence[OutputCurvature], scale: Tensor) -> list[Tensor]:
+        """Return the gradient in what each of ``curvatures(scale)`` is about, computed anew from the predictions."""
+        about = [curvature.tensors[0] for curvature in curvatures]
+        with torch.enable_grad():
+            whole = (self.elements() * scale.detach()).sum()
+        found = torch.autograd.grad(whole, [tensor for tensor, _ in about])
+        return [sign * gradient for (_, sign), gradient in zip(about, found, strict=True)]
+
     # -------------------------------------------------------------------------------------- rows of several batches
 
     def single_rows(self, n: int) -> bool:

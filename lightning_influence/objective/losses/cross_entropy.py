@@ -7,6 +7,7 @@ segmentation map.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -85,6 +86,13 @@ class CrossEntropy(LossCall):
     def curvatures(self, scale: Tensor) -> list[OutputCurvature]:
         """Return ``diag(p) - p pᵀ`` of each decision, in the logits."""
         return [self._softmax(scale)]
+
+    def gradients(self, curvatures: Sequence[OutputCurvature], scale: Tensor) -> list[Tensor]:
+        """Return the gradient in the logits; log-probabilities are those of their own softmax."""
+        found = super().gradients(curvatures, scale)
+        if not self.log_probabilities:
+            return found
+        return [gradient - self.input.detach().exp() * gradient.sum(1, keepdim=True) for gradient in found]
 
     def sampled(self, scale: Tensor, noise: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return the gradient for classes drawn by their part of the curvature, see ``Softmax.drawn``."""

@@ -33,6 +33,10 @@ class OutputCurvature(ABC):
     def columns(self, shares: Shares) -> Iterator[Tensor]:
         """Yield the columns of a square root of every example's part, each shaped like the sum."""
 
+    @abstractmethod
+    def per_example(self, values: Tensor, shares: Shares) -> Tensor:
+        """Add up values, shaped like the sum of tensors, over what belongs to each example, ``[n]``."""
+
 
 @dataclass(frozen=True, eq=False)
 class Diagonal(OutputCurvature):
@@ -56,6 +60,10 @@ class Diagonal(OutputCurvature):
             column = torch.zeros_like(flat)
             column[:, k] = flat[:, k]
             yield shares.scatter(column.view(parts.shape)).view(self.tensors[0][0].shape)
+
+    def per_example(self, values: Tensor, shares: Shares) -> Tensor:
+        """Return ``[n]``."""
+        return shares.gather(values.reshape(self.root.shape)).flatten(1).sum(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +89,10 @@ class Softmax(OutputCurvature):
             column = self.probabilities.clone()
             column[:, c] -= 1
             yield column * (self.root * self.probabilities[:, c].sqrt()).unsqueeze(1)
+
+    def per_example(self, values: Tensor, shares: Shares) -> Tensor:
+        """Return ``[n]``."""
+        return shares.gather(values.sum(1)).flatten(1).sum(1)
 
     def drawn(self, sign: Tensor, uniform: Tensor) -> Tensor:
         """Return ``sign sqrt(m p_c / q_c) (p - onehot(c))``, class ``c`` drawn with probability ``q_c``.

@@ -33,7 +33,7 @@ from lightning_influence.curvature.choices import random_subset
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.scores.measurements import mean_gradient
 from lightning_influence.scores.pairs import PairSum, PairwiseScores
-from lightning_influence.training.checkpoints import Checkpoint, plain_steps
+from lightning_influence.training.checkpoints import Checkpoint, steps_taken
 
 # How far the weights are moved to differentiate: along a direction of length one, so that it does not matter how large
 # gradients are. In float32 the error of the difference is about 1e-7 / 1e-3 of a gradient.
@@ -79,7 +79,7 @@ def diff_in_scores(
     check_count("seed", seed, least=0)
     if not is_number(step, above=0):
         raise ValueError(f"step={short(step)}; expected a finite number > 0.")
-    moved = plain_steps(checkpoints, gradients.module)
+    moved = steps_taken(checkpoints, gradients.module)
     total = PairSum(gradients, indices, queries, query_indices)
     chosen = random_subset(list(indices), batch, seed)
     for checkpoint in moved:
