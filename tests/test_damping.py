@@ -355,7 +355,7 @@ def test_a_curvature_that_can_not_be_had_is_refused_before_training(
         ({"curvature": "newton"}, "curvature='newton'; expected one of"),
         (
             {"solver": "sgd"},
-            "solver='sgd'; expected one of 'auto', 'dense', 'cg', 'nystrom', 'pcg', 'lissa', 'woodbury'",
+            "solver='sgd'; expected one of 'auto', 'dense', 'cg', 'nystrom', 'pcg', 'woodbury', 'lissa'",
         ),
         ({"damping": 0.0}, '"trainer"'),
         ({"damping": "none"}, '"trainer"'),
