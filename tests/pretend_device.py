@@ -1,8 +1,9 @@
 """A device for tests, made of CPU tensors, that is as strict as a real one.
 
 It raises where an accelerator would: for tensors of two devices in one operation (0-dimensional ones of the host and
-host indices of device tensors are allowed, as on CUDA), for generators of the host, and for `.numpy()`. Set
-`LIMITS.float64` and `LIMITS.linalg` to False for one that has neither, as Apple's MPS.
+host indices of device tensors are allowed, as on CUDA), for generators of the host, for `.numpy()`, and, under
+`torch.use_deterministic_algorithms`, for what CUDA has no deterministic kernel of. Set `LIMITS.float64` and
+`LIMITS.linalg` to False for one that has neither, as Apple's MPS.
 
 torch has one key for devices of others (PrivateUse1), and what is registered under it stays: import this in a process
 of its own.
@@ -25,6 +26,10 @@ _COPYING = ("copy_", "_to_copy", "_copy_from", "_foreach_copy_", "set_")
 _DECOMPOSING = ("linalg_", "_linalg_", "cholesky", "geqrf", "orgqr", "triangular_solve", "lu_", "ormqr")
 # Their kernels resize an empty result, which a wrapper does not follow.
 _FACTORIES = ("arange", "eye", "linspace", "randperm", "tril_indices", "triu_indices")
+# As the documentation of `torch.use_deterministic_algorithms` lists them.
+_BACKWARDS = ("upsample_", "grid_sampler_", "reflection_pad", "adaptive_", "_adaptive_", "avg_pool3d", "fractional_max")
+_NOT_DETERMINISTIC = ("nll_loss2d_forward", "_ctc_loss_backward", "put_", "histc", "kthvalue", "max_unpool2d")
+_NOT_DETERMINISTIC += ("max_unpool3d",)
 
 
 class LIMITS:
@@ -79,6 +84,18 @@ def _mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
     return type(value)([_mapped(v, function) for v in value]) if isinstance(value, (list, tuple)) else value
 
 
+def _is_deterministic(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    if name in ("cumsum", "cumsum_"):
+        return not (kwargs.get("dtype") or args[0].dtype).is_floating_point
+    if name == "bincount":
+        return len(args) < 2 or args[1] is None
+    if name in ("median", "nanmedian"):
+        return not func._overloadname.startswith("dim")  # the one that returns indices
+    if name.startswith("scatter_reduce"):
+        return args[4] != "prod"
+    return name not in _NOT_DETERMINISTIC and not ("backward" in name and name.startswith(_BACKWARDS))
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name.removeprefix("aten::")
     ours: list[PretendTensor] = []
@@ -106,6 +123,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if mixed:
             shapes = [list(t.shape) for t in ours], [list(t.shape) for t in mixed]
             raise RuntimeError(f"{name}: tensors {shapes[0]} are on {DEVICE}, tensors {shapes[1]} on the CPU")
+    if ours and torch.are_deterministic_algorithms_enabled() and not _is_deterministic(func, name, args, kwargs):
+        raise RuntimeError(f"{name} does not have a deterministic implementation")
     if ours and not LIMITS.linalg and name.startswith(_DECOMPOSING) and name != "linalg_vector_norm":
         raise NotImplementedError(f"{name} is not implemented for {DEVICE}")
     if wanted is not None:
