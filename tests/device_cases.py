@@ -231,10 +231,10 @@ def audited(
     return case
 
 
-def passes(device: torch.device, net: Callable[[], nn.Module] = mlp) -> Any:
+def passes(device: torch.device, net: Callable[[], nn.Module] = mlp, batch_size: int = 8) -> Any:
     torch.manual_seed(0)
     module = net().to(device)
-    source = ExampleSource(data(5), batch_size=8)
+    source = ExampleSource(data(5), batch_size=batch_size)
 
     def task(module: Any, batch: Any) -> Tensor:
         return F.cross_entropy(module(batch[0]), batch[1])
@@ -450,6 +450,31 @@ def strictness() -> dict[str, str]:
     return errors
 
 
+def waits() -> dict[str, float]:
+    """Return how often the host waits for the device, for every batch of a pass."""
+
+    def per_batch(passes: int, run: Callable[[int], Any]) -> float:
+        counts = []
+        for size in (8, 8, 16):  # the first time scales are measured
+            pretend_device.WAITS.count = 0
+            run(size)
+            counts.append(pretend_device.WAITS.count)
+        return (counts[2] - counts[1]) / (4 * passes)
+
+    own = passes(pretend_device.DEVICE, batch_size=2)
+    fitted = fit(own, "ekfac", range(16), examples=EVERY, labels=("sampled", "sampled"))
+    assert isinstance(fitted, BlockCurvature)
+
+    def fitting(size: int) -> None:
+        fit(own, "ekfac", range(size), examples=FactorExamples(size, size), labels=("sampled", "sampled"))
+
+    return {
+        "fitting": per_batch(2, fitting),
+        "scoring": per_batch(1, lambda size: score_examples(own, range(size), curvature=fitted)),
+        "sweep": per_batch(1, lambda size: damping_sweep(own, range(size), fitted)),
+    }
+
+
 def main() -> None:
     logging.getLogger(PACKAGE).setLevel(logging.ERROR)
     outcomes = {}
@@ -461,7 +486,10 @@ def main() -> None:
             pretend_device.LIMITS.float64 = pretend_device.LIMITS.linalg = float64
             precision._has_float64.cache_clear()
             outcomes[name]["float64" if float64 else "no float64"] = outcome(case, pretend_device.DEVICE)
-    print(json.dumps({"strictness": strictness(), **outcomes}))
+    checked = strictness()
+    pretend_device.LIMITS.float64 = pretend_device.LIMITS.linalg = True
+    precision._has_float64.cache_clear()
+    print(json.dumps({"strictness": checked, "waits": waits(), **outcomes}))
 
 
 if __name__ == "__main__":

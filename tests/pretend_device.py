@@ -32,10 +32,30 @@ _NOT_DETERMINISTIC = ("nll_loss2d_forward", "_ctc_loss_backward", "put_", "histc
 _NOT_DETERMINISTIC += ("max_unpool3d",)
 
 
+# What the host waits for: numbers it reads, sizes that depend on them, decompositions that tell whether they succeeded.
+_READ = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "_unique",
+    "bincount",
+    "equal",
+    "_linalg",
+    "linalg_",
+)
+
+
 class LIMITS:
     """What the device can do."""
 
     float64 = linalg = True
+
+
+class WAITS:
+    """How often the host has waited for the device; copies between the two are such waits."""
+
+    count = 0
 
 
 backend_registration._setup_privateuseone_for_python_backend(NAME)
@@ -68,7 +88,10 @@ class PretendTensor(Tensor):
             memo[id(self)] = made.requires_grad_(self.requires_grad)
         return memo[id(self)]
 
-    tolist = property(lambda self: self.held.tolist)
+    def tolist(self) -> Any:
+        WAITS.count += 1
+        return self.held.tolist()
+
     untyped_storage = property(lambda self: self.held.untyped_storage)
 
     def numpy(self, *args: Any, **options: Any) -> Any:
@@ -112,6 +135,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     options = {key: _mapped(value, held) for key, value in kwargs.items()}
     wanted, generator = kwargs.get("device"), kwargs.get("generator")
     on_device = bool(ours) if wanted is None else torch.device(wanted).type == NAME
+    crossing = bool(others) if ours else on_device
+    if wanted is not None and name in _COPYING:
+        crossing = bool(ours) != on_device
+    read = bool(ours) and name.startswith(_READ) and name != "linalg_vector_norm"
+    WAITS.count += read or (crossing and name in _COPYING)
     if on_device and generator is not None and generator.device.type == "cpu":
         raise RuntimeError(f"{name}: expected a generator of {NAME!r}, found one of the CPU")
     if ours and others and name not in _COPYING:
@@ -148,6 +176,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     if isinstance(target, PretendTensor) and target.dtype == torch.float64 and not LIMITS.float64:
         raise TypeError(f"can't make a float64 tensor on {DEVICE}, which has no float64")
+    WAITS.count += 1
     inside = [t.held if isinstance(t, PretendTensor) else t for t in (source, target)]
     inside[1].copy_(inside[0])
     return target

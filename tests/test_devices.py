@@ -43,7 +43,7 @@ def outcomes() -> dict[str, Any]:
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    assert sorted(found) == sorted([*CASES, "strictness"])
+    assert sorted(found) == sorted([*CASES, "strictness", "waits"])
     return found
 
 
@@ -65,6 +65,16 @@ def test_the_device_gives_the_numbers_of_the_cpu(outcomes: dict[str, Any], case:
 def test_batches_are_timed_when_the_device_is_done(outcomes: dict[str, Any]) -> None:
     # Around each of four hooks, at the start of a batch and at its end.
     assert outcomes["timed"]["no float64"] == {"waits": 8 * (4 * 2 + 2)}
+
+
+def test_the_host_seldom_waits_for_the_device(outcomes: dict[str, Any]) -> None:
+    """Every wait leaves the device idle; two are the copies of a batch's inputs and labels."""
+    # Scoring: the loss, the weights that its mean divides by, whether all is finite.
+    assert outcomes["waits"]["scoring"] <= 2 + 3
+    # And which examples are swept, and what they come to.
+    assert outcomes["waits"]["sweep"] <= 2 + 5
+    # The loss, the noise that labels are drawn with, the signs of its weights, how many are finite.
+    assert outcomes["waits"]["fitting"] <= 2 + 4
 
 
 def test_the_device_is_strict(outcomes: dict[str, Any]) -> None:
