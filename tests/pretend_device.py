@@ -32,7 +32,7 @@ _NOT_DETERMINISTIC = ("nll_loss2d_forward", "_ctc_loss_backward", "put_", "histc
 _NOT_DETERMINISTIC += ("max_unpool3d",)
 
 
-# What the host waits for: numbers it reads, sizes that depend on them, decompositions that tell whether they succeeded.
+# What the host waits for: numbers it reads, sizes that depend on them, decompositions that tell how they went.
 _READ = (
     "_local_scalar_dense",
     "nonzero",
