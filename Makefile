@@ -23,7 +23,7 @@ FLOOR_INSTALL = $(subst $(PY),$(FLOOR)/bin/python,$(INSTALL))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test test-quick test-floor test-browser screenshots size lint lint-page bench cost detection queries lds solvers unlearning fairness robustness compatibility memory recording package clean
+.PHONY: help demo clean-and-retrain test test-quick test-floor test-browser screenshots size lint lint-page bench cost detection queries lds lds-this-run solvers unlearning fairness robustness compatibility memory recording package clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -41,6 +41,7 @@ help:
 	@echo 'make detection   a grid of noisy data: wrong labels found and put right, beside cleanlab (an hour; resumes)'
 	@echo 'make queries   whether lists of queries can be read when labels are wrong'
 	@echo 'make lds     how well scores predict retraining, beside kronfluence and dattri (half an hour)'
+	@echo 'make lds-this-run   how well a replay predicts what leaving examples out of this very run does (half an hour; resumes)'
 	@echo 'make solvers how many steps preconditioners save'
 	@echo 'make unlearning   removal and label repair by one Newton step, against retraining'
 	@echo 'make fairness    whether removing what a fairness gap names makes it smaller (arrests)'
@@ -115,6 +116,9 @@ queries: $(VENV)/.dev
 
 lds: $(VENV)/.peers
 	@$(PY) benchmarks/lds.py --out docs/results/lds.md
+
+lds-this-run: $(VENV)/.dev
+	@OMP_NUM_THREADS=1 $(PY) benchmarks/replay_lds.py --out docs/results/replay.md
 
 solvers: $(VENV)/.dev
 	@$(PY) benchmarks/solvers.py --out docs/results/solvers.md

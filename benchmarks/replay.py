@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import lightning as L
 import torch
-from replay_lds import Setting, passes, settings, train
+from replay_runs import Setting, passes, settings, train
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -354,7 +354,10 @@ def test_a_curvature_that_can_not_be_had_is_refused_before_training(
     ("arguments", "message"),
     [
         ({"curvature": "newton"}, "curvature='newton'; expected one of"),
-        ({"solver": "sgd"}, "solver='sgd'; expected one of 'auto', 'dense', 'cg', 'nystrom', 'pcg', 'lissa'"),
+        (
+            {"solver": "sgd"},
+            "solver='sgd'; expected one of 'auto', 'dense', 'cg', 'nystrom', 'pcg', 'lissa', 'woodbury'",
+        ),
         ({"damping": 0.0}, '"trainer"'),
         ({"damping": "none"}, '"trainer"'),
     ],
