@@ -267,6 +267,27 @@ def test_a_model_that_asks_its_trainer(tmp_path: Path) -> None:
         report.replay(AsksTheTrainer(), train, digits(60, 64))
 
 
+class Compiled(Digits):
+    def __init__(self, compiled: bool) -> None:
+        super().__init__()
+        self.net.insert(1, nn.BatchNorm1d(16))
+        self.net.insert(2, nn.Dropout(0.2))
+        if compiled:
+            self.net = torch.compile(self.net, backend="eager")
+
+
+def test_a_compiled_part_is_replayed_as_it_is_eagerly(tmp_path: Path) -> None:
+    """Its modules and buffers have other names."""
+    found = []
+    for compiled in (False, True):
+        pl.seed_everything(0, verbose=False)
+        model = Compiled(compiled)
+        report = run_of(tmp_path / str(compiled), model, DataLoader(digits(0, 60), 16), max_epochs=2).report
+        found.append(report.replay(model, digits(0, 60), digits(60, 64), self_test=3))
+    torch.testing.assert_close(found[0].scores, found[1].scores, rtol=1e-4, atol=1e-5)
+    assert all(scores.trust is not None and scores.trust.correlation > 0.9 for scores in found)
+
+
 def by_example(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 

@@ -107,7 +107,7 @@ class Rerun:
         """Put modes, random streams and what the task asks for where they were before a batch of a step."""
         batch = step.record.batches[place]
         for name, module in self.module.named_modules():
-            module.training = name in step.record.training
+            module.training = eager_name(name) in step.record.training
         if isinstance(self.task, TrainingStepTask):
             self.task.batch_idx = batch.number
         self._at = (batch.epoch, step.state.step)
