@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pretend_device
 import torch
@@ -47,6 +48,7 @@ from lightning_influence.scores.measurements import AdversarialLoss, Demographic
 from lightning_influence.scores.pairs import pairwise_scores, top_scores
 from lightning_influence.training import optimizers
 from lightning_influence.training.checkpoints import Checkpoint
+from lightning_influence.training.flight import pace
 
 Case = Callable[[torch.device], dict[str, Any]]
 CURVATURES = ("identity", "diagonal", "kfac", "ekfac", "block_ggn", "ggn", "hessian")
@@ -229,10 +231,10 @@ def audited(
     return case
 
 
-def passes(device: torch.device, net: Callable[[], nn.Module] = mlp) -> Any:
+def passes(device: torch.device, net: Callable[[], nn.Module] = mlp, batch_size: int = 8) -> Any:
     torch.manual_seed(0)
     module = net().to(device)
-    source = ExampleSource(data(5), batch_size=8)
+    source = ExampleSource(data(5), batch_size=batch_size)
 
     def task(module: Any, batch: Any) -> Tensor:
         return F.cross_entropy(module(batch[0]), batch[1])
@@ -308,17 +310,19 @@ def measured(device: torch.device) -> dict[str, Any]:
 
 
 def stepped(device: torch.device) -> dict[str, Any]:
-    """What Adam multiplies gradients with, its count of steps on the device, as fused and capturable ones keep it."""
-    parameter = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.Adam([parameter], betas=(0.9, 0.999))
-    for step in range(2):
-        parameter.grad = torch.tensor([1.0, -2.0, 1e-3]) * (step + 1)
-        optimizer.step()
-    state = {name: value.to(device) for name, value in optimizer.state[parameter].items()}
-    optimizer.state[parameter] = state
-    with no_waiting():
-        scale = optimizers.preconditioner(optimizer, optimizer.param_groups[0], parameter)
-    return {"scale": scale}
+    """What gradients are multiplied with, the count of steps on the device, as fused and capturable ones keep it."""
+    scales = {}
+    for kind, options in ((torch.optim.Adam, {"betas": (0.9, 0.999)}), (torch.optim.Adagrad, {"lr_decay": 0.5})):
+        parameter = nn.Parameter(torch.ones(3))
+        optimizer = kind([parameter], **options)
+        for step in range(2):
+            parameter.grad = torch.tensor([1.0, -2.0, 1e-3]) * (step + 1)
+            optimizer.step()
+        state = {name: value.to(device) for name, value in optimizer.state[parameter].items()}
+        optimizer.state[parameter] = state
+        with no_waiting():
+            scales[kind.__name__] = optimizers.preconditioner(optimizer, optimizer.param_groups[0], parameter)
+    return scales
 
 
 @contextmanager
@@ -333,6 +337,27 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         del pretend_device.PretendTensor.__float__, pretend_device.PretendTensor.item
+
+
+def deterministic(case: Case) -> Case:
+    """Return the case under ``Trainer(deterministic=True)``."""
+
+    def strict(device: torch.device) -> dict[str, Any]:
+        torch.use_deterministic_algorithms(True)
+        try:
+            return case(device)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return strict
+
+
+def timed(device: torch.device) -> dict[str, Any]:
+    """How often the audit waits for the device to time batches, of which there are 8: before it reads the clock."""
+    waits: list[str] = []
+    with patch.object(pace, "wait_for", lambda place: waits.append(place.type)):
+        audited(tracin=TracIn("step", overhead=0.1))(device)
+    return {"waits": waits.count(device.type)}
 
 
 def chain(device: torch.device) -> dict[str, Any]:
@@ -382,6 +407,11 @@ CASES: dict[str, Case] = {
     "measured": measured,
     "chain": chain,
     "stepped": stepped,
+    "timed": timed,
+    "deterministic": deterministic(audited(queries="worst")),
+    "deterministic, transformer": deterministic(audited(Transformer, of_tokens, texts(), curvature="kfac")),
+    "deterministic, cnn": deterministic(audited(cnn, examples=data(2, 5, 5), tracin="step", optimizer=adam)),
+    "deterministic, chain": deterministic(chain),
 }
 
 
@@ -408,6 +438,7 @@ def strictness() -> dict[str, str]:
         "numpy": there.numpy,
         "float64": there.double,
         "linalg": lambda: torch.linalg.eigh(matrix),
+        "deterministic": lambda: deterministic(lambda device: matrix.cumsum(0))(pretend_device.DEVICE),
         "allowed": lambda: there * here[0] + there[here.long() - 1] + torch.linalg.vector_norm(there) + here.to(there),
     }
     errors = {}
@@ -417,6 +448,31 @@ def strictness() -> dict[str, str]:
         except Exception as error:
             errors[name] = type(error).__name__
     return errors
+
+
+def waits() -> dict[str, float]:
+    """Return how often the host waits for the device, for every batch of a pass."""
+
+    def per_batch(passes: int, run: Callable[[int], Any]) -> float:
+        counts = []
+        for size in (8, 8, 16):  # the first time scales are measured
+            pretend_device.WAITS.count = 0
+            run(size)
+            counts.append(pretend_device.WAITS.count)
+        return (counts[2] - counts[1]) / (4 * passes)
+
+    own = passes(pretend_device.DEVICE, batch_size=2)
+    fitted = fit(own, "ekfac", range(16), examples=EVERY, labels=("sampled", "sampled"))
+    assert isinstance(fitted, BlockCurvature)
+
+    def fitting(size: int) -> None:
+        fit(own, "ekfac", range(size), examples=FactorExamples(size, size), labels=("sampled", "sampled"))
+
+    return {
+        "fitting": per_batch(2, fitting),
+        "scoring": per_batch(1, lambda size: score_examples(own, range(size), curvature=fitted)),
+        "sweep": per_batch(1, lambda size: damping_sweep(own, range(size), fitted)),
+    }
 
 
 def main() -> None:
@@ -430,7 +486,10 @@ def main() -> None:
             pretend_device.LIMITS.float64 = pretend_device.LIMITS.linalg = float64
             precision._has_float64.cache_clear()
             outcomes[name]["float64" if float64 else "no float64"] = outcome(case, pretend_device.DEVICE)
-    print(json.dumps({"strictness": strictness(), **outcomes}))
+    checked = strictness()
+    pretend_device.LIMITS.float64 = pretend_device.LIMITS.linalg = True
+    precision._has_float64.cache_clear()
+    print(json.dumps({"strictness": checked, "waits": waits(), **outcomes}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """A device for tests, made of CPU tensors, that is as strict as a real one.
 
 It raises where an accelerator would: for tensors of two devices in one operation (0-dimensional ones of the host and
-host indices of device tensors are allowed, as on CUDA), for generators of the host, and for `.numpy()`. Set
-`LIMITS.float64` and `LIMITS.linalg` to False for one that has neither, as Apple's MPS.
+host indices of device tensors are allowed, as on CUDA), for generators of the host, for `.numpy()`, and, under
+`torch.use_deterministic_algorithms`, for what CUDA has no deterministic kernel of. Set `LIMITS.float64` and
+`LIMITS.linalg` to False for one that has neither, as Apple's MPS.
 
 torch has one key for devices of others (PrivateUse1), and what is registered under it stays: import this in a process
 of its own.
@@ -25,12 +26,36 @@ _COPYING = ("copy_", "_to_copy", "_copy_from", "_foreach_copy_", "set_")
 _DECOMPOSING = ("linalg_", "_linalg_", "cholesky", "geqrf", "orgqr", "triangular_solve", "lu_", "ormqr")
 # Their kernels resize an empty result, which a wrapper does not follow.
 _FACTORIES = ("arange", "eye", "linspace", "randperm", "tril_indices", "triu_indices")
+# As the documentation of `torch.use_deterministic_algorithms` lists them.
+_BACKWARDS = ("upsample_", "grid_sampler_", "reflection_pad", "adaptive_", "_adaptive_", "avg_pool3d", "fractional_max")
+_NOT_DETERMINISTIC = ("nll_loss2d_forward", "_ctc_loss_backward", "put_", "histc", "kthvalue", "max_unpool2d")
+_NOT_DETERMINISTIC += ("max_unpool3d",)
+
+
+# What the host waits for: numbers it reads, sizes that depend on them, decompositions that tell how they went.
+_READ = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "_unique",
+    "bincount",
+    "equal",
+    "_linalg",
+    "linalg_",
+)
 
 
 class LIMITS:
     """What the device can do."""
 
     float64 = linalg = True
+
+
+class WAITS:
+    """How often the host has waited for the device; copies between the two are such waits."""
+
+    count = 0
 
 
 backend_registration._setup_privateuseone_for_python_backend(NAME)
@@ -63,7 +88,10 @@ class PretendTensor(Tensor):
             memo[id(self)] = made.requires_grad_(self.requires_grad)
         return memo[id(self)]
 
-    tolist = property(lambda self: self.held.tolist)
+    def tolist(self) -> Any:
+        WAITS.count += 1
+        return self.held.tolist()
+
     untyped_storage = property(lambda self: self.held.untyped_storage)
 
     def numpy(self, *args: Any, **options: Any) -> Any:
@@ -77,6 +105,18 @@ def _mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     return type(value)([_mapped(v, function) for v in value]) if isinstance(value, (list, tuple)) else value
+
+
+def _is_deterministic(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    if name in ("cumsum", "cumsum_"):
+        return not (kwargs.get("dtype") or args[0].dtype).is_floating_point
+    if name == "bincount":
+        return len(args) < 2 or args[1] is None
+    if name in ("median", "nanmedian"):
+        return not func._overloadname.startswith("dim")  # the one that returns indices
+    if name.startswith("scatter_reduce"):
+        return args[4] != "prod"
+    return name not in _NOT_DETERMINISTIC and not ("backward" in name and name.startswith(_BACKWARDS))
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -95,6 +135,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     options = {key: _mapped(value, held) for key, value in kwargs.items()}
     wanted, generator = kwargs.get("device"), kwargs.get("generator")
     on_device = bool(ours) if wanted is None else torch.device(wanted).type == NAME
+    crossing = bool(others) if ours else on_device
+    if wanted is not None and name in _COPYING:
+        crossing = bool(ours) != on_device
+    read = bool(ours) and name.startswith(_READ) and name != "linalg_vector_norm"
+    WAITS.count += read or (crossing and name in _COPYING)
     if on_device and generator is not None and generator.device.type == "cpu":
         raise RuntimeError(f"{name}: expected a generator of {NAME!r}, found one of the CPU")
     if ours and others and name not in _COPYING:
@@ -106,6 +151,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if mixed:
             shapes = [list(t.shape) for t in ours], [list(t.shape) for t in mixed]
             raise RuntimeError(f"{name}: tensors {shapes[0]} are on {DEVICE}, tensors {shapes[1]} on the CPU")
+    if ours and torch.are_deterministic_algorithms_enabled() and not _is_deterministic(func, name, args, kwargs):
+        raise RuntimeError(f"{name} does not have a deterministic implementation")
     if ours and not LIMITS.linalg and name.startswith(_DECOMPOSING) and name != "linalg_vector_norm":
         raise NotImplementedError(f"{name} is not implemented for {DEVICE}")
     if wanted is not None:
@@ -129,6 +176,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     if isinstance(target, PretendTensor) and target.dtype == torch.float64 and not LIMITS.float64:
         raise TypeError(f"can't make a float64 tensor on {DEVICE}, which has no float64")
+    WAITS.count += 1
     inside = [t.held if isinstance(t, PretendTensor) else t for t in (source, target)]
     inside[1].copy_(inside[0])
     return target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -353,7 +354,10 @@ def test_a_curvature_that_can_not_be_had_is_refused_before_training(
     ("arguments", "message"),
     [
         ({"curvature": "newton"}, "curvature='newton'; expected one of"),
-        ({"solver": "sgd"}, "solver='sgd'; expected one of 'auto', 'dense', 'cg', 'nystrom', 'pcg', 'lissa'"),
+        (
+            {"solver": "sgd"},
+            "solver='sgd'; expected one of 'auto', 'dense', 'cg', 'nystrom', 'pcg', 'woodbury', 'lissa'",
+        ),
         ({"damping": 0.0}, '"trainer"'),
         ({"damping": "none"}, '"trainer"'),
     ],
@@ -388,6 +392,23 @@ class TestMemory:
         (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 500000\n")
         assert memory.available_bytes(torch.device("cpu")) == 1_500_000
         assert not memory.fits(1.6e6, torch.device("cpu"))
+
+    def test_what_the_allocator_of_an_accelerator_has_cached_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After training PyTorch holds nearly all of the device, most of it for nothing."""
+        told = {"mem_get_info": (1_000, 80_000), "memory_reserved": 70_000, "memory_allocated": 20_000}
+        backend = SimpleNamespace(**{name: lambda device, found=found: found for name, found in told.items()})
+        monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
+        assert memory.available_bytes(torch.device("xpu")) == 51_000
+        assert memory.fits(50_000, torch.device("xpu"))
+        assert not memory.fits(52_000, torch.device("xpu"))
+
+    def test_an_accelerator_that_tells_nothing_is_named_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+        memory._say_unknown.cache_clear()
+        with pytest.warns(UserWarning, match="mps does not tell how much memory it has left") as caught:
+            unknown = [memory.available_bytes(torch.device("mps")) for _ in range(2)]
+        assert (unknown, len(caught)) == ([None, None], 1)
+        assert memory.fits(1e18, torch.device("mps"))
 
     @pytest.mark.parametrize(("size", "text"), [(12, "12 bytes"), (2_000, "2 kB"), (3.4e6, "3.4 MB"), (5e10, "50 GB")])
     def test_sizes_for_readers(self, size: float, text: str) -> None:

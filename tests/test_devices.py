@@ -21,7 +21,8 @@ from lightning_influence.core import precision
 CASES = [
     *("default", "step", "step, Adam", "worst", "margin", "class weights", "cnn", "cnn, step", "transformer"),
     *("picked tokens, step", "binary", "absolute", "gaussian", "exact", "solvers", "trajectories", "measured", "chain"),
-    *("stepped", "door"),
+    *("stepped", "door", "timed"),
+    *("deterministic", "deterministic, transformer", "deterministic, cnn", "deterministic, chain"),
     *(f"audit {name}" for name in ("identity", "diagonal", "kfac", "ekfac", "block_ggn", "ggn", "hessian")),
     *(f"pairs {name}" for name in ("identity", "diagonal", "kfac", "ekfac", "block_ggn", "ggn", "nystrom")),
 ]
@@ -42,7 +43,7 @@ def outcomes() -> dict[str, Any]:
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    assert sorted(found) == sorted([*CASES, "strictness"])
+    assert sorted(found) == sorted([*CASES, "strictness", "waits"])
     return found
 
 
@@ -61,8 +62,23 @@ def test_the_device_gives_the_numbers_of_the_cpu(outcomes: dict[str, Any], case:
         np.testing.assert_allclose(values, truth, rtol=1e-3, atol=1e-4 * scale, err_msg=name)
 
 
+def test_batches_are_timed_when_the_device_is_done(outcomes: dict[str, Any]) -> None:
+    # Around each of four hooks, at the start of a batch and at its end.
+    assert outcomes["timed"]["no float64"] == {"waits": 8 * (4 * 2 + 2)}
+
+
+def test_the_host_seldom_waits_for_the_device(outcomes: dict[str, Any]) -> None:
+    """Every wait leaves the device idle; two are the copies of a batch's inputs and labels."""
+    # Scoring: the loss, the weights that its mean divides by, whether all is finite.
+    assert outcomes["waits"]["scoring"] <= 2 + 3
+    # And which examples are swept, and what they come to.
+    assert outcomes["waits"]["sweep"] <= 2 + 5
+    # The loss, the noise that labels are drawn with, the signs of its weights, how many are finite.
+    assert outcomes["waits"]["fitting"] <= 2 + 4
+
+
 def test_the_device_is_strict(outcomes: dict[str, Any]) -> None:
-    errors = dict.fromkeys(["mixing", "in place", "indexing", "generator"], "RuntimeError")
+    errors = dict.fromkeys(["mixing", "in place", "indexing", "generator", "deterministic"], "RuntimeError")
     errors |= {"numpy": "TypeError", "float64": "TypeError", "linalg": "NotImplementedError"}
     assert outcomes["strictness"] == errors
 

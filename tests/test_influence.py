@@ -23,10 +23,11 @@ from which_lightning import pl
 from lightning_influence import AuditReport, Checkpoint, Influence, InfluenceAudit, StepSizes
 from lightning_influence.audit.relabel import LabelError
 from lightning_influence.audit.store.atomic import StoreError
+from lightning_influence.core import progress
 from lightning_influence.core.reachable import Walk
 from lightning_influence.data.source import DataError
 from lightning_influence.gradients.verify import VerificationError
-from lightning_influence.influence import AlongTraining, progress
+from lightning_influence.influence import AlongTraining
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.terms import TaskError
 from lightning_influence.scores.queries import QueryError

@@ -404,6 +404,74 @@ def test_a_part_that_is_written_by_hand_is_no_matter_if_it_is_that_of_others(tmp
     assert any("lacks a part of the loss" in note for note in report.manifest["notes"])
 
 
+class Later(Joint):
+    """At first the loss is that of one loader; that of the other one joins in later."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.about_a(batch["a"])
+        return loss if self.current_epoch < 1 else loss + self.about_b(batch["b"])
+
+
+class OwnLater(Joint):
+    """A further term of the loader's own joins in later."""
+
+    def about_a(self, batch: Any) -> Tensor:
+        loss = super().about_a(batch)
+        return (
+            loss if self.current_epoch < 1 else loss + F.mse_loss(self.hidden(batch[0]), torch.zeros(len(batch[0]), 6))
+        )
+
+
+class ByTurns(Joint):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.about_b(batch["b"]) if batch_idx % 2 else self.about_a(batch["a"])
+
+
+@pytest.mark.parametrize("model", [Later, OwnLater])
+def test_terms_that_join_in_later(model: Any, tmp_path: Path) -> None:
+    """Without the parts being told apart anew, an example's loss is that of its company, too, or there is no audit."""
+    report, made = report_of(tmp_path, model=model, max_epochs=3)
+    made.eval()
+
+    class AtTheEnd(model):  # type: ignore[misc]
+        current_epoch = 2
+
+    made.__class__ = AtTheEnd
+    own = gradients_of(made, lambda k: made.about_a([tensor[k : k + 1] for tensor in A.tensors]), A_SIZE)
+    np.testing.assert_allclose(report.columns["grad_norm_squared"], own.square().sum(1), rtol=1e-4, atol=1e-8)
+
+
+def test_batches_whose_loss_is_that_of_others_count_for_nobody(tmp_path: Path) -> None:
+    audit = InfluenceAudit(loader="a")
+    made = fitted(tmp_path, {"a": DataLoader(A, 4), "b": DataLoader(B, 4)}, audit, model=ByTurns)
+    columns = audit.report.columns
+    for place, index in enumerate(columns["index"].tolist()):
+        heard = [loss for k, loss in made.heard if k == index]
+        if heard:
+            np.testing.assert_allclose(columns["loss_mean"][place], np.mean(heard), rtol=1e-5)
+        else:
+            assert np.isnan(columns["loss_mean"][place])
+
+
+class Weights(Replay):
+    """The elements of one call for both loaders, weighed by hand."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        (x, y, index), (u, v, _) = batch["a"], batch["b"]
+        losses = F.cross_entropy(self.net(torch.cat([x, u])), torch.cat([y, v]), reduction="none")
+        if self.training:
+            self.heard += zip(index.tolist(), losses[: len(x)].tolist(), strict=True)
+        return losses[: len(x)].mean() + 0.2 * losses[len(x) :].mean()
+
+
+def test_elements_of_both_loaders(tmp_path: Path) -> None:
+    buffer = TensorDataset(*vectors(B_SIZE, seed=2).tensors, torch.arange(B_SIZE))
+    report, made = report_of(tmp_path, loaders(b=buffer), model=Weights)
+    for place, index in enumerate(report.columns["index"].tolist()):
+        heard = [loss for k, loss in made.heard if k == index]
+        np.testing.assert_allclose(report.columns["loss_mean"][place], np.mean(heard), rtol=1e-5)
+
+
 def only_a(module: Any, batch: Any) -> Tensor:
     x, y, _ = batch["a"]
     return F.cross_entropy(module.classes(module.hidden(x)), y)

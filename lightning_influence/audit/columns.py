@@ -240,6 +240,11 @@ for _column in (
         shown=("table",),
         legend="> 0 = it raises the validation loss",
     ),
+    Column(
+        "harm_exact",
+        "harm in this very run, by replay: leaving the example out of it changes the mean validation loss by "
+        "-harm_exact/N, to first order",
+    ),
 ):
     add(_column)
 

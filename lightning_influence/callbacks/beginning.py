@@ -78,7 +78,11 @@ def _begun(
         trace = trace_model(module, task, source, indices=first, **bridge.surroundings(trainer, module))
         passes = TrainingPasses(source, task, trace, arguments.layers, arguments.uncovered)
         gradients = passes.gradients(trainer, module)
-        recording.losses.own = trace.own if arguments.task is None else preparing.own_terms_of_step(gradients, first)
+        recording.losses.own = (
+            preparing.own_terms_of_step(gradients, first)
+            if arguments.task is not None
+            else preparing.own_terms(gradients)
+        )
         recording.losses.compiled = bool(preparing.compiled_parts(gradients, first, tracin))
         recording.step_sizes.summed = source.batch_size if trace.sums else 1
         if arguments.layers is None:

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from weakref import WeakSet
 
 from lightning_influence.callbacks.lightning import Trainer, is_a, rank_zero_warn
+from lightning_influence.core.progress import is_watched
 from lightning_influence.gradients.passes import Progress
-from lightning_influence.influence.progress import is_watched
 
 _Result = TypeVar("_Result")
 Advance = Callable[[int], Any]

@@ -19,6 +19,7 @@ from lightning_influence.callbacks.answers import WITHOUT_TRAINING
 from lightning_influence.callbacks.arguments import Arguments, checked_indices, checked_tracin
 from lightning_influence.callbacks.beginning import begun
 from lightning_influence.callbacks.chosen_weights import Weights, check_weights
+from lightning_influence.callbacks.exact_harm import with_exact_harm
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, overrides, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.query_report import checked_queries
 from lightning_influence.callbacks.resuming import as_at_the_end_of_training, restore
@@ -97,7 +98,8 @@ class InfluenceAudit(Afterwards):
             these, and the examples are met again by going over the loader once more, see ``docs/streams.md``.
         loader: Of several training loaders at once, the one whose examples are audited: its key, or place in a list.
         record: Whether to note every step, so that the run can be replayed (``training_record``): what would have come
-            out without an example, exactly to first order. ``Record(...)`` has a budget of memory.
+            out without an example, exactly to first order (``report.replay``; see ``docs/replay.md``). With validation
+            data, a short run gets a column ``harm_exact``. ``Record(...)`` has budgets of memory and time.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -233,6 +235,9 @@ class InfluenceAudit(Afterwards):
         if self._run is not None:
             self._replay.finish(self._run)
             self._finish(self._run, trainer, pl_module)
+            settings, record = self.arguments.record, self._replay.record
+            if self._report is not None and settings is not None and settings.max_cost != 0 and record is not None:
+                self._report = with_exact_harm(self._report, self._run, record, trainer, pl_module, settings.max_cost)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the audit of a run that had nothing left to train, if it has none yet; else say why there is none."""

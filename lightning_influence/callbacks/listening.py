@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -24,13 +23,14 @@ def _timed(hook: _Hook) -> _Hook:
 
     @wraps(hook)
     def timed(self: BatchListener, *args: Any) -> None:
-        if not self.recording.pace.timing:
+        pace = self.recording.pace
+        if not pace.timing:
             hook(self, *args)
             return
-        start = time.perf_counter()
+        start = pace.clock()
         hook(self, *args)
         if self.batch is not None:
-            self.batch.paused += time.perf_counter() - start
+            self.batch.paused += pace.clock() - start
 
     return cast(_Hook, timed)
 

@@ -100,6 +100,17 @@ def check_company(source: ExampleSource, tracin: TracIn | None) -> None:
         )
 
 
+def own_terms(gradients: ExampleGradients) -> dict[TermKey, OwnRows] | None:
+    """Return which terms of the loss are about one of several loaders; None if there are no others.
+
+    Where all of them are, those of other batches and epochs may be about others: what is known is the first ones.
+    """
+    company, trace = gradients.source.company, gradients.coverage.trace
+    if trace.own is not None or company is None or not company.others:
+        return trace.own
+    return dict.fromkeys(trace.forms, "all") or None
+
+
 def own_terms_of_step(gradients: ExampleGradients, indices: Sequence[int]) -> dict[TermKey, OwnRows] | None:
     """Return which terms of the loss of ``training_step``, that a task replaces, are about one of several loaders.
 

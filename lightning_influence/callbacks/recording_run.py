@@ -213,6 +213,11 @@ class RunRecorder:
         self.end(why)
         rank_zero_warn(f"InfluenceAudit: this run can't be replayed, and is not recorded any further: {why}.")
 
+    @property
+    def record(self) -> TrainingRecord | None:
+        """The record of the run that has ended, if there is one."""
+        return self._record
+
     def recorded(self) -> TrainingRecord:
         """Return the record of the run that has ended.
 

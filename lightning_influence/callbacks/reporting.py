@@ -31,12 +31,12 @@ from lightning_influence.callbacks.page_writer import PageWriter
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.showing import Showing
 from lightning_influence.core.memory import readable
+from lightning_influence.core.progress import is_terminal
 from lightning_influence.curvature import Curvature
 from lightning_influence.curvature.registry import fitted_bytes
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.influence.inputs import notes_of
-from lightning_influence.influence.progress import is_terminal
 from lightning_influence.loggers.candidate_sheets import candidates
 from lightning_influence.loggers.exhibits import Exhibit, Histogram
 from lightning_influence.loggers.numbers import detection_curves, log_histogram

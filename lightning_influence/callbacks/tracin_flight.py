@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from lightning_influence.callbacks import bridge
@@ -42,6 +40,7 @@ class FlightRecorder:
                 f'{listed_reasons(flight.unseen, 4)}. Pass `tracin="epoch"`.'
             )
         self._recording = recording
+        recording.pace.device = trainer.strategy.root_device
         self._layers = layers
         self._trace = trace
         self._flight: Flight | None = None
@@ -50,7 +49,7 @@ class FlightRecorder:
 
     def batch_started(self, trainer: Trainer, module: LightningModule, batch: BatchRecord) -> None:
         """Have the layers watched in a batch, if it is to be measured."""
-        batch.started = time.perf_counter()
+        batch.started = self._recording.pace.clock()
         batch.measured = self._recording.pace.due() and not self._recording.gaps.failures
         if batch.measured and batch.indices is not None:
             batch.visit, batch.tap = self._current(trainer, module).watch(len(batch.indices))
@@ -104,7 +103,8 @@ class FlightRecorder:
     def batch_ended(self, batch: BatchRecord) -> None:
         """Note how long the batch took."""
         if batch.started is not None and not self._recording.gaps.failures:
-            self._recording.pace.took(batch.measured, time.perf_counter() - batch.started, batch.paused)
+            pace = self._recording.pace
+            pace.took(batch.measured, pace.clock() - batch.started, batch.paused)
         if batch.visit is not None:
             batch.visit.let_go()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,13 +14,11 @@ _OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED"
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Return the memory that can still be taken on a device; None where the system does not tell."""
-    if device.type == "cuda":
-        # What the allocator has cached is free, too: the driver does not know.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    """Return the memory that can still be taken on a device; None (for an accelerator with a warning) if unknown."""
+    if device.type != "cpu":
+        return _left_on(device)
     known = [size for size in (_free_on_host(), _left_in_group()) if size is not None]
-    return min(known) if device.type == "cpu" and known else None
+    return min(known, default=None)
 
 
 def fits(size: float, device: torch.device) -> bool:
@@ -41,6 +41,27 @@ def readable(size: float) -> str:
         if size >= scale:
             return f"{size / scale:.3g} {unit}"
     return f"{size:.0f} bytes"
+
+
+def _left_on(device: torch.device) -> int | None:
+    """Return what an accelerator has left."""
+    backend = torch.get_device_module(device)
+    try:
+        free: int = backend.mem_get_info(device)[0]
+        # What the allocator has cached is free, too: the driver does not know.
+        return free + int(backend.memory_reserved(device) - backend.memory_allocated(device))
+    except (AttributeError, NotImplementedError, RuntimeError):  # MPS has no such functions, some XPUs no answer
+        _say_unknown(device.type)
+        return None
+
+
+@cache
+def _say_unknown(kind: str) -> None:
+    """Say so once."""
+    warnings.warn(
+        f"{kind} does not tell how much memory it has left: whether something fits is not known before it is tried.",
+        stacklevel=3,
+    )
 
 
 def _free_on_host() -> int | None:

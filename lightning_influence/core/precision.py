@@ -41,6 +41,12 @@ def exact(tensor: Tensor, *, copy: bool = False) -> Tensor:
     return tensor.to(device, torch.float64, copy=copy)
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait for what was left to an accelerator, of whatever kind: before that a clock tells nothing of it."""
+    if device.type != "cpu":
+        torch.zeros((), device=device).item()
+
+
 @cache
 def _has_float64(kind: str) -> bool:
     """Tell whether a kind of device has float64, by trying."""

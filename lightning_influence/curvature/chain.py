@@ -145,7 +145,7 @@ def _eigenvalue_overlap(better: Tensor, coarser: Tensor) -> float:
 
 
 def _eigenbasis_overlap(values: Tensor, better: Tensor, coarser: Tensor) -> float:
-    energy = values.clamp(min=0).cumsum(0)
+    energy = values.cpu().clamp(min=0).cumsum(0)  # of floats CUDA has no sum that is deterministic
     if not float(energy[-1]):
         return 1.0
     rank = int((energy < _ENERGY * energy[-1]).sum()) + 1

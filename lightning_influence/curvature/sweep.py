@@ -97,12 +97,14 @@ class Sweeper(Visitor):
         self._places = {name: place for place, name in enumerate(curvature.blocks)}
         self._by_layer = wide_zeros(len(self._places), device)
         self._columns = ExampleColumns(indices, device, shared=False)
+        self._rows: list[int] = []
         self._chosen = torch.zeros(0, dtype=torch.long, device=device)
         self._total = wide_zeros((0, len(self._factors)), device)
 
     def begin(self, batch: BatchGradients) -> None:
         """Look who of the batch is among the examples."""
         chosen = [place for place, index in enumerate(batch.indices) if index in self._indices]
+        self._rows = [batch.indices[place] for place in chosen]
         self._chosen = torch.tensor(chosen, dtype=torch.long, device=self._by_layer.device)
         self._total = self._by_layer.new_zeros((len(chosen), len(self._factors)))
 
@@ -119,8 +121,7 @@ class Sweeper(Visitor):
     def end(self, batch: BatchGradients) -> None:
         """File the batch."""
         unknown = ~batch.finite[self._chosen].unsqueeze(1)
-        rows = [batch.indices[place] for place in self._chosen.tolist()]
-        self._columns.add(rows, {"values": self._total.masked_fill(unknown, torch.nan)})
+        self._columns.add(self._rows, {"values": self._total.masked_fill(unknown, torch.nan)})
 
     def result(self) -> DampingSweep:
         """Return the sweep, the same on every process.

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -81,7 +81,7 @@ class BatchGradients:
     finite: Tensor
     capture: Capture
 
-    @property
+    @cached_property  # the host waits for it
     def counted(self) -> int:
         """Number of examples with finite gradients."""
         return int(self.finite.sum())
@@ -96,7 +96,7 @@ class BatchGradients:
 
     @property
     def _kept(self) -> Tensor | None:
-        return None if bool(self.finite.all()) else self.finite
+        return None if self.counted == len(self.finite) else self.finite
 
 
 @dataclass(eq=False)

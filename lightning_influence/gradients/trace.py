@@ -133,6 +133,8 @@ class Trace:
 
     def add(self, other: Trace) -> None:
         """Add the paths of another trace of the same model."""
+        if self.own is None and other.own is not None:  # by now the loss is about other loaders, too
+            self.own = dict.fromkeys(self.forms, "all")
         self.forms = {**other.forms, **self.forms}
         if self.own is not None:
             self.own |= other.own or {}

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from lightning_influence.curvature import CurvatureName, Fisher
+from lightning_influence.data.given import Data, Indices
 from lightning_influence.influence.examined import ExaminedModel
-from lightning_influence.influence.inputs import Data, Indices, aligned, check_factor_examples
+from lightning_influence.influence.inputs import aligned, check_factor_examples
+from lightning_influence.objective.task import TrainingStepTask
+from lightning_influence.replay import Rerun, TrainingRecord
+from lightning_influence.replay.attribution import Replay, ReplayedMeasurement, ReplayedPairs
 from lightning_influence.scores.along.diff_in import diff_in_scores
 from lightning_influence.scores.along.source import At, source_scores
 from lightning_influence.scores.along.tracin import tracin_scores
 from lightning_influence.scores.along.z0 import z0_scores
 from lightning_influence.scores.examples import score_examples
+from lightning_influence.scores.measurements import AnyMeasurement
 from lightning_influence.scores.pairs import PairwiseScores
 from lightning_influence.training.checkpoints import Checkpoint, check_step_sizes, check_together
 from lightning_influence.training.step_sizes import block_step_sizes
@@ -117,3 +122,81 @@ class AlongTraining:
     def __repr__(self) -> str:
         steps = [checkpoint.step for checkpoint in getattr(self.checkpoints, "outlines", self.checkpoints)]
         return f"AlongTraining({len(steps)} checkpoints, steps {steps[0]:,} to {steps[-1]:,})"
+
+
+class AlongRecord:
+    """Scores by replay of a recorded run; get it from ``Influence.along``.
+
+    Args:
+        examined: The model and its training data.
+        record: Of its training: ``report.training_record()``, or ``Recorder.finish()`` of a loop of your own.
+
+    Raises:
+        ReplayError: If it is the record of another model.
+    """
+
+    def __init__(self, examined: ExaminedModel, record: TrainingRecord) -> None:
+        passes, model = examined.training, examined.model
+        # A trainer has called the model's own step, whatever stands in for it here.
+        task = TrainingStepTask() if callable(getattr(model, "training_step", None)) else passes.task
+        self._examined, self.record = examined, record
+        self._replay = Replay(Rerun(record, model, task, passes.source), passes.task)
+
+    @overload
+    def replay(
+        self,
+        test_set: Data,
+        indices: Indices | None = None,
+        *,
+        measurement: AnyMeasurement = "loss",
+        together: Literal[False] = False,
+        max_cost: float | None = None,
+        self_test: int = 5,
+    ) -> ReplayedPairs: ...
+
+    @overload
+    def replay(
+        self,
+        test_set: Data,
+        indices: Indices | None = None,
+        *,
+        measurement: AnyMeasurement = "loss",
+        together: Literal[True],
+        max_cost: float | None = None,
+        self_test: int = 5,
+    ) -> ReplayedMeasurement: ...
+
+    def replay(
+        self,
+        test_set: Data,
+        indices: Indices | None = None,
+        *,
+        measurement: AnyMeasurement = "loss",
+        together: bool = False,
+        max_cost: float | None = None,
+        self_test: int = 5,
+    ) -> ReplayedPairs | ReplayedMeasurement:
+        """Return what every training example did, in this run, to queries at its end: ``-N ∂f_q/∂w_z``.
+
+        The training is run again to the last bit and gone back through (MAGIC, 2503.13751), then run a few times
+        without some examples; see ``docs/replay.md``.
+
+        Args:
+            test_set: The queries' data.
+            indices: Which of them; all by default.
+            measurement: ``"loss"``, ``"margin"``, a gap, an attack's loss, or a function ``(model, batch) -> number``.
+            together: Whether to measure the queries as one set, which costs as much as one query, instead of each.
+            max_cost: Seconds that it may take; told before most of them are spent.
+            self_test: Number of trainings without 5 % of the examples that tell how far to trust the scores; 0: none.
+
+        Raises:
+            ReplayError: If the run can't be replayed, with the reason.
+            MeasurementError: If the measurement is one of whole sets, and ``together`` is not asked for.
+        """
+        queries, chosen = self._examined.queries(test_set, indices)
+        return self._replay.asked(
+            queries, chosen, measurement, together=together, max_cost=max_cost, self_test=self_test
+        )
+
+    def __repr__(self) -> str:
+        return f"AlongRecord({len(self.record.steps):,} steps)"

@@ -13,28 +13,26 @@ from torch import nn
 from lightning_influence.audit.unlearning import WeightDecay
 from lightning_influence.core.errors import check_flag
 from lightning_influence.core.memory import is_out_of_memory
+from lightning_influence.core.progress import shown
 from lightning_influence.core.weights import checksum, parameters_of
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
+from lightning_influence.curvature.chain import Chain, curvature_chain
 from lightning_influence.curvature.choices import check_labels
+from lightning_influence.data.given import Data, Indices, positions, source_of
 from lightning_influence.data.source import DataError
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered
 from lightning_influence.gradients.discover import TraceError, discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection, VerificationError, inspect, roomy_batch_size
 from lightning_influence.influence.inputs import (
-    Data,
-    Indices,
     Loss,
     check_choice,
     check_curvature_choices,
     check_layers,
     check_model,
     check_weight_decay,
-    positions,
-    source_of,
     task_of,
 )
-from lightning_influence.influence.progress import shown
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.terms import TaskError
 from lightning_influence.scores.plan import InfluencePlan
@@ -192,6 +190,10 @@ class ExaminedModel:
                 told = None if loss.primary is None else loss.primary.statistics(loss.n).get("label")
                 found |= {} if told is None else dict(zip(own, map(int, told.tolist()), strict=True))
         return {index: label for index, label in found.items() if label >= 0}
+
+    def chain(self) -> Chain:
+        """Return what each approximation gives away, from the Hessian down to K-FAC; for small networks."""
+        return curvature_chain(self.training, self.examples)
 
     def checksum(self) -> str:
         """Return what tells the weights that the model has now from others, on any device."""

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
@@ -14,23 +14,22 @@ from lightning_influence.audit.unlearning import ParameterUpdate, Unlearner, Wei
 from lightning_influence.core.errors import check_count, check_flag
 from lightning_influence.core.indices import integers
 from lightning_influence.curvature import BlockCurvature, Curvature, CurvatureName, Damping, Fisher, Solver
-from lightning_influence.curvature.chain import Chain, curvature_chain
 from lightning_influence.curvature.choices import random_subset
 from lightning_influence.curvature.sweep import DampingSweep, damping_sweep
+from lightning_influence.data.given import Data, Indices
 from lightning_influence.gradients.coverage import LEFT_OUT, Coverage, listed_reasons
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import ExampleScores
-from lightning_influence.influence.along import AlongTraining
+from lightning_influence.influence.along import AlongRecord, AlongTraining
 from lightning_influence.influence.directory import store_curvature, stored_curvature, stored_examples
 from lightning_influence.influence.examined import ExaminedModel
 from lightning_influence.influence.inputs import (
-    Data,
-    Indices,
     Loss,
     aligned,
     check_factor_examples,
     notes_of,
 )
+from lightning_influence.replay.record import TrainingRecord
 from lightning_influence.scores.along.dropout_masks import ip_ensemble
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.measurements import (
@@ -231,9 +230,13 @@ class Influence(ExaminedModel):
         """Return inner products of gradients, the mean over ``masks`` sub-networks of a model with dropout."""
         return ip_ensemble(*self.paired(test_set, indices), masks=masks, seed=seed)
 
-    def along(self, checkpoints: Sequence[Checkpoint]) -> AlongTraining:
-        """Return scores along the training, from checkpoints: an audit's, or ``Checkpoint.of(model, step, ...)``."""
-        return AlongTraining(self, checkpoints)
+    @overload
+    def along(self, run: TrainingRecord) -> AlongRecord: ...
+    @overload
+    def along(self, run: Sequence[Checkpoint]) -> AlongTraining: ...
+    def along(self, run: Sequence[Checkpoint] | TrainingRecord) -> AlongTraining | AlongRecord:
+        """Return scores along a run, from checkpoints (``report.checkpoints()``) or, by replay, its record."""
+        return AlongRecord(self, run) if isinstance(run, TrainingRecord) else AlongTraining(self, run)
 
     def measure(
         self, test_set: Data, measurement: AnyMeasurement = "loss", indices: Indices | None = None
@@ -282,10 +285,6 @@ class Influence(ExaminedModel):
         """Return how much self-influence depends on the damping, from a few hundred examples."""
         blocks = _damped_blocks(self.curvature)
         return damping_sweep(self.training, random_subset(self.examples, _SWEPT, 0), blocks)
-
-    def chain(self) -> Chain:
-        """Return what each approximation gives away, from the Hessian down to K-FAC; for small networks."""
-        return curvature_chain(self.training, self.examples)
 
     def _asked(self, test_set: Data, indices: Indices | None) -> Asked:
         curvature = self.curvature  # before anything is computed

@@ -97,7 +97,11 @@ def own_terms(
             f"be told from that of the other loaders ({seen}). {way_out}"
         )
     if not own:
-        raise TaskError(f"loader={loader!r}: the loss does not depend on its examples, but on those of {seen}.")
+        raise TaskError(
+            f"loader={loader!r}: the loss of the first batch does not depend on its examples, but on those of {seen}. "
+            "If their part joins in later, let it be there from the start with a weight of 0; or pass `task=`, a "
+            f"function (module, batch) -> the loss of the examples in {_code(loader)}."
+        )
     return own
 
 

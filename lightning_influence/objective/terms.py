@@ -293,11 +293,11 @@ def _told(loss: Tensor, seen: Sequence[LossTerm], n: int) -> tuple[tuple[LossTer
     """Return those whose rows can be shared out, and whether the loss has a part besides them."""
     terms = tuple(term for term in seen if term.call.rows_match(n))
     with torch.no_grad():
-        explained = sum((float((term.coefficient * term.call.output).sum()) for term in terms), 0.0)
-    total = float(loss.detach())
+        parts = [(term.coefficient * term.call.output).sum().to(loss.device) for term in terms]
+        total, *others = torch.stack([loss.reshape(()), *parts]).tolist()
+    explained, rounding = sum(others, 0.0), max(1e-4, 4 * torch.finfo(loss.dtype).eps)
     if not (math.isfinite(total) and math.isfinite(explained)):  # explained if the calls are non-finite themselves
         return terms, math.isfinite(explained)
-    rounding = max(1e-4, 4 * torch.finfo(loss.dtype).eps)
     return terms, abs(total - explained) > rounding * max(abs(total), abs(explained), 1e-8)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_influence.core.containers import map_tensors
+from lightning_influence.core.origin import is_lightnings
 from lightning_influence.replay.record import ReplayError
 
 
@@ -97,13 +98,14 @@ def trainer_of(module: nn.Module) -> Any:
         return None
 
 
-def moved(module: nn.Module, precision: str, batch: Any) -> Any:
+def moved(module: nn.Module, precision: str, batch: Any, data_module: Any = None) -> Any:
     """Return what ``training_step`` gets of a batch of the loader, as the trainer makes it.
 
     Args:
         module: The model.
         precision: As the trainer names it.
         batch: The batch.
+        data_module: Whose own hooks come before those of the model.
     """
     place = next(module.parameters(), torch.empty(0)).device
     if precision.endswith("-true") and precision != "32-true":
@@ -115,5 +117,13 @@ def moved(module: nn.Module, precision: str, batch: Any) -> Any:
     if trainer_of(module) is not None:  # who knows whether a data module has hooks of its own
         batch = own._on_before_batch_transfer(batch, dataloader_idx=0)
         return own._apply_batch_transfer_handler(batch, device=place, dataloader_idx=0)
-    batch = own.on_before_batch_transfer(batch, 0)
-    return own.on_after_batch_transfer(own.transfer_batch_to_device(batch, place, 0), 0)
+
+    def hook(name: str) -> Callable[..., Any]:
+        made = getattr(type(data_module), name, None)
+        found: Callable[..., Any] = getattr(
+            own if made is None or is_lightnings(made.__module__) else data_module, name
+        )
+        return found
+
+    batch = hook("on_before_batch_transfer")(batch, 0)
+    return hook("on_after_batch_transfer")(hook("transfer_batch_to_device")(batch, place, 0), 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +97,7 @@ def example_derivatives(
         ReplayError: If the run can't be differentiated, does not fit into memory, or takes more than ``max_cost``.
     """
     check_record(record)
-    _check_memory(derivative, record, len(end))
+    check_memory(derivative.parameters, record, len(end))
     steps = len(record.steps)
     examples = examples_of(record)
     result = torch.zeros(len(end), len(examples), dtype=torch.float64)
@@ -142,11 +142,12 @@ def examples_of(record: TrainingRecord) -> Tensor:
     return torch.arange(n) if max(drawn, default=0) < n else torch.tensor(sorted(drawn))
 
 
-def _check_memory(derivative: StepDerivative, record: TrainingRecord, queries: int) -> None:
+def check_memory(parameters: Sequence[Tensor], record: TrainingRecord, queries: int) -> None:
+    """Raise ``ReplayError`` if so many queries do not fit into memory."""
     recipe = record.recipe
     slots = max(len(slots_of(recipe.optimizer, group)) for group in record.steps[-1].groups)
-    device = derivative.parameters[0].device
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in derivative.parameters)
+    device = parameters[0].device
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     known = sorted(record.states)
     longest = max(stop - start for start, stop in zip(known, known[1:], strict=False))
     states = weights * (1 + slots) * longest

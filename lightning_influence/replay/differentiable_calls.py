@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.core.precision import working
+from lightning_influence.core.torch_private import eager_name
 from lightning_influence.replay.record import ReplayError
 
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
@@ -38,7 +39,7 @@ def statistics_of(module: nn.Module) -> dict[str, Tensor]:
             )
         for own, buffer in layer.named_buffers(name, recurse=False):
             if own.rpartition(".")[2] in ("running_mean", "running_var"):
-                found[own] = buffer
+                found[eager_name(own)] = buffer
     return found
 
 

@@ -72,14 +72,17 @@ class Rerun:
         self._places, self._parameters = places_of(module), parameters_of(module)
         _check(record, self._places)
 
-    def verify(self) -> None:
+    def verify(self, advance: Callable[[int], None] = lambda steps: None) -> None:
         """Run the whole training again, in memory of its own; it must end in the same bits.
+
+        Args:
+            advance: Called after each step.
 
         Raises:
             ReplayError: If it does not; the message names the first step that differs, and what differs there.
         """
         steps = len(self.record.steps)
-        for _ in self._run(0, steps, verify=True):
+        for _ in self._run(0, steps, verify=advance):
             pass
 
     def segment(self, start: int, stop: int) -> list[StepInput]:
@@ -104,7 +107,7 @@ class Rerun:
         """Put modes, random streams and what the task asks for where they were before a batch of a step."""
         batch = step.record.batches[place]
         for name, module in self.module.named_modules():
-            module.training = name in step.record.training
+            module.training = eager_name(name) in step.record.training
         if isinstance(self.task, TrainingStepTask):
             self.task.batch_idx = batch.number
         self._at = (batch.epoch, step.state.step)
@@ -112,7 +115,7 @@ class Rerun:
 
     # ------------------------------------------------------------------ a run
 
-    def _run(self, start: int, stop: int, *, verify: bool = False) -> Iterator[StepInput]:
+    def _run(self, start: int, stop: int, verify: Callable[[int], None] | None = None) -> Iterator[StepInput]:
         """Run steps; yield what those from ``start`` on take, nothing if the run is only verified."""
         record = self.record
         first = max(step for step in record.states if step <= start)
@@ -127,7 +130,7 @@ class Rerun:
                 before = None if verify or number < start else self._state(number, own, optimizer)
                 if number == stop - 1 and before is not None:
                     # Its end is of no interest.
-                    met = [self._batch(number, each) for each in step.batches]
+                    met = [self.batch(number, each) for each in step.batches]
                 else:
                     met = self._step(number, step, own, optimizer, last)
                 if before is not None:
@@ -135,6 +138,8 @@ class Rerun:
                 if verify and number + 1 in record.states:
                     self._compare(record.states[number + 1], own, optimizer, last)
                     last = number + 1
+                if verify:
+                    verify(1)
 
     @contextmanager
     def _guarded(self, state: RunState) -> Iterator[dict[str, nn.Parameter]]:
@@ -171,7 +176,7 @@ class Rerun:
         for parameter in own.values():
             parameter.grad = None
         for place, batch in enumerate(step.batches):
-            given, before = self._batch(number, batch)
+            given, before = self.batch(number, batch)
             kept = copied(given)  # the step may write to it
             met.append((kept, before))
             if isinstance(self.task, TrainingStepTask):
@@ -197,8 +202,8 @@ class Rerun:
         with suppress(NoLossError):
             self.task(self.module, batch)
 
-    def _batch(self, number: int, batch: BatchRecord) -> tuple[Any, Mapping[str, Any]]:
-        """Return a batch on the device, and the streams as its step finds them."""
+    def batch(self, number: int, batch: BatchRecord) -> tuple[Any, Mapping[str, Any]]:
+        """Return a batch of a step on the device, and the streams as the step finds them; call within ``standing``."""
         if batch.before_fetch is not None:
             streams.write(batch.before_fetch)
         found = self._fetch(batch) if batch.kept is None else copied(batch.kept)

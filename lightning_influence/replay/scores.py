@@ -126,7 +126,7 @@ def _replayed(
     record, task = rerun.record, rerun.task if task is None else task
     check_record(record)
     with rerun.standing(), eagerly():
-        way = _weighting(rerun, task, queries.coverage.trace.forms)
+        way = weighting_of(rerun, task, queries.coverage.trace.forms)
         derivative = StepDerivative(
             rerun.module,
             task,
@@ -182,8 +182,8 @@ def end_cotangents(
     return Cotangents(parameters, {}, statistics), values
 
 
-def _weighting(rerun: Rerun, task: Task, forms: Forms) -> Weighting:
-    """Find out on the run's last steps how its loss is weighted."""
+def weighting_of(rerun: Rerun, task: Task, forms: Forms) -> Weighting:
+    """Find out on the run's last steps how its loss is weighted; call within ``rerun.standing``."""
     steps = len(rerun.record.steps)
     chosen: list[tuple[StepInput, int]] = []
     sets: list[set[int]] = []

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch.utils.data import default_collate
 
-from lightning_influence.core.errors import check_count, short
+from lightning_influence.core.errors import check_count, is_number, short
 from lightning_influence.core.isolation import left_alone
 from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.data.collation import is_plain
@@ -32,6 +32,8 @@ class Record:
             find out.
         max_bytes: That a record may take. What needs more is recorded with fewer states; if that does not do,
             recording ends, and training goes on.
+        max_cost: Seconds that the column ``harm_exact`` may take at the end of training, if there are validation data:
+            what each example did to their mean loss, by replay. 0 for none of it, None for no limit.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -39,9 +41,12 @@ class Record:
 
     keep_batches: bool | Literal["auto"] = "auto"
     max_bytes: int = 2**31
+    max_cost: float | None = 60.0
 
     def __post_init__(self) -> None:
         check_count("max_bytes", self.max_bytes)
+        if self.max_cost is not None and (not is_number(self.max_cost) or self.max_cost < 0):
+            raise ValueError(f"max_cost={short(self.max_cost)}; expected a number of seconds >= 0, or None.")
         if self.keep_batches not in (True, False, "auto"):
             raise ValueError(f'keep_batches={short(self.keep_batches)}; expected True, False or "auto".')
 

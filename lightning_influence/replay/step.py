@@ -264,9 +264,9 @@ class StepDerivative:
         if float((moved - end).norm()) > _CLOSE * float((end - p).norm()) + rounding:
             raise ReplayError(
                 f"step {number} ended elsewhere than the step that would be differentiated: something moves weights or "
-                "gradients that the optimizer's settings, gradient clipping and accumulation do not tell (a hook, an "
-                "overridden `optimizer_step` or `on_before_optimizer_step`, other random numbers, a penalty beside a "
-                "loss that is written by hand)."
+                "gradients that the optimizer's settings, gradient clipping and accumulation do not tell (a "
+                "`task=` that comes to another loss than the one trained on, a hook, an overridden `optimizer_step` or "
+                "`on_before_optimizer_step`, other random numbers, a penalty beside a loss that is written by hand)."
             )
 
     def _check(self, number: int, slope: Tensor, gradient: Tensor, by_examples: Sequence[Tensor]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.memory import is_out_of_memory
+from lightning_influence.core.precision import wait_for
 from lightning_influence.curvature import (
     LADDER,
     Curvature,
@@ -274,5 +275,5 @@ def _timed(seconds: dict[str, float], stage: str, device: torch.device) -> Itera
     try:
         yield
     finally:
-        torch.zeros((), device=device).item()  # waits for what the stage left to the device, of whatever kind
+        wait_for(device)
         seconds[stage] = time.perf_counter() - start

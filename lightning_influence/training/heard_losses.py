@@ -93,10 +93,11 @@ class HeardLosses:
         # In the order of the step, as passes have them: labels are read from the first.
         numbered = [(each.after, each.call) for each in by_hand] + [(calls.index(call), call) for call in known]
         placed = placed_calls([call for _, call in sorted(numbered, key=itemgetter(0))], forms)
+        # Of several loaders, others' terms are met in passes, too, and have as many rows as their batches.
+        self.terms.terms.update(key for key, call, _ in placed if self.own is not None or call.rows_match(n))
         if self.own is not None:
             rows = self.own
             placed = [(key, own_rows(call, n, rows[key]), form) for key, call, form in placed if key in rows]
-        self.terms.terms.update(key for key, call, _ in placed if call.rows_match(n))
         self.terms.add(steady_terms(placed, n) if self.own is None else None)
         _, first, form = placed[0] if placed else (None, None, None)
         if first is not None and first.reduction != "none" and _is_plain(first, n, form):
@@ -109,8 +110,9 @@ class HeardLosses:
         self._agreed = 0
         if batch.ragged:  # only one row for each example is read then
             return None
-        call = next((call for _, call, _ in placed if call.rows_match(n)), None)
-        return call if call is None or call in written else trained_elements(loss, call)
+        key, call = next(((key, call) for key, call, _ in placed if call.rows_match(n)), (None, None))
+        some = self.own is not None and key is not None and self.own[key] != "all"  # its elements are those of all rows
+        return call if call is None or call in written or some else trained_elements(loss, call)
 
     def _by_hand(
         self,

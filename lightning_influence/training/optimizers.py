@@ -128,9 +128,11 @@ def _rmsprop(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
 
 
 def _adagrad(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    # The decay of its learning rate is not in the group's `lr`.
-    decayed = 1 + (float(state["step"]) - 1) * float(group.get("lr_decay") or 0.0)
-    return _inverse(state["sum"], 1.0, float(group["eps"])).div_(decayed)
+    scale, decay, step = _inverse(state["sum"], 1.0, float(group["eps"])), group.get("lr_decay"), state["step"]
+    if not decay:
+        return scale
+    # It is not in the group's `lr`. A count on the device stays there.
+    return scale.div_(1 + ((step if isinstance(step, Tensor) else float(step)) - 1) * float(decay))
 
 
 def _inverse(second: Tensor, correction: float | Tensor, eps: float) -> Tensor:

@@ -82,6 +82,7 @@ class CurvatureBlock(ABC):
         self._sums: dict[str, Tensor] = {}
         # The last damping and ``1 / (lam + damping)``: a pass asks for the same one with every batch.
         self._cached: tuple[float, Tensor] | None = None
+        self._extremes: tuple[Tensor, float, float] | None = None
 
     # ------------------------------------------------------------------------------------------- what a kind defines
 
@@ -147,7 +148,7 @@ class CurvatureBlock(ABC):
             raise ValueError("no example was counted: all losses or gradients are non-finite, or the data are empty.")
         sums, self._sums = self._sums, {}
         device = next((value.device for value in sums.values()), torch.device("cpu"))
-        sums["examples"] = torch.tensor(float(examples), dtype=wide_dtype(device), device=device)
+        sums["examples"] = torch.full((), float(examples), dtype=wide_dtype(device), device=device)
         self._finish(sums)
         self._finished_passes += 1
 
@@ -206,7 +207,7 @@ class CurvatureBlock(ABC):
 
     def check_damping(self, damping: float) -> None:
         """Raise ``ValueError`` if ``damping`` is no number >= 0, or leaves the curvature singular."""
-        smallest, largest = float(self.eigenvalues.min()), float(self.eigenvalues.max())
+        smallest, largest = self._range()
         # Eigenvalues that should be 0 come out as rounding noise of the largest.
         noise = rounding(max(self.shape[1:]), largest, self.eigenvalues.dtype)
         if not is_number(damping) or damping < 0 or (damping == 0 and smallest <= noise):
@@ -214,6 +215,13 @@ class CurvatureBlock(ABC):
                 f"damping {damping!r} leaves the curvature singular (its smallest eigenvalue is {smallest:.3g}); pass "
                 'a damping > 0, or `damping="relative"`.'
             )
+
+    def _range(self) -> tuple[float, float]:
+        """Return the smallest and the largest eigenvalue, read from the device once."""
+        if self._extremes is None or self._extremes[0] is not self.eigenvalues:
+            smallest, largest = torch.stack(self.eigenvalues.aminmax()).tolist()
+            self._extremes = self.eigenvalues, smallest, largest
+        return self._extremes[1:]
 
     def _inverse(self, damping: float) -> Tensor:
         if self._cached is None or self._cached[0] != damping:

@@ -80,7 +80,7 @@ class KFACBlock(KroneckerBlock):
             sums |= {
                 f"activation.{use}": added(second_moment(x, diagonal=not inputs) for x in use_xs),
                 f"gradient.{use}": added(second_moment(g, diagonal=not outputs) for g in use_gs),
-                f"rows.{use}": torch.tensor(rows, dtype=wide_dtype(device), device=device),
+                f"rows.{use}": torch.full((), rows, dtype=wide_dtype(device), device=device),
             }
         return sums
 

@@ -108,7 +108,7 @@ class Softmax(OutputCurvature):
         """
         p = self.probabilities
         lengths = 1 - 2 * p + p.square().sum(1, keepdim=True)
-        cumulative = (p * lengths.clamp(min=0)).cumsum(1)
+        cumulative = _running_sums(p * lengths.clamp(min=0))
         # The last class takes what rounding leaves below 1.
         label = (cumulative < uniform.unsqueeze(1) * cumulative[:, -1:]).sum(1, keepdim=True).clamp_(max=p.shape[1] - 1)
         # p_c / q_c, where the model leaves anything open.
@@ -116,6 +116,14 @@ class Softmax(OutputCurvature):
         weight = torch.where(length > 0, cumulative[:, -1:] / length, 0).sqrt()
         gradient = p.scatter_add(1, label, -torch.ones_like(p))
         return gradient * (sign.unsqueeze(1) * weight * self.root.unsqueeze(1))
+
+
+def _running_sums(parts: Tensor) -> Tensor:
+    """Return sums of the classes up to each, of parts that add up to 2 at most."""
+    if parts.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
+        return parts.cumsum(1)
+    # CUDA adds up floats in any order, and refuses to where that must not be. Whole numbers have one sum.
+    return (parts * 2.0**60).long().cumsum(1).to(parts.dtype).mul_(2.0**-60)
 
 
 def root_of(values: Tensor) -> Tensor:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 import random
 import statistics
+import time
 from collections.abc import Mapping
 from typing import Any
+
+import torch
+
+from lightning_influence.core.precision import wait_for
 
 # The first batches of a run warm up, and are listened to, which later ones may do without. Then as many turns are timed
 # with a measurement as without: together so many batches that what is computed once for many is among them. The first
@@ -34,6 +39,7 @@ class Pace:
     Attributes:
         dynamics: What the dynamics add to every batch, as a share of the time of a plain one; None until it is known.
         added: What a measurement adds to its batch, likewise.
+        device: Where batches run.
     """
 
     def __init__(self, every: int = 1, budget: float | None = None) -> None:
@@ -41,6 +47,7 @@ class Pace:
         self.budget = budget
         self.dynamics: float | None = None
         self.added: float | None = None
+        self.device = torch.device("cpu")
         self._batches = 0
         # Of batches in a row, all of them measured or none: seconds, and those of them spent on recording.
         self._turns: list[tuple[bool, list[tuple[float, float]]]] = []
@@ -49,6 +56,12 @@ class Pace:
     def timing(self) -> bool:
         """Whether batches are still to be timed."""
         return self.budget is not None and self.added is None
+
+    def clock(self) -> float:
+        """Return the time in seconds, while batches are timed when the device has done all that it was given."""
+        if self.timing:
+            wait_for(self.device)
+        return time.perf_counter()
 
     def due(self) -> bool:
         """Tell whether the next batch is measured."""

@@ -20,13 +20,19 @@ def is_watched() -> bool:
     return "ipykernel" in sys.modules or is_terminal()
 
 
+def say(words: str) -> None:
+    """Print a line, where somebody watches."""
+    if is_watched():
+        print(words, file=sys.stderr)
+
+
 @contextmanager
-def shown(title: str, examples: int) -> Iterator[Callable[[int], None]]:
+def shown(title: str, examples: int, unit: str = "example") -> Iterator[Callable[[int], None]]:
     """Show a pass over some examples while it runs."""
     if not is_watched():
         yield lambda done: None
         return
     from tqdm.auto import tqdm  # looks for a notebook when it is imported
 
-    with tqdm(total=examples, desc=title, unit="example", leave=False, delay=_DELAY, dynamic_ncols=True) as bar:
+    with tqdm(total=examples, desc=title, unit=unit, leave=False, delay=_DELAY, dynamic_ncols=True) as bar:
         yield lambda done: None if bar.update(done) else None

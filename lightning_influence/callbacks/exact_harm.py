@@ -1,0 +1,76 @@
+"""``harm_exact``: what every example did to the validation loss in this very run, by replay, once the audit is done."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from lightning_influence.audit.report import AuditReport
+from lightning_influence.audit.store.atomic import StoreError
+from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_info, rank_zero_warn
+from lightning_influence.callbacks.run import AuditRun
+from lightning_influence.objective.task import TrainingStepTask
+from lightning_influence.replay import ReplayError, Rerun, TrainingRecord
+from lightning_influence.replay.attribution import Replay
+from lightning_influence.scores.measurements import MeasurementError
+
+_NAME = "harm_exact"
+
+
+def with_exact_harm(
+    report: AuditReport,
+    run: AuditRun,
+    record: TrainingRecord,
+    trainer: Trainer,
+    module: LightningModule,
+    max_cost: float | None,
+) -> AuditReport:
+    """Return a finished report with the column, also on the disk; without it, and with the reason, if that fails.
+
+    Args:
+        report: Of the run.
+        run: The run.
+        record: Of its training.
+        trainer: The trainer, at the end of training.
+        module: The model.
+        max_cost: Seconds that it may take.
+    """
+    if run.make_influence is None:
+        return report
+    try:
+        training = run.make_influence().training
+        validation = bridge.validation_queries(trainer, training)
+        if not validation:
+            return report
+        with bridge.aside(trainer):
+            rerun = Rerun(record, module, TrainingStepTask(), run.passes.source)
+            replay = Replay(rerun, run.passes.task, told=lambda cost: rank_zero_info(f"{_NAME}: {cost}."))
+            found = replay.together(validation, max_cost=max_cost, self_test=0)
+    except (ReplayError, MeasurementError) as error:
+        return _noted(report, run, f"no {_NAME}: {error}")
+    except Exception as error:  # the audit is done: nothing may cost it
+        rank_zero_warn(f"influence audit: {_NAME} failed, all else is there ({type(error).__name__}: {error})")
+        return _noted(report, run, f"no {_NAME}: {type(error).__name__}: {error}")
+    index, known = report.columns["index"], found.indices.numpy()
+    places = np.searchsorted(known, index).clip(max=len(known) - 1)
+    values = np.where(known[places] == index, -found.scores.numpy()[places], np.nan)
+    return _noted(replace(report, columns={**report.columns, _NAME: values}), run)
+
+
+def _noted(report: AuditReport, run: AuditRun, note: str = "") -> AuditReport:
+    """Write what has changed to the disk."""
+    if note:
+        report.manifest["notes"].append(note)
+    store = run.reporter.store
+    if store is None:
+        return report
+    try:
+        if not note:
+            store.write_scores(report.columns)
+            store.write_glossary(report.glossary())
+        store.write_manifest({**report.manifest, "status": report.status})
+    except StoreError as error:
+        rank_zero_warn(f"influence audit: {_NAME} is in memory alone ({error})")
+    return report
