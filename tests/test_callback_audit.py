@@ -182,7 +182,7 @@ def test_dynamics_are_those_of_a_model_that_notes_them_itself(
     close(actual["prob_margin"], np.array(expected["prob_margin"])[rows], 1e-5)
     assert audited._recording is not None
     evidence = audited._recording.label_evidence(rows.tolist())
-    told = audited._recording.labels.neighbours.votes(CLASSES).numpy()[rows]
+    told = audited._recording.labels.neighbours.votes(CLASSES, torch.from_numpy(rows)).numpy()
     if evidence is not None:
         told = np.where(evidence.late.numpy().sum(1, keepdims=True) > 0, evidence.late.numpy(), told)
     belief = np.nan_to_num(np.array(expected["mean"])[rows]) + told
