@@ -571,7 +571,7 @@ def test_what_the_data_refuse_is_no_failure_of_the_trace(monkeypatch: pytest.Mon
         raise DataError("no example has an index")
 
     source = ExampleSource(vectors())
-    monkeypatch.setattr(source, "batches", refuses)
+    monkeypatch.setattr(source, "one_batch", refuses)
     with pytest.raises(DataError, match="no example has an index"):
         trace_model(Net(), TrainingStepTask(), source, indices=range(9))
 
