@@ -79,9 +79,13 @@ def check_rows(rerun: Rerun, way: Weighting, task: Task, step: StepInput) -> Non
 
 
 def _differ(one: Sequence[Tensor | None], other: Sequence[Tensor | None], share: float) -> bool:
-    pairs = [(a.detach(), b.detach()) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    between = sum(float(wide(a - b).square().sum()) for a, b in pairs)
-    return between > share**2 * sum(float(wide(a).square().sum()) for a, _ in pairs)
+    """Tell whether two gradients point elsewhere; their lengths go with the sum that a mean is divided by."""
+    met = [(a.detach(), b.detach()) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    pairs = [(wide(a), wide(b)) for a, b in met]
+    length = sum(float(a.square().sum()) for a, _ in pairs)
+    scale = sum(float((a * b).sum()) for a, b in pairs) / (length or 1)
+    beside = sum(float((b - scale * a).square().sum()) for a, b in pairs)
+    return beside > share**2 * sum(float(b.square().sum()) for _, b in pairs)
 
 
 def _leave_statistics(module: nn.Module) -> bool:
