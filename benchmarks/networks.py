@@ -84,6 +84,18 @@ def transformer() -> nn.Module:
     return Transformer()
 
 
+def mnist_cnn() -> nn.Sequential:
+    """Two convolutions on 28 x 28, GELU, strides instead of pooling."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, stride=3),
+        nn.GELU(),
+        nn.Conv2d(6, 12, 3, stride=2, padding=1),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(12 * 16, 10),
+    )
+
+
 class _Residual(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

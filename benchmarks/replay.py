@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import lightning as L
 import torch
@@ -71,17 +72,16 @@ def main() -> None:
         if chosen.only not in setting.title:
             continue
         train(setting)  # the first one has more to set up
-        plain = seconds(lambda setting=setting: fitted(setting), chosen.times)  # type: ignore[misc]
-        loop = seconds(lambda setting=setting: train(setting), chosen.times) / plain  # type: ignore[misc]
+        plain = seconds(partial(fitted, setting), chosen.times)
+        loop = seconds(partial(train, setting), chosen.times) / plain
         module, rerun = train(setting, record=True)
         assert rerun is not None
         queries = passes(module, setting.queries, passes(module, setting.data))
         verified = seconds(rerun.verify, chosen.times) / plain
         every = [(queries, range(len(setting.queries[1])))]
-        whole = seconds(lambda: replay_measurement(rerun, every), chosen.times) / plain  # noqa: B023
+        whole = seconds(partial(replay_measurement, rerun, every), chosen.times) / plain
         found = [
-            seconds(lambda q=q: replay_scores(rerun, queries, range(q)), chosen.times) / plain  # type: ignore[misc] # noqa: B023
-            for q in chosen.queries
+            seconds(partial(replay_scores, rerun, queries, range(q)), chosen.times) / plain for q in chosen.queries
         ]
         cells = " | ".join(f"{value:.1f}" for value in (loop, verified, whole, *found))
         print(f"| {setting.title} | {plain:.2f} s | {cells} |", flush=True)

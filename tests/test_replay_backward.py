@@ -261,6 +261,8 @@ def replace_statistics(end: Cotangents) -> Cotangents:
 
 def test_a_batch_norm_that_is_frozen_on_the_way() -> None:
     class Frozen(nn.Module):
+        count: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.layers = normed()
@@ -268,7 +270,7 @@ def test_a_batch_norm_that_is_frozen_on_the_way() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             if self.training:
-                self.count += 1  # type: ignore[assignment]
+                self.count += 1
                 frozen = bool(self.count > 12)
                 self.layers[1].training = not frozen
             return self.layers(x)

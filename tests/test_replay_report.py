@@ -254,6 +254,58 @@ def test_steps_that_mix_examples(tmp_path: Path) -> None:
         report.replay(Mixed(), train, digits(60, 64), task="classification")
 
 
+class Other(Digits):
+    """Has a loss of training of its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, *weights = batch
+        if self.kind == "contrasts by hand":
+            z, near = (F.normalize(self(v), dim=1) for v in (x, x + 0.1 * torch.randn_like(x)))
+            return -(5 * z @ near.T).log_softmax(1).diagonal().mean()
+        if not self.training:
+            return F.cross_entropy(self(x.float()), y)
+        n = len(y)
+        other = torch.arange(n).sub(1) if self.kind == "neighbours" else torch.randperm(n)
+        if self.kind == "in the first epochs" and self.current_epoch > 3:
+            other = torch.arange(n)
+        if self.kind == "as arrays":
+            assert x.numpy().any()
+        if self.kind == "weighted":
+            return (weights[0] * F.cross_entropy(self(x), y, reduction="none")).sum() / weights[0].sum()
+        if self.kind == "normalised by classes":
+            return F.cross_entropy(self(x), y, torch.linspace(1, 3, 10))
+        if self.kind == "some of them":
+            return F.cross_entropy(self(x), y.masked_fill(torch.rand(n) < y / 10, -100))
+        mixed = x if self.kind == "labels" else 0.7 * x + 0.3 * x[other]
+        return 0.7 * F.cross_entropy(self(mixed), y) + 0.3 * F.cross_entropy(self(mixed), y[other])
+
+
+@pytest.mark.parametrize(
+    "kind", ["neighbours", "in the first epochs", "as arrays", "contrasts by hand", "labels", "bytes"]
+)
+def test_examples_are_mixed_in_many_ways(kind: str, tmp_path: Path) -> None:
+    train = digits(0, 64)
+    if kind == "bytes":
+        train = TensorDataset((16 * train.tensors[0]).to(torch.uint8), train.tensors[1])
+    report = run_of(tmp_path, Other(kind), DataLoader(train, 16, shuffle=True)).report
+    step = 0 if kind == "in the first epochs" else 16
+    with pytest.raises(ReplayError, match=f"at step {step} the loss of some examples depends on others"):
+        report.replay(Other(kind), train, train, [0])
+
+
+@pytest.mark.parametrize("kind", ["weighted", "normalised by classes", "some of them"])
+def test_a_sum_that_a_loss_is_divided_by_mixes_nothing(kind: str, tmp_path: Path) -> None:
+    train = TensorDataset(*digits(0, 64).tensors, torch.linspace(0.5, 2, 64))
+    report = run_of(tmp_path, Other(kind), DataLoader(train, 16, shuffle=True), max_epochs=2).report
+    trust = report.replay(Other(kind), train, train, range(5), self_test=3).trust
+    assert trust is not None
+    assert trust.correlation > 0.9
+
+
 class AsksTheTrainer(Digits):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx) * (1 + self.current_epoch / self.trainer.max_epochs)

@@ -45,7 +45,7 @@ def source_of(
             "`TensorDataset(inputs, targets)`."
         )
     else:
-        source = ExampleSource(data, batch_size=batch_size or 32, collate_fn=collate_fn)  # type: ignore[arg-type]
+        source = ExampleSource(data, batch_size=batch_size or 32, collate_fn=collate_fn)
     if not len(source):
         raise DataError(f"{type(source.dataset).__name__} is empty; expected some examples.")
     return source, range(len(source))

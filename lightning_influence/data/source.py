@@ -61,7 +61,7 @@ class ExampleSource:
 
     def __init__(
         self,
-        dataset: Dataset[Any],
+        dataset: Dataset[Any] | Sequence[Any],
         *,
         batch_size: int = 32,
         collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -83,7 +83,7 @@ class ExampleSource:
                 "them again by. Expected a map-style dataset, with `__getitem__` and `__len__`; an audit of training "
                 f"files a stream by ids that its batches hold: {BY_ID}."
             )
-        self.dataset = dataset
+        self.dataset = cast("Dataset[Any]", dataset)
         self.batch_size = self.pass_batch_size = batch_size
         self.collate_fn = collate_fn
         self.num_workers = num_workers

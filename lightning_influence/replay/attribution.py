@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from lightning_influence.gradients.passes import ExampleGradients, Progress
 from lightning_influence.objective.task import Task
 from lightning_influence.replay.backward import Cost, check_memory, check_record
 from lightning_influence.replay.mixing import check_rows
-from lightning_influence.replay.record import ReplayError
+from lightning_influence.replay.record import ReplayError, StepInput
 from lightning_influence.replay.rerun import Rerun
 from lightning_influence.replay.scores import replay_measurement, replay_scores, weighting_of
 from lightning_influence.replay.trust import Trust, check_trials, self_test
@@ -36,7 +37,7 @@ from lightning_influence.scores.pairs import PairwiseScores
 
 # Steps that are timed, and what a step of a trial takes over one of the run: its gradient is taken with its graph.
 _TIMED, _TRIAL = 3, 1.5
-# Of the last steps: not every one has to mix its examples.
+# Of the last steps, and of those before: not every one has to mix its examples.
 _LOOKED_AT = 8
 _IN_STEPS = partial(shown, unit="step")
 
@@ -250,13 +251,22 @@ class Replay:
     def _weighting(self, queries: ExampleGradients) -> Weighting:
         """Find out how the loss is weighted: a refusal is not to wait for the whole run."""
         rerun, steps = self._rerun, len(self._rerun.record.steps)
-        try:
-            last = rerun.segment(max(steps - _LOOKED_AT, 0), steps)
-        except ReplayError:
-            rerun.verify()  # names the first step that differs
-            raise
+        last = self._met(max(steps - _LOOKED_AT, 0), steps)
         with rerun.standing(), eagerly():
             way = weighting_of(rerun, self._task, queries.coverage.trace.forms)
             for step in last:
                 check_rows(rerun, way, self._task, step)
+        # Mixing may have ended with the first epochs. From a state that is kept, a step takes its batch alone.
+        known = [step for step in rerun.record.states if step < steps - _LOOKED_AT]
+        for start in known[:: math.ceil(len(known) / _LOOKED_AT) or 1]:
+            (step,) = self._met(start, start + 1)
+            with rerun.standing(), eagerly():
+                check_rows(rerun, way, self._task, step)
         return way
+
+    def _met(self, start: int, stop: int) -> list[StepInput]:
+        try:
+            return self._rerun.segment(start, stop)
+        except ReplayError:
+            self._rerun.verify()  # names the first step that differs
+            raise

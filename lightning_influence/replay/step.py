@@ -275,7 +275,7 @@ class StepDerivative:
             return
         parts, along, g = (wide(each) for each in (torch.cat([part[0] for part in by_examples]), slope[0], gradient))
         # Where an optimizer divides by next to nothing, what it multiplies is rounding.
-        share, rounding = (1e-3, 1e-5) if self.recipe.precision in _PRECISE else (5e-2, 1e-2)
+        share, rounding = (1e-3, 1e-5) if self.recipe.precision in PRECISE else (5e-2, 1e-2)
         allowed = share * (parts.abs().sum() + (along * g).abs().sum()) + rounding * along.norm() * g.norm()
         if bool((parts.sum() - along @ g).abs() > allowed):
             raise ReplayError(
@@ -285,7 +285,8 @@ class StepDerivative:
             )
 
 
-_PRECISE = ("32-true", "64-true", "32", "64")
+PRECISE = ("32-true", "64-true", "32", "64")
+"""As trainers name them."""
 
 
 def _check_buffers(record: TrainingRecord, statistics: Mapping[str, Tensor]) -> None:
