@@ -309,11 +309,17 @@ def _data_notes(
     source = passes.source
     notes = [source.collation.note] if source.collation.note else []
     if source.company is not None and source.company.others:
-        others = ", ".join(map(repr, source.company.others))
-        part = f"a loss that does not depend on those of {others}"
-        if passes.trace.own is not None:
-            part = f"their part of the loss; the curvature is that of all of it, with examples of {others}"
+        others, trace = ", ".join(map(repr, source.company.others)), passes.trace
+        part = f"their part of the loss; the curvature is that of all of it, with examples of {others}"
+        left_out = trace.left_out and trace.own is not None
+        if trace.own is None or not (left_out or any(trace.own.get(key) != "all" for key in trace.forms)):
+            part = f"a loss that does not depend on those of {others}"
         notes.append(f"this is about the examples of the loader {source.company.loader!r}, and {part}")
+        if left_out:
+            notes.append(
+                "their losses lack what is no known loss call (a penalty on the weights, or a part written by hand): "
+                "it was not about these examples in the first batch. Where it has come to be, pass `task=`"
+            )
     notes += source.notes() if isinstance(source, StreamSource) else []
     if missing := np.setdiff1d(audited, scored).tolist():
         reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))

@@ -12,9 +12,10 @@ from lightning_influence.core import distributed
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Layers, Uncovered, cover
+from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.trace import Trace
-from lightning_influence.objective.scale import HeardTerms, LossScale, TermKey
+from lightning_influence.objective.scale import HeardTerms, LossScale, NoLossError, TaskError, TermKey
 from lightning_influence.objective.task import Task, TrainingStepTask
 
 
@@ -72,6 +73,7 @@ class TrainingPasses:
             indices: The training examples.
             heard: What the training batches have told of it: if that settles it, no pass is needed.
         """
+        self._tell_parts(trainer, module, indices)
         told, of_mean = HeardTerms.joined(distributed.gather_objects(heard)), not self.trace.sums
         own = isinstance(self.task, TrainingStepTask)  # else what was heard is something else
         settled = told.scale(self.source.batch_size, of_mean=of_mean) if own else None
@@ -84,3 +86,22 @@ class TrainingPasses:
             self._measured, self._heard = (list(indices), scale), set(told.terms)
         self.lacking = told.terms - scale.keys() if own and scale is not None else set()
         return self.gradients(trainer, module, scale)
+
+    def _tell_parts(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> None:
+        """Look again at what the loss has of each loader: parts that are no known loss may have joined in."""
+        source, trace = self.source, self.trace
+        if source.company is None or not source.company.others or not indices:
+            return
+        chosen = source.at_hand if isinstance(source, StreamSource) else indices
+        try:
+            with bridge.aside(trainer):
+                now = trace_model(module, self.task, source, indices=chosen, **bridge.surroundings(trainer, module))
+        except NoLossError:
+            return
+        except TaskError:
+            if trace.own is None:
+                raise
+            return  # such parts are left out, which `left_out` tells
+        whole = now.own is None and (trace.own is None or trace.own.keys() >= trace.forms.keys())
+        trace.add(now)
+        trace.own = None if whole else trace.own

@@ -35,6 +35,7 @@ class Company:
         own: See the arguments.
         loader: Its name.
         others: Names of the other loaders.
+        steady: Of those that have a single example.
 
     Raises:
         DataError: If examples of another loader can't be had.
@@ -47,6 +48,7 @@ class Company:
         self._form = _around(loaders, dict.fromkeys(paths))
         self._others = {path: _Others(path, each, drawn_from) for path, each in paths.items() if path != own}
         self.others = [named(path) for path in self._others]
+        self.steady = [named(path) for path, each in self._others.items() if len(each.chosen) == 1]
 
     def beside(self, indices: Sequence[int], batch: Any) -> Any:
         """Return what a step gets of a batch.

@@ -26,7 +26,7 @@ from lightning_influence.objective.losses import LossCall
 from lightning_influence.objective.own_part import OwnRows, own_terms
 from lightning_influence.objective.scale import NoLossError, TermKey
 from lightning_influence.objective.tap import Heard
-from lightning_influence.objective.task import Task, run_tapped
+from lightning_influence.objective.task import Task, TrainingStepTask, run_tapped
 from lightning_influence.objective.terms import BatchLoss, LossTerm, TaskError, TermForm, understand
 
 
@@ -124,7 +124,9 @@ def trace_model(
         company = source.company
         if company is not None and company.others:
             with _differentiated(module, task, parameters):
-                trace.own = _own_terms(source, company, indices if whole else indices[:3], heard)
+                # A task is meant to be about the examples, whatever can't be seen of the others.
+                steady = company.steady if isinstance(task, TrainingStepTask) else ()
+                trace.own = _own_terms(source, company, indices if whole else indices[:3], heard, steady)
         return trace
 
     try:
@@ -177,7 +179,11 @@ def _differentiated(module: nn.Module, task: Task, parameters: Mapping[str, Tens
 
 
 def _own_terms(
-    source: ExampleSource, company: Company, indices: Sequence[int], heard: Callable[..., tuple[Tensor, Heard]]
+    source: ExampleSource,
+    company: Company,
+    indices: Sequence[int],
+    heard: Callable[..., tuple[Tensor, Heard]],
+    steady: Sequence[str],
 ) -> dict[TermKey, OwnRows] | None:
     """Return the terms of the loss that are about the examples of a source, see ``own_terms``."""
     *chosen, other = dict.fromkeys(indices)
@@ -186,7 +192,7 @@ def _own_terms(
         return {}  # one example does not tell
     tried = (chosen, chosen), ([other] * n, chosen), (chosen, [chosen[0] + 1] * n)
     first, of_own, of_others = (understand(*heard(source.one_batch(*each), nullcontext()), n) for each in tried)
-    return own_terms((first, of_own, of_others), company.loader, company.others)
+    return own_terms((first, of_own, of_others), company.loader, company.others, steady)
 
 
 def term_forms(small: BatchLoss, large: BatchLoss) -> dict[TermKey, TermForm]:

@@ -30,7 +30,6 @@ from lightning_influence.gradients.new_paths import followed
 from lightning_influence.gradients.plain_autograd import gradients_one_by_one
 from lightning_influence.gradients.starts import starts, starts_of_copies
 from lightning_influence.gradients.trace import Trace
-from lightning_influence.objective.own_part import own_part
 from lightning_influence.objective.scale import LossScale
 from lightning_influence.objective.task import Task, run_tapped
 from lightning_influence.objective.terms import BatchLoss, understand
@@ -352,8 +351,7 @@ class ExampleGradients:
             with watch or nullcontext():
                 loss, calls = run_tapped(self.task, self.module, batch)
             found = understand(loss, calls, n, self.scale, self.coverage.trace.forms)
-            own = None if self._whole else self.coverage.trace.own
-            return found if own is None else own_part(found, own)
+            return found if self._whole else self.coverage.trace.own_part(found)
 
     def applied(self, function: Callable[[Any, Any], Any], batch: Any) -> Any:
         """Return ``function(module, batch)`` as a pass would run it; callers isolate the model, see ``forward``."""

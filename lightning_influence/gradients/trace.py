@@ -11,9 +11,9 @@ from torch import Tensor
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.core.torch_private import base_of
 from lightning_influence.layers.call import Call, Layouts
-from lightning_influence.objective.own_part import OwnRows
+from lightning_influence.objective.own_part import OwnRows, own_part
 from lightning_influence.objective.scale import TermKey
-from lightning_influence.objective.terms import TermForm
+from lightning_influence.objective.terms import BatchLoss, TermForm
 
 UseKind = Literal["batched", "shared", "penalty", "unknown"]
 
@@ -105,7 +105,8 @@ class Trace:
         forms: Where the examples of each term of the loss are, see ``discover.term_forms``.
         formless: Terms of the loss that tracing has told nothing about.
         own: Terms that are about the examples, and with which of their rows, where others are about those of other
-            loaders; None if all are.
+            loaders, or may come to be; None if all are, and part of them is no known loss.
+        left_out: Whether passes have met another part of the loss, that is no known loss.
         outside: Shapes of trainable parameters that took part but are in no module, and the functions that used them.
         steps: Id of a parameter of a recurrent layer to the number of steps that the layer is run in.
         failure: Why there is no trace: all gradients have to be computed one example at a time then.
@@ -118,6 +119,7 @@ class Trace:
     forms: Mapping[TermKey, TermForm] = field(default_factory=dict)
     formless: set[TermKey] = field(default_factory=set)
     own: dict[TermKey, OwnRows] | None = None
+    left_out: bool = False
     outside: list[str] = field(default_factory=list)
     steps: Mapping[int, int] = field(default_factory=dict)
     failure: str | None = None
@@ -130,6 +132,13 @@ class Trace:
     def uses(self, parameter: Tensor) -> list[TracedUse]:
         """Return the uses of a parameter on all paths."""
         return [use for path in self.paths.get(id(parameter), []) for use in path]
+
+    def own_part(self, loss: BatchLoss) -> BatchLoss:
+        """Return the part of a loss that is about the examples."""
+        if self.own is None:
+            return loss
+        self.left_out |= loss.remainder
+        return own_part(loss, self.own)
 
     def add(self, other: Trace) -> None:
         """Add the paths of another trace of the same model."""

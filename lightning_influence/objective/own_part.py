@@ -63,21 +63,24 @@ def _part(term: LossTerm, n: int, rows: OwnRows, dtype: torch.dtype) -> tuple[Lo
 
 
 def own_terms(
-    losses: tuple[BatchLoss, BatchLoss, BatchLoss], loader: str, others: Sequence[str]
+    losses: tuple[BatchLoss, BatchLoss, BatchLoss], loader: str, others: Sequence[str], steady: Sequence[str] = ()
 ) -> dict[TermKey, OwnRows] | None:
-    """Tell which terms of a loss belong to a loader; None if all of it does.
+    """Tell which terms of a loss belong to a loader; None if all of it does, and part of that is no known call.
 
     Args:
         losses: Of a batch, of one with other examples of the loader, and of one with others of all other loaders.
         loader: Name of the loader.
         others: Names of the other ones.
+        steady: Those of a single example: nothing changes with it.
 
     Raises:
         TaskError: If some part of the loss depends on the loader and on others, or on the loader by no known call.
     """
     first, of_own, of_others = losses
     with_own, with_others = _changed(first, of_own), _changed(first, of_others)
-    if not _differ(first.loss, of_others.loss) and with_own >= {term.key for term in first.seen}:
+    by_hand = _rests_differ(first, of_own, with_own)
+    alone = not _differ(first.loss, of_others.loss) and with_own >= {term.key for term in first.seen}
+    if by_hand and alone and not steady:
         return None
     own: dict[TermKey, OwnRows] = dict.fromkeys(with_own - with_others, "all")
     own |= {key: rows for key in with_own & with_others if (rows := _rows(losses, key)) is not None}
@@ -91,10 +94,11 @@ def own_terms(
             f"loader={loader!r}: what {next(iter(mixed))} is called with depends on examples of this loader and of "
             f"others ({seen}), so that no part of the loss is theirs alone. {way_out}"
         )
-    if _differ(*(each.loss.detach() - _sum(_of(each, with_own)) for each in (first, of_own))):
+    if by_hand:
+        seen = ", ".join(map(repr, steady)) if alone else seen
         raise TaskError(
             f"loader={loader!r}: part of the loss depends on its examples, and is no known loss call, so that it can't "
-            f"be told from that of the other loaders ({seen}). {way_out}"
+            f"be told from that of the other loaders ({seen}{' of a single example' * alone}). {way_out}"
         )
     if not own:
         raise TaskError(
@@ -116,11 +120,12 @@ def _rows(losses: tuple[BatchLoss, BatchLoss, BatchLoss], key: TermKey) -> OwnRo
     if not rows or any(isinstance(getattr(calls[0], name), Tensor) for name in plain) or _differ_in_weight(found):
         return None
     by_own, by_others = (_rows_that_differ(calls[0], call) for call in calls[1:])
-    for which, inside in (("first", slice(n)), ("last", slice(-n, None))):
+    sides: tuple[tuple[OwnRows, slice], ...] = (("first", slice(n)), ("last", slice(-n, None)))
+    for which, inside in sides:
         outside = torch.ones_like(by_own)
         outside[inside] = False
         if by_own[inside].any() and not by_own[outside].any() and not by_others[inside].any():
-            return which  # type: ignore[return-value]
+            return which
     return None
 
 
@@ -132,6 +137,14 @@ def _rows_that_differ(a: LossCall, b: LossCall) -> Tensor:
     pairs = [(a.input, b.input), (a.target, b.target)]
     found = [torch.tensor([_differ(x, y) for x, y in zip(*pair, strict=True)]) for pair in pairs]
     return found[0] | found[1]
+
+
+def _rests_differ(a: BatchLoss, b: BatchLoss, keys: Collection[TermKey]) -> bool:
+    """Tell whether what two losses have besides some terms differs by more than the rounding of the losses."""
+    totals = [float(each.loss.detach()) for each in (a, b)]
+    parts = [float(_sum(_of(each, keys)).detach()) for each in (a, b)]
+    rounding = max(_ALIKE, 4 * torch.finfo(a.loss.dtype).eps) * max(map(abs, totals + parts))
+    return abs((totals[0] - parts[0]) - (totals[1] - parts[1])) > rounding
 
 
 def _code(loader: str) -> str:
