@@ -197,6 +197,7 @@ class TestWoodbury:
             pairs = pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, range(N)).scores
             torch.testing.assert_close(pairs, problem.expected("ggn", 1e-3), rtol=1e-2, atol=1e-2)
             steps[solver] = curvature.solves[0].steps.double().mean()
+        assert "woodbury and conjugate gradients to a relative residual of" in curvature.notes[-1]
         assert 0 < steps["woodbury"] < steps["cg"]
         monkeypatch.setitem(SOLVERS, "woodbury", replace(SOLVERS["woodbury"], tolerance=10.0))
         monkeypatch.setattr("lightning_influence.curvature.implicit._ACCEPTED", 10.0)

@@ -129,6 +129,16 @@ def test_whole_numbers_are_stored_in_few_bytes(values: list[float], dtype: torch
         assert column[0] != 1 or values[0] == 1
 
 
+@pytest.mark.parametrize("value", [5, 300, 70_000])
+def test_what_is_stored_of_whole_numbers_is_a_copy(value: int) -> None:
+    """Of a label beyond 32,767 it was the column itself, in which training goes on."""
+    sums = ExampleSums(2, last={"label": -1.0}, whole=("label",))
+    sums.put("label", torch.tensor([0]), torch.tensor([value]))
+    stored = sums.state_dict()["label"]
+    sums.put("label", torch.tensor([0]), torch.tensor([1]))
+    assert stored.tolist() == [value, -1]
+
+
 def test_sums_go_on_from_what_an_earlier_version_has_stored() -> None:
     """In float64 throughout; counts were no integers."""
     sums = [ExampleSums(4, whole=("count",), last={"label": -1.0}) for _ in range(3)]

@@ -132,6 +132,13 @@ def test_an_audit_without_candidates_pairs_and_curves() -> None:
     assert [card["title"] for card in found["cards"]] == ["examples"]
 
 
+@pytest.mark.parametrize("status", ["recording", "interrupted"])
+def test_candidates_are_not_counted_before_there_can_be_any(status: str) -> None:
+    """It said 0, as of an audit that has found none."""
+    cards = document(report_of(80, status=status))["cards"]
+    assert "candidates" not in {card["title"] for card in cards}
+
+
 def test_cards_say_what_is_known() -> None:
     manifest = {
         "labels": {"verdict": "cannot tell", "reason": "the run was too short"},

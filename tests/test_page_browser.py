@@ -260,6 +260,27 @@ def test_new_labels_that_can_be_several_classes_are_refused(page: Any, tmp_path:
         assert report.apply_review(directory / "review.csv").labels == {order[1]: 1, order[2]: 2, order[3]: 1}
 
 
+def test_what_is_decided_is_read_back_whatever_a_class_is_called(page: Any, tmp_path: Path) -> None:
+    """Names with a sign are written as spreadsheets don't run them, and cells have no spaces around them."""
+    report = report_of(50, classes=6, label_names=["+", "-", " b ", "'q", "=1+1", "@home"])
+    directory = write_audit(tmp_path / "influence", report)
+    order = report.candidates[:5].tolist()
+    given = dict(zip(report.columns["index"].tolist(), report.columns["label"].tolist(), strict=True))
+    wanted = {index: (given[index] + 1 + place) % 6 for place, index in enumerate(order)}
+    assert len(set(wanted.values())) > 2
+    rows = "".join(f"\n{index},{label}" for index, label in wanted.items())
+    for server in serving(tmp_path):
+        show(page, server, "triage", "influence")
+        file = {"name": "a.csv", "mimeType": "text/csv", "buffer": f"index,new_label{rows}".encode()}
+        page.get_by_label("import a review").set_input_files([file])
+        page.get_by_text("5 decisions taken over").wait_for()
+        saved(page)
+        page.reload()
+        page.get_by_text("5 of 5 candidates decided").wait_for()
+        assert page.get_by_text("can't be used").count() == 0
+        assert report.apply_review(directory / "review.csv").labels == wanted
+
+
 # ----------------------------------------------------------------------------------------------------- views
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,16 +12,13 @@ from typing import Any
 
 import page_runs
 import pytest
+from browser_page import NEEDED, SHOTS, opened, sync_api
 from tensorboard_data import tensorboard
 
 from lightning_influence.audit.report import AuditReport
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (`make test-browser` does)")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium (Debian, Ubuntu: apt install chromium)")
+pytestmark = NEEDED
 
-# Where screenshots go, for people: a folder, or nowhere.
-SHOTS = os.environ.get("SCREENSHOTS")
 VIEW = "import sys; from lightning_influence.cli import main; sys.exit(main())"
 
 
@@ -37,16 +32,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def page() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        opened = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True).new_page()
-        said: list[str] = []
-        opened.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
-        opened.on("pageerror", lambda error: said.append(str(error)))
-        yield opened
-        browser.close()
-    # TensorBoard's own page asks fonts of the network, if there is one.
-    assert [line for line in said if "fonts" not in line and "ERR_NAME" not in line] == []
+    yield from opened()
 
 
 @contextmanager
@@ -221,6 +207,7 @@ def test_a_training_that_goes_on_and_ends(page: Any, tmp_path: Path, host: str) 
                 running.stdin.flush()
                 ended(running, 1)
                 shows(page, frame, f"Training goes on: 2 epochs recorded of {page_runs.EPOCHS}.")
+                assert frame.locator(".card").get_by_text("candidates").count() == 0  # not none, but none so far
                 # What there is so far, epoch by epoch; what is to come is said where one would look for it.
                 frame.get_by_label("column", exact=True).select_option("loss")
                 frame.locator(".chart rect.bar").first.wait_for()

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import page_runs
 import pytest
+from browser_page import NEEDED, SHOTS, opened
 from page_data import HOSTILE, report_of
 from tensorboard_data import tensorboard, write_blobs, write_page
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (`make test-browser` does)")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium (Debian, Ubuntu: apt install chromium)")
-
-# Where screenshots go, for people: a folder, or nowhere.
-SHOTS = os.environ.get("SCREENSHOTS")
+pytestmark = NEEDED
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +36,7 @@ def address(trained: Path, request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def page() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        opened = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True).new_page()
-        said: list[str] = []
-        opened.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
-        opened.on("pageerror", lambda error: said.append(str(error)))
-        yield opened
-        browser.close()
-    # TensorBoard's own page asks fonts of the network, if there is one.
-    assert [line for line in said if "fonts" not in line and "ERR_NAME" not in line] == []
+    yield from opened()
 
 
 def tab(page: Any, address: str) -> Any:

@@ -285,6 +285,30 @@ def test_what_no_layer_tells_is_said(tmp_path: Path) -> None:
     assert "pairs are not told by token: no layer has a position for each" in report.manifest["notes"]
 
 
+class Slots(nn.Module):
+    """Has four positions for texts of any length, and no other layer with positions that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(WORDS, D, padding_idx=0).requires_grad_(False)
+        self.slots, self.head = nn.Linear(1, 2), nn.Linear(2 * D, C)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        pooled = self.tokens(ids).sum(1)
+        logits: Tensor = self.head(self.slots(pooled.unsqueeze(2)).tanh().flatten(1))
+        return logits
+
+
+def test_as_many_positions_by_chance_are_no_tokens(tmp_path: Path) -> None:
+    """Of texts with four words, the slots were taken for these."""
+    report = audited(tmp_path, Slots(), ragged(N, 1), ragged(Q, 2), describe=Tokenizer()).report
+    lengths = {len(Ragged(N, 1)[index][0]) for index in report.pairs["index"].tolist()}  # type: ignore[index]
+    assert D in lengths
+    assert len(lengths) > 1
+    assert "tokens" not in report.pairs  # type: ignore[operator]
+    assert "pairs are not told by token: no layer has a position for each" in report.manifest["notes"]
+
+
 def test_a_tokenizer_that_fails_costs_nothing_else(tmp_path: Path) -> None:
     class Failing(Tokenizer):
         def decode(self, tokens: list[int]) -> str:

@@ -244,9 +244,10 @@ class QuerySearch:
         lengths: dict[int, list[int]] = {}
         for index, own in texts.items():
             lengths.setdefault(len(own), []).append(index)
+        fixed = self._same_in_all(lengths)
         scores: dict[tuple[int, int], Tensor] = {}  # by number of the query and example
         for length, group in sorted(lengths.items()):
-            visitors = [TokenScores(strongest.prepared, length) for _, _, strongest in self._found]
+            visitors = [TokenScores(strongest.prepared, length, fixed) for _, _, strongest in self._found]
             visit(self._gradients, group, visitors, everywhere=True)
             for (_, places, _), visitor in zip(self._found, visitors, strict=True):
                 for index, found in visitor.found.items() if visitor.told else ():
@@ -265,6 +266,15 @@ class QuerySearch:
                 shown = sum(part for _, part in told[:_MOST_TOKENS])
                 made["tokens_rest"][row] = rest + sum(parts) - shown
         return made
+
+    def _same_in_all(self, lengths: Mapping[int, Sequence[int]]) -> set[tuple[str, int, int]]:
+        """Return positions that the shortest text and the longest have alike: those are no tokens."""
+        found = []
+        for length in {min(lengths), max(lengths)} if len(lengths) > 1 else ():
+            visitor = TokenScores(self._found[0][2].prepared, length)
+            visit(self._gradients, lengths[length][:1], [visitor], everywhere=True)
+            found.append(visitor.positions)
+        return set.intersection(*found) if found else set()
 
     def _choose(self) -> None:
         """Choose the queries, the worst first."""

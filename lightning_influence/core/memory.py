@@ -45,12 +45,12 @@ def readable(size: float) -> str:
 
 def _left_on(device: torch.device) -> int | None:
     """Return what an accelerator has left."""
-    backend = torch.get_device_module(device)
     try:
+        backend = torch.get_device_module(device)
         free: int = backend.mem_get_info(device)[0]
         # What the allocator has cached is free, too: the driver does not know.
         return free + int(backend.memory_reserved(device) - backend.memory_allocated(device))
-    except (AttributeError, NotImplementedError, RuntimeError):  # MPS has no such functions, some XPUs no answer
+    except (AttributeError, RuntimeError):  # MPS has no such functions, some XPUs no answer
         _say_unknown(device.type)
         return None
 

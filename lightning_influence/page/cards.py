@@ -40,8 +40,8 @@ def _examples(report: AuditReport) -> Card:
 
 
 def _candidates(report: AuditReport) -> Card:
-    if "suspicion" not in report.columns:
-        return  # of a run that was interrupted, or is not over
+    if report.status != "complete" or "suspicion" not in report.columns:
+        return  # there are none as long as a run is not over
     count, note = len(report.candidates), ""
     if report.manifest.get("labels") and "label" in report.columns:
         advised = report.advice()

@@ -10,6 +10,7 @@ Index legend: ``q`` queries, ``n`` training examples, ``s`` positions.
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 
 from torch import Tensor
 
@@ -29,15 +30,19 @@ class TokenScores(Visitor):
         prepared: The queries.
         length: Number of tokens of each example. A layer with as many positions is taken to have one for each, in
             their order.
+        fixed: Rows of layers that have as many by chance, see ``positions``.
 
     Attributes:
+        positions: Layers, which of their kinds of rows, and how many positions these have: that tell of tokens only if
+            texts of other lengths have other numbers.
         found: Index of a training example to its scores by token, and what is no token's, ``[q, length + 1]``; NaN
             without a finite gradient.
         told: Whether any layer had a position for each token.
     """
 
-    def __init__(self, prepared: PreparedQueries, length: int) -> None:
-        self._prepared, self._length = prepared, length
+    def __init__(self, prepared: PreparedQueries, length: int, fixed: Set[tuple[str, int, int]] = frozenset()) -> None:
+        self._prepared, self._length, self._fixed = prepared, length, fixed
+        self.positions: set[tuple[str, int, int]] = set()
         self.found: dict[int, Tensor] = {}
         self.told = False
 
@@ -48,9 +53,10 @@ class TokenScores(Visitor):
 
     def add(self, io: LayerIO) -> None:
         """Add a layer's part, position by position."""
-        for part in self._prepared.by_position(io):
-            part = part.to(self._scores)
-            if part.shape[2] == self._length:
+        for kind, part in enumerate(self._prepared.by_position(io)):
+            part, here = part.to(self._scores), (io.name, kind, part.shape[2])
+            self.positions.add(here)
+            if part.shape[2] == self._length and here not in self._fixed:
                 self._scores[..., :-1] += part.flip(2) if _BACKWARDS.search(io.name) else part
                 self.told = True
             else:

@@ -98,7 +98,9 @@ class TrainingDynamics:
         probabilities = statistics.get("probabilities")
         if probabilities is None:
             return dict(statistics)
-        found = {RIVAL: _rivals(probabilities, statistics["label"]), **statistics}
+        found = dict(statistics)
+        if RIVAL not in found:  # of a batch that has waited it is known
+            found[RIVAL] = _rivals(probabilities, statistics["label"])
         if self.size * probabilities.shape[1] > _PROBABILITY_BUDGET:
             self.left_out = (
                 f"no prob_margin and no support, and suggested is the final prediction: the mean probabilities of "

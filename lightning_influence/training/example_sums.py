@@ -125,12 +125,12 @@ def narrowed(column: Tensor) -> Tensor:
         low, high = (float(end) for end in column.aminmax())
         for dtype in (torch.int8, torch.int16, torch.int32):
             if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
-                narrow = column.to(dtype)
+                narrow = column.to(dtype, copy=True)
                 if torch.equal(narrow.to(column.dtype), column):
                     return narrow
                 break
-        if torch.equal((single := column.float()).to(column.dtype), column):
-            return single.clone()
+        if torch.equal((single := column.to(torch.float32, copy=True)).to(column.dtype), column):
+            return single
     return column.clone()
 
 

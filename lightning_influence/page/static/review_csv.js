@@ -19,6 +19,9 @@ const WRITTEN = [...ANSWERS, 'index', ...NUMBERS];
 /** @param {string} name Of a column, as people write it. */
 const plain = (name) => name.trim().toLowerCase().replaceAll(' ', '_');
 
+/** @param {string} name Of a class, without what keeps spreadsheets from running it. */
+const bare = (name) => name.trim().replace(/^'/, '').trim();
+
 /**
  * Write decisions as CSV: a label by its number and by its name, which may be another one's number.
  * @param {import('./audit.js').Audit} audit
@@ -66,7 +69,8 @@ export function fromCsv(audit, text) {
   /** @type {Map<string, Set<number>>} */
   const named = new Map(); // as they are written, and without regard to case
   for (const label of audit.classes) {
-    for (const name of [audit.label(label), audit.label(label).toLowerCase()]) {
+    const called = audit.label(label).trim(); // as cells are
+    for (const name of [called, called.toLowerCase(), bare(called), bare(called).toLowerCase()]) {
       named.set(name, (named.get(name) ?? new Set()).add(label));
     }
   }
@@ -107,7 +111,8 @@ function understood(audit, named, where, answer, [wanted, name], given) {
     return `the label of example ${index} is ${given} here and ${audit.given(row)} in the audit`;
   }
   if (decision !== 'relabel') return { index, decision: { decision: /** @type {any} */ (decision), label: null } };
-  const called = (/** @type {string} */ name) => named.get(name) ?? named.get(name.toLowerCase());
+  const called = (/** @type {string} */ name) =>
+    [name, name.toLowerCase(), bare(name), bare(name).toLowerCase()].map((each) => named.get(each)).find(Boolean);
   let meant = audit.classes; // by number or by name, as `apply_review` takes it
   if (wanted) meant = meant.filter((each) => each === Number(wanted) || called(wanted)?.has(each));
   if (name) meant = meant.filter((each) => called(name)?.has(each));
