@@ -99,7 +99,8 @@ def _woodbury(system: System, g: Tensor, tolerance: float, steps: int) -> Soluti
     worst = float(residual.max()) if len(residual) else 0.0
     if not worst <= tolerance:
         found = _cg(system, g, tolerance, steps, system.sampled)
-        return replace(found, about=f"and conjugate gradients to a relative residual of {float(found.residual.max()):.2g}")
+        reached = float(found.residual.max())
+        return replace(found, about=f"and conjugate gradients to a relative residual of {reached:.2g}")
     solved = torch.ones_like(g[:, 0], dtype=torch.bool)
     about = f"to a relative residual of {worst:.2g}, measured for {len(measured)} of {len(g)} systems"
     residuals = solved.to(residual.dtype) * worst
