@@ -144,7 +144,7 @@ def convolutional() -> None:
     each = (time.process_time() - start) / 4
     print(f"{product.flat.size:,} parameters; a product of {ASKED} vectors: {ASKED * each:.0f} s (from 4)", flush=True)
     found: dict[int, Tensor] = {}
-    for count in (8192, 4096):
+    for count in (8192, 4096, 2048, 1024):
         sampled._MOST, start = count, time.process_time()
         fitted = influence.fit("ggn", damping=damping, solver="woodbury")
         found[count] = fitted.pairs(asked).scores

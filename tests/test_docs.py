@@ -27,3 +27,16 @@ def test_snippets_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_block_that_is_marked_is_not_run() -> None:
     text = "```python\na\n```\n\n<!-- not run -->\n```python\nb\n```\n\n```bash\nc\n```\n```python\nd\n```\n"
     assert [block.strip() for block in blocks(text)] == ["a", "d"]
+
+
+ROOT = DOCS.parent
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_to_what_is_there(page: Path) -> None:
+    targets = [first or second for first, second in LINK.findall(page.read_text())]
+    inside = [target for target in targets if not re.match(r"[a-z]+:", target)]
+    missing = [target for target in inside if not (page.parent / target.partition("#")[0]).exists()]
+    assert not missing

@@ -24,9 +24,9 @@ from lightning_influence.curvature import (
     fit,
 )
 from lightning_influence.curvature.fit import check_curvature
-from lightning_influence.curvature.implicit import mean_eigenvalues
+from lightning_influence.curvature.implicit import ImplicitCurvature, mean_eigenvalues
 from lightning_influence.curvature.registry import fitted_bytes
-from lightning_influence.curvature.sampled import _chances
+from lightning_influence.curvature.sampled import _chances, sampled_inverse
 from lightning_influence.curvature.solve.cg import cg
 from lightning_influence.curvature.solve.nystrom import nystrom_preconditioner
 from lightning_influence.curvature.solve.solvers import SOLVERS
@@ -149,6 +149,15 @@ def test_iterative_solvers_agree_with_the_dense_one(solver: Any, monkeypatch: py
     assert float(F.cosine_similarity(plain.flatten(), problem.expected("ggn", 0.05).flatten(), dim=0)) < 0.97
 
 
+def test_no_process_takes_a_dense_matrix_that_another_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "lightning_influence.core.distributed.gather_objects", lambda own: [own, ("nystrom", ["no room"])]
+    )
+    curvature = Problem().fit("ggn", 0.05)
+    assert isinstance(curvature, ImplicitCurvature)
+    assert "no room" in curvature.notes
+
+
 @pytest.mark.parametrize("solver", ["cg", "nystrom", "pcg", "lissa", "woodbury"])
 def test_self_influence_without_a_dense_matrix_is_that_of_the_blocks(solver: Any) -> None:
     problem = Problem()
@@ -188,6 +197,7 @@ class TestWoodbury:
             pairs = pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, range(N)).scores
             torch.testing.assert_close(pairs, problem.expected("ggn", 1e-3), rtol=1e-2, atol=1e-2)
             steps[solver] = curvature.solves[0].steps.double().mean()
+        assert "woodbury and conjugate gradients to a relative residual of" in curvature.notes[-1]
         assert 0 < steps["woodbury"] < steps["cg"]
         monkeypatch.setitem(SOLVERS, "woodbury", replace(SOLVERS["woodbury"], tolerance=10.0))
         monkeypatch.setattr("lightning_influence.curvature.implicit._ACCEPTED", 10.0)
@@ -206,6 +216,32 @@ class TestWoodbury:
         ratios = (chances / lengths)[unsure]
         assert len(ratios) < 2 or float(ratios.max() / ratios.min()) == pytest.approx(1)
         assert not chances.flatten()[-4:].any()
+
+    def test_a_damping_that_rounding_loses_is_refused_in_words(self) -> None:
+        """LAPACK's own error would pass by those who go on without the scores of queries."""
+        problem = Problem(dtype=torch.float32)
+        problem.inputs.mul_(30)
+        curvature = problem.fit("ggn", 1e-12, solver="woodbury")
+        with pytest.raises(SolverError, match=r"woodbury: .* within the rounding of torch.float32: .*Raise `damping`"):
+            pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, range(N))
+
+    def test_processes_take_as_many_gradients_as_the_smallest_has_room_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        problem = Problem()
+        coordinates = BlockCoordinates(problem.gradients.coverage.blocks)
+        damping = torch.full((coordinates.size,), 0.05, dtype=torch.float64)
+        monkeypatch.setattr(
+            "lightning_influence.core.distributed.gather_objects",
+            lambda own: [own, 4 * 5 * 8 * coordinates.size],  # a quarter of which is taken
+        )
+        counted: list[int] = []
+        monkeypatch.setattr(
+            "lightning_influence.curvature.sampled._chances",
+            lambda lengths, count: (counted.append(count), _chances(lengths, count))[1],
+        )
+        sampled_inverse(problem.gradients, range(N), coordinates, damping)
+        assert counted == [5]
 
     def test_the_hessian_is_no_sum_of_squares(self) -> None:
         with pytest.raises(ValueError, match='solver="woodbury" needs a curvature without negative eigenvalues'):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_influence.audit.relabel import LabelError, Relabelled, find_label
 from lightning_influence.audit.update import ParameterUpdate
-from lightning_influence.core import memory
+from lightning_influence.core import distributed, memory
 from lightning_influence.core.indices import Indices, distinct
 from lightning_influence.core.precision import exact
 from lightning_influence.core.weights import checksum
@@ -176,7 +176,7 @@ class Unlearner:
             for batch in batches:
                 draws = batch.loss.exact_draws() or 0
                 needed = 4 * 8 * len(removed) * draws * coordinates.size
-                if not memory.fits(needed, self.gradients.device):
+                if distributed.any_process(not memory.fits(needed, self.gradients.device)):
                     raise ValueError(
                         f"the leverage of {len(removed)} examples with {draws} outcomes each takes "
                         f"{memory.readable(needed)}; remove fewer at a time, or use `leverage=False`."

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from lightning_influence.core import distributed
 from lightning_influence.core.precision import wide, working_dtype
 from lightning_influence.core.weights import checksum
 from lightning_influence.curvature.blocks.block import RELATIVE_DAMPING, CurvatureBlock, Measure, sum_passes
@@ -178,7 +179,9 @@ def _fit_full(
     assert make is not None
     subset = random_subset(indices, len(indices) if examples.products is None else examples.products, 0)
     product = make(gradients, subset, parameters=coordinates.parameters)
-    chosen, notes = choose_solver(solver, coordinates.size, product.flat.device, semidefinite=product.semidefinite)
+    found = choose_solver(solver, coordinates.size, product.flat.device, semidefinite=product.semidefinite)
+    # Where it does not fit on one process, all take the other: solvers do not meet at the same collectives.
+    chosen, notes = max(distributed.gather_objects(found), key=lambda each: each[0] != "dense")
     matrix = dense_matrix(product, gradients, subset, coordinates) if chosen == "dense" else None
     if dampings is None:
         if matrix is None:

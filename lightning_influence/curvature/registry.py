@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_influence.core import distributed
 from lightning_influence.core.memory import available_bytes, readable
 from lightning_influence.curvature.blocks.block import CurvatureBlock
 from lightning_influence.curvature.blocks.block_ggn import BlockGGN
@@ -81,14 +82,14 @@ def check_memory(name: str, blocks: Mapping[str, ParameterBlock]) -> None:
     device = next((p.device for block in blocks.values() for p in block.parameters.values()), None)
     available = None if device is None else available_bytes(device)
     needed = fitted_bytes(name, blocks)
-    if available is None or needed <= available:
+    if not distributed.any_process(available is not None and needed > available):
         return
     kept, working = _bytes(name, blocks)
     sizes = {layer: kept[layer] + working[layer] for layer in blocks}
     by_size = sorted(blocks, key=lambda layer: -sizes[layer])
     largest = ", ".join(f"{layer} ({readable(sizes[layer])})" for layer in by_size[:3])
     raise ValueError(
-        f"curvature={name!r} needs {readable(needed)} for {len(blocks)} layers, and {readable(available)} are "
+        f"curvature={name!r} needs {readable(needed)} for {len(blocks)} layers, and {readable(available or 0)} are "
         f'available on {device}; the largest: {largest}. Use `curvature="diagonal"` (in the place of "block_ggn" also '
         '"ekfac"), or leave layers out by `layers=`.'
     )

@@ -18,9 +18,11 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
+from lightning_influence.core import distributed
 from lightning_influence.core.memory import available_bytes
 from lightning_influence.core.precision import wide
 from lightning_influence.curvature.coordinates import BlockCoordinates
+from lightning_influence.curvature.solve.solution import SolverError
 from lightning_influence.curvature.solve.spectrum import Matvec
 from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import ExampleGradients, Labels
@@ -44,9 +46,13 @@ def sampled_inverse(
         indices: Examples ``N`` that the GGN is the mean over.
         coordinates: The blocks.
         damping: ``[p]``, positive.
+
+    Raises:
+        SolverError: If the damping is lost in the rounding of the gradients' products.
     """
     labels, lengths, where = _squared_norms(gradients, indices)
-    room = (available_bytes(damping.device) or 2**33) * _SHARE / (len(damping) * damping.element_size())
+    available = min(distributed.gather_objects(available_bytes(damping.device) or 2**33))
+    room = available * _SHARE / (len(damping) * damping.element_size())
     chances = _chances(lengths, max(1, min(_MOST, int(room))))
     generator = torch.Generator().manual_seed(0)  # the same on every process
     taken = torch.rand(chances.shape, generator=generator, dtype=torch.float64) < chances
@@ -122,7 +128,13 @@ def _woodbury(rows: Tensor, damping: Tensor) -> Matvec:
     rows *= roots
     small = wide(rows @ rows.T)
     small.diagonal().add_(1)
-    factor = torch.linalg.cholesky(small)
+    factor, failed = torch.linalg.cholesky_ex(small)
+    if int(failed):
+        raise SolverError(
+            f"woodbury: the GGN is not positive definite within the rounding of {rows.dtype}: the damping (least: "
+            f"{float(damping.min()):.3g}) is too small for it. Raise `damping`, compute in float64, or take another "
+            "`solver`."
+        )
 
     def inverse(v: Tensor) -> Tensor:
         scaled = v * roots

@@ -77,7 +77,10 @@ def cg(
 
     def why(kind: int, _: float, residual: float, steps: int) -> str:
         if kind == _PRECONDITIONER:
-            return "preconditioner: it is not positive definite; pass the inverse of a damped positive curvature."
+            return (
+                f"preconditioner: it is not positive definite, perhaps within rounding only; raise `damping`, now "
+                f'{damping:.3g}, compute in float64, or leave it out (`solver="cg"`).'
+            )
         if kind == _EXHAUSTED:
             return (
                 f"not converged: the relative residual is {residual:.2g} after {steps} steps; take more "

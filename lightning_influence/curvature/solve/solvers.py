@@ -6,7 +6,7 @@ A solver of one's own is a function ``(system, g, tolerance, steps) -> Solution`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -98,7 +98,9 @@ def _woodbury(system: System, g: Tensor, tolerance: float, steps: int) -> Soluti
     residual = row_norms(run.b - run(system.sampled(run.b)))
     worst = float(residual.max()) if len(residual) else 0.0
     if not worst <= tolerance:
-        return _cg(system, g, tolerance, steps, system.sampled)
+        found = _cg(system, g, tolerance, steps, system.sampled)
+        reached = float(found.residual.max())
+        return replace(found, about=f"and conjugate gradients to a relative residual of {reached:.2g}")
     solved = torch.ones_like(g[:, 0], dtype=torch.bool)
     about = f"to a relative residual of {worst:.2g}, measured for {len(measured)} of {len(g)} systems"
     residuals = solved.to(residual.dtype) * worst
