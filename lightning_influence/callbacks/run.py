@@ -22,9 +22,11 @@ from lightning_influence.callbacks.listening import BatchListener
 from lightning_influence.callbacks.loaders import LoaderName, train_loader
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
+from lightning_influence.callbacks.sharded import refuse_later
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
+from lightning_influence.core.sharding import is_split, whole
 from lightning_influence.data.source import ExampleSource, same_data
 from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Coverage, listed
@@ -201,7 +203,7 @@ class AuditRun:
     def finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         """Fit the curvature and score every example, at the weights that are asked for; None if there is nothing."""
         self.reporter.write_partial(trainer, self.recording, "recording")
-        with bridge.at_epoch(trainer, trainer.current_epoch - 1):
+        with bridge.at_epoch(trainer, trainer.current_epoch - 1), whole(module):
             alone = self.arguments.weights != "last" and (self.passes.any_time or self.flight is not None)
             tracin = self.arguments.tracin if alone else None
             if tracin is not None and self.recording.step_sizes.steps and not bridge.is_dry_run(trainer):
@@ -254,6 +256,8 @@ class AuditRun:
         self.make_influence = lambda: Influence.of(
             later, inspection, of.tolist(), history=history, labels=_known(of, labels)
         )
+        if is_split(module):
+            self.make_influence = refuse_later
         if self.queries is not None:
             with bridge.aside(trainer):
                 columns |= self.queries.find(columns, result.seconds, self.reporter.names)

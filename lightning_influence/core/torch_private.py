@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "eagerly",
     "event_writer",
     "filled_rows",
+    "fsdp_modules",
     "has_hooks",
     "is_compiled",
     "is_packed",
@@ -29,11 +31,14 @@ __all__ = [
     "meets_compiled",
     "packed_rows",
     "saved",
+    "set_parameter",
     "set_version",
     "shape_of",
+    "shard_of",
     "version",
     "versions",
     "visible_attention",
+    "without_fsdp",
 ]
 
 # The function, with a `has_torch_function` of its own that says no: the calls that it makes can be watched.
@@ -173,3 +178,51 @@ class meets_compiled(AbstractContextManager["meets_compiled"]):
 
 def _may_compile() -> bool:
     return "torch._dynamo" in sys.modules
+
+
+def shard_of(tensor: Tensor) -> Tensor | None:
+    """Return the part of a ``DTensor`` that this process holds; None of what is none."""
+    # Asked of every parameter: its package, which takes long to import, is there where there are such tensors.
+    known = sys.modules.get("torch.distributed.tensor")
+    return tensor._local_tensor if known is not None and isinstance(tensor, known.DTensor) else None
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of another, without the checks that its kind would not pass."""
+    if type(module).__setattr__ is nn.Module.__setattr__:
+        module._parameters[name] = parameter
+    else:  # recurrent layers hold them twice
+        setattr(module, name, parameter)
+
+
+def fsdp_modules(module: nn.Module) -> list[Any]:
+    """Return the modules that ``fully_shard`` was called with."""
+    return [part for part in module.modules() if hasattr(type(part), "_get_fsdp_state")]
+
+
+@contextmanager
+def without_fsdp(module: nn.Module) -> Iterator[None]:
+    """Leave out what ``fully_shard`` does before and after a module's forward, within a ``with`` block."""
+    parts = fsdp_modules(module)
+    for part in parts:
+        part.reshard()  # the outermost one stays gathered after an evaluation
+    tables = [(vars(part), name) for part in parts for name in ("_forward_pre_hooks", "_forward_hooks")]
+    before = [own[name] for own, name in tables]
+    states = {id(state): state for state in (part._get_fsdp_state() for part in parts)}.values()
+    try:
+        for own, name in tables:
+            own[name] = OrderedDict((key, hook) for key, hook in own[name].items() if not _is_fsdp(hook))
+        for state in states:  # of methods that are registered as forward ones
+            state._pre_forward = lambda module, args, kwargs: (args, kwargs)
+            state._post_forward = lambda module, args, output: output
+        yield
+    finally:
+        for (own, name), table in zip(tables, before, strict=True):
+            own[name] = table
+        for state in states:
+            vars(state).pop("_pre_forward", None)
+            vars(state).pop("_post_forward", None)
+
+
+def _is_fsdp(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
