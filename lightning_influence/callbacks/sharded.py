@@ -24,8 +24,8 @@ def check_split(strategy: Any) -> None:
     if is_a(strategy, "FSDPStrategy"):
         raise MisconfigurationException(
             "InfluenceAudit does not support FSDPStrategy, which makes the parameters of layers anew in every pass. "
-            "Train with FSDP2, `ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)` and `fully_shard` in "
-            f"`configure_model`, or {AFTERWARDS}."
+            "Train with FSDP2, `ModelParallelStrategy(tensor_parallel_size=1, data_parallel_size=...)` and "
+            f"`fully_shard` in `configure_model`, or {AFTERWARDS}."
         )
     mesh = strategy.device_mesh
     parallel = mesh["tensor_parallel"].size() if "tensor_parallel" in (mesh.mesh_dim_names or ()) else 1

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_influence.core import distributed
 from lightning_influence.core.memory import is_out_of_memory, readable
-from lightning_influence.core.torch_private import fsdp_modules, set_parameter, shard_of, without_fsdp
+from lightning_influence.core.torch_private import fsdp_modules, other_parameters, shard_of, without_fsdp
 from lightning_influence.core.weights import checksum, parameters_of, swapped
 
 # Shard to the parameter that stands for it in passes: the same one each time, as what is known of it goes by identity.
@@ -99,18 +99,13 @@ def _gathered_parameters(module: nn.Module) -> Iterator[None]:
                 _whole[shard] = nn.Parameter(everything, requires_grad=False)
             _whole[shard].data = everything
             _whole[shard].requires_grad = shard.requires_grad
-        for part, name, shard in places:
-            set_parameter(part, name, _whole[shard])
-        yield
+        with other_parameters((part, name, _whole[shard]) for part, name, shard in places):
+            yield
     finally:
-        for part, name, shard in places:
-            set_parameter(part, name, shard)
-        for shard in shards:
-            if shard in _whole:
-                # The shape stays, without memory; a pass outside would get nothing that looks like a number.
-                kept = _whole[shard]
-                nothing = torch.nan if kept.is_floating_point() else 0
-                kept.data = torch.full((), nothing, dtype=kept.dtype, device=kept.device).expand(kept.shape)
+        for kept in (_whole[shard] for shard in shards if shard in _whole):
+            # The shape stays, without memory; a pass outside would get nothing that looks like a number.
+            nothing = torch.nan if kept.is_floating_point() else 0
+            kept.data = torch.full((), nothing, dtype=kept.dtype, device=kept.device).expand(kept.shape)
 
 
 def _gathered_or_refused(shard: Tensor, shards: list[nn.Parameter]) -> Tensor:

@@ -29,9 +29,9 @@ __all__ = [
     "is_view",
     "leave_mode",
     "meets_compiled",
+    "other_parameters",
     "packed_rows",
     "saved",
-    "set_parameter",
     "set_version",
     "shape_of",
     "shard_of",
@@ -187,12 +187,24 @@ def shard_of(tensor: Tensor) -> Tensor | None:
     return tensor._local_tensor if known is not None and isinstance(tensor, known.DTensor) else None
 
 
-def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter in the place of another, without the checks that its kind would not pass."""
-    if type(module).__setattr__ is nn.Module.__setattr__:
-        module._parameters[name] = parameter
-    else:  # recurrent layers hold them twice
-        setattr(module, name, parameter)
+@contextmanager
+def other_parameters(places: Iterable[tuple[nn.Module, str, nn.Parameter]]) -> Iterator[None]:
+    """Let modules hold other parameters within a ``with`` block, of whatever kind they are."""
+    places = list(places)
+    before = [module._parameters[name] for module, name, _ in places]
+    recurrent = {id(module): module for module, _, _ in places if isinstance(module, nn.RNNBase)}.values()
+    lists = [{name: vars(module)[name] for name in ("_flat_weights", "_flat_weight_refs")} for module in recurrent]
+    try:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+        for module in recurrent:  # they hold them twice
+            module._init_flat_weights()
+        yield
+    finally:
+        for (module, name, _), own in zip(places, before, strict=True):
+            module._parameters[name] = own
+        for module, kept in zip(recurrent, lists, strict=True):
+            vars(module).update(kept)
 
 
 def fsdp_modules(module: nn.Module) -> list[Any]:
