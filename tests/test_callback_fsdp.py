@@ -336,7 +336,12 @@ def test_a_split_model_has_the_audit_of_the_whole_one(name: str, two_processes: 
     assert there.candidates.tolist() == here.candidates.tolist()
     assert (there.pairs is None) == (here.pairs is None) == ("queries" not in scenario.audit)
     if there.pairs is not None and here.pairs is not None:
-        assert there.pairs["train_index"].tolist() == here.pairs["train_index"].tolist()
+        assert set(there.pairs) == set(here.pairs)
+        for column, values in here.pairs.items():
+            if values.dtype.kind == "f":
+                np.testing.assert_allclose(there.pairs[column], values, rtol=1e-6, err_msg=column)
+            else:
+                assert there.pairs[column].tolist() == values.tolist(), column
 
 
 @pytest.mark.slow

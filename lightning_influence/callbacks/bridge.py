@@ -31,6 +31,7 @@ from lightning_influence.callbacks.sharded import check_split
 from lightning_influence.core import distributed
 from lightning_influence.core.containers import leaves
 from lightning_influence.core.isolation import kept
+from lightning_influence.core.meeting import together
 from lightning_influence.core.origin import is_lightnings, is_users
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.core.reachable import Found, shallow
@@ -268,11 +269,9 @@ def validation_queries(trainer: Trainer, gradients: ExampleGradients) -> list[tu
     loaders: Any = [] if trainer.val_dataloaders is None else [loader for _, loader in leaves(trainer.val_dataloaders)]
     for loader, batches in zip(loaders, trainer.num_val_batches, strict=False):
         try:
-            source, drawn = query_examples(loader, int(batches) if math.isfinite(batches) else None)
-        # A data set may raise anything once its files are gone; other processes would wait for one that goes on alone.
-        except Exception as error:
-            if not isinstance(error, DataError) and distributed.world_size() > 1:
-                raise
+            with together():
+                source, drawn = query_examples(loader, int(batches) if math.isfinite(batches) else None)
+        except Exception as error:  # a data set may raise anything once its files are gone
             rank_zero_warn(f"validation data are left out of the influence audit (no harm column): {error!r}")
             continue
         if not isinstance(source, StreamSource) and batches < length_of(loader):

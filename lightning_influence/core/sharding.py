@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_influence.core import distributed
+from lightning_influence.core.meeting import meet
 from lightning_influence.core.memory import is_out_of_memory, readable
 from lightning_influence.core.torch_private import fsdp_modules, other_parameters, shard_of, without_fsdp
 from lightning_influence.core.weights import checksum, parameters_of, swapped
@@ -31,7 +32,10 @@ def gathered(tensor: Tensor) -> Tensor:
     shard = shard_of(tensor)
     if shard is None:
         return tensor
-    everything: Tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+    device = torch.device(tensor.device_mesh.device_type)  # type: ignore[attr-defined]
+    torch.empty(2 * tensor.numel(), dtype=tensor.dtype, device=device)  # fails before the others wait for this one
+    meet("gathered", [tuple(tensor.shape), tensor.dtype])
+    everything: Tensor = tensor.detach().to(device).full_tensor()  # type: ignore[attr-defined]
     same = everything.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr()
     return everything.clone() if same else everything  # what each process holds whole is no copy
 
