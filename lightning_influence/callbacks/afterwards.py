@@ -18,6 +18,7 @@ from lightning_influence.callbacks.lightning import (
     rank_zero_warn,
 )
 from lightning_influence.callbacks.past_run import PastRun, RunFiles
+from lightning_influence.callbacks.sharded import check_afterwards
 from lightning_influence.core import distributed
 from lightning_influence.core.errors import short
 
@@ -105,6 +106,8 @@ class Afterwards(RunHooks):
                 "InfluenceAudit.audit: queries have no lists by replay, which asks a training that was recorded, and "
                 "nothing is trained here; `report.replay` asks that of a report whose training was."
             )
+        if trainer is not None:
+            check_afterwards(trainer)
         if ckpt_path is None and not ckpt_paths and trainer is not None and self.arguments.weights == "best":
             ckpt_path = "best"
         files = RunFiles.of(model, trainer, ckpt_path, ckpt_paths)

@@ -347,7 +347,7 @@ def run_directory(trainer: Trainer) -> str:
         logger = trainer.loggers[0]
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         folder = [logger.save_dir or trainer.default_root_dir, str(logger.name), version]
-    return str(trainer.strategy.broadcast(os.path.join(*folder)))
+    return distributed.from_first(lambda: os.path.join(*folder))
 
 
 def open_store(trainer: Trainer, dirpath: str | os.PathLike[str] | None) -> AuditStore | None:

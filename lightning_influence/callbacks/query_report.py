@@ -19,6 +19,7 @@ from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.lightning import MisconfigurationException, Trainer, rank_zero_warn
 from lightning_influence.core import distributed
 from lightning_influence.core.errors import short
+from lightning_influence.core.meeting import together
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.curvature import Curvature, SolverError
 from lightning_influence.data.source import DataError
@@ -219,13 +220,12 @@ class QueryReport:
     @contextmanager
     def _or_give_up(self) -> Iterator[None]:
         try:
-            yield
+            with together():
+                yield
         except (QueryError, MeasurementError, SolverError) as error:
             self._give_up(str(error))
         # The scores of the training examples do not depend on it: no data set that raises may cost them.
         except Exception as error:
-            if distributed.world_size() > 1:
-                raise
             self._give_up(f"{type(error).__name__}: {error}")
 
     def _give_up(self, reason: str) -> None:
