@@ -22,7 +22,7 @@ from lightning_influence.callbacks.chosen_weights import Weights, check_weights
 from lightning_influence.callbacks.exact_harm import with_exact_harm
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, overrides, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.query_report import checked_queries
-from lightning_influence.callbacks.resuming import as_at_the_end_of_training, restore
+from lightning_influence.callbacks.resuming import as_at_the_end_of_training, restore, warn_of_other_labels
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.core.meeting import together
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
@@ -217,6 +217,8 @@ class InfluenceAudit(Afterwards):
             restore(self._recording, restored, trainer)
             self._run = begun(self.arguments, trainer, module, source, self._recording)
             self._run.take_over(trainer)
+            if restored is not None:
+                warn_of_other_labels(self._run, trainer, module)
         if not trainer.global_step:
             self._run.look(trainer, module)
         self._before = None, None, None

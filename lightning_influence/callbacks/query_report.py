@@ -151,11 +151,12 @@ class QueryReport:
         if self.pairs is None or self._search is None:
             return
         try:
-            texts = names.tokens(np.unique(self.pairs.table["index"]).tolist())
+            texts = names.tokens(np.unique(self.pairs.table["index"]).tolist(), self._search.source)
             told = self._search.tokens(self.pairs.table, texts)
             self.pairs = replace(self.pairs, table=self.pairs.table | told)
-            if texts and not told:
-                self.notes.append("pairs are not told by token: no layer has a position for each")
+            if not told and names.tokenized:
+                why = "no layer has a position for each" if texts else "examples hold no sequence of integers to decode"
+                self.notes.append(f"pairs are not told by token: {why}")
         except Exception as error:  # the pairs are there without
             self.notes.append(f"pairs are not told by token: {type(error).__name__}: {error}")
 

@@ -22,10 +22,12 @@ from lightning_influence.callbacks.listening import BatchListener
 from lightning_influence.callbacks.loaders import LoaderName, train_loader
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
+from lightning_influence.callbacks.sharded import refuse_later
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
 from lightning_influence.core.meeting import together
+from lightning_influence.core.sharding import is_split, whole
 from lightning_influence.data.source import ExampleSource, same_data
 from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Coverage, listed
@@ -121,13 +123,14 @@ class AuditRun:
     def look(self, trainer: Trainer, module: LightningModule) -> None:
         """Look at the features of all examples, forward only, as long as their labels are not learnt by heart."""
         evidence = self.recording.labels.evidence
-        with _tolerated(self.recording, trainer), bridge.aside(trainer):
+        with _tolerated(self.recording, trainer):
             indices = self._indices(trainer, last=False)  # of a limited run, none before its first batch
             if not indices or bridge.is_dry_run(trainer) or not self.passes.any_time:
                 return
             if distributed.from_first(lambda: evidence.complete):
                 return
-            seen = look_at_labels(self.passes.gradients(trainer, module), indices)
+            with bridge.aside(trainer):
+                seen = look_at_labels(self.passes.gradients(trainer, module), indices)
             evidence.close() if seen is None else self.recording.add_snapshot(seen)
 
     # --------------------------------------------------------------- an epoch
@@ -203,7 +206,7 @@ class AuditRun:
     def finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         """Fit the curvature and score every example, at the weights that are asked for; None if there is nothing."""
         self.reporter.write_partial(trainer, self.recording, "recording")
-        with bridge.at_epoch(trainer, trainer.current_epoch - 1):
+        with bridge.at_epoch(trainer, trainer.current_epoch - 1), whole(module):
             alone = self.arguments.weights != "last" and (self.passes.any_time or self.flight is not None)
             tracin = self.arguments.tracin if alone else None
             if tracin is not None and self.recording.step_sizes.steps and not bridge.is_dry_run(trainer):
@@ -260,6 +263,8 @@ class AuditRun:
         self.make_influence = lambda: Influence.of(
             later, inspection, of.tolist(), history=history, labels=_known(of, labels)
         )
+        if is_split(module):
+            self.make_influence = refuse_later
         if self.queries is not None:
             with bridge.aside(trainer):
                 columns |= self.queries.find(columns, result.seconds, self.reporter.names)
