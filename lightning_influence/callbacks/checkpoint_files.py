@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, callbacks_of, is_a, of_package
+from lightning_influence.callbacks.sharded import of_deepspeed
 from lightning_influence.core.errors import short
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.torch_private import eager_name
@@ -54,6 +55,11 @@ class TrainerCheckpoint:
         Raises:
             CheckpointFileError: If there is none, or it is no checkpoint.
         """
+        if _is_of_deepspeed(path):
+            raise CheckpointFileError(
+                f"{path} is a checkpoint of DeepSpeed, of which each process has written a part. "
+                f"P{of_deepspeed(module, path)[1:]}, and pass {path}/whole.ckpt."
+            )
         try:
             content = of_package(module, "core.saving", "pl_load")(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
@@ -205,11 +211,17 @@ def found(ckpt_path: StrPath | None, trainer: Trainer | None) -> str | None:
     path = os.path.expanduser(os.fspath(ckpt_path))
     if not os.path.isdir(path):
         return path
+    if _is_of_deepspeed(path):
+        return path
     files = sorted(file for pattern in ("*.ckpt", "checkpoints/*.ckpt") for file in Path(path).glob(pattern))
     if len(files) == 1:
         return str(files[0])
     held = f"holds {listed([str(file.relative_to(path)) for file in files], 8)}" if files else "holds no *.ckpt"
     raise CheckpointFileError(f"{path} {held}; pass the path of one checkpoint.")
+
+
+def _is_of_deepspeed(path: str) -> bool:
+    return os.path.isdir(path) and any(Path(path).glob("*/*model_states.pt"))
 
 
 def _of_trainer(which: str, trainer: Trainer | None) -> str:
