@@ -53,6 +53,7 @@ MAY_WATCH_FUNCTIONS = {
     "gradients.calibration",
     "objective.tap",
     "scores.along.dropout_masks",
+    "replay.detached",
     "replay.differentiable_calls",
 }
 
