@@ -12,13 +12,13 @@ Index legend: ``n`` examples, ``q`` queries, ``d`` kept coordinates, ``k, o, i``
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lightning_influence.core.random_streams import OwnStreams
 from lightning_influence.curvature.blocks.block import Eigenbasis, Shape
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.gradients.capture import LayerIO
@@ -27,6 +27,7 @@ from lightning_influence.layers.rows import Joined, OneHot, Rows, rotate
 
 # Coordinates that the search may be made of.
 _LEADING = 4096
+_OVERSAMPLED = 16
 # Numbers of queries' gradients that are multiplied at a time.
 _CHUNK = 2**22
 
@@ -281,6 +282,16 @@ class Coder:
                 total[start : start + step] += part.T * lengths[:, 1 + number]
         return total
 
+    def scores_of_each(self, rows: Tensor, lengths: Tensor, queries: CodedQueries) -> Tensor:
+        """Return the same of each query with rows of its own, ``[q, c, width]`` and ``[q, c, parts]``: ``[q, c]``."""
+        d = self.layout.coordinates
+        total = (rows[..., :d] @ queries.kept.unsqueeze(2)).squeeze(2) * lengths[..., 0]
+        for number, (name, (x, g)) in enumerate(self.layout.sides(rows.flatten(0, 1)).items()):
+            x, g = (side.unflatten(0, rows.shape[:2]).transpose(1, 2) for side in (x, g))  # qkci, qkco
+            part = ((x @ queries.whole[name].mT) * g).sum((1, 3))
+            total += part * lengths[..., 1 + number]
+        return total
+
 
 class _Kept:
     """Some coordinates of a layer's gradients: only the outputs and inputs that they are made of are turned."""
@@ -333,14 +344,9 @@ def projection(sample: Tensor, size: int) -> Tensor:
 
     Rows count by the root of their length: neither do the longest decide alone, nor do all count the same.
     """
-    lengths = _length(sample)
-    scaled = (sample / lengths.sqrt().unsqueeze(1)).double()
-    few = scaled.shape[0] < scaled.shape[1]
-    values, vectors = torch.linalg.eigh(scaled @ scaled.T if few else scaled.T @ scaled)
-    rank = int((values > values[-1] * 1e-10).sum())
-    size = max(1, min(size, rank))
-    values, vectors = values[-size:].flip(0), vectors[:, -size:].flip(1)
-    if few:
-        vectors = scaled.T @ (vectors / values.clamp(min=math.ulp(0.0)).sqrt())
-    columns: Tensor = vectors.float().contiguous()
-    return columns
+    scaled = sample / _length(sample).sqrt().unsqueeze(1)
+    size = min(size, *sample.shape)
+    with OwnStreams():
+        _, _, columns = torch.svd_lowrank(scaled, min(size + _OVERSAMPLED, *sample.shape), niter=4)
+    found: Tensor = columns[:, :size].contiguous()
+    return found

@@ -17,6 +17,7 @@ import json
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +58,16 @@ class Shard:
     """
 
     examples: NDArray[Any]
-    rows: NDArray[Any]
-    lengths: NDArray[Any]
-    search: NDArray[Any]
+    rows: Tensor
+    lengths: Tensor
+    search: Tensor
+
+    @classmethod
+    def mapped(cls, *arrays: NDArray[Any]) -> Shard:
+        """Return it of mapped arrays, which are read when they are looked at; nobody writes to its tensors."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
+            return cls(arrays[0], *map(torch.from_numpy, arrays[1:]))
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -108,7 +116,7 @@ def read_shards(folder: Path, sizes: list[int]) -> list[Shard]:
             raise ExampleIndexError(f"{folder} can't be read: {error}. Make the index again.") from error
         if any(len(array) < size for array in arrays) or arrays[0].dtype != EXAMPLE:
             raise ExampleIndexError(f"{folder} lacks examples of process {rank}: make the index again.")
-        shards.append(Shard(*(array[:size] for array in arrays)))
+        shards.append(Shard.mapped(*(array[:size] for array in arrays)))
     return shards
 
 
@@ -181,8 +189,3 @@ class Folder:
         self._maps.clear()
         if distributed.rank() == 0:
             shutil.rmtree(self.path, ignore_errors=True)
-
-
-def as_tensor(array: NDArray[Any]) -> Tensor:
-    """Return part of a mapped array as float32, read from the disk now."""
-    return torch.from_numpy(np.array(array, dtype=np.float32))

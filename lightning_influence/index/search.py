@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from lightning_influence.index.coding import CodedQueries, Coder
-from lightning_influence.index.files import Shard, as_tensor
+from lightning_influence.index.files import Shard
 from lightning_influence.scores.products import inverse_length
 
 # Numbers of a part of an index that are in memory at a time, and scores of it with queries.
 _PART, _SCORES = 2**24, 2**24
-# Up to so many multiplications all examples are multiplied: a few seconds.
-_ALL = 2**35
+# Numbers of candidates that are multiplied at a time.
+_GATHERED = 2**20
+# Up to so many multiplications, and numbers read, all examples are multiplied: about a second.
+_ALL, _READ = 2**34, 2**28
 # The search proposes so many for each that is asked for, on either side.
-_PROPOSED, _FEWEST = 4, 32
+_PROPOSED, _FEWEST = 6, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,19 +67,20 @@ class Search:
             count: How many on either side.
             relative: Whether by scores over the root of self-influence.
             everything: Whether to multiply all rows, not the candidates of a search alone; by default where that takes
-                no longer than a few seconds.
+                about a second.
         """
         count = min(count, len(self))
         if everything is None:
-            everything = len(queries) * len(self) * self._multiplications(queries) <= _ALL
+            numbers = len(self) * self._shards[0].rows.shape[1]
+            everything = numbers <= _READ and len(queries) * len(self) * self._multiplications(queries) <= _ALL
         weights = self._weights(relative)
         if everything:
             best = Best(len(queries), count)
             for start, scores in self.all_scores(queries):
-                best.add(start, scores.mul_(weights[start : start + scores.shape[1]]))
+                places = torch.arange(start, start + scores.shape[1])
+                best.add(places, scores.mul_(weights[places]))
             return best.result(queries.finite)
-        places = self.candidates(queries, count, relative=relative)
-        return self._of_candidates(queries, places, count, weights).result(queries.finite)
+        return self._of_candidates(queries, self.candidates(queries, count, relative=relative), count, weights)
 
     def all_scores(self, queries: CodedQueries) -> Iterator[tuple[int, Tensor]]:
         """Yield the scores of all rows, part by part: place of the first, and ``[q, n]``."""
@@ -86,8 +89,7 @@ class Search:
         for first, shard in zip(self._starts, self._shards, strict=False):
             for start in range(0, len(shard), step):
                 part = slice(start, start + step)
-                rows, lengths = as_tensor(shard.rows[part]), as_tensor(shard.lengths[part])
-                yield int(first) + start, self._coder.scores(rows, lengths, queries)
+                yield int(first) + start, self._coder.scores(shard.rows[part].float(), shard.lengths[part], queries)
 
     def candidates(self, queries: CodedQueries, count: int, *, relative: bool) -> Tensor:
         """Return places of rows that may be among the strongest, ``[q, c]``, proponents, then opponents."""
@@ -98,30 +100,39 @@ class Search:
         step = max(1, _SCORES // max(1, len(queries)))
         for first, shard in zip(self._starts, self._shards, strict=False):
             for start in range(0, len(shard), step):
-                rows = as_tensor(shard.search[start : start + step])
-                place = int(first) + start
-                best.add(place, (vectors @ rows.T).mul_(weights[place : place + len(rows)]))
+                rows = shard.search[start : start + step].float()
+                places = torch.arange(int(first) + start, int(first) + start + len(rows))
+                best.add(places, (vectors @ rows.T).mul_(weights[places]), known=True)
         return torch.cat(list(best.result().rows), 1)
 
-    def _of_candidates(self, queries: CodedQueries, places: Tensor, count: int, weights: Tensor) -> Best:
+    def _of_candidates(self, queries: CodedQueries, places: Tensor, count: int, weights: Tensor) -> Found:
+        places = places.sort(1).values
+        asked = places.clamp(min=0)
+        step, parts = max(1, _GATHERED // (places.shape[1] * self._shards[0].rows.shape[1])), []
+        for start in range(0, len(queries), step):
+            some = slice(start, start + step)
+            parts.append(self._coder.scores_of_each(*self._rows(asked[some]), queries.some(some)))
+        scores = torch.cat(parts) * weights[asked]
+        again = torch.zeros_like(places, dtype=torch.bool)  # on both sides, where there are few
+        again[:, 1:] = places[:, 1:] == places[:, :-1]
+        scores.masked_fill_(again | (places < 0), torch.nan)
         best = Best(len(queries), count)
-        for number, own in enumerate(places):
-            own = own[own >= 0].unique()
-            rows, lengths = self._rows(own)
-            scores = self._coder.scores(rows, lengths, queries.some(slice(number, number + 1)))
-            best.put(number, own, scores[0] * weights[own])
-        return best
+        best.add(places, scores)
+        return best.result(queries.finite)
 
     def _rows(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Return some rows, by sorted places."""
-        found = places.numpy()
-        parts = []
+        """Return some rows, ``[q, c, width]``, and their lengths."""
+        flat = places.flatten()
+        rows = torch.empty(len(flat), self._shards[0].rows.shape[1])
+        lengths = torch.empty(len(flat), self._shards[0].lengths.shape[1])
         for first, last, shard in zip(self._starts, self._starts[1:], self._shards, strict=False):
-            own = found[(found >= first) & (found < last)] - first
-            if len(own):
-                parts.append((as_tensor(shard.rows[own]), as_tensor(shard.lengths[own])))
-        rows, lengths = zip(*parts, strict=True)
-        return torch.cat(rows), torch.cat(lengths)
+            own = ((flat >= first) & (flat < last)).nonzero().squeeze(1)
+            at = flat[own] - int(first)
+            if len(own) == len(flat):
+                rows, lengths = shard.rows.index_select(0, at).float(), shard.lengths.index_select(0, at)
+            else:
+                rows[own], lengths[own] = shard.rows.index_select(0, at).float(), shard.lengths.index_select(0, at)
+        return rows.unflatten(0, places.shape), lengths.unflatten(0, places.shape)
 
     def _weights(self, relative: bool) -> Tensor:
         """Return what to multiply scores with: NaN for examples whose gradient is not finite."""
@@ -145,28 +156,25 @@ class Best:
         self._scores = torch.full((2, queries, count), -torch.inf)
         self._rows = torch.full((2, queries, count), -1)
 
-    def add(self, start: int, scores: Tensor) -> None:
-        """Look at the scores ``[q, n]`` of rows from a place on."""
+    def add(self, places: Tensor, scores: Tensor, *, known: bool = False) -> None:
+        """Look at scores ``[q, n]`` of rows that are at places ``[q, n]``, or ``[n]`` for all queries.
+
+        A score of NaN is none; there is no such if all are ``known``.
+        """
         count = min(self._count, scores.shape[1])
-        unknown = bool(scores[:1].isnan().any())
         for side, largest in enumerate((True, False)):
-            own = scores.masked_fill(scores.isnan(), -torch.inf if largest else torch.inf) if unknown else scores
-            values, places = own.topk(count, 1, largest=largest)
-            self._merge(side, slice(None), values if largest else -values, places + start)
+            none = -torch.inf if largest else torch.inf
+            own = scores if known else scores.nan_to_num(none, torch.inf, -torch.inf)
+            values, found = own.topk(count, 1, largest=largest)
+            rows = places[found] if places.ndim == 1 else places.gather(1, found)
+            self._merge(side, values if largest else -values, rows)
 
-    def put(self, query: int, places: Tensor, scores: Tensor) -> None:
-        """Look at the scores ``[c]`` of one query with some rows."""
-        known = ~scores.isnan()
-        for side, sign in enumerate((1, -1)):
-            own, rows = (sign * scores)[known][None], places[known][None]
-            self._merge(side, slice(query, query + 1), own, rows)
-
-    def _merge(self, side: int, queries: slice, values: Tensor, rows: Tensor) -> None:
-        both = torch.cat([self._scores[side, queries], values], 1)
-        every = torch.cat([self._rows[side, queries], rows], 1)
+    def _merge(self, side: int, values: Tensor, rows: Tensor) -> None:
+        both = torch.cat([self._scores[side], values], 1)
+        every = torch.cat([self._rows[side], rows], 1)
         kept, order = both.sort(dim=1, descending=True, stable=True)
-        self._scores[side, queries] = kept[:, : self._count]
-        self._rows[side, queries] = every.gather(1, order[:, : self._count])
+        self._scores[side] = kept[:, : self._count]
+        self._rows[side] = every.gather(1, order[:, : self._count])
 
     def result(self, finite: Tensor | None = None) -> Found:
         """Return them, none for queries without a finite gradient."""

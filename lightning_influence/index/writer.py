@@ -21,7 +21,7 @@ from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
 from lightning_influence.gradients.visitors import Visitor, visit
 from lightning_influence.index.coding import CodedQueries, Coder, Layout, projection
-from lightning_influence.index.files import DIGEST, EXAMPLE, Folder, Shard, as_tensor
+from lightning_influence.index.files import DIGEST, EXAMPLE, Folder, Shard
 from lightning_influence.index.search import Search
 from lightning_influence.index.settings import Index, check_indexed
 from lightning_influence.scores.examples import ExampleScorer
@@ -121,18 +121,19 @@ class IndexWriter(Visitor):
         sizes = distributed.gather_objects(self._done)
         if not sum(sizes):
             raise ValueError("no example was seen.")
-        examples, rows, lengths = (a[: self._done] for a in (self._examples, self._kept, self._lengths))
+        examples = self._examples[: self._done]
+        shard = Shard.mapped(examples, self._kept[: self._done], self._lengths[: self._done], np.zeros((0, 1)))
         hashed = self._settings.hashes and self._write_digests(examples)
-        columns = self._projection(rows, lengths, sum(sizes))
+        columns = self._projection(shard, sum(sizes))
         search = self._folder.array("search", (len(self._examples), columns.shape[1]), self._settings.precision)
         step = max(1, 2**24 // max(1, self.layout.width))
         for start in range(0, self._done, step):
             part = slice(start, min(start + step, self._done))
-            found = self.coder.searched(as_tensor(rows[part]), as_tensor(lengths[part])) @ columns
+            found = self.coder.searched(shard.rows[part].float(), shard.lengths[part]) @ columns
             length = found.norm(dim=1)
             examples["length"][part] = length.numpy()
             search[part] = (found / length.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).numpy()
-        shard = Shard(examples, rows, lengths, search[: self._done])
+        shard = Shard(examples, shard.rows, shard.lengths, torch.from_numpy(search[: self._done]))
         trust = distributed.gather_objects(self._trust(shard, columns) if self._done else None)[0]
         scale, coverage = self._gradients.scale, self._gradients.coverage
         about = {
@@ -154,7 +155,7 @@ class IndexWriter(Visitor):
             "prefix": self.layout.prefix,
             "scale": None if scale is None else [[*key, value] for key, value in scale.items()],
         }
-        del examples, rows, lengths, search, shard
+        del examples, search, shard
         self._examples = self._kept = self._lengths = np.zeros(0)
         self._folder.complete(about | inside, {**self.layout.tensors(), "projection": columns})
         return about
@@ -163,11 +164,11 @@ class IndexWriter(Visitor):
         """Remove what was written."""
         self._folder.give_up()
 
-    def _projection(self, rows: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], examples: int) -> Tensor:
+    def _projection(self, shard: Shard, examples: int) -> Tensor:
         """Return the columns that the search is made of, the same on every process."""
         share = min(self._done, -(-_SAMPLE * self._done // examples))
-        own = np.array(random_subset(range(self._done), share, 2), dtype=np.int64)
-        sample = self.coder.searched(as_tensor(rows[own]), as_tensor(lengths[own]))
+        own = torch.tensor(random_subset(range(self._done), share, 2), dtype=torch.long)
+        sample = self.coder.searched(shard.rows[own].float(), shard.lengths[own])
         samples = distributed.gather_objects(sample)
         # On one, so that no rounding of others' makes columns that differ.
         columns = projection(torch.cat(samples), self._searched) if distributed.rank() == 0 else sample
@@ -185,7 +186,7 @@ class IndexWriter(Visitor):
         """Return how scores of the index compare with exact ones: some training examples with all others."""
         search, count = Search(self.coder, [shard], columns), len(self._probes)
         chosen = torch.tensor(random_subset(range(len(shard)), _COMPARED, 3))
-        some = Shard(*(a[chosen.numpy()] for a in (shard.examples, shard.rows, shard.lengths, shard.search)))
+        some = Shard(shard.examples[chosen.numpy()], *(t[chosen] for t in (shard.rows, shard.lengths, shard.search)))
         scores = torch.cat([part for _, part in Search(self.coder, [some], columns).all_scores(self._coded)], 1)
         of_index = torch.from_numpy(shard.examples["index"].copy())
         finite = torch.from_numpy(np.isfinite(shard.examples["self_influence"]))

@@ -223,20 +223,7 @@ class Influence(ExaminedModel):
         return pairwise_scores(*self._asked(test_set, indices), normalise=normalise, by_layer=by_layer, path=path)
 
     def index(self, directory: str | os.PathLike[str], settings: Index = _INDEX) -> ExampleIndex:
-        """Keep every training example's gradient, weighted and compressed, for later questions; one pass.
-
-        Args:
-            directory: A new one, also for the curvature, as of ``save``; with a version suffix if it was taken.
-                ``open_index`` reads it back.
-            settings: How large it is.
-
-        Raises:
-            ValueError: If the curvature has none (other than EK-FAC, K-FAC and diagonal), or the disk no room.
-
-        Example:
-            >>> index = influence.index("influence")
-            >>> index.ask(model, (images, labels), loss=F.cross_entropy)
-        """
+        """Keep the curvature (as ``save``) and every example's gradient, compressed, for later questions: one pass."""
         return write_index(directory, self.curvature, self, settings)
 
     def dropout_ensemble(
