@@ -129,15 +129,22 @@ class Folder:
 
     Args:
         directory: In which it will be, on a file system that all processes share.
+        needed: Bytes that it takes.
 
     Raises:
-        ValueError: On every process, if it can't be made.
+        ExampleIndexError: On every process, if it can't be made, or the disk has no room for it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, needed: int) -> None:
         directory, token = distributed.gather_objects((directory, secrets.token_hex(4)))[0]
         self.final, self.path = directory / FOLDER, directory / f".tmp-{token}-{FOLDER}"
         self._maps: list[NDArray[Any]] = []
+        free = shutil.disk_usage(directory).free if directory.is_dir() else needed
+        if distributed.any_process(needed > free):
+            raise ExampleIndexError(
+                f"an index takes {readable(needed)} on disk, and {readable(free)} are free at {directory}: free some, "
+                "or keep less by `Index(numbers=...)`."
+            )
         error = None
         try:
             if distributed.rank() == 0:
@@ -150,15 +157,6 @@ class Folder:
             raise ExampleIndexError(
                 f"an index can't be written to {directory} ({error or 'not all processes find it there'}); it takes a "
                 "folder that may be written, on a file system that all processes share."
-            )
-
-    def check_room(self, examples: int, row_bytes: int) -> None:
-        """Raise ``ValueError`` on every process if the disk has no room for so many examples."""
-        needed, free = examples * row_bytes, shutil.disk_usage(self.path).free
-        if distributed.any_process(needed > free):
-            raise ExampleIndexError(
-                f"an index of {examples:,} examples takes {readable(needed)} on disk, and {readable(free)} are free at "
-                f"{self.final.parent}: free some, or keep less by `Index(numbers=...)`."
             )
 
     def array(self, kind: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:

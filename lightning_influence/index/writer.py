@@ -76,8 +76,7 @@ class IndexWriter(Visitor):
         self._searched = settings.searched(self.layout.width)
         parts, item = 1 + len(self.layout.whole), np.dtype(settings.precision).itemsize
         self.row_bytes = item * (self.layout.width + self._searched) + 4 * parts + EXAMPLE.itemsize
-        self._folder = Folder(directory)
-        self._folder.check_room(len(indices), self.row_bytes)
+        self._folder = Folder(directory, len(indices) * self.row_bytes)
         self._examples = self._folder.array("examples", (size,), EXAMPLE)
         self._kept = self._folder.array("rows", (size, self.layout.width), settings.precision)
         self._lengths = self._folder.array("lengths", (size, parts), np.float32)
