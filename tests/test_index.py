@@ -175,7 +175,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExampleIndex, nn.Mo
 
 def test_the_search_finds_what_all_rows_give(asked: Any) -> None:
     index, model, new, _ = asked
-    # By chance it would be 128 of 300.
+    # By chance it would be 128 of 300; the search looks at 25 numbers of each.
     for normalise in ("none", "relative"):
         every, found = (
             index.ask(model, new, 5, loss=F.cross_entropy, normalise=normalise, everything=everything)
@@ -184,7 +184,7 @@ def test_the_search_finds_what_all_rows_give(asked: Any) -> None:
         for side in ("proponents", "opponents"):
             a, b = (getattr(each, side).tolist() for each in (every, found))
             hits = sum(len(set(x) & set(y)) for x, y in zip(a, b, strict=True))
-            assert hits >= 0.9 * 5 * len(a)
+            assert hits >= 0.75 * 5 * len(a)
         assert relative_error(found.proponent_scores[:, 0], every.proponent_scores[:, 0]) < 1e-5
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lightning_influence.callbacks.lightning import rank_zero_warn
 from lightning_influence.core import distributed
+from lightning_influence.core.meeting import together
 from lightning_influence.curvature import Curvature
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import Guest, Visitor
@@ -71,11 +72,10 @@ class IndexReport:
     @contextmanager
     def _or_give_up(self) -> Iterator[None]:
         try:
-            yield
+            with together():
+                yield
         # The audit does not depend on it: no disk that is full may cost it.
         except Exception as error:
-            if distributed.world_size() > 1:
-                raise
             self._give_up(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
 
     def _give_up(self, reason: str) -> None:

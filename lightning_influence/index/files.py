@@ -145,18 +145,13 @@ class Folder:
                 f"an index takes {readable(needed)} on disk, and {readable(free)} are free at {directory}: free some, "
                 "or keep less by `Index(numbers=...)`."
             )
-        error = None
         try:
-            if distributed.rank() == 0:
-                self.path.mkdir(parents=True)
-        except OSError as caught:
-            error = caught
-        # All of them, after rank 0 has made it.
-        wrong = distributed.any_process(error is not None)
-        if wrong or distributed.any_process(not self.path.is_dir()):
+            distributed.from_first(lambda: self.path.mkdir(parents=True))
+        except OSError as error:
+            raise ExampleIndexError(f"an index can't be written to {directory}: {error}.") from error
+        if distributed.any_process(not self.path.is_dir()):
             raise ExampleIndexError(
-                f"an index can't be written to {directory} ({error or 'not all processes find it there'}); it takes a "
-                "folder that may be written, on a file system that all processes share."
+                f"not all processes find {directory}; an index takes a folder on a file system that they share."
             )
 
     def array(self, kind: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -171,8 +166,7 @@ class Folder:
         for array in self._maps:
             array.flush()  # type: ignore[attr-defined]
         self._maps.clear()
-        if distributed.any_process(False):  # a barrier
-            return
+        distributed.any_process(False)  # all of them have come so far
         if distributed.rank() == 0:
             apart = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
             (self.path / _LAYOUT).write_bytes(safetensors.torch.save(apart))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ class IndexWriter(Visitor):
             examples["length"][part] = length.numpy()
             search[part] = (found / length.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).numpy()
         shard = Shard(examples, shard.rows, shard.lengths, torch.from_numpy(search[: self._done]))
-        trust = distributed.gather_objects(self._trust(shard, columns) if self._done else None)[0]
+        trust = distributed.from_first(partial(self._trust, shard, columns))
         scale, coverage = self._gradients.scale, self._gradients.coverage
         about = {
             "examples": sum(sizes),
@@ -170,8 +171,7 @@ class IndexWriter(Visitor):
         sample = self.coder.searched(shard.rows[own].float(), shard.lengths[own])
         samples = distributed.gather_objects(sample)
         # On one, so that no rounding of others' makes columns that differ.
-        columns = projection(torch.cat(samples), self._searched) if distributed.rank() == 0 else sample
-        return distributed.gather_objects(columns)[0]
+        return distributed.from_first(lambda: projection(torch.cat(samples), self._searched))
 
     def _write_digests(self, examples: np.ndarray[Any, Any]) -> bool:
         """Note what each example holds; return whether that can be told."""

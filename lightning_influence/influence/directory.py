@@ -14,6 +14,7 @@ from lightning_influence.audit.indexed import index_beside
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.core import distributed
 from lightning_influence.core.errors import check_path
+from lightning_influence.core.meeting import together
 from lightning_influence.curvature import Curvature
 from lightning_influence.curvature.saved import restored
 from lightning_influence.gradients.visitors import visit
@@ -93,15 +94,14 @@ def write_index(
         ValueError: If the curvature has no index, or the disk no room.
     """
     check_indexed(curvature.name)
-    first = distributed.rank() == 0
-    path = distributed.gather_objects(store_curvature(directory, curvature, examined) if first else None)[0]
-    assert path is not None
+    path = distributed.from_first(lambda: store_curvature(directory, curvature, examined))
     training, examples = examined.training, examined.examples
     own = ExampleScorer(training, examples, curvature)
     writer = IndexWriter(training, examples, curvature, path, settings, own)
     try:
-        visit(training, examples, [own, writer], title="index")
-        writer.finish()
+        with together():
+            visit(training, examples, [own, writer], title="index")
+            writer.finish()
     except BaseException:
         writer.give_up()
         raise
