@@ -227,6 +227,7 @@ BLOCK_GGN = influence("block_ggn", name="block GGN, trainer damping", damping=tr
 NYSTROM = influence(
     "ggn", name="**GGN, trainer damping, PCG with a Nyström sketch**", damping=trainer, solver="nystrom"
 )
+WOODBURY = influence("ggn", name="GGN, trainer damping, Woodbury", damping=trainer, solver="woodbury")
 DENSE_GGN = influence("ggn", name="**GGN, trainer damping**, dense", damping=trainer, solver="dense")
 SOLVERS = [
     influence("ggn", name="the same by plain CG", damping=trainer, solver="cg"),
@@ -264,7 +265,7 @@ def trak(models: int) -> Row:
         states = [{name: value[model] for name, value in parameters.items()} for model in range(models)]
         return dattri_trak(setting.net.eval(), states, setting.data, setting.queries)
 
-    return Row(f"dattri TRAK-{models} (512 dimensions, models of halves)", scores, models=1)
+    return Row(f"dattri TRAK-{models} (models of halves)", scores, models=1)
 
 
 def tracin(setting: Setting) -> Tensor:
@@ -329,7 +330,7 @@ TABLES: dict[str, tuple[Callable[[], Setting], list[Row], int, int]] = {
     ),
     "dattri-mlp": (
         dattri_mlp,
-        [*BLOCKS, NYSTROM, *ALONG, DROPOUT, *KRONFLUENCE, DATTRI_CG, trak(10), trak(50)],
+        [*BLOCKS, WOODBURY, *ALONG, DROPOUT, *KRONFLUENCE, DATTRI_CG, trak(10)],
         50,
         8,
     ),

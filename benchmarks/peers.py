@@ -168,17 +168,17 @@ def dattri_scores(net: nn.Module, data: Data, queries: Data, method: str, **opti
     return scores.T
 
 
-def dattri_trak(
-    net: nn.Module, states: Sequence[dict[str, Tensor]], data: Data, queries: Data, *, dimension: int = 512
-) -> Tensor:
+def dattri_trak(net: nn.Module, states: Sequence[dict[str, Tensor]], data: Data, queries: Data) -> Tensor:
     """Return scores of dattri's TRAK over several trained networks, asked for as in its own benchmark.
+
+    Its 512 dimensions for 5,000 examples are taken in proportion: with as many as there are examples or more the kernel
+    that TRAK inverts is singular.
 
     Args:
         net: The network.
         states: State dicts, one of each training.
         data: Training examples.
         queries: Others.
-        dimension: Of the random projection.
     """
     from dattri.algorithm.trak import TRAKAttributor
     from dattri.task import AttributionTask
@@ -197,10 +197,10 @@ def dattri_trak(
         return torch.exp(log_probability(parameters, batch))
 
     task = AttributionTask(loss_func=margin, model=model, checkpoints=list(states))
-    attributor = TRAKAttributor(task, probability, projector_kwargs={"proj_dim": dimension})
+    attributor = TRAKAttributor(task, probability, projector_kwargs={"proj_dim": 512 * len(data[1]) // 5000})
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # progress bars
         warnings.simplefilter("ignore")
-        attributor.cache(DataLoader(TensorDataset(*data), batch_size=256))
+        attributor.cache(DataLoader(TensorDataset(*data), batch_size=1024))
         with torch.no_grad():
-            scores: Tensor = attributor.attribute(DataLoader(TensorDataset(*queries), batch_size=256))
+            scores: Tensor = attributor.attribute(DataLoader(TensorDataset(*queries), batch_size=1024))
     return scores.T

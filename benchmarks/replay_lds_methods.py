@@ -116,5 +116,5 @@ AVERAGED: dict[str, tuple[str, int]] = {
     "EK-FAC, three runs averaged": ("EK-FAC", 3),
 }
 """Mean scores of runs of several seeds, this one among them."""
-SEVERAL: dict[str, Callable[[Setting], Tensor]] = {"dattri TRAK-10 (512 dimensions), ten runs": dattri_trak_10}
+SEVERAL: dict[str, Callable[[Setting], Tensor]] = {"dattri TRAK-10, ten runs": dattri_trak_10}
 """What takes several runs by itself."""
