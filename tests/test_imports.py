@@ -30,6 +30,7 @@ ROOMS = (
     ("curvature",),
     ("scores",),
     ("replay",),
+    ("index",),
     ("audit",),
     ("influence",),
     ("page",),

@@ -29,6 +29,7 @@ from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.data.ids import SampleId
 from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Layers, Uncovered
+from lightning_influence.index.settings import Index, checked_index
 from lightning_influence.objective.standard_task import TaskName, checked_task
 from lightning_influence.objective.task import Task
 from lightning_influence.replay.settings import Record, checked_record
@@ -100,6 +101,8 @@ class InfluenceAudit(Afterwards):
         record: Whether to note every step, so that the run can be replayed (``training_record``): what would have come
             out without an example, exactly to first order (``report.replay``; see ``docs/replay.md``). With validation
             data, a short run gets a column ``harm_exact``. ``Record(...)`` has budgets of memory and time.
+        index: Whether to keep every example's gradient, weighted and compressed, beside the audit: ``report.ask(model,
+            batch)`` then answers later questions without the training data. ``Index(...)`` has its size.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -136,6 +139,7 @@ class InfluenceAudit(Afterwards):
         sample_id: SampleId | None = None,
         loader: str | int | None = None,
         record: bool | Record = False,
+        index: bool | Index = False,
     ) -> None:
         self.arguments = Arguments(
             curvature,
@@ -158,6 +162,7 @@ class InfluenceAudit(Afterwards):
             sample_id,
             loader,
             checked_record(record),
+            checked_index(index),
         )
         super().__init__()
         self._recorder.sample_id, self._recorder.loader = sample_id, loader
@@ -169,6 +174,7 @@ class InfluenceAudit(Afterwards):
         # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
         arguments = self.arguments.described()
         arguments.pop("verify")
+        arguments.pop("index", None)  # neither does that
         if arguments["weights"] == "last":  # as checkpoints of earlier versions have it
             arguments.pop("weights")
         return self._generate_state_key(**arguments)
