@@ -217,8 +217,12 @@ def test_strategies(package: str) -> None:
         # TPUs, whose processes torch.distributed does not know; or a group that is not the trainer's.
         with pytest.raises(lightning.MisconfigurationException, match="4 processes, and torch.distributed knows of 1"):
             bridge.check_strategy(SimpleNamespace(strategy=whole, world_size=4))
-    for split in (strategies.FSDPStrategy, strategies.DeepSpeedStrategy):
-        with pytest.raises(lightning.MisconfigurationException, match=f"does not support {split.__name__}"):
+    ways_out = {
+        strategies.FSDPStrategy: "FSDP2, `ModelParallelStrategy.*ckpt_path=",
+        strategies.DeepSpeedStrategy: "ckpt_path=",
+    }
+    for split, way_out in ways_out.items():
+        with pytest.raises(lightning.MisconfigurationException, match=f"does not support {split.__name__}.*{way_out}"):
             bridge.check_strategy(SimpleNamespace(strategy=object.__new__(split), world_size=1))
 
 

@@ -17,7 +17,7 @@ from lightning_influence.training.settings import TracIn
 
 AFTERWARDS = (
     "audit a checkpoint afterwards on one device: `InfluenceAudit().audit(model, data, ckpt_path=...)`, see "
-    "docs/afterwards.md"
+    "docs/processes.md"
 )
 
 
@@ -55,6 +55,21 @@ def check_split(strategy: Any) -> None:
             f"InfluenceAudit does not support {type(strategy).__name__}(tensor_parallel_size={parallel}), with which "
             "several processes see the same examples. Pass `tensor_parallel_size=1`, which leaves FSDP2, or "
             f"{AFTERWARDS}."
+        )
+
+
+def check_one_file(trainer: Trainer) -> None:
+    """Refuse checkpoints that are spread over processes, where one is to be read.
+
+    Raises:
+        MisconfigurationException: If that is how the strategy saves them.
+    """
+    if is_a(trainer.strategy, "ModelParallelStrategy") and getattr(
+        trainer.strategy, "_save_distributed_checkpoint", False
+    ):
+        raise MisconfigurationException(
+            'InfluenceAudit(weights="best") reads a checkpoint, and this run spreads each over many files. Pass '
+            "`ModelParallelStrategy(save_distributed_checkpoint=False)`, or leave `weights` out."
         )
 
 
