@@ -218,7 +218,7 @@ class QuerySearch:
             parts = [self._rows(*found) for found in self._found]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         order = np.argsort(joined["number"], kind="stable")
-        table = _with_examples({name: values[order] for name, values in joined.items()}, columns)
+        table = with_examples({name: values[order] for name, values in joined.items()}, columns)
         asked, total = self._asked, sum(len(chosen) for _, chosen in self._sets)
         about: dict[str, Any] = {
             "title": _title(asked, len(self._chosen), total, asked.statistic),
@@ -373,7 +373,7 @@ def _title(asked: Queries, count: int, total: int, statistic: Statistic) -> str:
     return f"the {count} of {total:,} validation examples with the {extreme} {statistic.name.replace('_', ' ')}"
 
 
-def _with_examples(table: Columns, columns: Mapping[str, NDArray[Any]]) -> Columns:
+def with_examples(table: Columns, columns: Mapping[str, NDArray[Any]]) -> Columns:
     """Add what the scores table says of the training examples."""
     order = np.argsort(columns["index"], kind="stable")
     rows = order[np.searchsorted(columns["index"][order], table["index"])]

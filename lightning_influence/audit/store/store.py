@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,6 +255,19 @@ class AuditStore:
             if not done:
                 with suppress(OSError):
                     (self.directory / _PAGE).unlink(missing_ok=True)
+
+    def change_page(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Changes `audit.json`, if it is there.
+
+        Raises:
+            StoreError: The file is damaged, or cannot be written.
+        """
+        path = self.directory / _PAGE
+        if path.exists():
+            with reading(path):
+                page = json.loads(whole(path))
+                change(page)
+            self._write(_PAGE, json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode())
 
     def write_factors(
         self, block_name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
