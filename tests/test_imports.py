@@ -54,6 +54,7 @@ MAY_WATCH_FUNCTIONS = {
     "gradients.calibration",
     "objective.tap",
     "scores.along.dropout_masks",
+    "replay.detached",
     "replay.differentiable_calls",
 }
 

@@ -81,6 +81,9 @@ class Queries:
             large for how much they move the model at all (RelatIF); or ``"both"``, in the same pass. ``"leverage"``:
             the ``strongest`` by what removing them does, curvature included (rescaled influence): scores are divided by
             one minus the example's leverage. It needs a known loss.
+        method: ``"influence"`` functions alone, or ``"replay"``: a further list of each query, ``replay``, by what the
+            examples did in this very run (``docs/replay.md``). It records the training (``record=``), and is made
+            once the audit is written, within ``Record(max_cost=...)``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -94,6 +97,7 @@ class Queries:
     top: int = 10
     measurement: AnyMeasurement = "loss"
     normalise: Lists = "both"
+    method: Literal["influence", "replay"] = "influence"
 
     def __post_init__(self) -> None:
         if self.which != "worst" and not isinstance(self.which, DataLoader):
@@ -104,6 +108,8 @@ class Queries:
         if self.normalise not in get_args(Lists):
             expected = ", ".join(map(repr, get_args(Lists)))
             raise ValueError(f"queries: normalise={short(self.normalise)}; expected one of {expected}.")
+        if self.method not in ("influence", "replay"):
+            raise ValueError(f'queries: method={short(self.method)}; expected "influence" or "replay".')
 
     @property
     def measured(self) -> Measurement:

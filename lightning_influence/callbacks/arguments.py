@@ -79,6 +79,13 @@ class Arguments:
                 raise ValueError(
                     f"the examples {both[:10]} are in trusted and in known_noise; expected one or the other."
                 )
+        if self.queries is not None and self.queries.method == "replay":
+            if self.record is not None and self.record.max_cost == 0:
+                raise ValueError(
+                    'Queries(method="replay") takes time, which Record(max_cost=0) does not allow; expected a number '
+                    "of seconds > 0, or None for no limit."
+                )
+            object.__setattr__(self, "record", self.record or Record())
         if self.task is not None and not callable(self.task):
             raise ValueError(f"task={short(self.task)} is not callable; expected a function (module, batch) -> loss.")
 
