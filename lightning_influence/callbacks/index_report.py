@@ -16,7 +16,7 @@ from lightning_influence.gradients.visitors import Guest, Visitor
 from lightning_influence.index import Index, IndexWriter
 from lightning_influence.index.writer import told
 from lightning_influence.scores.examples import ExampleScorer
-from lightning_influence.scores.plan import InfluenceScores
+from lightning_influence.scores.plan import Companion, InfluenceScores
 
 
 class IndexReport:
@@ -41,6 +41,10 @@ class IndexReport:
         self._directory = None if settings is None else distributed.gather_objects(directory)[0]
         self._writer: IndexWriter | None = None
         self._guest: Guest | None = None
+
+    def beside(self, other: Companion | None) -> list[Companion]:
+        """Return it after another one."""
+        return [self] if other is None else [other, self]
 
     def on_validation(self, number: int) -> Sequence[Visitor]:
         """Look at nothing."""

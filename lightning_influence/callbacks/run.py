@@ -244,7 +244,7 @@ class AuditRun:
         sizes = self._last_step_sizes(trainer, module, gradients.coverage)
         with bridge.aside(trainer):
             index = IndexReport(self.arguments.index, gradients, indices, reporter.directory)
-            guests = index, *([self.queries.begin(trainer, gradients, indices, validation)] if self.queries else [])
+            guests = index.beside(self.queries and self.queries.begin(trainer, gradients, indices, validation))
             result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=sizes, companions=guests)
             index.finish(result)
         result.seconds["loss scale"] = scaling
