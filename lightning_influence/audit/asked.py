@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 
 from lightning_influence.audit.columns import Columns
 from lightning_influence.audit.queries import with_examples
-from lightning_influence.audit.store.store import AuditStore
+from lightning_influence.audit.store.atomic import reading, replacing, whole
+from lightning_influence.audit.store.store import PAGE, AuditStore
 from lightning_influence.index.answering import Answers
 
 PAGE_FIELDS = {
@@ -41,13 +43,23 @@ def keep_answers(store: AuditStore, columns: Columns, answers: Answers, kind: st
         columns: Its scores table.
         answers: About new examples.
         kind: Which list they make: ``"strongest"`` or ``"specific"``.
+
+    Raises:
+        StoreError: If a file is damaged, or can't be written.
     """
     before = store.read_pairs() or {}
     numbers, sets = (before.get(name, np.zeros(0, np.int64)) for name in ("number", "query_set"))
     new = _table(answers, kind, int(numbers.max(initial=0)), int(sets.max(initial=-1)) + 1, columns)
     table = {name: np.concatenate([before[name], _like(before[name], new, name)]) for name in before} or new
     store.write_pairs(table)
-    store.change_page(lambda page: _add(page, new))
+    path = store.directory / PAGE
+    if path.exists():
+        with reading(path):
+            page = json.loads(whole(path))
+            _add(page, new)
+        text = json.dumps(page, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        with replacing(path) as handle:
+            handle.write(text.encode())
     return table
 
 
