@@ -245,19 +245,12 @@ class AuditRun:
         reporter.tell(lambda: reporter.announce(plan, gradients, inspection, len(indices), asked))
         sizes = self._last_step_sizes(trainer, module, gradients.coverage)
         with bridge.aside(trainer):
-            guests: list[QueryReport | IndexReport] = []
-            if self.queries is not None:
-                guests.append(self.queries.begin(trainer, gradients, indices, validation))
-            index = None
-            if self.arguments.index is not None:
-                index = IndexReport(self.arguments.index, gradients, indices, reporter.directory)
-                guests.append(index)
+            index = IndexReport(self.arguments.index, gradients, indices, reporter.directory)
+            guests = index.beside(self.queries and self.queries.begin(trainer, gradients, indices, validation))
             result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=sizes, companions=guests)
-            if index is not None:
-                index.finish(result)
+            index.finish(result)
         result.seconds["loss scale"] = scaling
-        if self.flight is not None:
-            result.notes.extend(self.flight.notes())
+        result.notes += [] if self.flight is None else self.flight.notes()
         recording.add_pass(trainer.global_step, result.scores)
         scored = result.scores.indices.cpu()
         result.notes.extend(_data_notes(trainer, self.passes, self.arguments.loader, audited, scored))
