@@ -330,7 +330,7 @@ TABLES: dict[str, tuple[Callable[[], Setting], list[Row], int, int]] = {
     ),
     "dattri-mlp": (
         dattri_mlp,
-        [*BLOCKS, WOODBURY, *ALONG, DROPOUT, *KRONFLUENCE, DATTRI_CG, trak(10)],
+        [*BLOCKS, WOODBURY, trak(10), *ALONG, DROPOUT, *KRONFLUENCE, DATTRI_CG],
         50,
         8,
     ),
