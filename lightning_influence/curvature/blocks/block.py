@@ -77,6 +77,8 @@ class CurvatureBlock(ABC):
         self.dense = dense
         self.tensors: dict[str, Tensor] = {}
         """The fitted state, see ``fitted_shapes``; what the store keeps."""
+        self.inputs_of: CurvatureBlock | None = None
+        """A block that always has the same activations: what follows from them alone may be found there."""
         self._finished_passes = 0
         # Sums over examples of the running pass. All of them add up across processes.
         self._sums: dict[str, Tensor] = {}
@@ -151,6 +153,10 @@ class CurvatureBlock(ABC):
         sums["examples"] = torch.full((), float(examples), dtype=wide_dtype(device), device=device)
         self._finish(sums)
         self._finished_passes += 1
+
+    def part(self) -> None:
+        """Measure activations by itself from now on; those of ``inputs_of`` were its own so far."""
+        self.inputs_of = None
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up a fitted state, instead of fitting: ``tensors`` of a block of the same shape."""

@@ -39,6 +39,7 @@ class KFACBlock(KroneckerBlock):
         super().__init__(shape, dense)
         # By side which columns of its basis span a null space, [k, m]: for eigenvalues that are measured.
         self._null: dict[str, Tensor] = {}
+        self._diagonals: dict[str, list[Tensor]] = {}  # of the moments in their bases, by side and use
 
     def bounded_damping(self, examples: int, directions: int) -> float:
         """Return the default damping, raised until the data could span the dimensions that the block then has.
@@ -72,13 +73,21 @@ class KFACBlock(KroneckerBlock):
             low, high = (low, middle) if fits(middle) else (middle, high)
         return high
 
+    def part(self) -> None:
+        """Measure activations by itself from now on; the sums so far are its own, too."""
+        if self.inputs_of is not None:
+            sums = self.inputs_of._sums
+            self._sums |= {name: total.clone() for name, total in sums.items() if name.startswith("activation.")}
+        super().part()
+
     def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         sums = _traces(xs, gs)
         outputs, inputs = self.dense
         for use, use_xs, use_gs in _by_use(xs, gs):
             rows, device = float(examples * use_xs[0].shape[2]), use_xs[0].device
+            if self.inputs_of is None:
+                sums[f"activation.{use}"] = added(second_moment(x, diagonal=not inputs) for x in use_xs)
             sums |= {
-                f"activation.{use}": added(second_moment(x, diagonal=not inputs) for x in use_xs),
                 f"gradient.{use}": added(second_moment(g, diagonal=not outputs) for g in use_gs),
                 f"rows.{use}": torch.full((), rows, dtype=wide_dtype(device), device=device),
             }
@@ -88,22 +97,28 @@ class KFACBlock(KroneckerBlock):
         if (squares := float(sums.pop("traces_squared"))) > 0:  # NaN is not
             self._share = float(sums.pop("traces")) ** 2 / squares / float(sums["examples"])
         uses = sorted(name.removeprefix("rows.") for name in sums if name.startswith("rows."))
-        kept = sums[f"activation.{uses[-1]}"].new_empty(0)  # device and type of what is kept
+        side = "activation" if self.inputs_of is None else "gradient"
+        kept = sums[f"{side}.{uses[-1]}"].new_empty(0)  # device and type of what is kept
         counts = {
             "activation": [exact(sums["examples"])] * len(uses),
             # 0 if the layer was never reached
             "gradient": [exact(sums[f"rows.{use}"]).clamp(min=1) for use in uses],
         }
+        # They weigh the uses, of which a block that shares its activations has but one kind.
         traces = {
             side: [_trace(sums[f"{side}.{use}"]) / count for use, count in zip(uses, of_side, strict=True)]
             for side, of_side in counts.items()
+            if len(uses) > 1
         }
-        diagonals: dict[str, list[Tensor]] = {}
         # A basis takes the place of its moment before the next is decomposed: memory for one of the two.
         for side, other, dense in (
             ("activation", "gradient", self.dense[1]),
             ("gradient", "activation", self.dense[0]),
         ):
+            if side == "activation" and isinstance(self.inputs_of, KFACBlock):
+                self.tensors["activation_basis"] = self.inputs_of.tensors["activation_basis"]
+                self._null[side], self._diagonals[side] = self.inputs_of._null[side], self.inputs_of._diagonals[side]
+                continue
             counted = zip(uses, counts[side], strict=True)
             moments = [exact(sums.pop(f"{side}.{use}")).div_(count) for use, count in counted]
             basis = None
@@ -114,10 +129,10 @@ class KFACBlock(KroneckerBlock):
                 values, basis = eigenvectors(whole)
                 self.tensors[f"{side}_basis"] = basis.to(kept).contiguous()
                 self._null[side] = null_columns(values, kept.dtype).to(kept.device)
-            if "eigenvalues" not in self.measures:
-                diagonals[side] = [_diagonal_in(moment, basis) for moment in moments]
-        if diagonals:  # otherwise they are measured
-            pairs = zip(diagonals["gradient"], diagonals["activation"], strict=True)
+            measured = "eigenvalues" in self.measures
+            self._diagonals[side] = [] if measured else [_diagonal_in(moment, basis) for moment in moments]
+        if self._diagonals["activation"]:  # otherwise they are measured
+            pairs = zip(self._diagonals["gradient"], self._diagonals["activation"], strict=True)
             self.tensors["eigenvalues"] = added(y.unsqueeze(-1) * x.unsqueeze(-2) for y, x in pairs).to(kept)
 
 
