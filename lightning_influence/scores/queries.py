@@ -203,16 +203,17 @@ class _Solving(Visitor):
         self, curvature: Curvature | None, queries: ExampleGradients, count: int, examples: int | None
     ) -> None:
         self._curvature, self._examples, self._count, self._done = curvature, examples, count, 0
-        self._shapes = {name: (count, *block.shape) for name, block in queries.coverage.blocks.items()}
+        self._shapes, self._device = {n: (count, *b.shape) for n, b in queries.coverage.blocks.items()}, queries.device
         self._vectors: dict[str, Tensor] = {}
         self._bases: dict[str, Eigenbasis | None] = {}
-        self._squares = wide_zeros(count, queries.device)
+        self._squares: dict[str, Tensor] = {}
         self._finite: list[Tensor] = []
 
     def add(self, io: LayerIO) -> None:
         name, curvature = io.name, self._curvature
         if name not in self._vectors:
             self._vectors[name] = io.x.new_zeros(self._shapes[name])
+            self._squares[name] = wide_zeros(self._count, io.x.device)
             if curvature is not None and self._examples is not None:
                 self._bases[name] = _cheaper_basis(curvature, io, self._count, self._examples)
         basis, start = self._bases.get(name), self._done
@@ -225,7 +226,7 @@ class _Solving(Visitor):
                 solved = curvature.solve({name: gradients})[name]
             these = slice(start, start + len(gradients))
             self._vectors[name][these], start = solved, these.stop
-            self._squares[these] += _inner(gradients, solved)
+            self._squares[name][these] = _inner(gradients, solved)
 
     def end(self, batch: BatchGradients) -> None:
         self._done += batch.loss.n
@@ -233,20 +234,19 @@ class _Solving(Visitor):
 
     def result(self) -> PreparedQueries:
         """Return the queries."""
-        finite, squares, like = (
-            torch.cat(self._finite),
-            self._squares,
-            next(iter(self._vectors.values()), self._squares),
-        )
+        reached, squares, curvature = self._vectors, self._squares, self._curvature
+        like = next(iter(reached.values()), torch.zeros(0, device=self._device))
         # Zeros are made only where they are needed: they are as large as gradients.
-        found = {n: self._vectors.pop(n) if n in self._vectors else like.new_zeros(s) for n, s in self._shapes.items()}
-        if self._curvature is None:
-            squares = torch.zeros_like(squares)
-        elif not _by_block(self._curvature):
-            solved = self._curvature.solve(found)
-            squares = torch.stack([_inner(found.pop(name), solved[name]) for name in list(found)]).sum(0)
+        found = {n: reached.pop(n) if n in reached else like.new_zeros(shape) for n, shape in self._shapes.items()}
+        if not _by_block(curvature):
+            assert curvature is not None
+            solved = curvature.solve(found)
+            squares = {name: _inner(found.pop(name), solved[name]) for name in list(found)}
             found = solved
-        return PreparedQueries(found, squares.masked_fill(~finite, torch.nan), self._bases)
+        total = wide_zeros(self._count, self._device)
+        if curvature is not None:
+            total = sum(squares.values(), total)
+        return PreparedQueries(found, total.masked_fill(~torch.cat(self._finite), torch.nan), self._bases)
 
 
 def _inner(gradients: Tensor, vectors: Tensor) -> Tensor:

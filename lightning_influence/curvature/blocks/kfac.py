@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_influence.core.precision import exact, wide, wide_dtype, wide_zeros
-from lightning_influence.curvature.blocks.block import Measure, Shape, Sides
+from lightning_influence.curvature.blocks.block import OF_INPUTS, Measure, Shape, Sides
 from lightning_influence.curvature.blocks.eigenvectors import eigenvectors, null_columns
 from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
 from lightning_influence.layers.per_sample import squared_norms
 from lightning_influence.layers.rows import Joined, OneHot, Rows, added, second_moment
+
+_SIDES = ("activation", "gradient")
 
 
 class KFACBlock(KroneckerBlock):
@@ -39,7 +42,6 @@ class KFACBlock(KroneckerBlock):
         super().__init__(shape, dense)
         # By side which columns of its basis span a null space, [k, m]: for eigenvalues that are measured.
         self._null: dict[str, Tensor] = {}
-        self._diagonals: dict[str, list[Tensor]] = {}  # of the moments in their bases, by side and use
 
     def bounded_damping(self, examples: int, directions: int) -> float:
         """Return the default damping, raised until the data could span the dimensions that the block then has.
@@ -77,7 +79,7 @@ class KFACBlock(KroneckerBlock):
         """Measure activations by itself from now on; the sums so far are its own, too."""
         if self.inputs_of is not None:
             sums = self.inputs_of._sums
-            self._sums |= {name: total.clone() for name, total in sums.items() if name.startswith("activation.")}
+            self._sums |= {name: total.clone() for name, total in sums.items() if name.startswith(f"{OF_INPUTS}.")}
         super().part()
 
     def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
@@ -93,47 +95,68 @@ class KFACBlock(KroneckerBlock):
             }
         return sums
 
+    def _decompositions(self, sums: dict[str, Tensor]) -> dict[str, Callable[[], dict[str, Tensor]]]:
+        uses, sizes = _uses(sums), dict[str, list[Tensor]]()
+        for side in _SIDES:
+            counted = zip(uses, _counts(sums, side), strict=True)
+            # They weigh the kinds of uses, of which a block that shares its activations has but one.
+            sizes[side] = [_trace(sums[f"{side}.{use}"]) / n for use, n in counted] if len(uses) > 1 else []
+        sides = zip(_SIDES, reversed(_SIDES), reversed(self.dense), strict=True)
+        return {
+            side: partial(self._decomposed, sums, side, sizes[other])
+            for side, other, dense in sides
+            if dense and (side != OF_INPUTS or self.inputs_of is None)
+        }
+
+    def _decomposed(self, sums: dict[str, Tensor], side: str, sizes: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the basis of a side, which columns span a null space, and the diagonal of each use's moment in it."""
+        counts, uses = _counts(sums, side), _uses(sums)
+        kept = sums[f"{side}.{uses[-1]}"].new_empty(0)  # device and type of what is kept
+        # A basis takes the place of its moment before the next is decomposed: memory for one of the two.
+        moments = [exact(sums.pop(f"{side}.{use}")).div_(count) for use, count in zip(uses, counts, strict=True)]
+        whole = moments[0]
+        if len(uses) > 1:  # each use in proportion to the size of its other factor
+            whole = added(size * moment for size, moment in zip(sizes, moments, strict=True))
+        values, basis = eigenvectors(whole)
+        found = {
+            f"{side}.basis": basis.to(kept).contiguous(),
+            f"{side}.null": null_columns(values, kept.dtype).to(kept.device),
+        }
+        if "eigenvalues" not in self.measures:
+            found[f"{side}.diagonals"] = torch.stack([_diagonal_in(moment, basis) for moment in moments])
+        return found
+
     def _finish(self, sums: dict[str, Tensor]) -> None:
         if (squares := float(sums.pop("traces_squared"))) > 0:  # NaN is not
             self._share = float(sums.pop("traces")) ** 2 / squares / float(sums["examples"])
-        uses = sorted(name.removeprefix("rows.") for name in sums if name.startswith("rows."))
-        side = "activation" if self.inputs_of is None else "gradient"
-        kept = sums[f"{side}.{uses[-1]}"].new_empty(0)  # device and type of what is kept
-        counts = {
-            "activation": [exact(sums["examples"])] * len(uses),
-            # 0 if the layer was never reached
-            "gradient": [exact(sums[f"rows.{use}"]).clamp(min=1) for use in uses],
-        }
-        # They weigh the uses, of which a block that shares its activations has but one kind.
-        traces = {
-            side: [_trace(sums[f"{side}.{use}"]) / count for use, count in zip(uses, of_side, strict=True)]
-            for side, of_side in counts.items()
-            if len(uses) > 1
-        }
-        # A basis takes the place of its moment before the next is decomposed: memory for one of the two.
-        for side, other, dense in (
-            ("activation", "gradient", self.dense[1]),
-            ("gradient", "activation", self.dense[0]),
-        ):
-            if side == "activation" and isinstance(self.inputs_of, KFACBlock):
-                self.tensors["activation_basis"] = self.inputs_of.tensors["activation_basis"]
-                self._null[side], self._diagonals[side] = self.inputs_of._null[side], self.inputs_of._diagonals[side]
-                continue
-            counted = zip(uses, counts[side], strict=True)
-            moments = [exact(sums.pop(f"{side}.{use}")).div_(count) for use, count in counted]
-            basis = None
+        uses, diagonals = _uses(sums), dict[str, list[Tensor]]()
+        for side, dense in zip(_SIDES, reversed(self.dense), strict=True):
             if dense:
-                whole = moments[0]
-                if len(uses) > 1:  # each use in proportion to the size of its other factor
-                    whole = added(trace * moment for trace, moment in zip(traces[other], moments, strict=True))
-                values, basis = eigenvectors(whole)
-                self.tensors[f"{side}_basis"] = basis.to(kept).contiguous()
-                self._null[side] = null_columns(values, kept.dtype).to(kept.device)
-            measured = "eigenvalues" in self.measures
-            self._diagonals[side] = [] if measured else [_diagonal_in(moment, basis) for moment in moments]
-        if self._diagonals["activation"]:  # otherwise they are measured
-            pairs = zip(self._diagonals["gradient"], self._diagonals["activation"], strict=True)
-            self.tensors["eigenvalues"] = added(y.unsqueeze(-1) * x.unsqueeze(-2) for y, x in pairs).to(kept)
+                self.tensors[f"{side}_basis"], self._null[side] = sums[f"{side}.basis"], sums[f"{side}.null"]
+            if "eigenvalues" in self.measures:
+                continue
+            if dense:
+                diagonals[side] = list(sums[f"{side}.diagonals"])
+                continue
+            of_uses = zip(uses, _counts(sums, side), strict=True)
+            diagonals[side] = [_diagonal_in(exact(sums[f"{side}.{use}"]).div_(count), None) for use, count in of_uses]
+        if diagonals:  # otherwise they are measured
+            pairs = zip(diagonals["gradient"], diagonals["activation"], strict=True)
+            eigenvalues = added(y.unsqueeze(-1) * x.unsqueeze(-2) for y, x in pairs)
+            kept = sums["activation.basis" if self.dense[1] else f"activation.{uses[-1]}"]
+            self.tensors["eigenvalues"] = eigenvalues.to(kept)
+
+
+def _uses(sums: Mapping[str, Tensor]) -> list[str]:
+    return sorted(name.removeprefix("rows.") for name in sums if name.startswith("rows."))
+
+
+def _counts(sums: Mapping[str, Tensor], side: str) -> list[Tensor]:
+    """Return what a side's moment is a sum over, by use: examples, or all their rows."""
+    if side == "activation":
+        return [exact(sums["examples"])] * len(_uses(sums))
+    # 0 if the layer was never reached
+    return [exact(sums[f"rows.{use}"]).clamp(min=1) for use in _uses(sums)]
 
 
 def _traces(xs: Sequence[Tensor], gs: Sequence[Rows]) -> dict[str, Tensor]:
