@@ -19,6 +19,7 @@ from lightning_influence.curvature.implicit import ImplicitCurvature, mean_eigen
 from lightning_influence.curvature.registry import LADDER, CurvatureName, check_memory
 from lightning_influence.curvature.sampled import sampled_inverse
 from lightning_influence.curvature.solve.spectrum import IndefiniteError, check_damping
+from lightning_influence.gradients.capture import Capture
 from lightning_influence.gradients.passes import ExampleGradients, Labels
 
 # Examples that a curvature is tried out on before training.
@@ -70,7 +71,7 @@ def fit(
     if damping is not None:
         given = damping if isinstance(damping, Mapping) else dict.fromkeys(blocks, damping)
         dampings = {layer: given[layer] for layer in blocks}
-    check_memory(name, blocks)
+    check_memory(name, gradients.coverage)
     curvature: Curvature
     if LADDER[name].product is None:
         curvature = _fit_blocks(gradients, name, indices, examples, labels, dampings, directions)
@@ -87,7 +88,7 @@ def check_curvature(gradients: ExampleGradients, name: CurvatureName, indices: S
         ValueError: If the memory does not suffice.
         TaskError: If GGN or Hessian are not defined for the loss, or the model can't be differentiated twice.
     """
-    check_memory(name, gradients.coverage.blocks)
+    check_memory(name, gradients.coverage)
     make = LADDER[name].product
     if make is None:
         return
@@ -110,6 +111,9 @@ def _fit_blocks(
     kind = LADDER[name].block
     covered = gradients.coverage.blocks
     blocks = {layer: kind(block.shape, block.dense) for layer, block in covered.items()}
+    leaders = _agreed(gradients.coverage.shared_inputs)
+    for layer, leader in leaders.items():
+        blocks[layer].inputs_of = blocks[leader]
     chosen: dict[Measure, tuple[Labels, int]] = {
         "covariances": (labels[0], examples.covariances),
         "eigenvalues": (labels[1], examples.eigenvalues),
@@ -126,6 +130,8 @@ def _fit_blocks(
                 lacks |= batch.loss.remainder and which != "true"
                 usable = batch.counted
                 counted += usable
+                if measure == "covariances":
+                    _part_differing(blocks, leaders, batch.capture)
                 for io in batch.drained():
                     blocks[io.name].update(io.xs, io.gs, usable)
         # Layers that the forward pass never reached have an all-zero gradient: their curvature is zero too.
@@ -133,6 +139,9 @@ def _fit_blocks(
             like = next(iter(covered[layer].parameters.values()))
             for x, g in covered[layer].no_rows(working_dtype(like.dtype), like.device):
                 block.update(x, [g], 0)
+        together = _agreed({layer: leader for layer, leader in leaders.items() if blocks[layer].inputs_of is not None})
+        for layer in leaders.keys() - together.keys():  # what one process tells apart, all do
+            blocks[layer].part()
         end_passes(blocks, counted)
     if dampings is None:
         # A layer without any gradient has no scale of its own; its scores are zero with any damping.
@@ -144,6 +153,21 @@ def _fit_blocks(
     if lacks:
         curvature.notes.append("the curvature lacks a part of the loss that is no known loss call")
     return curvature
+
+
+def _agreed(leaders: Mapping[str, str]) -> dict[str, str]:
+    """Return what is the same on all processes."""
+    if distributed.world_size() == 1:
+        return dict(leaders)
+    found = [set(each.items()) for each in distributed.gather_objects(dict(leaders))]
+    return dict(set.intersection(*found))
+
+
+def _part_differing(blocks: Mapping[str, CurvatureBlock], leaders: Mapping[str, str], capture: Capture) -> None:
+    """Let blocks part whose activations are not the same in a batch."""
+    for layer, leader in leaders.items():
+        if blocks[layer].inputs_of is not None and not capture.same_activations(leader, layer):
+            blocks[layer].part()
 
 
 def _default_damping(block: CurvatureBlock, examples: int, directions: int | None) -> float:
