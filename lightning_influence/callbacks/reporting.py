@@ -30,10 +30,12 @@ from lightning_influence.callbacks.manifest import audit_described, detection_of
 from lightning_influence.callbacks.page_writer import PageWriter
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.showing import Showing
+from lightning_influence.core.durations import readable_seconds
 from lightning_influence.core.memory import readable
 from lightning_influence.core.progress import is_terminal
 from lightning_influence.curvature import Curvature
 from lightning_influence.curvature.registry import fitted_bytes
+from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.influence.inputs import notes_of
@@ -64,7 +66,6 @@ class Reporter:
         lightning: Which package of Lightning the run is of, and its version.
 
     Attributes:
-        seconds_per_example: Of a pass over the training data, once one was timed.
         weights: Which ones are audited, for the manifest.
     """
 
@@ -83,7 +84,6 @@ class Reporter:
         self.known_noise = known_noise
         self.queries = queries
         self.names = names or ExampleNames(())
-        self.seconds_per_example: float | None = None
         self.weights: dict[str, Any] = {}
         self._said: set[str] = set()  # what has been said to have failed
         self._showing = Showing(self._said)
@@ -111,17 +111,13 @@ class Reporter:
             rank_zero_info(line())
 
     def announce(
-        self, plan: InfluencePlan, gradients: ExampleGradients, inspection: Inspection, examples: int, queries: int
+        self, plan: InfluencePlan, coverage: Coverage, batch_bytes: int, examples: int, queries: int, seconds: float
     ) -> str:
         """Return the line before a long wait: what will be done, and about how long and how much memory it takes."""
-        draws = inspection.exact_draws or 1
-        work = plan.gradient_passes(gradients.coverage, examples, queries, draws)
-        rate = self.seconds_per_example or inspection.seconds / inspection.examples
-        seconds = work * rate + plan.decomposition_seconds(gradients.coverage)
-        memory = fitted_bytes(plan.curvature, gradients.coverage.blocks) + inspection.batch_bytes
+        memory = fitted_bytes(plan.curvature, coverage.blocks) + batch_bytes
         return (
-            f"influence audit: {plan.curvature} on {len(gradients.coverage.blocks)} layers, {examples:,} training "
-            f"examples{f', {queries:,} validation examples' if queries else ''}; about {_duration(seconds)} and "
+            f"influence audit: {plan.curvature} on {len(coverage.blocks)} layers, {examples:,} training "
+            f"examples{f', {queries:,} validation examples' if queries else ''}; about {readable_seconds(seconds)} and "
             f"{readable(memory)} of extra memory"
         )
 
@@ -305,9 +301,3 @@ class Reporter:
 def _write_factors(store: AuditStore, curvature: Curvature) -> None:
     for name, (tensors, about) in curvature.tensors().items():
         store.write_factors(name, tensors, about)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.arguments import Arguments
+from lightning_influence.callbacks.budget import RunBudget
 from lightning_influence.callbacks.chosen_weights import chosen
 from lightning_influence.callbacks.keeping import keep_curves, take_checkpoint, take_over_checkpoints, take_over_curves
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
@@ -79,6 +80,7 @@ class AuditRun:
 
     def __post_init__(self) -> None:
         self.listener = BatchListener(self.recording, self.passes, self.flight)
+        self.budget = RunBudget(self.recording, self.passes, self.inspection, self.arguments, self.reporter)
 
     def take_over(self, trainer: Trainer) -> None:
         """Take over the checkpoints and curves that a run which is resumed has kept."""
@@ -94,16 +96,15 @@ class AuditRun:
         if self.recording.postponed != trainer.global_step:
             return
         with bridge.at_epoch(trainer, trainer.current_epoch - 1), _tolerated(self.recording, trainer):
-            tracin = self._due(trainer)
-            if tracin is not None and self.recording.step_sizes.steps:
+            tracin = self.arguments.tracin
+            if tracin and not self.flight and self.budget.due(trainer) and self.recording.step_sizes.steps:
                 self.score_checkpoint(trainer, module, tracin)
             else:
                 self.look(trainer, module)
 
-    def _due(self, trainer: Trainer) -> TracIn | None:
-        """Return the settings of TracIn if a pass is due at the end of this epoch."""
-        tracin = None if self.flight is not None else self.arguments.tracin
-        return None if tracin is None or (trainer.current_epoch + 1) % tracin.every_n_epochs else tracin
+    def tell(self, trainer: Trainer, module: LightningModule) -> None:
+        """Say before training what will be done, and what it costs."""
+        self.budget.tell(trainer, module, self._indices(trainer, last=False))
 
     def take_data(self, source: ExampleSource, epoch: int) -> None:
         """Go on with the examples of a loader that was loaded again, and say so if they are others."""
@@ -124,8 +125,13 @@ class AuditRun:
         if not indices or evidence.complete or bridge.is_dry_run(trainer) or not self.passes.any_time:
             return
         with _tolerated(self.recording, trainer), bridge.aside(trainer):
+            start = time.perf_counter()
             seen = look_at_labels(self.passes.gradients(trainer, module), indices)
-            evidence.close() if seen is None else self.recording.add_snapshot(seen)
+            if seen is None:
+                evidence.close()
+                return
+            self.budget.looked(time.perf_counter() - start, len(indices))
+            self.recording.add_snapshot(seen)
 
     # --------------------------------------------------------------- an epoch
 
@@ -142,7 +148,8 @@ class AuditRun:
         recording.synchronise()
         recording.curves.end(trainer.current_epoch)
         keep_curves(self.reporter.store, recording)
-        due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
+        self.budget.decide(trainer, module, self._indices(trainer, last=False))
+        due = self.budget.due(trainer)
         last = bridge.is_last_epoch(trainer) and self.arguments.weights == "last"
         # The final pass looks by the way; a run that is resumed for more epochs has to catch up.
         recording.postponed = trainer.global_step if last else -1
@@ -176,7 +183,7 @@ class AuditRun:
                 title=f"TracIn, step {trainer.global_step}",
             )
         self.recording.add_pass(trainer.global_step, scores)
-        self.reporter.seconds_per_example = (time.perf_counter() - start) / len(indices)
+        self.budget.passed(time.perf_counter() - start, len(indices))
         self.reporter.log_tracin(trainer, scores.columns["tracin"])
 
     # ---------------------------------------------------------------- the end
@@ -234,7 +241,9 @@ class AuditRun:
         bridge.set_up_validation(trainer)
         validation = bridge.validation_queries(trainer, gradients)
         asked = sum(len(examples) for _, examples in validation)
-        reporter.tell(lambda: reporter.announce(plan, gradients, inspection, len(indices), asked))
+        seconds = self.budget.of_final_audit(plan, coverage := gradients.coverage, len(indices), asked)
+        size = inspection.batch_bytes
+        reporter.tell(lambda: reporter.announce(plan, coverage, size, len(indices), asked, seconds))
         sizes = self._last_step_sizes(trainer, module, gradients.coverage)
         with bridge.aside(trainer):
             guest = self.queries and self.queries.begin(trainer, gradients, indices, validation)
@@ -243,6 +252,7 @@ class AuditRun:
         if self.flight is not None:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
+        result.notes.extend(self.budget.notes(trainer))
         scored = result.scores.indices.cpu()
         result.notes.extend(_data_notes(trainer, self.passes, self.arguments.loader, audited, scored))
         near = nearest_columns(result.scores)

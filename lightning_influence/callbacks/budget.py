@@ -1,0 +1,191 @@
+"""What an audit takes beside its training: told before, timed during the first epoch, and kept within a budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.arguments import Arguments
+from lightning_influence.callbacks.lightning import LightningModule, Trainer
+from lightning_influence.callbacks.reporting import Reporter
+from lightning_influence.callbacks.training_passes import TrainingPasses
+from lightning_influence.core import distributed
+from lightning_influence.core.durations import readable_seconds
+from lightning_influence.core.precision import wait_for
+from lightning_influence.gradients.coverage import Coverage
+from lightning_influence.gradients.verify import Inspection
+from lightning_influence.influence import Influence
+from lightning_influence.scores.plan import InfluencePlan
+from lightning_influence.training.recording import Recording
+
+# Looks at features that a belief about labels takes: before training and after each of the first epochs.
+_LOOKS = 4
+# Of a look, forward only, the time of a pass with per-example gradients (measured: 1.7 to 2.3 on a CPU).
+_PASS = 2.5
+# Multiply-adds of a training so small that timing it would tell of the machine alone: a second at most.
+_TINY = 10**9
+
+
+class RunBudget:
+    """Times training and passes, and says when passes for TracIn are due.
+
+    Args:
+        recording: Its ``schedule`` is to be decided.
+        passes: Extra passes over the training data.
+        inspection: What one batch showed before the first step.
+        arguments: Those of the callback.
+        reporter: Says what comes of it.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        passes: TrainingPasses,
+        inspection: Inspection,
+        arguments: Arguments,
+        reporter: Reporter,
+    ) -> None:
+        self._recording, self._passes, self._inspection = recording, passes, inspection
+        self._arguments, self._reporter = arguments, reporter
+        self._pass: float | None = None  # seconds of an example, once timed, and in a look
+        self._look: float | None = None
+        # Ends of the first and the last batch so far, and batches: the first one warms up.
+        self._first = self._last = 0.0
+        self._batches = 0
+
+    # ----------------------------------------------------------------- timing
+
+    def batch_ended(self, trainer: Trainer, number: int) -> None:
+        """Note when a batch of the first epoch has ended."""
+        if self._recording.schedule.decided:
+            return
+        if not self._batches or number + 1 == trainer.num_training_batches:
+            wait_for(trainer.strategy.root_device)
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        self._batches += 1
+
+    def looked(self, seconds: float, examples: int) -> None:
+        """Note how long a forward pass has taken."""
+        self._look = seconds / examples
+
+    def passed(self, seconds: float, examples: int) -> None:
+        """Note how long a pass with gradients has taken."""
+        self._pass = seconds / examples
+
+    @property
+    def _seconds_per_example(self) -> float:
+        """Of a pass with gradients."""
+        guess = self._inspection.seconds / self._inspection.examples if self._look is None else _PASS * self._look
+        return self._pass or guess
+
+    def of_final_audit(self, plan: InfluencePlan, coverage: Coverage, examples: int, queries: int) -> float:
+        """Return a guess of its seconds.
+
+        Args:
+            plan: What is computed.
+            coverage: The layers.
+            examples: Number of training examples.
+            queries: Number of validation examples.
+        """
+        work = plan.gradient_passes(coverage, examples, queries, self._inspection.exact_draws or 1)
+        return work * self._seconds_per_example + plan.decomposition_seconds(coverage)
+
+    def _always(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> float:
+        """Return a guess of the seconds of all but the passes for TracIn."""
+        gradients = self._passes.gradients(trainer, module)
+        plan = Influence.of(gradients, self._inspection, indices).plan(**self._arguments.fitting)
+        queries = sum(len(chosen) for _, chosen in bridge.validation_queries(trainer, gradients))
+        looks = _LOOKS * (self._look or 0.0) * len(indices)
+        return looks + self.of_final_audit(plan, gradients.coverage, len(indices), queries)
+
+    # ---------------------------------------------------------------- telling
+
+    def tell(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> None:
+        """Say before training what will be done, and what it costs."""
+        if not indices or bridge.is_dry_run(trainer) or not trainer.is_global_zero:
+            return
+        self._reporter.tell(lambda: self._plans(self._always(trainer, module, indices)))
+
+    def _plans(self, always: float) -> str:
+        tracin = self._arguments.tracin
+        along = "without TracIn"
+        if tracin is not None and tracin.mode == "step":
+            along = "TracIn in flight"
+        elif tracin is not None and tracin.mode == "auto" and tracin.overhead is not None:
+            along = f"TracIn at as many ends of epochs as overhead={tracin.overhead:g} of its time leaves room for"
+        elif tracin is not None:
+            n = "" if tracin.every_n_epochs == 1 else f" {tracin.every_n_epochs}th"
+            along = f"TracIn at every{n} end of an epoch"
+        return (
+            f"influence audit: {along}; looks at the labels and the final audit of {self._arguments.curvature} take "
+            f"about {readable_seconds(always)}, however long training is"
+        )
+
+    def notes(self, trainer: Trainer) -> list[str]:
+        """Return what a reader of the scores should know, at the end."""
+        tracin, epochs = self._arguments.tracin, trainer.current_epoch + 1
+        passes = len(self._recording.tracin.checkpoints)
+        if tracin is None or tracin.mode != "auto" or not self._passes.any_time or not 0 < passes < epochs:
+            return []
+        return [
+            f"TracIn is the sum over {passes} of {epochs} ends of epochs, each for the steps since the one before: "
+            f'overhead={tracin.overhead:g} of the training\'s time; `tracin="epoch"` takes all of them'
+        ]
+
+    # ----------------------------------------------------------- the schedule
+
+    def due(self, trainer: Trainer) -> bool:
+        """Tell whether a checkpoint of TracIn is due at the end of this epoch."""
+        tracin, ended = self._arguments.tracin, trainer.current_epoch + 1
+        if tracin is None:
+            return False
+        if tracin.mode != "auto":
+            return not ended % tracin.every_n_epochs
+        return self._recording.schedule.due(ended, bridge.expected_epochs(trainer)[0])
+
+    def decide(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> None:
+        """Decide at the end of the first epoch how many passes fit, the same in all processes."""
+        schedule = self._recording.schedule
+        if schedule.decided or not indices:
+            return
+        epochs, most = bridge.expected_epochs(trainer)
+        coverage = self._passes.gradients(trainer, module).coverage
+        if most is not None and self._work(coverage) * len(indices) * most <= _TINY:
+            schedule.decide(0.0, 0.0)
+            return
+        always, one = self._always(trainer, module, indices), self._seconds_per_example * len(indices)
+        epoch = one
+        if self._batches > 1:
+            batches = min(trainer.num_training_batches, self._batches)
+            epoch = (self._last - self._first) / (self._batches - 1) * batches
+        always, one, epoch = distributed.gather_objects((always, one, epoch))[0]
+        schedule.decide(always / epoch, one / epoch)
+        self._reporter.tell(partial(self._told, epochs, most, epoch))
+
+    def _work(self, coverage: Coverage) -> int:
+        """Return the multiply-adds of one example's forward pass."""
+        positions = self._inspection.positions
+        return sum(
+            positions.get(name, 1) * sum(parameter.numel() for parameter in block.parameters.values())
+            for name, block in coverage.blocks.items()
+        )
+
+    def _told(self, epochs: int, most: int | None, epoch: float) -> str:
+        schedule = self._recording.schedule
+        n = schedule.spacing(epochs)
+        if epochs != most:
+            when = "at ends of epochs that lie the farther apart the longer training goes on"
+        elif n is None:
+            when = "at the end of the last epoch alone"
+        else:
+            when = (
+                f"at every{'' if n == 1 else f' {n}th'} end of an epoch, and the last ({(epochs - 1) // n + 1} passes)"
+            )
+        share, training = schedule.share(epochs), epochs * epoch
+        return (
+            f"influence audit: TracIn {when}. Of {epochs} epochs, about {readable_seconds(training)}, the audit adds "
+            f"{share:.0%} (overhead={schedule.overhead:g})"
+        )
