@@ -322,7 +322,7 @@ def test_the_last_weights_count_once_however_training_ends(
         pass
 
     model = Judged(scheduled)
-    audit = InfluenceAudit(curvature="identity")
+    audit = InfluenceAudit(curvature="identity", tracin="epoch")
     report, made = fit(model, audit, tmp_path, loader(DOUBLE), loader(DOUBLE), callbacks=callbacks(audit), **trainer)
     expected = model.tracin(DOUBLE)
     close(report.columns["tracin"], expected)

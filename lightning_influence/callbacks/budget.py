@@ -156,14 +156,19 @@ class RunBudget:
         if most is not None and self._work(coverage) * len(indices) * most <= _TINY:
             schedule.decide(0.0, 0.0)
             return
-        always, one = self._always(trainer, module, indices), self._seconds_per_example * len(indices)
-        epoch = one
-        if self._batches > 1:
-            batches = min(trainer.num_training_batches, self._batches)
-            epoch = (self._last - self._first) / (self._batches - 1) * batches
-        always, one, epoch = distributed.gather_objects((always, one, epoch))[0]
+        always, one, epoch = distributed.gather_objects(self._measured(trainer, module, indices))[0]
         schedule.decide(always / epoch, one / epoch)
         self._reporter.tell(partial(self._told, epochs, most, epoch))
+
+    def _measured(
+        self, trainer: Trainer, module: LightningModule, indices: Sequence[int]
+    ) -> tuple[float, float, float]:
+        """Return seconds: of all but passes for TracIn, of one of these, and of an epoch of training."""
+        one = self._seconds_per_example * len(indices)
+        # A training of one batch an epoch has no more to tell of itself than a pass has.
+        batch = (self._last - self._first) / (self._batches - 1) if self._batches > 1 else 0.0
+        batches = min(float(trainer.num_training_batches), max(self._batches, 1))
+        return self._always(trainer, module, indices), one, batch * batches or one
 
     def _work(self, coverage: Coverage) -> int:
         """Return the multiply-adds of one example's forward pass."""

@@ -50,7 +50,7 @@ from lightning_influence.training.recording import Recording
 Columns = dict[str, NDArray[Any]]
 
 # Partial tables may take this share of the time at most.
-_PARTIAL_SHARE = 0.05
+_PARTIAL_SHARE = 0.02
 
 
 class Reporter:

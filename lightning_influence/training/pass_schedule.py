@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from lightning_influence.training.settings import TracIn
 
-# In coarse steps: that two runs are timed a little differently seldom makes them differ.
-_SPACINGS = tuple(step * 10**power for power in range(9) for step in (1, 2, 5))
-# Passes of a run, the last one included: more of them hardly change the ranking (docs/tracin.md).
-_MOST = 8
+# Passes of a run, the last one included: more of them hardly change the ranking (docs/tracin.md). So few choices, as
+# that two runs are timed a little differently is seldom to make them differ.
+_PASSES = 8, 4, 2
 
 
 class PassSchedule:
@@ -44,11 +44,11 @@ class PassSchedule:
         """Return n for a training of so many epochs; None if the budget has room for the last pass alone."""
         if self.overhead is None or self.always is None:
             return 1
-        for n in _SPACINGS:
+        for passes in _PASSES:
+            n = math.ceil(epochs / passes)
             before_last = (epochs - 1) // n
-            room = self.always + self.one * before_last <= self.overhead * epochs
-            if before_last < _MOST and (room or not self.one):
-                return n if before_last else None
+            if before_last and self.always + self.one * before_last <= self.overhead * epochs:
+                return n
         return None
 
     def due(self, ended: int, epochs: int) -> bool:
