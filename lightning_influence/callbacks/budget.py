@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.arguments import Arguments
@@ -12,6 +14,7 @@ from lightning_influence.callbacks.lightning import LightningModule, Trainer
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
+from lightning_influence.core.containers import leaves
 from lightning_influence.core.durations import readable_seconds
 from lightning_influence.core.precision import wait_for
 from lightning_influence.gradients.coverage import Coverage
@@ -97,9 +100,8 @@ class RunBudget:
         """Return a guess of the seconds of all but the passes for TracIn."""
         gradients = self._passes.gradients(trainer, module)
         plan = Influence.of(gradients, self._inspection, indices).plan(**self._arguments.fitting)
-        queries = sum(len(chosen) for _, chosen in bridge.validation_queries(trainer, gradients))
         looks = _LOOKS * (self._look or 0.0) * len(indices)
-        return looks + self.of_final_audit(plan, gradients.coverage, len(indices), queries)
+        return looks + self.of_final_audit(plan, gradients.coverage, len(indices), _validation_examples(trainer))
 
     # ---------------------------------------------------------------- telling
 
@@ -194,3 +196,10 @@ class RunBudget:
             f"influence audit: TracIn {when}. Of {epochs} epochs, about {readable_seconds(training)}, the audit adds "
             f"{share:.0%} (overhead={schedule.overhead:g})"
         )
+
+
+def _validation_examples(trainer: Trainer) -> int:
+    """Return about how many there are, without asking their loaders for any."""
+    loaders: Any = [] if trainer.val_dataloaders is None else [loader for _, loader in leaves(trainer.val_dataloaders)]
+    sizes = zip(loaders, trainer.num_val_batches, strict=False)
+    return sum(int(n) * (getattr(loader, "batch_size", None) or 1) for loader, n in sizes if math.isfinite(n))
