@@ -191,12 +191,12 @@ def test_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "_TINY", -1)
     fit(tmp_path, InfluenceAudit(), 2)
     before, after, *_ = lines
-    assert "as many ends of epochs as overhead=0.25" in before
+    assert "after as many epochs as overhead=0.25" in before
     assert "the final audit of ekfac take about " in before
     assert "Of 2 epochs, about 1 s, the audit adds " in after
     lines.clear()
     fit(tmp_path, InfluenceAudit(tracin="epoch"), 1)
-    assert "TracIn at every end of an epoch" in lines[0]
+    assert "TracIn after every epoch" in lines[0]
     lines.clear()
     fit(tmp_path, InfluenceAudit(tracin=None), 1)
     assert "without TracIn" in lines[0]

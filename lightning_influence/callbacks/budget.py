@@ -117,10 +117,9 @@ class RunBudget:
         if tracin is not None and tracin.mode == "step":
             along = "TracIn in flight"
         elif tracin is not None and tracin.mode == "auto" and tracin.overhead is not None:
-            along = f"TracIn at as many ends of epochs as overhead={tracin.overhead:g} of its time leaves room for"
+            along = f"TracIn after as many epochs as overhead={tracin.overhead:g} of their time leaves room for"
         elif tracin is not None:
-            n = "" if tracin.every_n_epochs == 1 else f" {tracin.every_n_epochs}th"
-            along = f"TracIn at every{n} end of an epoch"
+            along = f"TracIn after {_every(tracin.every_n_epochs)}"
         return (
             f"influence audit: {along}; looks at the labels and the final audit of {self._arguments.curvature} take "
             f"about {readable_seconds(always)}, however long training is"
@@ -184,18 +183,20 @@ class RunBudget:
         schedule = self._recording.schedule
         n = schedule.spacing(epochs)
         if epochs != most:
-            when = "at ends of epochs that lie the farther apart the longer training goes on"
+            when = "after epochs that lie the farther apart the longer training goes on"
         elif n is None:
-            when = "at the end of the last epoch alone"
+            when = "after the last epoch alone"
         else:
-            when = (
-                f"at every{'' if n == 1 else f' {n}th'} end of an epoch, and the last ({(epochs - 1) // n + 1} passes)"
-            )
+            when = f"after {_every(n)} and the last ({(epochs - 1) // n + 1} passes)"
         share, training = schedule.share(epochs), epochs * epoch
         return (
             f"influence audit: TracIn {when}. Of {epochs} epochs, about {readable_seconds(training)}, the audit adds "
             f"{share:.0%} (overhead={schedule.overhead:g})"
         )
+
+
+def _every(n: int) -> str:
+    return "every epoch" if n == 1 else f"every {n} epochs"
 
 
 def _validation_examples(trainer: Trainer) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning_influence.training.settings import TracIn
 
-# Passes of a run, the last one included: eight rank as those of all epochs do to .86, four to .80, the last alone to .60
-# (docs/tracin.md). Few choices, so that a run which is timed a little differently is seldom another.
+# Passes of a run, the last one included. Rank correlation with passes after all epochs: .86, .80, .68; .60 for the last
+# alone (docs/tracin.md). Few choices, so that a run which is timed a little differently is seldom another.
 _PASSES = 8, 4, 2
 
 
