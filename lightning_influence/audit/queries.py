@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_influence.audit.columns import INFLUENCE_ON
 from lightning_influence.core.errors import check_count, short
 from lightning_influence.curvature import Curvature
+from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import (
     ExampleColumns,
@@ -161,6 +162,11 @@ class QuerySearch:
         self._guests: list[Guest] = []
         self._notes: list[str] = []
         self._of_set: ExampleScorer | None = None
+
+    @property
+    def source(self) -> ExampleSource:
+        """The training data."""
+        return self._gradients.source
 
     def on_validation(self, number: int) -> Sequence[Visitor]:
         """Note the losses of a set that is passed over anyway."""

@@ -11,6 +11,7 @@ from lightning_influence.callbacks.checkpoint_files import StrPath, precision_of
 from lightning_influence.callbacks.hooks import RunHooks
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, is_a, is_running, overrides
 from lightning_influence.callbacks.past_run import PastRun, RunFiles
+from lightning_influence.callbacks.sharded import check_afterwards
 from lightning_influence.core import distributed
 from lightning_influence.core.errors import short
 
@@ -93,6 +94,8 @@ class Afterwards(RunHooks):
                 f"this is one of {distributed.world_size()} processes, which share an audit: pass their `trainer=` and "
                 "call `audit` on all of them, or audit a checkpoint in a process of its own."
             )
+        if trainer is not None:
+            check_afterwards(trainer)
         if ckpt_path is None and not ckpt_paths and trainer is not None and self.arguments.weights == "best":
             ckpt_path = "best"
         files = RunFiles.of(model, trainer, ckpt_path, ckpt_paths)

@@ -13,6 +13,7 @@ from lightning_influence.callbacks.loaders import train_loader
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.run import AuditRun
+from lightning_influence.callbacks.sharded import check_shards
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.curvature.choices import check_labels
@@ -45,6 +46,7 @@ def begun(
     else:
         drawn, ids = bridge.drawn_from(train_loader(trainer, arguments.loader), len(source)), arguments.ids
     preparing.check_company(source, arguments.tracin)
+    check_shards(trainer, module, arguments.tracin)
     first = preparing.some_of(drawn, source.batch_size)
     names = ExampleNames(source.dataset, ids, arguments.describe)
     if trainer.is_global_zero:

@@ -16,7 +16,9 @@ from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
 from lightning_influence.core.containers import leaves
 from lightning_influence.core.durations import readable_seconds
+from lightning_influence.core.memory import readable
 from lightning_influence.core.precision import wait_for
+from lightning_influence.curvature.registry import fitted_bytes
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.influence import Influence
@@ -84,32 +86,40 @@ class RunBudget:
         guess = self._inspection.seconds / self._inspection.examples if self._look is None else _PASS * self._look
         return self._pass or guess
 
-    def of_final_audit(self, plan: InfluencePlan, coverage: Coverage, examples: int, queries: int) -> float:
-        """Return a guess of its seconds.
-
-        Args:
-            plan: What is computed.
-            coverage: The layers.
-            examples: Number of training examples.
-            queries: Number of validation examples.
-        """
+    def _of_final_audit(self, plan: InfluencePlan, coverage: Coverage, examples: int, queries: int) -> float:
+        """Return a guess of its seconds, from numbers of training and of validation examples."""
         work = plan.gradient_passes(coverage, examples, queries, self._inspection.exact_draws or 1)
         return work * self._seconds_per_example + plan.decomposition_seconds(coverage)
+
+    def _examples(self, trainer: Trainer) -> list[int]:
+        """Return those of passes while training goes on."""
+        recording, source = self._recording, self._passes.source
+        return bridge.audited_indices(trainer, self._arguments.loader, recording.seen_indices(), source, last=False)
 
     def _always(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> float:
         """Return a guess of the seconds of all but the passes for TracIn."""
         gradients = self._passes.gradients(trainer, module)
         plan = Influence.of(gradients, self._inspection, indices).plan(**self._arguments.fitting)
         looks = _LOOKS * (self._look or 0.0) * len(indices)
-        return looks + self.of_final_audit(plan, gradients.coverage, len(indices), _validation_examples(trainer))
+        return looks + self._of_final_audit(plan, gradients.coverage, len(indices), _validation_examples(trainer))
 
     # ---------------------------------------------------------------- telling
 
-    def tell(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> None:
-        """Say before training what will be done, and what it costs."""
-        if not indices or bridge.is_dry_run(trainer) or not trainer.is_global_zero:
-            return
-        self._reporter.tell(lambda: self._plans(self._always(trainer, module, indices)))
+    def tell(self, trainer: Trainer, module: LightningModule) -> None:
+        """Say before training what will be done, and what it costs, unless it is not known of which examples."""
+        indices = self._examples(trainer)
+        if indices and trainer.is_global_zero and not bridge.is_dry_run(trainer):
+            self._reporter.tell(lambda: self._plans(self._always(trainer, module, indices)))
+
+    def announced(self, plan: InfluencePlan, coverage: Coverage, examples: int, queries: int) -> str:
+        """Return the line before the final audit: what will be done, and about how much time and memory it takes."""
+        memory = fitted_bytes(plan.curvature, coverage.blocks) + self._inspection.batch_bytes
+        seconds = self._of_final_audit(plan, coverage, examples, queries)
+        return (
+            f"influence audit: {plan.curvature} on {len(coverage.blocks)} layers, {examples:,} training examples"
+            f"{f', {queries:,} validation examples' if queries else ''}; about {readable_seconds(seconds)} and "
+            f"{readable(memory)} of extra memory"
+        )
 
     def _plans(self, always: float) -> str:
         tracin = self._arguments.tracin
@@ -147,10 +157,11 @@ class RunBudget:
             return not ended % tracin.every_n_epochs
         return self._recording.schedule.due(ended, bridge.expected_epochs(trainer)[0])
 
-    def decide(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> None:
+    def decide(self, trainer: Trainer, module: LightningModule) -> None:
         """Decide at the end of the first epoch how many passes fit, the same in all processes."""
         schedule = self._recording.schedule
-        if schedule.decided or not indices:
+        indices = [] if schedule.decided else self._examples(trainer)
+        if not indices:
             return
         epochs, most = bridge.expected_epochs(trainer)
         coverage = self._passes.gradients(trainer, module).coverage

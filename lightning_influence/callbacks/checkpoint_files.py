@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, callbacks_of, is_a, of_package
 from lightning_influence.core.errors import short
+from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.torch_private import eager_name
 from lightning_influence.core.weights import places_of, swapped
 from lightning_influence.gradients.coverage import listed
@@ -58,6 +59,8 @@ class TrainerCheckpoint:
         except FileNotFoundError as error:
             raise CheckpointFileError(f"there is no checkpoint {path}{_beside(path)}.") from error
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             told = " ".join(str(error).split())
             if object_found := re.search(r"Unsupported global: GLOBAL (\S+)", told):
                 raise CheckpointFileError(

@@ -14,6 +14,7 @@ from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.objective.task import TrainingStepTask
 from lightning_influence.replay import ReplayError, Rerun, TrainingRecord
 from lightning_influence.replay.attribution import Replay
+from lightning_influence.replay.step import CONSTANT
 from lightning_influence.scores.measurements import MeasurementError
 
 _NAME = "harm_exact"
@@ -47,7 +48,7 @@ def with_exact_harm(
         with bridge.aside(trainer):
             rerun = Rerun(record, module, TrainingStepTask(), run.passes.source)
             replay = Replay(rerun, run.passes.task, told=lambda cost: rank_zero_info(f"{_NAME}: {cost}."))
-            found = replay.together(validation, max_cost=max_cost, self_test=0)
+            found = replay.together(validation, max_cost=max_cost, self_test="auto")
     except (ReplayError, MeasurementError) as error:
         return _noted(report, run, f"no {_NAME}: {error}")
     except Exception as error:  # the audit is done: nothing may cost it
@@ -56,18 +57,21 @@ def with_exact_harm(
     index, known = report.columns["index"], found.indices.numpy()
     places = np.searchsorted(known, index).clip(max=len(known) - 1)
     values = np.where(known[places] == index, -found.scores.numpy()[places], np.nan)
-    return _noted(replace(report, columns={**report.columns, _NAME: values}), run)
+    doubts = [note for note in found.notes if note.startswith(CONSTANT)]
+    doubts += [] if found.trust is None else [str(found.trust)]
+    return _noted(
+        replace(report, columns={**report.columns, _NAME: values}), run, *(f"{_NAME}: {doubt}" for doubt in doubts)
+    )
 
 
-def _noted(report: AuditReport, run: AuditRun, note: str = "") -> AuditReport:
+def _noted(report: AuditReport, run: AuditRun, *notes: str) -> AuditReport:
     """Write what has changed to the disk."""
-    if note:
-        report.manifest["notes"].append(note)
+    report.manifest["notes"].extend(notes)
     store = run.reporter.store
     if store is None:
         return report
     try:
-        if not note:
+        if _NAME in report.columns:
             store.write_scores(report.columns)
             store.write_glossary(report.glossary())
         store.write_manifest({**report.manifest, "status": report.status})

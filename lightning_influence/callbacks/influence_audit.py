@@ -22,9 +22,9 @@ from lightning_influence.callbacks.chosen_weights import Weights, check_weights
 from lightning_influence.callbacks.exact_harm import with_exact_harm
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, overrides, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.query_report import checked_queries
-from lightning_influence.callbacks.resuming import as_at_the_end_of_training, restore
+from lightning_influence.callbacks.resuming import as_at_the_end_of_training, restore, warn_of_other_labels
 from lightning_influence.callbacks.run import AuditRun
-from lightning_influence.core import distributed
+from lightning_influence.core.meeting import together
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.data.ids import SampleId
 from lightning_influence.data.stream import StreamSource
@@ -207,7 +207,7 @@ class InfluenceAudit(Afterwards):
             self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> AuditRun:
-        with preparing.errors_as_misconfiguration():
+        with preparing.errors_as_misconfiguration(), together():
             source = self._recorder.source_of(trainer)
             preparing.check_indices("known_noise", self.arguments.known_noise, source)
             preparing.check_indices("trusted", self.arguments.trusted, source)
@@ -220,9 +220,11 @@ class InfluenceAudit(Afterwards):
             restore(self._recording, restored, trainer)
             self._run = begun(self.arguments, trainer, module, source, self._recording)
             self._run.take_over(trainer)
+            if restored is not None:
+                warn_of_other_labels(self._run, trainer, module)
         if not trainer.global_step:
             self._run.look(trainer, module)
-        self._run.tell(trainer, module)
+        self._run.budget.tell(trainer, module)
         self._before = None, None, None
         return self._run
 
@@ -264,8 +266,6 @@ class InfluenceAudit(Afterwards):
             with as_at_the_end_of_training(trainer, pl_module):
                 self._finish(self._prepare(trainer, pl_module), trainer, pl_module)
         except Exception as error:
-            if distributed.world_size() > 1:
-                raise
             self._no_report = str(error)
             rank_zero_warn(f"no influence audit: {error}\nOnce that is mended: {WITHOUT_TRAINING}.")
 

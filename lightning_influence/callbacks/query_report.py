@@ -18,6 +18,7 @@ from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.lightning import MisconfigurationException, Trainer, rank_zero_warn
 from lightning_influence.core import distributed
 from lightning_influence.core.errors import short
+from lightning_influence.core.meeting import together
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.curvature import Curvature, SolverError
 from lightning_influence.data.source import DataError
@@ -150,11 +151,12 @@ class QueryReport:
         if self.pairs is None or self._search is None:
             return
         try:
-            texts = names.tokens(np.unique(self.pairs.table["index"]).tolist())
+            texts = names.tokens(np.unique(self.pairs.table["index"]).tolist(), self._search.source)
             told = self._search.tokens(self.pairs.table, texts)
             self.pairs = replace(self.pairs, table=self.pairs.table | told)
-            if texts and not told:
-                self.notes.append("pairs are not told by token: no layer has a position for each")
+            if not told and names.tokenized:
+                why = "no layer has a position for each" if texts else "examples hold no sequence of integers to decode"
+                self.notes.append(f"pairs are not told by token: {why}")
         except Exception as error:  # the pairs are there without
             self.notes.append(f"pairs are not told by token: {type(error).__name__}: {error}")
 
@@ -199,13 +201,12 @@ class QueryReport:
     @contextmanager
     def _or_give_up(self) -> Iterator[None]:
         try:
-            yield
+            with together():
+                yield
         except (QueryError, MeasurementError, SolverError) as error:
             self._give_up(str(error))
         # The scores of the training examples do not depend on it: no data set that raises may cost them.
         except Exception as error:
-            if distributed.world_size() > 1:
-                raise
             self._give_up(f"{type(error).__name__}: {error}")
 
     def _give_up(self, reason: str) -> None:

@@ -30,12 +30,8 @@ from lightning_influence.callbacks.manifest import audit_described, detection_of
 from lightning_influence.callbacks.page_writer import PageWriter
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.showing import Showing
-from lightning_influence.core.durations import readable_seconds
-from lightning_influence.core.memory import readable
 from lightning_influence.core.progress import is_terminal
 from lightning_influence.curvature import Curvature
-from lightning_influence.curvature.registry import fitted_bytes
-from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.influence.inputs import notes_of
@@ -109,17 +105,6 @@ class Reporter:
         """Print a line for who watches."""
         with tolerated("printing", self._said):
             rank_zero_info(line())
-
-    def announce(
-        self, plan: InfluencePlan, coverage: Coverage, batch_bytes: int, examples: int, queries: int, seconds: float
-    ) -> str:
-        """Return the line before a long wait: what will be done, and about how long and how much memory it takes."""
-        memory = fitted_bytes(plan.curvature, coverage.blocks) + batch_bytes
-        return (
-            f"influence audit: {plan.curvature} on {len(coverage.blocks)} layers, {examples:,} training "
-            f"examples{f', {queries:,} validation examples' if queries else ''}; about {readable_seconds(seconds)} and "
-            f"{readable(memory)} of extra memory"
-        )
 
     def write_partial(
         self,

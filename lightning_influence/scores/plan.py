@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from lightning_influence.core.meeting import together
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.precision import wait_for
 from lightning_influence.curvature import (
@@ -213,7 +214,8 @@ def influence_scores(
     curvature = None
     with _timed(seconds, "factors", gradients.device):
         try:
-            curvature = plan.fit(gradients, indices)
+            with together():
+                curvature = plan.fit(gradients, indices)
             notes += curvature.notes
         # What does not need this curvature is still worth having.
         except (IndefiniteError, torch.linalg.LinAlgError) as error:
@@ -248,7 +250,8 @@ def _validation_query(
     """Return the preconditioned mean gradient of the validation loss, or None and why there is none."""
     watching = {} if companion is None else {"watching": companion.on_validation}
     try:
-        mean = mean_loss_gradient(sets, title="validation gradient", **watching)
+        with together():
+            mean = mean_loss_gradient(sets, title="validation gradient", **watching)
     # Anything can go wrong in a user's training_step that meets another kind of batch.
     except Exception as error:
         if is_out_of_memory(error):
