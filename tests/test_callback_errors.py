@@ -830,7 +830,7 @@ def test_epochs_that_a_stop_can_not_end_are_not_the_last(tmp_path: Path) -> None
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             trainer.should_stop = True
 
-    audit = InfluenceAudit()
+    audit = InfluenceAudit(tracin="epoch")
     trainer = make_trainer(tmp_path, callbacks=[Impatient(), audit], max_epochs=9, min_epochs=4)
     trainer.fit(Classifier(), loader(vectors()))
     assert audit.has_report

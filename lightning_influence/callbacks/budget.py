@@ -108,7 +108,7 @@ class RunBudget:
     def tell(self, trainer: Trainer, module: LightningModule) -> None:
         """Say before training what will be done, and what it costs, unless it is not known of which examples."""
         indices = self._examples(trainer)
-        if indices and trainer.is_global_zero and not bridge.is_dry_run(trainer):
+        if indices and not bridge.is_dry_run(trainer):
             self._reporter.tell(lambda: self._plans(self._always(trainer, module, indices)))
 
     def announced(self, plan: InfluencePlan, coverage: Coverage, examples: int, queries: int) -> str:
