@@ -26,6 +26,7 @@ from which_lightning import ModelCheckpoint, ModelParallelStrategy, pl
 
 import lightning_influence
 from lightning_influence import AuditReport, InfluenceAudit, Queries
+from lightning_influence.callbacks.checkpoint_files import CheckpointFileError
 
 PATIENCE, EPOCHS = 600, 3
 
@@ -70,10 +71,14 @@ class Split(Validated):
 class Normed(Split):
     """With statistics of its batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, split: bool = True) -> None:
         super().__init__()
-        self.net.norm = nn.BatchNorm1d(6)
+        self.net.norm, self.split = nn.BatchNorm1d(6), split
         self.double()
+
+    def configure_model(self) -> None:
+        if self.split:
+            super().configure_model()
 
 
 class SplitWitness(Witness):
@@ -114,6 +119,7 @@ class Scenario:
     shuffle: bool = False
     resume: bool = False
     one_file: bool = False
+    ddp: bool = False
     examples: tuple[int, ...] = ()
     policy: dict[str, Any] = field(default_factory=dict)
 
@@ -138,7 +144,11 @@ SCENARIOS = {
     "best": Scenario(audit={"curvature": "identity", "weights": "best"}, one_file=True),
     "few": Scenario(audit={"curvature": "diagonal"}, examples=(3,)),
 }
-STATES: dict[str, Callable[[], Split]] = {"statistics": Normed, "halves": lambda: Split(param_dtype=torch.bfloat16)}
+STATES: dict[str, Callable[[], Split]] = {
+    "statistics": Normed,
+    "halves": lambda: Split(param_dtype=torch.bfloat16),
+    "ddp": lambda: Normed(split=False),
+}
 # What two processes and one do not have in common, as padded batches count twice.
 TWICE = {"times_seen", "forgetting", "epochs_wrong"}
 
@@ -162,8 +172,8 @@ def train(scenario: Scenario, devices: int, directory: Path, *, model: Any = Non
         keeper = ModelCheckpoint(
             dirpath=directory / folder / "kept", filename="{step}", save_top_k=-1, monitor="val_loss", mode="max"
         )
-        strategy: Any = "auto"
-        if devices > 1:
+        strategy: Any = "ddp" if scenario.ddp else "auto"
+        if devices > 1 and not scenario.ddp:
             strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=not scenario.one_file)
         trainer = make_trainer(
             directory / folder,
@@ -251,7 +261,9 @@ def main(directory: Path) -> None:
     for name, make in STATES.items():
         torch.manual_seed(3)
         model = make()
-        trainer, _ = train(Scenario(one_file=True), 2, directory / name, model=model)
+        # DDP gives all the buffers of rank zero when it evaluates, so not at the end.
+        ddp = {"ddp": True, "trainer": {"check_val_every_n_epoch": 2}} if name == "ddp" else {}
+        trainer, _ = train(Scenario(one_file=True, **ddp), 2, directory / name, model=model)
         trainer.save_checkpoint(directory / f"{name}.ckpt")
         told[name] = [float(buffer.double().sum()) for buffer in model.buffers()]
         if name == "statistics":
@@ -261,6 +273,7 @@ def main(directory: Path) -> None:
     told["untouched"] = [name for name in seen[True] if not same(seen[True][name], seen[False][name])]
     told["in flight"] = refusal(tracin="step")
     told["half"] = refusal(model=HalfSplit())
+    told["best"] = refusal(weights="best")
     told["record"] = refusal(record=True)
     (directory / f"told{rank}.json").write_text(json.dumps(told))
 
@@ -354,9 +367,24 @@ def test_it_is_the_audit_of_the_checkpoint(name: str, two_processes: Path) -> No
     path = two_processes / f"{name}.ckpt"
     here = audit.audit(STATES[name](), loader(data, PER_PROCESS), ckpt_path=path, val_dataloaders=loader(queries, 3))
     assert_same(there, here)
-    if name == "statistics":
+    if name != "halves":
         assert told_by(two_processes)[name] != told_by(two_processes, 1)[name], "it makes no difference whose they are"
-        assert audit.influence("kfac").examples
+    assert audit.influence("kfac").examples
+
+
+@pytest.mark.slow
+def test_a_distributed_checkpoint_is_put_together(two_processes: Path) -> None:
+    data, queries = vectors(SIZE, dtype=torch.float64), vectors(7, 2, dtype=torch.float64)
+    (path,) = (two_processes / "adam" / "run" / "kept").glob("step=9.ckpt")
+    audit = InfluenceAudit(dirpath=two_processes / "put together")
+    with pytest.raises(CheckpointFileError, match="a part from each process") as refused:
+        audit.audit(Split(), loader(data, PER_PROCESS), ckpt_path=path)
+    command = str(refused.value).partition("`python ")[2].partition("`")[0]
+    subprocess.run([sys.executable, *command.split()], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    here = audit.audit(
+        Split(), loader(data, PER_PROCESS), ckpt_path=f"{path}.consolidated", val_dataloaders=loader(queries, 3)
+    )
+    assert_same(report_below(two_processes / "adam"), here)
 
 
 @pytest.mark.slow
@@ -373,6 +401,7 @@ def test_what_is_refused(rank: int, two_processes: Path) -> None:
     assert 'Pass `tracin="epoch"`' in told["in flight"]
     assert "each process trains net.first.weight" in told["half"]
     assert "can't be replayed: 2 processes" in told["record"]
+    assert "save_distributed_checkpoint=False" in told["best"]
     assert "RuntimeError: after training with FSDP2" in told["later"]
     assert "would split the model once more" in told["audit"]
     assert all("ckpt_path=" in told[name] for name in ("later", "audit"))

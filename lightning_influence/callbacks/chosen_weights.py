@@ -20,6 +20,7 @@ from lightning_influence.callbacks.lightning import (
     is_a,
     rank_zero_warn,
 )
+from lightning_influence.callbacks.sharded import check_one_file
 from lightning_influence.core import distributed
 from lightning_influence.core.weights import places_of, swapped
 
@@ -58,6 +59,7 @@ def check_weights(trainer: Trainer, audit: Callback, weights: Weights) -> None:
         )
     if weights != "best":
         return
+    check_one_file(trainer)
     keepers = keepers_of(trainer)
     if keepers and keepers[0].monitor is not None and keepers[0].save_top_k:
         return
