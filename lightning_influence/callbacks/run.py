@@ -243,23 +243,18 @@ class AuditRun:
         reporter.tell(lambda: self.budget.announced(plan, gradients.coverage, len(indices), asked))
         sizes = self._last_step_sizes(trainer, module, gradients.coverage)
         with bridge.aside(trainer):
-            guests: list[QueryReport | IndexReport] = []
-            if self.queries is not None:
-                guests.append(self.queries.begin(trainer, gradients, indices, validation))
-            index = None
-            if self.arguments.index is not None:
-                index = IndexReport(self.arguments.index, gradients, indices, reporter.directory)
-                guests.append(index)
+            asking = None if self.queries is None else self.queries.begin(trainer, gradients, indices, validation)
+            kept = self.arguments.index
+            index = None if kept is None else IndexReport(kept, gradients, indices, reporter.directory)
+            guests: list[QueryReport | IndexReport] = [guest for guest in (asking, index) if guest is not None]
             result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=sizes, companions=guests)
             if index is not None:
                 index.finish(result)
         result.seconds["loss scale"] = scaling
-        if self.flight is not None:
-            result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
-        result.notes.extend(self.budget.notes(trainer))
         scored = result.scores.indices.cpu()
-        result.notes.extend(_data_notes(trainer, self.passes, self.arguments.loader, audited, scored))
+        result.notes += [*(self.flight.notes() if self.flight else ()), *self.budget.notes(trainer)]
+        result.notes += _data_notes(trainer, self.passes, self.arguments.loader, audited, scored)
         evidence = None
         columns = {name: values.cpu().numpy() for name, values in result.scores.columns.items()}
         columns["index"] = scored.numpy()
@@ -273,8 +268,7 @@ class AuditRun:
         self.make_influence = lambda: Influence.of(
             later, inspection, of.tolist(), history=history, labels=_known(of, labels)
         )
-        if is_split(module):
-            self.make_influence = refuse_later
+        self.make_influence = refuse_later if is_split(module) else self.make_influence
         if self.queries is not None:
             with bridge.aside(trainer):
                 columns |= self.queries.find(columns, result.seconds, self.reporter.names)
@@ -295,10 +289,9 @@ class AuditRun:
 
     def interrupt(self, trainer: Trainer, error: str) -> None:
         """Keep what was recorded so far."""
-        if not trainer.is_global_zero:
-            return
-        # Local numbers only: other processes may be gone, and a collective would wait for them for ever.
-        self.reporter.write_partial(trainer, self.recording, "interrupted", error=error)
+        if trainer.is_global_zero:
+            # Local numbers only: other processes may be gone, and a collective would wait for them for ever.
+            self.reporter.write_partial(trainer, self.recording, "interrupted", error=error)
 
     def _unmissed(self, indices: list[int]) -> list[int]:
         return [k for k in indices if distributed.world_size() > 1 or k not in self.passes.source.missing]
