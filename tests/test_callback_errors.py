@@ -68,7 +68,7 @@ def _no_workers_left() -> Iterator[None]:
         ({"factor_examples": 0}, r"factor_examples=0; expected an integer >= 1, or \"auto\", None for all examples"),
         ({"factor_examples": 2.5}, r"factor_examples=2.5; expected an integer >= 1"),
         ({"factor_examples": "all"}, r"factor_examples='all'; expected an integer >= 1, or \"auto\""),
-        ({"tracin": "batch"}, r"""tracin='batch'; expected "epoch" .*, "step" \(in flight\), None, or TracIn"""),
+        ({"tracin": "batch"}, r"""tracin='batch'; expected "auto" .*"epoch" .*, "step" \(in flight\), None, or TracIn"""),
         ({"tracin": 1}, r"tracin=1; expected"),
         ({"tracin": True}, r"tracin=True; expected"),
         ({"task": "loss"}, r"task='loss'; expected one of .* or a function \(module, batch\) -> loss"),
