@@ -304,7 +304,7 @@ def gather_to_one_place(rank: int) -> object:
     indices = torch.tensor([[4, 0, 2], [1, 3, 0, 6]][rank])
     features = torch.stack([indices.float(), torch.full((len(indices),), float(rank))], 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "_GATHER_BYTES", 2 * 2 * 8)
+        patch.setattr(distributed, "_PIECE_BYTES", 2 * 2 * 8)
         return distributed.gather_by_index(indices, {"features": features}, everywhere=False)
 
 

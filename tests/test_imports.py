@@ -30,6 +30,7 @@ ROOMS = (
     ("curvature",),
     ("scores",),
     ("replay",),
+    ("index",),
     ("audit",),
     ("influence",),
     ("page",),
@@ -53,6 +54,7 @@ MAY_WATCH_FUNCTIONS = {
     "gradients.calibration",
     "objective.tap",
     "scores.along.dropout_masks",
+    "replay.detached",
     "replay.differentiable_calls",
 }
 

@@ -21,6 +21,7 @@ from lightning_influence.curvature.fit import check_curvature
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.discover import trace_model
+from lightning_influence.gradients.new_paths import NewUseError
 from lightning_influence.gradients.verify import roomy_batch_size
 from lightning_influence.objective.scale import NoLossError
 from lightning_influence.objective.standard_task import StandardTask
@@ -80,6 +81,11 @@ def _begun(
         trace = trace_model(module, task, source, indices=first, **bridge.surroundings(trainer, module))
         passes = TrainingPasses(source, task, trace, arguments.layers, arguments.uncovered)
         gradients = passes.gradients(trainer, module)
+        try:
+            preparing.look_for_paths(gradients, first)
+        except NewUseError as error:  # it counts as not understood, as if the first batch had had it
+            trace.add(error.trace)
+            gradients = passes.gradients(trainer, module)
         recording.losses.own = (
             preparing.own_terms_of_step(gradients, first)
             if arguments.task is not None

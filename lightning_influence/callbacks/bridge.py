@@ -27,7 +27,7 @@ from lightning_influence.callbacks.lightning import (
     rank_zero_warn,
 )
 from lightning_influence.callbacks.loaders import LoaderName, path_of_loader, train_loader
-from lightning_influence.callbacks.sharded import check_split
+from lightning_influence.callbacks.sharded import AFTERWARDS, check_split
 from lightning_influence.core import distributed
 from lightning_influence.core.containers import leaves
 from lightning_influence.core.isolation import kept
@@ -170,15 +170,22 @@ def check_strategy(trainer: Trainer) -> None:
     """Refuse strategies that split the model: ranks visit different examples, and sharded layers would wait for ever.
 
     Raises:
-        MisconfigurationException: For anything but one device, data-parallel training, and FSDP2.
+        MisconfigurationException: For anything but one device, data-parallel training, and FSDP2, and for processes
+            that torch does not know of, or others than the trainer's.
     """
-    strategy = trainer.strategy
-    if is_a(strategy, "ModelParallelStrategy", "FSDPStrategy"):
+    strategy, name, known = trainer.strategy, type(trainer.strategy).__name__, distributed.world_size()
+    if is_a(strategy, "ModelParallelStrategy", "FSDPStrategy", "DeepSpeedStrategy"):
         check_split(strategy)
-    elif not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy") or is_a(strategy, "DeepSpeedStrategy"):
+    elif not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
         raise MisconfigurationException(
-            f"InfluenceAudit does not support {type(strategy).__name__}: it needs the whole model on every process. "
-            'Use a single device or `strategy="ddp"`, or audit a checkpoint afterwards on one device.'
+            f'InfluenceAudit does not support {name}, and knows one device, DDP, and FSDP2. Use `strategy="ddp"`, or '
+            f"{AFTERWARDS}."
+        )
+    if trainer.world_size != known:
+        raise MisconfigurationException(
+            f"the trainer's {name} trains with {trainer.world_size} processes, and torch.distributed knows of {known} "
+            "here, with which the audit would be shared. End a process group that is not the trainer's before `fit` "
+            f"(`torch.distributed.destroy_process_group()`), or {AFTERWARDS}."
         )
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from copy import deepcopy
 from typing import Any, NoReturn
 
@@ -40,6 +40,7 @@ from lightning_influence.gradients.coverage import Coverage, listed_reasons
 from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection, VerificationError, inspect
+from lightning_influence.gradients.verify import looked_at as look_size
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.own_part import OwnRows
 from lightning_influence.objective.scale import TermKey
@@ -53,6 +54,9 @@ _COMPLETE = 0.99
 
 # Examples that the look before training may choose from, at least.
 _LOOKED_AT = 64
+
+# So many are run, at least, to see whether all batches take the same path.
+_FOR_PATHS = 32
 
 
 @contextmanager
@@ -167,6 +171,22 @@ def _step_is_compiled(gradients: ExampleGradients, chosen: list[int]) -> bool:
             gradients.task(gradients.module, gradients.to_device(batch))
         return met.found
     return False
+
+
+def look_for_paths(gradients: ExampleGradients, indices: Sequence[int]) -> None:
+    """Run a few batches forward: a step may do otherwise with some of its examples.
+
+    Raises:
+        NewUseError: If it uses a parameter in a way that is not understood.
+    """
+    if isinstance(gradients.source, StreamSource):  # a batch is all that there is of it so far
+        return
+    size, capture = look_size(gradients.source.batch_size), Capture(gradients.coverage)
+    chosen = indices[: max(2 * size, _FOR_PATHS)]
+    run = gradients.losses(chosen, everywhere=True, size=size, watch=capture.forward, capture=capture)
+    with closing(run) as losses:
+        for _ in losses:
+            capture.clear()
 
 
 def some_of(indices: Sequence[int], batch_size: int) -> list[int]:

@@ -231,7 +231,8 @@ class RunRecorder:
 
 def _refused(reason: str) -> MisconfigurationException:
     return MisconfigurationException(
-        f"InfluenceAudit(record=True): this run can't be replayed: {reason}. Leave `record=` out for an audit without."
+        f"InfluenceAudit(record=True): this run can't be replayed: {reason}. Leave out `record=`, and `method=` of "
+        "`Queries`, for an audit without."
     )
 
 

@@ -16,6 +16,7 @@ from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.chosen_weights import chosen
+from lightning_influence.callbacks.index_report import IndexReport
 from lightning_influence.callbacks.keeping import keep_curves, take_checkpoint, take_over_checkpoints, take_over_curves
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_influence.callbacks.listening import BatchListener
@@ -242,8 +243,16 @@ class AuditRun:
         reporter.tell(lambda: reporter.announce(plan, gradients, inspection, len(indices), asked))
         sizes = self._last_step_sizes(trainer, module, gradients.coverage)
         with bridge.aside(trainer):
-            guest = self.queries and self.queries.begin(trainer, gradients, indices, validation)
-            result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=sizes, companion=guest)
+            guests: list[QueryReport | IndexReport] = []
+            if self.queries is not None:
+                guests.append(self.queries.begin(trainer, gradients, indices, validation))
+            index = None
+            if self.arguments.index is not None:
+                index = IndexReport(self.arguments.index, gradients, indices, reporter.directory)
+                guests.append(index)
+            result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=sizes, companions=guests)
+            if index is not None:
+                index.finish(result)
         result.seconds["loss scale"] = scaling
         if self.flight is not None:
             result.notes.extend(self.flight.notes())

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from lightning_influence.callbacks.lightning import LightningModule, MisconfigurationException, Trainer, is_a
+from lightning_influence.callbacks.lightning import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    is_a,
+    package_of,
+)
 from lightning_influence.core.sharding import apart, is_split
 from lightning_influence.gradients.coverage import listed
 from lightning_influence.training.settings import TracIn
@@ -15,12 +21,27 @@ AFTERWARDS = (
 )
 
 
+def of_deepspeed(of: object, path: str) -> str:
+    """Return what to do with a checkpoint of DeepSpeed, a directory, by the package of something of Lightning."""
+    return (
+        f"put the checkpoint's parts together by `from {package_of(of)}.utilities.deepspeed import "
+        f"convert_zero_checkpoint_to_fp32_state_dict as whole; whole('{path}', '{path}/whole.ckpt')`"
+    )
+
+
 def check_split(strategy: Any) -> None:
     """Refuse strategies of which passes can't be made of the whole model.
 
     Raises:
-        MisconfigurationException: For tensor parallelism, and for FSDP1.
+        MisconfigurationException: For tensor parallelism, FSDP1, and DeepSpeed.
     """
+    if is_a(strategy, "DeepSpeedStrategy"):
+        raise MisconfigurationException(
+            "InfluenceAudit does not support DeepSpeedStrategy, which trains parameters of its own in place of the "
+            "model's. Train with DDP or FSDP2, or train without the audit and make it afterwards on one device: "
+            f"{of_deepspeed(strategy, '<checkpoint>')}, then `InfluenceAudit().audit(model, data, "
+            'ckpt_path="<checkpoint>/whole.ckpt")`.'
+        )
     if is_a(strategy, "FSDPStrategy"):
         raise MisconfigurationException(
             "InfluenceAudit does not support FSDPStrategy, which makes the parameters of layers anew in every pass. "
@@ -78,7 +99,7 @@ def check_afterwards(trainer: Trainer) -> None:
     Raises:
         MisconfigurationException: If the trainer has a strategy that splits it.
     """
-    if is_a(trainer.strategy, "ModelParallelStrategy", "FSDPStrategy"):
+    if is_a(trainer.strategy, "ModelParallelStrategy", "FSDPStrategy", "DeepSpeedStrategy"):
         raise MisconfigurationException(
             f"audit(trainer=...) has a {type(trainer.strategy).__name__}, which would split the model once more. Leave "
             f"the trainer out, and in a process of its own {AFTERWARDS}."

@@ -44,7 +44,9 @@ __all__ = [
 _Item = TypeVar("_Item")
 
 # What processes tell each other of a matrix at a time.
-_GATHER_BYTES = 2**24
+_GATHER_BYTES = 2**26
+# Rows that are gathered by index travel in pieces that are small beside what comes of them.
+_PIECE_BYTES = 2**22
 
 
 def share(indices: Sequence[_Item]) -> list[_Item]:
@@ -138,18 +140,24 @@ def gather_by_index(
     gathered = {name: value.new_empty(len(found) if here else 0, *value.shape[1:]) for name, value in values.items()}
     columns = [values[name].detach() for name, *_ in layout]
     widths, device = [_row_bytes(column) for column in columns], device_for(indices.device)
-    rows = max(1, _GATHER_BYTES // (world_size() * max(1, sum(widths))))
-    for start in range(0, most if any(widths) else 0, rows):
-        own = torch.cat([_as_bytes(column[start : start + rows]).to(device) for column in columns], dim=1)
-        own = padded(own, min(rows, most - start))
+    rows = min(most, max(1, _PIECE_BYTES // (world_size() * max(1, sum(widths)))))
+    # Room for all rounds: pieces that come and go would break the heap.
+    own = torch.zeros(rows, sum(widths), dtype=torch.uint8, device=device)
+    parts = [torch.empty_like(own) for _ in range(world_size() if here else 0)]
+    for start in range(0, most if any(widths) else 0, max(rows, 1)):
+        for column, room in zip(columns, own.split(widths, dim=1), strict=True):
+            piece = _as_bytes(column[start : start + rows])
+            room[: len(piece)] = piece
         meet("gather_by_index", layout)
-        for part, of_rank in zip(all_gather(own) if everywhere else to_first(own), by_rank, strict=False):
+        (all_gather if everywhere else to_first)(own, parts)
+        for part, of_rank in zip(parts, by_rank, strict=here):
             at = of_rank[start : start + rows]
-            for (name, dtype, shape), values_of in zip(layout, part[: len(at)].split(widths, dim=1), strict=True):
+            wanted = (at >= 0).nonzero().squeeze(1)
+            for (name, dtype, shape), told in zip(layout, part[: len(at)].split(widths, dim=1), strict=True):
                 target = gathered[name]
-                taken = _line(values_of).view(dtype).reshape(len(at), *shape).to(target.device)
-                places_of = at.to(target.device)
-                target.index_copy_(0, places_of[places_of >= 0], taken[places_of >= 0])
+                values_of = _line(told if len(wanted) == len(at) else told[wanted.to(told.device)])
+                taken = values_of.view(dtype).reshape(len(wanted), *shape).to(target.device)
+                target.index_copy_(0, at[wanted].to(target.device), taken)
     return found, gathered
 
 

@@ -132,19 +132,17 @@ def device_for(device: torch.device) -> torch.device:
     return device if device.type in served else torch.device(served[0])
 
 
-def all_gather(tensor: Tensor) -> list[Tensor]:
-    """One tensor per rank, all of the same shape and dtype."""
+def all_gather(tensor: Tensor, parts: list[Tensor] | None = None) -> list[Tensor]:
+    """One tensor per rank, all of the same shape and dtype; in given ones, on a device that the backend serves."""
     local = tensor.to(device_for(tensor.device)).contiguous()
-    parts = [torch.empty_like(local) for _ in range(world_size())]
+    parts = parts or [torch.empty_like(local) for _ in range(world_size())]
     dist.all_gather(parts, local)
     return parts
 
 
-def to_first(tensor: Tensor) -> list[Tensor]:
-    """The same on rank zero; none on the others."""
-    parts = [torch.empty_like(tensor) for _ in range(world_size())] if rank() == 0 else None
-    dist.gather(tensor, parts, dst=0)
-    return parts or []
+def to_first(tensor: Tensor, parts: list[Tensor]) -> None:
+    """The same in the given tensors of rank zero."""
+    dist.gather(tensor, parts or None, dst=0)
 
 
 def broadcast(tensor: Tensor, owner: int) -> None:

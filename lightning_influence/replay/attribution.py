@@ -159,7 +159,7 @@ class Replay:
         measurement: AnyMeasurement = "loss",
         *,
         max_cost: float | None = None,
-        self_test: int = 5,
+        self_test: int | Literal["auto"] = 5,
     ) -> ReplayedPairs:
         """Score every query with every training example.
 
@@ -169,7 +169,7 @@ class Replay:
             measurement: What is measured of each.
             max_cost: Seconds that all may take, the self-test included.
             self_test: Number of trainings without some examples that tell how far to trust the scores, see ``trust``;
-                0 for none.
+                0 for none, ``"auto"`` for as few as can be if there is time for them.
 
         Raises:
             ReplayError: If the run can't be replayed or differentiated, does not come out the same, or takes too long.
@@ -193,7 +193,7 @@ class Replay:
         measurement: AnyMeasurement = "loss",
         *,
         max_cost: float | None = None,
-        self_test: int | Literal["auto"] = 5,
+        self_test: int | Literal["if doubtful"] = 5,
     ) -> ReplayedMeasurement:
         """Score training examples by what they did to a measurement of sets of queries, taken as one.
 
@@ -201,8 +201,8 @@ class Replay:
             sets: Passes over the data of each set, and which of its examples to take.
             measurement: What is measured.
             max_cost: As for ``pairs``, like the other.
-            self_test: Number of trainings; ``"auto"`` for as few as can be, if something counts as constant that need
-                not be one and there is time for it.
+            self_test: Number of trainings; ``"if doubtful"`` for as few as can be, if something counts as constant that
+                need not be one and there is time for it.
 
         Raises:
             ReplayError, MeasurementError: As ``pairs``.
@@ -221,11 +221,11 @@ class Replay:
         ends: Sequence[tuple[Measurement, QuerySets]],
         scored: Callable[..., tuple[Any, Tensor, Tensor]],
         max_cost: float | None,
-        trials: int | Literal["auto"],
+        trials: int | Literal["auto", "if doubtful"],
     ) -> tuple[Any, Trust | None, list[str]]:
         """Verify, score, and test; return the scores, the test, and notes."""
-        rerun, doubtful = self._rerun, trials == "auto"
-        trials = 0 if doubtful else check_trials(trials)
+        rerun, wanted = self._rerun, trials
+        trials = 0 if wanted in ("auto", "if doubtful") else check_trials(wanted)
         if not ends or not all(indices for _, sets in ends for _, indices in sets):
             raise ValueError("there is no query; pass at least one index.")
         check_record(rerun.record)
@@ -244,7 +244,8 @@ class Replay:
             rerun.verify(again)
             bill.verified = time.perf_counter() - began_again
             scores, examples, values = scored(told=bill.told, advance=advance)
-            if doubtful and scores.notes and bill.left() > FEWEST * _TRIAL * bill.verified:
+            asked = wanted == "auto" or (wanted == "if doubtful" and scores.notes)
+            if asked and bill.left() > FEWEST * _TRIAL * bill.verified:
                 trials = FEWEST
             trust = None
             if trials:

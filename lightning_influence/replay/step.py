@@ -214,7 +214,7 @@ class StepDerivative:
             own, group = slice(stretch.start, stretch.stop), step.record.groups[stretch.group]
             rule, names = rule_of(recipe.optimizer, group), slots_of(recipe.optimizer, group)
             weights = p[own].clone().requires_grad_(True)
-            slots = {name: self._slot(state, name, own).requires_grad_(True) for name in names}
+            slots = {name: _slot(self.parameters, self.names, state, name, own).requires_grad_(True) for name in names}
             new, new_slots = rule(weights, used_gradient[own], slots, group, stretch.before)
             moved[own] = new.detach()
             for name in names:
@@ -225,7 +225,8 @@ class StepDerivative:
             starts += [after.parameters[:, own]]
             starts += [before.slots[name][:, own].clone() for name in new_slots]
         if reached is not None:
-            self._compare(step.state.step, p, moved, reached)
+            end = torch.cat([reached[name].reshape(-1) for name in self.names])
+            _check_end(step.state.step, p, moved, end)
         *parts, slope = _pulled(outputs, [*inputs, gradient], starts)
         for (place, own), part in zip(filed, parts, strict=True):
             place[:, own] = 0 if part is None else part
@@ -289,27 +290,6 @@ class StepDerivative:
         if current is not None:
             yield current
 
-    def _slot(self, state: Mapping[str, Mapping[str, Any]], name: str, own: slice) -> Tensor:
-        """Return a part of the optimizer's state, zeros where there is none yet."""
-        parts, start = [], 0
-        for parameter, of, size in zip(self.parameters, self.names, self.sizes, strict=True):
-            if own.start <= start < own.stop:
-                kept = state.get(of, {}).get(name)
-                parts.append((torch.zeros_like(parameter) if kept is None else kept).detach().reshape(-1))
-            start += size
-        return torch.cat(parts)
-
-    def _compare(self, number: int, p: Tensor, moved: Tensor, reached: Mapping[str, Tensor]) -> None:
-        end = torch.cat([reached[name].reshape(-1) for name in self.names])
-        rounding = 8 * torch.finfo(p.dtype).eps * float(p.norm())
-        if float((moved - end).norm()) > _CLOSE * float((end - p).norm()) + rounding:
-            raise ReplayError(
-                f"step {number} ended elsewhere than the step that would be differentiated: something moves weights or "
-                "gradients that the optimizer's settings, gradient clipping and accumulation do not tell (a "
-                "`task=` that comes to another loss than the one trained on, a hook, an overridden `optimizer_step` or "
-                "`on_before_optimizer_step`, other random numbers, a penalty beside a loss that is written by hand)."
-            )
-
     def _check(self, number: int, slope: Tensor, gradient: Tensor, by_examples: Sequence[Tensor]) -> None:
         """Raise unless the examples' parts make up the whole gradient."""
         if self.weighting.penalty:
@@ -330,6 +310,18 @@ PRECISE = ("32-true", "64-true", "32", "64")
 """As trainers name them."""
 
 
+def _check_end(number: int, p: Tensor, moved: Tensor, end: Tensor) -> None:
+    """Raise unless a step that was differentiated has ended where it was taken to."""
+    rounding = 8 * torch.finfo(p.dtype).eps * float(p.norm())
+    if float((moved - end).norm()) > _CLOSE * float((end - p).norm()) + rounding:
+        raise ReplayError(
+            f"step {number} ended elsewhere than the step that would be differentiated: something moves weights or "
+            "gradients that the optimizer's settings, gradient clipping and accumulation do not tell (a "
+            "`task=` that comes to another loss than the one trained on, a hook, an overridden `optimizer_step` or "
+            "`on_before_optimizer_step`, other random numbers, a penalty beside a loss that is written by hand)."
+        )
+
+
 def _check_buffers(record: TrainingRecord, statistics: Mapping[str, Tensor]) -> None:
     first, last = record.states[0].buffers, record.states[len(record.steps)].buffers
     moved = [
@@ -343,6 +335,19 @@ def _check_buffers(record: TrainingRecord, statistics: Mapping[str, Tensor]) -> 
             "them is not known: only the running statistics of batch and instance norms are differentiated. What no "
             "output depends on (a mean that is logged) can be a plain attribute of the model."
         )
+
+
+def _slot(
+    parameters: Sequence[Tensor], names: Sequence[str], state: Mapping[str, Mapping[str, Any]], name: str, own: slice
+) -> Tensor:
+    """Return a part of the optimizer's state, zeros where there is none yet."""
+    parts, start = [], 0
+    for parameter, of in zip(parameters, names, strict=True):
+        if own.start <= start < own.stop:
+            kept = state.get(of, {}).get(name)
+            parts.append((torch.zeros_like(parameter) if kept is None else kept).detach().reshape(-1))
+        start += parameter.numel()
+    return torch.cat(parts)
 
 
 def _added(old: Tensor | None, new: Tensor | None) -> Tensor | None:

@@ -185,7 +185,7 @@ def influence_scores(
     queries: QuerySets = (),
     step_sizes: Mapping[str, StepSize] | None = None,
     features: bool = True,
-    companion: Companion | None = None,
+    companions: Sequence[Companion] = (),
 ) -> InfluenceScores:
     """Fit the curvature and score every training example.
 
@@ -199,7 +199,7 @@ def influence_scores(
         queries: Validation data whose mean loss the ``harm`` column is about, with the indices to take.
         step_sizes: For a last TracIn checkpoint in the same pass, see ``step_sizes.block_step_sizes``.
         features: Whether to keep the inputs of the last layer.
-        companion: Who else looks at the passes.
+        companions: Who else looks at the passes.
 
     Returns:
         Scores, curvature, timings, notes.
@@ -224,13 +224,13 @@ def influence_scores(
     if queries and curvature is not None:
         sets = [(passes.like(gradients), chosen) for passes, chosen in queries]
         with _timed(seconds, "validation gradient", gradients.device):
-            query, found = _validation_query(curvature, sets, companion)
+            query, found = _validation_query(curvature, sets, companions)
         notes += [note for note in found if note not in notes]
-    more: Sequence[Visitor] = ()
     scorer = ExampleScorer(gradients, indices, curvature, query, step_sizes, features=features)
-    if companion is not None:
+    more: list[Visitor] = []
+    if companions:
         with _timed(seconds, "queries", gradients.device):
-            more = companion.on_training(curvature, scorer)
+            more += [visitor for each in companions for visitor in each.on_training(curvature, scorer)]
     with _timed(seconds, "scores", gradients.device):
         sweeper = _sweeper(gradients, indices, curvature)
         visit(gradients, indices, [scorer, *([sweeper] if sweeper else []), *more], title="self-influence")
@@ -245,13 +245,16 @@ def influence_scores(
 
 
 def _validation_query(
-    curvature: Curvature, sets: QuerySets, companion: Companion | None
+    curvature: Curvature, sets: QuerySets, companions: Sequence[Companion]
 ) -> tuple[dict[str, Tensor] | None, list[str]]:
     """Return the preconditioned mean gradient of the validation loss, or None and why there is none."""
-    watching = {} if companion is None else {"watching": companion.on_validation}
     try:
         with together():
-            mean = mean_loss_gradient(sets, title="validation gradient", **watching)
+            mean = mean_loss_gradient(
+                sets,
+                title="validation gradient",
+                watching=lambda number: [visitor for each in companions for visitor in each.on_validation(number)],
+            )
     # Anything can go wrong in a user's training_step that meets another kind of batch.
     except Exception as error:
         if is_out_of_memory(error):
