@@ -200,7 +200,7 @@ def test_tensor_parallelism_is_refused(sizes: tuple[int, int], told: str | None)
 
     strategy = ModelParallelStrategy(*sizes)
     strategy._device_mesh = Mesh()
-    trainer: Any = SimpleNamespace(strategy=strategy)
+    trainer: Any = SimpleNamespace(strategy=strategy, world_size=1)
     if told is None:
         bridge.check_strategy(trainer)
         return
