@@ -109,7 +109,7 @@ class InfluenceAudit(Afterwards):
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: During ``fit``, before the first step: for a stream without ``sample_id``, collate
-            functions whose order can't be followed, strategies that split the model, manual optimization without a
+            functions whose order can't be followed, strategies that split layers, manual optimization without a
             ``task``, models without a supported layer, losses that are not made of per-example losses, ...
 
     Example:

@@ -125,7 +125,7 @@ class AuditRun:
         """Look at the features of all examples, forward only, as long as their labels are not learnt by heart."""
         evidence = self.recording.labels.evidence
         with _tolerated(self.recording, trainer):
-            indices = self._indices(trainer, last=False)  # of a limited run, none before its first batch
+            indices = _audited(self, trainer, last=False)  # of a limited run, none before its first batch
             able = indices and not bridge.is_dry_run(trainer) and self.passes.any_time
             if not able or distributed.from_first(lambda: evidence.complete):
                 return
@@ -171,7 +171,7 @@ class AuditRun:
 
     def score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
         """Add what every example says at the weights of the moment, for the steps since the checkpoint before."""
-        indices = self._indices(trainer, last=False)
+        indices = _audited(self, trainer, last=False)
         start = time.perf_counter()
         with bridge.aside(trainer):
             # Weighed as training weighs: by what it has drawn, not by what it could draw.
@@ -224,10 +224,10 @@ class AuditRun:
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         self.recording.synchronise()
-        audited = self._indices(trainer, last=True)
+        audited = _audited(self, trainer, last=True)
         if bridge.is_dry_run(trainer):
             audited = (audited or list(range(len(self.passes.source))))[: self.passes.source.batch_size]
-        indices = self._unmissed(audited)
+        indices = _unmissed(self.passes.source, audited)
         if not indices:
             self.failure = "no training batch was seen"
             rank_zero_warn(f"no influence audit: {self.failure}.")
@@ -235,7 +235,7 @@ class AuditRun:
         recording, reporter, inspection = self.recording, self.reporter, self.inspection
         start = time.perf_counter()
         gradients = self.passes.scaled(trainer, module, indices, recording.losses.terms)
-        indices = self._unmissed(indices)
+        indices = _unmissed(self.passes.source, indices)
         scaling = time.perf_counter() - start
         history = recording.step_sizes.history(preconditioners(trainer.optimizers, module))
         plan = Influence.of(gradients, inspection, indices, history=history).plan(**self.arguments.fitting)
@@ -286,13 +286,14 @@ class AuditRun:
             # Local numbers only: other processes may be gone, and a collective would wait for them for ever.
             self.reporter.write_partial(trainer, self.recording, "interrupted", error=error)
 
-    def _unmissed(self, indices: list[int]) -> list[int]:
-        return [k for k in indices if distributed.world_size() > 1 or k not in self.passes.source.missing]
 
-    def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
-        return bridge.audited_indices(
-            trainer, self.arguments.loader, self.recording.seen_indices(), self.passes.source, last=last
-        )
+def _unmissed(source: ExampleSource, indices: list[int]) -> list[int]:
+    return [k for k in indices if distributed.world_size() > 1 or k not in source.missing]
+
+
+def _audited(run: AuditRun, trainer: Trainer, *, last: bool) -> list[int]:
+    seen = run.recording.seen_indices()
+    return bridge.audited_indices(trainer, run.arguments.loader, seen, run.passes.source, last=last)
 
 
 def _columns(recording: Recording, scores: ExampleScores) -> tuple[dict[str, NDArray[Any]], LabelEvidence | None]:
