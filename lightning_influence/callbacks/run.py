@@ -250,8 +250,8 @@ class AuditRun:
             result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=sizes, companions=guests)
             index.finish(result)
         result.seconds["loss scale"] = scaling
-        result.notes += [*(self.flight.notes() if self.flight else ()), *self.budget.notes(trainer)]
         recording.add_pass(trainer.global_step, result.scores)
+        result.notes += [*(self.flight.notes() if self.flight else ()), *self.budget.notes(trainer)]
         scored = result.scores.indices.cpu()
         result.notes.extend(_data_notes(trainer, self.passes, self.arguments.loader, audited, scored))
         columns, evidence = _columns(recording, result.scores)
