@@ -21,7 +21,9 @@ from lightning_influence.curvature.implicit import ImplicitCurvature, mean_eigen
 from lightning_influence.curvature.registry import LADDER, CurvatureName, check_memory
 from lightning_influence.curvature.sampled import sampled_inverse
 from lightning_influence.curvature.solve.spectrum import IndefiniteError, check_damping
-from lightning_influence.gradients.passes import ExampleGradients, Labels
+from lightning_influence.gradients.capture import LayerIO
+from lightning_influence.gradients.passes import BatchGradients, ExampleGradients, Labels
+from lightning_influence.gradients.visitors import Visitor, visit
 
 # Examples that a curvature is tried out on before training.
 _LOOKED_AT = 4
@@ -116,26 +118,21 @@ def _fit_blocks(
         "covariances": (labels[0], examples.covariances),
         "eigenvalues": (labels[1], examples.eigenvalues),
     }
-    used, lacks = [], False
+    used, lacks = list[int](), False
     for number, measure in enumerate(kind.measures):
         which, size = chosen[measure]
         subset = random_subset(indices, size, 0)
         used.append(len(subset))
-        counted = 0
+        fitter = _Fitter(blocks)
         # Another draw for each pass: eigenvalues measured with that of their basis come out biased.
-        with closing(gradients.run(subset, which, draw=1 + number, title=f"{kind.title} {measure}")) as batches:
-            for batch in batches:
-                lacks |= batch.loss.remainder and which != "true"
-                usable = batch.counted
-                counted += usable
-                for io in batch.drained():
-                    blocks[io.name].update(io.xs, io.gs, usable)
+        visit(gradients, subset, [fitter], which, draw=1 + number, title=f"{kind.title} {measure}")
+        lacks |= fitter.remainder and which != "true"
         # Layers that the forward pass never reached have an all-zero gradient: their curvature is zero too.
         for layer, block in blocks.items():
             like = next(iter(covered[layer].parameters.values()))
             for x, g in covered[layer].no_rows(working_dtype(like.dtype), like.device):
                 block.update(x, [g], 0)
-        counted = sum_passes(blocks.values(), counted)
+        counted = sum_passes(blocks.values(), fitter.examples)
         for layer, block in blocks.items():
             try:
                 block.end_pass(counted)
@@ -154,6 +151,29 @@ def _fit_blocks(
     if lacks:
         curvature.notes.append("the curvature lacks a part of the loss that is no known loss call")
     return curvature
+
+
+class _Fitter(Visitor):
+    """Adds the batches of one pass to the sums of blocks.
+
+    Attributes:
+        examples: How many have counted.
+        remainder: Whether a part of the loss was no known loss call.
+    """
+
+    def __init__(self, blocks: Mapping[str, CurvatureBlock]) -> None:
+        self._blocks = blocks
+        self.examples, self.remainder = 0, False
+
+    def begin(self, batch: BatchGradients) -> None:
+        self._usable = batch.counted
+        self.remainder |= batch.loss.remainder
+
+    def keep(self, io: LayerIO) -> None:
+        self._blocks[io.name].update(io.xs, io.gs, self._usable)
+
+    def file(self) -> None:
+        self.examples += self._usable
 
 
 def _default_damping(block: CurvatureBlock, examples: int, directions: int | None) -> float:

@@ -291,11 +291,12 @@ class StreamSource(ExampleSource):
     def notes(self) -> list[str]:
         """Return what a reader of the scores should know."""
         if not self.repeated:
-            return []
+            return super().notes()
         return [
+            *super().notes(),
             f"examples came {self.repeated:,} times with an id that the epoch had had before (such as "
             f"{', '.join(map(repr, self.repeats))}): two share it, workers hand out the same, or the stream repeats "
-            "itself. They count as one example"
+            "itself. They count as one example",
         ]
 
     def look_again(self) -> None:

@@ -73,6 +73,7 @@ class ExampleScorer(Visitor):
         self._scorer: Scorer | None = None
         self._last: Tensor | None = None
         self._row: dict[str, Tensor] = {}
+        self._indices: list[int] = []
         self.self_influence = torch.zeros(0)
 
     def begin(self, batch: BatchGradients) -> None:
@@ -99,7 +100,7 @@ class ExampleScorer(Visitor):
             self._row["tracin"] += self_influence(io, norms, sizes)
 
     def end(self, batch: BatchGradients) -> None:
-        """File the batch."""
+        """Put the batch's row together."""
         row, device, unknown = self._row, batch.finite.device, ~batch.finite
         if self._scorer is not None:
             self.self_influence = self._scorer.self_influence().to(device, wide_dtype(device))
@@ -110,8 +111,13 @@ class ExampleScorer(Visitor):
             name: values.masked_fill(unknown.view(-1, *[1] * (values.ndim - 1)), torch.nan)
             for name, values in row.items()
         }
-        self._columns.add(batch.indices, row | {"finite": batch.finite} | loss_columns(batch.loss))
-        self._row, self._scorer, self._last = {}, None, None
+        self._row = row | {"finite": batch.finite} | loss_columns(batch.loss)
+        self._indices, self._scorer, self._last = batch.indices, None, None
+
+    def file(self) -> None:
+        """File the batch."""
+        self._columns.add(self._indices, self._row)
+        self._row = {}
 
     def result(self) -> ExampleScores:
         """Return the scores, the same on every process."""

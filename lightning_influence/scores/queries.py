@@ -215,8 +215,11 @@ class _Formed(Visitor):
         self._reached[io.name][self._done : self._done + len(formed)] = formed
 
     def end(self, batch: BatchGradients) -> None:
-        self._done += batch.loss.n
-        self._finite.append(batch.finite)
+        self._of_batch = batch.finite
+
+    def file(self) -> None:
+        self._done += len(self._of_batch)
+        self._finite.append(self._of_batch)
 
     def result(self) -> tuple[dict[str, Tensor], Tensor]:
         """Return the gradients by block, ``[q, k, o, i]``, and which are finite."""
