@@ -217,8 +217,7 @@ def in_order(indices: Sequence[int], found: Tensor, values: Tensor) -> Tensor:
 def loss_columns(loss: BatchLoss) -> dict[str, Tensor]:
     """Return what a batch tells without gradients: ``loss``, and where there are classes ``predicted``, ``label``."""
     row = {} if loss.values is None else {"loss": wide(loss.values.detach())}
-    statistics = {} if loss.primary is None else loss.primary.statistics(loss.n)
-    return row | {name: statistics[name] for name in ("predicted", "label") if name in statistics}
+    return row | ({} if loss.primary is None else loss.primary.decided(loss.n))
 
 
 def _unknown(like: Tensor, size: int) -> Tensor:

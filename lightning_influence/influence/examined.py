@@ -191,7 +191,7 @@ class ExaminedModel:
         with closing(run) as losses:
             for own, loss in losses:
                 with attempt:
-                    told = None if loss.primary is None else loss.primary.statistics(loss.n).get("label")
+                    told = None if loss.primary is None else loss.primary.decided(loss.n).get("label")
                     found |= {} if told is None else dict(zip(own, map(int, told.tolist()), strict=True))
         return {index: label for index, label in found.items() if label >= 0}
 

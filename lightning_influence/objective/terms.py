@@ -164,7 +164,7 @@ class BatchLoss:
 
     def labels_of(self) -> str:
         """Return what tells the labels, if others have other ones; else nothing."""
-        told = [(term.key, term.call.statistics(self.n).get("label")) for term in self.terms] if self.terms[1:] else []
+        told = [(term.key, term.call.decided(self.n).get("label")) for term in self.terms] if self.terms[1:] else []
         labels = [(key, label) for key, label in told if label is not None]
         alike = all(torch.equal(label, labels[0][1]) for _, label in labels)
         return "" if alike or labels[0][0] != self.terms[0].key else str(labels[0][0])
