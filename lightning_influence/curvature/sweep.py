@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed
+from lightning_influence.core.containers import sent
 from lightning_influence.core.precision import exact, wide_zeros
 from lightning_influence.core.ranks import average_ranks
 from lightning_influence.curvature.curvature import BlockCurvature
@@ -106,7 +107,7 @@ class Sweeper(Visitor):
         """Look who of the batch is among the examples."""
         chosen = [place for place, index in enumerate(batch.indices) if index in self._indices]
         self._rows = [batch.indices[place] for place in chosen]
-        self._chosen = torch.tensor(chosen, dtype=torch.long, device=self._by_layer.device)
+        self._chosen = sent(torch.tensor(chosen, dtype=torch.long), self._by_layer.device)
         self._total = self._by_layer.new_zeros((len(chosen), len(self._factors)))
         self._parts = torch.zeros_like(self._by_layer)
 

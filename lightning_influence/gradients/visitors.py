@@ -18,6 +18,9 @@ from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients, Labels
 from lightning_influence.objective.terms import BatchLoss
 
+# Numbers that rows on their way to the host may hold on the device.
+_LEAVING = 2**22
+
 
 class Visitor:
     """Looks at the batches of a pass: at each as a whole, at its layers one by one, and at the whole again.
@@ -163,6 +166,7 @@ class ExampleColumns:
         self._device = device
         self._kept = array("q")
         self._columns: dict[str, Tensor] = {}
+        self._leaving: dict[str, list[tuple[int, int, Tensor]]] = {}  # rows by place, still on the device
 
     def add(self, indices: Sequence[int], columns: Mapping[str, Tensor]) -> None:
         """Add the rows of a batch; what some batches do not tell is NaN, False or -1 there."""
@@ -171,8 +175,22 @@ class ExampleColumns:
             if name not in self._columns:
                 place = self._device if values.ndim == 1 else torch.device("cpu")
                 self._columns[name] = _unknown(torch.empty_like(values, device=place), self._size)
-            self._columns[name][start:end] = values.detach()
+            column = self._columns[name]
+            if column.device == values.device:
+                column[start:end] = values.detach()
+            else:
+                self._leaving.setdefault(name, []).append((start, end, values.detach()))
         self._kept.extend(indices)
+        if sum(values.numel() for rows in self._leaving.values() for *_, values in rows) > _LEAVING:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Copy rows to the host, which waits for the device meanwhile: those of many batches at a time."""
+        leaving, self._leaving = self._leaving, {}
+        for name, rows in leaving.items():
+            copied = torch.cat([values for *_, values in rows]).to(self._columns[name].device)
+            places = [place for start, end, _ in rows for place in range(start, end)]
+            self._columns[name][places] = copied
 
     @property
     def complete(self) -> bool:
@@ -181,6 +199,7 @@ class ExampleColumns:
 
     def gathered(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return dataset indices ``[n]``, sorted, and the columns ``[n, ...]``; the same on every process."""
+        self._leave()
         # Collate functions leave examples out.
         columns = {name: values[: len(self._kept)] for name, values in self._columns.items()}
         if distributed.any_process(not columns):  # which doesn't know what the others have

@@ -149,7 +149,12 @@ class LossCall(TappedCall, ABC):
 
     def mean_weight(self, n: int) -> float:
         """Return the sum of weights per example, which a mean divides by (1 for plain cross-entropy)."""
-        return float(self.weights().sum()) / n
+        return float(self.weight()) / n
+
+    def weight(self) -> Tensor:
+        """Return the sum of weights."""
+        weights = self.weights()
+        return weights.sum(dtype=working_dtype(weights.dtype))
 
     def steady_divisor(self, n: int, *, alone: bool) -> float | None:
         """Return ``mean_weight`` of a mean if it follows from shapes alone, and can't be another in other batches.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.core.precision import working, working_dtype
+from lightning_influence.core.precision import working
 from lightning_influence.objective.losses.base import LossCall, reduction_of, single
 from lightning_influence.objective.losses.output_curvature import OutputCurvature, Softmax, root_of
 from lightning_influence.objective.losses.registry import reads
@@ -103,7 +103,7 @@ class CrossEntropy(LossCall):
         # One number makes both choices: its first bit the sign, the others the class.
         doubled = 2 * noise
         both = torch.stack([torch.where(doubled < 1, -1.0, 1.0), torch.where(doubled < 1, doubled, doubled - 1)])
-        sign, uniform = map(self.at_elements, both.to(self.input.device, working_dtype(self.input.dtype)))
+        sign, uniform = map(self.at_elements, both)
         return [(self.input, self._softmax(scale).drawn(sign, uniform))]
 
     def exact_draws(self, n: int) -> int | None:
