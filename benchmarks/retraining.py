@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def train(
     """Train one copy of ``net`` for every row of ``subsets``.
 
     Args:
-        net: Linear and convolutional layers, GELU, ReLU, Flatten. Its weights do not matter.
+        net: Linear and convolutional layers, GELU, ReLU, Flatten, Dropout. Its weights do not matter.
         inputs: ``[N, ...]``.
         labels: ``[N]``, or for each model its own ``[m, N]``.
         subsets: Indices of each model's training examples, ``[m, size]``.
@@ -81,6 +82,8 @@ def train(
     models, size = subsets.shape
     labels = labels.expand(models, -1)
     weights = None if weights is None else weights.to(inputs.dtype)
+    net.train()
+    torch.manual_seed(seeds[0])  # of dropout
     for epoch in range(recipe.epochs):
         orders = torch.stack([torch.randperm(size, generator=generator) for generator in generators])
         shuffled = subsets.gather(1, orders)
@@ -126,13 +129,25 @@ def forward(net: nn.Sequential, parameters: dict[str, Tensor], inputs: Tensor) -
     return hidden
 
 
+def margins(net: nn.Sequential, parameters: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the log-odds of each query's label by every model, ``[m, q]``."""
+    models = len(next(iter(parameters.values())))
+    net.eval()
+    with torch.no_grad():
+        return log_odds(forward(net, parameters, inputs.expand(models, *inputs.shape)), labels)
+
+
+def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the log-odds of labels ``[q]`` by logits ``[..., q, classes]``, in float64."""
+    logits = logits.double()
+    places = labels.expand(logits.shape[:-1]).unsqueeze(-1)
+    others = logits.scatter(-1, places, -math.inf).logsumexp(-1)
+    return logits.gather(-1, places).squeeze(-1) - others
+
+
 def losses(net: nn.Sequential, parameters: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
     """Return the loss of every model on every query, ``[m, q]``."""
-    models = len(next(iter(parameters.values())))
-    with torch.no_grad():
-        logits = forward(net, parameters, inputs.expand(models, *inputs.shape))
-    repeated = labels.expand(models, -1).flatten()
-    return F.cross_entropy(logits.flatten(0, 1), repeated, reduction="none").view(models, -1)
+    return F.softplus(-margins(net, parameters, inputs, labels))
 
 
 def load(net: nn.Sequential, parameters: dict[str, Tensor], model: int) -> nn.Sequential:
@@ -147,16 +162,31 @@ class GroundTruth:
 
     Attributes:
         members: ``[subsets, N]``, 1 where an example is in the subset.
-        losses: ``[subsets, seeds, queries]``.
+        margins: Log-odds of the queries' labels ``[subsets, seeds, queries]``.
     """
 
     members: Tensor
-    losses: Tensor
+    margins: Tensor
+
+    @property
+    def losses(self) -> Tensor:
+        """``[subsets, seeds, queries]``; 0 where a probability rounds to 1."""
+        return (1 + (-self.margins).exp()).log()
 
     @property
     def quality(self) -> Tensor:
         """Minus the loss, averaged over seeds, ``[subsets, queries]``: proponents raise it."""
         return -self.losses.mean(1)
+
+    @property
+    def confidence(self) -> Tensor:
+        """The margin, averaged over seeds, ``[subsets, queries]``."""
+        return self.margins.mean(1)
+
+    @property
+    def varies(self) -> Tensor:
+        """Which queries have not the same loss after every training; only of these a correlation can be told."""
+        return (self.quality != self.quality[0]).any(0)
 
     def ceiling(self, splits: int = 20) -> float:
         """Return the score that a perfect prediction would reach, as the seeds left are noise.
@@ -170,10 +200,16 @@ class GroundTruth:
         for _ in range(splits):
             order = torch.randperm(seeds, generator=generator)
             halves = order[: seeds // 2], order[seeds // 2 : 2 * (seeds // 2)]
-            first, second = (self.losses[:, half].mean(1) for half in halves)
-            found.append(float(linear_datamodeling_correlations(first, second).mean()))
+            first, second = (self.losses[:, half].mean(1)[:, self.varies] for half in halves)
+            found.append(float(linear_datamodeling_correlations(first, second).nanmean()))
         r = sum(found) / splits
         return math.sqrt(2 * r / (1 + r))
+
+
+def halves(count: int, subsets: int) -> Tensor:
+    """Return random halves of the data, ``[subsets, count // 2]``."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([torch.randperm(count, generator=generator)[: count // 2] for _ in range(subsets)])
 
 
 def retrain(
@@ -185,20 +221,29 @@ def retrain(
     subsets: int,
     seeds: int,
     at_once: int,
+    kept: Path,
     report: Callable[[str], None],
 ) -> GroundTruth:
-    """Train ``subsets * seeds`` models on random halves of the data."""
-    count = len(data[1])
-    generator = torch.Generator().manual_seed(0)
-    halves = torch.stack([torch.randperm(count, generator=generator)[: count // 2] for _ in range(subsets)])
-    every = halves.repeat_interleave(seeds, 0)
-    found = []
-    for rows in torch.arange(len(every)).split(at_once):
-        parameters = train(net, *data, every[rows], [1000 + int(row) for row in rows], recipe)
-        found.append(losses(net, parameters, *queries))
-        report(f"trained {int(rows[-1]) + 1:,} of {len(every):,} models")
-    members = torch.zeros(subsets, count).scatter_(1, halves, 1.0)
-    return GroundTruth(members, torch.cat(found).view(subsets, seeds, -1))
+    """Train ``subsets * seeds`` models on random halves of the data, but what is in the folder ``kept``."""
+    count, every, found = len(data[1]), halves(len(data[1]), subsets), []
+    for seed in range(seeds):
+        path = kept / f"{subsets}-halves-seed-{seed}.pt"
+        if not path.exists():
+            parts = []
+            for rows in torch.arange(subsets).split(at_once):
+                parameters = train(net, *data, every[rows], [1000 + subsets * seed + int(row) for row in rows], recipe)
+                parts.append(margins(net, parameters, *queries))
+            keep(torch.cat(parts), path)
+            report(f"trained {subsets * (seed + 1):,} of {subsets * seeds:,} models")
+        found.append(torch.load(path))
+    return GroundTruth(torch.zeros(subsets, count).scatter_(1, every, 1.0), torch.stack(found, 1))
+
+
+def keep(found: object, path: Path) -> None:
+    """Save something, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(found, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
 
 
 @dataclass(frozen=True)
@@ -210,16 +255,22 @@ class Score:
     high: float
 
 
-def datamodeling_score(scores: Tensor, truth: GroundTruth, draws: int = 200) -> Score:
+def datamodeling_score(scores: Tensor, truth: GroundTruth, quality: Tensor | None = None, draws: int = 200) -> Score:
     """Return the mean over queries of the rank correlation between predicted and true quality.
+
+    Queries whose loss is the same after every training are left out; a prediction that is the same for every subset
+    counts as 0.
 
     Args:
         scores: ``[queries, N]``, positive for proponents. A subset's prediction is the sum over its members.
         truth: What retraining says.
+        quality: Of the queries ``[subsets, queries]``, by default the truth's.
         draws: Bootstrap samples.
     """
-    predicted, true = truth.members.double() @ scores.double().T, truth.quality
-    value = float(linear_datamodeling_correlations(predicted, true).mean())
+    varies = truth.varies
+    predicted = truth.members.double() @ scores.double().T[:, varies]
+    true = (truth.quality if quality is None else quality)[:, varies]
+    value = float(linear_datamodeling_correlations(predicted, true).nan_to_num(0).mean())
     generator = torch.Generator().manual_seed(0)
     subsets, queries = predicted.shape
     found = []

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from lightning_influence.audit.queries import Queries
     from lightning_influence.audit.report import AuditReport
     from lightning_influence.callbacks import InfluenceAudit
-    from lightning_influence.influence import Influence
+    from lightning_influence.index.settings import Index
+    from lightning_influence.influence import Influence, open_index
     from lightning_influence.metrics import LinearDatamodelingScore, MislabelDetection
     from lightning_influence.objective.task import Task, TrainingStepTask
     from lightning_influence.replay.settings import Record
@@ -37,6 +38,7 @@ _MODULES = {
     "Checkpoint": "lightning_influence.training.checkpoints",
     "DemographicParityGap": "lightning_influence.scores.measurements",
     "EqualOpportunityGap": "lightning_influence.scores.measurements",
+    "Index": "lightning_influence.index.settings",
     "Influence": "lightning_influence.influence",
     "InfluenceAudit": "lightning_influence.callbacks",
     "LinearDatamodelingScore": "lightning_influence.metrics",
@@ -49,6 +51,7 @@ _MODULES = {
     "TracIn": "lightning_influence.training.settings",
     "TrainingStepTask": "lightning_influence.objective.task",
     "mean_scores": "lightning_influence.scores.pairs",
+    "open_index": "lightning_influence.influence",
     "tracin_scores": "lightning_influence.scores.along.tracin",
 }
 
@@ -59,6 +62,7 @@ __all__ = [
     "Checkpoint",
     "DemographicParityGap",
     "EqualOpportunityGap",
+    "Index",
     "Influence",
     "InfluenceAudit",
     "LinearDatamodelingScore",
@@ -72,6 +76,7 @@ __all__ = [
     "TrainingStepTask",
     "__version__",
     "mean_scores",
+    "open_index",
     "tracin_scores",
 ]
 

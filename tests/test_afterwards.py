@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -88,6 +91,48 @@ def assert_same(report: AuditReport, other: AuditReport, *, but: set[str] = OF_A
 
 
 # ------------------------------------------------------------------------------------------------ of one checkpoint
+
+
+def test_a_checkpoint_of_deepspeed_is_refused_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's own converter runs here, over what DeepSpeed's part of it finds in such a directory."""
+    model = Validated(adam)
+    trainer = trained(tmp_path, model)
+    trainer.save_checkpoint(tmp_path / "file.ckpt")
+    content = torch.load(tmp_path / "file.ckpt", weights_only=True)
+    directory = tmp_path / "run" / "checkpoints" / "epoch=3.ckpt"
+    (directory / "checkpoint").mkdir(parents=True)
+    (directory / "latest").write_text("checkpoint")
+    own = {name: content.pop(name) for name in ("state_dict", "optimizer_states", "lr_schedulers")}
+    engine = {"module": own["state_dict"], "buffer_names": [], "shared_params": {}, "sparse_tensor_module_names": set()}
+    engine |= {"param_shapes": [{"net.0.weight": torch.Size([8, 5])}], "ds_config": {"zero_optimization": {"stage": 2}}}
+    engine |= {"skipped_steps": 0, "global_steps": 20, "dp_world_size": 2, "mp_world_size": 1, "ds_version": "0.17.1"}
+    states = [directory / "checkpoint" / f"{name}.pt" for name in ("mp_rank_00_model_states", "zero_pp_optim_states")]
+    torch.save(engine | content, states[0])
+    torch.save({"optimizer_state_dict": {"zero_stage": 2}}, states[1])
+
+    for path in (directory, directory.parent.parent):
+        with pytest.raises(
+            ValueError, match=r"of DeepSpeed, of which each process .*, and pass .*/whole\.ckpt"
+        ) as raised:
+            InfluenceAudit().audit(Validated(adam), train_data(), ckpt_path=path)
+    (command,) = re.findall("`(.*)`", str(raised.value))
+    found = SimpleNamespace(
+        get_fp32_state_dict_from_zero_checkpoint=lambda path, tag: own["state_dict"],
+        get_model_state_file=lambda path, stage: states[0],
+        get_optim_files=lambda path: [states[1]],
+    )
+    monkeypatch.setattr(import_module(f"{PACKAGE}.utilities.deepspeed"), "_DEEPSPEED_AVAILABLE", True)
+    for name in ("deepspeed", "deepspeed.utils"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "deepspeed.utils.zero_to_fp32", found)
+    exec(command)
+
+    other, audits = Validated(adam), [InfluenceAudit(dirpath=tmp_path / name) for name in ("one", "other")]
+    report = audits[0].audit(other, train_data(), ckpt_path=directory / "whole.ckpt", val_dataloaders=val_data())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert "whole.ckpt, step 20" in str(report)
+    expected = audits[1].audit(model, train_data(), ckpt_path=tmp_path / "file.ckpt", val_dataloaders=val_data())
+    assert assert_same(report, expected) == set()
 
 
 @pytest.mark.parametrize("kind", ["whole", "weights", "state_dict"])

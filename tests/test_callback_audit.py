@@ -1261,5 +1261,5 @@ def test_strategies_that_split_the_model_are_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, callbacks=[InfluenceAudit()])
     check_strategy(trainer)
     trainer.strategy.__class__ = type("FSDPStrategy", (Strategy,), {})
-    with pytest.raises(MisconfigurationException, match="does not support FSDPStrategy.*whole model.*ddp"):
+    with pytest.raises(MisconfigurationException, match="does not support FSDPStrategy.*afterwards on one device"):
         check_strategy(trainer)

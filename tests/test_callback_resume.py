@@ -13,9 +13,9 @@ import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
-from models import Numbered, Validated, leftovers, loader, make_trainer, vectors
+from models import CLASSES, Numbered, Validated, leftovers, loader, make_trainer, vectors
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 from which_lightning import Callback, MisconfigurationException, ModelCheckpoint, pl
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
@@ -164,6 +164,26 @@ def test_resumed_from_a_checkpoint_saved_after_training(every: int, straight: An
     audit = InfluenceAudit(tracin=settings)
     run(tmp_path / "second", epochs=4, audits=[audit], ckpt_path=tmp_path / "saved.ckpt")
     check_same(audit.report, straight(tracin=settings))
+
+
+def test_resumed_with_other_labels_is_said_before_the_first_step(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """It was in the notes of the report alone: hours later."""
+    run(tmp_path / "first", epochs=1, audits=[InfluenceAudit()])
+    checkpoint = tmp_path / "first" / "kept" / "step=5.ckpt"
+    run(tmp_path / "same", epochs=2, audits=[InfluenceAudit()], ckpt_path=checkpoint)
+    assert not any("another label" in str(each.message) for each in recwarn)
+    x, y = DOUBLE.tensors
+    y = y.clone()
+    y[[3, 8]] = (y[[3, 8]] + 1) % CLASSES
+    other = loader(Numbered(TensorDataset(x, y)), sampler=EveryEpochAnother()), data()[1]
+
+    message = r"2 of 22 examples .* have another label than before training was resumed \(examples 3, 8\)"
+    with pytest.warns(UserWarning, match=message), pytest.raises(RuntimeError, match="lightning struck"):
+        run(
+            tmp_path / "other", epochs=2, audits=[InfluenceAudit()], ckpt_path=checkpoint, model=Diary(1), loaders=other
+        )
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_influence.core import snapshot, states
 from lightning_influence.core.containers import leaves, map_tensors, tensors_in
-from lightning_influence.core.errors import is_number
+from lightning_influence.core.errors import Forgiving, is_number
 from lightning_influence.core.isolation import untouched
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.snapshot import StateError
@@ -79,6 +80,8 @@ def test_swapped_weights_are_back_bit_by_bit(error: type[Exception] | None) -> N
 )
 def test_errors_of_memory_are_recognised(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+    with pytest.raises(type(error)) if expected else nullcontext(), Forgiving():
+        raise error
 
 
 def test_an_allocation_that_fails_on_the_host_is_one() -> None:

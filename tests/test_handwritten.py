@@ -271,13 +271,15 @@ def test_training_and_passes_read_the_labels_of_the_same_loss(tmp_path: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["logsigmoid", "softplus", "known"])
+@pytest.mark.parametrize("name", ["logsigmoid", "softplus", "known", "softplus, worse first", "known, worse first"])
 def test_preferences_have_no_labels(name: str, tmp_path: Path) -> None:
     """The better one comes first: all were labelled 1, and a review asked whether that is right."""
     losses: dict[str, _Loss] = {
         "logsigmoid": lambda z, y: -F.logsigmoid(z * 2).mean(),
         "softplus": lambda z, y: F.softplus(-z).mean(),
         "known": lambda z, y: F.binary_cross_entropy_with_logits(z, torch.ones_like(z)),
+        "softplus, worse first": lambda z, y: F.softplus(z).mean(),
+        "known, worse first": lambda z, y: F.binary_cross_entropy_with_logits(z, torch.zeros_like(z)),
     }
     audit = InfluenceAudit()
     _fit(losses[name], tmp_path, audit, 1)
@@ -285,6 +287,16 @@ def test_preferences_have_no_labels(name: str, tmp_path: Path) -> None:
     assert not {"label", "predicted", "suggested", "neighbour_disagreement"} & report.columns.keys()
     assert {"loss_mean", "aum", "prob_margin"} <= report.columns.keys()
     assert "none of them can be wrong" in report.health().reason
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_one_of_several_classes_alone_is_no_preference(label: int, tmp_path: Path) -> None:
+    """As of the first batches of sorted data: its labels are still labels."""
+    audit = InfluenceAudit()
+    _fit(lambda z, y: F.cross_entropy(z, torch.full_like(y, label)), tmp_path, audit)
+    assert (audit.report.columns["label"] == label).all()
+    assert "none of them can be wrong" not in audit.report.health().reason
 
 
 SILENT: dict[str, _Loss] = {

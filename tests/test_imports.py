@@ -30,6 +30,7 @@ ROOMS = (
     ("curvature",),
     ("scores",),
     ("replay",),
+    ("index",),
     ("audit",),
     ("influence",),
     ("page",),
@@ -44,7 +45,7 @@ STANDS_ALONE = "metrics"
 
 # Its own packages for type checkers alone: what the user has not imported is not loaded.
 MAY_IMPORT_LIGHTNING = "callbacks.lightning"
-MAY_COMMUNICATE = {"core.distributed"}
+MAY_COMMUNICATE = {"core.distributed", "core.meeting"}
 # Watching, but for those that stand in for the call: dropout masks (a sub-network is no matter of looking on), and what
 # torch does not differentiate twice.
 MAY_WATCH_FUNCTIONS = {
@@ -53,6 +54,7 @@ MAY_WATCH_FUNCTIONS = {
     "gradients.calibration",
     "objective.tap",
     "scores.along.dropout_masks",
+    "replay.detached",
     "replay.differentiable_calls",
 }
 

@@ -213,10 +213,17 @@ def test_what_cannot_be_audited_is_refused_as_each_package_does(package: str, tm
 def test_strategies(package: str) -> None:
     strategies = import_module(f"{package}.strategies")
     for whole in (strategies.SingleDeviceStrategy(), strategies.DDPStrategy()):
-        bridge.check_strategy(SimpleNamespace(strategy=whole))
-    for split in (strategies.FSDPStrategy, strategies.DeepSpeedStrategy):
-        with pytest.raises(lightning.MisconfigurationException, match=f"does not support {split.__name__}"):
-            bridge.check_strategy(SimpleNamespace(strategy=object.__new__(split)))
+        bridge.check_strategy(SimpleNamespace(strategy=whole, world_size=1))
+        # TPUs, whose processes torch.distributed does not know; or a group that is not the trainer's.
+        with pytest.raises(lightning.MisconfigurationException, match="4 processes, and torch.distributed knows of 1"):
+            bridge.check_strategy(SimpleNamespace(strategy=whole, world_size=4))
+    ways_out = {
+        strategies.FSDPStrategy: "FSDP2, `ModelParallelStrategy.*ckpt_path=",
+        strategies.DeepSpeedStrategy: "ckpt_path=",
+    }
+    for split, way_out in ways_out.items():
+        with pytest.raises(lightning.MisconfigurationException, match=f"does not support {split.__name__}.*{way_out}"):
+            bridge.check_strategy(SimpleNamespace(strategy=object.__new__(split), world_size=1))
 
 
 @pytest.mark.parametrize("package", PACKAGES)

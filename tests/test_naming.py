@@ -35,6 +35,7 @@ from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.store.tables import candidates_csv
 from lightning_influence.callbacks import bridge
+from lightning_influence.data import ExampleSource
 from lightning_influence.loggers.candidate_sheets import candidates_table
 from lightning_influence.loggers.pictures import sheet
 
@@ -573,9 +574,9 @@ def test_tokens_one_by_one() -> None:
             return "".join(words[token] for token in tokens)
 
     data = [(torch.tensor([1, 2, 3, 4, 5, 6, 0, 0]), 1), ({"input_ids": torch.ones(2, 3).long()}, 0)]
-    names = ExampleNames(data, describe=Words())
-    assert names.tokens([0, 1]) == {0: [" a", "cat", "s", " ", " b ", "", None, None]}  # of several texts, none
-    assert ExampleNames(data, describe=str).tokens([0]) == ExampleNames(data).tokens([0]) == {}
+    names, source = ExampleNames(data, describe=Words()), ExampleSource(data, batch_size=2)
+    assert names.tokens([0, 1], source) == {0: [" a", "cat", "s", " ", " b ", "", None, None]}  # of several texts, none
+    assert ExampleNames(data, describe=str).tokens([0], source) == ExampleNames(data).tokens([0], source) == {}
 
 
 def test_a_tokenizer_without_tokens_is_said() -> None:

@@ -118,7 +118,7 @@ def everything(training: ExampleGradients, queries: ExampleGradients) -> dict[st
     """Fit, measure validation data, score, sweep, and look for pairs."""
     plan = InfluencePlan("ekfac", ("sampled", "sampled"), EVERY)
     companion = Pairs(training, queries)
-    found = influence_scores(training, range(N), plan, queries=[(queries, range(Q))], companion=companion)
+    found = influence_scores(training, range(N), plan, queries=[(queries, range(Q))], companions=[companion])
     assert found.curvature is not None
     assert found.sweep is not None
     assert found.scores.features is not None
@@ -250,7 +250,7 @@ def test_what_needs_less_is_scored_all_the_same(what: str, monkeypatch: pytest.M
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="memory has run out")
         plan = InfluencePlan("ekfac", ("sampled", "sampled"), EVERY)
-        found = influence_scores(training, range(N), plan, queries=[(queries, range(Q))], companion=companion)
+        found = influence_scores(training, range(N), plan, queries=[(queries, range(Q))], companions=[companion])
     assert found.sweep is None
     assert len(found.notes) == 1
     assert ("self_influence" in found.scores.columns) == (what == "sweep")

@@ -242,22 +242,27 @@ def test_what_is_decided_while_the_audit_goes_on_is_saved(page: Any, tmp_path: P
 
 
 def test_new_labels_that_can_be_several_classes_are_refused(page: Any, tmp_path: Path) -> None:
-    report = report_of(50, classes=4, label_names=["a", "A", "Cat", "cats"])
+    report = report_of(50, classes=4, label_names=["ab", "AB", "Cat", "cats"])
     directory = write_audit(tmp_path / "influence", report)
     columns = report.columns
-    order = columns["index"][columns["label"] == 3][:4].tolist()
-    # The first is `a` or, without regard to case, `A`.
-    rows = [f"{index},{name}" for index, name in zip(order, ("a,", "A,", "CAT,", "1,A"), strict=True)]
+    order = columns["index"][columns["label"] == 3][:5].tolist()
+    # As it is written it is one class; without regard to case, the first could be two.
+    rows = [f"{index},{name}" for index, name in zip(order, ("Ab,", "ab,", "AB,", "CAT,", "1,AB"), strict=True)]
     for server in serving(tmp_path):
         show(page, server, "triage", "influence")
         text = "\n".join(["index,new_label,new_label_name", *rows]).encode()
         box = page.get_by_label("import a review")
         box.set_input_files([{"name": "a.csv", "mimeType": "text/csv", "buffer": text}])
         page.get_by_text(
-            "3 decisions taken over; 1 rows can't be used: row 2: “a” can be any of the classes 0, 1"
+            "4 decisions taken over; 1 rows can't be used: row 2: “Ab” can be any of the classes 0, 1"
         ).wait_for()
         saved(page)
-        assert report.apply_review(directory / "review.csv").labels == {order[1]: 1, order[2]: 2, order[3]: 1}
+        assert report.apply_review(directory / "review.csv").labels == {
+            order[1]: 0,
+            order[2]: 1,
+            order[3]: 2,
+            order[4]: 1,
+        }
 
 
 def test_what_is_decided_is_read_back_whatever_a_class_is_called(page: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,9 +21,9 @@ from sklearn.datasets import load_digits
 from test_replay_scores import CHEAP, N
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from which_lightning import ModelCheckpoint, pl
+from which_lightning import MisconfigurationException, ModelCheckpoint, pl
 
-from lightning_influence import AuditReport, DemographicParityGap, Influence, InfluenceAudit
+from lightning_influence import AuditReport, DemographicParityGap, Influence, InfluenceAudit, Queries
 from lightning_influence.audit.store.atomic import StoreError
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.core import memory
@@ -67,7 +68,8 @@ def run_of(
     directory: Path, model: pl.LightningModule, train: Any, *, record: Any = True, **arguments: Any
 ) -> InfluenceAudit:
     pl.seed_everything(1, verbose=False)
-    audit = InfluenceAudit(record=record, **CHEAP)
+    own = {name: arguments.pop(name) for name in ("queries", "ids") if name in arguments}
+    audit = InfluenceAudit(record=record, **CHEAP, **own)
     callbacks = [audit, *arguments.pop("callbacks", ())]
     trainer = make_trainer(directory, callbacks=callbacks, **{"max_epochs": 6, **arguments})
     trainer.fit(model, train)
@@ -432,6 +434,67 @@ def test_harm_on_a_disk_that_has_filled_up(tmp_path: Path, monkeypatch: pytest.M
         report = run_of(tmp_path, WithValidation(), DataLoader(digits(0, 60), 16), max_epochs=1).report
     assert report.status == AuditReport.load(report.directory or "").status == "complete"
     assert "harm_exact" in report.columns
+
+
+# ----------------------------------------------------------------------------------------------- queries by replay
+
+
+@pytest.mark.parametrize("measurement", ["loss", "margin"])
+def test_queries_of_an_audit_have_a_list_by_replay(measurement: Any, tmp_path: Path) -> None:
+    train = DataLoader(digits(0, 60), 16, shuffle=True)
+    queries = Queries(count=3, top=4, measurement=measurement, method="replay")
+    model = WithValidation()
+    report = run_of(tmp_path, model, train, record=False, queries=queries, ids=lambda k: f"digit {k}").report
+    assert report.pairs is not None
+    pairs = {name: values[report.pairs["list"] == "replay"] for name, values in report.pairs.items()}
+    assert set(report.pairs["list"]) == {"strongest", "specific", "replay"}
+    assert set(pairs["number"]) == {1, 2, 3}
+    sign = -1 if measurement == "margin" else 1
+    asked = sorted(set(pairs["query"].tolist()))
+    found = report.replay(model, train, digits(60, 90), asked, measurement=measurement, self_test=0)
+    for query, scores in zip(asked, sign * found.scores.numpy(), strict=True):
+        for kind, order in (("proponent", np.argsort(-scores)), ("opponent", np.argsort(scores))):
+            own = (pairs["query"] == query) & (pairs["kind"] == kind)
+            assert pairs["index"][own].tolist() == order[:4].tolist()
+            np.testing.assert_allclose(pairs["score"][own], scores[order[:4]], rtol=1e-5)
+            assert pairs["rank"][own].tolist() == [1, 2, 3, 4]
+    assert pairs["id"].tolist() == [f"digit {k}" for k in pairs["index"]]
+    assert (pairs["label"] == report.columns["label"][pairs["index"]]).all()
+    notes = report.manifest["notes"]
+    assert any(note.startswith("queries by replay: self-test:") for note in notes)
+    stored = AuditReport.load(report.directory or "")
+    assert stored.pairs is not None
+    assert all((stored.pairs[name] == values).all() for name, values in report.pairs.items() if values.dtype == object)
+    assert stored.manifest["notes"] == notes
+    assert "harm_exact" in stored.columns
+    page = json.loads((Path(report.directory or "") / "audit.json").read_text())
+    assert {pair["list"] for pair in page["pairs"]} == {"strongest", "specific", "replay"}
+    assert "by what the example did in this very run, by replay" in str(report)
+
+
+def test_queries_that_replay_can_not_answer(tmp_path: Path) -> None:
+    queries = Queries(count=2, method="replay")
+    with pytest.raises(ValueError, match=r'method="replay"\) takes time, which Record\(max_cost=0\) does not allow'):
+        InfluenceAudit(queries=queries, record=Record(max_cost=0))
+    with pytest.raises(ValueError, match=r"queries: method='exact'; expected \"influence\" or \"replay\""):
+        Queries(method="exact")  # type: ignore[arg-type]
+    train = DataLoader(digits(0, 60), 16)
+
+    class Stepping(WithValidation):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+
+    with pytest.raises(MisconfigurationException, match=r"this run can't be replayed.*`method=` of `Queries`"):
+        run_of(tmp_path / "own", Stepping(), train, record=False, queries=queries, max_epochs=1)
+    short = Record(max_cost=1e-9)
+    dear = run_of(tmp_path / "dear", WithValidation(), train, record=short, queries=queries, max_epochs=1)
+    assert any("no lists of queries by replay: the replay would take" in note for note in dear.report.manifest["notes"])
+    assert set(dear.report.pairs["list"]) == {"strongest", "specific"}  # type: ignore[index]
+    assert AuditReport.load(dear.report.directory or "").manifest["notes"] == dear.report.manifest["notes"]
+    with pytest.warns(UserWarning, match="queries have no lists by replay"):
+        InfluenceAudit(queries=queries, dirpath=tmp_path / "after", **CHEAP).audit(
+            WithValidation(), train, val_dataloaders=DataLoader(digits(60, 90), 16)
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- trust

@@ -526,6 +526,34 @@ def test_a_weight_of_zero_is_no_part_of_its_own(tmp_path: Path) -> None:
         report_of(tmp_path / str(seed), loaders(a=TensorDataset(x, *A.tensors[1:])), model=Ramped)
 
 
+@pytest.mark.parametrize("model", [Joint, ByHand])
+def test_a_loader_of_a_single_example(model: Any, tmp_path: Path) -> None:
+    """Nothing changes with it, so that nothing of the loss is known to be about it; a task says what is."""
+    train = {"a": DataLoader(TensorDataset(*(tensor[:1] for tensor in A.tensors)), 1), "b": DataLoader(B, 4)}
+    with pytest.raises(MisconfigurationException, match=r"loader='a'.*has a single example.*`task=`"):
+        report_of(tmp_path / "step", train, model=model)
+    by_hand = InfluenceAudit(loader="a", task=lambda module, batch: module.about_a(batch["a"]))
+    report, made = report_of(tmp_path / "task", train, by_hand, model=model)
+    made.eval()
+    own = gradients_of(made, lambda k: made.about_a([tensor[k : k + 1] for tensor in A.tensors]), 1)
+    np.testing.assert_allclose(report.columns["grad_norm_squared"], own.square().sum(1), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_memory_that_runs_out_in_a_look_is_no_answer(own: bool, tmp_path: Path) -> None:
+    """Of a step that a task stands for, any error means that it tells nothing; this one says nothing of the step."""
+
+    class Full(Joint):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            raise torch.OutOfMemoryError if own else ValueError
+
+    train = {"a": DataLoader(A, 4), "b": DataLoader(B, 4)}
+    audit = InfluenceAudit(loader="a", task=lambda module, batch: module.about_a(batch["a"]))
+    with pytest.raises(torch.OutOfMemoryError if own else ValueError) as raised:
+        fitted(tmp_path, train, audit, model=Full)
+    assert ("own_terms_of_step" in [frame.name for frame in raised.traceback]) is own
+
+
 class ByTurns(Joint):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.about_b(batch["b"]) if batch_idx % 2 else self.about_a(batch["a"])

@@ -269,6 +269,59 @@ def test_pairs_of_an_audit(kind: str, measurement: Any, tmp_path: Path) -> None:
     assert [pair["tokens"] is None for pair in files["pairs"]] == [False] * len(shown)
 
 
+def begun(items: list[Any]) -> tuple[Tensor, Tensor]:
+    """Puts a token before each text, and cuts the last one: as many positions, other tokens."""
+    ids = torch.stack([each[0] for each in items])
+    first = torch.full((len(items), 1), WORDS - 1)
+    return torch.cat([first, ids[:, :-1]], 1), torch.stack([torch.as_tensor(each[1]) for each in items])
+
+
+class Words(Dataset[Any]):
+    """The data set holds words, which only the collate function knows how to number."""
+
+    def __init__(self, of: TensorDataset) -> None:
+        self.of = of
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    def __getitem__(self, index: int) -> Any:
+        ids, label = self.of[index]
+        return " ".join(f"w{token}" for token in ids.tolist()), label
+
+
+def numbered(items: list[Any]) -> tuple[Tensor, Tensor]:
+    ids = torch.tensor([[int(word[1:]) for word in words.split()] for words, _ in items])
+    return ids, torch.stack([label for _, label in items])
+
+
+def masked(items: list[Any]) -> tuple[Tensor, Tensor]:
+    ids, labels = numbered(items) if isinstance(items[0][0], str) else (torch.stack([i[0] for i in items]), None)
+    ids = torch.where(torch.rand(ids.shape) < 0.1, WORDS - 1, ids)
+    return ids, torch.stack([torch.as_tensor(each[1]) for each in items]) if labels is None else labels
+
+
+@pytest.mark.parametrize("kind", ["a first token", "words", "masked"])
+def test_tokens_are_those_that_the_model_sees(kind: str, tmp_path: Path) -> None:
+    """With a first token put before them, each word got the score of the one before it."""
+    plain = texts(N, 1)
+    data, collate = {
+        "a first token": (plain, begun),
+        "words": (Words(plain), numbered),
+        "masked": (plain, masked),
+    }[kind]
+    training = DataLoader(data, 4, collate_fn=collate)  # type: ignore[arg-type]
+    validation = DataLoader(texts(Q, 2), 4)
+    net = Masked()
+    pairs = audited(tmp_path, net, training, validation, describe=Tokenizer()).report.pairs
+    assert pairs is not None
+    assert (pairs["tokens"] != "").all()
+    for text, index in zip(pairs["tokens"], pairs["index"].tolist(), strict=True):
+        ids = plain.tensors[0][index].tolist()
+        seen = [WORDS - 1, *ids[:-1]] if kind == "a first token" else ids
+        assert [word for word, _ in json.loads(text)] == [f"w{token}" for token in seen]
+
+
 def test_without_a_tokenizer_there_is_no_further_pass(tmp_path: Path) -> None:
     def described(example: Any) -> str:
         return " ".join(map(str, example[0].tolist()))

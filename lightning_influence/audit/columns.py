@@ -287,6 +287,7 @@ PAIRS_NEEDED = [name for name in PAIR_DESCRIPTIONS if name not in ("list", "rela
 PAIR_LISTS: dict[str, str] = {
     "strongest": "by score; loud examples (wrong labels) lead many lists",
     "specific": "by score relative to how much the example moves the model",
+    "replay": "by what the example did in this very run, by replay",
 }
 """What the column ``list`` of the table of pairs may be, and what to say of it where it is shown."""
 

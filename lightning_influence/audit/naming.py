@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
+from operator import eq
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,12 @@ from torch.utils.data import ConcatDataset, Subset
 from lightning_influence.audit.columns import Columns
 from lightning_influence.audit.descriptions import Description, description, guessed, guessed_images, token_texts
 from lightning_influence.audit.relabel import Relabelled
+from lightning_influence.core.containers import map_tensors
 from lightning_influence.core.errors import short
 from lightning_influence.core.isolation import left_alone
 from lightning_influence.data.contents import copied
 from lightning_influence.data.ids import IdBook, plain_id
+from lightning_influence.data.source import ExampleSource
 from lightning_influence.data.stream import Stream
 
 Ids = Sequence[Any] | NDArray[Any] | Tensor | Callable[[int], Any] | None
@@ -147,14 +151,40 @@ class ExampleNames:
             for index in indices:
                 yield guessed(dataset[index])
 
-    def tokens(self, indices: Sequence[int]) -> dict[int, list[str | None]]:
-        """Return the text of each token of examples, None for padding; of none where no tokenizer describes them."""
-        if not callable(getattr(self._describe, "decode", None)):
+    @property
+    def tokenized(self) -> bool:
+        """Whether a tokenizer describes the examples."""
+        return callable(getattr(self._describe, "decode", None))
+
+    def tokens(self, indices: Sequence[int], source: ExampleSource) -> dict[int, list[str | None]]:
+        """Return the text of each token of examples, None for padding; of none where no tokenizer describes them.
+
+        Args:
+            indices: The examples.
+            source: What makes batches of them: a collate function may add tokens, or cut some.
+        """
+        if not self.tokenized:
             return {}
+        found: dict[int, list[str | None]] = {}
         _fetch(self.dataset, indices)
         with left_alone(self.dataset):
-            found = {index: token_texts(self._describe, copied(self.dataset[index])) for index in indices}
+            for index in indices:
+                found[index] = self._tokens_of(copied(self.dataset[index]))
+        # The rows of a stream are those of its batches.
+        for chosen, batch in source.batches(indices, 1) if not isinstance(self.dataset, Stream) else ():
+            for key in () if source.company is None else source.company.own:
+                batch = batch[key]
+            example = map_tensors(lambda tensor: tensor[0] if tensor.shape[:1] == (1,) else tensor, batch)
+            given = self._tokens_of(example)
+            # What masks some of them at random leaves most in place.
+            if given and not _mostly_same(given, found[chosen[0]]):
+                found[chosen[0]] = given
         return {index: texts for index, texts in found.items() if texts}
+
+    def _tokens_of(self, example: Any) -> list[str | None]:
+        with suppress(ValueError):  # there are none to decode
+            return token_texts(self._describe, example) or []
+        return []
 
     def try_out(self, indices: Sequence[int]) -> None:
         """Describe examples, so that what fails is said while something can be done about it."""
@@ -200,6 +230,10 @@ class ExampleNames:
             f"({type(error).__name__}: {error}). It is shown without; the audit goes on.",
             stacklevel=2,
         )
+
+
+def _mostly_same(one: Sequence[str | None], other: Sequence[str | None]) -> bool:
+    return len(one) == len(other) and 2 * sum(map(eq, one, other)) > len(one)
 
 
 def _fetch(dataset: Any, indices: Sequence[int]) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_influence.audit.columns import INFLUENCE_ON
 from lightning_influence.core.errors import check_count, short
 from lightning_influence.curvature import Curvature
+from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.attempts import Attempt
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import (
@@ -81,6 +82,9 @@ class Queries:
             large for how much they move the model at all (RelatIF); or ``"both"``, in the same pass. ``"leverage"``:
             the ``strongest`` by what removing them does, curvature included (rescaled influence): scores are divided by
             one minus the example's leverage. It needs a known loss.
+        method: ``"influence"`` functions alone, or ``"replay"``: a further list of each query, ``replay``, by what the
+            examples did in this very run (``docs/replay.md``). It records the training (``record=``), and is made
+            once the audit is written, within ``Record(max_cost=...)``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -94,6 +98,7 @@ class Queries:
     top: int = 10
     measurement: AnyMeasurement = "loss"
     normalise: Lists = "both"
+    method: Literal["influence", "replay"] = "influence"
 
     def __post_init__(self) -> None:
         if self.which != "worst" and not isinstance(self.which, DataLoader):
@@ -104,6 +109,8 @@ class Queries:
         if self.normalise not in get_args(Lists):
             expected = ", ".join(map(repr, get_args(Lists)))
             raise ValueError(f"queries: normalise={short(self.normalise)}; expected one of {expected}.")
+        if self.method not in ("influence", "replay"):
+            raise ValueError(f'queries: method={short(self.method)}; expected "influence" or "replay".')
 
     @property
     def measured(self) -> Measurement:
@@ -163,6 +170,11 @@ class QuerySearch:
         self._notes: list[str] = []
         self._of_set: ExampleScorer | None = None
 
+    @property
+    def source(self) -> ExampleSource:
+        """The training data."""
+        return self._gradients.source
+
     def on_validation(self, number: int) -> Sequence[Visitor]:
         """Note the losses of a set that is passed over anyway."""
         passes, chosen = self._sets[number]
@@ -213,7 +225,7 @@ class QuerySearch:
             parts = [self._rows(*found) for found in self._found]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         order = np.argsort(joined["number"], kind="stable")
-        table = _with_examples({name: values[order] for name, values in joined.items()}, columns)
+        table = with_examples({name: values[order] for name, values in joined.items()}, columns)
         asked, total = self._asked, sum(len(chosen) for _, chosen in self._sets)
         about: dict[str, Any] = {
             "title": _title(asked, len(self._chosen), total, asked.statistic),
@@ -370,7 +382,7 @@ def _title(asked: Queries, count: int, total: int, statistic: Statistic) -> str:
     return f"the {count} of {total:,} validation examples with the {extreme} {statistic.name.replace('_', ' ')}"
 
 
-def _with_examples(table: Columns, columns: Mapping[str, NDArray[Any]]) -> Columns:
+def with_examples(table: Columns, columns: Mapping[str, NDArray[Any]]) -> Columns:
     """Add what the scores table says of the training examples."""
     order = np.argsort(columns["index"], kind="stable")
     rows = order[np.searchsorted(columns["index"][order], table["index"])]

@@ -100,10 +100,10 @@ def judged(
 
 
 def _one_sided(columns: Columns) -> bool:
-    """Tell whether every decision is a yes, of a margin or a preference: the class is in the order of its inputs."""
-    found = [columns[name] for name in ("label", "predicted") if name in columns]
+    """Tell whether all decisions are a yes, or all a no, as of preferences: the class is in the order of its inputs."""
+    found = [columns[name] for name in ("label", "predicted", "suggested") if name in columns]
     known = columns["label"][columns["label"] >= 0] if "label" in columns else np.empty(0)
-    return len(known) > 0 and bool((known == 1).all()) and all(bool((values <= 1).all()) for values in found)
+    return len(np.unique(known)) == 1 and all(bool((values <= 1).all()) for values in found)
 
 
 def _beside_trusted(

@@ -20,6 +20,7 @@ from lightning_influence.audit.columns import PAIRS_NEEDED, Columns, candidate_r
 from lightning_influence.audit.curves import Curves
 from lightning_influence.audit.glossary import glossary
 from lightning_influence.audit.health import FIRST_LOOK
+from lightning_influence.audit.indexed import Indexed
 from lightning_influence.audit.ranking import ingredients, judged
 from lightning_influence.audit.relabel import Relabelled
 from lightning_influence.audit.replayed import Replayed
@@ -35,7 +36,7 @@ _NEEDED = ("index", "rank", "candidate", "finite")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AuditReport(ReportViews, Replayed):
+class AuditReport(ReportViews, Replayed, Indexed):
     """What an audit found, in memory or read back from its directory.
 
     Attributes:

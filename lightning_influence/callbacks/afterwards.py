@@ -9,8 +9,16 @@ from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import no_training
 from lightning_influence.callbacks.checkpoint_files import StrPath, precision_of
 from lightning_influence.callbacks.hooks import RunHooks
-from lightning_influence.callbacks.lightning import LightningModule, Trainer, is_a, is_running, overrides
+from lightning_influence.callbacks.lightning import (
+    LightningModule,
+    Trainer,
+    is_a,
+    is_running,
+    overrides,
+    rank_zero_warn,
+)
 from lightning_influence.callbacks.past_run import PastRun, RunFiles
+from lightning_influence.callbacks.sharded import check_afterwards
 from lightning_influence.core import distributed
 from lightning_influence.core.errors import short
 
@@ -93,6 +101,13 @@ class Afterwards(RunHooks):
                 f"this is one of {distributed.world_size()} processes, which share an audit: pass their `trainer=` and "
                 "call `audit` on all of them, or audit a checkpoint in a process of its own."
             )
+        if self.arguments.queries is not None and self.arguments.queries.method == "replay":
+            rank_zero_warn(
+                "InfluenceAudit.audit: queries have no lists by replay, which asks a training that was recorded, and "
+                "nothing is trained here; `report.replay` asks that of a report whose training was."
+            )
+        if trainer is not None:
+            check_afterwards(trainer)
         if ckpt_path is None and not ckpt_paths and trainer is not None and self.arguments.weights == "best":
             ckpt_path = "best"
         files = RunFiles.of(model, trainer, ckpt_path, ckpt_paths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.audit.unlearning import Unlearner
+from lightning_influence.callbacks.from_child import FromChild
 from lightning_influence.callbacks.lightning import AuditCallback
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.curvature import CurvatureName
@@ -18,11 +19,8 @@ class Answers(AuditCallback):
 
     def __init__(self) -> None:
         self._report: AuditReport | None = None
-        # Where processes are spawned for training, the callback is copied to them, and nothing comes back.
-        self._no_report = (
-            "`trainer.fit` has not run with this callback (or in processes of its own, as with `ddp_spawn` and "
-            f"`ddp_notebook`: `AuditReport.load` reads what they wrote); {WITHOUT_TRAINING}"
-        )
+        self._no_report = f"`trainer.fit` has not run with this callback; {WITHOUT_TRAINING}"
+        self._child = FromChild()
         # From the start of training until the next `fit`.
         self._run: AuditRun | None = None
 
@@ -33,13 +31,15 @@ class Answers(AuditCallback):
         Raises:
             RuntimeError: If there is none, with the reason.
         """
-        if self._report is None:
+        if not self.has_report or self._report is None:
             raise RuntimeError(f"there is no report: {self._no_report}. `has_report` tells whether there is one.")
         return self._report
 
     @property
     def has_report(self) -> bool:
         """Whether there is a ``report``: on rank zero, once training has ended and the audit has not failed."""
+        if (told := self._child.taken()) is not None:
+            self._report, self._no_report = told
         return self._report is not None
 
     def influence(self, curvature: CurvatureName = "ggn") -> Influence:
@@ -61,7 +61,12 @@ class Answers(AuditCallback):
             >>> cleaner = update.applied_to_copy(model)
         """
         if self._run is None or self._run.make_influence is None:
-            raise RuntimeError("there is no complete audit yet; let `trainer.fit` end first.")
+            raise RuntimeError(
+                "training ran in processes of its own, which are gone with what they had set up: call `audit(model, "
+                "data)` first, which audits the model as it is now, in this process."
+                if self.has_report
+                else "there is no complete audit yet; let `trainer.fit` end first."
+            )
         return self._run.make_influence().fit(**{**self._run.arguments.fitting, "curvature": curvature})
 
     def unlearner(self, curvature: CurvatureName = "ggn") -> Unlearner:

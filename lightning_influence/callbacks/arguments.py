@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +19,7 @@ from lightning_influence.core.indices import Indices, integers
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.data.ids import SampleId, check_sample_id
 from lightning_influence.gradients.coverage import Layers, Uncovered, listed_layers
+from lightning_influence.index.settings import Index, check_indexed
 from lightning_influence.influence.inputs import (
     check_choice,
     check_curvature_choices,
@@ -58,6 +59,7 @@ class Arguments:
     sample_id: SampleId | None = None
     loader: LoaderName = None
     record: Record | None = None
+    index: Index | None = None
 
     def __post_init__(self) -> None:
         check_curvature_choices(self.curvature, self.fisher, self.solver)
@@ -65,6 +67,8 @@ class Arguments:
         check_layers(self.layers)
         check_choice("weights", self.weights, get_args(Weights))
         _check_damping(self.damping)
+        if self.index is not None:
+            check_indexed(self.curvature)
         check_factor_examples(self.factor_examples)
         check_naming(self.ids, self.describe)
         check_sample_id(self.sample_id)
@@ -75,6 +79,13 @@ class Arguments:
                 raise ValueError(
                     f"the examples {both[:10]} are in trusted and in known_noise; expected one or the other."
                 )
+        if self.queries is not None and self.queries.method == "replay":
+            if self.record is not None and self.record.max_cost == 0:
+                raise ValueError(
+                    'Queries(method="replay") takes time, which Record(max_cost=0) does not allow; expected a number '
+                    "of seconds > 0, or None for no limit."
+                )
+            object.__setattr__(self, "record", self.record or Record())
         if self.task is not None and not callable(self.task):
             raise ValueError(f"task={short(self.task)} is not callable; expected a function (module, batch) -> loss.")
 
@@ -101,6 +112,7 @@ class Arguments:
             "verify": self.verify,
             "weights": self.weights,
             **({} if self.loader is None else {"loader": self.loader}),
+            **({} if self.index is None else {"index": asdict(self.index)}),
         }
 
 

@@ -13,6 +13,7 @@ from lightning_influence.callbacks.loaders import train_loader
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.callbacks.run import AuditRun
+from lightning_influence.callbacks.sharded import check_shards
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.curvature.choices import check_labels
@@ -20,6 +21,7 @@ from lightning_influence.curvature.fit import check_curvature
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.discover import trace_model
+from lightning_influence.gradients.new_paths import NewUseError
 from lightning_influence.gradients.verify import roomy_batch_size
 from lightning_influence.objective.scale import NoLossError
 from lightning_influence.objective.standard_task import StandardTask
@@ -45,6 +47,7 @@ def begun(
     else:
         drawn, ids = bridge.drawn_from(train_loader(trainer, arguments.loader), len(source)), arguments.ids
     preparing.check_company(source, arguments.tracin)
+    check_shards(trainer, module, arguments.tracin)
     first = preparing.some_of(drawn, source.batch_size)
     names = ExampleNames(source.dataset, ids, arguments.describe)
     if trainer.is_global_zero:
@@ -78,6 +81,11 @@ def _begun(
         trace = trace_model(module, task, source, indices=first, **bridge.surroundings(trainer, module))
         passes = TrainingPasses(source, task, trace, arguments.layers, arguments.uncovered)
         gradients = passes.gradients(trainer, module)
+        try:
+            preparing.look_for_paths(gradients, first)
+        except NewUseError as error:  # it counts as not understood, as if the first batch had had it
+            trace.add(error.trace)
+            gradients = passes.gradients(trainer, module)
         recording.losses.own = (
             preparing.own_terms_of_step(gradients, first)
             if arguments.task is not None

@@ -27,12 +27,16 @@ from lightning_influence.callbacks.lightning import (
     rank_zero_warn,
 )
 from lightning_influence.callbacks.loaders import LoaderName, path_of_loader, train_loader
+from lightning_influence.callbacks.sharded import AFTERWARDS, check_split
 from lightning_influence.core import distributed
 from lightning_influence.core.containers import leaves
 from lightning_influence.core.isolation import kept
+from lightning_influence.core.meeting import together
 from lightning_influence.core.origin import is_lightnings, is_users
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.core.reachable import Found, shallow
+from lightning_influence.core.sharding import names_of, whole
+from lightning_influence.core.weights import parameters_of
 from lightning_influence.data.company import Company
 from lightning_influence.data.source import DataError, ExampleSource
 from lightning_influence.data.stream import StreamSource
@@ -72,7 +76,7 @@ def after_training(trainer: Trainer, gradients: ExampleGradients) -> ExampleGrad
 
     @contextmanager
     def around() -> Iterator[None]:
-        with aside(trainer), at_epoch(trainer, epoch):
+        with _left_alone(trainer), at_epoch(trainer, epoch):
             yield
 
     return gradients.within(around)
@@ -93,8 +97,9 @@ def at_epoch(trainer: Trainer, epoch: int) -> Iterator[None]:
 def trained(trainer: Trainer, module: LightningModule) -> frozenset[int] | None:
     """Return the ids of the parameters that the trainer's optimizers hold; None if they hold none of the module's."""
     groups = [group for optimizer in trainer.optimizers for group in inner(optimizer).param_groups]
-    held = {id(parameter) for group in groups for parameter in group["params"]}
-    return frozenset(held.intersection(map(id, module.parameters()))) or None
+    names, own = names_of(module), parameters_of(module)
+    held = {names.get(id(parameter)) for group in groups for parameter in group["params"]}
+    return frozenset(id(own[name]) for name in held if name is not None) or None
 
 
 def in_company(trainer: Trainer, name: LoaderName, source: ExampleSource) -> ExampleSource:
@@ -165,13 +170,22 @@ def check_strategy(trainer: Trainer) -> None:
     """Refuse strategies that split the model: ranks visit different examples, and sharded layers would wait for ever.
 
     Raises:
-        MisconfigurationException: For anything but one device or data-parallel training.
+        MisconfigurationException: For anything but one device, data-parallel training, and FSDP2, and for processes
+            that torch does not know of, or others than the trainer's.
     """
-    strategy = trainer.strategy
-    if not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy") or is_a(strategy, "DeepSpeedStrategy"):
+    strategy, name, known = trainer.strategy, type(trainer.strategy).__name__, distributed.world_size()
+    if is_a(strategy, "ModelParallelStrategy", "FSDPStrategy", "DeepSpeedStrategy"):
+        check_split(strategy)
+    elif not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
         raise MisconfigurationException(
-            f"InfluenceAudit does not support {type(strategy).__name__}: it needs the whole model on every process. "
-            'Use a single device or `strategy="ddp"`, or audit a checkpoint afterwards on one device.'
+            f'InfluenceAudit does not support {name}, and knows one device, DDP, and FSDP2. Use `strategy="ddp"`, or '
+            f"{AFTERWARDS}."
+        )
+    if trainer.world_size != known:
+        raise MisconfigurationException(
+            f"the trainer's {name} trains with {trainer.world_size} processes, and torch.distributed knows of {known} "
+            "here, with which the audit would be shared. End a process group that is not the trainer's before `fit` "
+            f"(`torch.distributed.destroy_process_group()`), or {AFTERWARDS}."
         )
 
 
@@ -208,6 +222,13 @@ def real_loggers(trainer: Trainer) -> list[Any]:
 
 @contextmanager
 def aside(trainer: Trainer) -> Iterator[None]:
+    """Make extra passes of the whole model, and leave the trainer alone; to be entered by all processes."""
+    with whole(trainer.lightning_module), _left_alone(trainer):
+        yield
+
+
+@contextmanager
+def _left_alone(trainer: Trainer) -> Iterator[None]:
     """Leave the trainer alone in an extra pass, whatever ``training_step`` does to it.
 
     What it writes to ``self.logger`` is kept out of the user's logs; learning rates, schedulers and the user's own
@@ -255,11 +276,9 @@ def validation_queries(trainer: Trainer, gradients: ExampleGradients) -> list[tu
     loaders: Any = [] if trainer.val_dataloaders is None else [loader for _, loader in leaves(trainer.val_dataloaders)]
     for loader, batches in zip(loaders, trainer.num_val_batches, strict=False):
         try:
-            source, drawn = query_examples(loader, int(batches) if math.isfinite(batches) else None)
-        # A data set may raise anything once its files are gone; other processes would wait for one that goes on alone.
-        except Exception as error:
-            if not isinstance(error, DataError) and distributed.world_size() > 1:
-                raise
+            with together():
+                source, drawn = query_examples(loader, int(batches) if math.isfinite(batches) else None)
+        except Exception as error:  # a data set may raise anything once its files are gone
             rank_zero_warn(f"validation data are left out of the influence audit (no harm column): {error!r}")
             continue
         if not isinstance(source, StreamSource) and batches < length_of(loader):

@@ -14,8 +14,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_influence.callbacks.lightning import LightningModule, Trainer, callbacks_of, is_a, of_package
+from lightning_influence.callbacks.lightning import LightningModule, Trainer, callbacks_of, is_a, of_package, package_of
+from lightning_influence.callbacks.sharded import of_deepspeed
 from lightning_influence.core.errors import short
+from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.torch_private import eager_name
 from lightning_influence.core.weights import places_of, swapped
 from lightning_influence.gradients.coverage import listed
@@ -53,11 +55,26 @@ class TrainerCheckpoint:
         Raises:
             CheckpointFileError: If there is none, or it is no checkpoint.
         """
+        if _is_distributed(path):
+            package = package_of(module)
+            fabric = {"lightning.pytorch": "lightning.fabric"}.get(package, "lightning_fabric")
+            raise CheckpointFileError(
+                f"{path} is a distributed checkpoint, a part from each process. Put it together by `python -m {fabric}."
+                f"utilities.consolidate_checkpoint {path}` ({package}.utilities for one of FSDPStrategy) and pass "
+                f"{path}.consolidated, or train with `ModelParallelStrategy(save_distributed_checkpoint=False)`."
+            )
+        if _is_of_deepspeed(path):
+            raise CheckpointFileError(
+                f"{path} is a checkpoint of DeepSpeed, of which each process has written a part. "
+                f"P{of_deepspeed(module, path)[1:]}, and pass {path}/whole.ckpt."
+            )
         try:
             content = of_package(module, "core.saving", "pl_load")(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise CheckpointFileError(f"there is no checkpoint {path}{_beside(path)}.") from error
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             told = " ".join(str(error).split())
             if object_found := re.search(r"Unsupported global: GLOBAL (\S+)", told):
                 raise CheckpointFileError(
@@ -200,13 +217,22 @@ def found(ckpt_path: StrPath | None, trainer: Trainer | None) -> str | None:
     if not isinstance(ckpt_path, (str, os.PathLike)):
         raise CheckpointFileError(f'ckpt_path={short(ckpt_path)}; expected a path, "best", "last" or None.')
     path = os.path.expanduser(os.fspath(ckpt_path))
-    if not os.path.isdir(path):
+    if not os.path.isdir(path) or _is_distributed(path) or _is_of_deepspeed(path):
         return path
     files = sorted(file for pattern in ("*.ckpt", "checkpoints/*.ckpt") for file in Path(path).glob(pattern))
     if len(files) == 1:
         return str(files[0])
     held = f"holds {listed([str(file.relative_to(path)) for file in files], 8)}" if files else "holds no *.ckpt"
     raise CheckpointFileError(f"{path} {held}; pass the path of one checkpoint.")
+
+
+def _is_distributed(path: str) -> bool:
+    """Tell whether a directory is one checkpoint, with a file for each process."""
+    return os.path.isfile(os.path.join(path, ".metadata"))
+
+
+def _is_of_deepspeed(path: str) -> bool:
+    return os.path.isdir(path) and any(Path(path).glob("*/*model_states.pt"))
 
 
 def _of_trainer(which: str, trainer: Trainer | None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -19,6 +20,7 @@ from lightning_influence.callbacks.lightning import (
     is_a,
     rank_zero_warn,
 )
+from lightning_influence.callbacks.sharded import check_one_file
 from lightning_influence.core import distributed
 from lightning_influence.core.weights import places_of, swapped
 
@@ -57,6 +59,7 @@ def check_weights(trainer: Trainer, audit: Callback, weights: Weights) -> None:
         )
     if weights != "best":
         return
+    check_one_file(trainer)
     keepers = keepers_of(trainer)
     if keepers and keepers[0].monitor is not None and keepers[0].save_top_k:
         return
@@ -97,20 +100,24 @@ def _last(trainer: Trainer) -> Found:
 
 def _best(trainer: Trainer) -> Found:
     keeper = keepers_of(trainer)[0]
-    path, reason, file = best_of(keeper), "", None
-    try:
+    path, files = best_of(keeper), list[TrainerCheckpoint]()
+
+    def read() -> dict[str, Tensor]:  # by rank zero: other nodes may have no disk in common with it
         if not path:
             raise CheckpointFileError(f"none was kept ({keeper.monitor} may never have been logged)")
-        file = TrainerCheckpoint.read(path, trainer.lightning_module)
-        file.check_fits(trainer.lightning_module)
+        files.append(TrainerCheckpoint.read(path, trainer.lightning_module))
+        files[0].check_fits(trainer.lightning_module)
+        return {name: value for name, value in files[0].by_name.items() if isinstance(value, Tensor)}
+
+    try:
+        ((_, weights),) = distributed.dealt([read], [1.0], torch.device("cpu"))
     except CheckpointFileError as error:  # what was trained is worth an audit all the same
-        file, reason = None, str(error)
-    if distributed.any_process(file is None) or file is None:
-        return _in_place_of("the best checkpoint", reason or "another process could not read it", trainer)
+        return _in_place_of("the best checkpoint", str(error), trainer)
+    name, step = distributed.from_first(lambda: (files[0].name, files[0].step))
     score = None if keeper.best_model_score is None else float(keeper.best_model_score)
-    told = f"the best by {keeper.monitor}{'' if score is None else f' ({score:.4g})'}: {file.name}, step {file.step:,}"
-    about = {"which": "best", "step": file.step, "file": path, "monitor": keeper.monitor, "value": score, "told": told}
-    return about, {name: value for name, value in file.by_name.items() if isinstance(value, Tensor)}
+    told = f"the best by {keeper.monitor}{'' if score is None else f' ({score:.4g})'}: {name}, step {step:,}"
+    about = {"which": "best", "step": step, "file": path, "monitor": keeper.monitor, "value": score, "told": told}
+    return about, weights
 
 
 def _in_place_of(missing: str, reason: str, trainer: Trainer) -> Found:

@@ -103,12 +103,16 @@ class RunHooks(Answers):
                     f"influence audit: interrupted; what was recorded is kept in {self._run.reporter.directory}. "
                     "Resume training from a checkpoint (`ckpt_path=`) to go on with it."
                 )
+        if trainer.is_global_zero:
+            self._child.leave(self._report, self._no_report)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo everything."""
         self._recorder.detach()
         if self._run is not None:
             self._run.listener.stop()
+        if stage == "fit" and trainer.is_global_zero:
+            self._child.leave(self._report, self._no_report)
 
     # ------------------------------------------------------------------ state
 

@@ -19,16 +19,17 @@ from lightning_influence.callbacks.answers import WITHOUT_TRAINING
 from lightning_influence.callbacks.arguments import Arguments, checked_indices, checked_tracin
 from lightning_influence.callbacks.beginning import begun
 from lightning_influence.callbacks.chosen_weights import Weights, check_weights
-from lightning_influence.callbacks.exact_harm import with_exact_harm
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, overrides, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.query_report import checked_queries
-from lightning_influence.callbacks.resuming import as_at_the_end_of_training, restore
+from lightning_influence.callbacks.replayed import with_exact_harm, with_replayed_queries
+from lightning_influence.callbacks.resuming import as_at_the_end_of_training, restore, warn_of_other_labels
 from lightning_influence.callbacks.run import AuditRun
-from lightning_influence.core import distributed
+from lightning_influence.core.meeting import together
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.data.ids import SampleId
 from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Layers, Uncovered
+from lightning_influence.index.settings import Index, checked_index
 from lightning_influence.objective.standard_task import TaskName, checked_task
 from lightning_influence.objective.task import Task
 from lightning_influence.replay.settings import Record, checked_record
@@ -100,6 +101,8 @@ class InfluenceAudit(Afterwards):
         record: Whether to note every step, so that the run can be replayed (``training_record``): what would have come
             out without an example, exactly to first order (``report.replay``; see ``docs/replay.md``). With validation
             data, a short run gets a column ``harm_exact``. ``Record(...)`` has budgets of memory and time.
+        index: Whether to keep every example's gradient, weighted and compressed, beside the audit: ``report.ask(model,
+            batch)`` then answers later questions without the training data. ``Index(...)`` has its size.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -136,6 +139,7 @@ class InfluenceAudit(Afterwards):
         sample_id: SampleId | None = None,
         loader: str | int | None = None,
         record: bool | Record = False,
+        index: bool | Index = False,
     ) -> None:
         self.arguments = Arguments(
             curvature,
@@ -158,6 +162,7 @@ class InfluenceAudit(Afterwards):
             sample_id,
             loader,
             checked_record(record),
+            checked_index(index),
         )
         super().__init__()
         self._recorder.sample_id, self._recorder.loader = sample_id, loader
@@ -169,6 +174,7 @@ class InfluenceAudit(Afterwards):
         # Not `dirpath`: a resumed run may write elsewhere. Not `verify`: it changes no number.
         arguments = self.arguments.described()
         arguments.pop("verify")
+        arguments.pop("index", None)  # neither does that
         if arguments["weights"] == "last":  # as checkpoints of earlier versions have it
             arguments.pop("weights")
         return self._generate_state_key(**arguments)
@@ -204,7 +210,7 @@ class InfluenceAudit(Afterwards):
             self._prepare(trainer, pl_module).catch_up(trainer, pl_module)
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> AuditRun:
-        with preparing.errors_as_misconfiguration():
+        with preparing.errors_as_misconfiguration(), together():
             source = self._recorder.source_of(trainer)
             preparing.check_indices("known_noise", self.arguments.known_noise, source)
             preparing.check_indices("trusted", self.arguments.trusted, source)
@@ -217,6 +223,8 @@ class InfluenceAudit(Afterwards):
             restore(self._recording, restored, trainer)
             self._run = begun(self.arguments, trainer, module, source, self._recording)
             self._run.take_over(trainer)
+            if restored is not None:
+                warn_of_other_labels(self._run, trainer, module)
         if not trainer.global_step:
             self._run.look(trainer, module)
         self._before = None, None, None
@@ -237,7 +245,8 @@ class InfluenceAudit(Afterwards):
             self._finish(self._run, trainer, pl_module)
             settings, record = self.arguments.record, self._replay.record
             if self._report is not None and settings is not None and settings.max_cost != 0 and record is not None:
-                self._report = with_exact_harm(self._report, self._run, record, trainer, pl_module, settings.max_cost)
+                for more in (with_exact_harm, with_replayed_queries):
+                    self._report = more(self._report, self._run, record, trainer, pl_module, settings.max_cost)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the audit of a run that had nothing left to train, if it has none yet; else say why there is none."""
@@ -260,8 +269,6 @@ class InfluenceAudit(Afterwards):
             with as_at_the_end_of_training(trainer, pl_module):
                 self._finish(self._prepare(trainer, pl_module), trainer, pl_module)
         except Exception as error:
-            if distributed.world_size() > 1:
-                raise
             self._no_report = str(error)
             rank_zero_warn(f"no influence audit: {error}\nOnce that is mended: {WITHOUT_TRAINING}.")
 

@@ -20,6 +20,7 @@ from lightning_influence.callbacks.lightning import (
     rank_zero_warn,
 )
 from lightning_influence.core.containers import leaves
+from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.random_streams import isolated_rng
 
 _KEPT = (
@@ -149,7 +150,10 @@ def restore_optimizers(trainer: Any, file: TrainerCheckpoint) -> str:
     try:
         for optimizer, state in zip(trainer.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-    except Exception as error:  # other groups, such as those that a callback adds during training
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # Other groups, such as those that a callback adds during training
         trainer.strategy.optimizers = []
         return f"the optimizer state of {file.name} is not one of configure_optimizers ({error})"
     return ""

@@ -28,6 +28,8 @@ from lightning_influence.callbacks.lightning import (
 from lightning_influence.callbacks.loaders import train_loader
 from lightning_influence.callbacks.resuming import Restored, restore, state_for
 from lightning_influence.callbacks.run import AuditRun
+from lightning_influence.core import distributed
+from lightning_influence.core.meeting import together
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.data.stream import StreamSource
 from lightning_influence.training.features import look_at_labels
@@ -132,6 +134,7 @@ class PastRun:
         self._notes: list[str] = []
         self._key = key
 
+    @together()
     def audit(self) -> None:
         """Do it; to be called once the trainer has set up everything."""
         trainer: Any = self.trainer
@@ -336,7 +339,7 @@ class PastRun:
             return
         if run.arguments.tracin is not None and recording.step_sizes.steps:
             run.score_checkpoint(self.trainer, self.module, run.arguments.tracin)
-        elif not evidence.closed:
+        elif not distributed.from_first(lambda: evidence.closed):
             with bridge.aside(self.trainer):
                 indices = bridge.drawn_from(train_loader(self.trainer, self.arguments.loader), recording.size)
                 seen = look_at_labels(run.passes.gradients(self.trainer, self.module), indices)

@@ -6,7 +6,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from copy import deepcopy
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from lightning_influence.callbacks.lightning import (
     rank_zero_warn,
 )
 from lightning_influence.core import distributed
+from lightning_influence.core.errors import Forgiving
 from lightning_influence.core.isolation import rewind, unchanged, untouched
 from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.core.reachable import Walk
@@ -39,6 +40,7 @@ from lightning_influence.gradients.coverage import Coverage, listed_reasons
 from lightning_influence.gradients.discover import trace_model
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection, VerificationError, inspect
+from lightning_influence.gradients.verify import looked_at as look_size
 from lightning_influence.layers.blocks import LayerError
 from lightning_influence.objective.own_part import OwnRows
 from lightning_influence.objective.scale import TermKey
@@ -52,6 +54,9 @@ _COMPLETE = 0.99
 
 # Examples that the look before training may choose from, at least.
 _LOOKED_AT = 64
+
+# So many are run, at least, to see whether all batches take the same path.
+_FOR_PATHS = 32
 
 
 @contextmanager
@@ -104,8 +109,17 @@ def own_terms(gradients: ExampleGradients) -> dict[TermKey, OwnRows] | None:
     """Return which terms of the loss are about one of several loaders; None if there are no others.
 
     Where all of them are, those of other batches and epochs may be about others: what is known is the first ones.
+
+    Raises:
+        MisconfigurationException: If a single example is to be audited, with which nothing changes.
     """
     company, trace = gradients.source.company, gradients.coverage.trace
+    if trace.own == {} and company is not None:
+        raise MisconfigurationException(
+            f"InfluenceAudit(loader={company.loader!r}): that loader has a single example, and what of the loss is "
+            "about it is told by what changes with the examples. Audit one with two or more, or pass `task=`, a "
+            "function (module, batch) -> the loss of that loader's batch alone."
+        )
     if trace.own is not None or company is None or not company.others:
         return trace.own
     return dict.fromkeys(trace.forms, "all") or None
@@ -122,12 +136,11 @@ def own_terms_of_step(gradients: ExampleGradients, indices: Sequence[int]) -> di
     if not getattr(module, "automatic_optimization", True):
         return {}
     to_device, context = gradients.to_device, gradients.forward_context
-    try:
+    with Forgiving():  # whatever is the matter with it: the task is there for that
         return trace_model(
             module, TrainingStepTask(), source, indices=indices, to_device=to_device, forward_context=context
         ).own
-    except Exception:  # whatever is the matter with it: the task is there for that
-        return {}
+    return {}
 
 
 def compiled_parts(gradients: ExampleGradients, indices: Sequence[int], tracin: TracIn | None) -> list[str]:
@@ -151,15 +164,29 @@ def compiled_parts(gradients: ExampleGradients, indices: Sequence[int], tracin: 
 
 def _step_is_compiled(gradients: ExampleGradients, chosen: list[int]) -> bool:
     """Run the step once where it would have to compile what it has not run before."""
-    try:
-        with untouched(gradients.module, gradients.task):
-            ((_, batch),) = gradients.source.batches(chosen, len(chosen))
-            seed_everything(0)
-            with meets_compiled() as met, gradients.forward_context():
-                gradients.task(gradients.module, gradients.to_device(batch))
-            return met.found
-    except Exception:  # whatever a step makes of two examples: the look that comes next says so
-        return False
+    with Forgiving(), untouched(gradients.module, gradients.task):  # the look that comes next says what failed
+        ((_, batch),) = gradients.source.batches(chosen, len(chosen))
+        seed_everything(0)
+        with meets_compiled() as met, gradients.forward_context():
+            gradients.task(gradients.module, gradients.to_device(batch))
+        return met.found
+    return False
+
+
+def look_for_paths(gradients: ExampleGradients, indices: Sequence[int]) -> None:
+    """Run a few batches forward: a step may do otherwise with some of its examples.
+
+    Raises:
+        NewUseError: If it uses a parameter in a way that is not understood.
+    """
+    if isinstance(gradients.source, StreamSource):  # a batch is all that there is of it so far
+        return
+    size, capture = look_size(gradients.source.batch_size), Capture(gradients.coverage)
+    chosen = indices[: max(2 * size, _FOR_PATHS)]
+    run = gradients.losses(chosen, everywhere=True, size=size, watch=capture.forward, capture=capture)
+    with closing(run) as losses:
+        for _ in losses:
+            capture.clear()
 
 
 def some_of(indices: Sequence[int], batch_size: int) -> list[int]:
@@ -197,14 +224,13 @@ def _run_once(
 def depends_on_batch_idx(gradients: ExampleGradients, indices: Sequence[int]) -> bool:
     """Tell whether two examples have another loss as other batches, though the same as the same batch once more."""
     module, around, losses = gradients.module, (gradients.to_device, gradients.forward_context), []
-    try:
+    with Forgiving():  # whatever a step makes of two examples: the look that comes next says so
         _, batch = next(iter(gradients.source.batches(indices[:2], 2)))
         with untouched(module), torch.no_grad():
             for number in (0, 0, 1, 2, 3):
                 losses.append(float(_run_once(TrainingStepTask(number), module, deepcopy(batch), *around).mean()))
-    except Exception:  # whatever a step makes of two examples: the look that comes next says so
-        return False
-    return losses[0] == losses[1] and not all(math.isclose(loss, losses[0], rel_tol=1e-4) for loss in losses)
+        return losses[0] == losses[1] and not all(math.isclose(loss, losses[0], rel_tol=1e-4) for loss in losses)
+    return False
 
 
 def told_of_task(gradients: ExampleGradients, indices: Sequence[int]) -> str:
@@ -231,14 +257,12 @@ def looked_at(gradients: ExampleGradients, indices: Sequence[int], recording: Re
         own = source.collate_fn
         if isinstance(gradients.task, TrainingStepTask) or is_plain(own):
             raise
-        try:
-            source.collate_fn = None
+        source.collate_fn = None
+        with Forgiving():
             inspection = inspect(gradients, indices, verify=verify)
-        except Exception:
-            source.collate_fn = own
-        else:
             recording.note(f"passes make batches without {_name_of(own)}, in which an example depends on the others")
             return inspection
+        source.collate_fn = own
         raise
 
 
@@ -323,7 +347,7 @@ def run_directory(trainer: Trainer) -> str:
         logger = trainer.loggers[0]
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         folder = [logger.save_dir or trainer.default_root_dir, str(logger.name), version]
-    return str(trainer.strategy.broadcast(os.path.join(*folder)))
+    return distributed.from_first(lambda: os.path.join(*folder))
 
 
 def open_store(trainer: Trainer, dirpath: str | os.PathLike[str] | None) -> AuditStore | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader
 
 from lightning_influence.audit.naming import ExampleNames
 from lightning_influence.audit.queries import Columns, Queries, QueryPairs, QuerySearch
+from lightning_influence.audit.replayed_queries import with_replayed
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.lightning import MisconfigurationException, Trainer, rank_zero_warn
 from lightning_influence.core import distributed
 from lightning_influence.core.errors import short
+from lightning_influence.core.meeting import together
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.curvature import Curvature, SolverError
 from lightning_influence.data.source import DataError
@@ -27,6 +29,7 @@ from lightning_influence.loggers.exhibits import Exhibit
 from lightning_influence.loggers.query_sheets import queries
 from lightning_influence.scores.examples import ExampleScorer
 from lightning_influence.scores.measurements import MeasurementError, QuerySets
+from lightning_influence.scores.pairs import PairwiseScores
 from lightning_influence.scores.queries import QueryError
 
 
@@ -58,6 +61,7 @@ def described(queries: Queries | None) -> dict[str, Any] | None:
         "top": queries.top,
         "measurement": queries.measured.name,
         "normalise": queries.normalise,
+        **({} if queries.method == "influence" else {"method": queries.method}),
     }
 
 
@@ -83,7 +87,7 @@ class QueryReport:
             MisconfigurationException: If the loader can't be visited by index, or the measurement can't be made on
                 the query set.
         """
-        sets = self._queries(trainer, gradients, validation)
+        sets = self.sets(trainer, gradients, validation)
         # A dry run sees a few examples only, which need not have all that the measurement asks for.
         if not self.asked.of_set or not sets or bridge.is_dry_run(trainer):
             return
@@ -102,7 +106,7 @@ class QueryReport:
     ) -> QueryReport:
         """Get ready to look at the passes at the end of training."""
         with self._or_give_up():
-            self._sets = self._queries(trainer, gradients, validation)
+            self._sets = self.sets(trainer, gradients, validation)
             self._validated = self._sets is validation
             if self._sets:
                 self._search = QuerySearch(gradients, indices, self._sets, self.asked)
@@ -150,13 +154,29 @@ class QueryReport:
         if self.pairs is None or self._search is None:
             return
         try:
-            texts = names.tokens(np.unique(self.pairs.table["index"]).tolist())
+            texts = names.tokens(np.unique(self.pairs.table["index"]).tolist(), self._search.source)
             told = self._search.tokens(self.pairs.table, texts)
             self.pairs = replace(self.pairs, table=self.pairs.table | told)
-            if texts and not told:
-                self.notes.append("pairs are not told by token: no layer has a position for each")
+            if not told and names.tokenized:
+                why = "no layer has a position for each" if texts else "examples hold no sequence of integers to decode"
+                self.notes.append(f"pairs are not told by token: {why}")
         except Exception as error:  # the pairs are there without
             self.notes.append(f"pairs are not told by token: {type(error).__name__}: {error}")
+
+    def add_replayed(
+        self, scores: Mapping[int, PairwiseScores], columns: Mapping[str, Any], names: ExampleNames
+    ) -> Columns:
+        """Add lists by replay; return the table of all pairs.
+
+        Args:
+            scores: Of the queries of each set, by its number.
+            columns: The scores table.
+            names: Of the training examples.
+        """
+        assert self.pairs is not None
+        self.pairs = replace(self.pairs, table=with_replayed(self.pairs.table, scores, self.asked, columns))
+        self.name(names)
+        return self.pairs.table
 
     @property
     def datasets(self) -> list[Any]:
@@ -181,7 +201,8 @@ class QueryReport:
             self.pairs.table, images=images, measured=self.pairs.about["per_query"], label_names=label_names
         )
 
-    def _queries(self, trainer: Trainer, gradients: ExampleGradients, validation: QuerySets) -> QuerySets:
+    def sets(self, trainer: Trainer, gradients: ExampleGradients, validation: QuerySets) -> QuerySets:
+        """Return passes over the data of each query set, and the examples that may be asked about."""
         if not isinstance(self.asked.which, DataLoader):
             return validation
         try:
@@ -199,13 +220,12 @@ class QueryReport:
     @contextmanager
     def _or_give_up(self) -> Iterator[None]:
         try:
-            yield
+            with together():
+                yield
         except (QueryError, MeasurementError, SolverError) as error:
             self._give_up(str(error))
         # The scores of the training examples do not depend on it: no data set that raises may cost them.
         except Exception as error:
-            if distributed.world_size() > 1:
-                raise
             self._give_up(f"{type(error).__name__}: {error}")
 
     def _give_up(self, reason: str) -> None:

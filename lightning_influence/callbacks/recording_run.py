@@ -231,7 +231,8 @@ class RunRecorder:
 
 def _refused(reason: str) -> MisconfigurationException:
     return MisconfigurationException(
-        f"InfluenceAudit(record=True): this run can't be replayed: {reason}. Leave `record=` out for an audit without."
+        f"InfluenceAudit(record=True): this run can't be replayed: {reason}. Leave out `record=`, and `method=` of "
+        "`Queries`, for an audit without."
     )
 
 
@@ -246,6 +247,8 @@ def _unlike_a_recipe(trainer: Trainer, module: LightningModule, batches: BatchIn
         return "it is trained on several loaders at once; expected one"
     if trainer.world_size > 1:
         return f"{trainer.world_size} processes share each step; expected one, `Trainer(devices=1)`"
+    if is_a(trainer.strategy, "ModelParallelStrategy"):
+        return "its parameters are shards; expected plain ones, `Trainer(devices=1)` without a strategy"
     if bridge.has_loss_scaler(trainer) or trainer.precision not in _PRECISIONS:
         return f"its precision is {trainer.precision!r}; expected one of {', '.join(map(repr, _PRECISIONS))}"
     if own := [hook for hook in _OF_A_STEP if overrides(hook, module)]:

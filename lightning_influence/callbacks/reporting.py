@@ -209,7 +209,9 @@ class Reporter:
             if mislabelled.any() and not mislabelled.all():
                 manifest["detection"] = detection_of(ranked, mislabelled)
         curves = Curves() if recording.gaps.misplaced else Curves.of(recording.curves.kept, ranked)
-        report = self._with_texts(AuditReport(ranked, manifest, self.directory, curves=curves))
+        report = AuditReport(ranked, manifest, self.directory, curves=curves)
+        with tolerated("describing the candidates", self._said):
+            report = _with_texts(report, self.names)
         if self.queries is not None:
             manifest["notes"] += self.queries.notes
             with tolerated("naming the queries", self._said):
@@ -219,28 +221,23 @@ class Reporter:
                 report = replace(report, pairs=pairs.table)
         return report
 
-    def _with_texts(self, report: AuditReport) -> AuditReport:
-        """Return the report with what is said, if anything is, of those whom a person will look at."""
-        columns, texts = report.columns, None
-        first = columns["rank"] <= max(report.health().inspect, FIRST_LOOK)
-        rows = np.flatnonzero(first | columns["candidate"])
-        rows = rows[np.argsort(columns["rank"][rows])]
-        with tolerated("describing the candidates", self._said):
-            texts = self.names.texts(columns["index"][rows].tolist())
-        if texts is None:
-            return report
-        column = np.full(len(report), "", dtype=object)
-        column[rows] = texts
-        return replace(report, columns={**columns, "text": column})
-
     def publish(self, trainer: Trainer, report: AuditReport, curvature: Curvature | None) -> None:
         """Write every file, then to every logger, then the summary; what fails is said, and stops nothing else."""
         self._write(report, curvature)
         self._log_report(trainer, report)
-        query_sets = () if self.queries is None else self.queries.datasets
-        self._page.write(trainer, report, self.names, query_sets, trainer.current_epoch)
+        self._write_page(trainer, report)
         # All of it where it is read as it comes; elsewhere it would bury what else a log or a notebook has.
         self.tell(lambda: f"\n{report}" if is_terminal() else brief(report.columns, report.manifest, report.directory))
+
+    def publish_queries(self, trainer: Trainer, report: AuditReport) -> None:
+        """Write and show once more what has to do with queries, of which more is known by now."""
+        self._write(report, None)
+        self._show_queries(trainer, report)
+        self._write_page(trainer, report)
+
+    def _write_page(self, trainer: Trainer, report: AuditReport) -> None:
+        query_sets = () if self.queries is None else self.queries.datasets
+        self._page.write(trainer, report, self.names, query_sets, trainer.current_epoch)
 
     def _write(self, report: AuditReport, curvature: Curvature | None) -> None:
         store = self.store
@@ -271,7 +268,7 @@ class Reporter:
             )
 
     def _log_report(self, trainer: Trainer, report: AuditReport) -> None:
-        columns, manifest, queries = report.columns, report.manifest, self.queries
+        columns, manifest = report.columns, report.manifest
         label_names = manifest.get("label_names")
         left_out: dict[str, int] = {}
         shown = self._showing
@@ -297,9 +294,27 @@ class Reporter:
         )
         if "detection" in manifest:
             shown.show(trainer, "the detection of known label noise", detection)
-        if queries is not None:
-            shown.show(trainer, "the queries", lambda: queries.exhibits(self.names, label_names))
+        self._show_queries(trainer, report)
         shown.tell_lacking(trainer)
+
+    def _show_queries(self, trainer: Trainer, report: AuditReport) -> None:
+        if (queries := self.queries) is not None:
+            names = report.manifest.get("label_names")
+            self._showing.show(trainer, "the queries", lambda: queries.exhibits(self.names, names))
+
+
+def _with_texts(report: AuditReport, names: ExampleNames) -> AuditReport:
+    """Return the report with what is said, if anything is, of those whom a person will look at."""
+    columns = report.columns
+    first = columns["rank"] <= max(report.health().inspect, FIRST_LOOK)
+    rows = np.flatnonzero(first | columns["candidate"])
+    rows = rows[np.argsort(columns["rank"][rows])]
+    texts = names.texts(columns["index"][rows].tolist())
+    if texts is None:
+        return report
+    column = np.full(len(report), "", dtype=object)
+    column[rows] = texts
+    return replace(report, columns={**columns, "text": column})
 
 
 def _write_factors(store: AuditStore, curvature: Curvature) -> None:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_influence.callbacks import bridge
-from lightning_influence.callbacks.lightning import LightningModule, Trainer
+from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
+from lightning_influence.callbacks.run import AuditRun
+from lightning_influence.core import distributed
+from lightning_influence.core.errors import Forgiving, examples
+from lightning_influence.training.features import look_at_labels
 from lightning_influence.training.recording import Recording
+
+# So many examples are looked at, at most.
+_ASKED = 512
 
 # Whoever put an audit into a trainer: what is recorded is the same.
 _KINDS = ("InfluenceAudit", "UninvitedAudit")
@@ -99,6 +106,28 @@ def restore(recording: Recording, restored: Restored | None, trainer: Trainer) -
             f"recording began after {step} steps, in epoch {epoch}: {epochs}the steps before it are missing in the "
             "training dynamics, tracin, and a damping that follows the trainer's learning rates"
         )
+
+
+def warn_of_other_labels(run: AuditRun, trainer: Trainer, module: LightningModule) -> None:
+    """Warn if examples have other labels than before training was resumed: of their batches nothing is recorded."""
+    recording = run.recording
+    asked = recording.seen_indices()
+    if recording.stream is not None or not asked or "label" not in recording.dynamics.sums:
+        return
+    asked = asked[:: -(-len(asked) // _ASKED)]
+    # Other processes would wait for one that goes on alone.
+    with Forgiving() if distributed.world_size() == 1 else nullcontext(), bridge.aside(trainer):
+        seen = look_at_labels(run.passes.gradients(trainer, module), asked, title="labels")
+        if seen is None or "label" not in seen.columns:
+            return
+        other = recording.dynamics.relabelled(seen.indices.cpu(), seen.columns["label"].cpu())
+        if other:
+            rank_zero_warn(
+                f"InfluenceAudit: {len(other)} of {len(asked)} examples that were looked at have another label than "
+                f"before training was resumed ({examples(other)}): batches with such examples count for nobody, and "
+                "if there are many, what training says of each example is left out. For an audit of the new labels, "
+                "train from the start."
+            )
 
 
 @contextmanager

@@ -16,15 +16,19 @@ from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.arguments import Arguments
 from lightning_influence.callbacks.chosen_weights import chosen
+from lightning_influence.callbacks.index_report import IndexReport
 from lightning_influence.callbacks.keeping import keep_curves, take_checkpoint, take_over_checkpoints, take_over_curves
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_influence.callbacks.listening import BatchListener
 from lightning_influence.callbacks.loaders import LoaderName, train_loader
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
+from lightning_influence.callbacks.sharded import refuse_later
 from lightning_influence.callbacks.tracin_flight import FlightRecorder
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
+from lightning_influence.core.meeting import together
+from lightning_influence.core.sharding import is_split, whole
 from lightning_influence.data.source import ExampleSource, same_data
 from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Coverage, listed
@@ -120,11 +124,14 @@ class AuditRun:
     def look(self, trainer: Trainer, module: LightningModule) -> None:
         """Look at the features of all examples, forward only, as long as their labels are not learnt by heart."""
         evidence = self.recording.labels.evidence
-        indices = self._indices(trainer, last=False)  # of a limited run, none before its first batch
-        if not indices or evidence.complete or bridge.is_dry_run(trainer) or not self.passes.any_time:
-            return
-        with _tolerated(self.recording, trainer), bridge.aside(trainer):
-            seen = look_at_labels(self.passes.gradients(trainer, module), indices)
+        with _tolerated(self.recording, trainer):
+            indices = self._indices(trainer, last=False)  # of a limited run, none before its first batch
+            if not indices or bridge.is_dry_run(trainer) or not self.passes.any_time:
+                return
+            if distributed.from_first(lambda: evidence.complete):
+                return
+            with bridge.aside(trainer):
+                seen = look_at_labels(self.passes.gradients(trainer, module), indices)
             evidence.close() if seen is None else self.recording.add_snapshot(seen)
 
     # --------------------------------------------------------------- an epoch
@@ -156,7 +163,8 @@ class AuditRun:
         if recording.visits is not None:
             visits = recording.visits.values()
             self.reporter.log_tracin(trainer, visits[visits.isfinite()])  # NaN: not measured so far
-        self.reporter.log_dynamics(trainer, recording.dynamics.columns())
+        if trainer.is_global_zero:
+            self.reporter.log_dynamics(trainer, recording.dynamics.columns())
         self.reporter.write_partial(trainer, recording, "recording", ended_epochs=trainer.current_epoch + 1)
 
     def score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
@@ -184,12 +192,10 @@ class AuditRun:
     def finish_or_warn(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         """Fit the curvature and score every example; None if there is nothing to audit, or if that fails."""
         try:
-            return self.finish(trainer, module)
+            with together():
+                return self.finish(trainer, module)
         except Exception as error:
-            # In one process the training that has just ended is worth more than the audit; with several, the others
-            # would wait for this one at the next collective.
-            if distributed.world_size() > 1:
-                raise
+            # The training that has just ended is worth more than the audit.
             self.failure = f"the audit failed ({error!r}); what was recorded is kept in {self.reporter.directory}"
             self.interrupt(trainer, repr(error))
             rank_zero_warn(
@@ -201,7 +207,7 @@ class AuditRun:
     def finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         """Fit the curvature and score every example, at the weights that are asked for; None if there is nothing."""
         self.reporter.write_partial(trainer, self.recording, "recording")
-        with bridge.at_epoch(trainer, trainer.current_epoch - 1):
+        with bridge.at_epoch(trainer, trainer.current_epoch - 1), whole(module):
             alone = self.arguments.weights != "last" and (self.passes.any_time or self.flight is not None)
             tracin = self.arguments.tracin if alone else None
             if tracin is not None and self.recording.step_sizes.steps and not bridge.is_dry_run(trainer):
@@ -237,23 +243,37 @@ class AuditRun:
         reporter.tell(lambda: reporter.announce(plan, gradients, inspection, len(indices), asked))
         sizes = self._last_step_sizes(trainer, module, gradients.coverage)
         with bridge.aside(trainer):
-            guest = self.queries and self.queries.begin(trainer, gradients, indices, validation)
-            result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=sizes, companion=guest)
+            guests: list[QueryReport | IndexReport] = []
+            if self.queries is not None:
+                guests.append(self.queries.begin(trainer, gradients, indices, validation))
+            index = None
+            if self.arguments.index is not None:
+                index = IndexReport(self.arguments.index, gradients, indices, reporter.directory)
+                guests.append(index)
+            result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=sizes, companions=guests)
+            if index is not None:
+                index.finish(result)
         result.seconds["loss scale"] = scaling
         if self.flight is not None:
             result.notes.extend(self.flight.notes())
         recording.add_pass(trainer.global_step, result.scores)
         scored = result.scores.indices.cpu()
         result.notes.extend(_data_notes(trainer, self.passes, self.arguments.loader, audited, scored))
-        near = nearest_columns(result.scores)
+        evidence = None
+        columns = {name: values.cpu().numpy() for name, values in result.scores.columns.items()}
+        columns["index"] = scored.numpy()
+        if trainer.is_global_zero:
+            near = nearest_columns(result.scores)
+            evidence = recording.label_evidence(scored)
+            columns = recording.columns(scored, result.scores, evidence) | near
         result = replace(result, scores=replace(result.scores, features=None))  # what takes memory
-        evidence = recording.label_evidence(scored)
-        columns = recording.columns(scored, result.scores, evidence) | near
         later = bridge.after_training(trainer, gradients)
         of, labels = columns["index"], columns.get("label", np.zeros(0, np.int64))
         self.make_influence = lambda: Influence.of(
             later, inspection, of.tolist(), history=history, labels=_known(of, labels)
         )
+        if is_split(module):
+            self.make_influence = refuse_later
         if self.queries is not None:
             with bridge.aside(trainer):
                 columns |= self.queries.find(columns, result.seconds, self.reporter.names)
@@ -291,10 +311,9 @@ class AuditRun:
 @contextmanager
 def _tolerated(recording: Recording, trainer: Trainer) -> Iterator[None]:
     try:
-        yield
+        with together():
+            yield
     except Exception:
-        if distributed.world_size() > 1:
-            raise  # the others would wait for this process at the next collective
         recording.gaps.failed_passes.append(trainer.current_epoch)
         rank_zero_warn(
             f"the influence audit's pass at the end of epoch {trainer.current_epoch} failed; training goes on.\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lightning_influence.callbacks.lightning import (
     rank_zero_warn,
 )
 from lightning_influence.core import distributed
+from lightning_influence.core.meeting import together
 from lightning_influence.training.settings import TracIn
 
 VARIABLE = "LIGHTNING_INFLUENCE"
@@ -62,17 +63,15 @@ class UninvitedAudit(InfluenceAudit):
             self._failed = error
 
     @contextmanager
-    def _in_nobodys_way(self, trainer: Trainer, *, together: bool = False) -> Iterator[None]:
+    def _in_nobodys_way(self, trainer: Trainer, *, meeting: bool = False) -> Iterator[None]:
         """Leave the trainer after an error of whatever kind: nothing of training itself runs in here."""
         try:
-            yield
+            with together() if meeting else nullcontext():
+                yield
         except Exception as error:
-            alike = distributed.world_size() == 1 or isinstance(error, MisconfigurationException)
-            if together and not alike:
-                raise  # other processes may be waiting for this one by now, and would for ever
             self._stop(trainer, error)
-            if alike:  # else once all of them meet
-                self._leave(trainer)
+            if meeting or distributed.world_size() == 1 or isinstance(error, MisconfigurationException):
+                self._leave(trainer)  # else once all processes meet
 
     def _stop(self, trainer: Trainer, error: Exception) -> None:
         """Do nothing more, and say so."""
@@ -102,7 +101,7 @@ def _guarded(name: str) -> Callable[..., None]:
     @wraps(hook)
     def guarded(self: UninvitedAudit, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         meeting = name in _TOGETHER or (self._run is None and name == "on_train_batch_start")  # which may begin the run
-        with self._in_nobodys_way(trainer, together=meeting):
+        with self._in_nobodys_way(trainer, meeting=meeting):
             asked = name in _TOGETHER or distributed.world_size() == 1
             if asked and distributed.any_process(self._failed is not None):
                 raise MisconfigurationException(

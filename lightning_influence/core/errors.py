@@ -39,6 +39,15 @@ def told(tell: Callable[[str], Exception]) -> Iterator[None]:
         raise tell(words if words.startswith(name) else f"{name}: {words}") from error
 
 
+class Forgiving:
+    """Goes on where somebody's own code raises in the block, but for memory that runs out: that tells nothing of it."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        return isinstance(error, Exception) and not is_out_of_memory(error)
+
+
 def examples(indices: Sequence[int]) -> str:
     """Return examples by index, as messages name them."""
     more = f" and {len(indices) - _NAMED} more" if len(indices) > _NAMED else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from lightning_influence.core.origin import is_stream
 from lightning_influence.core.random_streams import GENERATORS
 from lightning_influence.core.reachable import BUFFERS, SHARED, Found
 from lightning_influence.core.states import Contents, State, TensorState, ValueState, values_in
+from lightning_influence.core.torch_private import shard_of
 
 # Tensors and arrays of data beyond this are left alone; others beyond that are watched, not copied.
 _LARGE, _HUGE = 2**20, 2**28
@@ -77,6 +79,8 @@ class Snapshot:
             if not isinstance(contents.kept, set) and any(map(_is_one_way, values_in(contents.kept))):
                 self._one_way.append(contents)
         elif isinstance(value, Tensor):
+            if (shard := shard_of(value)) is not None:
+                value, found = shard, replace(found, value=shard)
             size = value.numel() * value.element_size()
             if not (is_lazy(value) or value.is_meta or (size > _LARGE and data)):
                 self._states.append(TensorState(found, copied=size <= _HUGE or isinstance(value, nn.Parameter)))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,19 +22,23 @@ __all__ = [
     "eagerly",
     "event_writer",
     "filled_rows",
+    "fsdp_modules",
     "has_hooks",
     "is_compiled",
     "is_packed",
     "is_view",
     "leave_mode",
     "meets_compiled",
+    "other_parameters",
     "packed_rows",
     "saved",
     "set_version",
     "shape_of",
+    "shard_of",
     "version",
     "versions",
     "visible_attention",
+    "without_fsdp",
 ]
 
 # The function, with a `has_torch_function` of its own that says no: the calls that it makes can be watched.
@@ -173,3 +178,63 @@ class meets_compiled(AbstractContextManager["meets_compiled"]):
 
 def _may_compile() -> bool:
     return "torch._dynamo" in sys.modules
+
+
+def shard_of(tensor: Tensor) -> Tensor | None:
+    """Return the part of a ``DTensor`` that this process holds; None of what is none."""
+    # Asked of every parameter: its package, which takes long to import, is there where there are such tensors.
+    known = sys.modules.get("torch.distributed.tensor")
+    return tensor._local_tensor if known is not None and isinstance(tensor, known.DTensor) else None
+
+
+@contextmanager
+def other_parameters(places: Iterable[tuple[nn.Module, str, nn.Parameter]]) -> Iterator[None]:
+    """Let modules hold other parameters within a ``with`` block, of whatever kind they are."""
+    places = list(places)
+    before = [module._parameters[name] for module, name, _ in places]
+    recurrent = {id(module): module for module, _, _ in places if isinstance(module, nn.RNNBase)}.values()
+    lists = [{name: vars(module)[name] for name in ("_flat_weights", "_flat_weight_refs")} for module in recurrent]
+    try:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+        for module in recurrent:  # they hold them twice
+            module._init_flat_weights()
+        yield
+    finally:
+        for (module, name, _), own in zip(places, before, strict=True):
+            module._parameters[name] = own
+        for module, kept in zip(recurrent, lists, strict=True):
+            vars(module).update(kept)
+
+
+def fsdp_modules(module: nn.Module) -> list[Any]:
+    """Return the modules that ``fully_shard`` was called with."""
+    return [part for part in module.modules() if hasattr(type(part), "_get_fsdp_state")]
+
+
+@contextmanager
+def without_fsdp(module: nn.Module) -> Iterator[None]:
+    """Leave out what ``fully_shard`` does before and after a module's forward, within a ``with`` block."""
+    parts = fsdp_modules(module)
+    for part in parts:
+        part.reshard()  # the outermost one stays gathered after an evaluation
+    tables = [(vars(part), name) for part in parts for name in ("_forward_pre_hooks", "_forward_hooks")]
+    before = [own[name] for own, name in tables]
+    states = {id(state): state for state in (part._get_fsdp_state() for part in parts)}.values()
+    try:
+        for own, name in tables:
+            own[name] = OrderedDict((key, hook) for key, hook in own[name].items() if not _is_fsdp(hook))
+        for state in states:  # of methods that are registered as forward ones
+            state._pre_forward = lambda module, args, kwargs: (args, kwargs)
+            state._post_forward = lambda module, args, output: output
+        yield
+    finally:
+        for (own, name), table in zip(tables, before, strict=True):
+            own[name] = table
+        for state in states:
+            vars(state).pop("_pre_forward", None)
+            vars(state).pop("_post_forward", None)
+
+
+def _is_fsdp(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")

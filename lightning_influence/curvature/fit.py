@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
-import torch
-
 from lightning_influence.core import distributed
 from lightning_influence.core.precision import wide, working_dtype
 from lightning_influence.core.weights import checksum
-from lightning_influence.curvature.blocks.block import RELATIVE_DAMPING, CurvatureBlock, Measure, sum_passes
+from lightning_influence.curvature.blocks.block import RELATIVE_DAMPING, CurvatureBlock, Measure, end_passes
 from lightning_influence.curvature.blocks.kfac import KFACBlock
 from lightning_influence.curvature.choices import FactorExamples, Solver, check_solver, choose_solver, random_subset
 from lightning_influence.curvature.coordinates import BlockCoordinates
@@ -132,15 +130,7 @@ def _fit_blocks(
             like = next(iter(covered[layer].parameters.values()))
             for x, g in covered[layer].no_rows(working_dtype(like.dtype), like.device):
                 block.update(x, [g], 0)
-        counted = sum_passes(blocks.values(), fitter.examples)
-        for layer, block in blocks.items():
-            try:
-                block.end_pass(counted)
-            except torch.linalg.LinAlgError as error:
-                raise torch.linalg.LinAlgError(
-                    f"the curvature of {layer!r} can't be decomposed: {error} Leave it out by `layers=`, or use "
-                    '`curvature="diagonal"`.'
-                ) from error
+        end_passes(blocks, fitter.examples)
     if dampings is None:
         # A layer without any gradient has no scale of its own; its scores are zero with any damping.
         found = {layer: _default_damping(block, len(indices), directions) for layer, block in blocks.items()}

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_influence.core.containers import Path
+from lightning_influence.core.errors import Forgiving
 from lightning_influence.data.collation import Collation, DataError, Link, length_of
 from lightning_influence.data.contents import array_at, columns, copied, parts, rows_of
 from lightning_influence.data.matching import agreeing
@@ -129,9 +130,10 @@ class _Look:
 
     def alone(self, collate_fn: Callable[[list[Any]], Any]) -> str:
         """Compare the rows with those of each example by itself: ``"kept"``, ``"moved"``, or nothing if they differ."""
-        try:
+        single = None
+        with Forgiving():  # not every collate function can do with one example
             single = [collate_fn([self.items[k]]) for k in self.present]
-        except Exception:  # not every collate function can do with one example
+        if single is None:
             return ""
         straight, found = list(range(len(single))), set()
         for path, within in columns(self.batch):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence, Sized
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +21,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from lightning_influence.core.errors import examples, told
+from lightning_influence.core.errors import Forgiving, examples, told
 from lightning_influence.core.isolation import unchanged
 from lightning_influence.core.random_streams import isolated_rng
 from lightning_influence.data.collation import Collated, Collating, Collation, is_plain
@@ -332,7 +332,7 @@ def _by_number(dataset: Any, indices: Sequence[int]) -> Iterator[None]:
 def _has_keys(dataset: Any, indices: Sequence[int]) -> bool:
     """Tell whether a data set has none of some examples: its keys are no numbers."""
     for index in dict.fromkeys(indices[:_TRIALS]):
-        with isolated_rng(), unchanged(dataset), suppress(Exception):
+        with isolated_rng(), unchanged(dataset), Forgiving():
             dataset[index]
             return False
     return True
@@ -361,10 +361,10 @@ def _refusal(dataset: Any, collate: Callable[[list[Any]], Any], chosen: list[int
     """Return what to say of examples that make no batch: which of them can't be had by themselves, if any."""
     bad = []
     for index in chosen:
-        try:
+        with Forgiving():
             collate([dataset[index]])
-        except Exception:
-            bad.append(index)
+            continue
+        bad.append(index)
     return DataError(
         f"{type(dataset).__name__} can't give a batch of {examples(bad or chosen)} ({words}): mend what it holds "
         "there, or leave it out."
@@ -372,10 +372,9 @@ def _refusal(dataset: Any, collate: Callable[[list[Any]], Any], chosen: list[int
 
 
 def _digest_of(fetch: Callable[[int], Any], index: int) -> bytes | None:
-    try:
+    with Forgiving():  # a broken example that the sampler may leave out
         return digest(fetch(index))
-    except Exception:  # a broken example that the sampler may leave out
-        return None
+    return None
 
 
 def same_data(before: ExampleSource, digests: Sequence[bytes | None], after: ExampleSource) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from lightning_influence.core.errors import Forgiving
 from lightning_influence.data.again import Again
 from lightning_influence.data.collation import DataError
 from lightning_influence.data.contents import digest
@@ -163,7 +164,7 @@ class StreamSource(ExampleSource):
     def _look_at(self, batch: Any, ids: list[Id]) -> None:
         """Refuse ids of a first batch that are not those of its rows, or that examples share."""
         n = len(ids)
-        with suppress(Exception):  # it need not make batches of any size
+        with Forgiving():  # it need not make batches of any size
             other = self._loader.resized(n - 1 or 2)
             for another in islice(other or (), 1):
                 self._cutting.learn(another, len(self._ids(another)))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from lightning_influence.core.errors import examples, told
+from lightning_influence.core.errors import Forgiving, examples, told
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.attempts import Attempt, in_halves
 from lightning_influence.objective.scale import NoLossError, TaskError
@@ -67,12 +67,11 @@ def refusal(
     """Return what to say of a batch that a task fails with, by halves: the one example that it fails with, if it is."""
 
     def fails(part: list[int]) -> bool:
-        try:
+        with Forgiving():
             for own, batch in source.batches(part, len(part)):
                 forward(batch, own)
-        except Exception:
-            return True
-        return False
+            return False
+        return True
 
     found, others_pass = chosen, False
     while len(found) > 1:

@@ -125,9 +125,7 @@ def trace_model(
         company = source.company
         if company is not None and company.others:
             with _differentiated(module, task, parameters):
-                # A task is meant to be about the examples, whatever can't be seen of the others.
-                steady = company.steady if isinstance(task, TrainingStepTask) else ()
-                trace.own = _own_terms(source, company, indices if whole else indices[:3], heard, steady)
+                trace.own = _own_terms(source, company, indices if whole else indices[:3], heard, task)
         return trace
 
     try:
@@ -186,13 +184,16 @@ def _own_terms(
     company: Company,
     indices: Sequence[int],
     heard: Callable[..., tuple[Tensor, Heard]],
-    steady: Sequence[str],
+    task: Task,
 ) -> dict[TermKey, OwnRows] | None:
-    """Return the terms of the loss that are about the examples of a source, see ``own_terms``."""
+    """Return the terms of the loss that are about the examples of a source, see ``own_terms``; none of a single one."""
     *chosen, other = dict.fromkeys(indices)
     n = len(chosen)
+    # A task is meant to be about the examples, whatever can't be seen of them or of the others.
+    of_step = isinstance(task, TrainingStepTask)
+    steady = company.steady if of_step else ()
     if not n:
-        return {}  # one example does not tell
+        return {} if of_step else None
     tried = (chosen, chosen), ([other] * n, chosen), (chosen, [chosen[0] + 1] * n)
     first, of_own, of_others = (understand(*heard(source.one_batch(*each), nullcontext()), n) for each in tried)
     return own_terms((first, of_own, of_others), company.loader, company.others, steady)

@@ -15,6 +15,18 @@ class _Retrace(Protocol):
     def __call__(self, *, whole: bool) -> Trace: ...
 
 
+class NewUseError(LayerError):
+    """A parameter that was understood is used in another way.
+
+    Attributes:
+        trace: Of the batch in question.
+    """
+
+    def __init__(self, words: str, trace: Trace) -> None:
+        super().__init__(words)
+        self.trace = trace
+
+
 def followed(
     coverage: Coverage, evaluate: Callable[[], BatchLoss], retrace: _Retrace, indices: Sequence[int]
 ) -> BatchLoss:
@@ -49,8 +61,11 @@ def _add(coverage: Coverage, trace: Trace, indices: Sequence[int]) -> None:
         for name, parameter in block.parameters.items():
             for use in trace.uses(parameter):
                 if use.kind == "unknown" and block.name not in coverage.one_by_one:
-                    raise LayerError(
+                    raise NewUseError(
                         f"{name!r} is {use.reason}, in the batch of examples {indices[0]}, {indices[-1]} and those "
-                        "between, though not in the first batch. Leave it out by `layers=`, or freeze it."
+                        "between, though not in the batches before. Of a step that picks some of its rows "
+                        "(`net(x[mask])`), run it on all rows and weigh what it gives by the mask, or pass such a "
+                        "`task=`; or leave it out by `layers=`.",
+                        trace,
                     )
     coverage.trace.add(trace)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.core.containers import tensors_in
+from lightning_influence.core.errors import Forgiving
 from lightning_influence.core.layout import BatchLayout, Order, find_layout, settle_order
-from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.gradients.follower import Arguments, Follower, Owners, name_of
 from lightning_influence.gradients.picked_rows import PickedRows
 from lightning_influence.gradients.trace import Trace, TracedUse, view_of
@@ -226,16 +226,13 @@ class Tracer(Follower):
             return None
         call = RepeatedCall.of(site, tuple(layouts))
         of_input = next((layout for layout in layouts if layout is not None), of_output)
-        try:
+        same = False
+        with Forgiving():  # whatever a function makes of a batch of one
             with torch.no_grad():
                 alone = call.of_example(1, n, call.parameters)
             together = of_output.in_place(site.output.detach(), n)[1]
             scale = float(together.abs().max()) if together.numel() else 0.0
             same = alone.shape == together.shape and torch.allclose(alone, together, rtol=1e-3, atol=1e-4 * scale)
-        except Exception as error:  # whatever a function makes of a batch of one
-            if is_out_of_memory(error):
-                raise
-            same = False
         return self._use_of(site.function, call, Layouts(of_input, of_output), tuple(layouts)) if same else None
 
     def _ordered(self, layouts: Sequence[BatchLayout | None], tensors: Sequence[Tensor]) -> list[BatchLayout | None]:

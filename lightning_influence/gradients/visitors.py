@@ -132,12 +132,13 @@ def _look(batch: BatchGradients, visitors: Sequence[Visitor]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ExampleScores:
-    """Scores of a set of examples, sorted by dataset index; the same on every process.
+    """Scores of a set of examples, sorted by dataset index; but for the features the same on every process.
 
     Attributes:
         indices: Dataset indices ``[n]``.
         columns: Column name to ``[n]``; NaN (or -1) where the loss or a gradient is non-finite.
-        features: Inputs of the last layer ``[n, d]`` (mean over positions), if asked for.
+        features: Inputs of the last layer ``[n, d]`` (mean over positions), if asked for; on other ranks than zero
+            ``[0, d]``.
     """
 
     indices: Tensor
@@ -198,7 +199,10 @@ class ExampleColumns:
         return not distributed.any_process(len(self._kept) < self._size)
 
     def gathered(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return dataset indices ``[n]``, sorted, and the columns ``[n, ...]``; the same on every process."""
+        """Return dataset indices ``[n]``, sorted, and the columns ``[n, ...]``, the same on every process.
+
+        But for ``features``, which take memory: those go to rank zero, and are ``[0, d]`` on the others.
+        """
         self._leave()
         # Collate functions leave examples out.
         columns = {name: values[: len(self._kept)] for name, values in self._columns.items()}
@@ -207,7 +211,12 @@ class ExampleColumns:
                 for name, (dtype, shape) in layout.items():
                     like = torch.zeros((0, *shape), dtype=dtype, device=self._device)
                     columns.setdefault(name, _unknown(like, len(self._kept)))
-        return distributed.gather_by_index(torch.tensor(self._kept, dtype=torch.long, device=self._device), columns)
+        kept = torch.tensor(self._kept, dtype=torch.long, device=self._device)
+        features = {name: columns.pop(name) for name in ("features",) if name in columns}
+        found, gathered = distributed.gather_by_index(kept, columns)
+        if features:
+            gathered |= distributed.gather_by_index(kept, features, everywhere=False)[1]
+        return found, gathered
 
 
 class LossColumns(Visitor):

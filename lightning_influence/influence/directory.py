@@ -10,11 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_influence.audit.indexed import index_beside
 from lightning_influence.audit.store.store import AuditStore
+from lightning_influence.core import distributed
 from lightning_influence.core.errors import check_path
+from lightning_influence.core.meeting import together
 from lightning_influence.curvature import Curvature
 from lightning_influence.curvature.saved import restored
+from lightning_influence.gradients.visitors import visit
+from lightning_influence.index import ExampleIndex, Index, IndexWriter
+from lightning_influence.index.settings import check_indexed
 from lightning_influence.influence.examined import ExaminedModel
+from lightning_influence.scores.examples import ExampleScorer
 
 
 def stored_examples(directory: str | os.PathLike[str]) -> NDArray[np.int64]:
@@ -63,6 +70,42 @@ def store_curvature(directory: str | os.PathLike[str], curvature: Curvature, exa
         store.write_factors(name, tensors, about)
     store.write_manifest({"status": "complete", "notes": curvature.notes, **fitted_on(examined)})
     return store.directory
+
+
+def open_index(directory: str | os.PathLike[str]) -> ExampleIndex:
+    """Return the index in a directory: of an audit with ``index=True``, or of ``Influence.index``.
+
+    Example:
+        >>> open_index("influence").ask(model, (images, labels), loss=F.cross_entropy)
+
+    Raises:
+        StoreError, ExampleIndexError: If there is none, or it can't be read.
+    """
+    check_path("the directory", directory)
+    return index_beside(AuditStore.open(directory))
+
+
+def write_index(
+    directory: str | os.PathLike[str], curvature: Curvature, examined: ExaminedModel, settings: Index
+) -> ExampleIndex:
+    """Write the curvature and an index to a new directory, by one pass over the training data.
+
+    Raises:
+        ValueError: If the curvature has no index, or the disk no room.
+    """
+    check_indexed(curvature.name)
+    path = distributed.from_first(lambda: store_curvature(directory, curvature, examined))
+    training, examples = examined.training, examined.examples
+    own = ExampleScorer(training, examples, curvature)
+    writer = IndexWriter(training, examples, curvature, path, settings, own)
+    try:
+        with together():
+            visit(training, examples, [own, writer], title="index")
+            writer.finish()
+    except BaseException:
+        writer.give_up()
+        raise
+    return open_index(path)
 
 
 def fitted_on(examined: ExaminedModel) -> dict[str, Any]:

@@ -26,15 +26,13 @@ from lightning_influence.gradients.discover import TraceError, discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection, VerificationError, inspect, roomy_batch_size
 from lightning_influence.influence.inputs import (
-    Loss,
     check_choice,
     check_curvature_choices,
     check_layers,
-    check_model,
     check_weight_decay,
-    task_of,
 )
 from lightning_influence.layers.blocks import LayerError
+from lightning_influence.objective.given import Loss, check_model, task_of
 from lightning_influence.objective.terms import TaskError
 from lightning_influence.scores.plan import InfluencePlan
 from lightning_influence.training.step_sizes import OptimizerHistory

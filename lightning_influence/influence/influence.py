@@ -20,15 +20,12 @@ from lightning_influence.data.given import Data, Indices
 from lightning_influence.gradients.coverage import LEFT_OUT, Coverage, listed_reasons
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import ExampleScores
+from lightning_influence.index import ExampleIndex, Index
 from lightning_influence.influence.along import AlongRecord, AlongTraining
-from lightning_influence.influence.directory import store_curvature, stored_curvature, stored_examples
+from lightning_influence.influence.directory import store_curvature, stored_curvature, stored_examples, write_index
 from lightning_influence.influence.examined import ExaminedModel
-from lightning_influence.influence.inputs import (
-    Loss,
-    aligned,
-    check_factor_examples,
-    notes_of,
-)
+from lightning_influence.influence.inputs import aligned, check_factor_examples, notes_of
+from lightning_influence.objective.given import Loss
 from lightning_influence.replay.record import TrainingRecord
 from lightning_influence.scores.along.dropout_masks import ip_ensemble
 from lightning_influence.scores.examples import score_examples
@@ -46,6 +43,7 @@ from lightning_influence.training.step_sizes import OptimizerHistory
 Asked = tuple[ExampleGradients, list[int], Curvature, ExampleGradients, list[int]]
 """Passes and indices of the training data, the curvature, then passes and indices of the queries."""
 
+_INDEX = Index()
 # Examples that tell how much the damping matters.
 _SWEPT = 256
 
@@ -223,6 +221,10 @@ class Influence(ExaminedModel):
             path: An ``.npy`` file to put scores into that are too many for memory.
         """
         return pairwise_scores(*self._asked(test_set, indices), normalise=normalise, by_layer=by_layer, path=path)
+
+    def index(self, directory: str | os.PathLike[str], settings: Index = _INDEX) -> ExampleIndex:
+        """Keep the curvature (as ``save``) and every example's gradient, compressed, for later questions: one pass."""
+        return write_index(directory, self.curvature, self, settings)
 
     def dropout_ensemble(
         self, test_set: Data, indices: Indices | None = None, *, masks: int = 10, seed: int = 0

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from lightning_influence.replay.mixing import check_rows
 from lightning_influence.replay.record import ReplayError, StepInput
 from lightning_influence.replay.rerun import Rerun
 from lightning_influence.replay.scores import replay_measurement, replay_scores, weighting_of
-from lightning_influence.replay.trust import Trust, check_trials, self_test
+from lightning_influence.replay.trust import FEWEST, Trust, check_trials, self_test
 from lightning_influence.replay.weighting import Weighting
 from lightning_influence.scores.measurements import (
     AnyMeasurement,
@@ -63,11 +63,9 @@ class ReplayedMeasurement(MeasurementScores):
 
     Attributes:
         trust: As for ``ReplayedPairs``.
-        notes: What a reader should know.
     """
 
     trust: Trust | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -79,6 +77,7 @@ class _Bill:
     most: float | None
     tell: Callable[[str], None]
     verified: float = 0.0
+    _began: float = field(default_factory=time.perf_counter)
     _first: float = 0.0
     _done: int = 0
 
@@ -94,6 +93,10 @@ class _Bill:
         if self._done == min(1 + _TIMED, self.steps):
             again = self.steps * (time.perf_counter() - self._first) / _TIMED
             self._check(again * (2 + _TRIAL * self.trials), "at least ")
+
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return math.inf if self.most is None else self.most - (time.perf_counter() - self._began)
 
     def told(self, cost: Cost) -> None:
         """Note what going back takes."""
@@ -156,7 +159,7 @@ class Replay:
         measurement: AnyMeasurement = "loss",
         *,
         max_cost: float | None = None,
-        self_test: int = 5,
+        self_test: int | Literal["auto"] = 5,
     ) -> ReplayedPairs:
         """Score every query with every training example.
 
@@ -166,7 +169,7 @@ class Replay:
             measurement: What is measured of each.
             max_cost: Seconds that all may take, the self-test included.
             self_test: Number of trainings without some examples that tell how far to trust the scores, see ``trust``;
-                0 for none.
+                0 for none, ``"auto"`` for as few as can be if there is time for them.
 
         Raises:
             ReplayError: If the run can't be replayed or differentiated, does not come out the same, or takes too long.
@@ -190,7 +193,7 @@ class Replay:
         measurement: AnyMeasurement = "loss",
         *,
         max_cost: float | None = None,
-        self_test: int = 5,
+        self_test: int | Literal["if doubtful"] = 5,
     ) -> ReplayedMeasurement:
         """Score training examples by what they did to a measurement of sets of queries, taken as one.
 
@@ -198,7 +201,8 @@ class Replay:
             sets: Passes over the data of each set, and which of its examples to take.
             measurement: What is measured.
             max_cost: As for ``pairs``, like the other.
-            self_test: Number of trainings.
+            self_test: Number of trainings; ``"if doubtful"`` for as few as can be, if something counts as constant that
+                need not be one and there is time for it.
 
         Raises:
             ReplayError, MeasurementError: As ``pairs``.
@@ -210,17 +214,18 @@ class Replay:
             return scores, scores.indices, scores.scores.unsqueeze(0)
 
         scores, trust, notes = self._asked([(found, sets)], scored, max_cost, self_test)
-        return ReplayedMeasurement(scores.indices, scores.scores, scores.measured, trust, notes)
+        return ReplayedMeasurement(scores.indices, scores.scores, scores.measured, scores.notes + notes, trust)
 
     def _asked(
         self,
         ends: Sequence[tuple[Measurement, QuerySets]],
         scored: Callable[..., tuple[Any, Tensor, Tensor]],
         max_cost: float | None,
-        trials: int,
+        trials: int | Literal["auto", "if doubtful"],
     ) -> tuple[Any, Trust | None, list[str]]:
         """Verify, score, and test; return the scores, the test, and notes."""
-        rerun, trials = self._rerun, check_trials(trials)
+        rerun, wanted = self._rerun, trials
+        trials = 0 if wanted in ("auto", "if doubtful") else check_trials(wanted)
         if not ends or not all(indices for _, sets in ends for _, indices in sets):
             raise ValueError("there is no query; pass at least one index.")
         check_record(rerun.record)
@@ -239,6 +244,9 @@ class Replay:
             rerun.verify(again)
             bill.verified = time.perf_counter() - began_again
             scores, examples, values = scored(told=bill.told, advance=advance)
+            asked = wanted == "auto" or (wanted == "if doubtful" and scores.notes)
+            if asked and bill.left() > FEWEST * _TRIAL * bill.verified:
+                trials = FEWEST
             trust = None
             if trials:
                 trust = self_test(rerun, way, ends, (examples, values), trials=trials, task=self._task, advance=advance)

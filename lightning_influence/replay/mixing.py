@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_influence.core.containers import map_tensors
+from lightning_influence.core.errors import Forgiving
 from lightning_influence.core.precision import wide
 from lightning_influence.core.weights import places_of, write
 from lightning_influence.objective.task import Task
@@ -67,7 +67,7 @@ def check_rows(rerun: Rerun, way: Weighting, task: Task, step: StepInput) -> Non
     mixed = _differ(one, other, 1e-3 if rerun.record.recipe.precision in PRECISE else 5e-2)
     given = map_tensors(followed, batch)
     if not mixed and inputs:
-        with suppress(RuntimeError):  # a step that takes no inputs with gradients: nothing is told by it
+        with Forgiving():  # a step that takes no inputs with gradients: nothing is told by it
             found = differentiated(given, inputs)
             mixed = any(part is not None and bool(part[others.to(part.device)].any()) for part in found)
     if mixed:

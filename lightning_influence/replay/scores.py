@@ -6,7 +6,9 @@ in: to first order, leaving it out of this run adds ``score / N`` to the query's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +16,15 @@ from torch import Tensor
 
 from lightning_influence.core.errors import is_number, short
 from lightning_influence.core.isolation import untouched
+from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.torch_private import eagerly
 from lightning_influence.core.weights import places_of, swapped, write
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.objective.tap import Heard, LossTap
 from lightning_influence.objective.task import Task, run_tapped
+from lightning_influence.objective.terms import BatchLoss
 from lightning_influence.replay.backward import Cost, check_record, example_derivatives
+from lightning_influence.replay.detached import DetachedValues
 from lightning_influence.replay.differentiable_calls import DifferentiableCalls
 from lightning_influence.replay.record import ReplayError, StepInput
 from lightning_influence.replay.rerun import Rerun, forward_context
@@ -27,7 +32,9 @@ from lightning_influence.replay.step import Cotangents, StepDerivative
 from lightning_influence.replay.weighting import Forms, Weighting, weighting
 from lightning_influence.scores.measurements import (
     AnyMeasurement,
+    Loss,
     Measured,
+    Measurement,
     MeasurementError,
     MeasurementScores,
     Statistic,
@@ -73,9 +80,10 @@ def replay_scores(
     if not query_indices:
         raise ValueError("there is no query; pass at least one index.")
     ends = [(found, [(queries, [index])]) for index in query_indices]
-    examples, scores, _ = _replayed(rerun, queries, ends, task, max_cost, told, advance)
+    examples, scores, _, constants = _replayed(rerun, queries, ends, task, max_cost, told, advance)
     unknown = torch.tensor(list(query_indices))[scores.isnan().all(1)].tolist()
     notes = [f"queries whose loss or gradient is not finite have no scores: {unknown}"] if unknown else []
+    notes += constants
     return PairwiseScores(torch.tensor(list(query_indices), dtype=torch.long), examples, scores, notes=notes)
 
 
@@ -104,11 +112,11 @@ def replay_measurement(
         ReplayError, MeasurementError: As ``replay_scores``.
     """
     found = as_measurement(measurement)
-    examples, scores, values = _replayed(rerun, sets[0][0], [(found, sets)], task, max_cost, told, advance)
+    examples, scores, values, constants = _replayed(rerun, sets[0][0], [(found, sets)], task, max_cost, told, advance)
     if bool(scores.isnan().any()):
         raise MeasurementError(f"{found.name}: its gradient is not finite; leave out the examples that make it so.")
     count = sum(len(indices) for _, indices in sets)
-    return MeasurementScores(examples, scores[0], Measured(values[0], {}, {"all": count}))
+    return MeasurementScores(examples, scores[0], Measured(values[0], {}, {"all": count}), constants)
 
 
 def _replayed(
@@ -119,8 +127,8 @@ def _replayed(
     max_cost: float | None,
     told: Callable[[Cost], None],
     advance: Callable[[int], None],
-) -> tuple[Tensor, Tensor, list[float]]:
-    """Return examples ``[n]``, scores ``[q, n]`` and the values at the end."""
+) -> tuple[Tensor, Tensor, list[float], list[str]]:
+    """Return examples ``[n]``, scores ``[q, n]``, the values at the end, and notes on what has counted as constant."""
     if max_cost is not None and not is_number(max_cost, above=0):
         raise ValueError(f"max_cost={short(max_cost)}; expected a number of seconds > 0, or None.")
     record, task = rerun.record, rerun.task if task is None else task
@@ -146,7 +154,18 @@ def _replayed(
         )
     scores = torch.full((len(usable), len(examples)), torch.nan, dtype=torch.float64)
     scores[usable.cpu()] = -record.recipe.examples * found
-    return examples, scores, values
+    return examples, scores, values, derivative.constants
+
+
+@dataclass(frozen=True)
+class _WholeLoss(Loss):
+    """The loss of the training task, with what its terms are multiplied with."""
+
+    def outputs(self, loss: BatchLoss) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the loss of the batch, at the scale of the values."""
+        if loss.remainder or loss.values is None or not bool(loss.loss.detach()):
+            return super().outputs(loss)
+        return [loss.loss], [loss.values.sum().to(loss.loss) / loss.loss.detach()]
 
 
 def end_cotangents(
@@ -172,14 +191,44 @@ def end_cotangents(
         calls = DifferentiableCalls(derivative.statistics)
         wanted = [*derivative.parameters, *calls.leaves.values()]
         for measurement, sets in ends:
-            within = [(passes.within(lambda: calls), indices) for passes, indices in sets]
-            value, parts = measurement.differentiated(within, wanted)
+            value, parts = _differentiated(derivative, calls, measurement, sets, wanted)
             values.append(value)
             rows.append([part.detach() for part in parts])
     k = len(derivative.parameters)
     parameters = torch.stack([torch.cat([part.reshape(-1) for part in row[:k]]) for row in rows])
     statistics = {name: torch.stack([row[k + j] for row in rows]) for j, name in enumerate(calls.leaves)}
     return Cotangents(parameters, {}, statistics), values
+
+
+def _differentiated(
+    derivative: StepDerivative,
+    calls: DifferentiableCalls,
+    measurement: Measurement,
+    sets: QuerySets,
+    wanted: Sequence[Tensor],
+) -> tuple[float, list[Tensor]]:
+    """Return a measurement and its derivatives, through what its loss detaches, too, if that can be followed."""
+    detached = DetachedValues(derivative.module)
+
+    @contextmanager
+    def followed() -> Iterator[None]:
+        detached.follow = False  # what a loss is made of is told by gradients as training has them
+        with detached, calls:
+            yield
+        detached.follow = True
+
+    within = [(passes.within(followed), indices) for passes, indices in sets]
+    try:
+        value, parts = measurement.differentiated(within, wanted)
+        if detached.met and type(measurement) is Loss:
+            _, parts = _WholeLoss().differentiated(within, wanted)
+        return value, parts
+    except Exception as error:
+        if not detached.met or is_out_of_memory(error):
+            raise
+        found = measurement.differentiated([(passes.within(lambda: calls), each) for passes, each in sets], wanted)
+        derivative.unfollowed = str(error).partition("\n")[0]
+        return found
 
 
 def weighting_of(rerun: Rerun, task: Task, forms: Forms) -> Weighting:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch.utils.data import default_collate
 
-from lightning_influence.core.errors import check_count, is_number, short
+from lightning_influence.core.errors import Forgiving, check_count, is_number, short
 from lightning_influence.core.isolation import left_alone
 from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.data.collation import is_plain
@@ -77,9 +77,7 @@ def can_be_fetched_again(
     with left_alone(*(each for each in (dataset, collate_fn) if each is not None)):
         for seed in (0, 1 if workers else 0):
             seed_everything(seed)
-            try:
+            with Forgiving():  # whatever it makes of them, this is no place to fail
                 examples = [dataset[index] for index in tried]
                 twice.append([*map(digest, examples), digest((collate_fn or default_collate)(examples))])
-            except Exception:  # whatever it makes of them, this is no place to fail
-                return False
-    return twice[0] == twice[1]
+    return len(twice) == 2 and twice[0] == twice[1]

@@ -23,6 +23,7 @@ from lightning_influence.core.precision import wide
 from lightning_influence.core.weights import parameters_of, places_of, write
 from lightning_influence.objective.scale import NoLossError
 from lightning_influence.objective.task import Task
+from lightning_influence.replay.detached import DetachedValues
 from lightning_influence.replay.differentiable_calls import DifferentiableCalls, statistics_of
 from lightning_influence.replay.optimizers import clipped, rule_of, slots_of
 from lightning_influence.replay.record import ReplayError, RunState, StepInput, TrainingRecord
@@ -31,6 +32,9 @@ from lightning_influence.replay.weighting import Weighting
 # How far the step as differentiated may be from the one that was taken, as a share of its length; the rounding of the
 # weights comes on top. Something that is not differentiated (a hook that scales gradients) is far more.
 _CLOSE = 1e-2
+
+CONSTANT = "this counts as constant, though it may move with the weights: "
+"""How notes begin on what is not followed."""
 
 
 @dataclass(eq=False)
@@ -98,7 +102,18 @@ class StepDerivative:
         self.sizes = [parameter.numel() for parameter in self.parameters]
         self.statistics = statistics_of(module)
         self._places = places_of(module)
+        self.unfollowed = ""  # why detached values count as constants
+        self._lost = False
         _check_buffers(record, self.statistics)
+
+    @property
+    def constants(self) -> list[str]:
+        """What has counted as a constant in the steps so far, though it may move with the weights."""
+        found = {
+            f"what the step detaches from the graph, as it can't be followed ({self.unfollowed})": self.unfollowed,
+            "numbers that the step reads (`.item()`, `float()`), where they come back into the loss": self._lost,
+        }
+        return [CONSTANT + what for what, met in found.items() if met]
 
     def load(self, state: RunState) -> None:
         """Write a state into the model."""
@@ -121,6 +136,24 @@ class StepDerivative:
         Raises:
             ReplayError: If something is not finite, or the step was not what is differentiated here.
         """
+        detached = None if self.unfollowed else DetachedValues(self.module)
+        try:
+            found = self._pulled(step, after, reached, detached)
+        except (ReplayError, RuntimeError) as error:
+            if detached is None or not detached.met or is_out_of_memory(error):
+                raise
+            found = self._pulled(step, after, reached, None)
+            self.unfollowed = str(error).partition("\n")[0]
+        self._lost |= detached is not None and detached.lost
+        return found
+
+    def _pulled(
+        self,
+        step: StepInput,
+        after: Cotangents,
+        reached: Mapping[str, Tensor] | None,
+        detached: DetachedValues | None,
+    ) -> tuple[Cotangents, list[Tensor]]:
         number = step.state.step
         self.load(step.state)
         calls, like = DifferentiableCalls(self.statistics), self.parameters[0]
@@ -131,7 +164,7 @@ class StepDerivative:
         found: list[Tensor | None] = [None] * len(self.parameters)
         for place, (batch, own) in enumerate(zip(step.batches, weights, strict=True)):
             self._stand(step, place)
-            with self._context(), calls:
+            with self._context(), detached or nullcontext(), calls:
                 if step.record.batches[place].loss is None:
                     with suppress(NoLossError):  # statistics have still been moved
                         self._task(self.module, batch)
@@ -149,8 +182,8 @@ class StepDerivative:
             raise ReplayError(f"the gradient of step {number} is not finite: nothing can be traced back through it.")
         before, slope = self._through_optimizer(step, after, gradient, [g is not None for g in found], reached)
         try:
-            by_examples = self._through_gradient(found, slope, calls, weights, before, after)
-        except (RuntimeError, NotImplementedError) as error:
+            by_examples = self._through_gradient(found, slope, calls, weights, before, after, detached)
+        except RuntimeError as error:
             if "not implemented" not in str(error):
                 raise
             raise ReplayError(
@@ -181,7 +214,7 @@ class StepDerivative:
             own, group = slice(stretch.start, stretch.stop), step.record.groups[stretch.group]
             rule, names = rule_of(recipe.optimizer, group), slots_of(recipe.optimizer, group)
             weights = p[own].clone().requires_grad_(True)
-            slots = {name: self._slot(state, name, own).requires_grad_(True) for name in names}
+            slots = {name: _slot(self.parameters, self.names, state, name, own).requires_grad_(True) for name in names}
             new, new_slots = rule(weights, used_gradient[own], slots, group, stretch.before)
             moved[own] = new.detach()
             for name in names:
@@ -192,7 +225,8 @@ class StepDerivative:
             starts += [after.parameters[:, own]]
             starts += [before.slots[name][:, own].clone() for name in new_slots]
         if reached is not None:
-            self._compare(step.state.step, p, moved, reached)
+            end = torch.cat([reached[name].reshape(-1) for name in self.names])
+            _check_end(step.state.step, p, moved, end)
         *parts, slope = _pulled(outputs, [*inputs, gradient], starts)
         for (place, own), part in zip(filed, parts, strict=True):
             place[:, own] = 0 if part is None else part
@@ -206,6 +240,7 @@ class StepDerivative:
         weights: Sequence[Tensor],
         before: Cotangents,
         after: Cotangents,
+        detached: DetachedValues | None,
     ) -> list[Tensor]:
         """Add what goes through the gradient and the statistics; return the derivative by the examples' weights."""
         outputs, starts = list[Tensor](), list[Tensor]()
@@ -217,8 +252,15 @@ class StepDerivative:
             if name in after.statistics:
                 outputs.append(now)
                 starts.append(after.statistics[name])
-        inputs = [*self.parameters, *calls.leaves.values(), *weights]
-        parts = iter(_pulled(outputs, inputs, starts))
+        inputs = [*self.parameters, *calls.leaves.values()]
+        if detached is not None and detached.met:
+            detached.follow = True
+            found_parts = _pulled(outputs, inputs, starts, retain_graph=True)
+            # What an example's part of the loss is multiplied with is no part of what it is detached from.
+            detached.follow = False
+            parts = iter([*found_parts, *_pulled(outputs, weights, starts)])
+        else:
+            parts = iter(_pulled(outputs, [*inputs, *weights], starts))
         start = 0
         for size in self.sizes:
             part = next(parts)
@@ -248,27 +290,6 @@ class StepDerivative:
         if current is not None:
             yield current
 
-    def _slot(self, state: Mapping[str, Mapping[str, Any]], name: str, own: slice) -> Tensor:
-        """Return a part of the optimizer's state, zeros where there is none yet."""
-        parts, start = [], 0
-        for parameter, of, size in zip(self.parameters, self.names, self.sizes, strict=True):
-            if own.start <= start < own.stop:
-                kept = state.get(of, {}).get(name)
-                parts.append((torch.zeros_like(parameter) if kept is None else kept).detach().reshape(-1))
-            start += size
-        return torch.cat(parts)
-
-    def _compare(self, number: int, p: Tensor, moved: Tensor, reached: Mapping[str, Tensor]) -> None:
-        end = torch.cat([reached[name].reshape(-1) for name in self.names])
-        rounding = 8 * torch.finfo(p.dtype).eps * float(p.norm())
-        if float((moved - end).norm()) > _CLOSE * float((end - p).norm()) + rounding:
-            raise ReplayError(
-                f"step {number} ended elsewhere than the step that would be differentiated: something moves weights or "
-                "gradients that the optimizer's settings, gradient clipping and accumulation do not tell (a "
-                "`task=` that comes to another loss than the one trained on, a hook, an overridden `optimizer_step` or "
-                "`on_before_optimizer_step`, other random numbers, a penalty beside a loss that is written by hand)."
-            )
-
     def _check(self, number: int, slope: Tensor, gradient: Tensor, by_examples: Sequence[Tensor]) -> None:
         """Raise unless the examples' parts make up the whole gradient."""
         if self.weighting.penalty:
@@ -289,6 +310,18 @@ PRECISE = ("32-true", "64-true", "32", "64")
 """As trainers name them."""
 
 
+def _check_end(number: int, p: Tensor, moved: Tensor, end: Tensor) -> None:
+    """Raise unless a step that was differentiated has ended where it was taken to."""
+    rounding = 8 * torch.finfo(p.dtype).eps * float(p.norm())
+    if float((moved - end).norm()) > _CLOSE * float((end - p).norm()) + rounding:
+        raise ReplayError(
+            f"step {number} ended elsewhere than the step that would be differentiated: something moves weights or "
+            "gradients that the optimizer's settings, gradient clipping and accumulation do not tell (a "
+            "`task=` that comes to another loss than the one trained on, a hook, an overridden `optimizer_step` or "
+            "`on_before_optimizer_step`, other random numbers, a penalty beside a loss that is written by hand)."
+        )
+
+
 def _check_buffers(record: TrainingRecord, statistics: Mapping[str, Tensor]) -> None:
     first, last = record.states[0].buffers, record.states[len(record.steps)].buffers
     moved = [
@@ -304,6 +337,19 @@ def _check_buffers(record: TrainingRecord, statistics: Mapping[str, Tensor]) -> 
         )
 
 
+def _slot(
+    parameters: Sequence[Tensor], names: Sequence[str], state: Mapping[str, Mapping[str, Any]], name: str, own: slice
+) -> Tensor:
+    """Return a part of the optimizer's state, zeros where there is none yet."""
+    parts, start = [], 0
+    for parameter, of in zip(parameters, names, strict=True):
+        if own.start <= start < own.stop:
+            kept = state.get(of, {}).get(name)
+            parts.append((torch.zeros_like(parameter) if kept is None else kept).detach().reshape(-1))
+        start += parameter.numel()
+    return torch.cat(parts)
+
+
 def _added(old: Tensor | None, new: Tensor | None) -> Tensor | None:
     return new if old is None else old if new is None else old + new
 
@@ -314,7 +360,9 @@ def _steps_made(state: Mapping[str, Any]) -> int:
     return 0 if state.get("momentum_buffer") is None else 1
 
 
-def _pulled(outputs: Sequence[Tensor], inputs: Sequence[Tensor], starts: Sequence[Tensor]) -> list[Tensor | None]:
+def _pulled(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], starts: Sequence[Tensor], *, retain_graph: bool = False
+) -> list[Tensor | None]:
     """Return the products of cotangents ``[q, ...]`` with the derivative of outputs by inputs, ``[q, ...]`` each."""
     if not outputs:
         return [None] * len(inputs)
@@ -333,7 +381,13 @@ def _pulled(outputs: Sequence[Tensor], inputs: Sequence[Tensor], starts: Sequenc
             if is_out_of_memory(error):
                 raise
     rows = [
-        torch.autograd.grad(outputs, inputs, [start[k] for start in starts], retain_graph=k + 1 < q, allow_unused=True)
+        torch.autograd.grad(
+            outputs,
+            inputs,
+            [start[k] for start in starts],
+            retain_graph=retain_graph or k + 1 < q,
+            allow_unused=True,
+        )
         for k in range(q)
     ]
     return [

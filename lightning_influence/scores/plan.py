@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed
+from lightning_influence.core.meeting import together
 from lightning_influence.core.memory import is_out_of_memory, let_go
 from lightning_influence.core.precision import wait_for
 from lightning_influence.curvature import (
@@ -185,7 +186,7 @@ def influence_scores(
     queries: QuerySets = (),
     step_sizes: Mapping[str, StepSize] | None = None,
     features: bool = True,
-    companion: Companion | None = None,
+    companions: Sequence[Companion] = (),
 ) -> InfluenceScores:
     """Fit the curvature and score every training example.
 
@@ -199,7 +200,7 @@ def influence_scores(
         queries: Validation data whose mean loss the ``harm`` column is about, with the indices to take.
         step_sizes: For a last TracIn checkpoint in the same pass, see ``step_sizes.block_step_sizes``.
         features: Whether to keep the inputs of the last layer.
-        companion: Who else looks at the passes.
+        companions: Who else looks at the passes.
 
     Returns:
         Scores, curvature, timings, notes.
@@ -214,24 +215,25 @@ def influence_scores(
     curvature = None
     with _timed(seconds, "factors", gradients.device):
         try:
-            curvature = plan.fit(gradients, indices)
+            with together():
+                curvature = plan.fit(gradients, indices)
             notes += curvature.notes
         # What does not need this curvature is still worth having.
         except Exception as error:
-            if not isinstance(error, (IndefiniteError, torch.linalg.LinAlgError)) and not _is_lost(error):
+            if not isinstance(error, (IndefiniteError, torch.linalg.LinAlgError)) and not is_out_of_memory(error):
                 raise
             notes.append(f"no self_influence and no harm: {error}")
     query: dict[str, Tensor] | None = None
     if queries and curvature is not None:
         sets = [(passes.like(gradients), chosen) for passes, chosen in queries]
         with _timed(seconds, "validation gradient", gradients.device):
-            query, found = _validation_query(curvature, sets, companion)
+            query, found = _validation_query(curvature, sets, companions)
         notes += [note for note in found if note not in notes]
-    more: Sequence[Guest] = ()
     scorer = ExampleScorer(gradients, indices, curvature, query, step_sizes, features=features)
-    if companion is not None:
+    more: list[Guest] = []
+    if companions:
         with _timed(seconds, "queries", gradients.device):
-            more = companion.on_training(curvature, scorer)
+            more += [visitor for each in companions for visitor in each.on_training(curvature, scorer)]
     with _timed(seconds, "scores", gradients.device):
         sweeper = _sweeper(gradients, indices, curvature)
         guest = None if sweeper is None else Guest(sweeper)
@@ -264,12 +266,16 @@ def influence_scores(
 
 
 def _validation_query(
-    curvature: Curvature, sets: QuerySets, companion: Companion | None
+    curvature: Curvature, sets: QuerySets, companions: Sequence[Companion]
 ) -> tuple[dict[str, Tensor] | None, list[str]]:
     """Return the preconditioned mean gradient of the validation loss, or None and why there is none."""
-    watching = {} if companion is None else {"watching": companion.on_validation}
     try:
-        mean = mean_loss_gradient(sets, title="validation gradient", **watching)
+        with together():
+            mean = mean_loss_gradient(
+                sets,
+                title="validation gradient",
+                watching=lambda number: [visitor for each in companions for visitor in each.on_validation(number)],
+            )
     # Anything can go wrong in a user's training_step that meets another kind of batch.
     except Exception as error:
         if is_out_of_memory(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain, islice
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from lightning_influence.core import distributed
 
 _ROWS = 2**12
+# Bytes of addends that processes tell each other at a time.
+_TOGETHER = 2**24
 
 
 class ExampleSums:
@@ -38,7 +41,7 @@ class ExampleSums:
         self._visits = visits
         self._whole = {*whole, visits}
         self._columns = {name: torch.zeros(size, dtype=self._dtype(name)) for name in sums}
-        # What all processes knew when they last told each other; the rest is this process's own.
+        # What all processes knew of columns [size] when they last told each other; the rest is this process's own.
         self._common: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -81,33 +84,53 @@ class ExampleSums:
         for columns in (self._columns, self._common):
             columns |= {name: lengthened(value, size, self._last.get(name, 0.0)) for name, value in columns.items()}
 
-    def addends(self) -> list[Tensor]:
-        """Return what is to be summed over the processes, each of which has seen its own part of the batches."""
+    def kinds(self) -> dict[str, tuple[int, ...]]:
+        """Return which columns there are, and their shapes but for the rows."""
+        return {name: tuple(value.shape[1:]) for name, value in self._columns.items()}
+
+    def be_told(self, kinds: Mapping[str, tuple[int, ...]]) -> None:
+        """Have all columns that some process has, and room for what all of them know."""
+        for name, shape in kinds.items():
+            column = self._column(name, torch.empty(0, *shape))
+            if not shape and name not in self._common:
+                self._common[name] = torch.full_like(column, self._last.get(name, 0.0))
+
+    def addends(self, rows: slice) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what is to be summed of some rows over the processes, each of which has seen its own batches.
+
+        The sums of the first ones are to be known everywhere, those of the others (columns ``[size, c]``) on rank zero.
+        """
+        narrow, wide = self._by_width()
         added = [
-            v * self._visited() if name in self._last else v - self._common.get(name, 0) for name, v in self._all()
+            value[rows] * self._visited(rows) if name in self._last else value[rows] - self._common[name][rows]
+            for name, value in narrow
         ]
-        # A process without records must not stay away from the collective: all raise then, instead of waiting.
-        return [*added, self._visited()] if self._last else added
+        return [*added, *([self._visited(rows)] if self._last else [])], [value[rows] for _, value in wide]
 
-    def take(self, totals: Sequence[Tensor]) -> None:
-        """Take over what all processes have seen: the sums of their ``addends``."""
-        for (name, _), total in zip(self._all(), totals, strict=False):
-            before = self._common.get(name, torch.full_like(total, self._last.get(name, 0.0)))
+    def take(self, rows: slice, everywhere: Sequence[Tensor], on_first: Sequence[Tensor]) -> None:
+        """Take over what all processes have seen of some rows: the sums of their ``addends``."""
+        narrow, wide = self._by_width()
+        for (name, column), total in zip(narrow, everywhere, strict=False):
+            common = self._common[name][rows]
             if name in self._last:
-                visitors = totals[-1]
-                told = torch.where(visitors > 0, total / visitors.clamp(min=1), before)
-                self._columns[name] = told.to(self._dtype(name))
+                visitors = everywhere[-1]
+                column[rows] = torch.where(visitors > 0, total / visitors.clamp(min=1), common).to(column.dtype)
             else:
-                self._columns[name] = before + total
-        self._common = {name: value.clone() for name, value in self._columns.items()}
+                column[rows] = common + total
+            common.copy_(column[rows])
+        for (_, column), total in zip(wide, on_first, strict=True):
+            column[rows] = total if distributed.rank() == 0 else 0  # what rank zero knows is not told again
 
-    def _all(self) -> list[tuple[str, Tensor]]:
-        return sorted(self._columns.items())
+    def _by_width(self) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+        """Return the columns ``[size]``, and the others."""
+        every = sorted(self._columns.items())
+        return [each for each in every if each[1].ndim == 1], [each for each in every if each[1].ndim > 1]
 
-    def _visited(self) -> Tensor:
-        """Which examples this process has visited since all told each other, 0 or 1."""
-        seen = self._columns.get(self._visits, torch.zeros(self.size, dtype=torch.float64))
-        return (seen > self._common.get(self._visits, 0)).double()
+    def _visited(self, rows: slice) -> Tensor:
+        """Which of some examples this process has visited since all told each other, 0 or 1."""
+        if self._visits not in self._columns:
+            return torch.zeros(len(range(self.size)[rows]), dtype=torch.float64)
+        return (self._columns[self._visits][rows] > self._common[self._visits][rows]).double()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the columns, in as few bytes as hold them."""
@@ -116,7 +139,11 @@ class ExampleSums:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint."""
         self._columns = {name: value.to(self._dtype(name, value.ndim), copy=True) for name, value in state.items()}
-        self._common = {name: value.clone() for name, value in self._columns.items()} if _others() else {}
+        if _others():
+            narrow, wide = self._by_width()
+            self._common = {name: value.clone() for name, value in narrow}
+            for _, value in wide if distributed.rank() else ():
+                value.zero_()  # rank zero has it
 
 
 def narrowed(column: Tensor) -> Tensor:
@@ -145,13 +172,26 @@ def lengthened(column: Tensor, size: int, value: float = 0.0) -> Tensor:
 
 
 def share(parts: Sequence[ExampleSums]) -> None:
-    """Let every process know what all have seen, all columns in one gather; to be called by all of them."""
+    """Let processes know what all have seen, some rows of all columns at a time; to be called by all of them.
+
+    Sums ``[size, c]`` are known to rank zero alone afterwards: they are many times as large.
+    """
     if not _others():
         return
-    addends = [part.addends() for part in parts]
-    totals = iter(distributed.sum_across_processes([*chain.from_iterable(addends)]))
-    for part, own in zip(parts, addends, strict=True):
-        part.take([*islice(totals, len(own))])
+    kinds = distributed.gather_objects([part.kinds() for part in parts])
+    for number, part in enumerate(parts):
+        part.be_told({name: shape for of_rank in kinds for name, shape in of_rank[number].items()})
+    size = max((part.size for part in parts), default=0)
+    each = sum(8 * sum(math.prod(shape) for shape in part.kinds().values()) for part in parts)
+    step = max(1, _TOGETHER // max(1, each))
+    for start in range(0, size, step):
+        rows = slice(start, start + step)
+        narrow, wide = zip(*(part.addends(rows) for part in parts), strict=True)
+        totals = iter(distributed.sum_across_processes([*chain.from_iterable(narrow)]))
+        large = [*chain.from_iterable(wide)]
+        of_first = iter(distributed.sum_across_processes(large, everywhere=False) if large else ())
+        for part, own, own_wide in zip(parts, narrow, wide, strict=True):
+            part.take(rows, [*islice(totals, len(own))], [*islice(of_first, len(own_wide))])
 
 
 def _others() -> bool:

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lightning_influence.core.meeting import together
 from lightning_influence.gradients.attempts import Attempt
 from lightning_influence.gradients.capture import Capture
 from lightning_influence.gradients.passes import ExampleGradients
@@ -56,7 +57,8 @@ def look_at_labels(
 ) -> ExampleScores | None:
     """Return the same, or None if the first examples show that there are no classes, or no features."""
     try:
-        first = look_at_features(gradients, indices[:2], title="")
+        with together():
+            first = look_at_features(gradients, indices[:2], title="")
     except NoLossError:  # of these; others may have one
         first = None
     if first is not None and (first.features is None or "label" not in first.columns):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_influence.core import distributed
 from lightning_influence.core.indices import Indices
 from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.training.evidence import EvidenceRecord, LabelEvidence
@@ -36,10 +37,25 @@ class LabelRecord:
         self._right = 0.0, 0.0  # of those predicted in such snapshots, and all
 
     def add(self, scores: ExampleScores, *, trained: bool, right: tuple[float, float] | None) -> None:
-        """Add a snapshot: ``features`` and ``label`` of examples; the rest as ``EvidenceRecord.add``."""
+        """Add a snapshot: ``features`` and ``label`` of examples; the rest as ``EvidenceRecord.add``.
+
+        With several processes, to be called by all of them: what is kept is kept by rank zero, which has the features.
+        """
         labels, features = scores.columns.get("label"), scores.features
         if features is None or labels is None:
             return
+        if distributed.rank() == 0:
+            self._add(scores, features, labels, trained=trained, right=right)
+
+    def _add(
+        self,
+        scores: ExampleScores,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        trained: bool,
+        right: tuple[float, float] | None,
+    ) -> None:
         nearest, trained = nearest_labels(features, labels), trained or self.heard_of
         if self.heard_of and "predicted" in scores.columns:  # what the batches would have told
             found = scores.columns["predicted"][labels >= 0] == labels[labels >= 0]

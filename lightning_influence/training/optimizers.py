@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_influence.core.weights import parameters_of
+from lightning_influence.core.sharding import gathered, names_of
 
 # Optimizers whose `weight_decay` is added to the gradient.
 _L2_OPTIMIZERS = (
@@ -80,7 +80,7 @@ def preconditioners(optimizers: Iterable[Any], module: nn.Module) -> dict[str, T
         Parameter name to ``P``, shaped like the parameter; without the parameters of optimizers that take plain steps
         (or are not understood), and without those that have not been stepped yet.
     """
-    names = {id(p): name for name, p in parameters_of(module).items()}
+    names = names_of(module)
     found: dict[str, Tensor] = {}
     for optimizer in optimizers:
         for group in inner(optimizer).param_groups:
@@ -140,6 +140,7 @@ def _inverse(second: Tensor, correction: float | Tensor, eps: float) -> Tensor:
 
     With its ``1/ε`` the first example with a rare word would outweigh all others.
     """
+    second = gathered(second)
     scale = second.detach().sqrt().mul_(correction**-0.5).add_(eps).reciprocal_()
     return scale.masked_fill_(second == 0, 0.0)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.core.precision import exact
-from lightning_influence.core.weights import parameters_of
+from lightning_influence.core.sharding import names_of
 from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.blocks import ParameterBlock
@@ -63,7 +63,7 @@ class StepSizes:
         self.sums: dict[str, float] = {}
         self.optimizers: set[str] = set()
         self.unknown: set[str] = set()
-        self._names = {id(p): name for name, p in parameters_of(module).items()}
+        self._names = names_of(module)
         self._totals: dict[str, float] = {}
         self._weight_decay: dict[str, float] = {}
         self._adaptive: set[str] = set()
@@ -190,7 +190,7 @@ def block_step_sizes(
         module: The model, as a parameter may have several names.
         preconditioner: Parameter name to what its gradient is multiplied with, elementwise; ones for others.
     """
-    names = {id(p): name for name, p in parameters_of(module).items()}
+    names = names_of(module)
     preconditioner = preconditioner or {}
     result: dict[str, StepSize] = {}
     for block_name, block in blocks.items():

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import torch
 
-from lightning_influence.core.memory import available_bytes
+from lightning_influence.core.memory import available_bytes, is_out_of_memory
 
 FACTORS = "factors"
 """Folder of the curvature factors; whoever makes it owns the audit."""
@@ -106,4 +106,6 @@ def reading(path: Path, hint: str = "") -> Iterator[None]:
     except FileNotFoundError as error:
         raise StoreError(f"{path} does not exist{hint}; finish the audit or run it again.") from error
     except Exception as error:  # a damaged file may raise anything
+        if is_out_of_memory(error):
+            raise
         raise StoreError(f"{path} cannot be read: {error}. Run the audit again.") from error

@@ -8,8 +8,10 @@ and then solves as often as needed. Nobody outside this package branches on the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -99,6 +101,13 @@ class CurvatureBlock(ABC):
     def _finish(self, sums: dict[str, Tensor]) -> None:
         """End the running pass: ``sums`` hold totals over all processes, and their number of ``"examples"``."""
 
+    def _decompositions(self, sums: dict[str, Tensor]) -> dict[str, Callable[[], dict[str, Tensor]]]:
+        """Return what decomposes sums in ending the running pass, by their name: one process does it for all.
+
+        What is called ``m`` replaces ``sums["m"]`` and ``sums["m.…"]``, which it may take out, by its result.
+        """
+        return {}
+
     @abstractmethod
     def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
         """Return ``Q diag(scales) Qᵀ v`` for ``v: [..., k, o, i]`` and scales like the eigenvalues."""
@@ -135,20 +144,10 @@ class CurvatureBlock(ABC):
                 self._sums[name] = value
 
     def end_pass(self, examples: int) -> None:
-        """Turn the sums of the running pass into means and prepare the next one.
+        """Turn the sums of the running pass into means and prepare the next one; see ``end_passes``."""
+        end_passes({self.title: self}, examples)
 
-        Args:
-            examples: Number of examples that were counted in the pass, over all batches; with several processes, after
-                ``sum_passes``.
-
-        Raises:
-            ValueError: If there was none.
-        """
-        if not examples:
-            raise ValueError("no example was counted: all losses or gradients are non-finite, or the data are empty.")
-        sums, self._sums = self._sums, {}
-        device = next((value.device for value in sums.values()), torch.device("cpu"))
-        sums["examples"] = torch.full((), float(examples), dtype=wide_dtype(device), device=device)
+    def _ended(self, sums: dict[str, Tensor]) -> None:
         self._finish(sums)
         self._finished_passes += 1
 
@@ -230,16 +229,64 @@ class CurvatureBlock(ABC):
         return self._cached[1]
 
 
-def sum_passes(blocks: Iterable[CurvatureBlock], examples: int) -> int:
-    """Add up the running passes of all processes, of all blocks together; do so before ``end_pass``.
+def end_passes(blocks: Mapping[str, CurvatureBlock], examples: int) -> None:
+    """End the running passes of blocks: their sums over all processes are decomposed, each by one of them.
 
     Args:
-        blocks: The blocks, the same on every process.
+        blocks: The blocks by name, the same on every process.
         examples: Number of examples that this process has counted.
 
-    Returns:
-        The number that all of them have.
+    Raises:
+        ValueError: If no process has counted any.
+        LinAlgError: If a block can't be decomposed.
     """
+    examples = _sum_passes(list(blocks.values()), examples)
+    if not examples:
+        raise ValueError("no example was counted: all losses or gradients are non-finite, or the data are empty.")
+    passes: dict[str, dict[str, Tensor]] = {}
+    work: list[tuple[str, str, Callable[[], dict[str, Tensor]]]] = []
+    for layer, block in blocks.items():
+        sums, block._sums = block._sums, {}
+        device = next((value.device for value in sums.values()), torch.device("cpu"))
+        sums["examples"] = torch.full((), float(examples), dtype=wide_dtype(device), device=device)
+        passes[layer] = sums
+        work += [(layer, name, partial(_named, layer, each)) for name, each in block._decompositions(sums).items()]
+    costs = [
+        float(sum(value.numel() * value.shape[-1] for value in _of(passes[layer], name).values()))
+        for layer, name, _ in work
+    ]
+    waiting = Counter(layer for layer, *_ in work)
+    for layer in blocks.keys() - waiting.keys():
+        blocks[layer]._ended(passes.pop(layer))
+    devices = {value.device for sums in passes.values() for value in sums.values()}
+    device = max(devices, key=lambda each: each.type != "cpu", default=torch.device("cpu"))
+    for place, found in distributed.dealt([each for *_, each in work], costs, device):
+        layer, name, _ = work[place]
+        for key in _of(passes[layer], name):
+            del passes[layer][key]
+        passes[layer] |= found
+        waiting[layer] -= 1
+        if not waiting[layer]:
+            blocks[layer]._ended(passes.pop(layer))
+
+
+def _of(sums: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the sums that are called by a name, or by that and more after a point."""
+    return {key: value for key, value in sums.items() if key.partition(".")[0] == name}
+
+
+def _named(layer: str, decompose: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    try:
+        return decompose()
+    except torch.linalg.LinAlgError as error:
+        raise torch.linalg.LinAlgError(
+            f"the curvature of {layer!r} can't be decomposed: {error} Leave it out by `layers=`, or use "
+            '`curvature="diagonal"`.'
+        ) from error
+
+
+def _sum_passes(blocks: Sequence[CurvatureBlock], examples: int) -> int:
+    """Add up the running passes of all processes, of all blocks together; return the number of examples of all."""
     if distributed.world_size() == 1:
         return examples
     counted, *_ = distributed.sum_across_processes([torch.tensor(examples)])

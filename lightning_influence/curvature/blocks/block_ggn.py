@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -79,7 +79,13 @@ class BlockGGN(CurvatureBlock):
                 total = moment if total is None else total.add_(moment)
         return {} if total is None else {"moment": total}
 
+    def _decompositions(self, sums: dict[str, Tensor]) -> dict[str, Callable[[], dict[str, Tensor]]]:
+        def decompose() -> dict[str, Tensor]:
+            kept = sums["moment"].new_empty(0)  # device and type of what is kept
+            eigenvalues, basis = eigendecomposition(exact(sums.pop("moment")).div_(exact(sums["examples"])))
+            return {"eigenvalues": eigenvalues.clamp(min=0).to(kept), "basis": basis.to(kept).contiguous()}
+
+        return {"moment": decompose}
+
     def _finish(self, sums: dict[str, Tensor]) -> None:
-        kept = sums["moment"].new_empty(0)  # device and type of what is kept
-        eigenvalues, basis = eigendecomposition(exact(sums.pop("moment")).div_(exact(sums["examples"])))
-        self.tensors = {"eigenvalues": eigenvalues.clamp(min=0).to(kept), "basis": basis.to(kept).contiguous()}
+        self.tensors = {"eigenvalues": sums["eigenvalues"], "basis": sums["basis"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -28,6 +28,9 @@ class EKFACBlock(KFACBlock):
     def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         kind = KroneckerBlock if self._finished_passes else KFACBlock
         return kind._contributions(self, xs, gs, examples)
+
+    def _decompositions(self, sums: dict[str, Tensor]) -> dict[str, Callable[[], dict[str, Tensor]]]:
+        return {} if self._finished_passes else super()._decompositions(sums)
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
         if not self._finished_passes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,8 @@ from lightning_influence.curvature.blocks.eigenvectors import eigenvectors, null
 from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
 from lightning_influence.layers.per_sample import squared_norms
 from lightning_influence.layers.rows import Joined, OneHot, Rows, added, second_moment
+
+_SIDES = ("activation", "gradient")
 
 
 class KFACBlock(KroneckerBlock):
@@ -91,42 +94,63 @@ class KFACBlock(KroneckerBlock):
             self._spread = True
         return sums
 
+    def _decompositions(self, sums: dict[str, Tensor]) -> dict[str, Callable[[], dict[str, Tensor]]]:
+        uses, sizes = _uses(sums), dict[str, list[Tensor]]()
+        for side in _SIDES:
+            sizes[side] = [_trace(sums[f"{side}.{use}"]) / n for use, n in zip(uses, _counts(sums, side), strict=True)]
+        sides = zip(_SIDES, reversed(_SIDES), reversed(self.dense), strict=True)
+        return {side: partial(self._decomposed, sums, side, sizes[other]) for side, other, dense in sides if dense}
+
+    def _decomposed(self, sums: dict[str, Tensor], side: str, sizes: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the basis of a side, which columns span a null space, and the diagonal of each use's moment in it."""
+        counts, uses = _counts(sums, side), _uses(sums)
+        kept = sums[f"{side}.{uses[-1]}"].new_empty(0)  # device and type of what is kept
+        # A basis takes the place of its moment before the next is decomposed: memory for one of the two.
+        moments = [exact(sums.pop(f"{side}.{use}")).div_(count) for use, count in zip(uses, counts, strict=True)]
+        whole = moments[0]
+        if len(uses) > 1:  # each use in proportion to the size of its other factor
+            whole = added(size * moment for size, moment in zip(sizes, moments, strict=True))
+        values, basis = eigenvectors(whole)
+        found = {
+            f"{side}.basis": basis.to(kept).contiguous(),
+            f"{side}.null": null_columns(values, kept.dtype).to(kept.device),
+        }
+        if "eigenvalues" not in self.measures:
+            found[f"{side}.diagonals"] = torch.stack([_diagonal_in(moment, basis) for moment in moments])
+        return found
+
     def _finish(self, sums: dict[str, Tensor]) -> None:
         self._spread = False
         if (squares := float(sums.pop("traces_squared"))) > 0:  # NaN is not
             self._share = float(sums.pop("traces")) ** 2 / squares / float(sums["examples"])
-        uses = sorted(name.removeprefix("rows.") for name in sums if name.startswith("rows."))
-        kept = sums[f"activation.{uses[-1]}"].new_empty(0)  # device and type of what is kept
-        counts = {
-            "activation": [exact(sums["examples"])] * len(uses),
-            # 0 if the layer was never reached
-            "gradient": [exact(sums[f"rows.{use}"]).clamp(min=1) for use in uses],
-        }
-        traces = {
-            side: [_trace(sums[f"{side}.{use}"]) / count for use, count in zip(uses, of_side, strict=True)]
-            for side, of_side in counts.items()
-        }
-        diagonals: dict[str, list[Tensor]] = {}
-        # A basis takes the place of its moment before the next is decomposed: memory for one of the two.
-        for side, other, dense in (
-            ("activation", "gradient", self.dense[1]),
-            ("gradient", "activation", self.dense[0]),
-        ):
-            counted = zip(uses, counts[side], strict=True)
-            moments = [exact(sums.pop(f"{side}.{use}")).div_(count) for use, count in counted]
-            basis = None
+        uses, diagonals = _uses(sums), dict[str, list[Tensor]]()
+        for side, dense in zip(_SIDES, reversed(self.dense), strict=True):
             if dense:
-                whole = moments[0]
-                if len(uses) > 1:  # each use in proportion to the size of its other factor
-                    whole = added(trace * moment for trace, moment in zip(traces[other], moments, strict=True))
-                values, basis = eigenvectors(whole)
-                self.tensors[f"{side}_basis"] = basis.to(kept).contiguous()
-                self._null[side] = null_columns(values, kept.dtype).to(kept.device)
-            if "eigenvalues" not in self.measures:
-                diagonals[side] = [_diagonal_in(moment, basis) for moment in moments]
+                self.tensors[f"{side}_basis"], self._null[side] = sums[f"{side}.basis"], sums[f"{side}.null"]
+            if "eigenvalues" in self.measures:
+                continue
+            if dense:
+                diagonals[side] = list(sums[f"{side}.diagonals"])
+                continue
+            of_uses = zip(uses, _counts(sums, side), strict=True)
+            diagonals[side] = [_diagonal_in(exact(sums[f"{side}.{use}"]).div_(count), None) for use, count in of_uses]
         if diagonals:  # otherwise they are measured
             pairs = zip(diagonals["gradient"], diagonals["activation"], strict=True)
-            self.tensors["eigenvalues"] = added(y.unsqueeze(-1) * x.unsqueeze(-2) for y, x in pairs).to(kept)
+            eigenvalues = added(y.unsqueeze(-1) * x.unsqueeze(-2) for y, x in pairs)
+            kept = sums["activation.basis" if self.dense[1] else f"activation.{uses[-1]}"]
+            self.tensors["eigenvalues"] = eigenvalues.to(kept)
+
+
+def _uses(sums: Mapping[str, Tensor]) -> list[str]:
+    return sorted(name.removeprefix("rows.") for name in sums if name.startswith("rows."))
+
+
+def _counts(sums: Mapping[str, Tensor], side: str) -> list[Tensor]:
+    """Return what a side's moment is a sum over, by use: examples, or all their rows."""
+    if side == "activation":
+        return [exact(sums["examples"])] * len(_uses(sums))
+    # 0 if the layer was never reached
+    return [exact(sums[f"rows.{use}"]).clamp(min=1) for use in _uses(sums)]
 
 
 def _traces(xs: Sequence[Tensor], gs: Sequence[Rows]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import { shadedText, tokenLegend } from './tokens.js';
 const LISTS = {
   strongest: ['strongest: raw scores', 'by score; loud examples, such as wrong labels, lead many lists'],
   specific: ['specific: normalised', 'by score relative to how much the example moves the model at all'],
+  replay: ['replay: in this run', 'by what the example did in this very run, by replay'],
 };
 
 /**

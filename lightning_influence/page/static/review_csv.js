@@ -22,6 +22,14 @@ const plain = (name) => name.trim().toLowerCase().replaceAll(' ', '_');
 /** @param {string} name Of a class, without what keeps spreadsheets from running it. */
 const bare = (name) => name.trim().replace(/^'/, '').trim();
 
+/** How a class can be called, the surest first. */
+const CALLED = [
+  (/** @type {string} */ name) => name.trim(),
+  (/** @type {string} */ name) => name.trim().toLowerCase(),
+  bare,
+  (/** @type {string} */ name) => bare(name).toLowerCase(),
+];
+
 /**
  * Write decisions as CSV: a label by its number and by its name, which may be another one's number.
  * @param {import('./audit.js').Audit} audit
@@ -66,14 +74,15 @@ export function fromCsv(audit, text) {
   if (!names.includes('index') || !(names.includes('decision') || names.includes('new_label'))) {
     throw new Error('the table has no columns `index` and `decision`; expected an exported review or candidates.csv');
   }
-  /** @type {Map<string, Set<number>>} */
-  const named = new Map(); // as they are written, and without regard to case
-  for (const label of audit.classes) {
-    const called = audit.label(label).trim(); // as cells are
-    for (const name of [called, called.toLowerCase(), bare(called), bare(called).toLowerCase()]) {
-      named.set(name, (named.get(name) ?? new Set()).add(label));
+  const named = CALLED.map((way) => {
+    /** @type {Map<string, Set<number>>} */
+    const labels = new Map();
+    for (const label of audit.classes) {
+      const name = way(audit.label(label));
+      labels.set(name, (labels.get(name) ?? new Set()).add(label));
     }
-  }
+    return labels;
+  });
   /** @type {Map<number, Decision>} */
   const decisions = new Map();
   /** @type {string[]} */
@@ -94,7 +103,7 @@ export function fromCsv(audit, text) {
 
 /**
  * @param {import('./audit.js').Audit} audit
- * @param {Map<string, Set<number>>} named
+ * @param {Map<string, Set<number>>[]} named By each of `CALLED`.
  * @param {string} where
  * @param {string} answer
  * @param {[string, string]} wanted By number or name, and by name alone.
@@ -111,8 +120,7 @@ function understood(audit, named, where, answer, [wanted, name], given) {
     return `the label of example ${index} is ${given} here and ${audit.given(row)} in the audit`;
   }
   if (decision !== 'relabel') return { index, decision: { decision: /** @type {any} */ (decision), label: null } };
-  const called = (/** @type {string} */ name) =>
-    [name, name.toLowerCase(), bare(name), bare(name).toLowerCase()].map((each) => named.get(each)).find(Boolean);
+  const called = (/** @type {string} */ name) => CALLED.map((way, k) => named[k].get(way(name))).find(Boolean);
   let meant = audit.classes; // by number or by name, as `apply_review` takes it
   if (wanted) meant = meant.filter((each) => each === Number(wanted) || called(wanted)?.has(each));
   if (name) meant = meant.filter((each) => called(name)?.has(each));

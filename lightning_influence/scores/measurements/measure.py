@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -45,11 +45,13 @@ class MeasurementScores:
             measurement by about the score over ``N``, so those to remove for a smaller gap or adversarial loss are the
             most negative ones.
         measured: Value and gradient of the measurement.
+        notes: What a reader should know.
     """
 
     indices: Tensor
     scores: Tensor
     measured: Measured
+    notes: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count:,} in {group}" for group, count in self.measured.counts.items())
