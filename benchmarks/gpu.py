@@ -255,7 +255,7 @@ def short(passes: ExampleGradients, count: int, device: torch.device) -> dict[st
         found = score_examples(passes, range(count)).columns["grad_norm_squared"]
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
-    size, most = passes.source.shrunk or (0, 0)
+    size, most = passes.source.room.shrunk or (0, 0)
     return {"from": size, "to": most, "error": float(((found - expected).abs() / expected.abs()).max())}
 
 

@@ -147,7 +147,7 @@ def test_every_number_is_the_same_wherever_memory_runs_out(monkeypatch: pytest.M
         with exhausted(monkeypatch, at=at) as device_at:
             check(everything(training, queries), expected, f"operation {at}, ")
         assert device_at.raised == 1
-        shrunk = [source.shrunk for source in (training.source, queries.source) if source.shrunk is not None]
+        shrunk = [source.room.shrunk for source in (training.source, queries.source) if source.room.shrunk is not None]
         assert shrunk in ([(5, 3)], [(4, 2)], [(3, 2)], [(2, 1)]), at
 
 
@@ -172,12 +172,12 @@ def test_the_size_that_has_room_is_kept_and_told_once(monkeypatch: pytest.Monkey
         assert (device.raised, sizes.sizes) == (1, [2, 3, 2, 3, 2])
         visit(training, range(N), [more])
     assert (device.raised, more.sizes) == (1, [3, 3, 3, 3])
-    assert source.notes() == [
+    assert source.room.notes() == [
         "memory ran out in passes over 5 examples at a time: they went on with 3, which changes no score"
     ]
-    assert passes().source.notes() == []
+    assert passes().source.room.notes() == []
     with pytest.warns(UserWarning, match="memory has run out in a pass over 5 examples at a time; it goes on with 3"):
-        passes().source.shrink(5, 3)
+        passes().source.room.shrink(5, 3)
 
 
 def test_what_has_no_room_by_itself_is_told_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

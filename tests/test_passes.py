@@ -1046,7 +1046,7 @@ def test_passes_take_as_many_examples_as_have_room(monkeypatch: pytest.MonkeyPat
     for free, taken in ((0, 64), (2**33, 256)):
         monkeypatch.setattr("lightning_influence.gradients.verify.available_bytes", lambda device, free=free: free)
         assert size(replace(small, batch_bytes=16 * 2**22), torch.device("cuda")) == taken
-    source.shrunk = 64, 32
+    source.room.shrunk = 64, 32
     assert size(small) == 32
 
 

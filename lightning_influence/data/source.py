@@ -6,7 +6,6 @@ Random augmentation is drawn from a stream that belongs to the example, so neith
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence, Sized
 from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property, partial
@@ -29,6 +28,7 @@ from lightning_influence.data.collation import DataError as DataError
 from lightning_influence.data.contents import digest
 from lightning_influence.data.probing import learn
 from lightning_influence.data.repeatable import Repeatable, RepeatableCollate, is_deterministic, needs_everything
+from lightning_influence.data.room import Room
 
 if TYPE_CHECKING:
     from lightning_influence.data.company import Company
@@ -55,7 +55,7 @@ class ExampleSource:
     Attributes:
         missing: Dataset indices of examples that no batch held so far, with the reason.
         company: What a step gets beside a batch; None if that is all.
-        shrunk: Examples at a time that memory has run out with, and with how many it went on; None if it never has.
+        room: How many examples at a time there is memory for.
 
     Raises:
         DataError: For an ``IterableDataset`` or a dataset without a length.
@@ -97,7 +97,7 @@ class ExampleSource:
         self._rewinding: bool | None = None
         self.missing: dict[int, str] = {}
         self.company: Company | None = None
-        self.shrunk: tuple[int, int] | None = None
+        self.room = Room()
 
     @classmethod
     def from_loader(cls, loader: Any, batch_size: int | None = None) -> ExampleSource:
@@ -159,29 +159,6 @@ class ExampleSource:
         with closing(self._batches(indices, size or self.pass_batch_size)) as batches:
             for chosen, batch in batches:
                 yield chosen, self.beside(chosen, batch)
-
-    def shrink(self, size: int, most: int) -> None:
-        """Take note that memory has run out with ``size`` examples: passes go on with at most ``most``."""
-        if self.shrunk is None:
-            warnings.warn(
-                f"memory has run out in a pass over {size} examples at a time; it goes on with {most}.", stacklevel=2
-            )
-        self.shrunk = max(size, self.shrunk[0] if self.shrunk else 0), most
-        self.pass_batch_size = min(self.pass_batch_size, most)
-
-    @property
-    def room(self) -> int | None:
-        """How many examples at a time there is memory for, as far as running out of it has told."""
-        return None if self.shrunk is None else self.shrunk[1]
-
-    def notes(self) -> list[str]:
-        """Return what a reader of the scores should know."""
-        if self.shrunk is None:
-            return []
-        size, most = self.shrunk
-        return [
-            f"memory ran out in passes over {size} examples at a time: they went on with {most}, which changes no score"
-        ]
 
     def one_batch(self, indices: Sequence[int], beside: Sequence[int] | None = None) -> Any:
         """Return what a step gets of these examples as one batch, in the company of others if so asked."""

@@ -292,9 +292,8 @@ class StreamSource(ExampleSource):
     def notes(self) -> list[str]:
         """Return what a reader of the scores should know."""
         if not self.repeated:
-            return super().notes()
+            return []
         return [
-            *super().notes(),
             f"examples came {self.repeated:,} times with an id that the epoch had had before (such as "
             f"{', '.join(map(repr, self.repeats))}): two share it, workers hand out the same, or the stream repeats "
             "itself. They count as one example",

@@ -40,7 +40,7 @@ def answered(
     """
     answers, error = False, None
     attempt = attempt or Attempt()
-    most = source.room if size is None else None
+    most = source.room.most if size is None else None
     for chosen, batch in in_halves(source, source.batches(indices, size), attempt, most):
         found: list[_Loss] = []
         try:

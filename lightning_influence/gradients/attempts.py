@@ -79,7 +79,7 @@ def in_halves(
     """Yield batches; those that are to come again do so in halves, and where memory ran out, so do all that follow.
 
     Args:
-        source: The examples; it is told how many there is room for, see ``ExampleSource.shrunk``.
+        source: The examples; it is told how many there is room for, see ``data.room``.
         batches: Of the source.
         attempt: At the batch that was yielded last.
         most: Examples that there is room for, as far as is known.
@@ -97,7 +97,8 @@ def in_halves(
                 size = (len(chosen) + 1) // 2
                 if attempt.short:
                     most = size
-                    source.shrink(len(chosen), size)
+                    source.room.shrink(len(chosen), size)
+                    source.pass_batch_size = min(source.pass_batch_size, size)
                     del batch
                     let_go()
             else:

@@ -271,24 +271,11 @@ class ExampleGradients:
         with closing(run) as losses:
             for chosen, loss in losses:
                 with attempt:
-                    finite = self._backward(capture, chosen, loss, labels, draw)
+                    finite = _backward(self, capture, chosen, loss, labels, draw)
                 if not attempt.again:
                     yield BatchGradients(chosen, loss, finite, capture, attempt)
                 capture.clear()
                 del loss
-
-    def _backward(self, capture: Capture, chosen: list[int], loss: BatchLoss, labels: Labels, draw: int) -> Tensor:
-        """Run backward from every draw of labels; tell which examples have finite gradients, ``[n]``."""
-        draws = loss.exact_draws() if labels == "exact" else 1
-        for number, (outputs, gradients) in enumerate(starts(self, loss, labels, chosen, draw)):
-            capture.backward(outputs, gradients, last=number + 1 == draws)
-        if self.coverage.one_by_one:
-            # A copy of an example weighs as the example does in its batch.
-            of_copies = partial(starts_of_copies, passes=self.with_scale(loss.scale), labels=labels, draw=draw)
-            for name, found in gradients_one_by_one(self.coverage, chosen, of_copies).items():
-                capture.add_computed(name, found)
-        finite = capture.finite(loss.n)
-        return finite if loss.values is None else finite & torch.isfinite(loss.values).to(finite.device)
 
     def losses(
         self,
@@ -371,6 +358,22 @@ class ExampleGradients:
         seed_everything(0)
         with self.forward_context():
             return function(self.module, self.to_device(batch))
+
+
+def _backward(
+    passes: ExampleGradients, capture: Capture, chosen: list[int], loss: BatchLoss, labels: Labels, draw: int
+) -> Tensor:
+    """Run backward from every draw of labels; tell which examples have finite gradients, ``[n]``."""
+    draws = loss.exact_draws() if labels == "exact" else 1
+    for number, (outputs, gradients) in enumerate(starts(passes, loss, labels, chosen, draw)):
+        capture.backward(outputs, gradients, last=number + 1 == draws)
+    if passes.coverage.one_by_one:
+        # A copy of an example weighs as the example does in its batch.
+        of_copies = partial(starts_of_copies, passes=passes.with_scale(loss.scale), labels=labels, draw=draw)
+        for name, found in gradients_one_by_one(passes.coverage, chosen, of_copies).items():
+            capture.add_computed(name, found)
+    finite = capture.finite(loss.n)
+    return finite if loss.values is None else finite & torch.isfinite(loss.values).to(finite.device)
 
 
 def _traced_again(passes: ExampleGradients, indices: Sequence[int], *, whole: bool) -> Trace:

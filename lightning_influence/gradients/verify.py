@@ -104,7 +104,7 @@ def roomy_batch_size(inspection: Inspection, source: ExampleSource, device: torc
     if device.type != "cpu":
         least, room = source.batch_size, (available_bytes(device) or 0) * _SHARE
     size = max(least, min(_LARGEST_BATCH, int(max(room, _ROOM)) // per_example))
-    return size if source.room is None else min(size, source.room)
+    return size if source.room.most is None else min(size, source.room.most)
 
 
 def looked_at(training_batch: int) -> int:
@@ -144,7 +144,7 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
         with attempt:
             return _inspected(gradients, chosen, verify=verify)
         size = (len(chosen) + 1) // 2
-        source.shrink(len(chosen), size)
+        source.room.shrink(len(chosen), size)
         let_go()
 
 

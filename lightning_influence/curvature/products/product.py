@@ -192,7 +192,7 @@ class CurvatureProduct(ABC):
         return self._gradients.source.batches(indices, self._batch_size)
 
     def _fitting(self, batches: Iterable[tuple[list[int], Any]], attempt: Attempt) -> Iterator[tuple[list[int], Any]]:
-        return in_halves(self._gradients.source, batches, attempt, self._gradients.source.room)
+        return in_halves(self._gradients.source, batches, attempt, self._gradients.source.room.most)
 
     def _look(self, own: list[int]) -> tuple[Tensor, list[int], bool]:
         """Keep this process's batches if they fit.
