@@ -89,7 +89,7 @@ def run(setting: Setting, rows: list[Row], *, subsets: int, seeds: int) -> Itera
         f"{f' ({constant} whose loss is always the same are left out)' if constant else ', all of which vary'}, "
         f"{subsets} random halves, {seeds} seeds each; trainer damping 1/(ηK) = "
         f"{setting.recipe.trainer_damping(setting.examples):.4f}, with the L2 term {setting.trainer_damping:.4f}. "
-        f"**Noise ceiling {truth.ceiling():.3f}.**\n"
+        f"**Noise ceiling {truth.ceiling():.3f}.**{' ' + setting.note if setting.note else ''}\n"
     )
     yield f"| method | LDS (mean of {MODELS} models) | 95 % interval | margin | {MODELS} models ensembled | seconds | |"
     yield "|---|---|---|---|---|---|---|"

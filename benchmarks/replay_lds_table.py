@@ -26,7 +26,8 @@ def page(every: Mapping[str, Found]) -> str:
     if several := {title: found for title, found in every.items() if found["seeds"] > 1}:
         parts += [
             "## Four runs\n\nThe same examples are left out of four runs with starts and orders of their own, of which "
-            "this run is the first. The truth is the mean of their losses: it is about any run of the recipe.\n",
+            "this run is the first. The truth is the mean of these four runs' losses. *Four replays averaged* are the "
+            "replays of the same four: for runs with yet other starts this is a bound.\n",
             summary(several, "mean"),
             "",
             "The same methods against this run alone:\n",

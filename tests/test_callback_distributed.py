@@ -5,10 +5,12 @@ Run as a script, this file is one of the processes; Lightning starts the other o
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +20,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Validated, loader, make_trainer, vectors
+from models import CLASSES, FEATURES, Validated, loader, make_trainer, vectors
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, Sampler, SubsetRandomSampler, TensorDataset
-from which_lightning import ModelCheckpoint
+from which_lightning import ModelCheckpoint, pl
 
 import lightning_influence
 from lightning_influence import AuditReport, DemographicParityGap, InfluenceAudit, Queries, TracIn
@@ -43,6 +45,7 @@ class Scenario:
     resume: bool = False
     subset: bool = False
     epochs: int = EPOCHS
+    fails: bool = False
 
     def padding(self) -> list[int]:
         """Examples that were used to fill up a last batch."""
@@ -111,6 +114,15 @@ class Model(Validated):
                 parameter.grad.zero_()
 
 
+class FailingOnOneRank(Model):
+    """Passes fail on rank 1 alone: after the first epoch, and at the end. Training does not."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.training and self.global_rank == 1 and self.global_step in (3, 3 * EPOCHS):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().training_step(batch, batch_idx)
+
+
 def train(scenario: Scenario, devices: int, directory: Path, *, audited: bool = True) -> tuple[Any, nn.Module]:
     data = vectors(SIZE, dtype=torch.float64)
     x = data.tensors[0].clone()
@@ -120,7 +132,7 @@ def train(scenario: Scenario, devices: int, directory: Path, *, audited: bool = 
 
     def fit(epochs: int, folder: str, ckpt_path: str | None = None) -> tuple[Any, nn.Module]:
         torch.manual_seed(3)
-        model = Model()
+        model = FailingOnOneRank() if scenario.fails else Model()
         if scenario.subset:
             train_loader = loader(data, PER_PROCESS, sampler=SubsetRandomSampler(SUBSET))
         elif devices == 1:
@@ -162,6 +174,9 @@ def main(directory: Path) -> None:
         trainer, model = train(scenario, 2, directory / name)
         failed[name] = f"{trainer.state.status}"
         np.save(directory / name / f"weights{trainer.global_rank}.npy", weights(model).numpy())
+    # Before another one: processes that wait for each other would never come to it.
+    _, model = train(Scenario(fails=True), 2, directory / "fails on one rank")
+    np.save(directory / "fails on one rank" / "weights.npy", weights(model).numpy())
     _, model = train(SCENARIOS["ekfac"], 2, directory / "without", audited=False)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         np.save(directory / "without" / "weights.npy", weights(model).numpy())
@@ -252,6 +267,46 @@ def test_training_in_two_processes_is_bitwise_the_same(two_processes: Path) -> N
     without = np.load(two_processes / "without" / "weights.npy")
     for rank in range(2):
         assert np.load(two_processes / "ekfac" / f"weights{rank}.npy").tobytes() == without.tobytes()
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_process_ends_no_training(two_processes: Path) -> None:
+    directory = two_processes / "fails on one rank"
+    assert np.load(directory / "weights.npy").tobytes() == np.load(two_processes / "without" / "weights.npy").tobytes()
+    report = report_below(directory)
+    assert report.status == "interrupted"
+    assert "OutOfMemoryError('CUDA out of memory')" in report.manifest["error"]
+    assert report.columns["times_seen"].sum() == EPOCHS * (SIZE + 1), "what was recorded is kept, of all processes"
+
+
+class Picklable(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, CLASSES)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.layer(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.slow
+def test_processes_of_their_own_leave_their_report_to_who_has_started_them(tmp_path: Path) -> None:
+    audit = InfluenceAudit(tracin=None)
+    copied = copy.deepcopy(audit)
+    trainer = make_trainer(tmp_path, max_epochs=1, devices=2, strategy="ddp_spawn", callbacks=[audit])
+    with pytest.raises(RuntimeError, match="has not run"):
+        _ = audit.report
+    trainer.fit(Picklable(), loader(vectors(SIZE), PER_PROCESS))
+    assert audit.has_report
+    assert not copied.has_report
+    assert audit.report.directory is not None
+    assert audit.report.columns.keys() == AuditReport.load(audit.report.directory).columns.keys()
+    assert len(audit.report) == SIZE
+    with pytest.raises(RuntimeError, match=r"which are gone with what they had set up: call `audit\(model, data\)`"):
+        audit.influence()
+    assert not list(Path(tempfile.gettempdir()).glob(f"{audit._child._file.stem}*")), "the note is taken"
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_is_the_second_order_of_leaving_an_example_out_of_a_step() -> None:
 def test_neither_batches_nor_memory_matter(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
     expected = scores(run, batch=4)
-    monkeypatch.setattr("lightning_influence.scores.queries._QUERY_BYTES", 1)
+    monkeypatch.setattr("lightning_influence.scores.queries._query_bytes", lambda device: 1)
     torch.testing.assert_close(scores(run, batch_size, batch=4), expected, rtol=1e-7, atol=1e-10)
 
 

@@ -127,7 +127,7 @@ def test_ensemble_is_the_mean_over_networks_with_fixed_masks(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_batches_do_not_matter(case: str, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = Problem(case).ensemble(masks=2)
-    monkeypatch.setattr("lightning_influence.scores.queries._QUERY_BYTES", 1)
+    monkeypatch.setattr("lightning_influence.scores.queries._query_bytes", lambda device: 1)
     torch.testing.assert_close(Problem(case, batch_size).ensemble(masks=2), expected, **EXACT)
 
 

@@ -229,19 +229,31 @@ def test_of_a_stream_that_outgrows_the_budget_no_half_a_mean_is_left(monkeypatch
     visits = _visits()
     monkeypatch.setattr(dynamics, "_PROBABILITY_BUDGET", SIZE * CLASSES)
     recorded = _recorded(visits)
-    assert "prob_margin" in recorded.columns()
+    before = recorded.columns()["prob_margin"]
     recorded.record(BatchRecord(tuple(visits[0][0])), visits[0][1])  # waits
     recorded.grow(SIZE + 1)
     recorded.record(BatchRecord(tuple(visits[0][0])), visits[0][1])
-    assert "prob_margin" not in recorded.columns()
     assert recorded.mean_probabilities(torch.arange(SIZE)) is None
+    # Those that were not visited again have what they had; the others a lower bound of the mean over all visits.
+    after, again = recorded.columns()["prob_margin"], torch.tensor(visits[0][0]).unique()
+    others = torch.tensor([k for k in range(SIZE) if k not in again])
+    torch.testing.assert_close(after[others], before[others], equal_nan=True)
+    assert bool(after[again].isfinite().all())
 
 
-def test_mean_probabilities_beyond_the_budget_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beyond_the_budget_there_is_a_lower_bound_of_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamics, "_PROBABILITY_BUDGET", SIZE * CLASSES - 1)
     recorded, expected = _recorded(_visits()), _by_hand(_visits())
-    _assert_columns(recorded.columns(), {name: v for name, v in expected.items() if name != "prob_margin"})
-    assert re.match(rf"no prob_margin .* {SIZE} examples and {CLASSES} classes", recorded.left_out)
+    found = recorded.columns()
+    bound, margin = found.pop("prob_margin"), torch.as_tensor(expected["prob_margin"])
+    _assert_columns(found, {name: v for name, v in expected.items() if name != "prob_margin"})
+    known = bound.isfinite()
+    assert torch.equal(known, margin.isfinite())
+    assert bool((bound[known] <= margin[known] + 1e-6).all())
+    once = known & (found["times_seen"] == 1)  # nothing to lose by taking each visit's own
+    torch.testing.assert_close(bound[once], margin[once].to(bound), rtol=1e-5, atol=1e-6)
+    assert float((margin - bound)[known].max()) > 1e-3  # and it is no mean of all visits
+    assert re.match(rf"prob_margin is a lower bound .* {SIZE} examples and {CLASSES} classes", recorded.left_out)
     monkeypatch.setattr(dynamics, "_PROBABILITY_BUDGET", SIZE * CLASSES)
     assert not _recorded(_visits()).left_out
     _assert_columns(_recorded(_visits()).columns(), expected)

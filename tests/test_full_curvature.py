@@ -384,8 +384,8 @@ def test_a_dense_matrix_that_does_not_fit_is_not_formed(monkeypatch: pytest.Monk
 def test_memory_is_estimated_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem()
     monkeypatch.setattr("lightning_influence.curvature.registry.available_bytes", lambda device: 1500)
-    blocks = problem.gradients.coverage.blocks
-    assert fitted_bytes("diagonal", blocks) < 1500 < fitted_bytes("ekfac", blocks)
+    coverage = problem.gradients.coverage
+    assert fitted_bytes("diagonal", coverage) < 1500 < fitted_bytes("ekfac", coverage)
     with pytest.raises(ValueError, match=r"curvature='ekfac' needs .* the largest: .* Use `curvature=\"diagonal\"`"):
         check_curvature(problem.gradients, "ekfac", range(N))
     check_curvature(problem.gradients, "diagonal", range(N))

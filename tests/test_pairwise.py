@@ -21,10 +21,11 @@ from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import visit
+from lightning_influence.scores import queries
 from lightning_influence.scores.examples import ExampleScorer, score_examples
 from lightning_influence.scores.pairs import PairwiseScores, pairwise_scores, top_scores
 from lightning_influence.scores.products import PairColumns, inverse_length
-from lightning_influence.scores.queries import PreparedQueries, QueryError, prepared_queries
+from lightning_influence.scores.queries import PreparedQueries, QueryError, prepared_queries, query_chunks
 
 N, Q, C = 9, 4, 3
 EXACT: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-10}
@@ -155,7 +156,7 @@ def test_an_example_as_its_own_query(name: str) -> None:
 @pytest.mark.parametrize("batch_size", [1, 4, 9])
 @pytest.mark.parametrize("query_bytes", [1, 2000, 2**30], ids=["one query at a time", "some", "all"])
 def test_neither_batches_nor_memory_matter(batch_size: int, query_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_influence.scores.queries._QUERY_BYTES", 4 * query_bytes)
+    monkeypatch.setattr("lightning_influence.scores.queries._query_bytes", lambda device: 4 * query_bytes)
     problem = Problem("text", batch_size)
     fitted = problem.fitted("ekfac")
     expected = problem.expected(fitted, problem.asked, problem.data)
@@ -224,12 +225,38 @@ def test_nothing_to_score() -> None:
         pairwise_scores(problem.train, [0], fitted, problem.queries, [0], normalise=typo)
 
 
+def test_as_many_queries_at_a_time_as_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem("text")
+    blocks = problem.train.coverage.blocks.values()
+    size = 8 * problem.train.coverage.covered_parameters  # float64
+    largest = 8 * max(k * o * i for k, o, i in (block.shape for block in blocks))
+
+    def at_a_time(left: int, name: CurvatureName) -> int:
+        monkeypatch.setattr("lightning_influence.scores.queries._query_bytes", lambda device: left)
+        fitted = problem.fitted(name)
+        return len(query_chunks(problem.train, range(100), fitted)[0])
+
+    # Block by block there is one vector of each query; an inverse of all blocks at once takes gradients and solutions.
+    assert at_a_time(9 * size + 4 * largest, "ekfac") == 9
+    assert at_a_time(9 * size + 4 * largest - 1, "ekfac") == 8
+    assert at_a_time(9 * size, "ggn") == 9 // 4
+    assert at_a_time(0, "ekfac") == 1
+
+
+@pytest.mark.parametrize(("free", "expected"), [(None, 2**32), (2**30, 2**30), (2**32, 2**32), (2**36, 2**35)])
+def test_queries_may_take_half_of_the_memory_that_is_free(
+    free: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_influence.core.memory.available_bytes", lambda device: free)
+    assert queries._query_bytes(torch.device("cpu")) == expected
+
+
 # ------------------------------------------------------------------------------------------------ in a file, by layer
 
 
 class TestFile:
     def test_the_file_holds_the_scores(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lightning_influence.scores.queries._QUERY_BYTES", 8000)
+        monkeypatch.setattr("lightning_influence.scores.queries._query_bytes", lambda device: 8000)
         problem = Problem("text")
         fitted = problem.fitted("ekfac")
         path = tmp_path / "scores.npy"
@@ -386,7 +413,7 @@ class TestEigenbasis:
         self, normalise: Any, query_bytes: int, rotated: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """With one query at a time, 9 examples are too many for the first and the last layer."""
-        monkeypatch.setattr("lightning_influence.scores.queries._QUERY_BYTES", 4 * query_bytes)
+        monkeypatch.setattr("lightning_influence.scores.queries._query_bytes", lambda device: 4 * query_bytes)
         problem = Problem("vectors")
         fitted = problem.fitted("ekfac")
         expected = columns(problem, prepared_for(problem, fitted, None), fitted, normalise)[0]

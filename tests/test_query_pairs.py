@@ -382,7 +382,7 @@ def test_queries_that_take_several_passes(tmp_path: Path, monkeypatch: pytest.Mo
     """Only so many of their gradients fit into memory at a time; the pairs are the same."""
     whole, _, _ = audited(tmp_path / "whole", Queries(count=5, top=3))
 
-    monkeypatch.setattr("lightning_influence.scores.queries._QUERY_BYTES", 1)
+    monkeypatch.setattr("lightning_influence.scores.queries._query_bytes", lambda device: 1)
     apart, _, _ = audited(tmp_path / "apart", Queries(count=5, top=3))
     assert whole.pairs is not None
     assert apart.pairs is not None

@@ -267,7 +267,7 @@ def test_functions_of_every_block_equal_dense_ones(name: str) -> None:
 def test_neither_batches_nor_memory_matter(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
     expected = source(run, run.checkpoints)
-    monkeypatch.setattr("lightning_influence.scores.queries._QUERY_BYTES", 1)
+    monkeypatch.setattr("lightning_influence.scores.queries._query_bytes", lambda device: 1)
     torch.testing.assert_close(source(run, run.checkpoints, batch_size), expected, **EXACT)
 
 

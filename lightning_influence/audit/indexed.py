@@ -8,15 +8,17 @@ from typing import Any, get_args
 
 from torch import nn
 
+from lightning_influence.audit.asked import keep_answers
+from lightning_influence.audit.columns import Columns
 from lightning_influence.audit.store.atomic import StoreError
 from lightning_influence.audit.store.store import AuditStore
+from lightning_influence.core.errors import check_flag
 from lightning_influence.data.given import Data, Indices
 from lightning_influence.index import ExampleIndex
-from lightning_influence.index.answering import Order
+from lightning_influence.index.answering import Answers, Order
 from lightning_influence.index.files import FOLDER, ExampleIndexError
 from lightning_influence.objective.standard_task import TaskName, checked_task
 from lightning_influence.objective.task import Task
-from lightning_influence.scores.pairs import TopScores
 
 
 def index_beside(store: AuditStore) -> ExampleIndex:
@@ -27,6 +29,7 @@ def index_beside(store: AuditStore) -> ExampleIndex:
 class Indexed:
     """What a report says about new examples."""
 
+    columns: Columns
     directory: Path | None
     manifest: Any
 
@@ -52,7 +55,8 @@ class Indexed:
         indices: Indices | None = None,
         normalise: Order = "none",
         within: Data | None = None,
-    ) -> TopScores:
+        keep: bool = False,
+    ) -> Answers:
         """Return the training examples that help and harm new examples most, without the training data.
 
         It takes an audit with ``InfluenceAudit(index=True)``, and the model with the weights that were audited.
@@ -65,6 +69,7 @@ class Indexed:
             indices: Which examples of the batch or data set; all by default.
             normalise: ``"none"``, the strongest; ``"relative"``, the most specific, see ``Queries``.
             within: The training data in another order: indices are then those in it, see ``ExampleIndex.ask``.
+            keep: Whether to add the answers to the audit's queries on disk: its table of pairs, and its page.
 
         Raises:
             StoreError, ValueError: If there is no index, or it is about another model, other weights or layers.
@@ -82,4 +87,11 @@ class Indexed:
                 )
             task = then
         loss = checked_task(task)
-        return self.index.ask(model, batch, k, loss=loss, indices=indices, normalise=normalise, within=within)
+        check_flag("keep", keep)
+        if keep and within is not None:
+            raise ExampleIndexError("keep=True with `within=`: the audit's queries name examples as it has them.")
+        found = self.index.ask(model, batch, k, loss=loss, indices=indices, normalise=normalise, within=within)
+        if keep and self.directory is not None:
+            list_of = "specific" if normalise == "relative" else "strongest"
+            keep_answers(AuditStore(self.directory), self.columns, found, list_of)
+        return found

@@ -203,7 +203,7 @@ class QuerySearch:
         self._known = {n: noted.columns.gathered() for n, noted in self._noted.items() if noted.columns.complete}
         with run_on_queries():
             self._choose()
-        first, *self._later = query_chunks(self._gradients, range(len(self._chosen)))
+        first, *self._later = query_chunks(self._gradients, range(len(self._chosen)), curvature)
         self._prepare(first, own)
         return self._guests
 

@@ -81,16 +81,16 @@ def _begun(
         trace = trace_model(module, task, source, indices=first, **bridge.surroundings(trainer, module))
         passes = TrainingPasses(source, task, trace, arguments.layers, arguments.uncovered)
         gradients = passes.gradients(trainer, module)
-        try:
-            preparing.look_for_paths(gradients, first)
-        except NewUseError as error:  # it counts as not understood, as if the first batch had had it
-            trace.add(error.trace)
-            gradients = passes.gradients(trainer, module)
         recording.losses.own = (
             preparing.own_terms_of_step(gradients, first)
             if arguments.task is not None
             else preparing.own_terms(gradients)
         )
+        try:
+            preparing.look_for_paths(gradients, first)
+        except NewUseError as error:  # it counts as not understood, as if the first batch had had it
+            trace.add(error.trace)
+            gradients = passes.gradients(trainer, module)
         recording.losses.compiled = bool(preparing.compiled_parts(gradients, first, tracin))
         recording.step_sizes.summed = source.batch_size if trace.sums else 1
         if arguments.layers is None:

@@ -16,14 +16,14 @@ from lightning_influence.gradients.visitors import Guest, Visitor
 from lightning_influence.index import Index, IndexWriter
 from lightning_influence.index.writer import told
 from lightning_influence.scores.examples import ExampleScorer
-from lightning_influence.scores.plan import InfluenceScores
+from lightning_influence.scores.plan import Companion, InfluenceScores
 
 
 class IndexReport:
     """Writes an index at the end of training.
 
     Args:
-        settings: How large it is.
+        settings: How large it is; None for none.
         gradients: Passes over the training data.
         indices: The training examples.
         directory: That of the audit, on rank zero.
@@ -33,13 +33,18 @@ class IndexReport:
     """
 
     def __init__(
-        self, settings: Index, gradients: ExampleGradients, indices: Sequence[int], directory: Path | None
+        self, settings: Index | None, gradients: ExampleGradients, indices: Sequence[int], directory: Path | None
     ) -> None:
         self.notes: list[str] = []
         self._settings, self._gradients, self._indices = settings, gradients, indices
-        self._directory = distributed.gather_objects(directory)[0]
+        # A dry run has none.
+        self._directory = None if settings is None else distributed.gather_objects(directory)[0]
         self._writer: IndexWriter | None = None
         self._guest: Guest | None = None
+
+    def beside(self, other: Companion | None) -> list[Companion]:
+        """Return it after another one."""
+        return [self] if other is None else [other, self]
 
     def on_validation(self, number: int) -> Sequence[Visitor]:
         """Look at nothing."""
@@ -47,7 +52,7 @@ class IndexReport:
 
     def on_training(self, curvature: Curvature | None, own: ExampleScorer) -> Sequence[Guest]:
         """Return who writes the index as the training data go by."""
-        if self._directory is None:  # a dry run
+        if self._directory is None or self._settings is None:
             return ()
         if curvature is None:
             self._give_up("there is no curvature")
@@ -59,6 +64,8 @@ class IndexReport:
 
     def finish(self, result: InfluenceScores) -> None:
         """Complete it, once the pass is over; add what there is to say, and the time that it took."""
+        if self._directory is None:
+            return
         start = time.perf_counter()
         with self._or_give_up():
             if self._writer is not None and self._guest is not None:

@@ -118,7 +118,7 @@ class Reporter:
         work = plan.gradient_passes(gradients.coverage, examples, queries, draws)
         rate = self.seconds_per_example or inspection.seconds / inspection.examples
         seconds = work * rate + plan.decomposition_seconds(gradients.coverage)
-        memory = fitted_bytes(plan.curvature, gradients.coverage.blocks) + inspection.batch_bytes
+        memory = fitted_bytes(plan.curvature, gradients.coverage) + inspection.batch_bytes
         return (
             f"influence audit: {plan.curvature} on {len(gradients.coverage.blocks)} layers, {examples:,} training "
             f"examples{f', {queries:,} validation examples' if queries else ''}; about {_duration(seconds)} and "

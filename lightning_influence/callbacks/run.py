@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +34,12 @@ from lightning_influence.data.source import ExampleSource, same_data
 from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Coverage, listed
 from lightning_influence.gradients.verify import Inspection
+from lightning_influence.gradients.visitors import ExampleScores
 from lightning_influence.influence import Influence
 from lightning_influence.scores.examples import score_examples
 from lightning_influence.scores.plan import influence_scores
 from lightning_influence.training.checkpoints import Checkpoint
+from lightning_influence.training.evidence import LabelEvidence
 from lightning_influence.training.features import look_at_labels
 from lightning_influence.training.optimizers import preconditioners
 from lightning_influence.training.recording import Recording
@@ -126,9 +129,8 @@ class AuditRun:
         evidence = self.recording.labels.evidence
         with _tolerated(self.recording, trainer):
             indices = self._indices(trainer, last=False)  # of a limited run, none before its first batch
-            if not indices or bridge.is_dry_run(trainer) or not self.passes.any_time:
-                return
-            if distributed.from_first(lambda: evidence.complete):
+            able = indices and not bridge.is_dry_run(trainer) and self.passes.any_time
+            if not able or distributed.from_first(lambda: evidence.complete):
                 return
             with bridge.aside(trainer):
                 seen = look_at_labels(self.passes.gradients(trainer, module), indices)
@@ -243,29 +245,16 @@ class AuditRun:
         reporter.tell(lambda: reporter.announce(plan, gradients, inspection, len(indices), asked))
         sizes = self._last_step_sizes(trainer, module, gradients.coverage)
         with bridge.aside(trainer):
-            guests: list[QueryReport | IndexReport] = []
-            if self.queries is not None:
-                guests.append(self.queries.begin(trainer, gradients, indices, validation))
-            index = None
-            if self.arguments.index is not None:
-                index = IndexReport(self.arguments.index, gradients, indices, reporter.directory)
-                guests.append(index)
+            index = IndexReport(self.arguments.index, gradients, indices, reporter.directory)
+            guests = index.beside(self.queries and self.queries.begin(trainer, gradients, indices, validation))
             result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=sizes, companions=guests)
-            if index is not None:
-                index.finish(result)
+            index.finish(result)
         result.seconds["loss scale"] = scaling
-        if self.flight is not None:
-            result.notes.extend(self.flight.notes())
+        result.notes += [] if self.flight is None else self.flight.notes()
         recording.add_pass(trainer.global_step, result.scores)
         scored = result.scores.indices.cpu()
         result.notes.extend(_data_notes(trainer, self.passes, self.arguments.loader, audited, scored))
-        evidence = None
-        columns = {name: values.cpu().numpy() for name, values in result.scores.columns.items()}
-        columns["index"] = scored.numpy()
-        if trainer.is_global_zero:
-            near = nearest_columns(result.scores)
-            evidence = recording.label_evidence(scored)
-            columns = recording.columns(scored, result.scores, evidence) | near
+        columns, evidence = _columns(recording, result.scores)
         result = replace(result, scores=replace(result.scores, features=None))  # what takes memory
         later = bridge.after_training(trainer, gradients)
         of, labels = columns["index"], columns.get("label", np.zeros(0, np.int64))
@@ -306,6 +295,15 @@ class AuditRun:
         return bridge.audited_indices(
             trainer, self.arguments.loader, self.recording.seen_indices(), self.passes.source, last=last
         )
+
+
+def _columns(recording: Recording, scores: ExampleScores) -> tuple[dict[str, NDArray[Any]], LabelEvidence | None]:
+    """Return the table and the evidence on the labels; on other ranks than zero, which lack some, the scores alone."""
+    indices = scores.indices.cpu()
+    if distributed.rank():
+        return {"index": indices.numpy()} | {name: each.cpu().numpy() for name, each in scores.columns.items()}, None
+    near, evidence = nearest_columns(scores), recording.label_evidence(indices)
+    return recording.columns(indices, scores, evidence) | near, evidence
 
 
 @contextmanager

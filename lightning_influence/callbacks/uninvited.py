@@ -90,6 +90,8 @@ class UninvitedAudit(InfluenceAudit):
 
     def _leave(self, trainer: Any) -> None:
         self._recorder.detach()
+        if trainer.is_global_zero:  # no `teardown` is going to
+            self._child.leave(self._report, self._no_report)
         # Another list: the trainer is going through this one.
         trainer.callbacks = [each for each in callbacks_of(trainer) if each is not self]
 

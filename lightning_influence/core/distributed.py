@@ -7,7 +7,6 @@ same functions in the same order, see ``meeting``; where one may fail alone, wit
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -18,9 +17,9 @@ from torch import Tensor
 from lightning_influence.core.meeting import (
     all_gather,
     broadcast,
-    bytes_of,
     device_for,
     meet,
+    objects,
     padded,
     rank,
     to_first,
@@ -209,10 +208,8 @@ def gather_objects(item: _Item) -> list[_Item]:
     """Return what every process holds, by rank: small things that no tensor holds, such as names."""
     if world_size() == 1:
         return [item]
-    own = bytes_of(pickle.dumps(item))
-    counts = meet("gather_objects", count=len(own))
-    parts = zip(all_gather(padded(own, max(counts))), counts, strict=True)
-    return [pickle.loads(part[:count].cpu().numpy().tobytes()) for part, count in parts]  # noqa: S301 of our own
+    meet("gather_objects")
+    return objects(item)
 
 
 def from_first(work: Callable[[], _Item]) -> _Item:

@@ -6,14 +6,17 @@ before processes meet, and nothing that could fail comes between that and the co
 
 from __future__ import annotations
 
-import pickle
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_Item = TypeVar("_Item")
 
 
 class ProcessError(RuntimeError):
@@ -50,7 +53,7 @@ def together() -> Iterator[None]:
             raise
         vars(error)["_told"] = True
         try:
-            first = _failures(meet("together", failure=True), _portable(error))[0]
+            first = _failures(meet("together", failure=True), error)[0]
         except Exception:  # with others gone, there is nobody to tell
             raise error from None
         if first[0] == rank() and type(first[1]) is type(error):
@@ -101,22 +104,25 @@ def meet(function: str, layout: Sequence[object] = (), count: int = 0, *, failur
 
 def _failures(failed: Sequence[int], error: Exception | None) -> list[tuple[int, Exception]]:
     """Return who has failed, and with what."""
-    own = bytes_of(b"" if error is None else pickle.dumps(error))
-    lengths = [int(each) for (each,) in (part.tolist() for part in all_gather(torch.tensor([len(own)])))]
-    told = [
-        part[:length].cpu().numpy().tobytes()
-        for part, length in zip(all_gather(padded(own, max(lengths))), lengths, strict=True)
-    ]
-    return [(number, pickle.loads(told[number])) for number, bad in enumerate(failed) if bad]  # noqa: S301 of our own
+    told = () if error is None else (type(error).__module__, type(error).__qualname__, _arguments(error))
+    said = objects(told)
+    return [(number, _rebuilt(*said[number])) for number, bad in enumerate(failed) if bad]
 
 
-def _portable(error: Exception) -> Exception:
-    """Return an error as another process may raise it."""
-    try:
-        copied = pickle.loads(pickle.dumps(error))  # noqa: S301 of our own
-        return copied if isinstance(copied, Exception) else RuntimeError(str(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+def _arguments(error: Exception) -> tuple[str | int, ...]:
+    """Return what an error is made of, if that can be told to other processes; else its words."""
+    plain = error.args and all(isinstance(each, (str, int)) for each in error.args)
+    return error.args if plain else (str(error),)
+
+
+def _rebuilt(module: str, name: str, arguments: tuple[str | int, ...]) -> Exception:
+    """Return the error of another process, or a ``RuntimeError`` with its words where there is no such class here."""
+    kind = getattr(sys.modules.get(module), name, None)
+    with suppress(Exception):
+        error = kind(*arguments) if isinstance(kind, type) and issubclass(kind, Exception) else None
+        if error is not None:
+            return error
+    return RuntimeError(f"{name}: {' '.join(map(str, arguments))}")
 
 
 def _in_process_group() -> bool:
@@ -140,6 +146,13 @@ def all_gather(tensor: Tensor, parts: list[Tensor] | None = None) -> list[Tensor
     return parts
 
 
+def objects(item: _Item) -> list[_Item]:
+    """One object per rank."""
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, item)
+    return found
+
+
 def to_first(tensor: Tensor, parts: list[Tensor]) -> None:
     """The same in the given tensors of rank zero."""
     dist.gather(tensor, parts or None, dst=0)
@@ -155,8 +168,3 @@ def padded(tensor: Tensor, rows: int) -> Tensor:
     if len(tensor) == rows:
         return tensor
     return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
-
-
-def bytes_of(data: bytes) -> Tensor:
-    """The bytes as a tensor, uint8."""
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)

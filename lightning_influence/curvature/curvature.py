@@ -158,5 +158,12 @@ class BlockCurvature(Curvature):
         return self.blocks[io.name].scores(io.x, io.gs[0], self.dampings[io.name], query)
 
     def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-        """Return the fitted state of every block."""
-        return {name: (dict(block.tensors), self.about([name])) for name, block in self.blocks.items()}
+        """Return the fitted state of every block; a tensor of several is with the first, and the others name that."""
+        owners: dict[int, str] = {}
+        files = {}
+        for name, block in self.blocks.items():
+            owner = {key: owners.setdefault(id(tensor), name) for key, tensor in block.tensors.items()}
+            own = {key: tensor for key, tensor in block.tensors.items() if owner[key] == name}
+            shared = {key: other for key, other in owner.items() if other != name}
+            files[name] = own, self.about([name]) | ({"shared": json.dumps(shared)} if shared else {})
+        return files

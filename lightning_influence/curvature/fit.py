@@ -19,7 +19,7 @@ from lightning_influence.curvature.implicit import ImplicitCurvature, mean_eigen
 from lightning_influence.curvature.registry import LADDER, CurvatureName, check_memory
 from lightning_influence.curvature.sampled import sampled_inverse
 from lightning_influence.curvature.solve.spectrum import IndefiniteError, check_damping
-from lightning_influence.gradients.capture import LayerIO
+from lightning_influence.gradients.capture import Capture, LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients, Labels
 from lightning_influence.gradients.visitors import Visitor, visit
 
@@ -72,7 +72,7 @@ def fit(
     if damping is not None:
         given = damping if isinstance(damping, Mapping) else dict.fromkeys(blocks, damping)
         dampings = {layer: given[layer] for layer in blocks}
-    check_memory(name, blocks)
+    check_memory(name, gradients.coverage)
     curvature: Curvature
     if LADDER[name].product is None:
         curvature = _fit_blocks(gradients, name, indices, examples, labels, dampings, directions)
@@ -89,7 +89,7 @@ def check_curvature(gradients: ExampleGradients, name: CurvatureName, indices: S
         ValueError: If the memory does not suffice.
         TaskError: If GGN or Hessian are not defined for the loss, or the model can't be differentiated twice.
     """
-    check_memory(name, gradients.coverage.blocks)
+    check_memory(name, gradients.coverage)
     make = LADDER[name].product
     if make is None:
         return
@@ -112,6 +112,9 @@ def _fit_blocks(
     kind = LADDER[name].block
     covered = gradients.coverage.blocks
     blocks = {layer: kind(block.shape, block.dense) for layer, block in covered.items()}
+    leaders = _agreed(gradients.coverage.shared_inputs)
+    for layer, leader in leaders.items():
+        blocks[layer].inputs_of = blocks[leader]
     chosen: dict[Measure, tuple[Labels, int]] = {
         "covariances": (labels[0], examples.covariances),
         "eigenvalues": (labels[1], examples.eigenvalues),
@@ -121,7 +124,7 @@ def _fit_blocks(
         which, size = chosen[measure]
         subset = random_subset(indices, size, 0)
         used.append(len(subset))
-        fitter = _Fitter(blocks)
+        fitter = _Fitter(blocks, leaders if measure == "covariances" else {})
         # Another draw for each pass: eigenvalues measured with that of their basis come out biased.
         visit(gradients, subset, [fitter], which, draw=1 + number, title=f"{kind.title} {measure}")
         lacks |= fitter.remainder and which != "true"
@@ -130,6 +133,9 @@ def _fit_blocks(
             like = next(iter(covered[layer].parameters.values()))
             for x, g in covered[layer].no_rows(working_dtype(like.dtype), like.device):
                 block.update(x, [g], 0)
+        together = _agreed({layer: leader for layer, leader in leaders.items() if blocks[layer].inputs_of is not None})
+        for layer in leaders.keys() - together.keys():  # what one process tells apart, all do
+            blocks[layer].part()
         end_passes(blocks, fitter.examples)
     if dampings is None:
         # A layer without any gradient has no scale of its own; its scores are zero with any damping.
@@ -143,21 +149,41 @@ def _fit_blocks(
     return curvature
 
 
+def _agreed(leaders: Mapping[str, str]) -> dict[str, str]:
+    """Return what is the same on all processes."""
+    if distributed.world_size() == 1:
+        return dict(leaders)
+    found = [set(each.items()) for each in distributed.gather_objects(dict(leaders))]
+    return dict(set.intersection(*found))
+
+
+def _part_differing(blocks: Mapping[str, CurvatureBlock], leaders: Mapping[str, str], capture: Capture) -> None:
+    """Let blocks part whose activations are not the same in a batch."""
+    for layer, leader in leaders.items():
+        if blocks[layer].inputs_of is not None and not capture.same_activations(leader, layer):
+            blocks[layer].part()
+
+
 class _Fitter(Visitor):
     """Adds the batches of one pass to the sums of blocks.
+
+    Args:
+        blocks: The blocks.
+        leaders: Those that may have the activations of others, as long as batches agree.
 
     Attributes:
         examples: How many have counted.
         remainder: Whether a part of the loss was no known loss call.
     """
 
-    def __init__(self, blocks: Mapping[str, CurvatureBlock]) -> None:
-        self._blocks = blocks
+    def __init__(self, blocks: Mapping[str, CurvatureBlock], leaders: Mapping[str, str]) -> None:
+        self._blocks, self._leaders = blocks, leaders
         self.examples, self.remainder = 0, False
 
     def begin(self, batch: BatchGradients) -> None:
         self._usable = batch.counted
         self.remainder |= batch.loss.remainder
+        _part_differing(self._blocks, self._leaders, batch.capture)
 
     def keep(self, io: LayerIO) -> None:
         self._blocks[io.name].update(io.xs, io.gs, self._usable)

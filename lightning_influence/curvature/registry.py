@@ -6,7 +6,6 @@ One of your own is an entry in ``LADDER``, and in ``BLOCKS`` if it is block-diag
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +21,7 @@ from lightning_influence.curvature.damping import DampingRule
 from lightning_influence.curvature.products.ggn import GGNProduct
 from lightning_influence.curvature.products.hessian import HessianProduct
 from lightning_influence.curvature.products.product import CurvatureProduct
-from lightning_influence.layers.blocks import ParameterBlock
+from lightning_influence.gradients.coverage import Coverage
 
 CurvatureName = Literal["ekfac", "kfac", "diagonal", "identity", "block_ggn", "ggn", "hessian"]
 """The approximations that come with the package."""
@@ -58,34 +57,47 @@ BLOCKS: dict[str, type[CurvatureBlock]] = {name: rung.block for name, rung in LA
 """The block-diagonal approximations."""
 
 
-def decompositions(name: str, block: ParameterBlock) -> list[tuple[int, int]]:
-    """Return ``(k, m)`` for every ``k`` matrices ``[m, m]`` that fitting a block decomposes."""
-    shapes = LADDER[name].block.fitted_shapes(block.shape, block.dense)
-    return [(shape[0], shape[-1]) for key, shape in shapes.items() if key.endswith("basis")]
+def kept_shapes(name: str, coverage: Coverage) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return by layer what is fitted and kept, see ``CurvatureBlock``: what layers share, by the first."""
+    kind, shared = LADDER[name].block, coverage.shared_inputs
+    shapes = {layer: kind.fitted_shapes(block.shape, block.dense) for layer, block in coverage.blocks.items()}
+    return {
+        layer: {key: shape for key, shape in each.items() if key != "activation_basis" or layer not in shared}
+        for layer, each in shapes.items()
+    }
 
 
-def fitted_bytes(name: str, blocks: Mapping[str, ParameterBlock]) -> int:
-    """Return the memory that a curvature takes in float32 while it is fitted, the work of its decompositions included.
+def decompositions(name: str, coverage: Coverage) -> dict[str, list[tuple[int, int]]]:
+    """Return by layer ``(k, m)`` for every ``k`` matrices ``[m, m]`` that fitting it decomposes."""
+    return {
+        layer: [(shape[0], shape[-1]) for key, shape in shapes.items() if key.endswith("basis")]
+        for layer, shapes in kept_shapes(name, coverage).items()
+    }
 
-    One block is decomposed after the other.
+
+def fitted_bytes(name: str, coverage: Coverage) -> int:
+    """Return the most memory that a curvature takes, in float32, while it is fitted and while it scores.
+
+    One block is decomposed after the other. Scoring keeps ``1 / (eigenvalues + damping)`` of each.
     """
-    kept, working = _bytes(name, blocks)
-    return sum(kept.values()) + max(working.values(), default=0)
+    kept, working, inverses = _bytes(name, coverage)
+    return sum(kept.values()) + max(*working.values(), sum(inverses.values()), 0)
 
 
-def check_memory(name: str, blocks: Mapping[str, ParameterBlock]) -> None:
+def check_memory(name: str, coverage: Coverage) -> None:
     """Refuse a curvature that does not fit into memory, before anything is computed.
 
     Raises:
         ValueError: With the largest layers and the way out.
     """
+    blocks = coverage.blocks
     device = next((p.device for block in blocks.values() for p in block.parameters.values()), None)
     available = None if device is None else available_bytes(device)
-    needed = fitted_bytes(name, blocks)
+    needed = fitted_bytes(name, coverage)
     if not distributed.any_process(available is not None and needed > available):
         return
-    kept, working = _bytes(name, blocks)
-    sizes = {layer: kept[layer] + working[layer] for layer in blocks}
+    kept, working, inverses = _bytes(name, coverage)
+    sizes = {layer: kept[layer] + max(working[layer], inverses[layer]) for layer in blocks}
     by_size = sorted(blocks, key=lambda layer: -sizes[layer])
     largest = ", ".join(f"{layer} ({readable(sizes[layer])})" for layer in by_size[:3])
     raise ValueError(
@@ -95,14 +107,13 @@ def check_memory(name: str, blocks: Mapping[str, ParameterBlock]) -> None:
     )
 
 
-def _bytes(name: str, blocks: Mapping[str, ParameterBlock]) -> tuple[dict[str, int], dict[str, int]]:
-    """Return what each block keeps (bases stand in the place of moments), and what its decomposition takes besides."""
-    kind = LADDER[name].block
-    shapes = {layer: kind.fitted_shapes(block.shape, block.dense) for layer, block in blocks.items()}
+def _bytes(name: str, coverage: Coverage) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Return what each block keeps (bases stand in the place of moments), what decomposing and what scoring takes."""
+    shapes = kept_shapes(name, coverage)
     kept = {layer: 4 * sum(map(math.prod, each.values())) for layer, each in shapes.items()}
     # In float64 one matrix, its eigenvectors, LAPACK's two more.
     working = {
-        layer: max((16 * (k + 1) * size**2 for k, size in decompositions(name, block)), default=0)
-        for layer, block in blocks.items()
+        layer: max((16 * (k + 1) * size**2 for k, size in each), default=0)
+        for layer, each in decompositions(name, coverage).items()
     }
-    return kept, working
+    return kept, working, {layer: 4 * math.prod(each.get("eigenvalues", (0,))) for layer, each in shapes.items()}

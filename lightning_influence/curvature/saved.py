@@ -71,7 +71,7 @@ def restored(files: Saved, coverage: Coverage) -> Curvature:
     dampings = {layer: every[layer] for layer in layers}
     curvature: Curvature
     if LADDER[name].product is None:
-        blocks = {layer: _restored_block(LADDER[name].block, block, files[layer][0]) for layer, block in layers.items()}
+        blocks = _restored_blocks(LADDER[name].block, layers, files)
         curvature = BlockCurvature(name, blocks, dampings, labels, examples)
     else:
         # In the order of then: a class that defines its layers in another one has the same layers and weights.
@@ -80,8 +80,8 @@ def restored(files: Saved, coverage: Coverage) -> Curvature:
             raise ValueError(f"the matrix is over {then}, this model has {coordinates.shapes}: {_AGAIN}.")
         flat = FlatParameters({key: value for block in layers.values() for key, value in block.parameters.items()})
         shapes = {"matrix": (coordinates.size, coordinates.size)}
-        found = _checked(name, files[name][0], shapes, flat.dtype, flat.device)
-        curvature = DenseCurvature(name, found["matrix"], coordinates, every, labels, examples)
+        matrix = _checked(name, files[name][0], shapes, flat.dtype)["matrix"].to(flat.device)
+        curvature = DenseCurvature(name, matrix, coordinates, every, labels, examples)
     for layer, block in layers.items():
         if weights[layer] != (now := checksum(block.parameters.values())):
             raise ValueError(
@@ -92,21 +92,29 @@ def restored(files: Saved, coverage: Coverage) -> Curvature:
     return curvature
 
 
-def _restored_block(kind: type[CurvatureBlock], block: ParameterBlock, tensors: Mapping[str, Tensor]) -> CurvatureBlock:
-    result, like = kind(block.shape, block.dense), next(iter(block.parameters.values()))
-    shapes = kind.fitted_shapes(block.shape, block.dense)
-    result.restore(_checked(block.name, tensors, shapes, working_dtype(like.dtype), like.device))
+def _restored_blocks(
+    kind: type[CurvatureBlock], layers: Mapping[str, ParameterBlock], files: Saved
+) -> dict[str, CurvatureBlock]:
+    result = {}
+    moved: dict[int, Tensor] = {}  # what blocks share, they share on the device, too
+    for name, block in layers.items():
+        tensors, about = files[name]
+        shared = {
+            key: files[other][0][key]
+            for key, other in json.loads(about.get("shared", "{}")).items()
+            if other in files and key in files[other][0]
+        }
+        like, shapes = next(iter(block.parameters.values())), kind.fitted_shapes(block.shape, block.dense)
+        found = _checked(name, {**tensors, **shared}, shapes, working_dtype(like.dtype))
+        result[name] = kind(block.shape, block.dense)
+        result[name].restore({key: moved.setdefault(id(each), each.to(like.device)) for key, each in found.items()})
     return result
 
 
 def _checked(
-    name: str,
-    tensors: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """Return tensors on a device, if they are those that are needed."""
+    name: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> Mapping[str, Tensor]:
+    """Return tensors, if they are those that are needed."""
     found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
     expected = {key: (shape, dtype) for key, shape in shapes.items()}
     if found != expected:
@@ -114,4 +122,4 @@ def _checked(
             f"the factors of {name!r} are {found}; this model needs {expected}: pass the model that the curvature was "
             f"fitted with, in its precision, or {_AGAIN}."
         )
-    return {key: tensor.to(device) for key, tensor in tensors.items()}
+    return tensors

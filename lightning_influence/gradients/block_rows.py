@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_influence.core.precision import working, working_dtype
-from lightning_influence.core.torch_private import base_of, versions
+from lightning_influence.core.torch_private import base_of, place_of, versions
 from lightning_influence.gradients.trace import view_of
 from lightning_influence.layers.blocks import LayerError, MatrixBlock, ParameterBlock
 from lightning_influence.layers.call import Call, Layouts, MatrixCall
@@ -107,6 +107,18 @@ class Use:
     def changed(self) -> bool:
         """Whether a tensor whose values it needs was overwritten since."""
         return versions(self.call.inputs) != self.versions
+
+    def shares_activations(self, other: Use) -> bool:
+        """Tell whether both lay out the same activations for their weights."""
+        mine, theirs = self.call, other.call
+        if not isinstance(mine, MatrixCall) or not isinstance(theirs, MatrixCall) or mine.geometry != theirs.geometry:
+            return False
+        if any("weight" not in use.roles for use in (self, other)) or ("bias" in self.roles) != ("bias" in other.roles):
+            return False
+        a, b = mine.input, theirs.input
+        if self.layouts.input != other.layouts.input or (a.shape, a.dtype) != (b.shape, b.dtype):
+            return False
+        return place_of(a) == place_of(b) or torch.equal(a, b)
 
 
 def rows_of(block: ParameterBlock, uses: Sequence[Use], n: int) -> list[RowsByDraw]:

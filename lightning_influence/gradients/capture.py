@@ -224,6 +224,11 @@ class Capture:
             laid_out = [([kept(x, keep) for x in xs], [kept(g, keep) for g in gs]) for xs, gs in laid_out]
         return LayerIO(name, *joined(laid_out))
 
+    def same_activations(self, one: str, other: str) -> bool:
+        """Tell whether two blocks have the same activations in this batch, before any of them is drained."""
+        uses = [[use for owner, use in self._uses if owner == name and use.output.reached] for name in (one, other)]
+        return len(uses[0]) == len(uses[1]) and all(a.shares_activations(b) for a, b in zip(*uses, strict=True))
+
     def features(self, n: int, *, partial: bool = False) -> Tensor | None:
         """Return the inputs of the last linear map or convolution, averaged over positions: ``[n, d]``.
 

@@ -60,6 +60,25 @@ class Coverage:
         """Share of the trainable scalars that is covered, 0 to 1."""
         return self.covered_parameters / self.total_parameters if self.total_parameters else 0.0
 
+    @property
+    def shared_inputs(self) -> dict[str, str]:
+        """Block name to the first block with the same activations in all traced batches: projections of one input.
+
+        Other batches may yet tell them apart, see ``Capture.same_activations``.
+        """
+        first: dict[object, str] = {}
+        shared = {}
+        for name, block in self.blocks.items():
+            if not isinstance(block, MatrixBlock) or block.kinds & ONE_HOT or not block.dense[1]:
+                continue
+            paths = self.trace.paths.get(id(block.weight), [])
+            seen = tuple(tuple(use.activations for use in path) for path in paths)
+            if seen and all(None not in path for path in seen):
+                leader = first.setdefault((seen, block.has_bias), name)
+                if leader != name:
+                    shared[name] = leader
+        return shared
+
     def __repr__(self) -> str:
         return f"Coverage({self.describe()})"
 

@@ -70,6 +70,7 @@ class TracedUse:
         repeated_size: Scalars of the gradient that such a function has for every example.
         ndim: Number of dimensions of the output.
         reason: Why it is not understood, or has to be run once more.
+        activations: Stands for the activations of a matrix: the same object for the same ones, None if it is not known.
     """
 
     kind: UseKind
@@ -84,6 +85,7 @@ class TracedUse:
     repeated_size: int = field(default=0, compare=False)  # lengths differ between batches
     ndim: int = 0
     reason: str = ""
+    activations: object = field(default=None, compare=False)
 
     def fits(self, output: Tensor, n: int | None) -> bool:
         """Tell whether an output for ``n`` examples (None: unknown) can be that of this use."""

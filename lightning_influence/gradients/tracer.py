@@ -17,14 +17,18 @@ from torch import Tensor, nn
 from lightning_influence.core.containers import tensors_in
 from lightning_influence.core.errors import Forgiving
 from lightning_influence.core.layout import BatchLayout, Order, find_layout, settle_order
+from lightning_influence.core.torch_private import place_of
 from lightning_influence.gradients.follower import Arguments, Follower, Owners, name_of
 from lightning_influence.gradients.picked_rows import PickedRows
 from lightning_influence.gradients.trace import Trace, TracedUse, view_of
-from lightning_influence.layers.call import Call, Layouts
+from lightning_influence.layers.call import Call, Layouts, MatrixCall
 from lightning_influence.layers.elementwise import ExpandCall
 from lightning_influence.layers.registry import read_call
 from lightning_influence.layers.repeated import RepeatedCall
 from lightning_influence.layers.site import NotSeparableError, NotUnderstoodError, Site
+
+# What they return has the values of their first argument: adapters of another precision cast one input, each anew.
+_COPIES = (Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.clone, Tensor.contiguous)
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ class Tracer(Follower):
         self._batched = False  # whether the batch takes part in it
         self._from_batch: dict[int, Tensor] = {}
         self._picked = PickedRows()
+        self._copies: dict[object, object] = {}  # where a copy lies, to where its original does
+        self._activations: dict[object, object] = {}
 
     def after(
         self, func: Callable[..., Any], arguments: Arguments, made: Sequence[Tensor], before: tuple[Any, ...]
@@ -120,6 +126,9 @@ class Tracer(Follower):
             of_batch = [new or id(t) in self._from_batch for new, t in zip(grows, tensors, strict=True)]
             self._picked.follow(func, sum(map(len, arguments)), tensors, of_batch, made)
             self._from_batch.update((id(t), t) for t in made)
+            if func in _COPIES:
+                origin = place_of(tensors[0])
+                self._copies.setdefault(place_of(made[0]), self._copies.get(origin, origin))
         if torch.is_grad_enabled():
             self._note_strangers(func, tensors)
         else:
@@ -211,9 +220,20 @@ class Tracer(Follower):
             views[role] = view_of(tensor, owners[0]) if len(owners) == 1 else None
         size = max(tensor.numel() for tensor in call.parameters.values()) if arguments else 0
         groups = getattr(call, "groups", 1)
+        kind = type(call)
         return TracedUse(
-            "batched", func, layouts, type(call), call.form, groups, roles, views, arguments, repeated_size=size
+            *("batched", func, layouts, kind, call.form, groups, roles, views, arguments),
+            repeated_size=size,
+            activations=self._activations_of(call, layouts),
         )
+
+    def _activations_of(self, call: Call, layouts: Layouts) -> object:
+        """Return what stands for the activations of a matrix."""
+        if not isinstance(call, MatrixCall) or "weight" not in call.parameters:
+            return None
+        place = place_of(call.input)
+        key = self._copies.get(place, place), call.geometry, layouts.input, "bias" in call.parameters
+        return self._activations.setdefault(key, object())
 
     def _repeated_use(self, site: Site, growth: _Growth) -> TracedUse | None:
         """Try whether a function gives the same for an example alone; None if so, or if examples can't be told."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -21,6 +22,7 @@ from lightning_influence.gradients.attempts import Attempt
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.precision_watch import PrecisionWatch, lower_precision
 from lightning_influence.layers import per_sample
+from lightning_influence.layers.rows import some
 from lightning_influence.objective.scale import LossScale
 from lightning_influence.objective.standard_task import StandardTask, suggested
 
@@ -32,6 +34,8 @@ _COARSE = (5e-2, 5e-2)
 _NEGLIGIBLE = 1e-4
 # The share of others below which an example's own gradient is rounding.
 _SMALL_SHARE = 1e-2
+# Directions of its activations in which such a gradient is looked at.
+_DIRECTIONS = 64
 # Examples compared so, chosen at random, besides the first and the last one.
 _DRAWN = 2
 
@@ -152,7 +156,7 @@ def _inspected(gradients: ExampleGradients, indices: list[int], *, verify: bool)
     """Run a batch of these examples and check it."""
     drawn = torch.randperm(len(indices), generator=torch.Generator().manual_seed(len(indices)))[:_DRAWN].tolist()
     compared = list(dict.fromkeys((0, len(indices) - 1, *drawn))) if verify else []
-    look = _look(gradients, indices, keep=compared)
+    look = _look(gradients, indices, keep=compared, summed=verify)
     if not verify:
         return look.inspection
     if not bool(look.finite.all()):
@@ -170,6 +174,7 @@ def _inspected(gradients: ExampleGradients, indices: list[int], *, verify: bool)
             "the randomness."
         )
     error = _compare(gradients, indices, look)
+    look.sums.clear()  # as large as the model
     if len(indices) > 1:
         _compare_alone(gradients, indices, look, compared, random)
     return replace(look.inspection, largest_error=error, random=random)
@@ -182,6 +187,7 @@ def _look(
     *,
     step_seed: int = 0,
     keep: Sequence[int] = (),
+    summed: bool = False,
 ) -> _Look:
     """Run one batch; by default every term is scaled such that the batch loss is the mean over this very batch.
 
@@ -190,7 +196,8 @@ def _look(
         indices: The examples.
         scale: Of the loss.
         step_seed: Of what the step draws.
-        keep: Positions of the examples whose gradients are kept whole.
+        keep: Positions of the examples whose gradients are kept, see ``_seen``.
+        summed: Whether to sum up the gradients of all examples.
     """
     positions: dict[str, int] = {}
     sums: dict[str, Tensor] = {}
@@ -208,11 +215,12 @@ def _look(
         for io in item.layers():
             positions[io.name] = io.x.shape[2]
             largest = max(largest, io.x.nbytes)  # as it is worked on, beside all that lies in the capture
-            sums[io.name] = per_sample.summed_gradient(io.x, io.gs[0])
+            if summed:
+                sums[io.name] = per_sample.summed_gradient(io.x, io.gs[0])
             norms[io.name] = wide(per_sample.squared_norms(io.x, io.gs[0]))
             if keep:
-                alone = torch.eye(len(indices), dtype=io.x.dtype, device=io.x.device)[list(keep), None, :, None, None]
-                kept[io.name] = torch.stack([per_sample.summed_gradient(io.x * only, io.gs[0]) for only in alone])
+                these = torch.tensor(list(keep), device=io.x.device)
+                kept[io.name] = per_sample.formed(_seen(some(io.x, these)), some(io.gs[0], these))
         dtype = reduce(lower_precision, (block.dtype for block in sums.values()), watch.lowest)
         inspection = Inspection(
             positions,
@@ -234,6 +242,19 @@ def _look(
             *_TOLERANCES.get(dtype, _COARSE),
             kept,
         )
+
+
+def _seen(x: Tensor) -> Tensor:
+    """Return activations ``[k, n, s, i]`` as seen from a few random directions, always the same ones.
+
+    Lengths of gradients, and of their differences, stay about the same (Johnson & Lindenstrauss 1984): enough to tell
+    rounding from another gradient, where a few whole ones would be a few times the model.
+    """
+    size = x.shape[-1]
+    if size <= _DIRECTIONS:
+        return x
+    directions = torch.randn(size, _DIRECTIONS, generator=torch.Generator().manual_seed(size))
+    return x @ directions.div_(math.sqrt(_DIRECTIONS)).to(x)
 
 
 def _draws_random_numbers(gradients: ExampleGradients, indices: list[int], look: _Look) -> bool:
@@ -298,11 +319,12 @@ def _compare_alone(
         trials.append((0, 0, _copies(n)))
     for k, position, size in trials:
         alone = _look(gradients, [indices[position]] * size, look.scale, keep=[position])
+        own = float(torch.stack([wide(kept[k]).square().sum() for kept in look.kept.values()]).sum().sqrt())
         pairs: list[tuple[str, Tensor, Tensor, float]] = []
         if look.values is not None and alone.values is not None:
             pairs.append(("loss", look.values[position], alone.values[position], 1e-12))
         pairs += [
-            (f"gradient in {name}", kept[k], alone.kept[name][0], _smallest_own(look, name, k))
+            (f"gradient in {name}", kept[k], alone.kept[name][0], _smallest_own(look, name, own))
             for name, kept in look.kept.items()
             if name in alone.kept
         ]
@@ -334,10 +356,9 @@ def _way_out(gradients: ExampleGradients, indices: list[int]) -> str:
     return task if line is None else f"the loss of each example alone, {line} (else {task})"
 
 
-def _smallest_own(look: _Look, name: str, k: int) -> float:
-    """Return the norm below which an example's gradient in a block is compared with that of others."""
-    own = torch.stack([wide(kept[k]).square().sum() for kept in look.kept.values()]).sum().sqrt()
-    return max(_SMALL_SHARE * float(own), _SMALL_SHARE * float(look.norms[name].max().sqrt()), 1e-30)
+def _smallest_own(look: _Look, name: str, own: float) -> float:
+    """Return the norm below which an example's gradient in a block is compared with that of others, or all its own."""
+    return max(_SMALL_SHARE * own, _SMALL_SHARE * float(look.norms[name].max().sqrt()), 1e-30)
 
 
 def _smallest(look: _Look, name: str) -> float:

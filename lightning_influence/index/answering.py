@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -39,6 +40,17 @@ Order = Literal["none", "relative"]
 
 # Of the gradients of queries that are held at a time.
 _QUERY_BYTES = 2**30
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Answers(TopScores):
+    """Answers of an index.
+
+    Attributes:
+        told: ``loss``, ``label`` and ``predicted`` of the queries ``[q]``, as far as the loss tells.
+    """
+
+    told: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ExampleIndex:
@@ -92,7 +104,7 @@ class ExampleIndex:
         normalise: Order = "none",
         within: Data | None = None,
         everything: bool | None = None,
-    ) -> TopScores:
+    ) -> Answers:
         """Return the training examples that help and harm new examples most.
 
         Args:
@@ -120,15 +132,18 @@ class ExampleIndex:
         names = self.examples if within is None else self.places_in(within)
         found: list[tuple[Tensor, Tensor]] = []
         order: list[int] = []
+        said: list[Mapping[str, Tensor]] = []
         search: Search | None = None
         for chosen, coder, queries in self._asked(model, batch, loss, indices):
             search = search or Search(coder, self._shards, self._projection)
             best = search.strongest(queries, k, relative=normalise == "relative", everything=everything)
             found.append((best.scores.double(), names[best.rows].masked_fill(best.rows < 0, -1)))
             order += chosen
-        result = TopScores.of(order, found)
-        result.notes.append(told(self.about))
-        return result
+            said.append(queries.told)
+        top = TopScores.of(order, found)
+        top.notes.append(told(self.about))
+        names_told = set.intersection(*(set(each) for each in said))
+        return Answers(**vars(top), told={name: torch.cat([each[name] for each in said]) for name in names_told})
 
     def scores(
         self, model: nn.Module, batch: Any, *, loss: Loss | None = None, indices: Indices | None = None

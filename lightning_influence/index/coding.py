@@ -152,12 +152,14 @@ class CodedQueries:
         whole: ``(C + λ)⁻¹ g_q`` in the eigenbasis ``[q, k, o, i]``, of the layers that are kept whole.
         searched: The coordinates that the search is made of ``[q, m]``.
         finite: Which have finite gradients ``[q]``; the others are zero.
+        told: What their loss tells of them, ``[q]`` each.
     """
 
     kept: Tensor
     whole: Mapping[str, Tensor]
     searched: Tensor
     finite: Tensor
+    told: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of queries."""
@@ -166,7 +168,8 @@ class CodedQueries:
     def some(self, queries: slice | Tensor) -> CodedQueries:
         """Return some of them."""
         whole = {name: v[queries] for name, v in self.whole.items()}
-        return CodedQueries(self.kept[queries], whole, self.searched[queries], self.finite[queries])
+        told = {name: values[queries] for name, values in self.told.items()}
+        return CodedQueries(self.kept[queries], whole, self.searched[queries], self.finite[queries], told)
 
     @classmethod
     def together(cls, parts: Sequence[CodedQueries]) -> CodedQueries:
@@ -175,7 +178,9 @@ class CodedQueries:
         kept, searched, finite = (
             torch.cat([getattr(part, name) for part in parts]) for name in ("kept", "searched", "finite")
         )
-        return cls(kept, whole, searched, finite)
+        names = set.intersection(*(set(part.told) for part in parts))
+        told = {name: torch.cat([part.told[name] for part in parts]) for name in names}
+        return cls(kept, whole, searched, finite, told)
 
 
 class Coder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lightning_influence.data.contents import digest
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
-from lightning_influence.gradients.visitors import Visitor, visit
+from lightning_influence.gradients.visitors import Visitor, loss_columns, visit
 from lightning_influence.index.coding import CodedQueries, Coder, Layout, projection
 from lightning_influence.index.files import DIGEST, EXAMPLE, Folder, Shard
 from lightning_influence.index.search import Search
@@ -28,8 +29,8 @@ from lightning_influence.index.settings import Index, check_indexed
 from lightning_influence.scores.examples import ExampleScorer
 from lightning_influence.scores.queries import prepared_queries, query_chunks
 
-# Training examples that are asked about to tell how good the index is, and rows that they are compared on.
-_PROBES, _COMPARED = 8, 8192
+# Training examples that are asked about to tell how good the index is, and about how many they are compared with.
+_PROBES, _COMPARED = 8, 4096
 # Rows that the projection of the search is learnt from.
 _SAMPLE = 2048
 _TOP = 10
@@ -73,7 +74,9 @@ class IndexWriter(Visitor):
         self._coded = coded_queries(self.coder, gradients, self._probes)
         (self._prepared,) = prepared_queries(curvature, gradients, [self._probes])
         size = len(distributed.share(indices))
-        self._exact = torch.zeros(size, len(self._probes))
+        self._exact = torch.full((size, len(self._probes)), torch.nan)
+        # To form gradients once more takes a third of the time: of many examples some will do.
+        self._every, self._batches = -(-size // _COMPARED), 0
         self._searched = settings.searched(self.layout.width)
         parts, item = 1 + len(self.layout.whole), np.dtype(settings.precision).itemsize
         self.row_bytes = item * (self.layout.width + self._searched) + 4 * parts + EXAMPLE.itemsize
@@ -90,12 +93,14 @@ class IndexWriter(Visitor):
         """Begin the rows of a batch."""
         n, device = batch.loss.n, batch.finite.device
         self._rows, self._of_parts = self.coder.empty(n, device)
+        self._batches += 1
         self._products = self._prepared.self_influence.new_zeros((n, len(self._probes)))
 
     def add(self, io: LayerIO) -> None:
         """Add a layer."""
         self.coder.add(io, self._rows, self._of_parts)
-        self._products += self._prepared.products(io)
+        if self._comparing:
+            self._products += self._prepared.products(io)
 
     def end(self, batch: BatchGradients) -> None:
         """Write the batch."""
@@ -107,12 +112,17 @@ class IndexWriter(Visitor):
         examples["self_influence"] = known.numpy()
         self._kept[own] = self._rows.cpu().numpy()
         self._lengths[own] = self._of_parts.cpu().numpy()
-        self._exact[own] = self._products.float().cpu()
+        if self._comparing:
+            self._exact[own] = self._products.float().cpu()
         self._added = batch.loss.n
 
     def file(self) -> None:
         """Count the batch as written."""
         self._done += self._added
+
+    @property
+    def _comparing(self) -> bool:
+        return self._batches % self._every == 0
 
     # ------------------------------------------------------------------------------------------------- at the end
 
@@ -187,18 +197,19 @@ class IndexWriter(Visitor):
 
     def _trust(self, shard: Shard, columns: Tensor) -> dict[str, float]:
         """Return how scores of the index compare with exact ones: some training examples with all others."""
+        chosen = (~self._exact[: len(shard)].isnan().all(1)).nonzero().squeeze(1)
+        if not len(chosen):
+            return {}
+        shard = Shard(shard.examples[chosen.numpy()], *(t[chosen] for t in (shard.rows, shard.lengths, shard.search)))
         search, count = Search(self.coder, [shard], columns), len(self._probes)
-        chosen = torch.tensor(random_subset(range(len(shard)), _COMPARED, 3))
-        some = Shard(shard.examples[chosen.numpy()], *(t[chosen] for t in (shard.rows, shard.lengths, shard.search)))
-        scores = torch.cat([part for _, part in Search(self.coder, [some], columns).all_scores(self._coded)], 1)
+        scores = torch.cat([part for _, part in search.all_scores(self._coded)], 1)
         of_index = torch.from_numpy(shard.examples["index"].copy())
         finite = torch.from_numpy(np.isfinite(shard.examples["self_influence"]))
-        found = search.strongest(self._coded, _TOP + 1, relative=False, everything=False)
+        found = search.strongest(self._coded, min(_TOP + 1, len(shard)), relative=False, everything=False)
         told: list[list[float]] = []
         for probe in range(count):
-            exact, others = self._exact[: len(shard), probe], finite & (of_index != self._probes[probe])
-            own = others[chosen]
-            a, b = scores[probe][own].double(), exact[chosen][own].double()
+            exact, others = self._exact[chosen, probe], finite & (of_index != self._probes[probe])
+            a, b = scores[probe][others].double(), exact[others].double()
             if len(b) < 3 or not bool(b.isfinite().all()) or float(b.std()) == 0:
                 continue
             top = min(_TOP, int(others.sum()))
@@ -295,7 +306,8 @@ class _Coded(Visitor):
         self._coder.queries(io, self._kept, self._whole)
 
     def end(self, batch: BatchGradients) -> None:
-        self._part = batch.indices, self._coder.coded(self._kept, self._whole, batch.finite)
+        told = {name: values.cpu() for name, values in loss_columns(batch.loss).items()}
+        self._part = batch.indices, replace(self._coder.coded(self._kept, self._whole, batch.finite), told=told)
 
     def file(self) -> None:
         self._order += self._part[0]

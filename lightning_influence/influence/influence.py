@@ -148,7 +148,7 @@ class Influence(ExaminedModel):
         factor_examples: int | Literal["auto"] | None = "auto",
         history: OptimizerHistory | None = None,
     ) -> Influence:
-        """Fit a curvature at the weights that the model has now.
+        """Return the same with a curvature, fitted at the weights that the model has now.
 
         Args:
             curvature: ``"ekfac"``, ``"kfac"``, ``"diagonal"``, ``"identity"``, ``"block_ggn"``, ``"ggn"`` or
@@ -161,12 +161,8 @@ class Influence(ExaminedModel):
             factor_examples: Number of random examples to fit on; ``"auto"``: enough for every factor; None: all.
             history: What the optimizer did, see ``StepSizes.history``; by default as far as an audit has followed it.
 
-        Returns:
-            The same with the curvature.
-
         Raises:
-            TypeError: If ``history`` is none.
-            ValueError, TaskError, IndefiniteError: If the curvature can't be had; with the way out.
+            TypeError, ValueError, TaskError, IndefiniteError: If the curvature can't be had; with the way out.
         """
         _check_fit(factor_examples, history)
         plan = self.plan(

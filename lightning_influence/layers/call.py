@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_influence.core.layout import BatchLayout
 
 Bound: TypeAlias = Literal["input", "gradient", "nothing"]
+_TENSORS = ("input", "parameters")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,11 @@ class MatrixCall(Call):
     def needs_input(self) -> bool:
         """Whether the weight is followed: the bias alone does not need the input."""
         return "weight" in self.parameters
+
+    @property
+    def geometry(self) -> tuple[object, ...]:
+        """What decides, beside the input and its layout, which activations the call lays out."""
+        return type(self), *(getattr(self, each.name) for each in fields(self) if each.name not in _TENSORS)
 
     @abstractmethod
     def activations(self, n: int, layouts: Layouts) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_influence.audit.asked import PAGE_FIELDS
 from lightning_influence.audit.columns import COLUMNS, INFLUENCE_ON, Columns, candidate_rows, column_of
 from lightning_influence.audit.curves import SUGGESTED
 from lightning_influence.page.cards import cards
@@ -29,22 +30,6 @@ _CHUNK = 1_000_000  # characters of pictures that come with one request
 _BYTES, _CURVES = 1_400_000, 100_000
 _TOKENS = 1_000_000  # characters of tokens and their scores
 _BINS = 40
-_PAIR_FIELDS = {
-    "query": "query",
-    "set": "query_set",
-    "number": "number",
-    "label": "query_label",
-    "predicted": "query_predicted",
-    "loss": "query_loss",
-    "measured": "measured",
-    "list": "list",
-    "kind": "kind",
-    "rank": "rank",
-    "index": "index",
-    "score": "score",
-    "relative": "relative",
-    "query_id": "query_id",
-}
 
 
 def files(
@@ -237,7 +222,7 @@ def _histories(
 def _pairs(pairs: Columns | None) -> list[dict[str, Any]]:
     if pairs is None:
         return []
-    lists = {name: np.asarray(pairs[source]).tolist() for name, source in _PAIR_FIELDS.items() if source in pairs}
+    lists = {name: np.asarray(pairs[source]).tolist() for name, source in PAGE_FIELDS.items() if source in pairs}
     lists.setdefault("list", ["strongest"] * len(lists["index"]))
     if "tokens" in pairs:
         lists |= {"tokens": _tokens(pairs), "tokens_rest": np.asarray(pairs["tokens_rest"]).tolist()}

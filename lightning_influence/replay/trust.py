@@ -52,7 +52,6 @@ class Trust:
         predicted: Changes of the measurement as the scores foretell them ``[t, q]``.
         actual: Its changes in the trainings without some examples ``[t, q]``.
         left_out: Number of examples that were left out in each trial.
-        largest: The largest score over the median one, both without sign; the median over queries.
         helps: What in the recipe would bring the two closer.
         notes: What else a reader should know.
     """
@@ -60,7 +59,6 @@ class Trust:
     predicted: Tensor
     actual: Tensor
     left_out: int
-    largest: float
     helps: Sequence[str] = ()
     notes: Sequence[str] = ()
 
@@ -94,7 +92,6 @@ class Trust:
         )
         if constant := int(self.correlations.isnan().sum()):
             told += f", {constant:,} of which did not change"
-        told += f"; the largest score is {self.largest:.3g} times the median one"
         return told if self.word == "reliable" else f"{told}. What would help: {'; '.join(self.helps)}"
 
     def __repr__(self) -> str:
@@ -143,13 +140,11 @@ def self_test(
         weights[out] = 0
         predicted.append(found[:, out].double().sum(1) / rerun.record.recipe.examples)
         actual.append(_values(rerun, retraining.end(examples, weights, advance), ends) - before)
-    size = found.double().abs()
     rate = max(float(group["lr"]) for step in rerun.record.steps for group in step.groups)
     return Trust(
         torch.stack(predicted),
         torch.stack(actual),
         left_out,
-        float((size.amax(1) / size.median(1).values).nanmedian()),
         [f"a cooler learning rate (it went up to {rate:.3g})", *retraining.smoother()],
         ["examples that are left out still take part in batch statistics"] if statistics_of(rerun.module) else [],
     )

@@ -221,7 +221,7 @@ def top_scores(
     if count < 1:
         raise ValueError(f"count is {count}; expected at least one proponent and opponent to find.")
     examples = distinct(indices).tolist()
-    chunks = query_chunks(gradients, query_indices)
+    chunks = query_chunks(gradients, query_indices, curvature)
     found = []
     for prepared in prepared_queries(curvature, queries.like(gradients), chunks, len(examples)):
         own = None if normalise == "none" else ExampleScorer(gradients, examples, curvature)
@@ -283,7 +283,6 @@ class PairSum:
         size = 0 if write is not None else len(self._examples)
         self._scores = _zeros(1 + len(layers), len(self._asked), size)
         self._met = torch.zeros(size, dtype=torch.bool)
-        self._chunks = query_chunks(gradients, query_indices)
 
     def prepared(self, curvature: Curvature | None = None) -> Iterator[tuple[slice, PreparedQueries]]:
         """Yield rows and gradients of as many queries as are taken at a time, at the weights that the model has now.
@@ -295,7 +294,8 @@ class PairSum:
             QueryError: Before the first, if the training task can't be run on the queries.
         """
         start = 0
-        for queries in prepared_queries(curvature, self._queries, self._chunks, len(self._examples)):
+        chunks = query_chunks(self.gradients, self._asked.tolist(), curvature)
+        for queries in prepared_queries(curvature, self._queries, chunks, len(self._examples)):
             rows = slice(start, start + len(queries.self_influence))
             yield rows, queries
             start = rows.stop

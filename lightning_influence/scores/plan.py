@@ -142,8 +142,8 @@ class InfluencePlan:
 
     def decomposition_seconds(self, coverage: Coverage) -> float:
         """Return a guess of the time of the eigendecompositions: cubic, and 0.6 s for 1,569 rows on two CPU cores."""
-        blocks = coverage.blocks.values()
-        return sum(1.6e-10 * k * size**3 for block in blocks for k, size in decompositions(self.curvature, block))
+        each = decompositions(self.curvature, coverage).values()
+        return sum(1.6e-10 * k * size**3 for of_layer in each for k, size in of_layer)
 
 
 @dataclass(eq=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -22,9 +23,10 @@ from lightning_influence.layers.rows import Rows
 from lightning_influence.objective.task import TaskError
 from lightning_influence.scores.measurements.base import MeasurementError
 
-# Of each query's gradient there are, for a while: itself, the solution, and what solving takes.
+# Of a gradient there are, for a while: itself, the solution, and what solving takes. Where blocks are solved for one at
+# a time, that is of one block.
 _COPIES = 4
-# For all of them, which are as large as the parameters: more queries take more passes over the training data.
+# For all queries' vectors, each as large as the parameters: more queries take more passes over the training data.
 _QUERY_BYTES = 2**32
 
 _Query = TypeVar("_Query")
@@ -86,19 +88,35 @@ def check_layers(gradients: ExampleGradients, other: str, covered: Set[str]) -> 
         )
 
 
-def query_chunks(gradients: ExampleGradients, queries: Sequence[_Query]) -> list[list[_Query]]:
+def query_chunks(
+    gradients: ExampleGradients, queries: Sequence[_Query], curvature: Curvature | None = None
+) -> list[list[_Query]]:
     """Return the queries to take at a time, the same on every process: as many as memory has room for.
 
     Args:
         gradients: Passes over the training data.
         queries: The queries.
+        curvature: What they are preconditioned with. Without one, others will hold more of each query.
     """
+    blocks = gradients.coverage.blocks.values()
     like = next(p for p in gradients.module.parameters() if p.is_floating_point())
-    width = max(1, _COPIES * gradients.coverage.covered_parameters * working_dtype(like.dtype).itemsize)
-    available = memory.available_bytes(gradients.device)
-    own = _QUERY_BYTES if available is None else min(_QUERY_BYTES, available)
-    step = max(1, min(distributed.gather_objects(own)) // width)
+    itemsize = working_dtype(like.dtype).itemsize
+    # Block by block, a few gradients and what solving makes of them, beside the vectors.
+    alone = curvature is not None and _by_block(curvature)
+    beside = _COPIES * max((math.prod(block.shape) for block in blocks), default=0) * itemsize if alone else 0
+    width = max(1, (1 if alone else _COPIES) * gradients.coverage.covered_parameters * itemsize)
+    step = max(1, (min(distributed.gather_objects(_query_bytes(gradients.device))) - beside) // width)
     return [list(queries[start : start + step]) for start in range(0, len(queries), step)]
+
+
+def _query_bytes(device: torch.device) -> int:
+    """Return what vectors of queries may take: a few GB, or half of what is free, if that is more."""
+    available = memory.available_bytes(device)
+    if available is None:
+        return _QUERY_BYTES
+    # An accelerator is a process's own; of the host's memory, each takes its part.
+    sharing = distributed.world_size() if device.type == "cpu" else 1
+    return min(available, max(_QUERY_BYTES, available // (2 * sharing)))
 
 
 def prepared_queries(
@@ -121,36 +139,15 @@ def prepared_queries(
         SolverError: If an iterative solver did not reach its tolerance.
     """
     for chunk in chunks:
-        yield _prepared(curvature, queries, chunk, examples)
+        asked = _Solving(curvature, queries, len(chunk), examples)
+        with run_on_queries():
+            visit(queries, chunk, [asked], title="queries", everywhere=True)
+        yield asked.result()
 
 
-def _prepared(
-    curvature: Curvature | None, queries: ExampleGradients, chunk: list[int], examples: int | None
-) -> PreparedQueries:
-    """Return the preconditioned gradients of one chunk of queries."""
-    bases: dict[str, Eigenbasis | None] = {}
-
-    def formed(io: LayerIO) -> Tensor:
-        if curvature is not None and io.name not in bases:
-            bases[io.name] = None if examples is None else _cheaper_basis(curvature, io, len(chunk), examples)
-        return per_sample.formed(*_rows(io, bases.get(io.name)))
-
-    asked = _Formed(queries, len(chunk), formed)
-    with run_on_queries():
-        visit(queries, chunk, [asked], title="queries", everywhere=True)
-    gradients, finite = asked.result()
-    unknown = wide_zeros(len(finite), finite.device).masked_fill(~finite, torch.nan)
-    if curvature is None:
-        return PreparedQueries(gradients, unknown)
-    solved = curvature.solve({name: v for name, v in gradients.items() if bases.get(name) is None})
-    vectors: dict[str, Tensor] = {}
-    products: list[Tensor] = []
-    for name in list(gradients):
-        gradient, basis = gradients.pop(name), bases.get(name)
-        vectors[name] = solved[name] if basis is None else gradient * basis.inverse
-        # The same number in every orthonormal basis. Rows first: a sum in float64 takes a copy of what it adds up.
-        products.append(wide((gradient * vectors[name]).sum(3)).sum((1, 2)))
-    return PreparedQueries(vectors, torch.stack(products).sum(0) + unknown, bases)
+def _by_block(curvature: Curvature | None) -> bool:
+    """Tell whether blocks can be solved for one at a time."""
+    return curvature is None or curvature.blockwise is curvature
 
 
 def _rows(io: LayerIO, basis: Eigenbasis | None) -> tuple[Tensor, Rows]:
@@ -196,23 +193,40 @@ def run_on_queries() -> Iterator[None]:
         ) from (error.__cause__ or error)
 
 
-class _Formed(Visitor):
-    """Keeps the gradients of all examples of a pass, as ``form`` gives them."""
+class _Solving(Visitor):
+    """Keeps the gradients of all examples of a pass, preconditioned as soon as they are formed where that can be done.
 
-    def __init__(self, queries: ExampleGradients, count: int, form: Callable[[LayerIO], Tensor]) -> None:
-        self._shapes = {name: (count, *block.shape) for name, block in queries.coverage.blocks.items()}
-        self._count, self._device, self._form, self._done = count, queries.device, form, 0
-        self._reached: dict[str, Tensor] = {}
+    They are formed a few at a time, block by block: as large as all parameters there are the vectors alone.
+    """
+
+    def __init__(
+        self, curvature: Curvature | None, queries: ExampleGradients, count: int, examples: int | None
+    ) -> None:
+        self._curvature, self._examples, self._count, self._done = curvature, examples, count, 0
+        self._shapes, self._device = {n: (count, *b.shape) for n, b in queries.coverage.blocks.items()}, queries.device
+        self._vectors: dict[str, Tensor] = {}
+        self._bases: dict[str, Eigenbasis | None] = {}
+        self._squares: dict[str, Tensor] = {}
         self._finite: list[Tensor] = []
 
     def add(self, io: LayerIO) -> None:
-        formed = self._form(io)
-        if len(formed) == self._count:  # all queries at once: no copy
-            self._reached[io.name] = formed
-            return
-        if io.name not in self._reached:
-            self._reached[io.name] = formed.new_zeros(self._shapes[io.name])
-        self._reached[io.name][self._done : self._done + len(formed)] = formed
+        name, curvature = io.name, self._curvature
+        if name not in self._vectors:
+            self._vectors[name] = io.x.new_zeros(self._shapes[name])
+            self._squares[name] = wide_zeros(self._count, io.x.device)
+            if curvature is not None and self._examples is not None:
+                self._bases[name] = _cheaper_basis(curvature, io, self._count, self._examples)
+        basis, start = self._bases.get(name), self._done
+        for formed in per_sample.gradients(*_rows(io, basis), cached=False):
+            gradients = formed.transpose(0, 1)
+            solved = gradients
+            if basis is not None:
+                solved = gradients * basis.inverse
+            elif curvature is not None and _by_block(curvature):
+                solved = curvature.solve({name: gradients})[name]
+            these = slice(start, start + len(gradients))
+            self._vectors[name][these], start = solved, these.stop
+            self._squares[name][these] = _inner(gradients, solved)
 
     def end(self, batch: BatchGradients) -> None:
         self._of_batch = batch.finite
@@ -221,10 +235,24 @@ class _Formed(Visitor):
         self._done += len(self._of_batch)
         self._finite.append(self._of_batch)
 
-    def result(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the gradients by block, ``[q, k, o, i]``, and which are finite."""
-        reached = self._reached
+    def result(self) -> PreparedQueries:
+        """Return the queries."""
+        reached, squares, curvature = self._vectors, self._squares, self._curvature
         like = next(iter(reached.values()), torch.zeros(0, device=self._device))
         # Zeros are made only where they are needed: they are as large as gradients.
-        found = {n: reached[n] if n in reached else like.new_zeros(shape) for n, shape in self._shapes.items()}
-        return found, torch.cat(self._finite)
+        found = {n: reached.pop(n) if n in reached else like.new_zeros(shape) for n, shape in self._shapes.items()}
+        if not _by_block(curvature):
+            assert curvature is not None
+            solved = curvature.solve(found)
+            squares = {name: _inner(found.pop(name), solved[name]) for name in list(found)}
+            found = solved
+        total = wide_zeros(self._count, self._device)
+        if curvature is not None:
+            total = sum(squares.values(), total)
+        return PreparedQueries(found, total.masked_fill(~torch.cat(self._finite), torch.nan), self._bases)
+
+
+def _inner(gradients: Tensor, vectors: Tensor) -> Tensor:
+    """Return inner products ``[m]`` of ``[m, k, o, i]``, the same in every orthonormal basis."""
+    # Rows first: a sum in float64 takes a copy of what it adds up.
+    return wide((gradients * vectors).sum(3)).sum((1, 2))

@@ -25,8 +25,9 @@ from lightning_influence.training.example_sums import ExampleSums, in_blocks
 
 # Logits up to this many scalars wait for those of other batches: each call costs more than its arithmetic.
 _SMALL = 2**16
-# Mean probabilities are kept up to this many scalars (400 MB); beyond, their columns are left out.
+# Mean probabilities are kept up to this many scalars (400 MB); beyond, the given label's margins alone.
 _PROBABILITY_BUDGET = 10**8
+_BOUND = "least_margin"
 
 RIVAL = "rival"
 """In one number: the likeliest class but the given one, and after the point how likely the last visit found it."""
@@ -103,13 +104,24 @@ class TrainingDynamics:
             found[RIVAL] = _rivals(probabilities, statistics["label"])
         if self.size * probabilities.shape[1] > _PROBABILITY_BUDGET:
             self.left_out = (
-                f"no prob_margin and no support, and suggested is the final prediction: the mean probabilities of "
+                f"prob_margin is a lower bound (it takes the likeliest other class of each visit, not that of their "
+                f"mean), there is no support, and suggested is the final prediction: the mean probabilities of "
                 f"{self.size:,} examples and {probabilities.shape[1]:,} classes are more numbers than are kept, "
                 f"{_PROBABILITY_BUDGET:,}"
             )
-            self.sums.forget("probabilities")  # of a stream that was shorter so far
-            del found["probabilities"]
+            self._condense()
+            found[_BOUND] = margin_of_label(found.pop("probabilities"), found["label"])[0]
         return found
+
+    def _condense(self) -> None:
+        """Keep the margins alone, of a stream that was shorter so far."""
+        if "probabilities" not in self.sums:
+            return
+        sums = self.sums
+        for rows, given in in_blocks(torch.arange(self.size), sums["label"]):
+            margins = margin_of_label(sums["probabilities"][rows], given.long())[0]
+            sums.add(_BOUND, rows, margins.nan_to_num())  # of examples that were not visited
+        sums.forget("probabilities")
 
     def flush(self) -> None:
         """Add the waiting batches to the sums."""
@@ -167,7 +179,7 @@ class TrainingDynamics:
         sums.add("nonfinite", rows, ~finite)
         rows, taken = _kept(rows, taken, finite)
         sums.add("times_seen", rows, torch.ones(len(rows)))
-        for name in ("loss", "worst", "margin", "el2n", "wrong", "probability", "probabilities"):
+        for name in ("loss", "worst", "margin", "el2n", "wrong", "probability", "probabilities", _BOUND):
             if name in taken:
                 sums.add(name, rows, taken[name])
         sums.add("loss_squared", rows, taken["loss"].double().square())
@@ -212,6 +224,8 @@ class TrainingDynamics:
         if "probabilities" in sums:
             known = torch.where(seen > 0, result["label"], -1)
             result["prob_margin"] = torch.cat([self._margin(some, given) for some, given in in_blocks(at, known)])
+        elif _BOUND in sums:
+            result["prob_margin"] = sums[_BOUND][at] / count
         return result
 
     def _margin(self, rows: Tensor, labels: Tensor) -> Tensor:

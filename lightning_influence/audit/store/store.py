@@ -51,7 +51,7 @@ from lightning_influence.audit.store.tensors import (
 SCHEMA_VERSION = 1
 STATUSES = ("recording", "interrupted", "complete")
 
-_PAIRS, _PAGE = "pairs.parquet", "audit.json"
+_PAIRS, PAGE = "pairs.parquet", "audit.json"
 _MANIFEST, _SCORES, _CANDIDATES, _GLOSSARY = "manifest.json", "scores.parquet", "candidates.csv", "columns.md"
 _CHECKPOINTS, _CURVES = "checkpoints", "curves"
 _VERSION = "lightning_influence.schema_version"
@@ -248,13 +248,13 @@ class AuditStore:
         """
         done = False
         try:
-            for name in sorted(files, key=lambda name: name == _PAGE):  # it names the others
+            for name in sorted(files, key=lambda name: name == PAGE):  # it names the others
                 self._write(name, files[name])
-            done = _PAGE in files
+            done = PAGE in files
         finally:
             if not done:
                 with suppress(OSError):
-                    (self.directory / _PAGE).unlink(missing_ok=True)
+                    (self.directory / PAGE).unlink(missing_ok=True)
 
     def write_factors(
         self, block_name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None

@@ -29,6 +29,8 @@ Shape = tuple[int, int, int]
 Sides = tuple[bool, bool]
 """Whether the output side and the input side may have a dense basis."""
 
+OF_INPUTS = "activation"
+"""What is decomposed of the activations alone, see ``CurvatureBlock._decompositions``: once for all that share them."""
 RELATIVE_DAMPING = 0.1
 """Default damping: this multiple of the block's mean eigenvalue (Grosse et al. 2023, 2308.03296)."""
 # Bytes of sums that are copied at a time, to be added up over processes.
@@ -79,6 +81,8 @@ class CurvatureBlock(ABC):
         self.dense = dense
         self.tensors: dict[str, Tensor] = {}
         """The fitted state, see ``fitted_shapes``; what the store keeps."""
+        self.inputs_of: CurvatureBlock | None = None
+        """A block that always has the same activations: what follows from them alone may be found there."""
         self._finished_passes = 0
         # Sums over examples of the running pass. All of them add up across processes.
         self._sums: dict[str, Tensor] = {}
@@ -150,6 +154,10 @@ class CurvatureBlock(ABC):
     def _ended(self, sums: dict[str, Tensor]) -> None:
         self._finish(sums)
         self._finished_passes += 1
+
+    def part(self) -> None:
+        """Measure activations by itself from now on; those of ``inputs_of`` were its own so far."""
+        self.inputs_of = None
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up a fitted state, instead of fitting: ``tensors`` of a block of the same shape."""
@@ -255,19 +263,25 @@ def end_passes(blocks: Mapping[str, CurvatureBlock], examples: int) -> None:
         float(sum(value.numel() * value.shape[-1] for value in _of(passes[layer], name).values()))
         for layer, name, _ in work
     ]
-    waiting = Counter(layer for layer, *_ in work)
+    names = {id(block): layer for layer, block in blocks.items()}
+    takers = {(layer, name): [layer] for layer, name, _ in work}
+    for layer, block in blocks.items():
+        if (whose := (names.get(id(block.inputs_of), ""), OF_INPUTS)) in takers:
+            takers[whose].append(layer)
+    waiting = Counter(layer for each in takers.values() for layer in each)
     for layer in blocks.keys() - waiting.keys():
         blocks[layer]._ended(passes.pop(layer))
     devices = {value.device for sums in passes.values() for value in sums.values()}
     device = max(devices, key=lambda each: each.type != "cpu", default=torch.device("cpu"))
     for place, found in distributed.dealt([each for *_, each in work], costs, device):
         layer, name, _ = work[place]
-        for key in _of(passes[layer], name):
-            del passes[layer][key]
-        passes[layer] |= found
-        waiting[layer] -= 1
-        if not waiting[layer]:
-            blocks[layer]._ended(passes.pop(layer))
+        for taker in takers[layer, name]:
+            for key in _of(passes[taker], name):
+                del passes[taker][key]
+            passes[taker] |= found
+            waiting[taker] -= 1
+            if not waiting[taker]:
+                blocks[taker]._ended(passes.pop(taker))
 
 
 def _of(sums: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.precision import exact, wide, wide_zeros
-from lightning_influence.curvature.blocks.block import Measure, Shape, Sides
+from lightning_influence.curvature.blocks.block import OF_INPUTS, Measure, Shape, Sides
 from lightning_influence.curvature.blocks.eigenvectors import eigenvectors, null_columns
 from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
 from lightning_influence.layers.per_sample import squared_norms
@@ -76,12 +76,20 @@ class KFACBlock(KroneckerBlock):
             low, high = (low, middle) if fits(middle) else (middle, high)
         return high
 
+    def part(self) -> None:
+        """Measure activations by itself from now on; the sums so far are its own, too."""
+        if self.inputs_of is not None:
+            sums = self.inputs_of._sums
+            self._sums |= {name: total.clone() for name, total in sums.items() if name.startswith(f"{OF_INPUTS}.")}
+        super().part()
+
     def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
         outputs, inputs = self.dense
         sums: dict[str, Tensor] = {}
         for use, use_xs, use_gs in _by_use(xs, gs):
+            if self.inputs_of is None:
+                sums[f"activation.{use}"] = added(second_moment(x, diagonal=not inputs) for x in use_xs)
             sums |= {
-                f"activation.{use}": added(second_moment(x, diagonal=not inputs) for x in use_xs),
                 f"gradient.{use}": added(second_moment(g, diagonal=not outputs) for g in use_gs),
                 # Known to the host: a device has much to launch as it is.
                 f"rows.{use}": torch.tensor(float(examples * use_xs[0].shape[2]), dtype=torch.float64),
@@ -97,9 +105,15 @@ class KFACBlock(KroneckerBlock):
     def _decompositions(self, sums: dict[str, Tensor]) -> dict[str, Callable[[], dict[str, Tensor]]]:
         uses, sizes = _uses(sums), dict[str, list[Tensor]]()
         for side in _SIDES:
-            sizes[side] = [_trace(sums[f"{side}.{use}"]) / n for use, n in zip(uses, _counts(sums, side), strict=True)]
+            counted = zip(uses, _counts(sums, side), strict=True)
+            # They weigh the kinds of uses, of which a block that shares its activations has but one.
+            sizes[side] = [_trace(sums[f"{side}.{use}"]) / n for use, n in counted] if len(uses) > 1 else []
         sides = zip(_SIDES, reversed(_SIDES), reversed(self.dense), strict=True)
-        return {side: partial(self._decomposed, sums, side, sizes[other]) for side, other, dense in sides if dense}
+        return {
+            side: partial(self._decomposed, sums, side, sizes[other])
+            for side, other, dense in sides
+            if dense and (side != OF_INPUTS or self.inputs_of is None)
+        }
 
     def _decomposed(self, sums: dict[str, Tensor], side: str, sizes: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the basis of a side, which columns span a null space, and the diagonal of each use's moment in it."""
