@@ -47,6 +47,7 @@ from which_lightning import (
 from lightning_influence import AuditReport, InfluenceAudit, Queries, TracIn
 from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.callbacks.bridge import check_strategy
+from lightning_influence.callbacks.budget import RunBudget
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.reporting import Reporter
 from lightning_influence.data.source import ExampleSource
@@ -322,7 +323,7 @@ def test_the_last_weights_count_once_however_training_ends(
         pass
 
     model = Judged(scheduled)
-    audit = InfluenceAudit(curvature="identity")
+    audit = InfluenceAudit(curvature="identity", tracin="epoch")
     report, made = fit(model, audit, tmp_path, loader(DOUBLE), loader(DOUBLE), callbacks=callbacks(audit), **trainer)
     expected = model.tracin(DOUBLE)
     close(report.columns["tracin"], expected)
@@ -564,7 +565,7 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
     assert manifest["arguments"] == {
         "curvature": "ekfac", "fisher": "auto", "damping": "auto", "solver": "auto", "factor_examples": 9,
         "tracin": {
-            "mode": "epoch", "every_n_epochs": 1, "every_n_steps": 1, "layers": None, "overhead": None,
+            "mode": "auto", "every_n_epochs": 1, "every_n_steps": 1, "layers": None, "overhead": 0.25,
             "keep_checkpoints": 10, "keep_bytes": 2**30,
         },
         "layers": None, "uncovered": "report", "queries": None, "task": None, "weights": "last", "verify": True,
@@ -1111,9 +1112,10 @@ def test_the_wait_that_is_announced_counts_the_passes() -> None:
     inspection = inspect(gradients, range(22))
     plan = InfluencePlan.make(gradients.coverage, inspection, 22)
     for queries in (None, QueryReport(Queries())):
-        reporter = Reporter(None, {}, None, queries)
-        reporter.seconds_per_example = 10.0
-        assert "about 11 min" in reporter.announce(plan, gradients, inspection, 22, 0)
+        nobody: Any = None
+        budget = RunBudget(nobody, nobody, inspection, nobody, Reporter(None, {}, None, queries))
+        budget.passed(220.0, 22)
+        assert "about 11 min" in budget.announced(plan, gradients.coverage, 22, 0)
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])

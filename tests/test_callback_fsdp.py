@@ -381,10 +381,14 @@ def test_a_distributed_checkpoint_is_put_together(two_processes: Path) -> None:
         audit.audit(Split(), loader(data, PER_PROCESS), ckpt_path=path)
     command = str(refused.value).partition("`python ")[2].partition("`")[0]
     subprocess.run([sys.executable, *command.split()], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    here = audit.audit(
-        Split(), loader(data, PER_PROCESS), ckpt_path=f"{path}.consolidated", val_dataloaders=loader(queries, 3)
-    )
+    whole = f"{path}.consolidated"
+    model = Split(SCENARIOS["adam"].optimizer)
+    here = audit.audit(model, loader(data, PER_PROCESS), ckpt_path=whole, val_dataloaders=loader(queries, 3))
     assert_same(report_below(two_processes / "adam"), here)
+    # Without the state of its optimizer, TracIn does not know how far the last epoch has moved the weights.
+    model = Split(lambda module: torch.optim.AdamW([{"params": [p]} for p in trainable(module)]))
+    other = InfluenceAudit(dirpath=two_processes / "others").audit(model, loader(data, PER_PROCESS), ckpt_path=whole)
+    assert any("tracin takes the last 3 steps of AdamW for plain ones" in note for note in other.manifest["notes"])
 
 
 @pytest.mark.slow
@@ -399,7 +403,7 @@ def test_what_is_refused(rank: int, two_processes: Path) -> None:
     told = told_by(two_processes, rank)
     assert "MisconfigurationException: TracIn in flight" in told["in flight"]
     assert 'Pass `tracin="epoch"`' in told["in flight"]
-    assert "each process trains net.first.weight" in told["half"]
+    assert "each process has its own net.first.weight" in told["half"]
     assert "can't be replayed: 2 processes" in told["record"]
     assert "save_distributed_checkpoint=False" in told["best"]
     assert "RuntimeError: after training with FSDP2" in told["later"]

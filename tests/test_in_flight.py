@@ -712,7 +712,7 @@ def test_sums_of_visits() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "batch"}, r"mode='batch'; expected one of 'epoch', 'step'"),
+        ({"mode": "batch"}, r"mode='batch'; expected one of 'auto', 'epoch', 'step'"),
         ({"every_n_epochs": 0}, r"every_n_epochs=0; expected an integer >= 1"),
         ({"every_n_epochs": True}, r"every_n_epochs=True; expected an integer >= 1"),
         ({"mode": "step", "every_n_steps": 2.0}, r"every_n_steps=2.0; expected an integer >= 1"),

@@ -149,7 +149,7 @@ def test_names_are_those_of_shards_and_of_what_stands_for_them(pair: tuple[Net, 
     assert names_of(module) == shards | parameters
 
 
-def test_what_no_group_trains_is_told(pair: tuple[Net, Net]) -> None:
+def test_what_no_group_holds_is_told(pair: tuple[Net, Net]) -> None:
     module, plain = pair
     assert (apart(module), is_split(module)) == ([], True)
     assert not is_split(plain)
@@ -200,7 +200,7 @@ def test_tensor_parallelism_is_refused(sizes: tuple[int, int], told: str | None)
 
     strategy = ModelParallelStrategy(*sizes)
     strategy._device_mesh = Mesh()
-    trainer: Any = SimpleNamespace(strategy=strategy)
+    trainer: Any = SimpleNamespace(strategy=strategy, world_size=1)
     if told is None:
         bridge.check_strategy(trainer)
         return

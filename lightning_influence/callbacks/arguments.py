@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,7 +28,7 @@ from lightning_influence.influence.inputs import (
 )
 from lightning_influence.objective.task import Task
 from lightning_influence.replay.settings import Record
-from lightning_influence.training.settings import Mode, TracIn
+from lightning_influence.training.settings import Mode, TracIn, check_overhead
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,15 +116,21 @@ class Arguments:
         }
 
 
-def checked_tracin(value: object) -> TracIn | None:
-    """Return the settings that a word stands for; raise ``ValueError`` for anything else."""
-    if value is None or isinstance(value, TracIn):
-        return value
+def checked_tracin(value: object, overhead: float | None) -> TracIn | None:
+    """Return the settings that a word stands for, within a budget; raise ``ValueError`` for anything else."""
+    check_overhead(overhead)
+    if value is None:
+        return None
+    if isinstance(value, TracIn):
+        own = value.overhead
+        more = value.mode == "auto" if own is None else overhead is not None and own > overhead
+        return replace(value, overhead=overhead) if more else value
     if value not in get_args(Mode):
         raise ValueError(
-            f'tracin={short(value)}; expected "epoch" (a pass at epoch ends), "step" (in flight), None, or TracIn(...).'
+            f'tracin={short(value)}; expected "auto" (passes at epoch ends, within `overhead`), "epoch" (at all of '
+            'them), "step" (in flight), None, or TracIn(...).'
         )
-    return TracIn(mode=value)  # type: ignore[arg-type]
+    return checked_tracin(TracIn(mode=value), overhead)  # type: ignore[arg-type]
 
 
 def checked_indices(name: str, indices: Indices | None) -> Tensor | None:

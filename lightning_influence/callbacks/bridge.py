@@ -203,6 +203,24 @@ def is_last_epoch(trainer: Trainer) -> bool:
     return 0 <= trainer.max_steps <= trainer.global_step
 
 
+def expected_epochs(trainer: Trainer) -> tuple[int, int | None]:
+    """Return how many epochs training will have, at the end of one of them, and how many at most.
+
+    The same number if that is known. Training that a callback may end early, or nothing known, is expected to have as
+    many as the next power of two.
+    """
+    ended, most = trainer.current_epoch + 1, trainer.max_epochs
+    limits = [most] if most is not None and most > 0 else []
+    if trainer.max_steps > 0 and trainer.global_step:
+        limits.append(math.ceil(trainer.max_steps * ended / trainer.global_step))
+    last = min(limits, default=None)
+    early = any(is_a(each, kind) for each in callbacks_of(trainer) for kind in ("EarlyStopping", "Timer"))
+    if last is not None and not early:
+        return max(last, ended), last
+    guess = 1 << ended.bit_length()
+    return guess if last is None else max(ended, min(guess, last)), last
+
+
 def has_loss_scaler(trainer: Trainer) -> bool:
     """Tell whether losses are scaled before their backward pass (``16-mixed``)."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)

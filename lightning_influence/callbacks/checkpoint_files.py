@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -136,6 +137,12 @@ class TrainerCheckpoint:
         """The weights by name: those that Lightning evaluates."""
         state: Mapping[str, Any] = self.content["state_dict"]
         return state
+
+    @property
+    def optimizer_states(self) -> list[dict[str, Any]]:
+        """The optimizers' states; those of a distributed checkpoint have names for parameters in place of numbers."""
+        apart = (self.content.get(f"optimizer_{number}") for number in itertools.count())
+        return list(self.content.get("optimizer_states") or itertools.takewhile(lambda state: state is not None, apart))
 
     @property
     def by_name(self) -> dict[str, Any]:

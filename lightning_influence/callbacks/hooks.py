@@ -76,6 +76,7 @@ class RunHooks(Answers):
         self._replay.batch_ended()
         if self._run is not None:
             self._run.listener.batch_ended()
+            self._run.budget.batch_ended(trainer, batch_idx)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Note the learning rates that are really used."""

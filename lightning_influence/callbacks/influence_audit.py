@@ -66,9 +66,9 @@ class InfluenceAudit(Afterwards):
             ``"auto"`` is dense for up to 4,096 parameters, else ``"nystrom"`` (``"cg"`` for the Hessian).
         factor_examples: Number of random examples that the curvature is fitted on; ``"auto"`` gives every factor
             enough rows and does not grow with the data; None takes all.
-        tracin: ``"epoch"``: TracIn by a pass over the training data at ends of epochs. ``"step"``: in flight, at every
-            step, from the training pass itself (automatic optimization only). ``TracIn(...)`` has further settings,
-            such as a budget of time; None for no TracIn.
+        tracin: ``"auto"``: TracIn by passes over the training data at as many ends of epochs as ``overhead`` leaves
+            room for, the last one always. ``"epoch"``: at all of them. ``"step"``: in flight, at every step, from the
+            training pass itself (automatic optimization only). ``TracIn(...)`` has further settings; None for none.
         layers: What to audit: names of modules (with everything in them), of layers or parameters, glob patterns, or
             types such as ``torch.nn.Linear``; None for everything that is trained.
         uncovered: What to do about trainable parameters whose per-example gradients have no closed form (some
@@ -101,13 +101,15 @@ class InfluenceAudit(Afterwards):
         record: Whether to note every step, so that the run can be replayed (``training_record``): what would have come
             out without an example, exactly to first order (``report.replay``; see ``docs/replay.md``). With validation
             data, a short run gets a column ``harm_exact``. ``Record(...)`` has budgets of memory and time.
+        overhead: Share of the training time that all of this may add; ``tracin="auto"`` keeps within what the looks at
+            labels and the final audit, which are always made, leave of it. None for no limit. See ``docs/costs.md``.
         index: Whether to keep every example's gradient, weighted and compressed, beside the audit: ``report.ask(model,
             batch)`` then answers later questions without the training data. ``Index(...)`` has its size.
 
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: During ``fit``, before the first step: for a stream without ``sample_id``, collate
-            functions whose order can't be followed, strategies that split the model, manual optimization without a
+            functions whose order can't be followed, strategies that split layers, manual optimization without a
             ``task``, models without a supported layer, losses that are not made of per-example losses, ...
 
     Example:
@@ -124,7 +126,7 @@ class InfluenceAudit(Afterwards):
         damping: Damping = "auto",
         solver: Solver = "auto",
         factor_examples: int | Literal["auto"] | None = "auto",
-        tracin: Mode | TracIn | None = "epoch",
+        tracin: Mode | TracIn | None = "auto",
         layers: Layers = None,
         uncovered: Uncovered = "report",
         task: Task | TaskName | None = None,
@@ -139,6 +141,7 @@ class InfluenceAudit(Afterwards):
         sample_id: SampleId | None = None,
         loader: str | int | None = None,
         record: bool | Record = False,
+        overhead: float | None = 0.25,
         index: bool | Index = False,
     ) -> None:
         self.arguments = Arguments(
@@ -147,7 +150,7 @@ class InfluenceAudit(Afterwards):
             damping,
             solver,
             factor_examples,
-            checked_tracin(tracin),
+            checked_tracin(tracin, overhead),
             layers,
             uncovered,
             checked_task(task),
@@ -227,6 +230,7 @@ class InfluenceAudit(Afterwards):
                 warn_of_other_labels(self._run, trainer, module)
         if not trainer.global_step:
             self._run.look(trainer, module)
+        self._run.budget.tell(trainer, module)
         self._before = None, None, None
         return self._run
 

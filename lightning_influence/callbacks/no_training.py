@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,10 @@ from lightning_influence.callbacks.lightning import (
 from lightning_influence.core.containers import leaves
 from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.random_streams import isolated_rng
+from lightning_influence.core.sharding import names_of
+from lightning_influence.core.torch_private import eager_name
+from lightning_influence.gradients.coverage import listed
+from lightning_influence.training.step_sizes import StepSizes
 
 _KEPT = (
     "fit_loop",
@@ -144,12 +148,12 @@ def go_to(trainer: Any, epochs: int, steps: int) -> None:
 
 def restore_optimizers(trainer: Any, file: TrainerCheckpoint) -> str:
     """Load the optimizers' state, and return why that can't be, if so: then none are known that fit the checkpoint."""
-    states = file.content.get("optimizer_states")
+    states, names = file.optimizer_states, names_of(trainer.lightning_module)
     if not states:
         return f"{file.name} holds no optimizer state"
     try:
         for optimizer, state in zip(trainer.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(_in_order(state, optimizer, names))
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -157,3 +161,21 @@ def restore_optimizers(trainer: Any, file: TrainerCheckpoint) -> str:
         trainer.strategy.optimizers = []
         return f"the optimizer state of {file.name} is not one of configure_optimizers ({error})"
     return ""
+
+
+def taken_as_plain(taken: StepSizes, reason: str) -> list[str]:
+    """Return a note on steps whose scale TracIn does not know, as the optimizers could not be restored for a reason."""
+    scaled = sorted(taken.optimizers - {"SGD"}) if reason and taken.steps else []
+    return [f"tracin takes the last {taken.steps:,} steps of {listed(scaled)} for plain ones: {reason}"] * bool(scaled)
+
+
+def _in_order(state: dict[str, Any], optimizer: Any, names: Mapping[int, str]) -> dict[str, Any]:
+    """Return an optimizer's state with its parameters in the optimizer's order, where it tells them by name."""
+    groups = []
+    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        told = {eager_name(name): name for name in saved["params"] if isinstance(name, str)}
+        own = [names.get(id(parameter), "") for parameter in group["params"]]
+        if told and set(told) != set(own):
+            raise ValueError(f"it is of the parameters {listed(list(told), 4)}")
+        groups.append({**saved, "params": [told[name] for name in own]} if told else saved)
+    return {**state, "param_groups": groups}

@@ -158,7 +158,7 @@ class PastRun:
             recording.stream = source if isinstance(source, StreamSource) else None
             if restored is not None:
                 restore(recording, restored, trainer)
-                self._go_to(file)
+                self._notes += no_training.taken_as_plain(recording.step_sizes, self._go_to(file))
             # What training was limited to is in its records, or not known.
             limit = file.batches if file is not None and recording.seen_indices() else math.inf
             trainer.fit_loop.max_batches, trainer.overfit_batches = limit, 0.0

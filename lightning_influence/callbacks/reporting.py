@@ -30,10 +30,8 @@ from lightning_influence.callbacks.manifest import audit_described, detection_of
 from lightning_influence.callbacks.page_writer import PageWriter
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.callbacks.showing import Showing
-from lightning_influence.core.memory import readable
 from lightning_influence.core.progress import is_terminal
 from lightning_influence.curvature import Curvature
-from lightning_influence.curvature.registry import fitted_bytes
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.influence.inputs import notes_of
@@ -48,7 +46,7 @@ from lightning_influence.training.recording import Recording
 Columns = dict[str, NDArray[Any]]
 
 # Partial tables may take this share of the time at most.
-_PARTIAL_SHARE = 0.05
+_PARTIAL_SHARE = 0.02
 
 
 class Reporter:
@@ -64,7 +62,6 @@ class Reporter:
         lightning: Which package of Lightning the run is of, and its version.
 
     Attributes:
-        seconds_per_example: Of a pass over the training data, once one was timed.
         weights: Which ones are audited, for the manifest.
     """
 
@@ -83,7 +80,6 @@ class Reporter:
         self.known_noise = known_noise
         self.queries = queries
         self.names = names or ExampleNames(())
-        self.seconds_per_example: float | None = None
         self.weights: dict[str, Any] = {}
         self._said: set[str] = set()  # what has been said to have failed
         self._showing = Showing(self._said)
@@ -109,21 +105,6 @@ class Reporter:
         """Print a line for who watches."""
         with tolerated("printing", self._said):
             rank_zero_info(line())
-
-    def announce(
-        self, plan: InfluencePlan, gradients: ExampleGradients, inspection: Inspection, examples: int, queries: int
-    ) -> str:
-        """Return the line before a long wait: what will be done, and about how long and how much memory it takes."""
-        draws = inspection.exact_draws or 1
-        work = plan.gradient_passes(gradients.coverage, examples, queries, draws)
-        rate = self.seconds_per_example or inspection.seconds / inspection.examples
-        seconds = work * rate + plan.decomposition_seconds(gradients.coverage)
-        memory = fitted_bytes(plan.curvature, gradients.coverage) + inspection.batch_bytes
-        return (
-            f"influence audit: {plan.curvature} on {len(gradients.coverage.blocks)} layers, {examples:,} training "
-            f"examples{f', {queries:,} validation examples' if queries else ''}; about {_duration(seconds)} and "
-            f"{readable(memory)} of extra memory"
-        )
 
     def write_partial(
         self,
@@ -320,9 +301,3 @@ def _with_texts(report: AuditReport, names: ExampleNames) -> AuditReport:
 def _write_factors(store: AuditStore, curvature: Curvature) -> None:
     for name, (tensors, about) in curvature.tensors().items():
         store.write_factors(name, tensors, about)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -70,7 +70,8 @@ def _of_tracin(arguments: Mapping[str, Any]) -> dict[str, Any]:
     layers = tracin.get("layers") or arguments.get("layers")
     in_flight = tracin.get("mode") == "step"
     # In flight it is training's own loss, and only what has a closed form.
-    told = {"tracin": tracin.get("mode"), "layers": layers}
+    mode = tracin.get("mode")
+    told = {"tracin": "epoch" if mode == "auto" else mode, "layers": layers}  # passes at ends of epochs, both
     return told | {name: None if in_flight else arguments.get(name) for name in ("uncovered", "task")}
 
 

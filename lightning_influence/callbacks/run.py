@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_influence.audit.report import AuditReport
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.arguments import Arguments
+from lightning_influence.callbacks.budget import RunBudget
 from lightning_influence.callbacks.chosen_weights import chosen
 from lightning_influence.callbacks.index_report import IndexReport
 from lightning_influence.callbacks.keeping import keep_curves, take_checkpoint, take_over_checkpoints, take_over_curves
@@ -86,6 +87,7 @@ class AuditRun:
 
     def __post_init__(self) -> None:
         self.listener = BatchListener(self.recording, self.passes, self.flight)
+        self.budget = RunBudget(self.recording, self.passes, self.inspection, self.arguments, self.reporter)
 
     def take_over(self, trainer: Trainer) -> None:
         """Take over the checkpoints and curves that a run which is resumed has kept."""
@@ -101,16 +103,11 @@ class AuditRun:
         if self.recording.postponed != trainer.global_step:
             return
         with bridge.at_epoch(trainer, trainer.current_epoch - 1), _tolerated(self.recording, trainer):
-            tracin = self._due(trainer)
-            if tracin is not None and self.recording.step_sizes.steps:
+            tracin = self.arguments.tracin
+            if tracin and not self.flight and self.budget.due(trainer) and self.recording.step_sizes.steps:
                 self.score_checkpoint(trainer, module, tracin)
             else:
                 self.look(trainer, module)
-
-    def _due(self, trainer: Trainer) -> TracIn | None:
-        """Return the settings of TracIn if a pass is due at the end of this epoch."""
-        tracin = None if self.flight is not None else self.arguments.tracin
-        return None if tracin is None or (trainer.current_epoch + 1) % tracin.every_n_epochs else tracin
 
     def take_data(self, source: ExampleSource, epoch: int) -> None:
         """Go on with the examples of a loader that was loaded again, and say so if they are others."""
@@ -128,12 +125,14 @@ class AuditRun:
         """Look at the features of all examples, forward only, as long as their labels are not learnt by heart."""
         evidence = self.recording.labels.evidence
         with _tolerated(self.recording, trainer):
-            indices = self._indices(trainer, last=False)  # of a limited run, none before its first batch
+            indices = _audited(self, trainer, last=False)  # of a limited run, none before its first batch
             able = indices and not bridge.is_dry_run(trainer) and self.passes.any_time
             if not able or distributed.from_first(lambda: evidence.complete):
                 return
             with bridge.aside(trainer):
+                start = time.perf_counter()
                 seen = look_at_labels(self.passes.gradients(trainer, module), indices)
+                self.budget.looked(time.perf_counter() - start, len(indices))
             evidence.close() if seen is None else self.recording.add_snapshot(seen)
 
     # --------------------------------------------------------------- an epoch
@@ -151,7 +150,8 @@ class AuditRun:
         recording.synchronise()
         recording.curves.end(trainer.current_epoch)
         keep_curves(self.reporter.store, recording)
-        due = tracin is not None and (trainer.current_epoch + 1) % tracin.every_n_epochs == 0
+        self.budget.decide(trainer, module)
+        due = self.budget.due(trainer)
         last = bridge.is_last_epoch(trainer) and self.arguments.weights == "last"
         # The final pass looks by the way; a run that is resumed for more epochs has to catch up.
         recording.postponed = trainer.global_step if last else -1
@@ -171,7 +171,7 @@ class AuditRun:
 
     def score_checkpoint(self, trainer: Trainer, module: LightningModule, tracin: TracIn) -> None:
         """Add what every example says at the weights of the moment, for the steps since the checkpoint before."""
-        indices = self._indices(trainer, last=False)
+        indices = _audited(self, trainer, last=False)
         start = time.perf_counter()
         with bridge.aside(trainer):
             # Weighed as training weighs: by what it has drawn, not by what it could draw.
@@ -186,7 +186,7 @@ class AuditRun:
                 title=f"TracIn, step {trainer.global_step}",
             )
         self.recording.add_pass(trainer.global_step, scores)
-        self.reporter.seconds_per_example = (time.perf_counter() - start) / len(indices)
+        self.budget.passed(time.perf_counter() - start, len(indices))
         self.reporter.log_tracin(trainer, scores.columns["tracin"])
 
     # ---------------------------------------------------------------- the end
@@ -224,10 +224,10 @@ class AuditRun:
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> Finished | None:
         self.recording.synchronise()
-        audited = self._indices(trainer, last=True)
+        audited = _audited(self, trainer, last=True)
         if bridge.is_dry_run(trainer):
             audited = (audited or list(range(len(self.passes.source))))[: self.passes.source.batch_size]
-        indices = self._unmissed(audited)
+        indices = _unmissed(self.passes.source, audited)
         if not indices:
             self.failure = "no training batch was seen"
             rank_zero_warn(f"no influence audit: {self.failure}.")
@@ -235,14 +235,14 @@ class AuditRun:
         recording, reporter, inspection = self.recording, self.reporter, self.inspection
         start = time.perf_counter()
         gradients = self.passes.scaled(trainer, module, indices, recording.losses.terms)
-        indices = self._unmissed(indices)
+        indices = _unmissed(self.passes.source, indices)
         scaling = time.perf_counter() - start
         history = recording.step_sizes.history(preconditioners(trainer.optimizers, module))
         plan = Influence.of(gradients, inspection, indices, history=history).plan(**self.arguments.fitting)
         bridge.set_up_validation(trainer)
         validation = bridge.validation_queries(trainer, gradients)
         asked = sum(len(examples) for _, examples in validation)
-        reporter.tell(lambda: reporter.announce(plan, gradients, inspection, len(indices), asked))
+        reporter.tell(lambda: self.budget.announced(plan, gradients.coverage, len(indices), asked))
         sizes = self._last_step_sizes(trainer, module, gradients.coverage)
         with bridge.aside(trainer):
             index = IndexReport(self.arguments.index, gradients, indices, reporter.directory)
@@ -250,8 +250,8 @@ class AuditRun:
             result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=sizes, companions=guests)
             index.finish(result)
         result.seconds["loss scale"] = scaling
-        result.notes += [] if self.flight is None else self.flight.notes()
         recording.add_pass(trainer.global_step, result.scores)
+        result.notes += [*(self.flight.notes() if self.flight else ()), *self.budget.notes(trainer)]
         scored = result.scores.indices.cpu()
         result.notes.extend(_data_notes(trainer, self.passes, self.arguments.loader, audited, scored))
         columns, evidence = _columns(recording, result.scores)
@@ -261,8 +261,7 @@ class AuditRun:
         self.make_influence = lambda: Influence.of(
             later, inspection, of.tolist(), history=history, labels=_known(of, labels)
         )
-        if is_split(module):
-            self.make_influence = refuse_later
+        self.make_influence = refuse_later if is_split(module) else self.make_influence
         if self.queries is not None:
             with bridge.aside(trainer):
                 columns |= self.queries.find(columns, result.seconds, self.reporter.names)
@@ -283,18 +282,18 @@ class AuditRun:
 
     def interrupt(self, trainer: Trainer, error: str) -> None:
         """Keep what was recorded so far."""
-        if not trainer.is_global_zero:
-            return
-        # Local numbers only: other processes may be gone, and a collective would wait for them for ever.
-        self.reporter.write_partial(trainer, self.recording, "interrupted", error=error)
+        if trainer.is_global_zero:
+            # Local numbers only: other processes may be gone, and a collective would wait for them for ever.
+            self.reporter.write_partial(trainer, self.recording, "interrupted", error=error)
 
-    def _unmissed(self, indices: list[int]) -> list[int]:
-        return [k for k in indices if distributed.world_size() > 1 or k not in self.passes.source.missing]
 
-    def _indices(self, trainer: Trainer, *, last: bool) -> list[int]:
-        return bridge.audited_indices(
-            trainer, self.arguments.loader, self.recording.seen_indices(), self.passes.source, last=last
-        )
+def _unmissed(source: ExampleSource, indices: list[int]) -> list[int]:
+    return [k for k in indices if distributed.world_size() > 1 or k not in source.missing]
+
+
+def _audited(run: AuditRun, trainer: Trainer, *, last: bool) -> list[int]:
+    seen = run.recording.seen_indices()
+    return bridge.audited_indices(trainer, run.arguments.loader, seen, run.passes.source, last=last)
 
 
 def _columns(recording: Recording, scores: ExampleScores) -> tuple[dict[str, NDArray[Any]], LabelEvidence | None]:

@@ -77,14 +77,15 @@ def check_shards(trainer: Trainer, module: LightningModule, tracin: TracIn | Non
     """Refuse what can't be followed in a model that is split, once it is set up.
 
     Raises:
-        MisconfigurationException: For parameters that each process trains on its own, and TracIn in flight.
+        MisconfigurationException: For parameters of which each process has its own, and TracIn in flight.
     """
     if not is_a(trainer.strategy, "ModelParallelStrategy"):
         return
     if trainer.world_size > 1 and (alone := apart(module)):
         raise MisconfigurationException(
-            f"there is no one model to audit: each process trains {listed(alone, 4)} on its own, as no `fully_shard` "
-            f"covers that. Call it in `configure_model` of {type(module).__name__} on what holds it, too, or freeze it."
+            f"there is no one model to audit: each process has its own {listed(alone, 4)}, as no `fully_shard` covers "
+            f"that. Call it in `configure_model` of {type(module).__name__} on what holds it, too, or freeze it, the "
+            "same everywhere (`seed_everything`)."
         )
     if is_split(module) and tracin is not None and tracin.mode == "step":
         raise MisconfigurationException(

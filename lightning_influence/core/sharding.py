@@ -56,12 +56,17 @@ def is_split(module: nn.Module) -> bool:
 
 
 def apart(module: nn.Module) -> list[str]:
-    """Return the trainable parameters that no ``fully_shard`` splits: each process trains its own."""
+    """Return the parameters of which each process has its own; to be asked on all processes.
+
+    They are those that no ``fully_shard`` splits, if they are trained or are not the same everywhere.
+    """
     parts = fsdp_modules(module)
     for part in parts:
         part.reshard()
-    shared = {id(p) for part in parts for p in part.parameters() if is_shard(p)}
-    return [name for name, p in parameters_of(module).items() if p.requires_grad and id(p) not in shared]
+    split = {id(p) for part in parts for p in part.parameters() if is_shard(p)}
+    left = [(name, p) for name, p in parameters_of(module).items() if id(p) not in split]
+    told = zip(*distributed.gather_objects([_described(p.detach()) for _, p in left]), strict=True)
+    return [name for (name, p), each in zip(left, told, strict=True) if p.requires_grad or len(set(each)) > 1]
 
 
 @contextmanager
@@ -144,7 +149,7 @@ def _buffers_of_rank_zero(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _described(buffer: Tensor) -> tuple[str, str] | None:
-    """Return what processes compare of a buffer; None of one that can't be written to, or read as bytes."""
-    odd = buffer.layout != torch.strided or buffer.is_quantized or buffer.is_meta or buffer.is_inference()
-    return None if odd or is_shard(buffer) else (f"{tuple(buffer.shape)} {buffer.dtype}", checksum([buffer]))
+def _described(tensor: Tensor) -> tuple[str, str] | None:
+    """Return what processes compare of a tensor; None of one that can't be written to, or read as bytes."""
+    odd = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_inference()
+    return None if odd or is_shard(tensor) else (f"{tuple(tensor.shape)} {tensor.dtype}", checksum([tensor]))

@@ -29,6 +29,7 @@ from lightning_influence.training.flight.pace import Pace
 from lightning_influence.training.gaps import Gaps
 from lightning_influence.training.heard_losses import HeardLosses
 from lightning_influence.training.label_record import LabelRecord
+from lightning_influence.training.pass_schedule import PassSchedule
 from lightning_influence.training.settings import TracIn
 from lightning_influence.training.step_sizes import StepSizes
 from lightning_influence.training.table import table
@@ -37,7 +38,7 @@ from lightning_influence.training.tracin import TracInScores, VisitSums
 # Batches that wait for being added up.
 _FILE_EVERY = 64
 # What starts anew where TracIn was recorded otherwise.
-_OF_TRACIN = ("tracin", "visits", "pace")
+_OF_TRACIN = ("tracin", "visits", "pace", "schedule")
 # What has a row for each example.
 _BY_EXAMPLE = {"curves", "dynamics", "seen", "tracin", "labels", "visits"}
 
@@ -58,21 +59,23 @@ class Recording:
         tracin: TracIn from passes.
         visits: TracIn in flight, if that is how it is computed.
         pace: Which batches are measured for it.
+        schedule: Ends of epochs with a pass, if time decides.
         labels: What the features of passes have said of the labels.
         gaps: What the columns lack.
         notes: Remarks for the report.
         directory: Of the audit; before resuming, of the run before.
         kept, carried: What the checkpoints there stand for, and what none of them does any more or yet.
-        postponed: Step of a TracIn checkpoint that was left to the final pass.
+        postponed: Step of a checkpoint left to the final pass.
     """
 
     def __init__(self, size: int, module: nn.Module, tracin: TracIn | None = None) -> None:
         self.stream: StreamSource | None = None
         self.losses, self.step_sizes = HeardLosses(), StepSizes(module)
         self.wants_tracin = tracin is not None
-        self._in_flight = tracin is not None and tracin.mode == "step"
-        self.pace = Pace() if tracin is None else Pace(tracin.every_n_steps, tracin.overhead)
-        self.gaps, self.notes = Gaps(), list[str]()
+        in_flight = tracin if tracin is not None and tracin.mode == "step" else None
+        self._in_flight = in_flight is not None
+        self.pace = Pace() if in_flight is None else Pace(in_flight.every_n_steps, in_flight.overhead)
+        self.schedule, self.gaps, self.notes = PassSchedule(tracin), Gaps(), list[str]()
         self.directory, self.postponed = "", -1
         self.kept: list[Checkpoint] = []
         self.carried: Checkpoint | None = None
@@ -177,10 +180,7 @@ class Recording:
     # ----------------------------------------------------------------- passes
 
     def add_pass(self, step: int, scores: ExampleScores) -> None:
-        """Add what one fixed-order pass says: TracIn if it was asked for, and the neighbours' labels.
-
-        A step that was added before (a resumed run) is left alone.
-        """
+        """Add what one fixed-order pass says, TracIn and the neighbours' labels; of a step once (a resumed run)."""
         columns = scores.columns
         if "tracin" in columns:
             self.tracin.add(step, scores.indices.tolist(), columns["tracin"])
@@ -246,6 +246,7 @@ class Recording:
             "step_sizes": self.step_sizes,
             "tracin": self.tracin,
             "pace": self.pace,
+            "schedule": self.schedule,
             "labels": self.labels,
             "gaps": self.gaps,
             **({} if self.visits is None else {"visits": self.visits}),

@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lightning_influence.core.errors import check_count, short
+from lightning_influence.core.errors import check_count, is_number, short
 from lightning_influence.gradients.coverage import Layers, listed_layers
 
-Mode = Literal["epoch", "step"]
+Mode = Literal["auto", "epoch", "step"]
+
+
+def check_overhead(value: object) -> None:
+    """Raise ``ValueError`` unless this is a share of the training time, or None."""
+    if value is not None and not is_number(value, above=0):
+        raise ValueError(f"overhead={short(value)}; expected a share of the training time > 0, such as 0.1, or None.")
 
 
 @dataclass(frozen=True)
@@ -17,19 +23,22 @@ class TracIn:
 
     Attributes:
         mode: ``"epoch"``: at ends of epochs, one pass over the training data scores every example at the weights of
-            the moment. ``"step"``: in flight, from the training pass itself: every example counts ``η_t ‖g‖²`` at each
-            step that trains on it, with the gradient of that very pass (its dropout and its augmentation included,
-            before clipping). No pass over the data is added.
-        every_n_epochs: Epochs between checkpoints: between passes in mode ``"epoch"``, and between kept checkpoints in
-            either mode.
+            the moment. ``"auto"``: the same at as many ends of epochs as the callback's ``overhead`` leaves room for,
+            eight at most, evenly spaced; the steps between two count with the later one. ``"step"``: in flight, from
+            the training pass itself: every example counts ``η_t ‖g‖²`` at each step that trains on it, with the
+            gradient of that very pass (its dropout and its augmentation included, before clipping). No pass over the
+            data is added.
+        every_n_epochs: Epochs between checkpoints: between passes in mode ``"epoch"``, between kept checkpoints in
+            mode ``"step"``; not in mode ``"auto"``, which finds it out.
         every_n_steps: Mode ``"step"`` only: of so many consecutive batches one is measured, drawn at random from a
             stream of its own. An example's sum over its measured visits is scaled by its number of visits over
             that of the measured ones; it is NaN if none was measured.
         layers: Mode ``"step"`` only: layers to measure, as the callback's ``layers``, a part of those; the scores are
             then about these layers. None for all.
-        overhead: Mode ``"step"`` only: largest share of the training time to add, such as 0.1, the training dynamics
-            included. The first batches are timed with and without, and ``every_n_steps`` is raised as far as needed;
-            the audit's notes say to what.
+        overhead: Largest share of the training time to add, such as 0.1, the training dynamics included; never more
+            than the callback's ``overhead``. In mode ``"step"`` the first batches are timed with and without, and
+            ``every_n_steps`` is raised as far as needed; the audit's notes say to what. Mode ``"auto"`` counts the
+            whole audit, and has the callback's by default. Not in mode ``"epoch"``.
         keep_checkpoints: Number of checkpoints to keep in the audit directory, for scores of pairs; 0 for none.
             With more, those that are left stay spread evenly over the training, and the step sizes of a dropped one
             count towards the next.
@@ -55,17 +64,19 @@ class TracIn:
             raise ValueError(f"mode={short(self.mode)}; expected one of {', '.join(map(repr, get_args(Mode)))}.")
         for name, least in (("every_n_epochs", 1), ("every_n_steps", 1), ("keep_checkpoints", 0), ("keep_bytes", 0)):
             check_count(name, getattr(self, name), least=least)
-        budget = self.overhead
-        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0):
-            raise ValueError(
-                f"overhead={short(budget)}; expected a share of the training time > 0, such as 0.1, or None."
-            )
-        asked = [name for name in ("layers", "overhead") if getattr(self, name) is not None]
+        check_overhead(self.overhead)
+        asked = ["layers"] if self.layers is not None else []
+        asked += ["overhead"] if self.overhead is not None and self.mode == "epoch" else []
         asked += ["every_n_steps"] if self.every_n_steps != 1 else []
-        if self.mode == "epoch" and asked:
+        if self.mode != "step" and asked:
             raise ValueError(f'{asked[0]}={getattr(self, asked[0])!r} is about TracIn in flight; pass mode="step".')
+        if self.mode == "auto" and self.every_n_epochs != 1:
+            raise ValueError(
+                f'every_n_epochs={self.every_n_epochs} is what mode="auto" finds out; pass mode="epoch" to set it.'
+            )
 
     def described(self) -> dict[str, Any]:
         """Return the settings in primitives."""
         layers = None if self.layers is None else [getattr(e, "__name__", e) for e in listed_layers(self.layers)]
-        return {**vars(self), "layers": layers}
+        # A number of numpy would make the Trainer's checkpoint unreadable with `weights_only`.
+        return {**vars(self), "layers": layers, "overhead": None if self.overhead is None else float(self.overhead)}

@@ -1,0 +1,217 @@
+"""What an audit takes beside its training: told before, timed during the first epoch, and kept within a budget."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from lightning_influence.callbacks import bridge
+from lightning_influence.callbacks.arguments import Arguments
+from lightning_influence.callbacks.lightning import LightningModule, Trainer
+from lightning_influence.callbacks.reporting import Reporter
+from lightning_influence.callbacks.training_passes import TrainingPasses
+from lightning_influence.core import distributed
+from lightning_influence.core.containers import leaves
+from lightning_influence.core.durations import readable_seconds
+from lightning_influence.core.memory import readable
+from lightning_influence.core.precision import wait_for
+from lightning_influence.curvature.registry import fitted_bytes
+from lightning_influence.gradients.coverage import Coverage
+from lightning_influence.gradients.verify import Inspection
+from lightning_influence.influence import Influence
+from lightning_influence.scores.plan import InfluencePlan
+from lightning_influence.training.recording import Recording
+
+# Looks at features that a belief about labels takes: before training and after each of the first epochs.
+_LOOKS = 4
+# Of a look, forward only, the time of a pass with per-example gradients (measured: 1.7 to 2.3 on a CPU).
+_PASS = 2.5
+# Multiply-adds of a training so small that timing it would tell of the machine alone: a second at most.
+_TINY = 10**9
+
+
+class RunBudget:
+    """Times training and passes, and says when passes for TracIn are due.
+
+    Args:
+        recording: Its ``schedule`` is to be decided.
+        passes: Extra passes over the training data.
+        inspection: What one batch showed before the first step.
+        arguments: Those of the callback.
+        reporter: Says what comes of it.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        passes: TrainingPasses,
+        inspection: Inspection,
+        arguments: Arguments,
+        reporter: Reporter,
+    ) -> None:
+        self._recording, self._passes, self._inspection = recording, passes, inspection
+        self._arguments, self._reporter = arguments, reporter
+        self._pass: float | None = None  # seconds of an example, once timed, and in a look
+        self._look: float | None = None
+        # Ends of the first and the last batch so far, and batches: the first one warms up.
+        self._first = self._last = 0.0
+        self._batches = 0
+
+    # ----------------------------------------------------------------- timing
+
+    def batch_ended(self, trainer: Trainer, number: int) -> None:
+        """Note when a batch of the first epoch has ended."""
+        if self._recording.schedule.decided:
+            return
+        if not self._batches or number + 1 == trainer.num_training_batches:
+            wait_for(trainer.strategy.root_device)
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        self._batches += 1
+
+    def looked(self, seconds: float, examples: int) -> None:
+        """Note how long a forward pass has taken."""
+        self._look = seconds / examples
+
+    def passed(self, seconds: float, examples: int) -> None:
+        """Note how long a pass with gradients has taken."""
+        self._pass = seconds / examples
+
+    @property
+    def _seconds_per_example(self) -> float:
+        """Of a pass with gradients."""
+        guess = self._inspection.seconds / self._inspection.examples if self._look is None else _PASS * self._look
+        return self._pass or guess
+
+    def _of_final_audit(self, plan: InfluencePlan, coverage: Coverage, examples: int, queries: int) -> float:
+        """Return a guess of its seconds, from numbers of training and of validation examples."""
+        work = plan.gradient_passes(coverage, examples, queries, self._inspection.exact_draws or 1)
+        return work * self._seconds_per_example + plan.decomposition_seconds(coverage)
+
+    def _examples(self, trainer: Trainer) -> list[int]:
+        """Return those of passes while training goes on."""
+        recording, source = self._recording, self._passes.source
+        return bridge.audited_indices(trainer, self._arguments.loader, recording.seen_indices(), source, last=False)
+
+    def _always(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> float:
+        """Return a guess of the seconds of all but the passes for TracIn."""
+        gradients = self._passes.gradients(trainer, module)
+        plan = Influence.of(gradients, self._inspection, indices).plan(**self._arguments.fitting)
+        looks = _LOOKS * (self._look or 0.0) * len(indices)
+        return looks + self._of_final_audit(plan, gradients.coverage, len(indices), _validation_examples(trainer))
+
+    # ---------------------------------------------------------------- telling
+
+    def tell(self, trainer: Trainer, module: LightningModule) -> None:
+        """Say before training what will be done, and what it costs, unless it is not known of which examples."""
+        indices = self._examples(trainer)
+        if indices and not bridge.is_dry_run(trainer):
+            self._reporter.tell(lambda: self._plans(self._always(trainer, module, indices)))
+
+    def announced(self, plan: InfluencePlan, coverage: Coverage, examples: int, queries: int) -> str:
+        """Return the line before the final audit: what will be done, and about how much time and memory it takes."""
+        memory = fitted_bytes(plan.curvature, coverage) + self._inspection.batch_bytes
+        seconds = self._of_final_audit(plan, coverage, examples, queries)
+        return (
+            f"influence audit: {plan.curvature} on {len(coverage.blocks)} layers, {examples:,} training examples"
+            f"{f', {queries:,} validation examples' if queries else ''}; about {readable_seconds(seconds)} and "
+            f"{readable(memory)} of extra memory"
+        )
+
+    def _plans(self, always: float) -> str:
+        tracin = self._arguments.tracin
+        along = "without TracIn"
+        if tracin is not None and tracin.mode == "step":
+            along = "TracIn in flight"
+        elif tracin is not None and tracin.mode == "auto" and tracin.overhead is not None:
+            along = f"TracIn after as many epochs as overhead={tracin.overhead:g} of their time leaves room for"
+        elif tracin is not None:
+            along = f"TracIn after {_every(tracin.every_n_epochs)}"
+        return (
+            f"influence audit: {along}; looks at the labels and the final audit of {self._arguments.curvature} take "
+            f"about {readable_seconds(always)}, however long training is"
+        )
+
+    def notes(self, trainer: Trainer) -> list[str]:
+        """Return what a reader of the scores should know, at the end."""
+        tracin, epochs = self._arguments.tracin, trainer.current_epoch + 1
+        passes = len(self._recording.tracin.checkpoints)
+        if tracin is None or tracin.mode != "auto" or not self._passes.any_time or not 0 < passes < epochs:
+            return []
+        return [
+            f"TracIn is the sum over {passes} of {epochs} ends of epochs, each for the steps since the one before: "
+            f'overhead={tracin.overhead:g} of the training\'s time; `tracin="epoch"` takes all of them'
+        ]
+
+    # ----------------------------------------------------------- the schedule
+
+    def due(self, trainer: Trainer) -> bool:
+        """Tell whether a checkpoint of TracIn is due at the end of this epoch."""
+        tracin, ended = self._arguments.tracin, trainer.current_epoch + 1
+        if tracin is None:
+            return False
+        if tracin.mode != "auto":
+            return not ended % tracin.every_n_epochs
+        return self._recording.schedule.due(ended, bridge.expected_epochs(trainer)[0])
+
+    def decide(self, trainer: Trainer, module: LightningModule) -> None:
+        """Decide at the end of the first epoch how many passes fit, the same in all processes."""
+        schedule = self._recording.schedule
+        indices = [] if schedule.decided else self._examples(trainer)
+        if not indices:
+            return
+        epochs, most = bridge.expected_epochs(trainer)
+        coverage = self._passes.gradients(trainer, module).coverage
+        if most is not None and self._work(coverage) * len(indices) * most <= _TINY:
+            schedule.decide(0.0, 0.0)
+            return
+        always, one, epoch = distributed.gather_objects(self._measured(trainer, module, indices))[0]
+        schedule.decide(always / epoch, one / epoch)
+        self._reporter.tell(partial(self._told, epochs, most, epoch))
+
+    def _measured(
+        self, trainer: Trainer, module: LightningModule, indices: Sequence[int]
+    ) -> tuple[float, float, float]:
+        """Return seconds: of all but passes for TracIn, of one of these, and of an epoch of training."""
+        one = self._seconds_per_example * len(indices)
+        # A training of one batch an epoch has no more to tell of itself than a pass has.
+        batch = (self._last - self._first) / (self._batches - 1) if self._batches > 1 else 0.0
+        batches = min(float(trainer.num_training_batches), max(self._batches, 1))
+        return self._always(trainer, module, indices), one, batch * batches or one
+
+    def _work(self, coverage: Coverage) -> int:
+        """Return the multiply-adds of one example's forward pass."""
+        positions = self._inspection.positions
+        return sum(
+            positions.get(name, 1) * sum(parameter.numel() for parameter in block.parameters.values())
+            for name, block in coverage.blocks.items()
+        )
+
+    def _told(self, epochs: int, most: int | None, epoch: float) -> str:
+        schedule = self._recording.schedule
+        n = schedule.spacing(epochs)
+        if epochs != most:
+            when = "after epochs that lie the farther apart the longer training goes on"
+        elif n is None:
+            when = "after the last epoch alone"
+        else:
+            when = f"after {_every(n)} and the last ({(epochs - 1) // n + 1} passes)"
+        share, training = schedule.share(epochs), epochs * epoch
+        return (
+            f"influence audit: TracIn {when}. Of {epochs} epochs, about {readable_seconds(training)}, the audit adds "
+            f"{share:.0%} (overhead={schedule.overhead:g})"
+        )
+
+
+def _every(n: int) -> str:
+    return "every epoch" if n == 1 else f"every {n} epochs"
+
+
+def _validation_examples(trainer: Trainer) -> int:
+    """Return about how many there are, without asking their loaders for any."""
+    loaders: Any = [] if trainer.val_dataloaders is None else [loader for _, loader in leaves(trainer.val_dataloaders)]
+    sizes = zip(loaders, trainer.num_val_batches, strict=False)
+    return sum(int(n) * (getattr(loader, "batch_size", None) or 1) for loader, n in sizes if math.isfinite(n))

@@ -1,0 +1,223 @@
+"""One budget for everything: at which ends of epochs TracIn has its passes, and what is said of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import Classifier, Validated, loader, make_trainer, vectors
+from which_lightning import Callback, EarlyStopping, ModelCheckpoint, pl
+
+from lightning_influence import AuditReport, InfluenceAudit, TracIn
+from lightning_influence.callbacks import bridge, budget
+from lightning_influence.training.pass_schedule import PassSchedule
+
+
+def schedule(overhead: float | None = 0.25, *, always: float = 5.0, one: float = 1.0) -> PassSchedule:
+    made = PassSchedule(TracIn(mode="auto", overhead=overhead))
+    made.decide(always, one)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("epochs", "spacing"),
+    [(1, None), (8, None), (20, None), (24, 12), (31, 16), (32, 8), (47, 12), (48, 6), (100, 13), (1000, 125)],
+)
+def test_as_many_ends_as_fit(epochs: int, spacing: int | None) -> None:
+    """Of 24 epochs a quarter is 6: five for what is always done, one for a pass before the last."""
+    assert schedule().spacing(epochs) == spacing
+
+
+@pytest.mark.parametrize(("always", "one"), [(0.0, 0.0), (0.3, 0.02), (5.0, 0.7), (4.0, 12.0)])
+def test_the_budget_is_kept_and_used(always: float, one: float) -> None:
+    made = schedule(always=always, one=one)
+    for epochs in range(1, 300):
+        ends = [end for end in range(1, epochs) if made.due(end, epochs)]
+        assert len(ends) < 8
+        if ends:
+            assert always + one * len(ends) <= 0.25 * epochs
+            assert made.share(epochs) == pytest.approx((always + one * len(ends)) / epochs)
+            assert set(np.diff([0, *ends])) == {ends[0]}, "evenly spaced"
+        else:
+            assert epochs == 1 or always + one > 0.25 * epochs, "there was room for one more"
+
+
+def test_without_a_limit_every_end_is_due() -> None:
+    """Until it is known what fits, too."""
+    undecided = PassSchedule(TracIn(mode="auto", overhead=0.1))
+    assert not undecided.decided
+    for every in (schedule(None), undecided, PassSchedule(TracIn()), PassSchedule(None)):
+        assert [every.due(end, 500) for end in range(1, 500)] == [True] * 499
+
+
+def test_a_schedule_goes_with_its_budget() -> None:
+    state = schedule(0.5).state_dict()
+    same, other = (PassSchedule(TracIn(mode="auto", overhead=overhead)) for overhead in (0.5, 0.1))
+    for each in (same, other):
+        each.load_state_dict(state)
+    assert (same.always, same.one, same.decided) == (5.0, 1.0, True)
+    assert not other.decided
+
+
+# ----------------------------------------------------------------------------------------------- how long it lasts
+
+
+class _Asked(Callback):
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int | None]] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.found.append(bridge.expected_epochs(trainer))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"max_epochs": 3}, [(3, 3)] * 3),
+        ({"max_epochs": 30, "max_steps": 8}, [(2, 2)] * 2),
+        ({"max_epochs": -1, "max_steps": 13}, [(3, 3)] * 3),
+        ({"max_epochs": -1, "max_steps": 4, "accumulate_grad_batches": 2}, [(2, 2)] * 2),
+        ({"max_epochs": 9, "max_time": {"hours": 1}, "callbacks": "early"}, [(2, 9), (4, 9), (4, 9), (8, 9)]),
+        ({"max_epochs": 3, "max_time": {"hours": 1}}, [(2, 3), (3, 3), (3, 3)]),
+    ],
+)
+def test_expected_epochs(arguments: dict[str, Any], expected: Any, tmp_path: Path) -> None:
+    asked, arguments = _Asked(), dict(arguments)
+    stop = EarlyStopping("val_loss", patience=3, min_delta=1e9) if arguments.pop("callbacks", None) else None
+    trainer = make_trainer(tmp_path, callbacks=[each for each in (asked, stop) if each is not None], **arguments)
+    trainer.fit(Validated(), loader(vectors()), loader(vectors()))
+    assert asked.found == expected
+
+
+# ------------------------------------------------------------------------------------------------------- in a run
+
+
+def fit(directory: Path, audit: InfluenceAudit, epochs: int, **arguments: Any) -> AuditReport:
+    torch.manual_seed(3)
+    ckpt_path = arguments.pop("ckpt_path", None)
+    trainer = make_trainer(
+        directory, max_epochs=epochs, callbacks=[audit, *arguments.pop("callbacks", [])], **arguments
+    )
+    trainer.fit(Classifier(), loader(vectors()), ckpt_path=ckpt_path)
+    return audit.report
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that is worth timing, and what its clock says: of an epoch, the rest takes 1.2 times, a pass .5."""
+    monkeypatch.setattr(budget, "_TINY", -1)
+    monkeypatch.setattr(budget.RunBudget, "_measured", lambda *_: (1.2, 0.5, 1.0))
+
+
+def steps(ends: list[int]) -> list[int]:
+    return [5 * end for end in ends]
+
+
+def test_a_tiny_training_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ends of epochs are a matter of their number alone, or two runs of a user's tests would differ."""
+    monkeypatch.setattr(budget.RunBudget, "_measured", None)
+    report = fit(tmp_path, InfluenceAudit(curvature="identity"), 5)
+    assert report.manifest["tracin_steps"] == steps([1, 2, 3, 4, 5])
+    assert not [note for note in report.manifest["notes"] if "overhead" in note]
+    report = fit(tmp_path, InfluenceAudit(curvature="identity"), 12)
+    assert report.manifest["tracin_steps"] == steps([2, 4, 6, 8, 10, 12])
+
+
+@pytest.mark.usefixtures("timed")
+@pytest.mark.parametrize(
+    ("epochs", "tracin", "overhead", "ends"),
+    [
+        (4, "auto", 0.25, [4]),
+        (12, "auto", 0.25, [3, 6, 9, 12]),
+        (12, "auto", None, list(range(1, 13))),
+        (12, "epoch", 0.25, list(range(1, 13))),
+        (12, TracIn(every_n_epochs=4), 0.25, [4, 8, 12]),
+        (12, TracIn(mode="auto", overhead=0.15), 0.25, [6, 12]),
+        (12, TracIn(mode="auto", overhead=0.9), 0.25, [3, 6, 9, 12]),
+    ],
+)
+def test_passes_within_the_budget(
+    epochs: int, tracin: Any, overhead: float | None, ends: list[int], tmp_path: Path
+) -> None:
+    audit = InfluenceAudit(curvature="identity", tracin=tracin, overhead=overhead)
+    report = fit(tmp_path, audit, epochs)
+    assert report.manifest["tracin_steps"] == steps(ends)
+    told = [note for note in report.manifest["notes"] if "overhead" in note]
+    thinned = len(ends) < epochs and not (isinstance(tracin, TracIn) and tracin.mode == "epoch")
+    assert len(told) == thinned
+    assert not thinned or f"{len(ends)} of {epochs} ends of epochs" in told[0]
+    # The steps between two count with the later one.
+    assert sum(each.steps for each in report.checkpoints()) == 5 * epochs
+
+
+@pytest.mark.usefixtures("timed")
+def test_a_resumed_run_keeps_its_rhythm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = fit(tmp_path / "straight", InfluenceAudit(curvature="identity"), 12)
+    keeper = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{epoch}", save_top_k=-1)
+    first = fit(
+        tmp_path / "first", InfluenceAudit(curvature="identity"), 12, callbacks=[keeper], enable_checkpointing=True
+    )
+    monkeypatch.setattr(budget.RunBudget, "_measured", None)  # a slower machine would have it otherwise
+    resumed = fit(
+        tmp_path / "second", InfluenceAudit(curvature="identity"), 12, ckpt_path=str(tmp_path / "kept" / "epoch=6.ckpt")
+    )
+    for each in (first, resumed):
+        assert each.manifest["tracin_steps"] == straight.manifest["tracin_steps"] == steps([3, 6, 9, 12])
+        np.testing.assert_allclose(each.columns["tracin"], straight.columns["tracin"], rtol=1e-6)
+
+
+def test_what_was_recorded_at_every_end_is_gone_on_with(tmp_path: Path) -> None:
+    """The default was `tracin="epoch"` once: its checkpoints hold no schedule, and their sums are as good."""
+    keeper = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{epoch}", save_top_k=-1)
+    before = InfluenceAudit(curvature="identity", tracin="epoch")
+    whole = fit(tmp_path / "first", before, 3, callbacks=[keeper], enable_checkpointing=True)
+    path = tmp_path / "kept" / "epoch=1.ckpt"
+    content = torch.load(path, weights_only=False)
+    for key in [key for key in content["callbacks"] if key.startswith("InfluenceAudit")]:
+        content["callbacks"][key]["parts"].pop("schedule")
+    torch.save(content, path)
+    report = fit(tmp_path / "second", InfluenceAudit(curvature="identity"), 3, ckpt_path=str(path))
+    assert report.manifest["tracin_steps"] == steps([1, 2, 3])
+    np.testing.assert_allclose(report.columns["tracin"], whole.columns["tracin"], rtol=1e-6)
+
+
+def test_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before training what will be done and what it costs, after the first epoch what fits: measured, not made up."""
+    lines: list[str] = []
+    monkeypatch.setattr("lightning_influence.callbacks.reporting.rank_zero_info", lines.append)
+    monkeypatch.setattr(budget, "_TINY", -1)
+    fit(tmp_path, InfluenceAudit(), 2)
+    before, after, *_ = lines
+    assert "after as many epochs as overhead=0.25" in before
+    assert "the final audit of ekfac take about " in before
+    assert "Of 2 epochs, about 1 s, the audit adds " in after
+    lines.clear()
+    fit(tmp_path, InfluenceAudit(tracin="epoch"), 1)
+    assert "TracIn after every epoch" in lines[0]
+    lines.clear()
+    fit(tmp_path, InfluenceAudit(tracin=None), 1)
+    assert "without TracIn" in lines[0]
+    assert not any("the audit adds" in line for line in lines)
+
+
+# ------------------------------------------------------------------------------------------------------ arguments
+
+
+@pytest.mark.parametrize("overhead", [0, -0.1, "0.2", True, float("nan")])
+def test_an_overhead_that_is_none(overhead: Any) -> None:
+    with pytest.raises(ValueError, match=r"overhead=.*; expected a share of the training time > 0, such as 0.1, or"):
+        InfluenceAudit(overhead=overhead)
+
+
+def test_how_often_is_found_out() -> None:
+    with pytest.raises(ValueError, match='every_n_epochs=2 is what mode="auto" finds out; pass mode="epoch" to set it'):
+        TracIn(mode="auto", every_n_epochs=2)
+
+
+def test_in_flight_within_the_same_budget() -> None:
+    for own, whole, least in ((0.5, 0.25, 0.25), (0.1, 0.25, 0.1), (0.5, None, 0.5), (None, 0.25, None)):
+        audit = InfluenceAudit(tracin=TracIn(mode="step", overhead=own), overhead=whole)
+        assert audit.arguments.tracin == TracIn(mode="step", overhead=least)
