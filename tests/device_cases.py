@@ -470,7 +470,7 @@ def waits() -> dict[str, float]:
 
     return {
         "fitting": per_batch(2, fitting),
-        "scoring": per_batch(1, lambda size: score_examples(own, range(size), curvature=fitted)),
+        "scoring": per_batch(1, lambda size: score_examples(own, range(size), curvature=fitted, features=True)),
         "sweep": per_batch(1, lambda size: damping_sweep(own, range(size), fitted)),
     }
 

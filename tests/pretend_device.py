@@ -11,9 +11,11 @@ of its own.
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +55,26 @@ class LIMITS:
 
 
 class WAITS:
-    """How often the host has waited for the device; copies between the two are such waits."""
+    """How often the host has waited for the device; copies between the two are such waits, unless asked not to be."""
 
     count = 0
+    where: ClassVar[Counter[str]] = Counter()
+
+    @classmethod
+    def add(cls, name: str) -> None:
+        """Count one, by the innermost place of the package that it happens in."""
+        cls.count += 1
+        cls.where[f"{name} in {_place()}"] += 1
+
+
+def _place() -> str:
+    frame = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/lightning_influence/" in file and frame.f_code.co_name != "__torch_function__":
+            return f"{file.rpartition('/lightning_influence/')[2]}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "elsewhere"
 
 
 backend_registration._setup_privateuseone_for_python_backend(NAME)
@@ -89,7 +108,7 @@ class PretendTensor(Tensor):
         return memo[id(self)]
 
     def tolist(self) -> Any:
-        WAITS.count += 1
+        WAITS.add("tolist")
         return self.held.tolist()
 
     untyped_storage = property(lambda self: self.held.untyped_storage)
@@ -139,7 +158,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if wanted is not None and name in _COPYING:
         crossing = bool(ours) != on_device
     read = bool(ours) and name.startswith(_READ) and name != "linalg_vector_norm"
-    WAITS.count += read or (crossing and name in _COPYING)
+    goes_on = kwargs.get("non_blocking") or (name == "copy_" and any(args[2:3]))
+    if read or (crossing and name in _COPYING and not goes_on):
+        WAITS.add(name)
     if on_device and generator is not None and generator.device.type == "cpu":
         raise RuntimeError(f"{name}: expected a generator of {NAME!r}, found one of the CPU")
     if ours and others and name not in _COPYING:
@@ -176,7 +197,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
     if isinstance(target, PretendTensor) and target.dtype == torch.float64 and not LIMITS.float64:
         raise TypeError(f"can't make a float64 tensor on {DEVICE}, which has no float64")
-    WAITS.count += 1
+    if not non_blocking:
+        WAITS.add("_copy_from")
     inside = [t.held if isinstance(t, PretendTensor) else t for t in (source, target)]
     inside[1].copy_(inside[0])
     return target

@@ -149,7 +149,7 @@ def test_two_kinds_of_examples_whatever_the_batches_of_the_passes(
             total = total + 0.1 * F.mse_loss(z[~a][:, C], batch[2][~a], reduction="sum")
         return total
 
-    monkeypatch.setattr("lightning_influence.callbacks.beginning.roomy_batch_size", lambda inspection: room)
+    monkeypatch.setattr("lightning_influence.callbacks.beginning.roomy_batch_size", lambda *_: room)
     net = Net(loss)
     audit = run(tmp_path, net, batch_size=8)
     check(

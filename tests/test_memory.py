@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from live_memory import LiveMemory
 from models import Classifier, loader, make_trainer, vectors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_influence import InfluenceAudit
 from lightning_influence.audit.belief import believe
+from lightning_influence.objective.losses import CrossEntropy, cross_entropy
 from lightning_influence.training import example_sums, neighbours
 from lightning_influence.training.evidence import EvidenceRecord, LabelEvidence
 from lightning_influence.training.example_sums import ExampleSums, narrowed
@@ -165,3 +169,38 @@ def test_a_checkpoint_gains_68_bytes_an_example_and_20_for_each_class(tmp_path: 
     rows = [each for each in tree_leaves(parts) if isinstance(each, Tensor) and each.ndim and len(each) == size]
     assert len(rows) > 10
     assert sum(each.nbytes for each in rows) <= size * (68 + 20 * classes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_language_model_s_logits_are_not_copied_as_a_whole(dtype: torch.dtype, soft: bool) -> None:
+    """Just before the backward pass, where memory is short: they were copied three times, in bfloat16 ten times."""
+    torch.manual_seed(0)
+    n, positions, classes = 4, 512, 4_096
+    logits = torch.randn(n * positions, classes).to(dtype).requires_grad_(True)
+    labels = torch.randint(classes, (n * positions,))
+    labels[::7] = -100
+    target = F.one_hot(labels.clamp(min=0), classes).to(dtype) if soft else labels
+    call = CrossEntropy(F.cross_entropy(logits, target), logits, target, "mean")
+    whole = call.statistics(n)
+    with patch.object(cross_entropy, "_PART", logits.numel()), patch.object(cross_entropy, "_PARTS", 1):
+        at_once = call.statistics(n)
+    with LiveMemory() as memory:
+        assert call.statistics(n).keys() == {"loss", "margin", "el2n", "wrong", "probability", "worst"}
+    assert memory.peak <= 1.2 * logits.nbytes
+    for name, values in at_once.items():
+        torch.testing.assert_close(whole[name], values, rtol=1e-5, atol=1e-6)
+    with LiveMemory() as memory:
+        assert call.decided(n) == {}
+    assert memory.peak == 0
+
+
+def test_what_memory_is_counted_of() -> None:
+    with LiveMemory() as memory:
+        one = torch.zeros(100)
+        kept = [one + 1, one.view(10, 10)]
+        one.add_(1)
+        (one * 2).sum()
+    assert (memory.live, memory.peak) == (800, 1204)
+    del one, kept
+    assert memory.live == 0

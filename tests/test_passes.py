@@ -1030,13 +1030,24 @@ def test_half_a_training_batch_is_looked_at(training_batch: int, taken: int) -> 
     assert inspect(gradients, range(70), verify=False).examples == taken
 
 
-def test_passes_take_as_many_examples_as_have_room() -> None:
+def test_passes_take_as_many_examples_as_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small ones by the hundreds; of large ones what was looked at, which is half of what training holds."""
     small = Inspection({}, True, None, 16 * 5_000, None, 0.1, 16)
-    assert roomy_batch_size(small) == 512
-    assert roomy_batch_size(replace(small, batch_bytes=16 * 2**19)) == 32
-    assert roomy_batch_size(replace(small, batch_bytes=16 * 2**22)) == 16
-    assert roomy_batch_size(replace(small, batch_bytes=64 * 2**22, examples=64)) == 64
+    source, host = ExampleSource(_data(70), batch_size=64), torch.device("cpu")
+
+    def size(inspection: Inspection, device: torch.device = host) -> int:
+        return roomy_batch_size(inspection, source, device)
+
+    assert size(small) == 512
+    assert size(replace(small, batch_bytes=16 * 2**19)) == 32
+    assert size(replace(small, batch_bytes=16 * 2**22)) == 16
+    assert size(replace(small, batch_bytes=64 * 2**22, examples=64)) == 64
+    # An accelerator takes what training has room for, and more where its memory allows it.
+    for free, taken in ((0, 64), (2**33, 256)):
+        monkeypatch.setattr("lightning_influence.gradients.verify.available_bytes", lambda device, free=free: free)
+        assert size(replace(small, batch_bytes=16 * 2**22), torch.device("cuda")) == taken
+    source.room.shrunk = 64, 32
+    assert size(small) == 32
 
 
 @pytest.mark.parametrize("size", [3, 100])

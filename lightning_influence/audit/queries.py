@@ -18,6 +18,7 @@ from lightning_influence.audit.columns import INFLUENCE_ON
 from lightning_influence.core.errors import check_count, short
 from lightning_influence.curvature import Curvature
 from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.attempts import Attempt
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import (
     ExampleColumns,
@@ -180,7 +181,7 @@ class QuerySearch:
         self._noted[number] = LossColumns(chosen, passes.device)
         return [self._noted[number]]
 
-    def on_training(self, curvature: Curvature, own: ExampleScorer) -> Sequence[Visitor]:
+    def on_training(self, curvature: Curvature, own: ExampleScorer) -> Sequence[Guest]:
         """Choose the queries, and return who finds their pairs in the next pass over the training data.
 
         Args:
@@ -323,9 +324,11 @@ class QuerySearch:
         """Return loss, label and prediction of examples of a set, as far as they are known, ``[q]`` on the host."""
         if number not in self._known:
             passes, noted = self._sets[number][0], ExampleColumns(indices, torch.device("cpu"))
-            with closing(passes.losses(indices)) as losses:
+            attempt = Attempt()
+            with closing(passes.losses(indices, attempt=attempt)) as losses:
                 for own, loss in losses:
-                    noted.add(own, loss_columns(loss))
+                    with attempt:
+                        noted.add(own, loss_columns(loss))
         found, columns = self._known[number] if number in self._known else noted.gathered()
         return {name: in_order(indices, found, values).cpu() for name, values in columns.items()}
 

@@ -181,7 +181,8 @@ class Unlearner:
                         f"the leverage of {len(removed)} examples with {draws} outcomes each takes "
                         f"{memory.readable(needed)}; remove fewer at a time, or use `leverage=False`."
                     )
-                factors += [joined_gradients(batch, coordinates, draw) for draw in range(draws)]
+                with batch.attempt:
+                    factors += [joined_gradients(batch, coordinates, draw) for draw in range(draws)]
         rows = torch.cat(factors)
         solved = exact(coordinates.join(self.curvature.solve(coordinates.split(rows)))) / len(self.examples)
         a, rows = exact(coordinates.join(step)), exact(rows)

@@ -113,7 +113,7 @@ def _begun(
             if queries.asked.normalise == "leverage":
                 check_known(inspection.tapped)
             queries.check(trainer, gradients, bridge.validation_queries(trainer, gradients))
-    source.pass_batch_size = roomy_batch_size(inspection)
+    source.pass_batch_size = roomy_batch_size(inspection, source, module.device)
     flight = None
     if tracin is not None and tracin.mode == "step":
         layers = arguments.layers if tracin.layers is None else tracin.layers

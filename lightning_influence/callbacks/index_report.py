@@ -50,7 +50,7 @@ class IndexReport:
         """Look at nothing."""
         return ()
 
-    def on_training(self, curvature: Curvature | None, own: ExampleScorer) -> Sequence[Visitor]:
+    def on_training(self, curvature: Curvature | None, own: ExampleScorer) -> Sequence[Guest]:
         """Return who writes the index as the training data go by."""
         if self._directory is None or self._settings is None:
             return ()

@@ -287,7 +287,7 @@ def labels_vary(gradients: ExampleGradients, indices: Sequence[int], inspection:
             seed_everything(seed)
             batch = (source.collate_fn or default_collate)([source.dataset[index] for index in chosen])
             loss = passes.forward(source.beside(chosen, batch), len(chosen), step_seed=seed)
-            labels.append(None if loss.primary is None else loss.primary.statistics(loss.n).get("label"))
+            labels.append(None if loss.primary is None else loss.primary.decided(loss.n).get("label"))
     first, second = labels
     return first is not None and second is not None and not torch.equal(first, second)
 

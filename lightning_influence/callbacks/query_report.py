@@ -24,7 +24,7 @@ from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.curvature import Curvature, SolverError
 from lightning_influence.data.source import DataError
 from lightning_influence.gradients.passes import ExampleGradients
-from lightning_influence.gradients.visitors import Visitor
+from lightning_influence.gradients.visitors import Guest, Visitor
 from lightning_influence.loggers.exhibits import Exhibit
 from lightning_influence.loggers.query_sheets import queries
 from lightning_influence.scores.examples import ExampleScorer
@@ -118,14 +118,14 @@ class QueryReport:
         """Look at the validation examples, if the queries are among them."""
         return self._search.on_validation(number) if self._search is not None and self._validated else ()
 
-    def on_training(self, curvature: Curvature | None, own: ExampleScorer) -> Sequence[Visitor]:
+    def on_training(self, curvature: Curvature | None, own: ExampleScorer) -> Sequence[Guest]:
         """Look for the queries' pairs, with the fitted curvature."""
         if self._search is None:
             return ()
         if curvature is None:
             self._give_up("there is no curvature to score them with")
             return ()
-        visitors: Sequence[Visitor] = ()
+        visitors: Sequence[Guest] = ()
         with self._or_give_up():
             visitors = self._search.on_training(curvature, own)
         return visitors

@@ -250,8 +250,8 @@ class AuditRun:
             result = influence_scores(gradients, indices, plan, queries=validation, step_sizes=sizes, companions=guests)
             index.finish(result)
         result.seconds["loss scale"] = scaling
-        result.notes += [*(self.flight.notes() if self.flight else ()), *self.budget.notes(trainer)]
         recording.add_pass(trainer.global_step, result.scores)
+        result.notes += [*(self.flight.notes() if self.flight else ()), *self.budget.notes(trainer)]
         scored = result.scores.indices.cpu()
         result.notes.extend(_data_notes(trainer, self.passes, self.arguments.loader, audited, scored))
         columns, evidence = _columns(recording, result.scores)
@@ -336,7 +336,7 @@ def _data_notes(
                 "their losses lack what is no known loss call (a penalty on the weights, or a part written by hand): "
                 "it was not about these examples in the first batch. Where it has come to be, pass `task=`"
             )
-    notes += source.notes() if isinstance(source, StreamSource) else []
+    notes += [*source.room.notes(), *(source.notes() if isinstance(source, StreamSource) else ())]
     if missing := np.setdiff1d(audited, scored).tolist():
         reasons = "; ".join(dict.fromkeys(source.missing[k] for k in missing if k in source.missing))
         named = source.book[missing].tolist() if isinstance(source, StreamSource) else missing

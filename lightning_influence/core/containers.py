@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 Path: TypeAlias = tuple[Any, ...]
@@ -61,11 +62,16 @@ def rebuilt(node: Any, items: dict[Any, Any]) -> Any:
     return type(node)(*items.values()) if hasattr(node, "_fields") else type(node)(list(items.values()))
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device. The host does not wait: what is computed there waits for the copy by itself."""
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu" and device.type not in ("cpu", "mps"))
+
+
 def mover(module: nn.Module) -> Callable[[Any], Any]:
     """Return what moves the tensors of a batch to the device of a module; without parameters they stay."""
 
     def moved(batch: Any) -> Any:
         place = next(module.parameters(), None)
-        return batch if place is None else map_tensors(lambda tensor: tensor.to(place.device), batch)
+        return batch if place is None else map_tensors(lambda tensor: sent(tensor, place.device), batch)
 
     return moved

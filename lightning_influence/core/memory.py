@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +35,13 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # Plain ones: the allocator of the host, and those of other accelerators and libraries.
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _OUT_OF_MEMORY)
+
+
+def let_go() -> None:
+    """Give back what a failed attempt has left: tracebacks in cycles hold tensors, and the allocator its blocks."""
+    gc.collect()
+    with suppress(AttributeError, RuntimeError):  # the host has no such function, some accelerators no module
+        torch.get_device_module().empty_cache()
 
 
 def readable(size: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -33,6 +34,13 @@ def wide(tensor: Tensor) -> Tensor:
 def wide_zeros(shape: int | tuple[int, ...], device: torch.device) -> Tensor:
     """Return zeros to add up in."""
     return torch.zeros(shape, dtype=wide_dtype(device), device=device)
+
+
+def summed(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of tensors of one shape, in the type that sums are kept in."""
+    device = parts[0].device
+    stacked = torch.stack([part.to(device) for part in parts])  # cat promotes
+    return stacked.sum(0, dtype=wide_dtype(device))
 
 
 def exact(tensor: Tensor, *, copy: bool = False) -> Tensor:

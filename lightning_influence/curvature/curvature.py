@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_influence.core.precision import wide_zeros
+from lightning_influence.core.precision import summed, wide_zeros
 from lightning_influence.curvature.blocks.block import CurvatureBlock, Eigenbasis
 from lightning_influence.curvature.solve.solution import Solution
 from lightning_influence.gradients.capture import LayerIO
@@ -106,8 +106,7 @@ class Curvature(ABC):
 
     def self_influence(self, parts: Mapping[str, Tensor], n: int) -> Tensor:
         """Put the blocks' parts together, ``[n]``: here they add up."""
-        device = next((part.device for part in parts.values()), torch.device("cpu"))
-        return sum(parts.values(), wide_zeros(n, device))
+        return summed(list(parts.values())) if parts else wide_zeros(n, torch.device("cpu"))
 
     @abstractmethod
     def tensors(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:

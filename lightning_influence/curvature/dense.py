@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -127,10 +128,11 @@ def _outer_products(
     count = wide_zeros((), like.device)
     with closing(gradients.run(indices, "exact", title="GGN")) as batches:
         for batch in batches:
-            count += batch.counted
-            for draw in range(draws):
-                rows = joined_gradients(batch, coordinates, draw)
-                # np, nr -> pr
-                total.addmm_(rows.T, rows)
+            with batch.attempt:
+                for draw in range(draws):
+                    rows = joined_gradients(batch, coordinates, draw)
+                    # np, nr -> pr
+                    batch.attempt.once(draw, partial(total.addmm_, rows.T, rows))
+                count += batch.counted
     summed, examples = distributed.sum_across_processes([total, count])
     return summed / examples.to(summed.dtype)

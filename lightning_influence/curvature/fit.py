@@ -19,8 +19,9 @@ from lightning_influence.curvature.implicit import ImplicitCurvature, mean_eigen
 from lightning_influence.curvature.registry import LADDER, CurvatureName, check_memory
 from lightning_influence.curvature.sampled import sampled_inverse
 from lightning_influence.curvature.solve.spectrum import IndefiniteError, check_damping
-from lightning_influence.gradients.capture import Capture
-from lightning_influence.gradients.passes import ExampleGradients, Labels
+from lightning_influence.gradients.capture import Capture, LayerIO
+from lightning_influence.gradients.passes import BatchGradients, ExampleGradients, Labels
+from lightning_influence.gradients.visitors import Visitor, visit
 
 # Examples that a curvature is tried out on before training.
 _LOOKED_AT = 4
@@ -118,22 +119,15 @@ def _fit_blocks(
         "covariances": (labels[0], examples.covariances),
         "eigenvalues": (labels[1], examples.eigenvalues),
     }
-    used, lacks = [], False
+    used, lacks = list[int](), False
     for number, measure in enumerate(kind.measures):
         which, size = chosen[measure]
         subset = random_subset(indices, size, 0)
         used.append(len(subset))
-        counted = 0
+        fitter = _Fitter(blocks, leaders if measure == "covariances" else {})
         # Another draw for each pass: eigenvalues measured with that of their basis come out biased.
-        with closing(gradients.run(subset, which, draw=1 + number, title=f"{kind.title} {measure}")) as batches:
-            for batch in batches:
-                lacks |= batch.loss.remainder and which != "true"
-                usable = batch.counted
-                counted += usable
-                if measure == "covariances":
-                    _part_differing(blocks, leaders, batch.capture)
-                for io in batch.drained():
-                    blocks[io.name].update(io.xs, io.gs, usable)
+        visit(gradients, subset, [fitter], which, draw=1 + number, title=f"{kind.title} {measure}")
+        lacks |= fitter.remainder and which != "true"
         # Layers that the forward pass never reached have an all-zero gradient: their curvature is zero too.
         for layer, block in blocks.items():
             like = next(iter(covered[layer].parameters.values()))
@@ -142,7 +136,7 @@ def _fit_blocks(
         together = _agreed({layer: leader for layer, leader in leaders.items() if blocks[layer].inputs_of is not None})
         for layer in leaders.keys() - together.keys():  # what one process tells apart, all do
             blocks[layer].part()
-        end_passes(blocks, counted)
+        end_passes(blocks, fitter.examples)
     if dampings is None:
         # A layer without any gradient has no scale of its own; its scores are zero with any damping.
         found = {layer: _default_damping(block, len(indices), directions) for layer, block in blocks.items()}
@@ -168,6 +162,34 @@ def _part_differing(blocks: Mapping[str, CurvatureBlock], leaders: Mapping[str, 
     for layer, leader in leaders.items():
         if blocks[layer].inputs_of is not None and not capture.same_activations(leader, layer):
             blocks[layer].part()
+
+
+class _Fitter(Visitor):
+    """Adds the batches of one pass to the sums of blocks.
+
+    Args:
+        blocks: The blocks.
+        leaders: Those that may have the activations of others, as long as batches agree.
+
+    Attributes:
+        examples: How many have counted.
+        remainder: Whether a part of the loss was no known loss call.
+    """
+
+    def __init__(self, blocks: Mapping[str, CurvatureBlock], leaders: Mapping[str, str]) -> None:
+        self._blocks, self._leaders = blocks, leaders
+        self.examples, self.remainder = 0, False
+
+    def begin(self, batch: BatchGradients) -> None:
+        self._usable = batch.counted
+        self.remainder |= batch.loss.remainder
+        _part_differing(self._blocks, self._leaders, batch.capture)
+
+    def keep(self, io: LayerIO) -> None:
+        self._blocks[io.name].update(io.xs, io.gs, self._usable)
+
+    def file(self) -> None:
+        self.examples += self._usable
 
 
 def _default_damping(block: CurvatureBlock, examples: int, directions: int | None) -> float:

@@ -65,11 +65,12 @@ def sampled_inverse(
             own = [number[index] for index in batch.indices]
             wanted = taken[own]
             end = start + int(wanted.sum())
-            for io in batch.drained():
-                rows[start:end, places[io.name]] = _formed(io, wanted.to(damping.device))
-            # In the order of `_formed`: draw by draw.
-            rows[start:end] *= weights[own].T[wanted.T].to(rows).unsqueeze(1)
-            start = end
+            with batch.attempt:
+                # In the order of `_formed`: draw by draw.
+                factors = weights[own].T[wanted.T].to(rows).unsqueeze(1)
+                for io in batch.drained():
+                    rows[start:end, places[io.name]] = _formed(io, wanted.to(damping.device)).mul_(factors)
+                start = end
     return _woodbury(rows, damping)
 
 
@@ -84,9 +85,10 @@ def _squared_norms(gradients: ExampleGradients, indices: Sequence[int]) -> tuple
         labels = "sampled"
     with closing(gradients.run(indices, labels, title="sizes of gradients", everywhere=True)) as batches:
         for batch in batches:
-            parts = (torch.stack([per_sample.squared_norms(x, g) for x, g in _draws(io)], 1) for io in batch.drained())
-            found.append(added(map(wide, parts)).cpu())
-            where += batch.indices
+            with batch.attempt:
+                by_draw = ([per_sample.squared_norms(x, g) for x, g in _draws(io)] for io in batch.drained())
+                found.append(added(wide(torch.stack(draws, 1)) for draws in by_draw).cpu())
+                where += batch.indices
     return labels, torch.cat(found).double(), where
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed
+from lightning_influence.core.containers import sent
 from lightning_influence.core.precision import exact, wide_zeros
 from lightning_influence.core.ranks import average_ranks
 from lightning_influence.curvature.curvature import BlockCurvature
@@ -96,6 +97,7 @@ class Sweeper(Visitor):
         self._indices, self._curvature = frozenset(indices), curvature
         self._places = {name: place for place, name in enumerate(curvature.blocks)}
         self._by_layer = wide_zeros(len(self._places), device)
+        self._parts = torch.zeros_like(self._by_layer)  # of the batch at hand
         self._columns = ExampleColumns(indices, device, shared=False)
         self._rows: list[int] = []
         self._chosen = torch.zeros(0, dtype=torch.long, device=device)
@@ -105,8 +107,9 @@ class Sweeper(Visitor):
         """Look who of the batch is among the examples."""
         chosen = [place for place, index in enumerate(batch.indices) if index in self._indices]
         self._rows = [batch.indices[place] for place in chosen]
-        self._chosen = torch.tensor(chosen, dtype=torch.long, device=self._by_layer.device)
+        self._chosen = sent(torch.tensor(chosen, dtype=torch.long), self._by_layer.device)
         self._total = self._by_layer.new_zeros((len(chosen), len(self._factors)))
+        self._parts = torch.zeros_like(self._by_layer)
 
     def add(self, io: LayerIO) -> None:
         """Add a layer's part."""
@@ -116,12 +119,16 @@ class Sweeper(Visitor):
         x, g = some(io.x, self._chosen), some(io.gs[0], self._chosen)
         part = self._curvature.blocks[io.name].self_influences(x, g, dampings)
         self._total += part
-        self._by_layer[self._places[io.name]] += part[:, self._reference].sum()
+        self._parts[self._places[io.name]] += part[:, self._reference].sum()
 
     def end(self, batch: BatchGradients) -> None:
+        """Leave out examples without a finite gradient."""
+        self._total.masked_fill_(~batch.finite[self._chosen].unsqueeze(1), torch.nan)
+
+    def file(self) -> None:
         """File the batch."""
-        unknown = ~batch.finite[self._chosen].unsqueeze(1)
-        self._columns.add(self._rows, {"values": self._total.masked_fill(unknown, torch.nan)})
+        self._columns.add(self._rows, {"values": self._total})
+        self._by_layer += self._parts
 
     def result(self) -> DampingSweep:
         """Return the sweep, the same on every process.

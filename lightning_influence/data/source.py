@@ -28,6 +28,7 @@ from lightning_influence.data.collation import DataError as DataError
 from lightning_influence.data.contents import digest
 from lightning_influence.data.probing import learn
 from lightning_influence.data.repeatable import Repeatable, RepeatableCollate, is_deterministic, needs_everything
+from lightning_influence.data.room import Room
 
 if TYPE_CHECKING:
     from lightning_influence.data.company import Company
@@ -54,6 +55,7 @@ class ExampleSource:
     Attributes:
         missing: Dataset indices of examples that no batch held so far, with the reason.
         company: What a step gets beside a batch; None if that is all.
+        room: How many examples at a time there is memory for.
 
     Raises:
         DataError: For an ``IterableDataset`` or a dataset without a length.
@@ -95,6 +97,7 @@ class ExampleSource:
         self._rewinding: bool | None = None
         self.missing: dict[int, str] = {}
         self.company: Company | None = None
+        self.room = Room()
 
     @classmethod
     def from_loader(cls, loader: Any, batch_size: int | None = None) -> ExampleSource:

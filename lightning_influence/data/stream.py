@@ -296,7 +296,7 @@ class StreamSource(ExampleSource):
         return [
             f"examples came {self.repeated:,} times with an id that the epoch had had before (such as "
             f"{', '.join(map(repr, self.repeats))}): two share it, workers hand out the same, or the stream repeats "
-            "itself. They count as one example"
+            "itself. They count as one example",
         ]
 
     def look_again(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from lightning_influence.core.errors import Forgiving, examples, told
 from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.attempts import Attempt, in_halves
 from lightning_influence.objective.scale import NoLossError, TaskError
 
 _Loss = TypeVar("_Loss")
@@ -20,45 +21,42 @@ def answered(
     indices: Sequence[int],
     size: int | None,
     forward: Callable[[Any, list[int]], _Loss],
-    *,
-    apart: bool = True,
+    attempt: Attempt | None = None,
 ) -> Iterator[tuple[list[int], _Loss]]:
     """Yield batches with their losses; one without a loss is halved until it is known for which examples.
 
-    Those are noted in ``source.missing``.
+    Those are noted in ``source.missing``. Batches that memory does not suffice for come in halves, too.
 
     Args:
         source: The examples.
         indices: Which of them.
         size: Examples in a batch, as ``ExampleSource.batches`` has it.
         forward: Returns the loss of a batch, given the batch and its examples.
-        apart: Whether batches without a loss may be halved.
+        attempt: Tells whether there was memory for what is done with them, and whether they may be halved at all.
 
     Raises:
         NoLossError: If there is no loss for any example, or for one of those that have to stay together.
         TaskError: If the task fails; it names the examples with which it does.
     """
     answers, error = False, None
-    for whole in source.batches(indices, size):
-        waiting = [whole]
-        while waiting:
-            chosen, batch = waiting.pop()
-            try:
-                with told(partial(refusal, source, chosen, forward)):
-                    loss = forward(batch, chosen)
-            except NoLossError as raised:
-                if not apart:
-                    raise
-                error = raised
-                if len(chosen) == 1:
-                    source.missing[chosen[0]] = NO_LOSS
-                    continue
-                half = len(chosen) // 2
-                parts = (made for part in (chosen[:half], chosen[half:]) for made in source.batches(part, len(part)))
-                waiting += reversed(list(parts))
-            else:
-                answers = True
-                yield chosen, loss
+    attempt = attempt or Attempt()
+    most = source.room.most if size is None else None
+    for chosen, batch in in_halves(source, source.batches(indices, size), attempt, most):
+        found: list[_Loss] = []
+        try:
+            with attempt, told(partial(refusal, source, chosen, forward)):
+                found.append(forward(batch, chosen))
+        except NoLossError as raised:
+            if not attempt.apart:
+                raise
+            error = raised.with_traceback(None)
+            if len(chosen) == 1:
+                source.missing[chosen[0]] = NO_LOSS
+            attempt.again = len(chosen) > 1
+        del batch
+        if found:
+            answers = True
+            yield chosen, found.pop()
     if error is not None and not answers:
         raise error
 

@@ -165,27 +165,30 @@ class Capture:
 
         Everything made of gradients squares them, so that one huge number would spoil the sums that all share.
         """
-        result: Tensor | None = None
+        norms: list[Tensor] = []  # of all layers together: a device has much to launch as it is
+        pairs: list[tuple[Tensor, Tensor]] = []
         for name, use in self._uses:
             if not use.output.reached:
                 continue
             check_batch(name, use, n)
             found = [g for g in use.output.gradients if g is not None]
             gs = [_norms(use.layouts.output.by_example(g, n)) for g in found]
-            norms = list(gs)
+            norms += gs
             call = use.call
             # Of elementwise functions not the input: masks are full of infinities, or of numbers that sum to one.
             if call.bounded_by == "gradient" and call.needs_input:
                 norms += [_norms(call.direct(role, g, n, use.layouts)) for g in found for role in use.roles]
             elif call.bounded_by == "input" and call.needs_input and call.input.is_floating_point():
                 x = _norms(use.layouts.input.by_example(call.input, n))
-                norms += [x, *(x * g for g in gs)]
-            result = _squarable(norms, result)
+                norms.append(x)
+                pairs += [(x, g) for g in gs]
         for draws in self._computed.values():
-            result = _squarable([_norms(tensor) for draw in draws for tensor in draw.values()], result)
-        if result is None:
+            norms += [_norms(tensor) for draw in draws for tensor in draw.values()]
+        if not norms:
             raise LayerError("the loss does not depend on any covered layer that was called: nothing to attribute.")
-        return result
+        bounds = [torch.stack(each) for (each,) in _by_type([(norm,) for norm in norms])]
+        bounds += [torch.stack(xs) * torch.stack(gs) for xs, gs in _by_type(pairs)]
+        return torch.stack([(each <= largest_norm(each.dtype)).all(0) for each in bounds]).all(0)
 
     # -------------------------------------------------------------------- rows
 
@@ -252,9 +255,8 @@ def _norms(rows: Tensor) -> Tensor:
     return norms
 
 
-def _squarable(norms: Sequence[Tensor], so_far: Tensor | None) -> Tensor | None:
-    """Tell where all norms can be squared and added up; NaN can't."""
-    for each in norms:
-        good = each <= largest_norm(each.dtype)
-        so_far = good if so_far is None else so_far & good
-    return so_far
+def _by_type(tuples: Sequence[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor]]]:
+    """Yield the columns of those tuples whose tensors are of the same types."""
+    for types in dict.fromkeys(tuple(tensor.dtype for tensor in each) for each in tuples):
+        alike = [each for each in tuples if tuple(tensor.dtype for tensor in each) == types]
+        yield [list(column) for column in zip(*alike, strict=True)]

@@ -18,6 +18,7 @@ from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.core.snapshot import StateError
 from lightning_influence.data.company import Company
 from lightning_influence.data.source import DataError, ExampleSource
+from lightning_influence.gradients.attempts import RoomError
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered, cover
 from lightning_influence.gradients.trace import Trace
 from lightning_influence.gradients.tracer import Tracer
@@ -148,7 +149,9 @@ def trace_model(
     except Exception as error:
         # What the source itself refuses, it refuses for good; with a cause, it is what somebody's code made of a batch.
         refused = isinstance(error, DataError) and error.__cause__ is None
-        if refused or is_out_of_memory(error):
+        if is_out_of_memory(error):
+            raise RoomError.of(error, size + 1) from error
+        if refused:
             raise
         failure = f"{type(error).__name__}: {error}"
         try:
@@ -158,7 +161,7 @@ def trace_model(
             raise
         except Exception as second:
             if is_out_of_memory(second):
-                raise
+                raise RoomError.of(second, 2) from second
             raise TraceError(
                 f"the model can't be run on two copies of an example ({type(second).__name__}: {second}), which is how "
                 "its use of parameters is found out. Its step has to take batches of any size: a size that is written "

@@ -22,6 +22,7 @@ from lightning_influence.core.isolation import rewind, untouched
 from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.answering import answered
+from lightning_influence.gradients.attempts import Attempt
 from lightning_influence.gradients.calibration import measured_scale
 from lightning_influence.gradients.capture import Capture, LayerIO
 from lightning_influence.gradients.coverage import Coverage
@@ -73,12 +74,14 @@ class BatchGradients:
         finite: ``[n]`` bool: loss, activations and output gradients are all finite. The layers of the others hold
             zeros.
         capture: The capture, valid until the next batch.
+        attempt: Within it memory may run out: the batch then comes again in halves.
     """
 
     indices: list[int]
     loss: BatchLoss
     finite: Tensor
     capture: Capture
+    attempt: Attempt
 
     @cached_property  # the host waits for it
     def counted(self) -> int:
@@ -254,7 +257,7 @@ class ExampleGradients:
         """
         # Many draws hold many output gradients at a time: those passes keep to the size that training has room for.
         size = min(self.source.pass_batch_size, self.source.batch_size) if labels == "exact" else None
-        capture = Capture(self.coverage)
+        capture, attempt = Capture(self.coverage), Attempt(apart=not whole)
         run = self.losses(
             indices,
             title=title,
@@ -263,23 +266,16 @@ class ExampleGradients:
             watch=capture.forward,
             step_seed=step_seed,
             capture=capture,
-            apart=not whole,
+            attempt=attempt,
         )
         with closing(run) as losses:
             for chosen, loss in losses:
-                draws = loss.exact_draws() if labels == "exact" else 1
-                for number, (outputs, gradients) in enumerate(starts(self, loss, labels, chosen, draw)):
-                    capture.backward(outputs, gradients, last=number + 1 == draws)
-                if self.coverage.one_by_one:
-                    # A copy of an example weighs as the example does in its batch.
-                    of_copies = partial(starts_of_copies, passes=self.with_scale(loss.scale), labels=labels, draw=draw)
-                    for name, found in gradients_one_by_one(self.coverage, chosen, of_copies).items():
-                        capture.add_computed(name, found)
-                finite = capture.finite(loss.n)
-                if loss.values is not None:
-                    finite = finite & torch.isfinite(loss.values).to(finite.device)
-                yield BatchGradients(chosen, loss, finite, capture)
+                with attempt:
+                    finite = _backward(self, capture, chosen, loss, labels, draw)
+                if not attempt.again:
+                    yield BatchGradients(chosen, loss, finite, capture, attempt)
                 capture.clear()
+                del loss
 
     def losses(
         self,
@@ -291,7 +287,7 @@ class ExampleGradients:
         watch: Callable[[int], AbstractContextManager[Any]] | None = None,
         step_seed: int = 0,
         capture: Capture | None = None,
-        apart: bool = True,
+        attempt: Attempt | None = None,
     ) -> Generator[tuple[list[int], BatchLoss], None, None]:
         """Visit this process's share of the examples, forward only.
 
@@ -303,7 +299,7 @@ class ExampleGradients:
             watch: Context around every forward pass, given the number of examples.
             step_seed: Seed of what ``training_step`` itself draws.
             capture: To be active meanwhile, by default one that nobody asks.
-            apart: Whether batches without a loss may be halved.
+            attempt: Tells whether there was memory for what is done with the batches, which come in halves else.
         """
         own = list(indices) if everywhere else distributed.share(indices)
         self._scale()  # before anything is frozen
@@ -321,9 +317,12 @@ class ExampleGradients:
             capture or Capture(self.coverage),
             progress(title, len(own)) as advance,
         ):
-            for chosen, loss in answered(self.source, own, size, forward, apart=apart):
+            attempt = attempt or Attempt()
+            for chosen, loss in answered(self.source, own, size, forward, attempt):
                 yield chosen, loss
-                advance(loss.n)
+                del loss
+                if not attempt.again:
+                    advance(len(chosen))
 
     def forward(
         self, batch: Any, n: int, *, step_seed: int = 0, watch: AbstractContextManager[Any] | None = None
@@ -359,6 +358,22 @@ class ExampleGradients:
         seed_everything(0)
         with self.forward_context():
             return function(self.module, self.to_device(batch))
+
+
+def _backward(
+    passes: ExampleGradients, capture: Capture, chosen: list[int], loss: BatchLoss, labels: Labels, draw: int
+) -> Tensor:
+    """Run backward from every draw of labels; tell which examples have finite gradients, ``[n]``."""
+    draws = loss.exact_draws() if labels == "exact" else 1
+    for number, (outputs, gradients) in enumerate(starts(passes, loss, labels, chosen, draw)):
+        capture.backward(outputs, gradients, last=number + 1 == draws)
+    if passes.coverage.one_by_one:
+        # A copy of an example weighs as the example does in its batch.
+        of_copies = partial(starts_of_copies, passes=passes.with_scale(loss.scale), labels=labels, draw=draw)
+        for name, found in gradients_one_by_one(passes.coverage, chosen, of_copies).items():
+            capture.add_computed(name, found)
+    finite = capture.finite(loss.n)
+    return finite if loss.values is None else finite & torch.isfinite(loss.values).to(finite.device)
 
 
 def _traced_again(passes: ExampleGradients, indices: Sequence[int], *, whole: bool) -> Trace:

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.isolation import untouched
+from lightning_influence.core.memory import available_bytes, let_go
 from lightning_influence.core.precision import wide
 from lightning_influence.core.random_streams import isolated_rng
+from lightning_influence.data.source import ExampleSource
+from lightning_influence.gradients.attempts import Attempt
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.precision_watch import PrecisionWatch, lower_precision
 from lightning_influence.layers import per_sample
@@ -39,6 +42,8 @@ _DRAWN = 2
 # Captured tensors of a batch may take so many bytes: beyond, they fall out of the caches, every batch asks the system
 # for fresh memory, and larger batches no longer pay.
 _ROOM = 2**24
+# Accelerators have no such caches: this share of their free memory.
+_SHARE = 1 / 8
 _LARGEST_BATCH = 512
 # Training batches up to this size are looked at as a whole.
 _SMALL_BATCH = 16
@@ -90,14 +95,20 @@ class _Look:
     kept: dict[str, Tensor]
 
 
-def roomy_batch_size(inspection: Inspection) -> int:
-    """Return the batch size for passes: at least what was looked at, larger where a few megabytes allow it.
+def roomy_batch_size(inspection: Inspection, source: ExampleSource, device: torch.device) -> int:
+    """Return the batch size for passes: at least what was looked at, larger where memory and caches allow it.
 
-    Small batches cost more time in Python than in arithmetic. Large examples get half of the training batch: a pass
-    holds output gradients beside activations, and where training has just found room for its batch, so must a pass.
+    Small batches cost more time in Python, and in launches, than in arithmetic. An accelerator takes at least the
+    training batch: it has room for that, and what it has no room for after all comes again in halves. The host has no
+    such second chance, and large examples get half of the training batch there: a pass holds output gradients beside
+    activations.
     """
     per_example = max(inspection.batch_bytes // inspection.examples, 1)
-    return max(inspection.examples, min(_LARGEST_BATCH, _ROOM // per_example))
+    least, room = inspection.examples, float(_ROOM)
+    if device.type != "cpu":
+        least, room = source.batch_size, (available_bytes(device) or 0) * _SHARE
+    size = max(least, min(_LARGEST_BATCH, int(max(room, _ROOM)) // per_example))
+    return size if source.room.most is None else min(size, source.room.most)
 
 
 def looked_at(training_batch: int) -> int:
@@ -125,12 +136,24 @@ def inspect(gradients: ExampleGradients, indices: Sequence[int], *, verify: bool
         VerificationError: If a check fails.
         LayerError: If a layer is used in a way that is not understood.
     """
-    size = looked_at(gradients.source.batch_size)
+    source, attempt = gradients.source, Attempt()
+    size = looked_at(source.batch_size)
     if gradients.coverage.one_by_one:  # every example's gradient is held whole, here and in all passes after it
         size = min(size, _SMALL_BATCH)
-    indices = gradients.source.settled(list(indices)[:size])
-    if not indices:
-        raise VerificationError("there is no training example to look at: the data set or the sampler is empty.")
+    while True:
+        chosen = source.settled(list(indices)[:size])
+        if not chosen:
+            raise VerificationError("there is no training example to look at: the data set or the sampler is empty.")
+        attempt.begin(len(chosen))
+        with attempt:
+            return _inspected(gradients, chosen, verify=verify)
+        size = (len(chosen) + 1) // 2
+        source.room.shrink(len(chosen), size)
+        let_go()
+
+
+def _inspected(gradients: ExampleGradients, indices: list[int], *, verify: bool) -> Inspection:
+    """Run a batch of these examples and check it."""
     drawn = torch.randperm(len(indices), generator=torch.Generator().manual_seed(len(indices)))[:_DRAWN].tolist()
     compared = list(dict.fromkeys((0, len(indices) - 1, *drawn))) if verify else []
     look = _look(gradients, indices, keep=compared, summed=verify)

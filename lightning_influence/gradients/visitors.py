@@ -6,19 +6,27 @@ from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed
+from lightning_influence.core.memory import is_out_of_memory
 from lightning_influence.core.precision import wide
 from lightning_influence.gradients.capture import LayerIO
-from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
+from lightning_influence.gradients.passes import BatchGradients, ExampleGradients, Labels
 from lightning_influence.objective.terms import BatchLoss
+
+# Numbers that rows on their way to the host may hold on the device.
+_LEAVING = 2**22
 
 
 class Visitor:
     """Looks at the batches of a pass: at each as a whole, at its layers one by one, and at the whole again.
+
+    Memory may run out anywhere on the way. The batch then begins anew, in halves: what was found in it so far is
+    forgotten with ``begin``, and only ``keep`` and ``file`` change what counts, once for every example.
 
     What it has found it gathers over processes once, when it is asked after the pass.
     """
@@ -29,14 +37,21 @@ class Visitor:
     def add(self, io: LayerIO) -> None:
         """Look at a layer; its memory is free afterwards."""
 
+    def keep(self, io: LayerIO) -> None:
+        """Add a layer to sums over all examples: in place, and after all that takes memory."""
+
     def end(self, batch: BatchGradients) -> None:
         """Take note that all layers of the batch have been there."""
+
+    def file(self) -> None:
+        """File what has come of the batch, which does not come again."""
 
 
 class Guest(Visitor):
     """A visitor that must not spoil the pass of others: it leaves with its first error.
 
-    With several processes it raises: the others would wait for this one at the next collective.
+    With several processes it raises: the others would wait for this one at the next collective. Of memory that runs
+    out it is the last to be told: a smaller batch may do.
 
     Attributes:
         error: Why it has left.
@@ -44,27 +59,41 @@ class Guest(Visitor):
 
     def __init__(self, visitor: Visitor) -> None:
         self._visitor = visitor
+        self._halves = False  # whether the batch at hand has any
         self.error: Exception | None = None
 
     def begin(self, batch: BatchGradients) -> None:
         """Hand the batch on."""
+        self._halves = len(batch.indices) > 1
         self._try("begin", batch)
 
     def add(self, io: LayerIO) -> None:
         """Hand the layer on."""
         self._try("add", io)
 
+    def keep(self, io: LayerIO) -> None:
+        """Hand the layer on."""
+        self._try("keep", io)
+
     def end(self, batch: BatchGradients) -> None:
         """Hand the batch on."""
         self._try("end", batch)
 
-    def _try(self, what: str, seen: BatchGradients | LayerIO) -> None:
+    def file(self) -> None:
+        """Hand it on."""
+        self._try("file")
+
+    def leave(self, error: Exception) -> None:
+        """Leave a pass that has not come to its end."""
+        self.error = self.error or error
+
+    def _try(self, what: str, *seen: BatchGradients | LayerIO) -> None:
         if self.error is not None:
             return
         try:
-            getattr(self._visitor, what)(seen)
+            getattr(self._visitor, what)(*seen)
         except Exception as error:
-            if distributed.world_size() > 1:
+            if distributed.world_size() > 1 or (self._halves and is_out_of_memory(error)):
                 raise
             self.error = error
 
@@ -73,20 +102,32 @@ def visit(
     gradients: ExampleGradients,
     indices: Sequence[int],
     visitors: Sequence[Visitor],
+    labels: Labels = "true",
     *,
+    draw: int = 0,
     title: str = "",
     everywhere: bool = False,
 ) -> None:
     """Let visitors look at every batch of one pass, see ``ExampleGradients.run``."""
-    with closing(gradients.run(indices, title=title, everywhere=everywhere)) as batches:
+    run = gradients.run(indices, labels, draw=draw, title=title, everywhere=everywhere)
+    with closing(run) as batches:
         for batch in batches:
-            for visitor in visitors:
-                visitor.begin(batch)
-            for io in batch.drained():
-                for visitor in visitors:
-                    visitor.add(io)
-            for visitor in visitors:
-                visitor.end(batch)
+            with batch.attempt:
+                _look(batch, visitors)
+
+
+def _look(batch: BatchGradients, visitors: Sequence[Visitor]) -> None:
+    """Let visitors look at a batch, or at a part of one that some of them have seen much of."""
+    for visitor in visitors:
+        visitor.begin(batch)
+    for io in batch.drained():
+        for number, visitor in enumerate(visitors):
+            visitor.add(io)
+            batch.attempt.once((number, io.name), partial(visitor.keep, io))
+    for visitor in visitors:
+        visitor.end(batch)
+    for number, visitor in enumerate(visitors):
+        batch.attempt.once(number, visitor.file)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +167,7 @@ class ExampleColumns:
         self._device = device
         self._kept = array("q")
         self._columns: dict[str, Tensor] = {}
+        self._leaving: dict[str, list[tuple[int, int, Tensor]]] = {}  # rows by place, still on the device
 
     def add(self, indices: Sequence[int], columns: Mapping[str, Tensor]) -> None:
         """Add the rows of a batch; what some batches do not tell is NaN, False or -1 there."""
@@ -134,8 +176,22 @@ class ExampleColumns:
             if name not in self._columns:
                 place = self._device if values.ndim == 1 else torch.device("cpu")
                 self._columns[name] = _unknown(torch.empty_like(values, device=place), self._size)
-            self._columns[name][start:end] = values.detach()
+            column = self._columns[name]
+            if column.device == values.device:
+                column[start:end] = values.detach()
+            else:
+                self._leaving.setdefault(name, []).append((start, end, values.detach()))
         self._kept.extend(indices)
+        if sum(values.numel() for rows in self._leaving.values() for *_, values in rows) > _LEAVING:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Copy rows to the host, which waits for the device meanwhile: those of many batches at a time."""
+        leaving, self._leaving = self._leaving, {}
+        for name, rows in leaving.items():
+            copied = torch.cat([values for *_, values in rows]).to(self._columns[name].device)
+            places = [place for start, end, _ in rows for place in range(start, end)]
+            self._columns[name][places] = copied
 
     @property
     def complete(self) -> bool:
@@ -147,6 +203,7 @@ class ExampleColumns:
 
         But for ``features``, which take memory: those go to rank zero, and are ``[0, d]`` on the others.
         """
+        self._leave()
         # Collate functions leave examples out.
         columns = {name: values[: len(self._kept)] for name, values in self._columns.items()}
         if distributed.any_process(not columns):  # which doesn't know what the others have
@@ -169,8 +226,12 @@ class LossColumns(Visitor):
         self.columns = ExampleColumns(indices, device)
 
     def end(self, batch: BatchGradients) -> None:
+        """Look at the loss."""
+        self._found = batch.indices, loss_columns(batch.loss)
+
+    def file(self) -> None:
         """File the batch."""
-        self.columns.add(batch.indices, loss_columns(batch.loss))
+        self.columns.add(*self._found)
 
 
 def in_order(indices: Sequence[int], found: Tensor, values: Tensor) -> Tensor:
@@ -184,8 +245,7 @@ def in_order(indices: Sequence[int], found: Tensor, values: Tensor) -> Tensor:
 def loss_columns(loss: BatchLoss) -> dict[str, Tensor]:
     """Return what a batch tells without gradients: ``loss``, and where there are classes ``predicted``, ``label``."""
     row = {} if loss.values is None else {"loss": wide(loss.values.detach())}
-    statistics = {} if loss.primary is None else loss.primary.statistics(loss.n)
-    return row | {name: statistics[name] for name in ("predicted", "label") if name in statistics}
+    return row | ({} if loss.primary is None else loss.primary.decided(loss.n))
 
 
 def _unknown(like: Tensor, size: int) -> Tensor:

@@ -19,7 +19,7 @@ from lightning_influence.scores.products import inverse_length
 # Numbers of a part of an index that are in memory at a time, and scores of it with queries.
 _PART, _SCORES = 2**24, 2**24
 # Numbers of candidates that are multiplied at a time.
-_GATHERED = 2**20
+_GATHERED = 2**22
 # Up to so many multiplications, and numbers read, all examples are multiplied: about a second.
 _ALL, _READ = 2**34, 2**28
 # The search proposes so many for each that is asked for, on either side.

@@ -84,7 +84,7 @@ class IndexWriter(Visitor):
         self._examples = self._folder.array("examples", (size,), EXAMPLE)
         self._kept = self._folder.array("rows", (size, self.layout.width), settings.precision)
         self._lengths = self._folder.array("lengths", (size, parts), np.float32)
-        self._size = self._done = 0
+        self._size = self._done = self._added = 0
         self._rows = self._of_parts = self._products = torch.zeros(0)
 
     # -------------------------------------------------------------------------------------------------- in the pass
@@ -114,7 +114,11 @@ class IndexWriter(Visitor):
         self._lengths[own] = self._of_parts.cpu().numpy()
         if self._comparing:
             self._exact[own] = self._products.float().cpu()
-        self._done = own.stop
+        self._added = batch.loss.n
+
+    def file(self) -> None:
+        """Count the batch as written."""
+        self._done += self._added
 
     @property
     def _comparing(self) -> bool:
@@ -269,7 +273,10 @@ class _Positions(Visitor):
         self._others: set[str] = set()
 
     def begin(self, batch: BatchGradients) -> None:
-        self.order += batch.indices
+        self._indices = batch.indices
+
+    def file(self) -> None:
+        self.order += self._indices
 
     def add(self, io: LayerIO) -> None:
         self._seen.add(io.name)
@@ -299,9 +306,12 @@ class _Coded(Visitor):
         self._coder.queries(io, self._kept, self._whole)
 
     def end(self, batch: BatchGradients) -> None:
-        self._order += batch.indices
         told = {name: values.cpu() for name, values in loss_columns(batch.loss).items()}
-        self._parts.append(replace(self._coder.coded(self._kept, self._whole, batch.finite), told=told))
+        self._part = batch.indices, replace(self._coder.coded(self._kept, self._whole, batch.finite), told=told)
+
+    def file(self) -> None:
+        self._order += self._part[0]
+        self._parts.append(self._part[1])
 
     def result(self, indices: Sequence[int]) -> CodedQueries:
         return CodedQueries.together(self._parts).some(torch.tensor(_places(self._order, indices)))

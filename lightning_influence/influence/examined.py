@@ -20,6 +20,7 @@ from lightning_influence.curvature.chain import Chain, curvature_chain
 from lightning_influence.curvature.choices import check_labels
 from lightning_influence.data.given import Data, Indices, positions, source_of
 from lightning_influence.data.source import DataError
+from lightning_influence.gradients.attempts import Attempt
 from lightning_influence.gradients.coverage import Coverage, Layers, Uncovered
 from lightning_influence.gradients.discover import TraceError, discover
 from lightning_influence.gradients.passes import ExampleGradients
@@ -82,7 +83,7 @@ class ExaminedModel:
             )
             passes = ExampleGradients(model, task, source, coverage, progress=shown)
             inspection = inspect(passes, chosen, verify=verify)
-        source.pass_batch_size = roomy_batch_size(inspection)
+        source.pass_batch_size = roomy_batch_size(inspection, source, passes.device)
         self.model, self.examples, self.inspection, self._passes = model, chosen, inspection, passes
 
     @classmethod
@@ -183,10 +184,13 @@ class ExaminedModel:
     def labels(self) -> Mapping[int, int]:
         """The given labels of the training examples, as far as the loss tells."""
         found: dict[int, int] = {}
-        with closing(self.training.losses(self.examples, title="labels", everywhere=True)) as losses:
+        attempt = Attempt()
+        run = self.training.losses(self.examples, title="labels", everywhere=True, attempt=attempt)
+        with closing(run) as losses:
             for own, loss in losses:
-                told = None if loss.primary is None else loss.primary.statistics(loss.n).get("label")
-                found |= {} if told is None else dict(zip(own, map(int, told.tolist()), strict=True))
+                with attempt:
+                    told = None if loss.primary is None else loss.primary.decided(loss.n).get("label")
+                    found |= {} if told is None else dict(zip(own, map(int, told.tolist()), strict=True))
         return {index: label for index, label in found.items() if label >= 0}
 
     def chain(self) -> Chain:

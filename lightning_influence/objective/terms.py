@@ -7,7 +7,7 @@ scaled such that the batch loss is the mean of ``ℓ``.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from lightning_influence.core.layout import BatchLayout
-from lightning_influence.core.torch_private import shape_of
 from lightning_influence.objective.handwritten import HAND_WRITTEN, handwritten
 from lightning_influence.objective.losses import LossCall, single
+from lightning_influence.objective.losses.output_curvature import negative_weight
+from lightning_influence.objective.reductions import divided, reduction_of
 from lightning_influence.objective.scale import LossScale, TaskError, TermKey, TermShare
-from lightning_influence.objective.tap import Heard, edges_below
+from lightning_influence.objective.tap import Heard
 
 __all__ = ["BatchLoss", "LossTerm", "TaskError", "TermForm", "placed_calls", "steady_terms", "understand", "values_of"]
 
@@ -80,6 +80,8 @@ class LossTerm:
 
     def start(self, n: int) -> Tensor:
         """Return the derivative of the sum of the examples' own losses with respect to what the call returned."""
+        if self.call.reduction == "mean" and self.reference is not None and not self.sums:
+            return self._coefficient * (self.call.weight() / self.reference)  # which the host need not know
         return self._coefficient * (n * self.correction(n))
 
     @property
@@ -132,6 +134,7 @@ class BatchLoss:
         values: Per-example losses ``[n]`` if the task returned them or the terms tell them, else None.
         seen: The terms and the known calls whose rows can't be shared out.
         partial: Whether other terms of what the task returned are left out, see ``own_part``.
+        least_weight: The least weight of an element of the terms.
     """
 
     loss: Tensor
@@ -141,6 +144,7 @@ class BatchLoss:
     values: Tensor | None
     seen: tuple[LossTerm, ...] = ()
     partial: bool = False
+    least_weight: float = 0.0
 
     @property
     def scale(self) -> LossScale:
@@ -164,7 +168,7 @@ class BatchLoss:
 
     def labels_of(self) -> str:
         """Return what tells the labels, if others have other ones; else nothing."""
-        told = [(term.key, term.call.statistics(self.n).get("label")) for term in self.terms] if self.terms[1:] else []
+        told = [(term.key, term.call.decided(self.n).get("label")) for term in self.terms] if self.terms[1:] else []
         labels = [(key, label) for key, label in told if label is not None]
         alike = all(torch.equal(label, labels[0][1]) for _, label in labels)
         return "" if alike or labels[0][0] != self.terms[0].key else str(labels[0][0])
@@ -185,8 +189,13 @@ class BatchLoss:
         Args:
             noise: Given the shape for one example, returns uniform numbers ``[n, *shape]``, fresh at each call.
         """
+        self._check_weights()
         each = [term.call.sampled(term.scale(self.n), noise(term.call.noise_shape(self.n))) for term in self.terms]
         return _in_graph(chain.from_iterable(each))
+
+    def _check_weights(self) -> None:
+        if self.least_weight < 0:
+            raise negative_weight(self.least_weight)
 
     def exact_draws(self) -> int | None:
         """Return the backward passes that ``exact_outputs`` of the whole loss takes; None without a closed form."""
@@ -195,6 +204,7 @@ class BatchLoss:
 
     def exact_outputs(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Yield logits and gradients whose outer products add up to the exact Fisher (GGN) of every example."""
+        self._check_weights()
         for term in self.terms:
             for column in term.call.exact(term.scale(self.n), self.n):
                 yield _in_graph(column)
@@ -271,15 +281,15 @@ def understand(
         )
     numbered = _seen(loss, calls, n, scale, forms or {})
     seen = tuple(numbered.values())
-    terms, remainder = _told(loss, seen, n)
+    terms, remainder, lowest = _told(loss, seen, n)
     if remainder or not terms:
         by_hand = _by_hand(loss, calls, [term.call for term in seen], n, scale, forms or {})
         # In the order of the step: labels are read from the first.
         seen = tuple(term for _, term in sorted([*by_hand, *numbered.items()], key=itemgetter(0)))
-        terms, remainder = _told(loss, seen, n)
+        terms, remainder, lowest = _told(loss, seen, n)
     if terms and not remainder:
         values = values_of(terms, n, loss.dtype)
-    return BatchLoss(loss, n, terms, remainder, values, seen)
+    return BatchLoss(loss, n, terms, remainder, values, seen, least_weight=lowest)
 
 
 @torch.no_grad()
@@ -289,16 +299,18 @@ def values_of(terms: Sequence[LossTerm], n: int, dtype: torch.dtype) -> Tensor:
     return torch.stack([part.to(dtype) for part in parts]).sum(0)
 
 
-def _told(loss: Tensor, seen: Sequence[LossTerm], n: int) -> tuple[tuple[LossTerm, ...], bool]:
-    """Return those whose rows can be shared out, and whether the loss has a part besides them."""
+def _told(loss: Tensor, seen: Sequence[LossTerm], n: int) -> tuple[tuple[LossTerm, ...], bool, float]:
+    """Return those whose rows can be shared out, whether the loss has a part besides them, and the least weight."""
     terms = tuple(term for term in seen if term.call.rows_match(n))
     with torch.no_grad():
         parts = [(term.coefficient * term.call.output).sum().to(loss.device) for term in terms]
-        total, *others = torch.stack([loss.reshape(()), *parts]).tolist()
+        least = [term.coefficient.min().to(loss.device) for term in terms if term.coefficient.numel()]
+        total, *others = torch.stack([loss.reshape(()), *parts, *least]).tolist()  # all that the host waits for
+    others, lowest = others[: len(parts)], min(others[len(parts) :], default=0.0)
     explained, rounding = sum(others, 0.0), max(1e-4, 4 * torch.finfo(loss.dtype).eps)
     if not (math.isfinite(total) and math.isfinite(explained)):  # explained if the calls are non-finite themselves
-        return terms, math.isfinite(explained)
-    return terms, abs(total - explained) > rounding * max(abs(total), abs(explained), 1e-8)
+        return terms, math.isfinite(explained), lowest
+    return terms, abs(total - explained) > rounding * max(abs(total), abs(explained), 1e-8), lowest
 
 
 def _by_hand(
@@ -319,9 +331,9 @@ def _by_hand(
     placed = placed_calls([written.call for written in found], forms)
     for (key, call, form), written in zip(placed, found, strict=True):
         reference = scale[key] if scale is not None and call.rows_match(n) else None
-        reduction = _reduction_of(loss, written.logits.grad_fn)
+        reduction = reduction_of(loss, written.logits.grad_fn)
         if reduction is None:
-            factor = _divided(written.weight, n)
+            factor = divided(written.weight, n)
         else:
             (at_reduction,) = torch.autograd.grad(loss, reduction[:1], retain_graph=True)
             factor = at_reduction.abs() / reduction[1]
@@ -339,7 +351,7 @@ def _seen(
     """Return the calls that the loss is made of, as terms, by their places among all calls."""
     if not calls:
         return {}
-    reductions = [_reduction_of(loss, call.output.grad_fn) if call.reduction == "none" else None for call in calls]
+    reductions = [reduction_of(loss, call.output.grad_fn) if call.reduction == "none" else None for call in calls]
     wanted: list[Any] = [call.output for call in calls]
     wanted += [reduction[0] for reduction in reductions if reduction is not None]
     found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
@@ -358,40 +370,10 @@ def _seen(
         if call.reduction == "none" and call.rows_match(n):
             call = call.counting(coefficient != 0)
         if form is not None and form.elementwise:
-            factor = _divided(coefficient, n)
+            factor = divided(coefficient, n)
         reference = scale[key] if scale is not None and call.rows_match(n) else None
         terms[number] = LossTerm(call, coefficient, key, reference, form, None if factor is None else float(factor))
     return terms
-
-
-def _divided(coefficient: Tensor, n: int) -> Tensor:
-    """Return the one number that the elements that count were multiplied with; if they differ, that of a mean."""
-    counted = coefficient[coefficient != 0]
-    if not bool(torch.isfinite(coefficient).any()):
-        return torch.tensor(math.inf)  # nothing counts: it was divided by zero
-    alike = len(counted) > 0 and bool(counted.max() - counted.min() <= 1e-5 * counted.abs().max())
-    return counted[0] if alike else torch.tensor(1 / n)
-
-
-def _reduction_of(loss: Tensor, target: Any) -> tuple[GradientEdge, int] | None:
-    """Find the operation that made one number of a node's elements, if there is just one, and what it divides by."""
-    users: dict[Any, list[tuple[Any, int]]] = defaultdict(list)
-    for node, following, number in edges_below(loss, {target}):
-        users[following].append((node, number))
-    found: dict[Any, int] = {}
-    above, met = [target], {target}
-    while above:
-        below = above.pop()
-        for node, number in users[below]:
-            if not shape_of(node):
-                found[node] = math.prod(shape_of(below, number))
-            elif node not in met:
-                met.add(node)
-                above.append(node)
-    if len(found) != 1:
-        return None
-    ((node, count),) = found.items()
-    return GradientEdge(node, 0), count if node.name().startswith("Mean") else 1
 
 
 def _in_graph(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_influence.core.precision import wide_dtype, wide_zeros
+from lightning_influence.core.precision import summed, wide_dtype, wide_zeros
 from lightning_influence.curvature.curvature import Curvature, Scorer
 from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
@@ -72,7 +72,9 @@ class ExampleScorer(Visitor):
         self._columns = ExampleColumns(indices, gradients.device)
         self._scorer: Scorer | None = None
         self._last: Tensor | None = None
+        self._parts: dict[str, list[Tensor]] = {}
         self._row: dict[str, Tensor] = {}
+        self._indices: list[int] = []
         self.self_influence = torch.zeros(0)
 
     def begin(self, batch: BatchGradients) -> None:
@@ -81,7 +83,8 @@ class ExampleScorer(Visitor):
         self._scorer = None if self._curvature is None else self._curvature.scorer(n)
         self._last = batch.capture.features(n, partial=batch.loss.partial) if self._features else None
         wanted = {"grad_norm_squared": True, "harm": self._query, "tracin": self._step_sizes}
-        self._row = {name: wide_zeros(n, batch.finite.device) for name, of in wanted.items() if of is not None}
+        # By layer, ``[n]`` each, to be added up together: a device has much to launch as it is.
+        self._parts = {name: [wide_zeros(n, batch.finite.device)] for name, of in wanted.items() if of is not None}
 
     def add(self, io: LayerIO) -> None:
         """Add a layer's part."""
@@ -92,15 +95,18 @@ class ExampleScorer(Visitor):
         else:
             norms = per_sample.squared_norms(io.x, io.gs[0])
             inner = None if vector is None else per_sample.inner_products(io.x, io.gs[0], vector)
-        self._row["grad_norm_squared"] += norms
+        self._parts["grad_norm_squared"].append(norms)
         if inner is not None:
-            self._row["harm"] -= inner
+            self._parts["harm"].append(inner)
         if sizes is not None:
-            self._row["tracin"] += self_influence(io, norms, sizes)
+            self._parts["tracin"].append(self_influence(io, norms, sizes))
 
     def end(self, batch: BatchGradients) -> None:
-        """File the batch."""
-        row, device, unknown = self._row, batch.finite.device, ~batch.finite
+        """Put the batch's row together."""
+        device, unknown = batch.finite.device, ~batch.finite
+        row = {name: summed(parts) for name, parts in self._parts.items()}
+        if "harm" in row:
+            row["harm"] = -row["harm"]
         if self._scorer is not None:
             self.self_influence = self._scorer.self_influence().to(device, wide_dtype(device))
             row["self_influence"] = self.self_influence
@@ -110,8 +116,13 @@ class ExampleScorer(Visitor):
             name: values.masked_fill(unknown.view(-1, *[1] * (values.ndim - 1)), torch.nan)
             for name, values in row.items()
         }
-        self._columns.add(batch.indices, row | {"finite": batch.finite} | loss_columns(batch.loss))
-        self._row, self._scorer, self._last = {}, None, None
+        self._row = row | {"finite": batch.finite} | loss_columns(batch.loss)
+        self._indices, self._parts, self._scorer, self._last = batch.indices, {}, None, None
+
+    def file(self) -> None:
+        """File the batch."""
+        self._columns.add(self._indices, self._row)
+        self._row = {}
 
     def result(self) -> ExampleScores:
         """Return the scores, the same on every process."""

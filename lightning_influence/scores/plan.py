@@ -11,8 +11,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from lightning_influence.core import distributed
 from lightning_influence.core.meeting import together
-from lightning_influence.core.memory import is_out_of_memory
+from lightning_influence.core.memory import is_out_of_memory, let_go
 from lightning_influence.core.precision import wait_for
 from lightning_influence.curvature import (
     LADDER,
@@ -33,7 +34,7 @@ from lightning_influence.curvature.sweep import DampingSweep, Sweeper
 from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.passes import ExampleGradients, Labels
 from lightning_influence.gradients.verify import Inspection
-from lightning_influence.gradients.visitors import ExampleScores, Visitor, visit
+from lightning_influence.gradients.visitors import ExampleScores, Guest, Visitor, visit
 from lightning_influence.scores.examples import ExampleScorer
 from lightning_influence.scores.measurements import QuerySets, mean_loss_gradient
 from lightning_influence.training.step_sizes import OptimizerHistory, StepSize
@@ -172,7 +173,7 @@ class Companion(Protocol):
         """Return who looks at the pass over the validation set of that number; there may be no such pass."""
         ...
 
-    def on_training(self, curvature: Curvature | None, own: ExampleScorer) -> Sequence[Visitor]:
+    def on_training(self, curvature: Curvature | None, own: ExampleScorer) -> Sequence[Guest]:
         """Return who looks at the pass over the training data, after who scores it, with the curvature if there is."""
         ...
 
@@ -218,7 +219,9 @@ def influence_scores(
                 curvature = plan.fit(gradients, indices)
             notes += curvature.notes
         # What does not need this curvature is still worth having.
-        except (IndefiniteError, torch.linalg.LinAlgError) as error:
+        except Exception as error:
+            if not isinstance(error, (IndefiniteError, torch.linalg.LinAlgError)) and not is_out_of_memory(error):
+                raise
             notes.append(f"no self_influence and no harm: {error}")
     query: dict[str, Tensor] | None = None
     if queries and curvature is not None:
@@ -227,13 +230,31 @@ def influence_scores(
             query, found = _validation_query(curvature, sets, companions)
         notes += [note for note in found if note not in notes]
     scorer = ExampleScorer(gradients, indices, curvature, query, step_sizes, features=features)
-    more: list[Visitor] = []
+    more: list[Guest] = []
     if companions:
         with _timed(seconds, "queries", gradients.device):
             more += [visitor for each in companions for visitor in each.on_training(curvature, scorer)]
     with _timed(seconds, "scores", gradients.device):
         sweeper = _sweeper(gradients, indices, curvature)
-        visit(gradients, indices, [scorer, *([sweeper] if sweeper else []), *more], title="self-influence")
+        guest = None if sweeper is None else Guest(sweeper)
+        lost = None
+        try:
+            visit(gradients, indices, [scorer, *([guest] if guest else []), *more], title="self-influence")
+        except Exception as error:
+            if curvature is None or not _is_lost(error):
+                raise
+            lost = error.with_traceback(None)
+        if lost is not None:
+            notes.append(f"no self_influence, no harm and no queries: {lost}")
+            curvature = query = sweeper = None
+            for each in more:
+                each.leave(lost)
+            scorer = ExampleScorer(gradients, indices, step_sizes=step_sizes, features=features)
+            let_go()
+            visit(gradients, indices, [scorer], title="gradients")
+        elif guest is not None and guest.error is not None:
+            notes.append(f"no damping sweep: {guest.error}")
+            sweeper = None
         scores = scorer.result()
     sweep = None
     if sweeper is not None and int(scores.columns["finite"].sum()) >= _FEWEST_TO_SWEEP:
@@ -265,6 +286,11 @@ def _validation_query(
         return curvature.solve(mean), curvature.notes
     except SolverError as error:
         return None, [f"no harm column: {error}"]
+
+
+def _is_lost(error: Exception) -> bool:
+    """Tell whether memory does not suffice, and nothing waits for this process."""
+    return is_out_of_memory(error) and distributed.world_size() == 1
 
 
 def _sweeper(gradients: ExampleGradients, indices: Sequence[int], curvature: Curvature | None) -> Sweeper | None:

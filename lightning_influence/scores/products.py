@@ -52,6 +52,7 @@ class _Pairs(Visitor, ABC):
         self._along: Tensor | None = None
         self._places = {layer: 1 + place for place, layer in enumerate(layers)}
         self._scores = wide_zeros(0, prepared.self_influence.device)
+        self._indices: list[int] = []
 
     @property
     def prepared(self) -> PreparedQueries:
@@ -74,7 +75,10 @@ class _Pairs(Visitor, ABC):
         scores[..., self._prepared.self_influence.isnan()] = torch.nan
         if "leverage" in self._asked:
             self._along = curvature_along_gradients(batch.loss)
-        self._take(batch.indices, scores)
+        self._indices, self._scores = batch.indices, scores
+
+    def file(self) -> None:
+        self._take(self._indices, self._scores)
 
     def _normalised(self, scores: Tensor, normalise: Normalisation) -> Tensor:
         """Return scores ``[n, m, q]`` of the batch, normalised."""

@@ -229,8 +229,11 @@ class _Solving(Visitor):
             self._squares[name][these] = _inner(gradients, solved)
 
     def end(self, batch: BatchGradients) -> None:
-        self._done += batch.loss.n
-        self._finite.append(batch.finite)
+        self._of_batch = batch.finite
+
+    def file(self) -> None:
+        self._done += len(self._of_batch)
+        self._finite.append(self._of_batch)
 
     def result(self) -> PreparedQueries:
         """Return the queries."""

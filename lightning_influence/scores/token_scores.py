@@ -63,6 +63,10 @@ class TokenScores(Visitor):
                 self._scores[..., -1] += part.sum(2)
 
     def end(self, batch: BatchGradients) -> None:
-        """Keep the batch's scores, on the host."""
+        """Leave out what is not finite."""
         self._scores[~batch.finite] = float("nan")
-        self.found |= dict(zip(batch.indices, self._scores.cpu(), strict=True))
+        self._indices = batch.indices
+
+    def file(self) -> None:
+        """Keep the batch's scores, on the host."""
+        self.found |= dict(zip(self._indices, self._scores.cpu(), strict=True))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.meeting import together
+from lightning_influence.gradients.attempts import Attempt
 from lightning_influence.gradients.capture import Capture
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import ExampleColumns, ExampleScores, loss_columns
@@ -36,13 +37,16 @@ def look_at_features(gradients: ExampleGradients, indices: Sequence[int], *, tit
     capture = Capture(gradients.coverage)
     columns = ExampleColumns(indices, gradients.device)
     passes = gradients.with_scale(None)
-    with closing(passes.losses(indices, title=title, watch=capture.forward, capture=capture)) as losses:
+    attempt = Attempt()
+    run = passes.losses(indices, title=title, watch=capture.forward, capture=capture, attempt=attempt)
+    with closing(run) as losses:
         for chosen, loss in losses:
-            if loss.partial:
-                capture.backward(*loss.true_outputs())
-            found = capture.features(loss.n, partial=loss.partial)
-            row = {} if found is None else {"features": projected(found.detach())}
-            columns.add(chosen, loss_columns(loss) | row)
+            with attempt:
+                if loss.partial:
+                    capture.backward(*loss.true_outputs())
+                found = capture.features(loss.n, partial=loss.partial)
+                row = {} if found is None else {"features": projected(found.detach())}
+                columns.add(chosen, loss_columns(loss) | row)
             capture.clear()
     order, gathered = columns.gathered()
     return ExampleScores(order, gathered, gathered.pop("features", None))

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_influence.core.precision import exact, wide, wide_dtype, wide_zeros
+from lightning_influence.core.precision import exact, wide, wide_zeros
 from lightning_influence.curvature.blocks.block import OF_INPUTS, Measure, Shape, Sides
 from lightning_influence.curvature.blocks.eigenvectors import eigenvectors, null_columns
 from lightning_influence.curvature.blocks.kronecker import KroneckerBlock
@@ -42,6 +42,7 @@ class KFACBlock(KroneckerBlock):
         super().__init__(shape, dense)
         # By side which columns of its basis span a null space, [k, m]: for eigenvalues that are measured.
         self._null: dict[str, Tensor] = {}
+        self._spread = False  # whether there were rows without a trace of their own
 
     def bounded_damping(self, examples: int, directions: int) -> float:
         """Return the default damping, raised until the data could span the dimensions that the block then has.
@@ -83,16 +84,22 @@ class KFACBlock(KroneckerBlock):
         super().part()
 
     def _contributions(self, xs: Sequence[Tensor], gs: Sequence[Rows], examples: int) -> dict[str, Tensor]:
-        sums = _traces(xs, gs)
         outputs, inputs = self.dense
+        sums: dict[str, Tensor] = {}
         for use, use_xs, use_gs in _by_use(xs, gs):
-            rows, device = float(examples * use_xs[0].shape[2]), use_xs[0].device
             if self.inputs_of is None:
                 sums[f"activation.{use}"] = added(second_moment(x, diagonal=not inputs) for x in use_xs)
             sums |= {
                 f"gradient.{use}": added(second_moment(g, diagonal=not outputs) for g in use_gs),
-                f"rows.{use}": torch.full((), rows, dtype=wide_dtype(device), device=device),
+                # Known to the host: a device has much to launch as it is.
+                f"rows.{use}": torch.tensor(float(examples * use_xs[0].shape[2]), dtype=torch.float64),
             }
+        if len(xs) == 1 and xs[0].shape[2] == 1 and all(isinstance(g, Tensor) for g in gs):
+            return sums | _traces(xs, gs)
+        if not self._spread:  # not a number, whatever is added
+            unknown = wide_zeros((), xs[0].device).fill_(math.nan)
+            sums |= {"traces": unknown, "traces_squared": unknown.clone()}
+            self._spread = True
         return sums
 
     def _decompositions(self, sums: dict[str, Tensor]) -> dict[str, Callable[[], dict[str, Tensor]]]:
@@ -127,6 +134,7 @@ class KFACBlock(KroneckerBlock):
         return found
 
     def _finish(self, sums: dict[str, Tensor]) -> None:
+        self._spread = False
         if (squares := float(sums.pop("traces_squared"))) > 0:  # NaN is not
             self._share = float(sums.pop("traces")) ** 2 / squares / float(sums["examples"])
         uses, diagonals = _uses(sums), dict[str, list[Tensor]]()
@@ -160,12 +168,8 @@ def _counts(sums: Mapping[str, Tensor], side: str) -> list[Tensor]:
 
 
 def _traces(xs: Sequence[Tensor], gs: Sequence[Rows]) -> dict[str, Tensor]:
-    """Return the sums of the examples' squared gradient norms and of their squares; NaN for rows of another kind."""
-    x, device = xs[0], xs[0].device
-    if len(xs) > 1 or any(not isinstance(g, Tensor) or g.shape[2] > 1 for g in gs):
-        traces = wide_zeros(1, device).fill_(math.nan)
-    else:
-        traces = wide(added(squared_norms(x, g) for g in gs))
+    """Return the sums of the examples' squared gradient norms and of their squares."""
+    traces = wide(added(squared_norms(xs[0], g) for g in gs))
     return {"traces": traces.sum(), "traces_squared": traces.square().sum()}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_influence.core.containers import sent
 from lightning_influence.curvature.blocks.block import CurvatureBlock, Eigenbasis, Shape, Sides
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.rows import Rows
@@ -46,7 +47,14 @@ class KroneckerBlock(CurvatureBlock):
 
     def self_influences(self, x: Tensor, g: Rows, dampings: Sequence[float]) -> Tensor:
         """Return ``Σ (Q_Bᵀ G_n Q_A)² / (lam + damping)`` for every damping, ``[n, d]``: gradients are rotated once."""
-        inverses = torch.stack([self._inverse(damping) for damping in dampings])
+        if len(dampings) == 1:
+            inverses = self._inverse(dampings[0]).unsqueeze(0)
+        else:
+            for damping in dampings:
+                self.check_damping(damping)
+            own = self.eigenvalues
+            column = sent(torch.tensor(list(dampings), dtype=own.dtype), own.device)
+            inverses = (own + column.view(-1, 1, 1, 1)).reciprocal_()
         return per_sample.weighted_rotated_squares(x, g, *self.basis, inverses)
 
     def scores(

@@ -12,7 +12,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +25,7 @@ from lightning_influence.curvature.products.held_batches import bytes_of, copied
 from lightning_influence.curvature.products.second_derivatives import SecondDerivatives
 from lightning_influence.curvature.solve.spectrum import Matvec
 from lightning_influence.gradients.answering import refusal
+from lightning_influence.gradients.attempts import Attempt, in_halves
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.objective.terms import BatchLoss
 
@@ -98,8 +98,13 @@ class CurvatureProduct(ABC):
             raise ValueError("no example counts: all losses or gradients are non-finite, or there are no examples.")
         self.gradient = total / self.examples
         with self._twice.possible():
-            for n, batch in islice(self._batches(), 1):
-                self._twice.verify(*self._outputs(gradients.forward(batch, n)))
+            attempt, done = Attempt(), False
+            for found, batch in self._fitting(self._batches(), attempt):
+                with attempt:
+                    self._twice.verify(*self._outputs(gradients.forward(batch, len(found))))
+                    done = True
+                if done:
+                    break
 
     @property
     def held(self) -> bool:
@@ -149,7 +154,7 @@ class CurvatureProduct(ABC):
     def _linearise(self, loss: BatchLoss) -> Callable[[Tensor], Tensor]:
         """Return the product ``[q, p] -> [q, p]`` for one batch, summed over its examples."""
 
-    def _product(self, v: Tensor, batches: Callable[[], Iterable[tuple[int, Any]]], examples: int) -> Tensor:
+    def _product(self, v: Tensor, batches: Callable[[], Iterable[tuple[list[int], Any]]], examples: int) -> Tensor:
         p, chunk = self.flat.size, self._chunk or _MOST_VECTORS
         if v.ndim not in (1, 2) or v.shape[-1] != p:
             raise ValueError(f"vectors have the shape {tuple(v.shape)}; expected [q, {p}] or [{p}].")
@@ -157,11 +162,15 @@ class CurvatureProduct(ABC):
         total = torch.zeros_like(vectors)
         if len(vectors):
             with self._twice.possible():
-                for n, batch in batches():
-                    # Seeded alike every time, or a step with random numbers would make another matrix in each product.
-                    multiply = self._linearise(self._gradients.forward(batch, n))
-                    for start in range(0, len(vectors), chunk):
-                        total[start : start + chunk] += multiply(vectors[start : start + chunk])
+                attempt = Attempt()
+                for found, batch in self._fitting(batches(), attempt):
+                    with attempt:
+                        # Seeded alike every time, or a step with random numbers would make another matrix each time.
+                        multiply = self._linearise(self._gradients.forward(batch, len(found)))
+                        for start in range(0, len(vectors), chunk):
+                            if start not in attempt.through:
+                                part = multiply(vectors[start : start + chunk])
+                                attempt.once(start, partial(total[start : start + chunk].add_, part))
         (total,) = distributed.sum_across_processes([total])
         result = total / examples
         # Not for vectors that are non-finite themselves: those come from a solver, which knows what to do.
@@ -173,14 +182,17 @@ class CurvatureProduct(ABC):
             )
         return result.reshape(v.shape).to(v.device, v.dtype)
 
-    def _batches(self) -> Iterable[tuple[int, Any]]:
-        """Return this process's batches with their numbers of examples."""
+    def _batches(self) -> Iterable[tuple[list[int], Any]]:
+        """Return this process's batches with their examples."""
         if self._kept is None:
             return self._loaded(self._own)
-        return ((n, copied(batch)) for n, batch in self._kept)  # a step may change what it is given
+        return ((found, copied(batch)) for found, batch in self._kept)  # a step may change what it is given
 
-    def _loaded(self, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        return ((len(found), batch) for found, batch in self._gradients.source.batches(indices, self._batch_size))
+    def _loaded(self, indices: Sequence[int]) -> Iterator[tuple[list[int], Any]]:
+        return self._gradients.source.batches(indices, self._batch_size)
+
+    def _fitting(self, batches: Iterable[tuple[list[int], Any]], attempt: Attempt) -> Iterator[tuple[list[int], Any]]:
+        return in_halves(self._gradients.source, batches, attempt, self._gradients.source.room.most)
 
     def _look(self, own: list[int]) -> tuple[Tensor, list[int], bool]:
         """Keep this process's batches if they fit.
@@ -189,18 +201,23 @@ class CurvatureProduct(ABC):
             The sum of the gradients, the non-finite examples, and whether a sum is non-finite without any of these.
         """
         total = torch.zeros(self.flat.size, dtype=self.flat.dtype, device=self.flat.device)
-        self._kept: list[tuple[int, Any]] | None = []
+        self._kept: list[tuple[list[int], Any]] | None = []
         room: float = _HOLD
         suspicious: list[int] = []
+        attempt = Attempt()
         with self._twice.possible():
-            for found, batch in self._gradients.source.batches(own, self._batch_size):
+            for found, batch in self._fitting(self._loaded(own), attempt):
                 room -= bytes_of(batch)
-                if self._kept is None or room < 0:
+                held = copied(batch) if self._kept is not None and room >= 0 else None  # a step may change it
+                with attempt, told(partial(refusal, self._gradients.source, found, self._forward)):
+                    gradient = self._summed_gradient(batch, len(found))
+                if attempt.again:
+                    room += bytes_of(batch)
+                    continue
+                if self._kept is None or held is None:
                     self._kept = None
                 else:
-                    self._kept.append((len(found), copied(batch)))
-                with told(partial(refusal, self._gradients.source, found, self._forward)):
-                    gradient = self._summed_gradient(batch, len(found))
+                    self._kept.append((found, held))
                 if gradient is None:
                     suspicious += found
                 else:
@@ -209,7 +226,7 @@ class CurvatureProduct(ABC):
             bad = [
                 index
                 for index in suspicious
-                if any(self._summed_gradient(batch, n) is None for n, batch in self._loaded([index] * 2))
+                if any(self._summed_gradient(batch, 2) is None for _, batch in self._loaded([index] * 2))
             ]
         if not bad:
             return total, [], bool(suspicious)

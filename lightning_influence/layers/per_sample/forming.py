@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ _CACHED_ELEMENTS = 2**20
 def at_a_time(scalars: int, *, cached: bool = False) -> int:
     """Return how many things of so many scalars each are held at a time; ``cached`` ones are used up at once."""
     return max(1, (_CACHED_ELEMENTS if cached else _CHUNK_ELEMENTS) // scalars)
+
+
+def end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    """Join parts of a batch; the only one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def gradients(x: Tensor, g: Rows, *, cached: bool = True) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.layers.per_sample.forming import at_a_time, gradients
+from lightning_influence.layers.per_sample.forming import at_a_time, end_to_end, gradients
 from lightning_influence.layers.rows import Joined, OneHot, Rows, compact
 
 NormForm = Literal["auto", "gram", "form"]
@@ -31,7 +31,7 @@ def squared_norms(x: Tensor, g: Rows, *, form: NormForm = "auto") -> Tensor:
             step = at_a_time(k * s * s)
             pairs = zip(x.split(step, 1), g.split(step, 1), strict=True)
             # knst, knst -> n
-            return torch.cat([(a @ a.mT).mul_(b @ b.mT).sum((0, 2, 3)) for a, b in pairs])
+            return end_to_end([(a @ a.mT).mul_(b @ b.mT).sum((0, 2, 3)) for a, b in pairs])
     if isinstance(g, OneHot):
         return compact(x, g).square().sum((0, 2, 3))
     if isinstance(g, Joined):
@@ -46,5 +46,7 @@ def squared_norms(x: Tensor, g: Rows, *, form: NormForm = "auto") -> Tensor:
             cross.append((products * g.dense[0, some].transpose(-1, -2).gather(1, ids)).sum((1, 2)))
         return squared_norms(first, g.onehot) + 2 * torch.cat(cross) + squared_norms(second, g.dense, form=form)
     if g.shape[2] == 1:
-        return (x.square().sum(-1) * g.square().sum(-1)).sum((0, 2))
-    return torch.cat([chunk.square_().sum((0, 2, 3)) for chunk in gradients(x, g)])
+        of_g = g[..., 0] if g.shape[3] == 1 else torch.linalg.vector_norm(g, dim=-1)
+        lengths: Tensor = (torch.linalg.vector_norm(x, dim=-1) * of_g).square_()
+        return lengths[0, :, 0] if len(x) == 1 else lengths.sum((0, 2))
+    return end_to_end([chunk.square_().sum((0, 2, 3)) for chunk in gradients(x, g)])

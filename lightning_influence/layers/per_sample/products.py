@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_influence.layers.per_sample.forming import at_a_time, gradients
+from lightning_influence.layers.per_sample.forming import at_a_time, end_to_end, gradients
 from lightning_influence.layers.rows import Joined, OneHot, Rows, rotate
 
 
@@ -25,7 +25,10 @@ def inner_products(x: Tensor, g: Rows, matrix: Tensor) -> Tensor:
     if isinstance(g, Joined):
         first, second = g.split(x)
         return inner_products(first, g.onehot, matrix) + inner_products(second, g.dense, matrix)
-    return (rotate(x, matrix.transpose(-1, -2)) * g).sum((0, 2, 3))
+    turned = rotate(x, matrix.transpose(-1, -2))
+    if len(x) == x.shape[2] == g.shape[3] == 1:
+        return (turned * g)[0, :, 0, 0]
+    return (turned * g).sum((0, 2, 3))
 
 
 def products(x: Tensor, g: Rows, vectors: Tensor) -> Tensor:
@@ -55,7 +58,7 @@ def products(x: Tensor, g: Rows, vectors: Tensor) -> Tensor:
     # the cache for every chunk, so these are large.
     flat = vectors.flatten(1).T
     chunks = gradients(x, g, cached=False)
-    return torch.cat([chunk.transpose(0, 1).flatten(1) @ flat for chunk in chunks])
+    return end_to_end([chunk.transpose(0, 1).flatten(1) @ flat for chunk in chunks])
 
 
 def by_position(x: Tensor, g: Rows, vectors: Tensor) -> list[Tensor]:
@@ -86,4 +89,4 @@ def _bilinear(x: Tensor, g: Tensor, vectors: Tensor) -> Tensor:
         turned = x @ some.transpose(0, 1).reshape(k, -1, i).transpose(-1, -2)
         # knqo, knoj -> knq
         parts.append((turned.view(k, n, -1, o) @ g.unsqueeze(-1)).squeeze(-1).sum(0))
-    return torch.cat(parts, 1) if parts else x.new_zeros((n, 0))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)) if parts else x.new_zeros((n, 0))

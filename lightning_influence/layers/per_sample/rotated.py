@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.layers.per_sample.forming import gradients, scattered
+from lightning_influence.layers.per_sample.forming import end_to_end, gradients, scattered
 from lightning_influence.layers.per_sample.norms import squared_norms
 from lightning_influence.layers.per_sample.products import inner_products
 from lightning_influence.layers.rows import OneHot, Rows, added, compact, rotate
@@ -50,6 +50,7 @@ def rotated_squares(
     if isinstance(gs[0], OneHot):
         rotated = rotate(x, basis_x)
         return added(scattered(compact(rotated, g).square(), g) for g in gs if isinstance(g, OneHot))
+    basis_g = _turning(basis_g)
     if x.shape[2] == 1:
         squares = added(rotate(_dense(g), basis_g)[:, :, 0].square() for g in gs)
         # kno, kni -> koi
@@ -81,18 +82,21 @@ def weighted_rotated_squares(
     Returns:
         ``[n]``, or ``[n, d]``; the gradients are rotated once.
     """
+    basis_g = _turning(basis_g)
     if weights.ndim == 3:
         return weighted_rotated_squares(x, g, basis_x, basis_g, weights.unsqueeze(0), form=form).squeeze(1)
     if isinstance(g, OneHot):
         squares = compact(rotate(x, basis_x), g)[0].square()
         return torch.stack([(squares * each[0][g.indices]).sum((1, 2)) for each in weights], 1)
     if x.shape[2] == 1:
-        # kno, koi, kni -> n
+        # kno, dkoi, kni -> nd
         of_g, of_x = rotate(_dense(g), basis_g)[:, :, 0].square(), rotate(x, basis_x)[:, :, 0].square()
-        return torch.stack([((of_g @ each) * of_x).sum((0, 2)) for each in weights], 1)
+        if len(x) == 1 and of_g.shape[2] == 1:  # parameters without rows of their own, as those of norms
+            return (of_x[0] @ weights[:, 0, 0].T).mul_(of_g[0])
+        return (of_g @ weights).mul_(of_x).sum((1, 3)).T
     columns = _columns(weights)
     chunks = _rotated(x, [g], basis_x, basis_g, form)
-    return torch.cat([(chunk.square_().flatten(2) @ columns).sum(0) for chunk in chunks])
+    return end_to_end([_over_groups(chunk.square_().flatten(2) @ columns) for chunk in chunks])
 
 
 def rotated_scores(
@@ -128,11 +132,11 @@ def rotated_scores(
     for chunk in _rotated(x, [g], basis_x, basis_g, "auto"):
         flat = chunk.flatten(2)
         if turned is not None:
-            inners.append((flat @ turned).sum((0, 2)))
+            inners.append(_over_groups(flat @ turned)[:, 0])
         flat.square_()
         norms.append(flat.sum((0, 2)))
-        weighted.append((flat @ column).sum((0, 2)))
-    return torch.cat(norms), torch.cat(weighted), torch.cat(inners) if inners else None
+        weighted.append(_over_groups(flat @ column)[:, 0])
+    return end_to_end(norms), end_to_end(weighted), end_to_end(inners) if inners else None
 
 
 def rotated_rows(x: Tensor, g: Rows, basis_x: Tensor | None, basis_g: Tensor | None) -> tuple[Tensor, Rows]:
@@ -145,6 +149,16 @@ def rotated_rows(x: Tensor, g: Rows, basis_x: Tensor | None, basis_g: Tensor | N
         basis_g: Orthonormal columns ``[k, o, o]``; None is the identity, the only one for one-hot rows.
     """
     return rotate(x, basis_x), g if basis_g is None else rotate(_dense(g), basis_g)
+
+
+def _turning(basis: Tensor | None) -> Tensor | None:
+    """Return a basis unless it has one direction: squares are the same in it."""
+    return None if basis is not None and basis.shape[-1] == 1 else basis
+
+
+def _over_groups(rows: Tensor) -> Tensor:
+    """Add up ``[k, n, d]`` over the groups."""
+    return rows[0] if len(rows) == 1 else rows.sum(0)
 
 
 def _columns(matrices: Tensor) -> Tensor:

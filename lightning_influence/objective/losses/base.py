@@ -69,6 +69,10 @@ class LossCall(TappedCall, ABC):
         ignored) and ``probabilities`` only if there is one class decision per example.
         """
 
+    def decided(self, n: int) -> dict[str, Tensor]:
+        """Return ``predicted`` and ``label`` of ``statistics`` alone, if there is one class decision per example."""
+        return {}
+
     @abstractmethod
     def counting(self: _Call, counted: Tensor) -> _Call:
         """Return the same call in which only some elements count, the others being ignored as by ``ignore_index``.
@@ -145,7 +149,12 @@ class LossCall(TappedCall, ABC):
 
     def mean_weight(self, n: int) -> float:
         """Return the sum of weights per example, which a mean divides by (1 for plain cross-entropy)."""
-        return float(self.weights().sum()) / n
+        return float(self.weight()) / n
+
+    def weight(self) -> Tensor:
+        """Return the sum of weights."""
+        weights = self.weights()
+        return weights.sum(dtype=working_dtype(weights.dtype))
 
     def steady_divisor(self, n: int, *, alone: bool) -> float | None:
         """Return ``mean_weight`` of a mean if it follows from shapes alone, and can't be another in other batches.
@@ -178,12 +187,18 @@ class LossCall(TappedCall, ABC):
         result = {name: self.per_example(torch.where(counted, v, 0), n) / number for name, v in values.items()}
         shares = self.shares(n)
         if single(shares.shape):
-            for name, value in (decided or {}).items():
-                parts = shares.gather(value, math.nan if value.is_floating_point() else -1)
-                result[name] = parts.reshape(n, *parts.shape[1 + len(shares.shape) :])
+            result |= self._of_decisions(n, decided or {})
         elif decided and math.prod(shares.shape):
             worst = shares.gather(torch.where(counted, values["loss"], -math.inf), -math.inf).flatten(1).amax(1)
             result["worst"] = torch.where(number > 0, worst, math.nan)
+        return result
+
+    def _of_decisions(self, n: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Bring what is known of the one decision of every example from its element, ``[n, ...]``."""
+        shares, result = self.shares(n), {}
+        for name, value in values.items():
+            parts = shares.gather(value, math.nan if value.is_floating_point() else -1)
+            result[name] = parts.reshape(n, *parts.shape[1 + len(shares.shape) :])
         return result
 
 

@@ -86,12 +86,16 @@ class BinaryCrossEntropy(ElementwiseLoss):
             "wrong": ((logits > 0) != given).to(logits.dtype),
             "probability": torch.where(given, probabilities, 1 - probabilities),
         }
-        decided = {
-            "predicted": (logits > 0).long(),
-            "label": given.long().masked_fill(~counted, -1),
-            "probabilities": torch.stack([1 - probabilities, probabilities], -1),
-        }
+        decided = self._decision() | {"probabilities": torch.stack([1 - probabilities, probabilities], -1)}
         return self._averaged(n, counted, values, decided)
+
+    def decided(self, n: int) -> dict[str, Tensor]:
+        """Return the class decision alone, if there is just one output."""
+        return self._of_decisions(n, self._decision()) if single(self.shares(n).shape) else {}
+
+    def _decision(self) -> dict[str, Tensor]:
+        label = (self.target.detach() > 0.5).long().masked_fill(~self.counted(), -1)
+        return {"predicted": (self.logits() > 0).long(), "label": label}
 
 
 @reads(F.binary_cross_entropy)

@@ -15,12 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_influence.core.precision import working, working_dtype
+from lightning_influence.core.precision import working
 from lightning_influence.objective.losses.base import LossCall, reduction_of, single
 from lightning_influence.objective.losses.output_curvature import OutputCurvature, Softmax, root_of
 from lightning_influence.objective.losses.registry import reads
 
 _Call = TypeVar("_Call", bound="CrossEntropy")
+
+# Of logits, what is computed beside them in as many parts; no part is smaller than so many numbers.
+_PARTS, _PART = 32, 2**19
+_DECIDED = {"predicted", "label", "probabilities"}
 
 
 @reads(F.cross_entropy)
@@ -99,7 +103,7 @@ class CrossEntropy(LossCall):
         # One number makes both choices: its first bit the sign, the others the class.
         doubled = 2 * noise
         both = torch.stack([torch.where(doubled < 1, -1.0, 1.0), torch.where(doubled < 1, doubled, doubled - 1)])
-        sign, uniform = map(self.at_elements, both.to(self.input.device, working_dtype(self.input.dtype)))
+        sign, uniform = map(self.at_elements, both)
         return [(self.input, self._softmax(scale).drawn(sign, uniform))]
 
     def exact_draws(self, n: int) -> int | None:
@@ -129,28 +133,54 @@ class CrossEntropy(LossCall):
         return plain and self.picking is None
 
     def statistics(self, n: int) -> dict[str, Tensor]:
-        """Return loss, margin (target logit minus the largest other), EL2N, wrong and the class decision."""
+        """Return loss, margin (target logit minus the largest other), EL2N, wrong and the class decision.
+
+        Logits may be as large as anything in training: copies are made of a few rows at a time.
+        """
+        alone = single(self.shares(n).shape)
+        parts = [part._by_row(probabilities=alone) for part in self._in_parts()]
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
+        values = {name: value for name, value in found.items() if name not in _DECIDED}
+        return self._averaged(n, self._kept, values, {name: found[name] for name in _DECIDED & found.keys()})
+
+    def decided(self, n: int) -> dict[str, Tensor]:
+        """Return the class decision alone."""
+        if not single(self.shares(n).shape):
+            return {}
+        return self._of_decisions(n, {"predicted": self.input.detach().argmax(1), "label": self._label()})
+
+    def _in_parts(self: _Call) -> list[_Call]:
+        """Return the call in parts of a few rows."""
+        rows = len(self.input)
+        size = max(rows // _PARTS, _PART * rows // max(self.input.numel(), 1), 1)
+        if size >= rows:
+            return [self]
+        pairs = zip(self.input.detach().split(size), self.target.split(size), strict=True)
+        return [replace(self, input=logits, target=target) for logits, target in pairs]
+
+    def _by_row(self, *, probabilities: bool) -> dict[str, Tensor]:
+        """Return what each row tells, ``[r, ...]``, and on demand its ``probabilities``, ``[r, ..., c]``."""
         logits, log_probabilities = self.values(), self._log_probabilities()
-        probabilities = log_probabilities.exp()
-        kept, label = self._kept, self._hard_target()
+        found, label = log_probabilities.exp(), self._hard_target()
         column, predicted = label.unsqueeze(1), logits.argmax(1)
         if self._soft:
-            difference = probabilities - self.target.detach()
-        else:  # without a one-hot tensor: logits may be as large as anything in training
-            difference = probabilities.scatter_add(1, column, -torch.ones_like(column, dtype=probabilities.dtype))
-        values = {
+            difference = found - self.target.detach()
+        else:  # without a one-hot tensor
+            difference = found.scatter_add(1, column, -torch.ones_like(column, dtype=found.dtype))
+        return {
             "loss": self._plain_loss(log_probabilities),
             "margin": logits.gather(1, column).squeeze(1) - logits.scatter(1, column, -math.inf).amax(1),
             "el2n": difference.norm(dim=1),
             "wrong": (predicted != label).to(logits.dtype),
-            "probability": probabilities.gather(1, column).squeeze(1),
-        }
-        decided = {
+            "probability": found.gather(1, column).squeeze(1),
             "predicted": predicted,
-            "label": label.masked_fill(~kept, -1),
-            "probabilities": probabilities.movedim(1, -1),
+            "label": self._label(),
+            **({"probabilities": found.movedim(1, -1)} if probabilities else {}),
         }
-        return self._averaged(n, kept, values, decided)
+
+    def _label(self) -> Tensor:
+        """Return each row's label, -1 without one."""
+        return self._hard_target().masked_fill(~self._kept, -1)
 
     def _plain_loss(self, log_probabilities: Tensor) -> Tensor:
         """Loss of every decision without class weights."""

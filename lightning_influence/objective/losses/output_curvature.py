@@ -130,13 +130,18 @@ def root_of(values: Tensor) -> Tensor:
     """Return square roots of weights.
 
     Raises:
-        ValueError: If one is negative.
+        ValueError: If one is negative, on the host.
     """
-    if bool((values < 0).any()):
-        raise ValueError(
-            f"a loss term enters the batch loss with a negative weight ({float(values.min()):.3g}); the Fisher and the "
-            'GGN need weights >= 0. Use `fisher="empirical"` or the Hessian, or a `task=` (`loss=` of `Influence`) '
-            "whose loss leaves that term "
-            "out."
-        )
+    # The host does not wait for a device: what weighs a whole term it knows, see `BatchLoss.least_weight`.
+    if values.device.type == "cpu" and bool((values < 0).any()):
+        raise negative_weight(float(values.min()))
     return values.sqrt()
+
+
+def negative_weight(least: float) -> ValueError:
+    """Return what to say of a term that lowers the loss."""
+    return ValueError(
+        f"a loss term enters the batch loss with a negative weight ({least:.3g}); the Fisher and the GGN need weights "
+        '>= 0. Use `fisher="empirical"` or the Hessian, or a `task=` (`loss=` of `Influence`) whose loss leaves that '
+        "term out."
+    )

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lightning_influence.core.containers import sent
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.core.precision import working, working_dtype
 from lightning_influence.objective.losses.picking import Picking, find_picking
@@ -115,7 +116,8 @@ class TappedCall:
 
     def at_elements(self, noise: Tensor) -> Tensor:
         """Bring numbers ``[n, *noise_shape]`` from the host to the places of the elements, in working precision."""
-        return self.shares(len(noise)).scatter(noise.to(self.input.device, working_dtype(self.input.dtype)))
+        there = noise.to(working_dtype(self.input.dtype))
+        return self.shares(len(noise)).scatter(sent(there, self.input.device))
 
     def per_example(self, values: Tensor, n: int) -> Tensor:
         """Sum element values over each example's own rows and positions: ``[r, ...] -> [n]``."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.precision import exact
+from lightning_influence.gradients.attempts import Attempt
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import ExampleColumns, in_order
 from lightning_influence.objective.terms import TaskError
@@ -78,7 +79,8 @@ def loss_paths(
     examples, rows = distinct(indices), []
     for checkpoint in checkpoints:
         columns = ExampleColumns(examples.tolist(), torch.device("cpu"))
-        passes = gradients.losses(examples.tolist(), title="losses")
+        attempt = Attempt()
+        passes = gradients.losses(examples.tolist(), title="losses", attempt=attempt)
         with checkpoint.loaded(gradients.module), closing(passes) as batches:
             for own, loss in batches:
                 if loss.values is None:
@@ -86,7 +88,8 @@ def loss_paths(
                         "the losses of the examples are not known: the task returns one number for the batch, and no "
                         "known loss call that it is made of was seen. Pass a task that returns one loss per example."
                     )
-                columns.add(own, {"losses": loss.values.detach().cpu().double()})
+                with attempt:
+                    columns.add(own, {"losses": loss.values.detach().cpu().double()})
         found, gathered = columns.gathered()
         rows.append(in_order(examples.tolist(), found, gathered["losses"]))
     return examples, torch.stack(rows)

@@ -9,16 +9,18 @@ Index legend: ``n`` examples of a batch, ``c`` groups of examples, ``k, o, i`` a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_influence.core import distributed
 from lightning_influence.core.precision import wide_zeros, working_dtype
+from lightning_influence.gradients.attempts import Attempt, in_halves
 from lightning_influence.gradients.capture import LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients
 from lightning_influence.gradients.visitors import Visitor, visit
@@ -139,9 +141,11 @@ class Statistic(Measurement):
             if gradient:
                 visit(measuring, indices, [means], title=self.name)
                 continue
-            with closing(measuring.losses(indices)) as losses:
+            attempt = Attempt()
+            with closing(measuring.losses(indices, attempt=attempt)) as losses:
                 for found, loss in losses:
-                    means.count(loss, found)
+                    with attempt:
+                        means.take(means.counted(loss, found))
         return means.result()
 
     def differentiated(self, sets: QuerySets, tensors: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
@@ -151,24 +155,51 @@ class Statistic(Measurement):
         sums: list[list[Tensor]] = [[torch.zeros_like(tensor) for tensor in tensors] for _ in self.groups]
         for (queries, indices), groups in zip(sets, assigned, strict=True):
             means.assigned, measuring = groups, queries.measuring(self)
-            for found, batch in queries.source.batches(indices, queries.source.pass_batch_size):
-                loss = measuring.forward(batch, len(found))
-                inside = means.count(loss, found)
-                whole = len(sums) == 1 and bool(inside.all())
-                values = None if whole else self.values(loss)
-                for group, mask in zip(sums, inside, strict=True):
-                    if not whole and (values is None or not values.requires_grad):
-                        raise MeasurementError(f"{self.name}: some queries have no finite value; leave them out.")
-                    outputs, starts = self.outputs(loss) if values is None else ([values], [mask.to(values)])
-                    parts = torch.autograd.grad(outputs, tensors, starts, retain_graph=True, allow_unused=True)
-                    for total, part in zip(group, parts, strict=True):
-                        if part is not None:
-                            total += part.to_dense() if part.is_sparse else part
+            attempt, source = Attempt(), queries.source
+            for found, batch in in_halves(source, source.batches(indices), attempt):
+                with attempt:
+                    self._differentiate(measuring.forward(batch, len(found)), found, means, sums, tensors, attempt)
         value, _, weights = means.combined(*means.sums)
         return value, [
             torch.stack([w.to(part) * part for w, part in zip(weights, parts, strict=True)]).sum(0)
             for parts in zip(*sums, strict=True)
         ]
+
+    def _differentiate(
+        self,
+        loss: BatchLoss,
+        indices: list[int],
+        means: GroupMeans,
+        sums: list[list[Tensor]],
+        tensors: Sequence[Tensor],
+        attempt: Attempt,
+    ) -> None:
+        """Add the derivatives of a batch to those of the groups."""
+        counted = means.counted(loss, indices)
+        whole = len(sums) == 1 and bool(counted.inside.all())
+        values = None if whole else self.values(loss)
+        for number, (group, mask) in enumerate(zip(sums, counted.inside, strict=True)):
+            if not whole and (values is None or not values.requires_grad):
+                raise MeasurementError(f"{self.name}: some queries have no finite value; leave them out.")
+            outputs, starts = self.outputs(loss) if values is None else ([values], [mask.to(values)])
+            parts = torch.autograd.grad(outputs, tensors, starts, retain_graph=True, allow_unused=True)
+            dense = [None if part is None else part.to_dense() if part.is_sparse else part for part in parts]
+            attempt.once(number, partial(_add, group, dense))
+        attempt.once("counted", partial(means.take, counted))
+
+
+class Counted(NamedTuple):
+    """What a batch adds to means over ``c`` groups.
+
+    Attributes:
+        inside: Which examples are in which group, ``[c, n]``.
+        values: Sums of values, ``[c]``.
+        counts: Numbers of examples, ``[c + 1]``; the last one: left out.
+    """
+
+    inside: Tensor
+    values: Tensor
+    counts: Tensor
 
 
 class GroupMeans(Visitor):
@@ -197,8 +228,8 @@ class GroupMeans(Visitor):
         }
         self._masks: list[Tensor | None] = []
 
-    def count(self, loss: BatchLoss, indices: Sequence[int], finite: Tensor | None = None) -> Tensor:
-        """Add the values of a batch; return which examples are in which group, ``[c, n]``."""
+    def counted(self, loss: BatchLoss, indices: Sequence[int], finite: Tensor | None = None) -> Counted:
+        """Return what a batch adds."""
         with torch.no_grad():
             values = self._statistic.values(loss)
             # Where only the batch loss is known, every example has the mean: the sum is right.
@@ -209,23 +240,34 @@ class GroupMeans(Visitor):
             groups = self._statistic.members(loss, groups.to(values.device))
         usable = values.isfinite() if finite is None else values.isfinite() & finite.to(values.device)
         inside = torch.arange(len(self._values), device=values.device).unsqueeze(1) == groups
-        self._counts[-1] += (inside.any(0) & ~usable).sum()
+        left_out = (inside.any(0) & ~usable).sum()
         inside &= usable
-        self._counts[:-1] += inside.sum(1)
-        self._values += (inside * values.nan_to_num(0, 0, 0)).sum(1)
-        return inside
+        counts = torch.cat([inside.sum(1), left_out.unsqueeze(0)])
+        return Counted(inside, (inside * values.nan_to_num(0, 0, 0)).sum(1), counts)
+
+    def take(self, counted: Counted) -> None:
+        """Add the values of a batch."""
+        self._values += counted.values
+        self._counts += counted.counts
 
     def begin(self, batch: BatchGradients) -> None:
-        """Add the values of a batch."""
-        inside = self.count(batch.loss, batch.indices, batch.finite)
+        """Look who is in which group."""
+        self._counted = self.counted(batch.loss, batch.indices, batch.finite)
+        inside = self._counted.inside
         self._masks = [None if whole else mask for mask, whole in zip(inside, inside.all(1).tolist(), strict=True)]
 
-    def add(self, io: LayerIO) -> None:
+    def keep(self, io: LayerIO) -> None:
         """Add a layer's gradients."""
-        for group, mask in zip(self._gradients[io.name], self._masks, strict=True):
-            # A gradient is linear in the activations, also where the rows of `g` are one-hot.
-            x = io.x if mask is None else io.x * mask.to(io.x)[None, :, None, None]
-            group += per_sample.summed_gradient(x, io.gs[0])
+        # A gradient is linear in the activations, also where the rows of `g` are one-hot.
+        parts = [
+            per_sample.summed_gradient(io.x if mask is None else io.x * mask.to(io.x)[None, :, None, None], io.gs[0])
+            for mask in self._masks
+        ]
+        _add(self._gradients[io.name], parts)
+
+    def file(self) -> None:
+        """Add the values of the batch."""
+        self.take(self._counted)
 
     @property
     def sums(self) -> tuple[Tensor, Tensor]:
@@ -259,6 +301,12 @@ class GroupMeans(Visitor):
             value = self._statistic.combined(means)
         (slopes,) = torch.autograd.grad(value, means)
         return float(value.detach()), sizes, slopes / counts[:-1]
+
+
+def _add(totals: Iterable[Tensor], parts: Iterable[Tensor | None]) -> None:
+    for total, part in zip(totals, parts, strict=True):
+        if part is not None:
+            total += part
 
 
 def check_sizes(name: str, sizes: dict[str, int], more: str = "") -> None:

@@ -95,7 +95,7 @@ class EqualOpportunityGap(DemographicParityGap):
 
     def members(self, loss: BatchLoss, assigned: Tensor) -> Tensor:
         """Return ``s`` of the examples whose given label is the positive class, -1 for the others."""
-        labels = None if loss.primary is None else loss.primary.statistics(loss.n).get("label")
+        labels = None if loss.primary is None else loss.primary.decided(loss.n).get("label")
         if labels is None:
             raise MeasurementError(f"{self.name}: the loss shows no class label of each example.")
         return torch.where(labels.to(assigned.device) == self.positive, assigned, -1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_influence.core.errors import short
 from lightning_influence.curvature.curvature import Curvature
+from lightning_influence.gradients.attempts import Attempt
 from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.gradients.visitors import ExampleColumns, Visitor, in_order, visit
 from lightning_influence.objective.terms import BatchLoss
@@ -180,9 +181,11 @@ def measured_values(queries: ExampleGradients, indices: Sequence[int], statistic
         MeasurementError: If only means over batches are known.
     """
     columns = ExampleColumns(indices, torch.device("cpu"))
-    with closing(queries.measuring(statistic).losses(indices, title="queries")) as losses:
+    attempt = Attempt()
+    with closing(queries.measuring(statistic).losses(indices, title="queries", attempt=attempt)) as losses:
         for own, loss in losses:
-            columns.add(own, {"values": single_values(statistic, loss).detach().cpu().double()})
+            with attempt:
+                columns.add(own, {"values": single_values(statistic, loss).detach().cpu().double()})
     found, gathered = columns.gathered()
     return in_order(indices, found, gathered["values"])
 
