@@ -180,7 +180,7 @@ def train(scenario: Scenario, devices: int, directory: Path, *, model: Any = Non
             max_epochs=epochs,
             devices=devices,
             strategy=strategy,
-            callbacks=[InfluenceAudit(**scenario.audit, **audit), keeper],
+            callbacks=[InfluenceAudit(**{"tracin": "epoch", **scenario.audit, **audit}), keeper],
             enable_checkpointing=True,
             **scenario.trainer,
         )

@@ -9,6 +9,7 @@ from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.display import progress_of
 from lightning_influence.callbacks.lightning import LightningModule, Trainer
 from lightning_influence.core import distributed
+from lightning_influence.core.sharding import standing_in
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Layers, Uncovered, cover
@@ -55,9 +56,10 @@ class TrainingPasses:
     def gradients(self, trainer: Trainer, module: LightningModule, scale: LossScale | None = None) -> ExampleGradients:
         """Return passes at the weights of the moment."""
         # Anew each time: callbacks that thaw a backbone change what there is to cover.
-        coverage = cover(
-            module, self.layers, trace=self.trace, uncovered=self.uncovered, trained=bridge.trained(trainer, module)
-        )
+        with standing_in(module):
+            coverage = cover(
+                module, self.layers, trace=self.trace, uncovered=self.uncovered, trained=bridge.trained(trainer, module)
+            )
         around = bridge.surroundings(trainer, module)
         progress = progress_of(trainer)
         return ExampleGradients(module, self.task, self.source, coverage, progress=progress, scale=scale, **around)

@@ -117,6 +117,23 @@ def _gathered_parameters(module: nn.Module) -> Iterator[None]:
             kept.data = torch.full((), nothing, dtype=kept.dtype, device=kept.device).expand(kept.shape)
 
 
+@contextmanager
+def standing_in(module: nn.Module) -> Iterator[None]:
+    """Let a module hold what stands for its shards in passes, without values: for who asks which parameters it has."""
+    for part in fsdp_modules(module) if module not in _under_way else ():
+        part.reshard()
+    places = [
+        (part, name, shard)
+        for part in module.modules()
+        for name, shard in part._parameters.items()
+        if shard is not None and is_shard(shard) and shard in _whole
+    ]
+    for *_, shard in places:
+        _whole[shard].requires_grad = shard.requires_grad
+    with other_parameters((part, name, _whole[shard]) for part, name, shard in places):
+        yield
+
+
 def _gathered_or_refused(shard: Tensor, shards: list[nn.Parameter]) -> Tensor:
     try:
         return gathered(shard)
