@@ -23,7 +23,7 @@ FLOOR_INSTALL = $(subst $(PY),$(FLOOR)/bin/python,$(INSTALL))
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo clean-and-retrain test test-quick test-floor test-browser screenshots size lint lint-page bench cost detection queries lds lds-this-run solvers unlearning fairness robustness compatibility memory recording package clean
+.PHONY: help demo clean-and-retrain test test-quick test-floor test-browser screenshots size lint lint-page bench cost detection queries lds lds-this-run solvers unlearning fairness robustness compatibility memory scale recording package clean
 
 help:
 	@echo 'make demo    find the flipped labels in 5,000 real digits while a small network trains'
@@ -40,14 +40,15 @@ help:
 	@echo 'make cost    measure what an audit costs, in passes of plain training'
 	@echo 'make detection   a grid of noisy data: wrong labels found and put right, beside cleanlab (an hour; resumes)'
 	@echo 'make queries   whether lists of queries can be read when labels are wrong'
-	@echo 'make lds     how well scores predict retraining, beside kronfluence and dattri (half an hour)'
-	@echo 'make lds-this-run   how well a replay predicts what leaving examples out of this very run does (half an hour; resumes)'
+	@echo 'make lds     how well scores predict retraining, beside kronfluence, dattri and TRAK (hours; resumes)'
+	@echo 'make lds-this-run   how well a replay predicts what leaving examples out of this very run does (an hour or more; resumes)'
 	@echo 'make solvers how many steps preconditioners save'
 	@echo 'make unlearning   removal and label repair by one Newton step, against retraining'
 	@echo 'make fairness    whether removing what a fairness gap names makes it smaller (arrests)'
 	@echo 'make robustness  the same for the adversarial loss (MNIST-5k)'
 	@echo 'make compatibility   which workflows an audit goes through in, with the newest and the oldest releases (10 minutes)'
 	@echo 'make memory   what an audit takes of memory beside plain training, by example'
+	@echo 'make scale    how many bytes the factors and queries of large models take'
 	@echo 'make recording   what noting every step for a replay costs'
 	@echo 'make package   build wheel and sdist, check them, and install the wheel alone beside torch'
 	@echo 'make clean   remove the environment, caches and builds (not the logs of runs)'
@@ -117,7 +118,7 @@ queries: $(VENV)/.dev
 lds: $(VENV)/.peers
 	@$(PY) benchmarks/lds.py --out docs/results/lds.md
 
-lds-this-run: $(VENV)/.dev
+lds-this-run: $(VENV)/.peers
 	@OMP_NUM_THREADS=1 $(PY) benchmarks/replay_lds.py --out docs/results/replay.md
 
 solvers: $(VENV)/.dev
@@ -131,6 +132,9 @@ fairness: $(VENV)/.dev
 
 robustness: $(VENV)/.dev
 	@$(PY) benchmarks/robustness.py --out docs/results/robustness.md
+
+scale: $(VENV)/.dev
+	@$(PY) benchmarks/scale.py
 
 memory: $(VENV)/.dev
 	@$(PY) benchmarks/memory.py
