@@ -291,6 +291,9 @@ def test_workers_have_the_users_own_data_set(tmp_path: Path) -> None:
     audit = InfluenceAudit(curvature="identity", tracin=None, verify=False)
     report, model = trained(tmp_path, loader, audit=audit, max_epochs=1)
     check(report, model)
+    source, indices = ExampleSource.from_loader(loader), list(range(SIZE))
+    met = [index for chosen, _ in source.batches(indices, 4) for index in chosen]
+    assert met == indices, "workers of passes have it, too"
     assert loader.worker_init_fn is start
     assert counted_for_nobody(report) == []
     gc.collect()

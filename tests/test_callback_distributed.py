@@ -275,7 +275,7 @@ def test_what_fails_on_one_process_ends_no_training(two_processes: Path) -> None
     assert np.load(directory / "weights.npy").tobytes() == np.load(two_processes / "without" / "weights.npy").tobytes()
     report = report_below(directory)
     assert report.status == "interrupted"
-    assert "OutOfMemoryError('CUDA out of memory')" in report.manifest["error"]
+    assert "memory has run out with a single example (CUDA out of memory)" in report.manifest["error"]
     assert report.columns["times_seen"].sum() == EPOCHS * (SIZE + 1), "what was recorded is kept, of all processes"
 
 

@@ -63,7 +63,7 @@ def test_suggestions_are_votes_that_weigh_as_much_as_a_run_is_sure() -> None:
 
 def test_with_two_classes_the_vote_is_the_mean_probability() -> None:
     generator = np.random.default_rng(0)
-    label = np.zeros(200, dtype=np.int64)
+    label = (np.arange(200) == 0).astype(np.int64)  # all of one class would be no classes
     probabilities = generator.uniform(0, 1, (5, 200))  # of class 1
     columns: Any = {"index": np.arange(200), "label": label, "el2n": probabilities[0]}
     runs = [

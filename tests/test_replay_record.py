@@ -448,7 +448,7 @@ def test_refused_before_training(case: tuple[Callable[[], Any], dict[str, Any], 
     before = copy.deepcopy(model.state_dict())
     task = {"task": lambda module, batch: F.cross_entropy(module(batch[0]), batch[1])}
     audit = InfluenceAudit(record=True, **CHEAP, **task)
-    with pytest.raises(MisconfigurationException, match=f"this run can't be replayed: .*{words}.*Leave `record=` out"):
+    with pytest.raises(MisconfigurationException, match=f"this run can't be replayed: .*{words}.*Leave out `record=`"):
         trained(tmp_path, model, audit=audit, **arguments)
     assert list(differences(before, model.state_dict())) == []
     with pytest.raises(RuntimeError, match="there is no record of the training"):

@@ -183,7 +183,9 @@ def look_for_paths(gradients: ExampleGradients, indices: Sequence[int]) -> None:
         return
     size, capture = look_size(gradients.source.batch_size), Capture(gradients.coverage)
     chosen = indices[: max(2 * size, _FOR_PATHS)]
-    run = gradients.losses(chosen, everywhere=True, size=size, watch=capture.forward, capture=capture)
+    # That of the data is not worth a pass yet.
+    passes = gradients.with_scale(None)
+    run = passes.losses(chosen, everywhere=True, size=size, watch=capture.forward, capture=capture)
     with closing(run) as losses:
         for _ in losses:
             capture.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence, Sized
 from typing import Any, cast
 
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset, get_worker_info
 
 from lightning_influence.core.isolation import LONGEST_OF_DATA, unchanged
 from lightning_influence.core.random_streams import GENERATORS, Stream, isolated_rng, seed_everything, stream_of
@@ -60,6 +60,21 @@ class Repeatable(Dataset[Any]):
         example = self.dataset[index]
         # It may be a view of what is about to be put back.
         return copied(example) if state.moves_memory else example
+
+
+class WorkerStart:
+    """A ``worker_init_fn`` after which a worker finds the user's own data set where it asks for it, as in training."""
+
+    def __init__(self, init: Callable[[int], None] | None) -> None:
+        self._init = init
+
+    def __call__(self, worker: int) -> None:
+        """Do so in a worker, and what the user does in one."""
+        info = get_worker_info()
+        if info is not None and isinstance(info.dataset, Repeatable):
+            object.__setattr__(info, "dataset", info.dataset.dataset)  # it is frozen
+        if self._init is not None:
+            self._init(worker)
 
 
 class RepeatableCollate:

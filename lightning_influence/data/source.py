@@ -27,7 +27,13 @@ from lightning_influence.data.collation import Collated, Collating, Collation, i
 from lightning_influence.data.collation import DataError as DataError
 from lightning_influence.data.contents import digest
 from lightning_influence.data.probing import learn
-from lightning_influence.data.repeatable import Repeatable, RepeatableCollate, is_deterministic, needs_everything
+from lightning_influence.data.repeatable import (
+    Repeatable,
+    RepeatableCollate,
+    WorkerStart,
+    is_deterministic,
+    needs_everything,
+)
 from lightning_influence.data.room import Room
 
 if TYPE_CHECKING:
@@ -91,7 +97,8 @@ class ExampleSource:
         self.num_workers = num_workers
         self.worker_init_fn = worker_init_fn
         self.sequential = sequential
-        self._of_workers = {"worker_init_fn": worker_init_fn, "multiprocessing_context": multiprocessing_context}
+        start = WorkerStart(worker_init_fn)
+        self._of_workers = {"worker_init_fn": start, "multiprocessing_context": multiprocessing_context}
         # What passes have found fetches to change in the data set, and put back.
         self.changed: dict[str, None] = {}
         self._rewinding: bool | None = None
