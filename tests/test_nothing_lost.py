@@ -393,9 +393,10 @@ def test_known_noise_that_is_told_once_the_audit_is_complete_is_measured(tmp_pat
     assert "self_influence" in audit.report.manifest["detection"]
 
 
-def test_an_audit_that_joins_says_which_epochs_it_lacks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overhead", [0.25, None])
+def test_an_audit_that_joins_says_which_epochs_it_lacks(overhead: float | None, tmp_path: Path) -> None:
     trained(tmp_path, None, epochs=2)
-    audit = InfluenceAudit(overhead=None)
+    audit = InfluenceAudit(overhead=overhead)
     trained(tmp_path, audit, epochs=3, ckpt=tmp_path / "kept" / "last.ckpt")
     assert audit.has_report
     (note,) = audit.report.manifest["notes"]

@@ -141,6 +141,8 @@ class RunBudget:
         passes = len(self._recording.tracin.checkpoints)
         if tracin is None or tracin.mode != "auto" or not self._passes.any_time or not 0 < passes < epochs:
             return []
+        if self._recording.schedule.spacing(bridge.expected_epochs(trainer)[0]) == 1:
+            return []  # other ends are missing for another reason, which has its own note
         return [
             f"TracIn is the sum over {passes} of {epochs} ends of epochs, each for the steps since the one before: "
             f'overhead={tracin.overhead:g} of the training\'s time; `tracin="epoch"` takes all of them'
