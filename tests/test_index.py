@@ -234,6 +234,8 @@ def test_examples_that_are_not_finite_are_no_answer(tmp_path: Path) -> None:
         assert 7 not in found.proponents.tolist()[0]
         assert set(found.proponents[1].tolist()) == {-1}
         assert any("not finite have no scores: 1" in note for note in found.notes)
+    own = index.scores(model, new, loss=F.cross_entropy).scores.isnan()
+    torch.testing.assert_close(own, influence.pairs(new).scores.isnan())
 
 
 # ------------------------------------------------------------------------------------------------- who is asked
