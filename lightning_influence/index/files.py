@@ -13,6 +13,7 @@ Arrays are mapped into memory: nothing is read that nobody asks for, and an inde
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -124,6 +125,18 @@ def _arrays(folder: Path, rank: int) -> list[Path]:
     return [folder / f"{kind}-{rank}.npy" for kind in ("examples", "rows", "lengths", "search")]
 
 
+def _take_room(path: Path) -> None:
+    """Take what a file needs of the disk: where there is none left for mapped memory, the process is killed."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # others: a file system that can't tell
+            raise
+
+
 class Folder:
     """A folder that is written under another name, and takes its place when it is complete.
 
@@ -155,9 +168,21 @@ class Folder:
             )
 
     def array(self, kind: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """Return an array of this process, mapped into memory."""
+        """Return an array of this process, mapped into memory.
+
+        Raises:
+            ExampleIndexError: If it can't be made; nothing is left behind then.
+        """
         path = self.path / f"{kind}-{distributed.rank()}.npy"
-        made: NDArray[Any] = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+        try:
+            made: NDArray[Any] = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+            _take_room(path)
+        except OSError as error:
+            self.give_up()
+            raise ExampleIndexError(
+                f"an index can't be written to {self.final.parent}: {error}. Free some room, or keep less by "
+                "`Index(numbers=...)`."
+            ) from error
         self._maps.append(made)
         return made
 
