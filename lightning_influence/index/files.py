@@ -13,7 +13,6 @@ Arrays are mapped into memory: nothing is read that nobody asks for, and an inde
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from lightning_influence.core import distributed
 from lightning_influence.core.memory import readable
+from lightning_influence.scores.matrix_file import new_map
 
 FOLDER = "index"
 """Of an index, in the directory of an audit or of a saved curvature."""
@@ -125,18 +125,6 @@ def _arrays(folder: Path, rank: int) -> list[Path]:
     return [folder / f"{kind}-{rank}.npy" for kind in ("examples", "rows", "lengths", "search")]
 
 
-def _take_room(path: Path) -> None:
-    """Take what a file needs of the disk: where there is none left for mapped memory, the process is killed."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # others: a file system that can't tell
-            raise
-
-
 class Folder:
     """A folder that is written under another name, and takes its place when it is complete.
 
@@ -175,8 +163,7 @@ class Folder:
         """
         path = self.path / f"{kind}-{distributed.rank()}.npy"
         try:
-            made: NDArray[Any] = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
-            _take_room(path)
+            made = new_map(path, shape, dtype)
         except OSError as error:
             self.give_up()
             raise ExampleIndexError(
