@@ -8,11 +8,13 @@ import os
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lightning_influence.core.memory import is_out_of_memory
+
+_Settings = TypeVar("_Settings")
 
 _OWN = __name__.partition(".")[0]
 _NAMED = 10
@@ -88,3 +90,12 @@ def is_number(value: Any, *, above: float = -math.inf) -> bool:
     with suppress(OverflowError):  # of a whole number beyond all floats
         return number and math.isfinite(value) and bool(value > above)
     return False
+
+
+def settings_of(name: str, value: Any, kind: type[_Settings]) -> _Settings | None:
+    """Return the settings that an argument stands for, True being the default; raise ``ValueError`` for others."""
+    if value is None or value is False:
+        return None
+    if value is not True and not isinstance(value, kind):
+        raise ValueError(f"{name}={short(value)}; expected True, False, or {kind.__name__}(...).")
+    return kind() if value is True else value
