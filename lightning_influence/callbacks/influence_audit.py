@@ -24,7 +24,7 @@ from lightning_influence.callbacks.query_report import checked_queries
 from lightning_influence.callbacks.replayed import with_replayed
 from lightning_influence.callbacks.resuming import as_at_the_end_of_training, restore, warn_of_other_labels
 from lightning_influence.callbacks.run import AuditRun
-from lightning_influence.core.errors import settings_of
+from lightning_influence.core.errors import settings
 from lightning_influence.core.meeting import together
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.data.ids import SampleId
@@ -165,8 +165,8 @@ class InfluenceAudit(Afterwards):
             weights,
             sample_id,
             loader,
-            settings_of("record", record, Record),
-            settings_of("index", index, Index),
+            settings("record", record, Record),
+            settings("index", index, Index),
         )
         super().__init__()
         self._recorder.sample_id, self._recorder.loader = sample_id, loader

@@ -78,6 +78,19 @@ def check_flag(name: str, value: object) -> None:
         raise ValueError(f"{name}={short(value)}; expected True or False.")
 
 
+def settings(name: str, value: object, kind: type[_Settings]) -> _Settings | None:
+    """Return the settings that an argument stands for: its own, the default ones of True, none of False and None.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if value is None or value is False:
+        return None
+    if value is not True and not isinstance(value, kind):
+        raise ValueError(f"{name}={short(value)}; expected True, False, or {kind.__name__}(...).")
+    return kind() if value is True else value
+
+
 def check_path(name: str, value: object) -> None:
     """Raise ``ValueError`` for what can't be a path."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
@@ -90,12 +103,3 @@ def is_number(value: Any, *, above: float = -math.inf) -> bool:
     with suppress(OverflowError):  # of a whole number beyond all floats
         return number and math.isfinite(value) and bool(value > above)
     return False
-
-
-def settings_of(name: str, value: Any, kind: type[_Settings]) -> _Settings | None:
-    """Return the settings that an argument stands for, True being the default; raise ``ValueError`` for others."""
-    if value is None or value is False:
-        return None
-    if value is not True and not isinstance(value, kind):
-        raise ValueError(f"{name}={short(value)}; expected True, False, or {kind.__name__}(...).")
-    return kind() if value is True else value
