@@ -401,9 +401,14 @@ def test_a_directory_without_an_index(tmp_path: Path) -> None:
     with pytest.raises(ExampleIndexError, match="holds no index: make the audit with `InfluenceAudit\\(index=True\\)`"):
         open_index(path)
     index = influence.index(tmp_path / "index")
-    (index.folder / "rows-0.npy").write_bytes(b"nothing")
-    with pytest.raises(ExampleIndexError, match="Make the index again"):
+    other = influence.index(tmp_path / "other", Index(20))
+    (index.folder / "rows-0.npy").write_bytes((other.folder / "rows-0.npy").read_bytes())
+    with pytest.raises(ExampleIndexError, match="do not belong together: make the index again"):
         open_index(index.folder.parent)
+    for damaged in (b"nothing", b""):
+        (index.folder / "rows-0.npy").write_bytes(damaged)
+        with pytest.raises(ExampleIndexError, match="Make the index again"):
+            open_index(index.folder.parent)
 
 
 def test_a_disk_without_room_is_refused_before_the_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

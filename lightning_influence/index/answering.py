@@ -73,10 +73,16 @@ class ExampleIndex:
     def __init__(self, folder: Path, factors: Callable[[], Saved]) -> None:
         self.folder, self.about = folder, read_about(folder)
         self._factors = factors
-        self._shards = read_shards(folder, self.about["sizes"])
         tensors = read_layout(folder)
-        self._projection = tensors.pop("projection")
-        self.layout = Layout.of_tensors(tensors, self.about["whole"], self.about["prefix"])
+        try:
+            self._shards = read_shards(folder, self.about["sizes"])
+            self._projection = tensors.pop("projection")
+            self.layout = Layout.of_tensors(tensors, self.about["whole"], self.about["prefix"])
+            together = all(shard.rows.shape[1] == self.layout.width for shard in self._shards)
+        except KeyError:
+            together = False
+        if not together:
+            raise ExampleIndexError(f"the files of {folder} do not belong together: make the index again.")
 
     def __len__(self) -> int:
         """Return the number of training examples."""

@@ -113,7 +113,7 @@ def read_shards(folder: Path, sizes: list[int]) -> list[Shard]:
     for rank, size in enumerate(sizes):
         try:
             arrays = [np.load(path, mmap_mode="r") for path in _arrays(folder, rank)]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ExampleIndexError(f"{folder} can't be read: {error}. Make the index again.") from error
         if any(len(array) < size for array in arrays) or arrays[0].dtype != EXAMPLE:
             raise ExampleIndexError(f"{folder} lacks examples of process {rank}: make the index again.")
