@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from models import Classifier, Validated, loader, make_trainer, vectors
 from which_lightning import Callback, EarlyStopping, ModelCheckpoint, pl
 
@@ -203,7 +204,26 @@ def test_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("the audit adds" in line for line in lines)
 
 
+def test_a_first_look_that_has_ended_early_times_nothing(tmp_path: Path) -> None:
+    """Two examples tell that there are no classes: shared out over all, a pass would seem to take next to no time."""
+    audit = InfluenceAudit(curvature="identity")
+    model = Classifier(classes=1, loss=lambda outputs, batch: F.mse_loss(outputs, batch[1][:, None].float()))
+    make_trainer(tmp_path, callbacks=[audit]).fit(model, loader(vectors()))
+    assert audit._run is not None
+    assert audit._run.budget._look is None
+
+
 # ------------------------------------------------------------------------------------------------------ arguments
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32])
+@pytest.mark.parametrize("mode", ["auto", "step"])
+def test_numbers_of_numpy_do_not_get_into_checkpoints(number: Any, mode: Any, tmp_path: Path) -> None:
+    tracin = TracIn(mode=mode, overhead=number(0.5), keep_checkpoints=np.int64(2))
+    trainer = make_trainer(tmp_path, callbacks=[InfluenceAudit(curvature="identity", tracin=tracin)])
+    trainer.fit(Classifier(), loader(vectors()))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    torch.load(tmp_path / "end.ckpt", weights_only=True)
 
 
 @pytest.mark.parametrize("overhead", [0, -0.1, "0.2", True, float("nan")])
