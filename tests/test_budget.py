@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,23 @@ def test_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(tmp_path, InfluenceAudit(tracin=None), 1)
     assert "without TracIn" in lines[0]
     assert not any("the audit adds" in line for line in lines)
+
+
+def test_an_epoch_is_that_of_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few of them were timed: a run that is resumed within its first epoch has the rest of it alone."""
+    monkeypatch.setattr(budget, "_TINY", -1)
+    keeper = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(tmp_path / "first", InfluenceAudit(curvature="identity"), 2, callbacks=[keeper], enable_checkpointing=True)
+    clock, found = iter(range(1000)), list[float]()
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: next(clock)))  # a second each
+    measured = budget.RunBudget._measured
+    monkeypatch.setattr(
+        budget.RunBudget, "_measured", lambda *given: found.append(measured(*given)[2]) or measured(*given)
+    )
+    for step, epochs in ((0, 2), (3, 2)):
+        path = {"ckpt_path": str(tmp_path / "kept" / f"step={step}.ckpt")} if step else {}
+        fit(tmp_path / f"{step}", InfluenceAudit(curvature="identity"), epochs, **path)
+    assert found == [5.0, 5.0]
 
 
 def test_a_first_look_that_has_ended_early_times_nothing(tmp_path: Path) -> None:
