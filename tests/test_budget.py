@@ -236,9 +236,13 @@ def test_a_first_look_that_has_ended_early_times_nothing(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("number", [np.float64, np.float32])
 @pytest.mark.parametrize("mode", ["auto", "step"])
-def test_numbers_of_numpy_do_not_get_into_checkpoints(number: Any, mode: Any, tmp_path: Path) -> None:
+def test_numbers_of_numpy_do_not_get_into_checkpoints(
+    number: Any, mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "_TINY", -1)
     tracin = TracIn(mode=mode, overhead=number(0.5), keep_checkpoints=np.int64(2))
-    trainer = make_trainer(tmp_path, callbacks=[InfluenceAudit(curvature="identity", tracin=tracin)])
+    audit = InfluenceAudit(tracin=tracin, factor_examples=np.int64(8), damping=number(0.1))
+    trainer = make_trainer(tmp_path, callbacks=[audit])
     trainer.fit(Classifier(), loader(vectors()))
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     torch.load(tmp_path / "end.ckpt", weights_only=True)

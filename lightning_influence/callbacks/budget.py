@@ -163,9 +163,10 @@ class RunBudget:
     def decide(self, trainer: Trainer, module: LightningModule) -> None:
         """Decide at the end of the first epoch how many passes fit, the same in all processes."""
         schedule = self._recording.schedule
-        # Resumed at the end of an epoch, it has no batches that were timed.
-        indices = [] if schedule.decided or self._place < 0 else self._examples(trainer)
-        if not indices:
+        # Resumed at the end of an epoch, it has no batches that were timed; of a stream there may be no passes at all.
+        if schedule.decided or self._place < 0 or not self._passes.any_time:
+            return
+        if not (indices := self._examples(trainer)):
             return
         epochs, most = bridge.expected_epochs(trainer)
         coverage = self._passes.gradients(trainer, module).coverage
