@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernels import Kernels
 from large_networks import NETWORKS, Network, bert, resnet50, task
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from lightning_influence.core.precision import wait_for
@@ -42,18 +42,6 @@ from lightning_influence.scores.measurements import mean_gradient
 
 LEAST_RANK, LARGEST_ERROR = 0.999, 1e-3
 COLUMNS = ("loss", "grad_norm_squared", "self_influence", "harm")
-FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view", "alias")
-
-
-class Kernels(TorchDispatchMode):
-    """Counts operations that are no views and no plain allocations."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        views = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
-        self.count += not views and func._schema.name.removeprefix("aten::") not in FREE
-        return func(*args, **(kwargs or {}))
 
 
 class Clock:

@@ -13,7 +13,6 @@ is kept in ``.lds/`` and not run again; remove it there to have it anew.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from lds_methods import MODELS, TABLES, Row, Setting, slug
+from peers import versions
 from retraining import GroundTruth, Score, datamodeling_score, keep, retrain
 from torch import Tensor
 
@@ -112,16 +112,10 @@ def run(setting: Setting, rows: list[Row], *, subsets: int, seeds: int) -> Itera
 
 def header() -> str:
     """Say what was run, on what, and how to read it."""
-    versions = []
-    for package in ("lightning-influence", "torch", "kronfluence", "dattri"):
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{package} not installed")
     return (
         "# Linear datamodeling scores\n\n"
-        f"Written by `benchmarks/lds.py` on {time.strftime('%Y-%m-%d')}: {', '.join(versions)}; {os.cpu_count()} "
-        f"cores, {platform.machine()}, Python {platform.python_version()}.\n\n"
+        f"Written by `benchmarks/lds.py` on {time.strftime('%Y-%m-%d')}: {versions('kronfluence', 'dattri')}; "
+        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.\n\n"
         "A method predicts minus the loss of a query after training on half of the data by the sum of its scores over "
         "that half. The LDS is Spearman's correlation of prediction and truth over the halves, averaged over queries; "
         "the truth is averaged over seeds first. The ceiling is what a perfect method would reach. Intervals: "

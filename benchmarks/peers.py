@@ -6,6 +6,7 @@ Pairwise scores are ``[queries, N]``, positive for proponents.
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import io
 import logging
 import tempfile
@@ -20,6 +21,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 Data = tuple[Tensor, Tensor]
+
+
+def versions(*packages: str) -> str:
+    """Return what is installed of some packages, this one first."""
+    found = []
+    for package in ("lightning-influence", "torch", *packages):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{package} not installed")
+    return ", ".join(found)
 
 
 class Kronfluence:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import statistics
@@ -10,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peers import versions
 from replay_lds_methods import AVERAGED, METHODS, REPLAY
 
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
@@ -40,15 +40,9 @@ def page(every: Mapping[str, Found]) -> str:
 
 def header() -> str:
     """Say what was run, on what, and how to read it."""
-    versions = []
-    for package in ("lightning-influence", "torch", "kronfluence", "dattri"):
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{package} not installed")
     return (
         "# Replay: what if these had been missing from this run?\n\n"
-        f"Written by `benchmarks/replay_lds.py` on {time.strftime('%Y-%m-%d')}: {', '.join(versions)}; "
+        f"Written by `benchmarks/replay_lds.py` on {time.strftime('%Y-%m-%d')}: {versions('kronfluence', 'dattri')}; "
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.\n\n"
         "A run is recorded, and trained again without some examples: same start, same order of batches, same chance; "
         "their part of the loss is multiplied by 0. A method predicts the change of a query's loss by the sum of the "

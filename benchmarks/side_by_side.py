@@ -8,7 +8,6 @@ python benchmarks/side_by_side.py --only self,tracin
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import statistics
@@ -19,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from peers import versions
 from rounds import (
     ContestantError,
     Result,
@@ -422,13 +422,8 @@ def machine() -> str:
         ]
         model = names[0] if names else model
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GB"
-    versions = []
-    for package in ("lightning-influence", "torch", "kronfluence", "captum"):
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{package} not installed")
-    return f"{os.cpu_count()} cores ({model}){memory}, Python {platform.python_version()}; {', '.join(versions)}"
+    installed = versions("kronfluence", "captum")
+    return f"{os.cpu_count()} cores ({model}){memory}, Python {platform.python_version()}; {installed}"
 
 
 METHOD = (

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,11 +19,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import CLASSES, FEATURES, Validated, loader, make_trainer, vectors
+from own_processes import run_file
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, Sampler, SubsetRandomSampler, TensorDataset
 from which_lightning import ModelCheckpoint, pl
 
-import lightning_influence
 from lightning_influence import AuditReport, DemographicParityGap, InfluenceAudit, Queries, TracIn
 
 # An odd number: the sampler pads the last batch with an example that was seen before.
@@ -184,30 +182,7 @@ def main(directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("ddp")
-    root = Path(lightning_influence.__file__).parent.parent
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "SLURM_"))}
-    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    with open(directory / "output.txt", "w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, str(directory)],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # to end the process that it starts along with it
-        )
-        try:
-            code = process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    said = (directory / "output.txt").read_text()
-    assert code is not None, f"no end after {PATIENCE} s:\n{said[-4000:]}"
-    assert code == 0, said[-6000:]
-    return directory
+    return run_file(__file__, tmp_path_factory.mktemp("ddp"), PATIENCE)
 
 
 def report_below(directory: Path) -> AuditReport:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 from models import Numbered, Validated, Witness, images, loader, make_trainer, vectors
+from own_processes import run_file
 from test_callback_distributed import PER_PROCESS, SIZE, GlobalBatches, report_below
 from torch import Tensor, nn
 from torch.utils.data import SubsetRandomSampler
 from which_lightning import ModelCheckpoint, ModelParallelStrategy, pl
 
-import lightning_influence
 from lightning_influence import AuditReport, InfluenceAudit, Queries
 from lightning_influence.callbacks.checkpoint_files import CheckpointFileError
 
@@ -288,30 +287,7 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("fsdp")
-    root = Path(lightning_influence.__file__).parent.parent
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "SLURM_"))}
-    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    with open(directory / "output.txt", "w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, str(directory)],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # to end the process that it starts along with it
-        )
-        try:
-            code = process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    said = (directory / "output.txt").read_text()
-    assert code is not None, f"no end after {PATIENCE} s:\n{said[-4000:]}"
-    assert code == 0, said[-6000:]
-    return directory
+    return run_file(__file__, tmp_path_factory.mktemp("fsdp"), PATIENCE)
 
 
 def told_by(directory: Path, rank: int = 0) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_influence.curvature import FactorExamples, fit
 from lightning_influence.curvature.curvature import BlockCurvature
@@ -21,21 +20,10 @@ from lightning_influence.gradients.passes import ExampleGradients
 from lightning_influence.scores.examples import score_examples
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from kernels import Kernels
 from large_networks import NETWORKS, gpt2, resnet50, task
 
-FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "_unsafe_view", "alias")
 SIZE = 4
-
-
-class Kernels(TorchDispatchMode):
-    """Counts operations that are no views and no plain allocations."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        views = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
-        self.count += not views and func._schema.name.removeprefix("aten::") not in FREE
-        return func(*args, **(kwargs or {}))
 
 
 def of_a_batch(run: Callable[[int], Any]) -> int:

@@ -24,15 +24,16 @@ from lightning_influence.callbacks.query_report import checked_queries
 from lightning_influence.callbacks.replayed import with_exact_harm, with_replayed_queries
 from lightning_influence.callbacks.resuming import as_at_the_end_of_training, restore, warn_of_other_labels
 from lightning_influence.callbacks.run import AuditRun
+from lightning_influence.core.errors import settings
 from lightning_influence.core.meeting import together
 from lightning_influence.curvature import CurvatureName, Damping, Fisher, Solver
 from lightning_influence.data.ids import SampleId
 from lightning_influence.data.stream import StreamSource
 from lightning_influence.gradients.coverage import Layers, Uncovered
-from lightning_influence.index.settings import Index, checked_index
+from lightning_influence.index.settings import Index
 from lightning_influence.objective.standard_task import TaskName, checked_task
 from lightning_influence.objective.task import Task
-from lightning_influence.replay.settings import Record, checked_record
+from lightning_influence.replay.settings import Record
 from lightning_influence.training.recording import Recording
 from lightning_influence.training.settings import Mode, TracIn
 
@@ -164,8 +165,8 @@ class InfluenceAudit(Afterwards):
             weights,
             sample_id,
             loader,
-            checked_record(record),
-            checked_index(index),
+            settings("record", record, Record),
+            settings("index", index, Index),
         )
         super().__init__()
         self._recorder.sample_id, self._recorder.loader = sample_id, loader

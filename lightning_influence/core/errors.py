@@ -8,11 +8,13 @@ import os
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lightning_influence.core.memory import is_out_of_memory
+
+_Settings = TypeVar("_Settings")
 
 _OWN = __name__.partition(".")[0]
 _NAMED = 10
@@ -74,6 +76,19 @@ def check_flag(name: str, value: object) -> None:
     """Raise ``ValueError`` for what is neither True nor False: any other object would count as True."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name}={short(value)}; expected True or False.")
+
+
+def settings(name: str, value: object, kind: type[_Settings]) -> _Settings | None:
+    """Return the settings that an argument stands for: its own, the default ones of True, none of False and None.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if value is None or value is False:
+        return None
+    if value is not True and not isinstance(value, kind):
+        raise ValueError(f"{name}={short(value)}; expected True, False, or {kind.__name__}(...).")
+    return kind() if value is True else value
 
 
 def check_path(name: str, value: object) -> None:

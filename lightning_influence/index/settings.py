@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from lightning_influence.core.errors import check_count, check_flag, short
 from lightning_influence.curvature import LADDER
@@ -51,15 +51,6 @@ class Index:
     def searched(width: int) -> int:
         """Return how many numbers the search looks at first."""
         return max(1, min(_SEARCHED, width // _SHARE))
-
-
-def checked_index(value: Any) -> Index | None:
-    """Return the settings that an argument stands for; raise ``ValueError`` for anything else."""
-    if value is None or value is False:
-        return None
-    if value is not True and not isinstance(value, Index):
-        raise ValueError(f"index={short(value)}; expected True, False, or Index(...).")
-    return Index() if value is True else value
 
 
 def check_indexed(curvature: str) -> None:

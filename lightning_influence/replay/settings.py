@@ -51,15 +51,6 @@ class Record:
             raise ValueError(f'keep_batches={short(self.keep_batches)}; expected True, False or "auto".')
 
 
-def checked_record(value: Any) -> Record | None:
-    """Return the settings that an argument stands for; raise ``ValueError`` for anything else."""
-    if value is None or value is False:
-        return None
-    if value is not True and not isinstance(value, Record):
-        raise ValueError(f"record={short(value)}; expected True, False, or Record(...).")
-    return Record() if value is True else value
-
-
 def can_be_fetched_again(
     dataset: Any, collate_fn: Callable[[list[Any]], Any] | None, indices: Sequence[int], workers: int
 ) -> bool:
