@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -234,6 +236,8 @@ def test_examples_that_are_not_finite_are_no_answer(tmp_path: Path) -> None:
         assert 7 not in found.proponents.tolist()[0]
         assert set(found.proponents[1].tolist()) == {-1}
         assert any("not finite have no scores: 1" in note for note in found.notes)
+    own = index.scores(model, new, loss=F.cross_entropy).scores.isnan()
+    torch.testing.assert_close(own, influence.pairs(new).scores.isnan())
 
 
 # ------------------------------------------------------------------------------------------------- who is asked
@@ -408,6 +412,21 @@ def test_a_disk_without_room_is_refused_before_the_pass(tmp_path: Path, monkeypa
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ExampleIndexError, match=r"an index takes .* kB on disk, and 1 kB are free"):
         influence.index(tmp_path / "index")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room can't be taken before it is written to")
+def test_a_disk_that_fills_up_is_noticed_before_mapped_memory_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model, train, _ = case("vectors")
+    influence = Influence(model, F.cross_entropy, train).fit("ekfac")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ExampleIndexError, match=r"No space left.*numbers="):
+        influence.index(tmp_path / "index")
+    assert not [path for path in (tmp_path / "index").iterdir() if "index" in path.name]
 
 
 # ------------------------------------------------------------------------------------------------- in an audit

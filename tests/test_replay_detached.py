@@ -204,8 +204,28 @@ class Written(WithValidation):
         return F.cross_entropy(logits + 0.1 * (1 * logits).detach().clamp_(-1, 1), batch[1])
 
 
+class Detached(WithValidation):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self(batch[0])
+        return F.cross_entropy(logits + 0.1 * (1 * logits).detach_(), batch[1])
+
+
+class Frozen(WithValidation):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.requires_grad_(False)
+        target = self(batch[0])
+        self.requires_grad_(True)
+        return F.cross_entropy(self(batch[0]) + 0.1 * target, batch[1])
+
+
 @pytest.mark.parametrize(
-    ("model", "told"), [(Read, r"numbers that the step reads \(`.item"), (Written, "what the step detaches .* inplace")]
+    ("model", "told"),
+    [
+        (Read, r"numbers that the step reads \(`.item"),
+        (Written, "what the step detaches .* inplace"),
+        (Detached, "what the step detaches .*`detach_`"),
+        (Frozen, "what the step detaches .*`requires_grad_"),
+    ],
 )
 def test_what_can_not_be_followed_is_said_and_put_to_the_test(model: Any, told: str, tmp_path: Path) -> None:
     train = DataLoader(digits(0, 60), 16, shuffle=True)

@@ -102,3 +102,20 @@ def test_rows_of_examples_that_were_left_out_are_unknown() -> None:
     assert found["label"].tolist() == [-1, -1, 1]
     assert in_order([4, 1, 3], order, found["score"]).nan_to_num(-9).tolist() == [4.0, -9.0, 3.0]
     assert in_order([4, 1], order, found["label"]).tolist() == [1, -1]
+
+
+def test_rows_count_only_where_there_is_memory_for_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(self: ExampleColumns) -> None:
+        raise MemoryError
+
+    columns, values = ExampleColumns(range(4), torch.device("cpu")), torch.arange(4.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_influence.gradients.visitors._LEAVING", -1)
+        patch.setattr(ExampleColumns, "_leave", short)
+        with pytest.raises(MemoryError):
+            columns.add([0, 1], {"a": values[:2]})
+    for half in ([0], [1], [2, 3]):  # the batch comes again
+        columns.add(half, {"a": values[half]})
+    found, gathered = columns.gathered()
+    assert found.tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(gathered["a"], values)

@@ -21,7 +21,7 @@ from lightning_influence.callbacks.beginning import begun
 from lightning_influence.callbacks.chosen_weights import Weights, check_weights
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, overrides, rank_zero_info, rank_zero_warn
 from lightning_influence.callbacks.query_report import checked_queries
-from lightning_influence.callbacks.replayed import with_exact_harm, with_replayed_queries
+from lightning_influence.callbacks.replayed import with_replayed
 from lightning_influence.callbacks.resuming import as_at_the_end_of_training, restore, warn_of_other_labels
 from lightning_influence.callbacks.run import AuditRun
 from lightning_influence.core.errors import settings
@@ -252,8 +252,7 @@ class InfluenceAudit(Afterwards):
             self._finish(self._run, trainer, pl_module)
             settings, record = self.arguments.record, self._replay.record
             if self._report is not None and settings is not None and settings.max_cost != 0 and record is not None:
-                for more in (with_exact_harm, with_replayed_queries):
-                    self._report = more(self._report, self._run, record, trainer, pl_module, settings.max_cost)
+                self._report = with_replayed(self._report, self._run, record, trainer, pl_module, settings.max_cost)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the audit of a run that had nothing left to train, if it has none yet; else say why there is none."""

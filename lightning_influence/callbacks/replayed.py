@@ -23,7 +23,7 @@ from lightning_influence.scores.pairs import PairwiseScores
 _NAME = "harm_exact"
 
 
-def with_exact_harm(
+def with_replayed(
     report: AuditReport,
     run: AuditRun,
     record: TrainingRecord,
@@ -31,30 +31,44 @@ def with_exact_harm(
     module: LightningModule,
     max_cost: float | None,
 ) -> AuditReport:
-    """Return a finished report with the column, also on the disk; without it, and with the reason, if that fails.
+    """Return a finished report with the column and with further lists of its queries, also on the disk and in loggers.
 
     Args:
-        report: Of the run.
+        report: Of the run; what fails is left out of it, and the reason noted.
         run: The run.
         record: Of its training.
         trainer: The trainer, at the end of training.
         module: The model.
-        max_cost: Seconds that it may take.
+        max_cost: Seconds that each of the two may take.
     """
+    for what, more in ((_NAME, _with_exact_harm), ("lists of queries by replay", _with_queries)):
+        try:
+            report = more(report, run, record, trainer, module, max_cost)
+        except (ReplayError, MeasurementError) as error:
+            report = _noted(report, run, f"no {what}: {error}")
+        except Exception as error:  # the audit is done: nothing may cost it
+            told = f"{type(error).__name__}: {error}"
+            rank_zero_warn(f"influence audit: no {what}, all else is there ({told})")
+            report = _noted(report, run, f"no {what}: {told}")
+    return report
+
+
+def _with_exact_harm(
+    report: AuditReport,
+    run: AuditRun,
+    record: TrainingRecord,
+    trainer: Trainer,
+    module: LightningModule,
+    max_cost: float | None,
+) -> AuditReport:
     if run.make_influence is None:
         return report
-    try:
-        training = run.make_influence().training
-        validation = bridge.validation_queries(trainer, training)
-        if not validation:
-            return report
-        with _replay(run, record, trainer, module, _NAME) as replay:
-            found = replay.together(validation, max_cost=max_cost, self_test="if doubtful")
-    except (ReplayError, MeasurementError) as error:
-        return _noted(report, run, f"no {_NAME}: {error}")
-    except Exception as error:  # the audit is done: nothing may cost it
-        rank_zero_warn(f"influence audit: {_NAME} failed, all else is there ({type(error).__name__}: {error})")
-        return _noted(report, run, f"no {_NAME}: {type(error).__name__}: {error}")
+    training = run.make_influence().training
+    validation = bridge.validation_queries(trainer, training)
+    if not validation:
+        return report
+    with _replay(run, record, trainer, module, _NAME) as replay:
+        found = replay.together(validation, max_cost=max_cost, self_test="if doubtful")
     index, known = report.columns["index"], found.indices.numpy()
     places = np.searchsorted(known, index).clip(max=len(known) - 1)
     values = np.where(known[places] == index, -found.scores.numpy()[places], np.nan)
@@ -65,7 +79,7 @@ def with_exact_harm(
     )
 
 
-def with_replayed_queries(
+def _with_queries(
     report: AuditReport,
     run: AuditRun,
     record: TrainingRecord,
@@ -73,38 +87,19 @@ def with_replayed_queries(
     module: LightningModule,
     max_cost: float | None,
 ) -> AuditReport:
-    """Return a finished report whose queries have a further list, also on the disk and in the loggers.
-
-    Args:
-        report: Of the run.
-        run: The run.
-        record: Of its training.
-        trainer: The trainer, at the end of training.
-        module: The model.
-        max_cost: Seconds that it may take.
-    """
     queries = run.queries
     if queries is None or queries.pairs is None or queries.asked.method != "replay" or run.make_influence is None:
         return report
     table, notes = queries.pairs.table, list[str]()
-    try:
-        training = run.make_influence().training
-        sets = queries.sets(trainer, training, bridge.validation_queries(trainer, training))
-        scores: dict[int, PairwiseScores] = {}
-        with _replay(run, record, trainer, module, "queries by replay") as replay:
-            for number in np.unique(table["query_set"]).tolist():
-                asked = np.unique(table["query"][table["query_set"] == number]).tolist()
-                found = replay.pairs(
-                    sets[number][0], asked, queries.asked.statistic, max_cost=max_cost, self_test="auto"
-                )
-                scores[number] = found
-                notes += found.notes
-    except (ReplayError, MeasurementError) as error:
-        return _noted(report, run, f"no lists of queries by replay: {error}")
-    except Exception as error:  # the audit is done: nothing may cost it
-        told = f"{type(error).__name__}: {error}"
-        rank_zero_warn(f"influence audit: no lists of queries by replay, all else is there ({told})")
-        return _noted(report, run, f"no lists of queries by replay: {told}")
+    training = run.make_influence().training
+    sets = queries.sets(trainer, training, bridge.validation_queries(trainer, training))
+    scores: dict[int, PairwiseScores] = {}
+    with _replay(run, record, trainer, module, "queries by replay") as replay:
+        for number in np.unique(table["query_set"]).tolist():
+            asked = np.unique(table["query"][table["query_set"] == number]).tolist()
+            found = replay.pairs(sets[number][0], asked, queries.asked.statistic, max_cost=max_cost, self_test="auto")
+            scores[number] = found
+            notes += found.notes
     report.manifest["notes"].extend(f"queries by replay: {note}" for note in notes)
     report = replace(report, pairs=queries.add_replayed(scores, report.columns, run.reporter.names))
     run.reporter.publish_queries(trainer, report)

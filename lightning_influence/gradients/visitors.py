@@ -171,6 +171,9 @@ class ExampleColumns:
 
     def add(self, indices: Sequence[int], columns: Mapping[str, Tensor]) -> None:
         """Add the rows of a batch; what some batches do not tell is NaN, False or -1 there."""
+        # Before anything counts: it takes memory, and the batch may come again.
+        if sum(values.numel() for rows in self._leaving.values() for *_, values in rows) > _LEAVING:
+            self._leave()
         start, end = len(self._kept), len(self._kept) + len(indices)
         for name, values in columns.items():
             if name not in self._columns:
@@ -182,16 +185,14 @@ class ExampleColumns:
             else:
                 self._leaving.setdefault(name, []).append((start, end, values.detach()))
         self._kept.extend(indices)
-        if sum(values.numel() for rows in self._leaving.values() for *_, values in rows) > _LEAVING:
-            self._leave()
 
     def _leave(self) -> None:
         """Copy rows to the host, which waits for the device meanwhile: those of many batches at a time."""
-        leaving, self._leaving = self._leaving, {}
-        for name, rows in leaving.items():
+        for name, rows in self._leaving.items():
             copied = torch.cat([values for *_, values in rows]).to(self._columns[name].device)
             places = [place for start, end, _ in rows for place in range(start, end)]
             self._columns[name][places] = copied
+        self._leaving = {}
 
     @property
     def complete(self) -> bool:

@@ -153,7 +153,8 @@ class ExampleIndex:
         parts: list[Tensor] = []
         for chosen, coder, queries in self._asked(model, batch, loss, indices):
             every = Search(coder, self._shards, self._projection).all_scores(queries)
-            parts.append(torch.cat([part for _, part in every], 1).double())
+            found = torch.cat([part for _, part in every], 1).double()
+            parts.append(found.masked_fill(~queries.finite.unsqueeze(1), torch.nan))
             order += chosen
         examples, places = self.examples.sort()
         scores = torch.cat(parts)[:, places]

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from lightning_influence.core import distributed
 from lightning_influence.core.memory import readable
+from lightning_influence.scores.matrix_file import new_map
 
 FOLDER = "index"
 """Of an index, in the directory of an audit or of a saved curvature."""
@@ -155,9 +156,20 @@ class Folder:
             )
 
     def array(self, kind: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """Return an array of this process, mapped into memory."""
+        """Return an array of this process, mapped into memory.
+
+        Raises:
+            ExampleIndexError: If it can't be made; nothing is left behind then.
+        """
         path = self.path / f"{kind}-{distributed.rank()}.npy"
-        made: NDArray[Any] = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+        try:
+            made = new_map(path, shape, dtype)
+        except OSError as error:
+            self.give_up()
+            raise ExampleIndexError(
+                f"an index can't be written to {self.final.parent}: {error}. Free some room, or keep less by "
+                "`Index(numbers=...)`."
+            ) from error
         self._maps.append(made)
         return made
 

@@ -112,8 +112,8 @@ class IndexWriter(Visitor):
         examples["self_influence"] = known.numpy()
         self._kept[own] = self._rows.cpu().numpy()
         self._lengths[own] = self._of_parts.cpu().numpy()
-        if self._comparing:
-            self._exact[own] = self._products.float().cpu()
+        # Also where not: a larger batch that has come again may have left some.
+        self._exact[own] = self._products.float().cpu() if self._comparing else torch.nan
         self._added = batch.loss.n
 
     def file(self) -> None:

@@ -97,13 +97,15 @@ def write_index(
     path = distributed.from_first(lambda: store_curvature(directory, curvature, examined))
     training, examples = examined.training, examined.examples
     own = ExampleScorer(training, examples, curvature)
-    writer = IndexWriter(training, examples, curvature, path, settings, own)
+    writer: IndexWriter | None = None
     try:
         with together():
+            writer = IndexWriter(training, examples, curvature, path, settings, own)
             visit(training, examples, [own, writer], title="index")
             writer.finish()
     except BaseException:
-        writer.give_up()
+        if writer is not None:
+            writer.give_up()
         raise
     return open_index(path)
 

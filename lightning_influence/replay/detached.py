@@ -25,6 +25,8 @@ _DETACHING = frozenset({Tensor.detach, torch.detach, _DATA})
 _READING = frozenset(
     {Tensor.item, Tensor.__float__, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__deepcopy__}
 )
+_OF_TENSOR = frozenset({Tensor.detach_, torch.detach_})
+_SETTING_GRAD = frozenset({Tensor.requires_grad_, cast(Any, Tensor.requires_grad).__set__})
 _IN_PLACE = frozenset(
     f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
 )
@@ -60,6 +62,10 @@ class DetachedValues(TorchFunctionMode):
             return not _held(args[0])
         if func in _DETACHING:
             return self._held(args[0])
+        turned_off = func in _SETTING_GRAD and not (*args[1:], *kwargs.values(), True)[0]
+        if turned_off or func in _OF_TENSOR:
+            self.met = True
+            raise RuntimeError("`detach_` or `requires_grad_(False)` changes a tensor of the graph itself")
         if func in _READING:
             self.lost |= used[0].is_floating_point() and _asked_by_user()
             return func(args[0].detach(), *args[1:], **kwargs)

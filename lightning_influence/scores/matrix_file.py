@@ -13,11 +13,13 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from errno import ENOSPC
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from lightning_influence.core import distributed, memory
@@ -99,9 +101,14 @@ def _made(path: Path, temporary: Path, shape: tuple[int, int]) -> Tensor:
             f"{shape[0]:,} x {shape[1]:,} scores take {memory.readable(needed)} on disk, and {memory.readable(free)} "
             f"are free for {path}; pass a path on another disk, or use `top_scores`, which keeps the strongest only."
         )
-    matrix = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-    _reserve(temporary)
-    return torch.from_numpy(matrix)
+    return torch.from_numpy(new_map(temporary, shape, np.float32))
+
+
+def new_map(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Return a new array in a file, mapped into memory; raise ``OSError`` if the disk has no room for it."""
+    made: NDArray[Any] = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+    _reserve(path)
+    return made
 
 
 def _reserve(path: Path) -> None:
@@ -112,7 +119,7 @@ def _reserve(path: Path) -> None:
         try:
             os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
         except OSError as error:  # file systems may not know how
-            if error.errno == ENOSPC:
+            if error.errno in (ENOSPC, EDQUOT):
                 raise
 
 
