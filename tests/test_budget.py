@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from models import Classifier, Validated, loader, make_trainer, vectors
 from which_lightning import Callback, EarlyStopping, ModelCheckpoint, pl
 
@@ -203,7 +205,47 @@ def test_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("the audit adds" in line for line in lines)
 
 
+def test_an_epoch_is_that_of_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few of them were timed: a run that is resumed within its first epoch has the rest of it alone."""
+    monkeypatch.setattr(budget, "_TINY", -1)
+    keeper = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(tmp_path / "first", InfluenceAudit(curvature="identity"), 2, callbacks=[keeper], enable_checkpointing=True)
+    clock, found = iter(range(1000)), list[float]()
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: next(clock)))  # a second each
+    measured = budget.RunBudget._measured
+    monkeypatch.setattr(
+        budget.RunBudget, "_measured", lambda *given: found.append(measured(*given)[2]) or measured(*given)
+    )
+    for step, epochs in ((0, 2), (3, 2)):
+        path = {"ckpt_path": str(tmp_path / "kept" / f"step={step}.ckpt")} if step else {}
+        fit(tmp_path / f"{step}", InfluenceAudit(curvature="identity"), epochs, **path)
+    assert found == [5.0, 5.0]
+
+
+def test_a_first_look_that_has_ended_early_times_nothing(tmp_path: Path) -> None:
+    """Two examples tell that there are no classes: shared out over all, a pass would seem to take next to no time."""
+    audit = InfluenceAudit(curvature="identity")
+    model = Classifier(classes=1, loss=lambda outputs, batch: F.mse_loss(outputs, batch[1][:, None].float()))
+    make_trainer(tmp_path, callbacks=[audit]).fit(model, loader(vectors()))
+    assert audit._run is not None
+    assert audit._run.budget._look is None
+
+
 # ------------------------------------------------------------------------------------------------------ arguments
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32])
+@pytest.mark.parametrize("mode", ["auto", "step"])
+def test_numbers_of_numpy_do_not_get_into_checkpoints(
+    number: Any, mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "_TINY", -1)
+    tracin = TracIn(mode=mode, overhead=number(0.5), keep_checkpoints=np.int64(2))
+    audit = InfluenceAudit(tracin=tracin, factor_examples=np.int64(8), damping=number(0.1))
+    trainer = make_trainer(tmp_path, callbacks=[audit])
+    trainer.fit(Classifier(), loader(vectors()))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    torch.load(tmp_path / "end.ckpt", weights_only=True)
 
 
 @pytest.mark.parametrize("overhead", [0, -0.1, "0.2", True, float("nan")])

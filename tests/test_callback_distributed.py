@@ -284,5 +284,17 @@ def test_processes_of_their_own_leave_their_report_to_who_has_started_them(tmp_p
     assert not list(Path(tempfile.gettempdir()).glob(f"{audit._child._file.stem}*")), "the note is taken"
 
 
+def test_a_note_is_for_who_waits_and_about_the_last_training(tmp_path: Path) -> None:
+    """A process that has got the callback to train with (a sweep's worker) keeps what it has; so does a later fit."""
+    audit = InfluenceAudit(tracin=None)
+    own, audit._child._process = audit._child._process, -1
+    make_trainer(tmp_path, fast_dev_run=True, callbacks=[audit]).fit(Picklable(), loader(vectors()))
+    assert audit.report.directory is None
+    assert audit._child._file.exists()
+    audit._child._process = own
+    make_trainer(tmp_path, max_epochs=1, callbacks=[audit]).fit(Picklable(), loader(vectors()))
+    assert audit.report.directory is not None
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

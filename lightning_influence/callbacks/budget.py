@@ -56,20 +56,21 @@ class RunBudget:
         self._arguments, self._reporter = arguments, reporter
         self._pass: float | None = None  # seconds of an example, once timed, and in a look
         self._look: float | None = None
-        # Ends of the first and the last batch so far, and batches: the first one warms up.
+        # Of an epoch: ends of its first batch, which warms up, and its last one, how many were heard, the last place.
         self._first = self._last = 0.0
-        self._batches = 0
+        self._batches, self._place = 0, -1
 
     # ----------------------------------------------------------------- timing
 
     def batch_ended(self, trainer: Trainer, number: int) -> None:
-        """Note when a batch of the first epoch has ended."""
+        """Note when a batch of the first epoch has ended, and its place there."""
         if self._recording.schedule.decided:
             return
+        self._batches = 0 if number <= self._place else self._batches  # another epoch
         if not self._batches or number + 1 == trainer.num_training_batches:
             wait_for(trainer.strategy.root_device)
-        self._last = time.perf_counter()
-        self._first = self._first or self._last
+        self._last, self._place = time.perf_counter(), number
+        self._first = self._first if self._batches else self._last
         self._batches += 1
 
     def looked(self, seconds: float, examples: int) -> None:
@@ -162,8 +163,10 @@ class RunBudget:
     def decide(self, trainer: Trainer, module: LightningModule) -> None:
         """Decide at the end of the first epoch how many passes fit, the same in all processes."""
         schedule = self._recording.schedule
-        indices = [] if schedule.decided else self._examples(trainer)
-        if not indices:
+        # Resumed at the end of an epoch, it has no batches that were timed; of a stream there may be no passes at all.
+        if schedule.decided or self._place < 0 or not self._passes.any_time:
+            return
+        if not (indices := self._examples(trainer)):
             return
         epochs, most = bridge.expected_epochs(trainer)
         coverage = self._passes.gradients(trainer, module).coverage
@@ -181,8 +184,8 @@ class RunBudget:
         one = self._seconds_per_example * len(indices)
         # A training of one batch an epoch has no more to tell of itself than a pass has.
         batch = (self._last - self._first) / (self._batches - 1) if self._batches > 1 else 0.0
-        batches = min(float(trainer.num_training_batches), max(self._batches, 1))
-        return self._always(trainer, module, indices), one, batch * batches or one
+        # Resumed within an epoch, fewer were timed than it has.
+        return self._always(trainer, module, indices), one, batch * (self._place + 1) or one
 
     def _work(self, coverage: Coverage) -> int:
         """Return the multiply-adds of one example's forward pass."""

@@ -40,8 +40,15 @@ class FromChild:
                 json.dump({"directory": directory and os.path.abspath(directory), "why": why}, file)
             part.replace(self._file)
 
+    def forget(self) -> None:
+        """Tell nothing of a training before the one that begins."""
+        with suppress(OSError):
+            self._file.unlink()
+
     def taken(self) -> tuple[AuditReport | None, str] | None:
         """Return the report of the last training elsewhere, or why there is none, once; None if there was no other."""
+        if os.getpid() != self._process:  # what it has is its own
+            return None
         try:
             told = json.loads(self._file.read_text(encoding="utf-8"))
             self._file.unlink()

@@ -198,6 +198,8 @@ class InfluenceAudit(Afterwards):
         self._before = self._report, self._recording, self._run
         self._report = self._recording = self._run = self._restored = None
         self._no_report = "training has not ended yet"
+        if trainer.is_global_zero:
+            self._child.forget()
         preparing.check_optimization(pl_module, self.arguments.task, self.arguments.tracin)
         bridge.check_strategy(trainer)
         check_weights(trainer, self, self.arguments.weights)

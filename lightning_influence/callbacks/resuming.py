@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_influence.callbacks.run import AuditRun
-from lightning_influence.core import distributed
 from lightning_influence.core.errors import Forgiving, examples
+from lightning_influence.core.meeting import together
 from lightning_influence.training.features import look_at_labels
 from lightning_influence.training.recording import Recording
 
@@ -116,8 +116,7 @@ def warn_of_other_labels(run: AuditRun, trainer: Trainer, module: LightningModul
     if recording.stream is not None or not asked or "label" not in recording.dynamics.sums:
         return
     asked = asked[:: -(-len(asked) // _ASKED)]
-    # Other processes would wait for one that goes on alone.
-    with Forgiving() if distributed.world_size() == 1 else nullcontext(), bridge.aside(trainer):
+    with Forgiving(), together(), bridge.aside(trainer):
         seen = look_at_labels(run.passes.gradients(trainer, module), asked, title="labels")
         if seen is None or "label" not in seen.columns:
             return

@@ -132,7 +132,8 @@ class AuditRun:
             with bridge.aside(trainer):
                 start = time.perf_counter()
                 seen = look_at_labels(self.passes.gradients(trainer, module), indices)
-                self.budget.looked(time.perf_counter() - start, len(indices))
+                if seen is not None:  # else it has ended with the first examples
+                    self.budget.looked(time.perf_counter() - start, len(indices))
             evidence.close() if seen is None else self.recording.add_snapshot(seen)
 
     # --------------------------------------------------------------- an epoch

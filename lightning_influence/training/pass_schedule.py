@@ -38,7 +38,8 @@ class PassSchedule:
 
     def decide(self, always: float, one: float) -> None:
         """Take what was measured, see the attributes."""
-        self.always, self.one = always, one
+        # Numbers of numpy (from those of examples) would make the Trainer's checkpoint unreadable with `weights_only`.
+        self.always, self.one = float(always), float(one)
 
     def spacing(self, epochs: int) -> int | None:
         """Return n for a training of so many epochs; None if the budget has room for the last pass alone."""

@@ -62,9 +62,11 @@ class TracIn:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode={short(self.mode)}; expected one of {', '.join(map(repr, get_args(Mode)))}.")
+        # Numbers of numpy would make the Trainer's checkpoint unreadable with `weights_only`.
         for name, least in (("every_n_epochs", 1), ("every_n_steps", 1), ("keep_checkpoints", 0), ("keep_bytes", 0)):
-            check_count(name, getattr(self, name), least=least)
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least=least))
         check_overhead(self.overhead)
+        object.__setattr__(self, "overhead", None if self.overhead is None else float(self.overhead))
         asked = ["layers"] if self.layers is not None else []
         asked += ["overhead"] if self.overhead is not None and self.mode == "epoch" else []
         asked += ["every_n_steps"] if self.every_n_steps != 1 else []
@@ -78,5 +80,4 @@ class TracIn:
     def described(self) -> dict[str, Any]:
         """Return the settings in primitives."""
         layers = None if self.layers is None else [getattr(e, "__name__", e) for e in listed_layers(self.layers)]
-        # A number of numpy would make the Trainer's checkpoint unreadable with `weights_only`.
-        return {**vars(self), "layers": layers, "overhead": None if self.overhead is None else float(self.overhead)}
+        return {**vars(self), "layers": layers}
