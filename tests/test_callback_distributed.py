@@ -266,9 +266,7 @@ class Picklable(pl.LightningModule):
 def test_processes_of_their_own_leave_their_report_to_who_has_started_them(tmp_path: Path) -> None:
     audit = InfluenceAudit(tracin=None)
     copied, strategy = copy.deepcopy(audit), DDPStrategy(start_method=METHOD)
-    trainer = make_trainer(
-        tmp_path, max_epochs=1, devices=2, strategy=DDPStrategy(start_method=METHOD), callbacks=[audit]
-    )
+    trainer = make_trainer(tmp_path, max_epochs=1, devices=2, strategy=strategy, callbacks=[audit])
     with pytest.raises(RuntimeError, match="has not run"):
         _ = audit.report
     trainer.fit(Picklable(), loader(vectors(SIZE), PER_PROCESS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from models import Numbered, Validated, Witness, images, loader, make_trainer, vectors
-from own_processes import as_ranks
+from own_processes import as_ranks, together
 from test_callback_distributed import PER_PROCESS, SIZE, GlobalBatches, report_below
 from torch import Tensor, nn
 from torch.utils.data import SubsetRandomSampler
@@ -345,6 +345,13 @@ def test_it_is_the_audit_of_the_checkpoint(name: str, two_processes: Path) -> No
     assert audit.influence("kfac").examples
 
 
+def _run_as_module(_: int, command: list[str]) -> None:
+    """What ``python -m NAME ...`` does."""
+    option, name, *sys.argv[1:] = command
+    assert option == "-m"
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
 @pytest.mark.slow
 def test_a_distributed_checkpoint_is_put_together(two_processes: Path) -> None:
     data, queries = vectors(SIZE, dtype=torch.float64), vectors(7, 2, dtype=torch.float64)
@@ -353,7 +360,7 @@ def test_a_distributed_checkpoint_is_put_together(two_processes: Path) -> None:
     with pytest.raises(CheckpointFileError, match="a part from each process") as refused:
         audit.audit(Split(), loader(data, PER_PROCESS), ckpt_path=path)
     command = str(refused.value).partition("`python ")[2].partition("`")[0]
-    subprocess.run([sys.executable, *command.split()], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    together(_run_as_module, command.split(), processes=1)
     whole = f"{path}.consolidated"
     model = Split(SCENARIOS["adam"].optimizer)
     here = audit.audit(model, loader(data, PER_PROCESS), ckpt_path=whole, val_dataloaders=loader(queries, 3))
