@@ -17,6 +17,8 @@ from lightning_influence import AuditReport, InfluenceAudit, TracIn
 from lightning_influence.callbacks import bridge, budget
 from lightning_influence.training.pass_schedule import PassSchedule
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 
 def schedule(overhead: float | None = 0.25, *, always: float = 5.0, one: float = 1.0) -> PassSchedule:
     made = PassSchedule(TracIn(mode="auto", overhead=overhead))

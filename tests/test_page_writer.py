@@ -25,6 +25,8 @@ from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.callbacks import page_writer
 from lightning_influence.loggers.pictures import thumbnail
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 SIZE = 48
 
 

@@ -22,6 +22,8 @@ from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.evidence import EvidenceRecord
 from lightning_influence.training.recording import Recording
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 SIZE, CLASSES = 40, 3
 
 
