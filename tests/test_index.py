@@ -28,6 +28,8 @@ from lightning_influence.index.coding import projection
 from lightning_influence.index.files import ExampleIndexError
 from lightning_influence.scores.queries import QueryError
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 EVERYTHING = Index(numbers=10**9, precision="float32")
 Case = tuple[nn.Module, TensorDataset, TensorDataset]
 

@@ -35,6 +35,8 @@ from lightning_influence.replay.settings import Record
 from lightning_influence.replay.trust import Retraining, Trust, self_test
 from lightning_influence.scores.measurements import Loss, MeasurementError
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 
 class Digits(pl.LightningModule):
     def __init__(self, activation: type[nn.Module] = nn.GELU, rate: float = 0.03) -> None:
