@@ -80,15 +80,15 @@ def test_the_confident_joint_of_seven_examples() -> None:
     # The second is probably of class 1, which is as sure of it as usual and surer than 0; of the fourth and the sixth
     # nothing is known, as 2 and 0 are surer than the given ones, but not as sure as usual.
     given = np.array([0, 0, 1, 1, 2, 2, 2])
-    joint = belief._confident_joint(shares, given)
+    joint = belief._confident_joint(ClassShares.of(torch.from_numpy(shares)), given)
     np.testing.assert_allclose(joint, [[1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 3, 0], [0, 0, 0, 0]])
     # A label that nothing exceeds counts half where its share is less than usual: one of 2.5 is 1.2 of three.
-    halves = belief._confident_joint(
-        np.array([[0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.1, 0.9, 0.0], [0.2, 0.8, 0.0]]), np.array([0, 0, 0, 1])
-    )
+    less = torch.tensor([[0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.1, 0.9, 0.0], [0.2, 0.8, 0.0]]).double()
+    halves = belief._confident_joint(ClassShares.of(less), np.array([0, 0, 0, 1]))
     np.testing.assert_allclose(halves, [[1.8, 1.2, 0], [0, 1, 0], [0, 0, 0]])
     # Of a class whose examples are all contradicted by what is not sure either, nothing is known: its labels stand.
-    alone = belief._confident_joint(np.array([[0.4, 0.6], [0.4, 0.6], [0.1, 0.9]]), np.array([0, 0, 1]))
+    none = torch.tensor([[0.4, 0.6], [0.4, 0.6], [0.1, 0.9]]).double()
+    alone = belief._confident_joint(ClassShares.of(none), np.array([0, 0, 1]))
     assert alone.tolist() == [[2, 0], [0, 1]]
 
 
@@ -98,7 +98,7 @@ def test_a_small_class_of_which_most_labels_are_wrong_does_not_draw_in_others() 
     shares = np.tile([0.9, 0.1], (100, 1))
     shares[:45] = [0.8, 0.2]
     shares[96:] = [0.3, 0.7]
-    joint = belief._confident_joint(shares, given)
+    joint = belief._confident_joint(ClassShares.of(torch.from_numpy(shares)), given)
     assert joint[0].tolist() == [90, 0]
     assert joint[1, 0] > 5
 
