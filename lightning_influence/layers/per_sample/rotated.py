@@ -19,7 +19,7 @@ RotationForm = Literal["auto", "rotate_first", "form_first"]
 
 @dataclass(frozen=True, eq=False)
 class Inverses:
-    """``1 / (eigenvalues + damping)``, computed for a part of a block at a time: a whole one is as large as its weights.
+    """``1 / (eigenvalues + damping)``, computed for a part of a block at a time: the whole is as large as its weights.
 
     Attributes:
         eigenvalues: ``[k, o, i]``.
