@@ -494,6 +494,19 @@ def test_answers_are_kept_among_the_queries(tmp_path: Path) -> None:
     assert page["query_texts"]["1/3"] == "asked later: example 3 of its batch"
 
 
+def test_the_page_tells_how_to_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audit = InfluenceAudit(index=EVERYTHING)
+    model, new = Classifier(), vectors(4, seed=8)
+    make_trainer(tmp_path, callbacks=[audit]).fit(model, loader(vectors()))
+    directory = audit.report.directory
+    assert directory is not None
+    lines = json.loads((directory / "audit.json").read_text())["ask"]
+    assert len(lines.splitlines()) == 3
+    capsys.readouterr()
+    exec(lines, {"model": model, "batch": new.tensors})  # as somebody does who has copied them
+    assert capsys.readouterr().out.strip() == str(audit.report.ask(model, new.tensors, k=10))
+
+
 def test_an_index_changes_no_number_of_the_audit(tmp_path: Path) -> None:
     reports = []
     for index in (False, True):
