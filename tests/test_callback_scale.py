@@ -19,8 +19,6 @@ from lightning_influence import InfluenceAudit
 from lightning_influence.callbacks import training_passes
 from lightning_influence.gradients import passes
 
-pytestmark = pytest.mark.usefixtures("unverified")
-
 N, C, B = 24, 3, 4
 _generator = torch.Generator().manual_seed(0)
 X = torch.randn(N, 5, generator=_generator).double()
