@@ -59,7 +59,6 @@ class RunBudget:
         reporter: Reporter,
     ) -> None:
         self._listener, self._passes, self._inspection = listener, passes, inspection
-        self._recording: Recording = listener.recording
         self._arguments, self._reporter = arguments, reporter
         # Seconds, once timed: of an example in a pass with gradients and in one without, of a whole look, and so far.
         self._pass: float | None = None
@@ -71,6 +70,10 @@ class RunBudget:
         # Between these: when validation began, how long it took since the last batch, what recording has taken.
         self._validates = self._validated = 0.0
         self._before = self._recorded = 0.0
+
+    @property
+    def _recording(self) -> Recording:
+        return self._listener.recording
 
     # ----------------------------------------------------------------- timing
 

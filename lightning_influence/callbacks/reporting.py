@@ -125,7 +125,7 @@ class Reporter:
         due = error is not None or self._watched.due
         if self.store is None or not (ended_epochs is None or due or self._watched.first):
             return
-        with self._watched.taking(), tolerated(f"writing the table so far to {self.directory}", self._said):
+        with self._watched.taking(whole=due), tolerated(f"writing the table so far to {self.directory}", self._said):
             columns, manifest = rank(self._named(recording.local_columns())), self._manifest
             manifest = manifest | {"status": status, "error": error}
             self.store.write_scores(columns)

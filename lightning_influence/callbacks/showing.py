@@ -40,14 +40,15 @@ class Watched:
         return self._spent + self._last <= SHARE * (time.perf_counter() - self._began)
 
     @contextmanager
-    def taking(self) -> Iterator[None]:
-        """Note how long it takes."""
+    def taking(self, *, whole: bool) -> Iterator[None]:
+        """Note how long it takes; if not the whole of it is written, that tells nothing of the next time."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._last = time.perf_counter() - start
-            self._spent += self._last
+            took = time.perf_counter() - start
+            self._spent += took
+            self._last = took if whole else self._last
 
 
 class Showing:
