@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from models import Classifier, loader, make_trainer, vectors
+from own_processes import together
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -568,7 +569,7 @@ def test_two_processes_write_the_index_of_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_write, args=(port, str(tmp_path)), nprocs=2)
+    together(_write, port, str(tmp_path))
     model, train, new = case("images", 41)
     one = Influence(model, F.cross_entropy, train).fit("ekfac").index(tmp_path / "one", Index(200, "float32"))
     two = open_index(tmp_path / "two")
