@@ -26,10 +26,10 @@ from lightning_influence.curvature import (
 from lightning_influence.curvature.fit import check_curvature
 from lightning_influence.curvature.implicit import ImplicitCurvature, mean_eigenvalues
 from lightning_influence.curvature.registry import fitted_bytes
-from lightning_influence.curvature.sampled import _chances, sampled_inverse
+from lightning_influence.curvature.sampled import Effort, _chances, sampled_inverse
 from lightning_influence.curvature.solve.cg import cg
 from lightning_influence.curvature.solve.nystrom import nystrom_preconditioner
-from lightning_influence.curvature.solve.solvers import SOLVERS
+from lightning_influence.curvature.solve.solvers import SOLVERS, cheapest
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.discover import discover
 from lightning_influence.gradients.passes import ExampleGradients
@@ -60,6 +60,41 @@ def embedding() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(nn.Embedding(6, 3), nn.Flatten(), nn.Linear(9, C)), torch.randint(0, 6, (N, 3))
 
 
+def tokens() -> tuple[nn.Module, Tensor]:
+    """Positions that share weights, few enough that factors are smaller than gradients; the head is the embedding."""
+    net = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Tanh(), Mean(), nn.Linear(8, 9, bias=False), Few())
+    net[4].weight = net[0].weight
+    return net, torch.randint(0, 9, (N, 3))
+
+
+class Mean(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.mean(1)
+
+
+class Few(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs[:, :C]
+
+
+def sometimes() -> tuple[nn.Module, Tensor]:
+    """A layer that batches of positive inputs do not reach, its gradients as factors."""
+    return Sometimes(), torch.randn(N, 4)
+
+
+class Sometimes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, C)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs).tanh()
+        chosen = inputs[:, 0] < 0
+        if chosen.any():
+            hidden = hidden + self.second(hidden) * chosen.unsqueeze(1)
+        return self.last(hidden)
+
+
 MODELS = {"mlp": mlp, "cnn": cnn, "embedding": embedding}
 
 
@@ -68,7 +103,7 @@ class Problem:
 
     def __init__(self, name: str = "mlp", dtype: torch.dtype = torch.float64, batch_size: int = 4) -> None:
         torch.manual_seed(0)
-        net, inputs = MODELS[name]()
+        net, inputs = (MODELS | {"tokens": tokens, "sometimes": sometimes})[name]()
         self.net = net.to(dtype)
         self.inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
         self.targets = torch.randint(0, C, (N,))
@@ -171,9 +206,14 @@ def test_self_influence_without_a_dense_matrix_is_that_of_the_blocks(solver: Any
 class TestWoodbury:
     """Some of the gradients that the GGN is the mean square of; of so small data, by default all of them."""
 
-    @pytest.mark.parametrize("model", MODELS)
-    def test_all_gradients_make_the_ggn(self, model: str) -> None:
-        problem = Problem(model)
+    @pytest.mark.parametrize("batch_size", [1, 4])
+    @pytest.mark.parametrize("formed", [2**25, 1], ids=["at once", "by inputs"])
+    @pytest.mark.parametrize("model", [*MODELS, "tokens", "sometimes"])
+    def test_all_gradients_make_the_ggn(
+        self, model: str, formed: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lightning_influence.curvature.sampled._FORMED", formed)
+        problem = Problem(model, batch_size=batch_size)
         dampings = {block: 0.05 * (1 + 3 * k) for k, block in enumerate(problem.gradients.coverage.blocks)}
         curvature = problem.fit("ggn", dampings, solver="woodbury")
         pairs = pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, range(N)).scores
@@ -230,17 +270,18 @@ class TestWoodbury:
     ) -> None:
         problem = Problem()
         coordinates = BlockCoordinates(problem.gradients.coverage.blocks)
-        damping = torch.full((coordinates.size,), 0.05, dtype=torch.float64)
+        dampings = dict.fromkeys(coordinates.blocks, 0.05)
+        kept = (4 + 1 + 5) + (5 + 1 + C)  # of a gradient: activations and output gradients of two layers
         monkeypatch.setattr(
             "lightning_influence.core.distributed.gather_objects",
-            lambda own: [own, 4 * 5 * 8 * coordinates.size],  # a quarter of which is taken
+            lambda own: [own, 4 * 5 * 8 * kept],  # a quarter of which is taken
         )
         counted: list[int] = []
         monkeypatch.setattr(
             "lightning_influence.curvature.sampled._chances",
             lambda lengths, count: (counted.append(count), _chances(lengths, count))[1],
         )
-        sampled_inverse(problem.gradients, range(N), coordinates, damping)
+        sampled_inverse(problem.gradients, range(N), coordinates, dampings, torch.zeros(1, dtype=torch.float64))
         assert counted == [5]
 
     def test_the_hessian_is_no_sum_of_squares(self) -> None:
@@ -248,7 +289,68 @@ class TestWoodbury:
             Problem().fit("hessian", 2.0, solver="woodbury")
 
 
+class TestAuto:
+    """Where a matrix is too large, the solver follows from what it is expected to take."""
+
+    @pytest.mark.parametrize(
+        ("systems", "once", "each", "expected"),
+        [
+            (1, 34, 0, "nystrom"),  # 35 steps of one vector, against a sample and one product to measure the residual
+            (1, 33, 0, "woodbury"),
+            (100, 1375, 0, "woodbury"),  # 80 vectors of a sketch and 13 steps of 100, against four to measure
+            (100, 1376, 0, "nystrom"),
+            (100, 376, 10, "nystrom"),
+            (100, 375, 10, "woodbury"),
+        ],
+    )
+    def test_the_cheaper_one(self, systems: int, once: float, each: float, expected: str) -> None:
+        system = Problem().fit("ggn", 0.05, solver="cg")._system  # type: ignore[attr-defined]
+        effort = Effort(exact=True, count=1, product=1, once=once, each=each)
+        assert cheapest(system, effort, systems) == expected
+        # One gradient drawn for each example makes another GGN: no cheaper way to this one.
+        assert cheapest(system, replace(effort, exact=False, once=0), systems) == "nystrom"
+        _ = system.sampled
+        assert cheapest(system, replace(effort, once=1e9), systems) == "woodbury", "what is there costs nothing"
+
+    def test_scores_are_those_of_the_matrix(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(choices, "_DENSE_BY_ITSELF", 0)
+        problem = Problem()
+        curvature = problem.fit("ggn", 0.05)
+        assert isinstance(curvature, ImplicitCurvature)
+        pairs = pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, range(N)).scores
+        torch.testing.assert_close(pairs, problem.expected("ggn", 0.05), rtol=1e-7, atol=1e-10)
+        assert "ggn was solved with woodbury to a relative residual" in curvature.notes[-1]
+
+    def test_what_it_is_reckoned_by(self) -> None:
+        """Two layers of 25 and 18 weights with 5 + 5 and 6 + 3 activations and output gradients."""
+        problem = Problem()
+        coordinates = BlockCoordinates(problem.gradients.coverage.blocks)
+        effort = Effort.of(problem.gradients, range(N), coordinates, torch.zeros(1))
+        assert (effort.exact, effort.count, effort.product) == (True, N * C, 8 * N * 43)
+        assert effort.once == 2 * (N * C + N) * 43 + N * C * (N * C * (19 + N * C) + 43)
+        assert effort.each == 2 * N * C * 43
+
+
 class TestNystrom:
+    def test_a_sketch_is_no_larger_than_there_is_room_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ranks: list[int] = []
+        monkeypatch.setattr(
+            "lightning_influence.curvature.solve.solvers.nystrom_preconditioner",
+            lambda matvec, like, rank, damping: (
+                ranks.append(rank),
+                nystrom_preconditioner(matvec, like, rank, damping),
+            )[1],
+        )
+        for free in (10**9, 2 * 5 * 52 * 43, 1):
+            monkeypatch.setattr(
+                "lightning_influence.curvature.solve.solvers.available_bytes", lambda device, free=free: free
+            )
+            problem = Problem()
+            curvature = problem.fit("ggn", 0.05, solver="nystrom")
+            pairs = pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, range(N)).scores
+            torch.testing.assert_close(pairs, problem.expected("ggn", 0.05), rtol=1e-3, atol=1e-3)
+        assert ranks == [80, 5, 1]
+
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """A matrix with 6 large eigenvalues and a flat rest, in a random basis."""
         generator = torch.Generator().manual_seed(0)
@@ -376,7 +478,7 @@ def test_a_dense_matrix_that_does_not_fit_is_not_formed(monkeypatch: pytest.Monk
     monkeypatch.setattr(choices, "fits", lambda size, device: False)
     monkeypatch.setattr(choices, "available_bytes", lambda device: 1000)
     curvature = problem.fit("ggn", 0.05, solver="dense")
-    assert any('1 kB are available: solver="nystrom" was taken instead' in note for note in curvature.notes)
+    assert any("1 kB are available: an iterative solver was taken instead" in note for note in curvature.notes)
     pairs = pairwise_scores(problem.gradients, range(N), curvature, problem.gradients, range(N)).scores
     torch.testing.assert_close(pairs, problem.expected("ggn", 0.05), rtol=1e-3, atol=1e-3)
 

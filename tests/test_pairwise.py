@@ -11,6 +11,7 @@ import reference as ref
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from own_processes import together
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -231,8 +232,9 @@ def test_as_many_queries_at_a_time_as_memory_has_room_for(monkeypatch: pytest.Mo
     size = 8 * problem.train.coverage.covered_parameters  # float64
     largest = 8 * max(k * o * i for k, o, i in (block.shape for block in blocks))
 
-    def at_a_time(left: int, name: CurvatureName) -> int:
+    def at_a_time(left: int, name: CurvatureName, dense: int = 4096) -> int:
         monkeypatch.setattr("lightning_influence.scores.queries._query_bytes", lambda device: left)
+        monkeypatch.setattr("lightning_influence.curvature.choices._DENSE_BY_ITSELF", dense)
         fitted = problem.fitted(name)
         return len(query_chunks(problem.train, range(100), fitted)[0])
 
@@ -240,6 +242,7 @@ def test_as_many_queries_at_a_time_as_memory_has_room_for(monkeypatch: pytest.Mo
     assert at_a_time(9 * size + 4 * largest, "ekfac") == 9
     assert at_a_time(9 * size + 4 * largest - 1, "ekfac") == 8
     assert at_a_time(9 * size, "ggn") == 9 // 4
+    assert at_a_time(60 * size, "ggn", dense=0) == 60 // 20
     assert at_a_time(0, "ekfac") == 1
 
 
@@ -591,7 +594,7 @@ def _two_processes(rank: int, folder: str) -> None:
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_two_processes, args=(str(tmp_path),), nprocs=2)
+    together(_two_processes, str(tmp_path))
     alone = tmp_path / "alone"
     alone.mkdir()
     expected = everything_of(Problem("images"), str(alone))

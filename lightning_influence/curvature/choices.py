@@ -135,13 +135,13 @@ def choose_solver(
 ) -> tuple[str, list[str]]:
     """Return the solver to take for ``size`` parameters, and what to say about it."""
     needed = _DENSE_BYTES * size * size
-    iterative = "nystrom" if semidefinite else "cg"
+    iterative = "auto" if semidefinite else "cg"  # which of them, the number of systems tells
     if solver == "auto":
         return ("dense" if size <= _DENSE_BY_ITSELF and fits(needed, device) else iterative), []
     if solver != "dense" or fits(needed, device):
         return solver, []
     note = (
         f"a dense matrix of {size:,} parameters takes {readable(needed)}, and {readable(available_bytes(device) or 0)} "
-        f'are available: solver="{iterative}" was taken instead.'
+        f"are available: an iterative solver was taken instead."
     )
     return iterative, [note]

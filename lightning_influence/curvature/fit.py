@@ -17,7 +17,7 @@ from lightning_influence.curvature.curvature import BlockCurvature, Curvature
 from lightning_influence.curvature.dense import DenseCurvature, dense_matrix
 from lightning_influence.curvature.implicit import ImplicitCurvature, mean_eigenvalues
 from lightning_influence.curvature.registry import LADDER, CurvatureName, check_memory
-from lightning_influence.curvature.sampled import sampled_inverse
+from lightning_influence.curvature.sampled import Effort, sampled_inverse
 from lightning_influence.curvature.solve.spectrum import IndefiniteError, check_damping
 from lightning_influence.gradients.capture import Capture, LayerIO
 from lightning_influence.gradients.passes import BatchGradients, ExampleGradients, Labels
@@ -241,8 +241,17 @@ def _fit_full(
             f"training example. What is solved with the {name}: harm, and scores of queries."
         )
         left = set(product.left_out)
-        sample = partial(sampled_inverse, gradients, [index for index in subset if index not in left], coordinates)
-        curvature = ImplicitCurvature(name, product, coordinates, dampings, solver=chosen, blocks=blocks, sample=sample)
+        sampled_from = gradients, [index for index in subset if index not in left], coordinates
+        curvature = ImplicitCurvature(
+            name,
+            product,
+            coordinates,
+            dampings,
+            solver=chosen,
+            blocks=blocks,
+            sample=partial(sampled_inverse, *sampled_from),
+            effort=partial(Effort.of, *sampled_from),
+        )
     if left_out := len(subset) - product.examples:
         notes.append(f"{left_out} examples with a non-finite loss or gradient are not in the {name}.")
     curvature.notes += notes

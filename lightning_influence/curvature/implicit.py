@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from lightning_influence.core.precision import wide
 from lightning_influence.curvature.coordinates import BlockCoordinates
 from lightning_influence.curvature.curvature import BlockCurvature, Curvature
 from lightning_influence.curvature.products.product import CurvatureProduct
+from lightning_influence.curvature.sampled import Effort
 from lightning_influence.curvature.solve.solution import SolverError
-from lightning_influence.curvature.solve.solvers import SOLVERS, System
+from lightning_influence.curvature.solve.solvers import SOLVERS, System, cheapest
 from lightning_influence.curvature.solve.spectrum import Matvec, require_positive_definite
 from lightning_influence.gradients.capture import LayerIO
 
@@ -41,9 +42,10 @@ class ImplicitCurvature(Curvature):
         product: Products with ``C``.
         coordinates: The blocks.
         dampings: Block name to λ.
-        solver: Which of ``SOLVERS``.
+        solver: Which of ``SOLVERS``; ``"auto"`` for the cheapest.
         blocks: A block-diagonal curvature with the same damping, for self-influence, and as a preconditioner.
-        sample: Makes what multiplies by the inverse with a damping ``[p]``, of some of the data's gradients.
+        sample: Makes what multiplies by the inverse of some of the data's gradients, see ``sampled``.
+        effort: Estimates what products and ``sample`` take.
 
     Raises:
         IndefiniteError: If the curvature has a negative eigenvalue below ``-λ``, as far as was looked.
@@ -58,7 +60,8 @@ class ImplicitCurvature(Curvature):
         *,
         solver: str,
         blocks: BlockCurvature,
-        sample: Callable[[Tensor], Matvec],
+        sample: Callable[[Mapping[str, float], Tensor], Matvec],
+        effort: Callable[[Tensor], Effort],
     ) -> None:
         super().__init__(name, dampings, blocks.labels, [product.examples, *blocks.examples])
         self.coordinates = coordinates
@@ -74,8 +77,9 @@ class ImplicitCurvature(Curvature):
         if not product.semidefinite:
             require_positive_definite(self.matvec, like, least, max_steps=_LOOKS)
         self._system = System(
-            self.matvec, least, self._block_inverse, self._random_batches, partial(sample, whole), like
+            self.matvec, least, self._block_inverse, self._random_batches, partial(sample, self.dampings, like), like
         )
+        self._effort = cache(partial(effort, like))
 
     @property
     def blockwise(self) -> BlockCurvature:
@@ -96,14 +100,15 @@ class ImplicitCurvature(Curvature):
         systems = line.reshape(-1, line.shape[-1])
         # Queries with non-finite gradients get no score anyway, and one would spoil the others.
         finite = torch.isfinite(systems).all(1, keepdim=True)
-        solver = SOLVERS[self._solver]
+        name = cheapest(self._system, self._effort(), len(systems)) if self._solver == "auto" else self._solver
+        solver = SOLVERS[name]
         found = solver.solve(self._system, torch.where(finite, systems, 0), solver.tolerance, solver.steps)
         self.solves.append(replace(found, solution=found.solution.new_empty((0, line.shape[-1]))))  # not to keep [q, p]
         worst = float(found.residual.max()) if len(found.residual) else 0.0
         if worst > _ACCEPTED:
-            raise SolverError(f"{self.name} with {self._solver}: {found.reason}")
+            raise SolverError(f"{self.name} with {name}: {found.reason}")
         about = f"to a relative residual of {worst:.2g} only" if found.reason else found.about
-        note = f"{self.name} was solved with {self._solver} {about}"
+        note = f"{self.name} was solved with {name} {about}"
         if about and note not in self.notes:
             self.notes.append(note)
         return self.coordinates.split(found.solution.reshape(line.shape))

@@ -26,6 +26,8 @@ from lightning_influence.scores.measurements.base import MeasurementError
 # Of a gradient there are, for a while: itself, the solution, and what solving takes. Where blocks are solved for one at
 # a time, that is of one block.
 _COPIES = 4
+# Solving for all parameters at once: what conjugate gradients and their products hold at their peak.
+_ITERATED = 20
 # For all queries' vectors, each as large as the parameters: more queries take more passes over the training data.
 _QUERY_BYTES = 2**32
 
@@ -104,7 +106,8 @@ def query_chunks(
     # Block by block, a few gradients and what solving makes of them, beside the vectors.
     alone = curvature is not None and _by_block(curvature)
     beside = _COPIES * max((math.prod(block.shape) for block in blocks), default=0) * itemsize if alone else 0
-    width = max(1, (1 if alone else _COPIES) * gradients.coverage.covered_parameters * itemsize)
+    copies = 1 if alone else _COPIES if curvature is None or curvature.blockwise is None else _ITERATED
+    width = max(1, copies * gradients.coverage.covered_parameters * itemsize)
     step = max(1, (min(distributed.gather_objects(_query_bytes(gradients.device))) - beside) // width)
     return [list(queries[start : start + step]) for start in range(0, len(queries), step)]
 

@@ -12,6 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_influence.core import distributed
+from lightning_influence.core.memory import available_bytes
+from lightning_influence.curvature.sampled import Effort
 from lightning_influence.curvature.solve.cg import cg
 from lightning_influence.curvature.solve.lissa import lissa
 from lightning_influence.curvature.solve.nystrom import nystrom_preconditioner
@@ -21,9 +24,13 @@ from lightning_influence.curvature.solve.spectrum import Matvec, row_norms
 # A sketch of so many vectors pays from so many systems on: it costs a product of that many vectors, and on a digits
 # network (trainer damping) it took 13 steps a system where plain CG took 35.
 _RANK = 80
+# Bytes that making it takes of each of its vectors' scalars, and the share of the memory that it may take.
+_SKETCH_BYTES, _SKETCH_SHARE = 52, 0.5
 _WORTH_A_SKETCH = 8
 # Systems whose residual a direct solver measures: each of them is sent through the network with all the data.
 _MEASURED = 4
+# Steps that a system is expected to take with a sketch, and without.
+_SKETCHED, _PLAIN = 13, 35
 
 
 @dataclass(eq=False)
@@ -54,7 +61,9 @@ class System:
     @cached_property
     def sketch(self) -> Matvec:
         """Multiplies by something close to the inverse, made of one product; for all solves."""
-        return nystrom_preconditioner(self.matvec, self.like, _RANK, self.damping)
+        available = min(distributed.gather_objects(available_bytes(self.like.device) or 2**33))
+        room = int(available * _SKETCH_SHARE / (_SKETCH_BYTES * len(self.like)))
+        return nystrom_preconditioner(self.matvec, self.like, max(1, min(_RANK, room)), self.damping)
 
 
 @dataclass(frozen=True)
@@ -92,19 +101,30 @@ def _lissa(system: System, g: Tensor, tolerance: float, steps: int) -> Solution:
 
 def _woodbury(system: System, g: Tensor, tolerance: float, steps: int) -> Solution:
     """Solve with some of the gradients; where the residual with all of them is too large, that preconditions CG."""
-    there = g.any(1).nonzero()[:, 0]
+    there, solution = g.any(1).nonzero()[:, 0], system.sampled(g)
     measured = there[torch.linspace(0, len(there) - 1, min(_MEASURED, len(there))).round().long()]
     run = Run(system.matvec, g[measured], system.damping)
-    residual = row_norms(run.b - run(system.sampled(run.b)))
+    residual = row_norms(g[measured] - run(solution[measured])) / row_norms(g[measured])
     worst = float(residual.max()) if len(residual) else 0.0
     if not worst <= tolerance:
+        del solution
         found = _cg(system, g, tolerance, steps, system.sampled)
         reached = float(found.residual.max())
         return replace(found, about=f"and conjugate gradients to a relative residual of {reached:.2g}")
     solved = torch.ones_like(g[:, 0], dtype=torch.bool)
     about = f"to a relative residual of {worst:.2g}, measured for {len(measured)} of {len(g)} systems"
     residuals = solved.to(residual.dtype) * worst
-    return Solution(system.sampled(g), solved, solved.long() * 0, residuals, ("",) * len(g), run.products, about)
+    return Solution(solution, solved, solved.long() * 0, residuals, ("",) * len(g), run.products, about)
+
+
+def cheapest(system: System, effort: Effort, systems: int) -> str:
+    """Return the solver that so many systems with a GGN take the least work with, as far as that is known before."""
+    if "sampled" in vars(system):
+        return "woodbury"
+    sketched = systems >= _WORTH_A_SKETCH
+    vectors = _RANK + _SKETCHED * systems if sketched else _PLAIN * systems
+    sampled = effort.once + systems * effort.each + min(systems, _MEASURED) * effort.product
+    return "woodbury" if effort.exact and sampled < vectors * effort.product else "nystrom"
 
 
 SOLVERS: dict[str, IterativeSolver] = {
