@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_influence import InfluenceAudit
+from lightning_influence.curvature.blocks.block import KEPT_INVERSES
 from lightning_influence.curvature.registry import decompositions, fitted_bytes, kept_shapes
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.coverage import Coverage
@@ -166,7 +167,8 @@ def whole(name: str, coverage: Coverage, times: int) -> float:
     """Return what a curvature takes at most, in GB, of a model that has so many of these layers."""
     one = fitted_bytes(name, coverage)
     kept = sum(4 * math.prod(shape) for each in kept_shapes(name, coverage).values() for shape in each.values())
-    inverses = 4 * coverage.covered_parameters
+    eigenvalues = [math.prod(each["eigenvalues"]) for each in kept_shapes(name, coverage).values()]
+    inverses = 4 * sum(size for size in eigenvalues if size <= KEPT_INVERSES)
     return max(one + (times - 1) * kept, times * (kept + inverses)) / GB
 
 
