@@ -68,7 +68,7 @@ class Recorder(L.Callback):
             self._snapshot(pl_module, epoch)
         dynamics = self.audit._recording.dynamics  # type: ignore[union-attr]
         dynamics.flush()
-        total = dynamics.sums["probabilities"].clone()
+        total = dynamics.probabilities[:].clone()
         self.seen.append((total - self._before).numpy().astype(np.float16))
         self._before = total
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +14,9 @@ import torch
 
 from lightning_influence.audit import ranking
 from lightning_influence.audit.belief import LabelBeliefs
+
+# Every Trainer asks which packages are installed and reads their files anew.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 # Sums that are split over more threads round differently: no more threads anywhere than CI has.
 torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -1,6 +1,4 @@
-"""What is run on the pretended device and on the CPU; as a program it prints everything that came out, as JSON.
-
-Its arguments are the cases that run with float64 on the device, too.
+"""What is run on the pretended device and on the CPU, in a process of its own, which never gets rid of that device.
 
 Every case is a function of a device that returns arrays by name.
 """
@@ -9,11 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -475,13 +472,14 @@ def waits() -> dict[str, float]:
     }
 
 
-def main() -> None:
+def run(with_float64: Collection[str]) -> str:
+    """Run all cases, and those named with float64 on the device, too; return JSON."""
     logging.getLogger(PACKAGE).setLevel(logging.ERROR)
     outcomes = {}
     for name, case in CASES.items():
         outcomes[name] = {"cpu": outcome(case, torch.device("cpu"))}
         for float64 in (True, False):
-            if float64 and name not in sys.argv:
+            if float64 and name not in with_float64:
                 continue
             pretend_device.LIMITS.float64 = pretend_device.LIMITS.linalg = float64
             precision._has_float64.cache_clear()
@@ -489,8 +487,4 @@ def main() -> None:
     checked = strictness()
     pretend_device.LIMITS.float64 = pretend_device.LIMITS.linalg = True
     precision._has_float64.cache_clear()
-    print(json.dumps({"strictness": checked, "waits": waits(), **outcomes}))
-
-
-if __name__ == "__main__":
-    main()
+    return json.dumps({"strictness": checked, "waits": waits(), **outcomes})

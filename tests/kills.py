@@ -1,7 +1,7 @@
-"""Trainings that are killed: run as a program, it trains in forks of itself and kills them at a given moment.
+"""Trainings that are killed: a process trains in forks of itself and kills them at a given moment.
 
-Reads one job a line (JSON, see ``Job``) and answers with the signal that ended it, 0 if it came to its end. The
-program itself never computes anything: a fork of a process with running threads would hang.
+It is given one job after the other and answers with the signal that ended it, 0 if it came to its end. The process
+itself never computes anything: a fork of a process with running threads would hang.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -212,16 +213,7 @@ def run(job: Job) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def serve() -> None:
+def serve(asked: Connection) -> None:
     """Answer one job after the other."""
-    for line in sys.stdin:
-        print(run(Job(**json.loads(line))), flush=True)
-
-
-def as_line(job: Job) -> str:
-    """Write a job down."""
-    return json.dumps(asdict(job)) + "\n"
-
-
-if __name__ == "__main__":
-    serve()
+    while (job := asked.recv()) is not None:
+        asked.send(run(job))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from models import CLASSES, FEATURES, QUIET, Classifier, Validated, make_trainer, vectors
+from own_processes import together
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from which_lightning import PACKAGE, Callback, ModelCheckpoint, StochasticWeightAveraging, pl
@@ -166,17 +166,16 @@ def test_the_scores_are_those_of_the_callback(tmp_path: Path, kind: str) -> None
     assert AuditReport.load(report.directory).manifest["step"] == (0 if kind == "state_dict" else 20)
 
 
+def _audited_later(_: int, directory: Path) -> None:
+    audit = InfluenceAudit(dirpath=directory / "later")
+    audit.audit(Validated(adam), train_data(), ckpt_path=directory / "last.ckpt", val_dataloaders=val_data())
+
+
 def test_a_process_of_its_own_finds_the_same(tmp_path: Path) -> None:
     audit = InfluenceAudit()
     trainer = trained(tmp_path, Validated(adam), audit)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_afterwards import *
-InfluenceAudit(dirpath={str(tmp_path / "later")!r}).audit(
-    Validated(adam), train_data(), ckpt_path={str(tmp_path / "last.ckpt")!r}, val_dataloaders=val_data())
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, capture_output=True)
+    together(_audited_later, tmp_path, processes=1)
     assert assert_same(AuditReport.load(tmp_path / "later"), audit.report, but=set()) == set()
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import CLASSES, FEATURES, Classifier, loader, make_trainer, vectors
+from own_processes import METHOD
 from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
@@ -300,8 +301,8 @@ def test_workers_have_the_users_own_data_set(tmp_path: Path) -> None:
 
 
 def test_workers_that_are_started_afresh(tmp_path: Path) -> None:
-    """What they are sent has to be picklable, and does not make them import Lightning."""
-    loader = DataLoader(DATA, 4, shuffle=True, num_workers=1, multiprocessing_context="spawn")
+    """What they are sent has to be picklable."""
+    loader = DataLoader(DATA, 4, shuffle=True, num_workers=1, multiprocessing_context=METHOD)
     audit = InfluenceAudit(curvature="identity", tracin=None, verify=False)
     report, model = trained(tmp_path, loader, audit=audit, max_epochs=1)
     check(report, model)

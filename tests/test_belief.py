@@ -20,6 +20,7 @@ from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.audit import belief
 from lightning_influence.audit.belief import LabelBeliefs, believe
 from lightning_influence.audit.ranking import judged
+from lightning_influence.training.class_shares import ClassShares
 from lightning_influence.training.dynamics import margin_of_label
 from lightning_influence.training.evidence import EvidenceRecord, LabelEvidence
 from lightning_influence.training.neighbours import nearest_labels, votes
@@ -44,14 +45,14 @@ def evidence_of(features: Tensor, given: Tensor) -> LabelEvidence:
     for trained in (False, True, True, True):
         record.add(torch.arange(len(given)), features, given, nearest, trained=trained)
     near = votes(nearest.clamp(min=0), 1 + int(given.max())) * (given >= 0)[:, None]
-    found = record.about(range(len(given)), 2 * near)
+    found = record.about(range(len(given)), ClassShares.of(2 * near))
     assert found is not None
     return found
 
 
 def audited(features: Tensor, given: Tensor) -> AuditReport:
     evidence = evidence_of(features, given)
-    support, _ = margin_of_label(evidence.trained + evidence.late, given)
+    support, _ = margin_of_label(evidence.trained[:] + evidence.late[:], given)
     columns = {"index": np.arange(len(given)), "label": given.numpy(), "support": support.numpy()}
     ranked, beliefs = judged(columns, evidence)
     return AuditReport(ranked, {"labels": beliefs.described()})
@@ -79,15 +80,15 @@ def test_the_confident_joint_of_seven_examples() -> None:
     # The second is probably of class 1, which is as sure of it as usual and surer than 0; of the fourth and the sixth
     # nothing is known, as 2 and 0 are surer than the given ones, but not as sure as usual.
     given = np.array([0, 0, 1, 1, 2, 2, 2])
-    joint = belief._confident_joint(shares, given)
+    joint = belief._confident_joint(ClassShares.of(torch.from_numpy(shares)), given)
     np.testing.assert_allclose(joint, [[1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 3, 0], [0, 0, 0, 0]])
     # A label that nothing exceeds counts half where its share is less than usual: one of 2.5 is 1.2 of three.
-    halves = belief._confident_joint(
-        np.array([[0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.1, 0.9, 0.0], [0.2, 0.8, 0.0]]), np.array([0, 0, 0, 1])
-    )
+    less = torch.tensor([[0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.1, 0.9, 0.0], [0.2, 0.8, 0.0]]).double()
+    halves = belief._confident_joint(ClassShares.of(less), np.array([0, 0, 0, 1]))
     np.testing.assert_allclose(halves, [[1.8, 1.2, 0], [0, 1, 0], [0, 0, 0]])
     # Of a class whose examples are all contradicted by what is not sure either, nothing is known: its labels stand.
-    alone = belief._confident_joint(np.array([[0.4, 0.6], [0.4, 0.6], [0.1, 0.9]]), np.array([0, 0, 1]))
+    none = torch.tensor([[0.4, 0.6], [0.4, 0.6], [0.1, 0.9]]).double()
+    alone = belief._confident_joint(ClassShares.of(none), np.array([0, 0, 1]))
     assert alone.tolist() == [[2, 0], [0, 1]]
 
 
@@ -97,7 +98,7 @@ def test_a_small_class_of_which_most_labels_are_wrong_does_not_draw_in_others() 
     shares = np.tile([0.9, 0.1], (100, 1))
     shares[:45] = [0.8, 0.2]
     shares[96:] = [0.3, 0.7]
-    joint = belief._confident_joint(shares, given)
+    joint = belief._confident_joint(ClassShares.of(torch.from_numpy(shares)), given)
     assert joint[0].tolist() == [90, 0]
     assert joint[1, 0] > 5
 
@@ -109,8 +110,7 @@ def test_the_number_of_wrong_labels_is_the_less_of_two_counts() -> None:
         given = generator.integers(0, 3, 90)
         shares = np.exp(generator.normal(0, 1, (90, 3)) + sharpness * np.eye(3)[given])
         shares /= shares.sum(1, keepdims=True)
-        tensor = torch.from_numpy(shares)
-        beliefs, _ = believe(given, LabelEvidence(tensor, tensor, tensor, tensor), np.arange(90))
+        beliefs, _ = believe(given, LabelEvidence(*[ClassShares.of(torch.from_numpy(shares))] * 4), np.arange(90))
         assert beliefs.joint is not None
         assert beliefs.joint.sum() == pytest.approx(90)
         rate = min(1 - np.trace(beliefs.joint) / 90, float((shares.argmax(1) != given).mean()))
@@ -128,7 +128,7 @@ def test_nothing_known_is_nothing_believed() -> None:
         (np.arange(5) % 3, zeros),
         (np.zeros(5, dtype=np.int64), torch.ones(5, 1)),
     ):
-        beliefs, columns = believe(labels, LabelEvidence(shares, shares, shares, shares), np.arange(5))
+        beliefs, columns = believe(labels, LabelEvidence(*[ClassShares.of(shares)] * 4), np.arange(5))
         assert not beliefs.told
         assert beliefs.reason == "nothing was recorded that tells labels apart"
         assert np.isnan([beliefs.noise_rate, beliefs.low, beliefs.high]).all()
@@ -139,7 +139,7 @@ def test_nothing_known_is_nothing_believed() -> None:
 def test_one_class_only_tells_nothing_of_its_labels() -> None:
     """As of a loss of margins, whose labels are all the same: "no label is wrong" would be said of what has none."""
     labels, shares = np.ones(40, dtype=np.int64), torch.tensor([[0.1, 0.9]]).repeat(40, 1)
-    beliefs, columns = believe(labels, LabelEvidence(shares, shares, shares, shares), np.arange(40))
+    beliefs, columns = believe(labels, LabelEvidence(*[ClassShares.of(shares)] * 4), np.arange(40))
     assert (beliefs.verdict, beliefs.reason) == ("cannot tell", "all given labels are the same")
     assert np.isnan(beliefs.noise_rate)
     assert np.isnan(columns["wrong_probability"]).all()
@@ -278,10 +278,10 @@ def test_an_example_that_turned_up_later_does_not_count_for_the_first_features(s
     """Its zeros stood for class 0: features that had told nothing, it seemed, so that less was asked of later ones."""
     features, _, given = gaussians(2.0, seed)
     told = evidence_of(features, given)
-    told.first[torch.randperm(N, generator=torch.Generator().manual_seed(0))[: N // 2]] = 0
+    told.first[:][torch.randperm(N, generator=torch.Generator().manual_seed(0))[: N // 2]] = 0
     beliefs, _ = believe(given.numpy(), told, np.arange(N))
     assert "the classes overlap" in beliefs.reason
-    told.first[:] = 0
+    told.first[:].zero_()
     beliefs, _ = believe(given.numpy(), told, np.arange(N))
     assert beliefs.noise_rate > 0
 

@@ -185,7 +185,7 @@ def test_dynamics_are_those_of_a_model_that_notes_them_itself(
     evidence = audited._recording.label_evidence(rows.tolist())
     told = audited._recording.labels.neighbours.votes(CLASSES, torch.from_numpy(rows)).numpy()
     if evidence is not None:
-        told = np.where(evidence.late.numpy().sum(1, keepdims=True) > 0, evidence.late.numpy(), told)
+        told = np.where(evidence.late[:].sum(1, keepdim=True).numpy() > 0, evidence.late[:].numpy(), told)
     belief = np.nan_to_num(np.array(expected["mean"])[rows]) + told
     for own, shares, support, seen in zip(
         actual["label"], belief, actual["support"], actual["times_seen"] > 0, strict=True

@@ -1,13 +1,9 @@
-"""Two processes under DDP give the audit of one process that sees the same global batches.
-
-Run as a script, this file is one of the processes; Lightning starts the other one by running it again.
-"""
+"""Two processes under DDP give the audit of one process that sees the same global batches."""
 
 from __future__ import annotations
 
 import copy
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,10 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import CLASSES, FEATURES, Validated, loader, make_trainer, vectors
-from own_processes import run_file
+from own_processes import METHOD, as_ranks
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, Sampler, SubsetRandomSampler, TensorDataset
-from which_lightning import ModelCheckpoint, pl
+from which_lightning import DDPStrategy, ModelCheckpoint, pl
 
 from lightning_influence import AuditReport, DemographicParityGap, InfluenceAudit, Queries, TracIn
 
@@ -182,7 +178,7 @@ def main(directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_file(__file__, tmp_path_factory.mktemp("ddp"), PATIENCE)
+    return as_ranks(main, tmp_path_factory.mktemp("ddp"), PATIENCE)
 
 
 def report_below(directory: Path) -> AuditReport:
@@ -269,8 +265,8 @@ class Picklable(pl.LightningModule):
 @pytest.mark.slow
 def test_processes_of_their_own_leave_their_report_to_who_has_started_them(tmp_path: Path) -> None:
     audit = InfluenceAudit(tracin=None)
-    copied = copy.deepcopy(audit)
-    trainer = make_trainer(tmp_path, max_epochs=1, devices=2, strategy="ddp_spawn", callbacks=[audit])
+    copied, strategy = copy.deepcopy(audit), DDPStrategy(start_method=METHOD)
+    trainer = make_trainer(tmp_path, max_epochs=1, devices=2, strategy=strategy, callbacks=[audit])
     with pytest.raises(RuntimeError, match="has not run"):
         _ = audit.report
     trainer.fit(Picklable(), loader(vectors(SIZE), PER_PROCESS))
@@ -294,7 +290,3 @@ def test_a_note_is_for_who_waits_and_about_the_last_training(tmp_path: Path) -> 
     audit._child._process = own
     make_trainer(tmp_path, max_epochs=1, callbacks=[audit]).fit(Picklable(), loader(vectors()))
     assert audit.report.directory is not None
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,13 +1,10 @@
-"""Two processes between which FSDP2 splits the model give the audit of one process that has it whole.
-
-Run as a script, this file is one of the processes; Lightning starts the other one by running it again.
-"""
+"""Two processes between which FSDP2 splits the model give the audit of one process that has it whole."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from models import Numbered, Validated, Witness, images, loader, make_trainer, vectors
-from own_processes import run_file
+from own_processes import as_ranks, together
 from test_callback_distributed import PER_PROCESS, SIZE, GlobalBatches, report_below
 from torch import Tensor, nn
 from torch.utils.data import SubsetRandomSampler
@@ -227,9 +224,9 @@ def witnessed(directory: Path, audited: bool) -> dict[str, Any]:
     }
 
 
-def refusal(model: Any = None, **audit: Any) -> str:
+def refusal(directory: Path, model: Any = None, **audit: Any) -> str:
     """What is said of a run that can't be audited."""
-    return error_of(train, Scenario(), 2, Path(sys.argv[1]) / "refused", model=model or Split(), **audit)
+    return error_of(train, Scenario(), 2, directory / "refused", model=model or Split(), **audit)
 
 
 def error_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -270,10 +267,10 @@ def main(directory: Path) -> None:
             told["audit"] = error_of(trainer.callbacks[0].audit, model, trainer=trainer)
     seen = {audited: witnessed(directory / f"witness{audited}", audited) for audited in (True, False)}
     told["untouched"] = [name for name in seen[True] if not same(seen[True][name], seen[False][name])]
-    told["in flight"] = refusal(tracin="step")
-    told["half"] = refusal(model=HalfSplit())
-    told["best"] = refusal(weights="best")
-    told["record"] = refusal(record=True)
+    told["in flight"] = refusal(directory, tracin="step")
+    told["half"] = refusal(directory, model=HalfSplit())
+    told["best"] = refusal(directory, weights="best")
+    told["record"] = refusal(directory, record=True)
     (directory / f"told{rank}.json").write_text(json.dumps(told))
 
 
@@ -287,7 +284,7 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_file(__file__, tmp_path_factory.mktemp("fsdp"), PATIENCE)
+    return as_ranks(main, tmp_path_factory.mktemp("fsdp"), PATIENCE)
 
 
 def told_by(directory: Path, rank: int = 0) -> dict[str, Any]:
@@ -348,6 +345,13 @@ def test_it_is_the_audit_of_the_checkpoint(name: str, two_processes: Path) -> No
     assert audit.influence("kfac").examples
 
 
+def _run_as_module(_: int, command: list[str]) -> None:
+    """What ``python -m NAME ...`` does."""
+    option, name, *sys.argv[1:] = command
+    assert option == "-m"
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
 @pytest.mark.slow
 def test_a_distributed_checkpoint_is_put_together(two_processes: Path) -> None:
     data, queries = vectors(SIZE, dtype=torch.float64), vectors(7, 2, dtype=torch.float64)
@@ -356,7 +360,7 @@ def test_a_distributed_checkpoint_is_put_together(two_processes: Path) -> None:
     with pytest.raises(CheckpointFileError, match="a part from each process") as refused:
         audit.audit(Split(), loader(data, PER_PROCESS), ckpt_path=path)
     command = str(refused.value).partition("`python ")[2].partition("`")[0]
-    subprocess.run([sys.executable, *command.split()], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    together(_run_as_module, command.split(), processes=1)
     whole = f"{path}.consolidated"
     model = Split(SCENARIOS["adam"].optimizer)
     here = audit.audit(model, loader(data, PER_PROCESS), ckpt_path=whole, val_dataloaders=loader(queries, 3))
@@ -385,7 +389,3 @@ def test_what_is_refused(rank: int, two_processes: Path) -> None:
     assert "RuntimeError: after training with FSDP2" in told["later"]
     assert "would split the model once more" in told["audit"]
     assert all("ckpt_path=" in told[name] for name in ("later", "audit"))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -18,6 +18,7 @@ from which_lightning import ModelCheckpoint
 from lightning_influence import AuditReport, InfluenceAudit
 from lightning_influence.audit.curves import SUGGESTED, Curves, sparkline
 from lightning_influence.core import distributed
+from lightning_influence.training import class_shares
 from lightning_influence.training import curves as recorded
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.curves import CurveRecord
@@ -186,13 +187,16 @@ class TestOfTheSuggestedLabel:
         assert _rivals(torch.ones(3, 1), torch.zeros(3, dtype=torch.long)).tolist() == [-1, -1, -1]
 
     def test_unlike_the_mean_probabilities_it_has_no_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lightning_influence.training.dynamics._PROBABILITY_BUDGET", 1)
+        monkeypatch.setattr(class_shares, "_ALL", 1)
+        monkeypatch.setattr(class_shares, "_LARGEST", 1)
         dynamics, told = TrainingDynamics(2), torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3]])
         record = CurveRecord(dynamics)
         statistics = {"loss": torch.ones(2), "label": torch.tensor([1, 1]), "probabilities": told}
         dynamics.record(BatchRecord((0, 1)), statistics)
         record.end(0)
-        assert dynamics.mean_probabilities(torch.arange(2)) is None
+        told = dynamics.mean_probabilities(torch.arange(2))
+        assert told is not None
+        np.testing.assert_allclose(told, [[0, 0.7, 0], [0.5, 0, 0]], rtol=1e-6)
         np.testing.assert_allclose(record.kept[0][RIVAL], [2.2, 0.5], rtol=1e-6)
 
     def test_of_what_two_processes_have_visited_it_is_unknown(self, monkeypatch: pytest.MonkeyPatch) -> None:

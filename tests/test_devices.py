@@ -6,15 +6,14 @@ They run in a process of their own (``device_cases``), as the pretended device c
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from own_processes import together
 
 from lightning_influence.core import precision
 
@@ -33,16 +32,19 @@ WITH_FLOAT64 += ["pairs ekfac", "pairs ggn", "pairs nystrom", "solvers"]
 ORDERS = {"rank", "candidate"}
 
 
+def _cases(_: int, with_float64: list[str], path: Path) -> None:
+    import device_cases
+
+    warnings.simplefilter("ignore")
+    path.write_text(device_cases.run(with_float64), encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, Any]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Case, then ``"cpu"``, ``"float64"`` or ``"no float64"``, then name, to an array or an error."""
-    folder = Path(__file__).parent
-    paths = os.pathsep.join([str(folder), str(folder.parent), os.environ.get("PYTHONPATH", "")])
-    program = [sys.executable, "-W", "ignore", str(folder / "device_cases.py"), *WITH_FLOAT64]
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    path = tmp_path_factory.mktemp("devices") / "found.json"
+    together(_cases, WITH_FLOAT64, path, processes=1, patience=600)
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     assert sorted(found) == sorted([*CASES, "strictness", "waits"])
     return found
 

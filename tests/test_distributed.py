@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from own_processes import together
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -367,15 +367,7 @@ def _process(rank: int, folder: str) -> None:
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each step returned on rank 0 and on rank 1; an error as its words."""
     folder: Path = tmp_path_factory.mktemp("two_processes")
-    running = torch.multiprocessing.spawn(_process, args=(str(folder),), nprocs=2, join=False)
-    deadline = time.monotonic() + 2 * PATIENCE.total_seconds()
-    try:
-        while not running.join(timeout=1):
-            assert time.monotonic() < deadline, "the two processes hang"
-    finally:
-        for process in running.processes:
-            if process.is_alive():
-                process.kill()
+    together(_process, str(folder), patience=2 * PATIENCE.total_seconds())
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_influence.objective.losses import read_call
-from lightning_influence.training import dynamics, loss_graph
+from lightning_influence.training import class_shares, dynamics, loss_graph
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.dynamics import TrainingDynamics
 
@@ -125,9 +124,9 @@ def test_looking_in_between_changes_nothing() -> None:
         if number % 7 == 0:
             _assert_columns(recorded.columns(), _by_hand(visits[: number + 1]))
             sums = recorded.sums
-            sums.be_told(sums.kinds())
+            sums.be_told(sums.names())
             for rows in (slice(0, 5), slice(5, None)):
-                sums.take(rows, *sums.addends(rows))
+                sums.take(rows, sums.addends(rows))
     _assert_columns(recorded.columns(), _by_hand(visits))
 
 
@@ -227,39 +226,33 @@ def test_columns_of_losses_that_say_less() -> None:
     }
 
 
-def test_of_a_stream_that_outgrows_the_budget_no_half_a_mean_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was divided by all visits, those included whose probabilities had not been added."""
-    visits = _visits()
-    monkeypatch.setattr(dynamics, "_PROBABILITY_BUDGET", SIZE * CLASSES)
-    recorded = _recorded(visits)
-    before = recorded.columns()["prob_margin"]
-    recorded.record(BatchRecord(tuple(visits[0][0])), visits[0][1])  # waits
-    recorded.grow(SIZE + 1)
-    recorded.record(BatchRecord(tuple(visits[0][0])), visits[0][1])
-    assert recorded.mean_probabilities(torch.arange(SIZE)) is None
-    # Those that were not visited again have what they had; the others a lower bound of the mean over all visits.
-    after, again = recorded.columns()["prob_margin"], torch.tensor(visits[0][0]).unique()
-    others = torch.tensor([k for k in range(SIZE) if k not in again])
-    torch.testing.assert_close(after[others], before[others], equal_nan=True)
-    assert bool(after[again].isfinite().all())
-
-
-def test_beyond_the_budget_there_is_a_lower_bound_of_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamics, "_PROBABILITY_BUDGET", SIZE * CLASSES - 1)
-    recorded, expected = _recorded(_visits()), _by_hand(_visits())
-    found = recorded.columns()
-    bound, margin = found.pop("prob_margin"), torch.as_tensor(expected["prob_margin"])
+@pytest.mark.parametrize("grows", [False, True])
+def test_of_many_classes_the_largest_probabilities_are_kept(grows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of each example is the sum over its visits, but for what was too small when others came."""
+    monkeypatch.setattr(class_shares, "_LARGEST", CLASSES - 1)
+    monkeypatch.setattr(class_shares, "_ALL", SIZE * CLASSES if grows else 0)
+    visits, expected = _visits(), _by_hand(_visits())
+    recorded = _recorded(visits[:20])
+    assert recorded.probabilities.largest_alone is not grows
+    if grows:  # a stream turns out to be longer
+        recorded.flush()
+        recorded.grow(SIZE + 1)
+    for indices, statistics in visits[20:]:
+        recorded.record(BatchRecord(tuple(indices)), statistics)
+    found = {name: column[:SIZE] for name, column in recorded.columns().items()}
+    assert recorded.probabilities.largest_alone
+    margin, exact = found.pop("prob_margin"), torch.as_tensor(expected["prob_margin"])
     _assert_columns(found, {name: v for name, v in expected.items() if name != "prob_margin"})
-    known = bound.isfinite()
-    assert torch.equal(known, margin.isfinite())
-    assert bool((bound[known] <= margin[known] + 1e-6).all())
-    once = known & (found["times_seen"] == 1)  # nothing to lose by taking each visit's own
-    torch.testing.assert_close(bound[once], margin[once].to(bound), rtol=1e-5, atol=1e-6)
-    assert float((margin - bound)[known].max()) > 1e-3  # and it is no mean of all visits
-    assert re.match(rf"prob_margin is a lower bound .* {SIZE} examples and {CLASSES} classes", recorded.left_out)
-    monkeypatch.setattr(dynamics, "_PROBABILITY_BUDGET", SIZE * CLASSES)
-    assert not _recorded(_visits()).left_out
-    _assert_columns(_recorded(_visits()).columns(), expected)
+    seen = exact.isfinite()
+    assert torch.equal(margin.isfinite(), seen)
+    held = recorded.mean_probabilities(torch.arange(SIZE))
+    assert held is not None
+    rest = 1 - held.sum(1)
+    assert bool(((margin - exact).abs() <= rest + 1e-6)[seen].all())
+    assert 0 < float(rest[seen].max()) < 0.5
+    other = TrainingDynamics(recorded.size)
+    other.load_state_dict(recorded.state_dict())
+    torch.testing.assert_close(other.columns()["prob_margin"][:SIZE], margin, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_margin_of_a_label_and_the_best_of_the_others() -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from models import Classifier, loader, make_trainer, vectors
+from own_processes import together
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -491,6 +492,19 @@ def test_answers_are_kept_among_the_queries(tmp_path: Path) -> None:
     assert page["query_texts"]["1/3"] == "asked later: example 3 of its batch"
 
 
+def test_the_page_tells_how_to_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audit = InfluenceAudit(index=EVERYTHING)
+    model, new = Classifier(), vectors(4, seed=8)
+    make_trainer(tmp_path, callbacks=[audit]).fit(model, loader(vectors()))
+    directory = audit.report.directory
+    assert directory is not None
+    lines = json.loads((directory / "audit.json").read_text())["ask"]
+    assert len(lines.splitlines()) == 3
+    capsys.readouterr()
+    exec(lines, {"model": model, "batch": new.tensors})  # as somebody does who has copied them
+    assert capsys.readouterr().out.strip() == str(audit.report.ask(model, new.tensors, k=10))
+
+
 def test_an_index_changes_no_number_of_the_audit(tmp_path: Path) -> None:
     reports = []
     for index in (False, True):
@@ -538,7 +552,7 @@ def test_two_processes_write_the_index_of_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_write, args=(port, str(tmp_path)), nprocs=2)
+    together(_write, port, str(tmp_path))
     model, train, new = case("images", 41)
     one = Influence(model, F.cross_entropy, train).fit("ekfac").index(tmp_path / "one", Index(200, "float32"))
     two = open_index(tmp_path / "two")

@@ -7,11 +7,10 @@ after they are put in place, and any time at all. Others: ``INFLUENCE_TRIALS_SEE
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import kills
 import numpy as np
 import pytest
 from kills import MOMENTS, Job
+from own_processes import METHOD
 
 from lightning_influence import AuditReport
 from lightning_influence.audit.store.store import StoreError
@@ -36,19 +36,20 @@ KINDS = (*KINDS, "any time", "any time")
 @pytest.fixture(scope="module")
 def run() -> Iterator[Callable[[Job], int]]:
     """Trains in a process of its own."""
-    server = subprocess.Popen(
-        [sys.executable, kills.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
+    context = multiprocessing.get_context(METHOD)
+    asked, there = context.Pipe()
+    server = context.Process(target=kills.serve, args=(there,), daemon=True)
+    server.start()
+    there.close()
 
     def trained(job: Job) -> int:
         Path(job.directory).mkdir(parents=True, exist_ok=True)
-        assert server.stdin is not None
-        assert server.stdout is not None
-        server.stdin.write(kills.as_line(job))
-        return int(server.stdout.readline())
+        asked.send(job)
+        return int(asked.recv())
 
     yield trained
-    server.communicate()
+    asked.send(None)
+    server.join()
 
 
 @pytest.fixture(scope="module")

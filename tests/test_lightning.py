@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import CLASSES, FEATURES, QUIET, loader, vectors
+from own_processes import METHOD
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from which_lightning import PACKAGE
@@ -103,18 +104,47 @@ if "Audit" in globals():
 """
 
 
-@pytest.mark.parametrize("order", [(OURS, NEW, OLD), (OURS, OLD), (CLASS, OLD, NEW), (NEW, OURS, OLD), (OLD, OURS)])
-def test_the_callback_is_one_of_every_package_whatever_comes_first(order: tuple[str, ...]) -> None:
-    source = "\n".join(line for statement in order for line in (statement, LOADED)) + CHECK
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", source], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+ORDERS = [(OURS, NEW, OLD), (OURS, OLD), (CLASS, OLD, NEW), (NEW, OURS, OLD), (OLD, OURS)]
+# What both packages need takes longest to import: once for all orders, which are tried in forks.
+FORKS = """
+import os, sys, torchmetrics, torch._dynamo, torch.distributed.fsdp
+for place in range(1, len(sys.argv), 2):
+    source, output = sys.argv[place : place + 2]
+    if not os.fork():
+        for stream, file in ((1, output), (2, output + ".err")):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+        exec(source, {"__name__": "__main__"})
+        print("done", flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What is printed by order."""
+    folder = tmp_path_factory.mktemp("orders")
+    sources = ["\n".join(line for statement in order for line in (statement, LOADED)) + CHECK for order in ORDERS]
+    outputs = [folder / f"{number}.txt" for number in range(len(ORDERS))]
+    command = [sys.executable, "-W", "ignore", "-c", FORKS]
+    for source, output in zip(sources, outputs, strict=True):
+        command += [source, str(output)]
+    subprocess.run(command, check=True, timeout=300)
+    for output in outputs:
+        assert output.read_text().endswith("done\n"), Path(f"{output}.err").read_text()[-3000:]
+    return [output.read_text().removesuffix("done\n") for output in outputs]
+
+
+@pytest.mark.parametrize("tried", range(len(ORDERS)))
+def test_the_callback_is_one_of_every_package_whatever_comes_first(tried: int, said: list[str]) -> None:
+    order = ORDERS[tried]
     # Nothing is imported but what the user imports, and that at once.
     expected, so_far = [], set()
     for number, statement in enumerate(order):
         so_far |= {"lightning"} if statement == NEW else {"pytorch_lightning"} if statement == OLD else set()
         ours_is_there = {OURS, CLASS} & set(order[: number + 1])
         expected += [str(sorted(so_far))] * (2 if ours_is_there else 1)
-    assert run.stdout.splitlines() == expected
+    assert said[tried].splitlines() == expected
 
 
 def test_the_main_tests_under_the_other_package(tmp_path: Path) -> None:
@@ -310,30 +340,49 @@ def test_a_module_of_the_other_package_is_for_lightning_to_refuse(package: str, 
 # -------------------------------------------------------------------------------------------------- several processes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "told"), [("ddp", "this is rank 1"), ("ddp_spawn", "a report of 22 examples")])
-def test_two_processes_of_the_other_package(strategy: str, told: str, tmp_path: Path) -> None:
-    environment = {n: v for n, v in os.environ.items() if not n.startswith(("PL_", "SLURM_", "LOCAL_RANK"))}
-    root = Path(lightning_influence.__file__).parent.parent
-    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "LIGHTNING_PACKAGE": OTHER}
-    command = [sys.executable, "-W", "ignore", __file__, strategy, str(tmp_path)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert run.returncode == 0, run.stderr[-5000:]
-    (manifest,) = tmp_path.rglob("manifest.json")
+def read_report(directory: Path) -> AuditReport:
+    (manifest,) = directory.rglob("manifest.json")
     report = AuditReport.load(manifest.parent)
     assert report.status == "complete"
     assert report.columns["index"].tolist() == list(range(22))
     assert OTHER.partition(".")[0].replace("_", "-") in report.manifest["versions"]
-    assert told in run.stdout
+    return report
 
 
-Spawned = kind_of(PACKAGE)
-Spawned.__qualname__ = "Spawned"  # where `ddp_spawn`, which pickles the model, finds its class
+@pytest.mark.slow
+def test_two_processes_of_the_other_package(tmp_path: Path) -> None:
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(("PL_", "SLURM_", "LOCAL_RANK"))}
+    root = Path(lightning_influence.__file__).parent.parent
+    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "LIGHTNING_PACKAGE": OTHER}
+    command = [sys.executable, "-W", "ignore", __file__, str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr[-5000:]
+    assert "this is rank 1" in run.stdout
+    read_report(tmp_path)
+
+
+@pytest.mark.slow
+def test_processes_that_the_other_package_starts_leave_their_report(tmp_path: Path) -> None:
+    """As ``ddp_spawn`` does, which pickles the model."""
+    audit, strategy = InfluenceAudit(), import_module(OTHER).strategies.DDPStrategy(start_method=METHOD)
+    trainer = trainer_of(OTHER, tmp_path, audit, devices=2, strategy=strategy)
+    trainer.fit(sys.modules[__name__].Spawned(), loader(vectors()), loader(vectors(7, 2)))
+    assert audit.report.columns.keys() == read_report(tmp_path).columns.keys()
+
+
+def __getattr__(name: str) -> Any:
+    """Where the class of a model that is pickled is found; the other package is only loaded for it."""
+    if name != "Spawned":
+        raise AttributeError(name)
+    kind = globals()[name] = kind_of(OTHER)
+    kind.__qualname__ = name
+    return kind
+
 
 if __name__ == "__main__":
     mine = InfluenceAudit()
-    distributed = trainer_of(PACKAGE, Path(sys.argv[2]), mine, devices=2, strategy=sys.argv[1])
-    distributed.fit(Spawned(), loader(vectors()), loader(vectors(7, 2)))
+    distributed = trainer_of(PACKAGE, Path(sys.argv[1]), mine, devices=2, strategy="ddp")
+    distributed.fit(model_of(PACKAGE), loader(vectors()), loader(vectors(7, 2)))
     try:
         print(f"a report of {len(mine.report.columns['index'])} examples")
     except RuntimeError as reason:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from own_processes import together
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import Dataset, TensorDataset
@@ -619,7 +620,7 @@ def _two_processes(rank: int, folder: str) -> None:
 
 
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_two_processes, args=(str(tmp_path),), nprocs=2)
+    together(_two_processes, str(tmp_path))
     for rank in range(2):
         for found, expected in zip(torch.load(tmp_path / f"{rank}.pt"), everything(), strict=True):
             torch.testing.assert_close(found, expected, **EXACT)

@@ -21,6 +21,7 @@ from lightning_influence import InfluenceAudit
 from lightning_influence.audit.belief import believe
 from lightning_influence.objective.losses import CrossEntropy, cross_entropy
 from lightning_influence.training import example_sums, neighbours
+from lightning_influence.training.class_shares import ClassShares
 from lightning_influence.training.evidence import EvidenceRecord, LabelEvidence
 from lightning_influence.training.example_sums import ExampleSums, narrowed
 from lightning_influence.training.neighbours import NeighbourRecord, nearest_examples, nearest_labels
@@ -62,7 +63,7 @@ def _evidence(features: Tensor, labels: Tensor) -> Any:
     record.add(torch.arange(N), features, labels, nearest, trained=True)
     found = record.about(range(N), None)
     assert found is not None
-    return torch.cat([found.early, found.late, found.first])
+    return torch.cat([found.early[:], found.late[:], found.first[:]])
 
 
 @pytest.mark.parametrize("look", [_labels, _examples, _evidence])
@@ -101,8 +102,8 @@ def test_beliefs_of_evidence_in_float32_are_those_of_float64() -> None:
     shares = [torch.rand(n, 4, generator=generator).square() for _ in range(4)]
     labels = torch.randint(-1, 4, (n,), generator=generator).numpy()
     order = np.random.default_rng(0).permutation(n)
-    narrow = believe(labels, LabelEvidence(*shares), order)
-    wide = believe(labels, LabelEvidence(*(each.double() for each in shares)), order)
+    narrow = believe(labels, LabelEvidence(*map(ClassShares.of, shares)), order)
+    wide = believe(labels, LabelEvidence(*(ClassShares.of(each.double()) for each in shares)), order)
     assert narrow[0].noise_rate == wide[0].noise_rate
     np.testing.assert_array_equal(narrow[0].joint, wide[0].joint)
     for name, values in narrow[1].items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from own_processes import together
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
@@ -298,7 +298,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     parts = [mislabel_detection(scores[part], is_mislabelled[part]) for part in (slice(0, 150), slice(150, 400))]
     whole = mislabel_detection(scores, is_mislabelled)
     assert abs(parts[0]["auroc"] / 2 + parts[1]["auroc"] / 2 - whole["auroc"]) > 1e-4
-    mp.spawn(_gather, args=(str(tmp_path / "store"),), nprocs=2)
+    together(_gather, str(tmp_path / "store"))
 
 
 def test_ties_share_their_rank() -> None:

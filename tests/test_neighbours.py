@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.metrics import mislabel_detection
-from lightning_influence.training import neighbours
+from lightning_influence.training import class_shares, neighbours
 from lightning_influence.training.neighbours import NeighbourRecord, disagreement, nearest_labels
 
 
@@ -205,11 +205,17 @@ def test_the_record_of_several_passes() -> None:
     assert torch.equal(other.votes(5, every), found)
 
 
-def test_votes_of_many_classes_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_VOTE_BUDGET", 100)
+def test_of_many_classes_the_votes_for_some_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = _clusters()
-    record = NeighbourRecord(len(labels))
-    record.add(torch.arange(len(labels)), nearest_labels(features, labels), labels)
-    assert not record.votes(4, torch.arange(len(labels))).any()
-    assert record.disagreement is not None
-    assert bool(record.disagreement.isfinite().all())
+    found = []
+    for classes in (5, 4_000):  # the labels are far apart
+        monkeypatch.setattr(class_shares, "_ALL", 100 * len(labels))
+        given = labels * (classes // 5)
+        record = NeighbourRecord(len(labels))
+        for _ in range(3):
+            record.add(torch.arange(len(labels)), nearest_labels(features, given), given)
+        votes = record.votes(classes, torch.arange(len(labels)))
+        found.append(votes[:, :: classes // 5][:, :5])
+        assert bool((votes.count_nonzero(1) <= 5).all())
+    assert found[0].any()
+    assert torch.equal(*found)

@@ -362,6 +362,33 @@ def test_from_a_query_to_an_example_and_back(page: Any, server: ViewServer, audi
     page.get_by_role("heading", name="Query 2").wait_for()
 
 
+@pytest.mark.parametrize("queries", [True, False])
+def test_an_audit_with_an_index_tells_how_to_ask(browser: Any, queries: bool, tmp_path: Path) -> None:
+    report = report_of(40) if queries else replace(report_of(40), pairs=None)
+    directory = write_audit(tmp_path / "one" / "influence", report)
+    (directory / "index").mkdir()
+    (directory / "index" / "index.json").write_text("{}")
+    (directory / "audit.json").write_bytes(files(replace(report, directory=directory))["audit.json"])
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    for server in serving(tmp_path):
+        show(page, server, "queries", "one/influence")
+        page.locator(".asking").get_by_role("button", name="copy").click()
+        page.get_by_role("button", name="copied").wait_for()
+        told = page.evaluate("navigator.clipboard.readText()")
+        assert told == page.locator(".asking pre").inner_text()
+        assert f"AuditReport.load({str(directory.resolve())!r})" in told
+        # Where that is not allowed, they are marked.
+        page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('not allowed')) }")
+        page.locator(".asking").get_by_role("button").click()
+        page.get_by_role("button", name="marked").wait_for()
+        assert page.evaluate("getSelection().toString()").strip() == told.strip()
+        if shots := os.environ.get("SCREENSHOTS"):
+            page.screenshot(path=f"{shots}/ask-{queries}.png")
+    context.close()
+
+
 def test_from_classes_and_from_a_box_to_triage(page: Any, server: ViewServer, audits: dict[str, Path]) -> None:
     columns = AuditReport.load(audits["pictures"]).columns
     show(page, server, "pairs", "digits/influence")

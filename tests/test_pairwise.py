@@ -11,6 +11,7 @@ import reference as ref
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from own_processes import together
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -593,7 +594,7 @@ def _two_processes(rank: int, folder: str) -> None:
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_two_processes, args=(str(tmp_path),), nprocs=2)
+    together(_two_processes, str(tmp_path))
     alone = tmp_path / "alone"
     alone.mkdir()
     expected = everything_of(Problem("images"), str(alone))

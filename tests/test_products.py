@@ -15,6 +15,7 @@ import reference as ref
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from own_processes import together
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.data import Dataset, TensorDataset
@@ -859,7 +860,7 @@ def _two_processes(rank: int, folder: str) -> None:
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_two_processes, args=(str(tmp_path),), nprocs=2)
+    together(_two_processes, str(tmp_path))
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     p = problem()
     p.inputs[4] = math.nan

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from own_processes import together
 from test_saved import through_disk
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -179,7 +180,7 @@ def _process(rank: int, folder: str) -> None:
 
 def test_what_one_process_tells_apart_parts_on_all(tmp_path: Path) -> None:
     # Of two processes only the second sees the examples that tell queries from keys.
-    torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=2)
+    together(_process, str(tmp_path))
     for kind in ("bias", "other memory"):
         alone = fitted(passes(kind))
         for rank in range(2):

@@ -16,6 +16,7 @@ from lightning_influence.audit.acting import advice
 from lightning_influence.audit.belief import LabelBeliefs
 from lightning_influence.audit.ranking import judged
 from lightning_influence.audit.trusted import wrong_beside_trusted
+from lightning_influence.training.class_shares import ClassShares
 from lightning_influence.training.evidence import LabelEvidence
 
 
@@ -50,7 +51,7 @@ def agreed_with(suspicion: Any) -> tuple[dict[str, Any], LabelEvidence]:
     labels = np.arange(len(suspicion)) % 2
     agreed = torch.nn.functional.one_hot(torch.from_numpy(labels), 2).double() * 0.8 + 0.1
     columns = {"index": np.arange(len(labels)), "label": labels, "support": -suspicion}
-    return columns, LabelEvidence(4 * agreed, agreed, agreed, 2 * agreed)
+    return columns, LabelEvidence(*map(ClassShares.of, (4 * agreed, agreed, agreed, 2 * agreed)))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -143,7 +144,7 @@ def test_labels_of_a_class_that_nobody_checked_are_no_candidates() -> None:
     labels = np.arange(4000) % 3
     agreed = torch.nn.functional.one_hot(torch.from_numpy(labels), 3).double() * 0.8 + 0.1
     columns: dict[str, Any] = {"index": np.arange(4000), "label": labels, "support": -suspicion}
-    evidence = LabelEvidence(4 * agreed, agreed, agreed, 2 * agreed)
+    evidence = LabelEvidence(*map(ClassShares.of, (4 * agreed, agreed, agreed, 2 * agreed)))
     found, beliefs = judged(columns, evidence, trusted=np.flatnonzero(trusted & (labels < 2)))
     assert beliefs.told
     assert set(labels[found["candidate"]]) == {0, 1}
@@ -160,7 +161,7 @@ def test_a_run_that_calls_right_labels_wrong_is_not_believed() -> None:
     seen = np.where(generator.random(2000) < 0.25, (labels + 1) % 4, labels)
     shares = torch.nn.functional.one_hot(torch.from_numpy(seen), 4).double() * 0.8 + 0.05
     columns: dict[str, Any] = {"index": np.arange(2000), "label": labels, "support": (seen == labels) * 1.0}
-    evidence = LabelEvidence(4 * shares, shares, shares, 2 * shares)
+    evidence = LabelEvidence(*map(ClassShares.of, (4 * shares, shares, shares, 2 * shares)))
     alone, beliefs = judged(columns, evidence)
     assert beliefs.told
     assert alone["candidate"].sum() > 400

@@ -12,6 +12,7 @@ import reference as ref
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from own_processes import together
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from trajectory_cases import RATES, C, N, Q, Run, make_run, scaled, task
@@ -312,7 +313,7 @@ def _two_processes(rank: int, folder: str) -> None:
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(_two_processes, args=(str(tmp_path),), nprocs=2)
+    together(_two_processes, str(tmp_path))
     for rank in range(2):
         for found, expected in zip(torch.load(tmp_path / f"{rank}.pt"), _everything(make_run()), strict=True):
             # Derivatives by differences of gradients are good to six digits.

@@ -15,8 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from lightning_influence.training.class_shares import ClassShares
 from lightning_influence.training.evidence import LabelEvidence
 
 Matrix = NDArray[np.float64]
@@ -131,21 +134,22 @@ def believe(
         "suggested": np.full(len(labels), -1),
         "wrong_probability": np.full(len(labels), np.nan),
     }
-    early, late, first, trained = (np.asarray(getattr(evidence, name)) for name in _EVIDENCE)
-    known = (labels >= 0) & (early.sum(1) > 0)
-    if not known.any() or early.shape[1] < 2:
+    early, late, first, trained = (getattr(evidence, name) for name in _EVIDENCE)
+    known = (labels >= 0) & (early.totals() > 0).numpy()
+    if not known.any() or early.classes < 2:
         return LabelBeliefs(reason="nothing was recorded that tells labels apart"), columns
     given = labels[known]
     if (given == given[0]).all():
         return LabelBeliefs(reason="all given labels are the same"), columns
     if not known.all():
-        early, late, first, trained = early[known], late[known], first[known], trained[known]
+        rows = torch.from_numpy(known.nonzero()[0])
+        early, late, first, trained = (shares.some(rows) for shares in (early, late, first, trained))
     n = len(given)
     joint = _confident_joint(early, given)
-    differs = early.argmax(1) != given
+    differs = early.first() != given
     rate = float(min(1 - np.trace(joint) / n, differs.mean()))
     beliefs = _verdict(first, early, given, rate, joint)
-    nobodys, suggested = np.bincount(given, minlength=early.shape[1]) == 0, []
+    nobodys, suggested = np.bincount(given, minlength=early.classes) == 0, []
     for soon, later, run, own in _blocks(early, late, trained, given):
         others = _without(soon + later + 1e-9 * run, own)  # the run breaks ties
         others[:, nobodys] = -np.inf
@@ -163,18 +167,19 @@ def believe(
     return beliefs, columns
 
 
-def _blocks(*tables: NDArray[Any]) -> Iterator[list[NDArray[Any]]]:
+def _blocks(*tables: ClassShares | NDArray[Any]) -> Iterator[list[NDArray[Any]]]:
     """Yield some rows of each at a time, shares in float64: evidence is most of the memory, and kept in float32."""
-    for start in range(0, len(tables[0]), _ROWS):
+    size = next(table.size for table in tables if isinstance(table, ClassShares))
+    for start in range(0, size, _ROWS):
         parts = (table[start : start + _ROWS] for table in tables)
-        yield [part.astype(np.float64) if part.dtype.kind == "f" else part for part in parts]
+        yield [part.double().numpy() if isinstance(part, Tensor) else part for part in parts]
 
 
-def _own(shares: NDArray[Any], given: NDArray[np.int64]) -> NDArray[np.float64]:
+def _own(shares: Matrix, given: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.asarray(shares[np.arange(len(given)), given], np.float64)
 
 
-def _best_other(shares: NDArray[Any], given: NDArray[np.int64]) -> NDArray[np.float64]:
+def _best_other(shares: ClassShares, given: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.concatenate([_without(part, own).max(1) for part, own in _blocks(shares, given)])
 
 
@@ -185,14 +190,14 @@ def _without(shares: Matrix, given: NDArray[np.int64]) -> Matrix:
     return others
 
 
-def _confident_joint(shares: NDArray[Any], given: NDArray[np.int64]) -> Matrix:
+def _confident_joint(shares: ClassShares, given: NDArray[np.int64]) -> Matrix:
     """Return how many examples of each given class (rows) are probably of each class (columns).
 
     Another class is probable where its share is as large as usual among those labelled so, and larger than that of the
     given one: where most of a small class's labels are wrong, its usual share is so small that anybody reaches it.
     """
-    classes = shares.shape[1]
-    sizes, own = np.bincount(given, minlength=classes), _own(shares, given)
+    classes = shares.classes
+    sizes, own = np.bincount(given, minlength=classes), shares.of_labels(given)
     usual = np.bincount(given, own, minlength=classes) / np.maximum(sizes, 1)
     joint = np.zeros((classes, classes))
     for part, labels in _blocks(shares, given):
@@ -208,7 +213,7 @@ def _confident_joint(shares: NDArray[Any], given: NDArray[np.int64]) -> Matrix:
 
 
 def _verdict(
-    first: NDArray[Any], early: NDArray[Any], given: NDArray[np.int64], rate: float, joint: Matrix
+    first: ClassShares, early: ClassShares, given: NDArray[np.int64], rate: float, joint: Matrix
 ) -> LabelBeliefs:
     """Tell whether a run can tell.
 
@@ -217,11 +222,12 @@ def _verdict(
     fewer: those that are easy to tell are right. Where a class is not told from others, more: nobody looks like it.
     Where next to no label looks wrong, those that are hard to tell do not count.
     """
-    differs = early.argmax(1) != given
-    there = first.sum(1) > 0  # before some examples turned up
-    gained = (first.argmax(1) != given)[there].sum() - differs[there].sum()  # labels that early features uphold more
+    likeliest = early.first()
+    differs = likeliest != given
+    there = (first.totals() > 0).numpy()  # before some examples turned up
+    gained = (first.first() != given)[there].sum() - differs[there].sum()  # labels that early features uphold more
     late = gained >= _USELESS * there.sum()
-    shares, labels = (early, given) if late else (first[there], given[there])
+    shares, labels = (early, given) if late else (first.some(torch.from_numpy(there.nonzero()[0])), given[there])
     sizes, labelled = (np.bincount(some, minlength=len(joint)) for some in (given, labels))
     right = np.diag(joint) / np.maximum(sizes, 1)
     asked = [_contradicted(shares, labels, share * right * labelled, labelled) for share in _ASKED]
@@ -229,7 +235,7 @@ def _verdict(
     unlike = _contradicted(early, given, max(_ASKED) * right * sizes, sizes)
     kept = joint if len(joint) <= _JOINT else None
     if rate <= _FEW:
-        predicted = np.bincount(early.argmax(1), minlength=len(joint))
+        predicted = np.bincount(likeliest, minlength=len(joint))
         rate = min(rate, _contradicted(early, given, min(_ASKED) * predicted, predicted))
         return LabelBeliefs("told", "", rate, *_interval(rate, differs.mean(), len(given)), rate, kept)
     low, high = _interval(rate, differs.mean(), len(given))
@@ -253,16 +259,20 @@ def _verdict(
 
 
 def _contradicted(
-    shares: NDArray[Any], given: NDArray[np.int64], asked: NDArray[Any], weights: NDArray[np.int64]
+    shares: ClassShares, given: NDArray[np.int64], asked: NDArray[Any], weights: NDArray[np.int64]
 ) -> float:
     """Return the share of other labels among the ``asked`` examples that look most like each class, weighted."""
-    two = np.concatenate([np.partition(part, -2, axis=1)[:, -2:].copy() for (part,) in _blocks(shares)])
-    predicted, total = shares.argmax(1), 0.0
+    two, predicted, by_class, total = shares.two_largest().double().numpy(), shares.first(), shares.by_class(), 0.0
     for own in np.flatnonzero(weights):
-        number = min(max(int(np.ceil(asked[own])), 1), len(given))
-        lead = shares[:, own].astype(np.float64) - np.where(predicted == own, two[:, 0], two[:, 1])
+        rows, held = by_class(int(own))
+        labels = given[rows]
+        if not len(labels):  # nobody looks like it
+            total += float(weights[own])
+            continue
+        number = min(max(int(np.ceil(asked[own])), 1), len(labels))
+        lead = held.double().numpy() - np.where(predicted[rows] == own, two[rows, 0], two[rows, 1])
         most = np.argpartition(-lead, number - 1)[:number]
-        total += float(weights[own] * (given[most] != own).mean())
+        total += float(weights[own] * (labels[most] != own).mean())
     return total / float(weights.sum())
 
 
@@ -289,18 +299,18 @@ def _log_odds(
     places: NDArray[np.float64],
     rate: float,
     given: NDArray[np.int64],
-    early: NDArray[Any],
-    late: NDArray[Any],
-    trained: NDArray[Any],
+    early: ClassShares,
+    late: ClassShares,
+    trained: ClassShares,
     differs: NDArray[np.bool_],
 ) -> NDArray[np.float64]:
     """Return the log odds that each label is wrong, from its place in the ranking (0 first, 1 last) and the rest."""
     odds = np.log((rate + 0.003) / (1 - rate + 0.003))
     depth = np.clip(np.log((places + 0.003) / (rate + 0.003)), -3, 3)
     in_early, in_late = (
-        np.log((_own(shares, given) + 0.02) / (_best_other(shares, given) + 0.02)) for shares in (early, late)
+        np.log((shares.of_labels(given) + 0.02) / (_best_other(shares, given) + 0.02)) for shares in (early, late)
     )
-    support = _own(trained, given) - _best_other(trained, given)
+    support = trained.of_labels(given) - _best_other(trained, given)
     terms = {
         "depth": depth,
         "deep": np.maximum(depth, 0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -178,11 +178,11 @@ class AuditRun:
             # Weighed as training weighs: by what it has drawn, not by what it could draw.
             drawn = self.recording.seen_indices() or indices
             gradients = self.passes.scaled(trainer, module, drawn, self.recording.losses.terms)
-            checkpoint = take_checkpoint(self.reporter.store, trainer, module, self.recording, tracin)
+            checkpoint = take_checkpoint(self.reporter.store, trainer, module, self.recording, tracin).outline()
             scores = score_examples(
                 gradients,
                 indices,
-                step_sizes=_step_sizes(checkpoint, gradients.coverage, module),
+                step_sizes=_step_sizes(checkpoint, gradients.coverage, trainer, module),
                 features=True,
                 title=f"TracIn, step {trainer.global_step}",
             )
@@ -274,12 +274,12 @@ class AuditRun:
 
     def _last_step_sizes(
         self, trainer: Trainer, module: LightningModule, coverage: Coverage
-    ) -> dict[str, StepSize] | None:
+    ) -> Mapping[str, StepSize] | None:
         """Keep the last checkpoint; return its step sizes if the final pass is to add to TracIn."""
         if self.arguments.tracin is None or not self.recording.step_sizes.steps:
             return None
         checkpoint = take_checkpoint(self.reporter.store, trainer, module, self.recording, self.arguments.tracin)
-        return _step_sizes(checkpoint, coverage, module) if self.flight is None else None
+        return _step_sizes(checkpoint, coverage, trainer, module) if self.flight is None else None
 
     def interrupt(self, trainer: Trainer, error: str) -> None:
         """Keep what was recorded so far."""
@@ -356,6 +356,12 @@ def _known(indices: NDArray[np.int64], labels: NDArray[np.int64]) -> dict[int, i
     return {k: label for k, label in zip(indices.tolist(), labels.tolist(), strict=False) if label >= 0}
 
 
-def _step_sizes(checkpoint: Checkpoint, coverage: Coverage, module: LightningModule) -> dict[str, StepSize]:
-    """Return the step sizes that a checkpoint stands for, by layer."""
-    return block_step_sizes(coverage.blocks, checkpoint.step_sizes, module, checkpoint.preconditioner)
+def _step_sizes(
+    checkpoint: Checkpoint, coverage: Coverage, trainer: Trainer, module: LightningModule
+) -> Mapping[str, StepSize]:
+    """Return the step sizes that a checkpoint of the moment stands for, by layer."""
+    scales = preconditioners(trainer.optimizers, module)
+    # What processes hold parts of they put together at the same time, and their batches are not at the same time.
+    return block_step_sizes(
+        coverage.blocks, checkpoint.step_sizes, module, dict(scales) if is_split(module) else scales
+    )

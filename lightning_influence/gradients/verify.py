@@ -45,6 +45,8 @@ _ROOM = 2**24
 # Accelerators have no such caches: this share of their free memory.
 _SHARE = 1 / 8
 _LARGEST_BATCH = 512
+# Of so many bytes a smaller batch is as fast, on a host: a few examples are work enough for a matrix product.
+_ENOUGH = 2**28
 # Training batches up to this size are looked at as a whole.
 _SMALL_BATCH = 16
 
@@ -100,12 +102,14 @@ def roomy_batch_size(inspection: Inspection, source: ExampleSource, device: torc
 
     Small batches cost more time in Python, and in launches, than in arithmetic. An accelerator takes at least the
     training batch: it has room for that, and what it has no room for after all comes again in halves. The host has no
-    such second chance, and large examples get half of the training batch there: a pass holds output gradients beside
-    activations.
+    such second chance: large examples get half of the training batch there, as a pass holds output gradients beside
+    activations, and fewer once they take 256 MB.
     """
     per_example = max(inspection.batch_bytes // inspection.examples, 1)
     least, room = inspection.examples, float(_ROOM)
-    if device.type != "cpu":
+    if device.type == "cpu":
+        least = max(1, min(least, _ENOUGH // per_example))
+    else:
         least, room = source.batch_size, (available_bytes(device) or 0) * _SHARE
     size = max(least, min(_LARGEST_BATCH, int(max(room, _ROOM)) // per_example))
     return size if source.room.most is None else min(size, source.room.most)

@@ -75,6 +75,11 @@ class Shard:
         return len(self.examples)
 
 
+def has_index(directory: Path) -> bool:
+    """Tell whether a directory, of an audit or of a saved curvature, holds an index."""
+    return (directory / FOLDER / _ABOUT).is_file()
+
+
 def read_about(folder: Path) -> dict[str, Any]:
     """Return what an index is about.
 
@@ -82,7 +87,7 @@ def read_about(folder: Path) -> dict[str, Any]:
         ExampleIndexError: If there is none, or it can't be read.
     """
     path = folder / _ABOUT
-    if not path.is_file():
+    if not has_index(folder.parent):
         raise ExampleIndexError(
             f"{folder.parent} holds no index: make the audit with `InfluenceAudit(index=True)`, or one by "
             "`Influence(...).fit().index(directory)`."

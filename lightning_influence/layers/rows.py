@@ -99,6 +99,21 @@ def _some(rows: OneHot, examples: Tensor) -> OneHot:
     return OneHot(rows.indices[examples], rows.size, rows.distinct, kept)
 
 
+def of_outputs(x: Tensor, rows: Rows, start: int, stop: int) -> tuple[Tensor, Rows]:
+    """Return the rows of some of the outputs, with activations ``[k, n, s, i]`` that fit them."""
+    if isinstance(rows, Tensor):
+        return x, rows[..., start:stop]
+    if isinstance(rows, Joined):
+        first, second = rows.split(x)
+        some_x, onehot = of_outputs(first, rows.onehot, start, stop)
+        assert isinstance(onehot, OneHot)
+        return torch.cat([some_x, second], 2), Joined(onehot, rows.dense[..., start:stop])
+    inside = (rows.indices >= start) & (rows.indices < stop)
+    indices = (rows.indices - start).where(inside, 0)
+    kept = inside if rows.kept is None else inside & rows.kept
+    return torch.where(inside[None, ..., None], x, 0), OneHot(indices, stop - start, kept=kept)
+
+
 def added(parts: Iterable[Tensor]) -> Tensor:
     """Return the sum of tensors as large as parameters, holding two of them at a time; at least one is needed."""
     total: Tensor | None = None

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lightning_influence.audit.asked import PAGE_FIELDS
 from lightning_influence.audit.columns import COLUMNS, INFLUENCE_ON, Columns, candidate_rows, column_of
 from lightning_influence.audit.curves import SUGGESTED
+from lightning_influence.index.files import has_index
 from lightning_influence.page.cards import cards
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def document(
         "curves": _curves(curves, order, rows),
         "histories": _histories(curves, order, columns["candidate"].astype(bool)),
         "pairs": _pairs(report.pairs),
+        "ask": _asking(report),
         "texts": {str(index): text for index, text in told.items()},
         "query_texts": {f"{a}/{b}": text for (a, b), text in (query_texts or {}).items()},
         "pictures": {},
@@ -217,6 +219,17 @@ def _histories(
                 entry[key] = np.histogram(own[some & np.isfinite(own)], edges)[0].tolist()
             found.append(entry)
     return found or None
+
+
+def _asking(report: AuditReport) -> str | None:
+    """Return the lines that ask a new question, of an audit with an index: the page can't run the model."""
+    if report.directory is None or not has_index(folder := report.directory.resolve()):
+        return None
+    return (
+        "from lightning_influence import AuditReport\n"
+        f"report = AuditReport.load({str(folder)!r})\n"
+        "print(report.ask(model, batch, k=10))  # with the audited weights; keep=True adds the answers to this page"
+    )
 
 
 def _pairs(pairs: Columns | None) -> list[dict[str, Any]]:

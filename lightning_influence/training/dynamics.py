@@ -18,19 +18,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_influence.core import distributed
 from lightning_influence.core.layout import BatchLayout
 from lightning_influence.objective.losses import LossCall
 from lightning_influence.training.batch_record import BatchRecord
+from lightning_influence.training.class_shares import ClassShares, largest
 from lightning_influence.training.example_sums import ExampleSums, in_blocks
 
 # Logits up to this many scalars wait for those of other batches: each call costs more than its arithmetic.
 _SMALL = 2**16
-# Mean probabilities are kept up to this many scalars (400 MB); beyond, the given label's margins alone.
-_PROBABILITY_BUDGET = 10**8
-_BOUND = "least_margin"
 
 RIVAL = "rival"
 """In one number: the likeliest class but the given one, and after the point how likely the last visit found it."""
+
+_CLASSES = "classes"  # of the probabilities, where they are not those of all
 
 _Statistics: TypeAlias = Mapping[str, Tensor]
 
@@ -43,9 +44,9 @@ class TrainingDynamics:
 
     Attributes:
         sums: The sums; ``label``, ``last_wrong`` and ``rival`` are the state at the last visit.
+        probabilities: Sums of the predicted probabilities; with several processes, of all of them on rank zero.
         checks_labels: Whether batches whose examples had other labels before are left out.
         contradicted_batches: Their number.
-        left_out: Which columns there are not, and why.
     """
 
     def __init__(self, size: int) -> None:
@@ -56,12 +57,12 @@ class TrainingDynamics:
             visits="times_seen",
             whole=("nonfinite", "forgetting", "label"),
         )
+        self.probabilities = ClassShares(size)
         # Batches wait on their device: copying each one at once would make a GPU wait in every step.
         self._waiting: list[tuple[BatchRecord, _Statistics]] = []
         self._rows: list[tuple[BatchRecord, LossCall]] = []  # all alike
         self.checks_labels = True
         self.contradicted_batches = 0
-        self.left_out = ""
 
     def record_call(self, batch: BatchRecord, call: LossCall) -> None:
         """File one training batch by its loss call, see ``record``.
@@ -93,35 +94,17 @@ class TrainingDynamics:
             raise ValueError(f"{n} examples in the batch, but {known} dataset indices were recorded for it.")
         if self._rows:
             self.flush()
-        self._waiting.append((batch, self._within_budget(statistics)))
+        self._waiting.append((batch, self._as_kept(statistics)))
 
-    def _within_budget(self, statistics: _Statistics) -> _Statistics:
-        probabilities = statistics.get("probabilities")
-        if probabilities is None:
-            return dict(statistics)
+    def _as_kept(self, statistics: _Statistics) -> _Statistics:
+        """Return what a batch tells; of many classes, what is kept of them: the rest need not wait, nor travel."""
         found = dict(statistics)
-        if RIVAL not in found:  # of a batch that has waited it is known
-            found[RIVAL] = _rivals(probabilities, statistics["label"])
-        if self.size * probabilities.shape[1] > _PROBABILITY_BUDGET:
-            self.left_out = (
-                f"prob_margin is a lower bound (it takes the likeliest other class of each visit, not that of their "
-                f"mean), there is no support, and suggested is the final prediction: the mean probabilities of "
-                f"{self.size:,} examples and {probabilities.shape[1]:,} classes are more numbers than are kept, "
-                f"{_PROBABILITY_BUDGET:,}"
-            )
-            self._condense()
-            found[_BOUND] = margin_of_label(found.pop("probabilities"), found["label"])[0]
+        if "probabilities" in found and RIVAL not in found:  # of a batch that has waited it is known
+            found[RIVAL] = _rivals(found["probabilities"], found["label"])
+            self.probabilities.have(found["probabilities"].shape[1])
+            if self.probabilities.largest_alone:
+                found["probabilities"], found[_CLASSES] = largest(found["probabilities"])
         return found
-
-    def _condense(self) -> None:
-        """Keep the margins alone, of a stream that was shorter so far."""
-        if "probabilities" not in self.sums:
-            return
-        sums = self.sums
-        for rows, given in in_blocks(torch.arange(self.size), sums["label"]):
-            margins = margin_of_label(sums["probabilities"][rows], given.long())[0]
-            sums.add(_BOUND, rows, margins.nan_to_num())  # of examples that were not visited
-        sums.forget("probabilities")
 
     def flush(self) -> None:
         """Add the waiting batches to the sums."""
@@ -139,7 +122,7 @@ class TrainingDynamics:
         """Add batches that lie end to end, in turn where one has examples of another."""
         of = np.repeat(np.arange(len(batches)), [len(batch.indices or ()) for batch in batches])
         indices = np.fromiter(chain.from_iterable(batch.indices or () for batch in batches), np.int64)
-        found = {name: value.cpu() for name, value in self._within_budget(statistics).items()}
+        found = {name: value.cpu() for name, value in self._as_kept(statistics).items()}
         for places in _rounds(indices, of):
             rows, taken = _rows(torch.from_numpy(indices), found, torch.from_numpy(places))
             if self.checks_labels and "label" in taken and "label" in self.sums:
@@ -179,9 +162,11 @@ class TrainingDynamics:
         sums.add("nonfinite", rows, ~finite)
         rows, taken = _kept(rows, taken, finite)
         sums.add("times_seen", rows, torch.ones(len(rows)))
-        for name in ("loss", "worst", "margin", "el2n", "wrong", "probability", "probabilities", _BOUND):
+        for name in ("loss", "worst", "margin", "el2n", "wrong", "probability"):
             if name in taken:
                 sums.add(name, rows, taken[name])
+        if "probabilities" in taken:
+            self.probabilities.add(rows, taken["probabilities"], taken.get(_CLASSES))
         sums.add("loss_squared", rows, taken["loss"].double().square())
         if "wrong" in taken:
             before = sums.put("last_wrong", rows, taken["wrong"])
@@ -194,6 +179,7 @@ class TrainingDynamics:
         """Have room for more examples."""
         self.size = size
         self.sums.grow(size)
+        self.probabilities.grow(size)
 
     def columns(self, rows: Tensor | None = None) -> dict[str, Tensor]:
         """Return one column per score; NaN (or -1) for examples that were never trained on.
@@ -221,11 +207,9 @@ class TrainingDynamics:
             result["forgetting"] = torch.where(seen > 0, sums["forgetting"][at].double(), torch.nan)
         if "label" in sums:
             result["label"] = sums["label"][at].long()
-        if "probabilities" in sums:
+        if self.probabilities.classes:
             known = torch.where(seen > 0, result["label"], -1)
             result["prob_margin"] = torch.cat([self._margin(some, given) for some, given in in_blocks(at, known)])
-        elif _BOUND in sums:
-            result["prob_margin"] = sums[_BOUND][at] / count
         return result
 
     def _margin(self, rows: Tensor, labels: Tensor) -> Tensor:
@@ -243,21 +227,22 @@ class TrainingDynamics:
     def mean_probabilities(self, rows: Tensor) -> Tensor | None:
         """Return the mean predicted probabilities over the visits of ``n`` examples; NaN without one.
 
-        ``[n, c]`` float64, eight bytes for each class: ask for some rows at a time. None if they are not kept.
+        ``[n, c]`` float64, eight bytes for each class: ask for some rows at a time. None if there are no classes.
         """
-        if "probabilities" not in self.sums:
+        if not self.probabilities.classes:
             return None
         seen = self.sums["times_seen"][rows]
-        return self.sums["probabilities"][rows].double() / torch.where(seen > 0, seen.double(), torch.nan).unsqueeze(1)
+        return self.probabilities[rows].double() / torch.where(seen > 0, seen.double(), torch.nan).unsqueeze(1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint."""
         self.flush()
-        return self.sums.state_dict()
+        return self.sums.state_dict() | self.probabilities.state_dict("probabilities")
 
     def load_state_dict(self, state: _Statistics) -> None:
         """Go on from a checkpoint."""
-        self.sums.load_state_dict(state)
+        self.sums.load_state_dict({name: value for name, value in state.items() if value.ndim == 1})
+        self.probabilities.load_state_dict("probabilities", state if distributed.rank() == 0 else {})
         self._waiting, self._rows = [], []
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightning_influence.core.indices import Indices
 from lightning_influence.core.precision import exact
-from lightning_influence.training.example_sums import in_blocks, lengthened
+from lightning_influence.training.class_shares import ClassShares
+from lightning_influence.training.example_sums import in_blocks
 from lightning_influence.training.neighbours import finite_rows, picked, votes
 
 # Penalties of the ridge, shares of the number of examples; the one with the least error on left-out labels is taken.
@@ -24,8 +25,6 @@ _PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 _LEAST_DEVIATION = 1e-3
 # Epochs that the belief is made of at least; more while the run predicts labels well worse than the others tell them.
 _EARLY = 3
-# Three matrices are kept, of up to so many scalars (200 MB) each.
-_BUDGET = 5 * 10**7
 # Examples with a label.
 _FEWEST = 3
 _SUMS = ("first", "early", "late")
@@ -81,7 +80,7 @@ def _left_out(features: Tensor, labels: Tensor, classes: int) -> Iterator[Tensor
 
 @dataclass(frozen=True, eq=False)
 class LabelEvidence:
-    """What is known of the labels of some examples, without their own: rows of shares by class, ``[n, c]``.
+    """What is known of the labels of some examples, without their own: shares by class, ``[n, c]``.
 
     Attributes:
         first: Mean of ridge and votes, before training and after its first epoch; rows sum to 1, or to 0 where an
@@ -91,10 +90,10 @@ class LabelEvidence:
         trained: Mean predicted probabilities over the run plus the mean votes.
     """
 
-    first: Tensor
-    early: Tensor
-    late: Tensor
-    trained: Tensor
+    first: ClassShares
+    early: ClassShares
+    late: ClassShares
+    trained: ClassShares
 
 
 class EvidenceRecord:
@@ -102,18 +101,19 @@ class EvidenceRecord:
 
     Args:
         size: Number of examples of the data set.
-
-    Attributes:
-        refusal: Why nothing is kept.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.refusal = ""
-        self._sums = {name: torch.zeros(size, 0) for name in _SUMS}
+        self._sums = {name: ClassShares(size) for name in _SUMS}
         # Epochs looked at for `early`, snapshots in two of the sums, whether another would tell nothing, whether
         # `early` is complete, accuracy of its best snapshot, and what training had predicted by the last one.
         self._state = dict.fromkeys(_STATE, 0.0)
+
+    @property
+    def classes(self) -> int:
+        """How many there are, as labels name them."""
+        return max(shares.classes for shares in self._sums.values())
 
     @property
     def closed(self) -> bool:
@@ -158,44 +158,38 @@ class EvidenceRecord:
         usable = ((labels >= 0) & finite_rows(features).to(labels.device)).nonzero().squeeze(1)
         indices, features, labels, nearest = (picked(each, usable) for each in (indices, features, labels, nearest))
         rows = indices.cpu()
-        classes = max(self._sums["first"].shape[1], 1 + int(labels.max()) if len(labels) else 0)
-        if self.size * classes > _BUDGET:
-            self.close()
-            self.refusal = (
-                f"for {len(rows):,} examples and {classes:,} classes it would take more numbers than are kept, "
-                f"{_BUDGET:,}"
-            )
+        classes = max(self.classes, 1 + int(labels.max()) if len(labels) else 0)
         if self.closed or len(rows) < _FEWEST:
             return
         state, as_seen = self._state, self._as_seen(right)
-        both, right_ones = torch.empty(len(rows), classes), torch.zeros(3, dtype=torch.long)
-        parts = in_blocks(rows, labels, nearest, both)
-        for ridge, (at, given, near, told) in zip(_left_out(features, labels, classes), parts, strict=True):
+        both, right_ones = ClassShares(len(rows)), torch.zeros(3, dtype=torch.long)
+        parts = in_blocks(rows, labels, nearest, torch.arange(len(rows)))
+        for ridge, (at, given, near, places) in zip(_left_out(features, labels, classes), parts, strict=True):
             share, near = ridge.cpu(), votes(near, classes).cpu()
             if not state["late"]:
-                self._add("first", at, share + near)
+                self._sums["first"].add(at, share + near)
             mean = (share / share.sum(1, keepdim=True).clamp(min=1e-12) + near) / 2
             right_ones += torch.stack([(given.cpu() == says.argmax(1)).sum() for says in (share, near, mean)])
-            told.copy_(mean)
+            both.add(places, mean)
         by_ridge, by_votes, by_both = (right_ones.double() / len(rows)).tolist()
         if not trained:
             return
         if as_seen > max(by_ridge, by_votes) and state["late"]:
             self.close()
             return
-        self._add("late", rows, both)
+        self._sums["late"].add_table(rows, both)
         state["late"] += 1
         if not state["done"]:
             self._add_early(rows, both, by_both)
             state["done"] = float(state["epochs"] >= _EARLY and not as_seen < by_both - _BEHIND)
 
-    def _add_early(self, rows: Tensor, both: Tensor, told: float) -> None:
+    def _add_early(self, rows: Tensor, both: ClassShares, told: float) -> None:
         state = self._state
         state["epochs"] += 1
         if told > state["best"] + _BEHIND:
-            self._sums["early"], state["early"] = torch.zeros(self.size, 0), 0.0
+            self._sums["early"], state["early"] = ClassShares(self.size), 0.0
         if told >= state["best"] - _BEHIND:
-            self._add("early", rows, both)
+            self._sums["early"].add_table(rows, both)
             state["early"] += 1
         state["best"] = max(state["best"], told)
 
@@ -207,43 +201,41 @@ class EvidenceRecord:
         self._state["right"], self._state["visits"] = right
         return (right[0] - before[0]) / (right[1] - before[1]) if right[1] > before[1] else float("nan")
 
-    def _add(self, name: str, rows: Tensor, shares: Tensor) -> None:
-        kept = self._sums[name]
-        if kept.shape[1] < shares.shape[1]:
-            kept = self._sums[name] = F.pad(kept, (0, shares.shape[1] - kept.shape[1]))
-        kept.index_add_(0, rows, shares.float())
-
-    def about(self, indices: Indices, trained: Tensor | None) -> LabelEvidence | None:
+    def about(self, indices: Indices, trained: ClassShares | None) -> LabelEvidence | None:
         """Return the evidence on the labels of some examples; None before a step was trained.
 
         Args:
             indices: Dataset indices ``[n]``.
-            trained: Mean probabilities and votes ``[n, c]``, if the run has kept them.
+            trained: Mean probabilities and votes of the same classes, if the run has kept them.
         """
         if not self._state["late"]:
             return None
         rows = torch.as_tensor(indices, dtype=torch.long)
-        classes = max(value.shape[1] for value in self._sums.values())
-        found = {name: F.pad(value[rows], (0, classes - value.shape[1])) for name, value in self._sums.items()}
+        found = {name: value.some(rows) for name, value in self._sums.items()}
         for shares in found.values():  # an example that turned up later was in fewer snapshots
-            shares /= shares.sum(1, keepdim=True).clamp(min=1e-12)
-        if trained is None:
-            trained = torch.zeros(len(rows), classes)
-        return LabelEvidence(**found, trained=F.pad(trained, (0, max(0, classes - trained.shape[1])))[:, :classes])
+            shares.divide(shares.totals().clamp(min=1e-12))
+        found["trained"] = ClassShares(len(rows)) if trained is None else trained
+        for shares in found.values():
+            shares.have(self.classes)
+        return LabelEvidence(**found)
 
     def grow(self, size: int) -> None:
         """Have room for more examples."""
         self.size = size
-        self._sums = {name: lengthened(column, size) for name, column in self._sums.items()}
+        for shares in self._sums.values():
+            shares.grow(size)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint; ``late`` is not among them as long as it is ``early``."""
         state = torch.tensor([self._state[name] for name in _STATE], dtype=torch.float64)
-        same = torch.equal(self._sums["early"], self._sums["late"])
-        kept = {name: value.clone() for name, value in self._sums.items() if not (same and name == "late")}
-        return kept | {"state": state}
+        parts = {name: shares.state_dict(name) for name, shares in self._sums.items()}
+        early, late = (list(parts[name].values()) for name in ("early", "late"))
+        if len(early) == len(late) and all(map(torch.equal, early, late)):
+            del parts["late"]
+        return {"state": state} | {name: value for part in parts.values() for name, value in part.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint."""
-        self._sums = {name: state.get(name, state["early"]).clone() for name in _SUMS}
+        for name, shares in self._sums.items():
+            shares.load_state_dict(name if name in state else "early", state)
         self._state = dict(zip(_STATE, state["state"].tolist(), strict=True))

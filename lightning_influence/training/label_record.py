@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_influence.core import distributed
 from lightning_influence.core.indices import Indices
 from lightning_influence.gradients.visitors import ExampleScores
+from lightning_influence.training.class_shares import ClassShares
 from lightning_influence.training.evidence import EvidenceRecord, LabelEvidence
 from lightning_influence.training.example_sums import in_blocks
 from lightning_influence.training.neighbours import NeighbourRecord, nearest_labels
@@ -63,7 +64,6 @@ class LabelRecord:
         if trained:
             self.neighbours.add(scores.indices, nearest, labels)
         self.evidence.add(scores.indices, features, labels, nearest, trained=trained, right=right)
-        self.unknown = self.unknown or self.evidence.refusal
 
     def about(self, indices: Indices, predicted: Callable[[Tensor], Tensor | None]) -> LabelEvidence | None:
         """Return the evidence on the labels of some examples; None before a step was trained.
@@ -72,12 +72,13 @@ class LabelRecord:
             indices: Dataset indices, ``n`` of them.
             predicted: Mean predictions of training for some examples, see ``TrainingDynamics.mean_probabilities``.
         """
-        parts = []
-        for (rows,) in in_blocks(torch.as_tensor(indices, dtype=torch.long)):
+        every = torch.as_tensor(indices, dtype=torch.long)
+        trained = ClassShares(len(every))
+        for rows, places in in_blocks(every, torch.arange(len(every))):
             if (probabilities := predicted(rows)) is not None:
                 votes = self.neighbours.votes(probabilities.shape[1], rows)
-                parts.append((probabilities.nan_to_num() + votes).float())
-        return self.evidence.about(indices, torch.cat(parts) if parts else None)
+                trained.add(places, (probabilities.nan_to_num() + votes)[:, : self.evidence.classes])
+        return self.evidence.about(indices, trained)
 
     def grow(self, size: int) -> None:
         """Have room for more examples."""

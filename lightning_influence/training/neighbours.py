@@ -9,17 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_influence.training.class_shares import ClassShares
 from lightning_influence.training.example_sums import in_blocks, lengthened, narrowed
 
 # Neighbours are looked for among at most so many examples: the cost then grows with N, not with N².
 _MAX_REFERENCES = 10_000
 _CHUNK_ELEMENTS = 2**20
-# Votes are kept up to this many scalars (400 MB).
-_VOTE_BUDGET = 10**8
 # The nearest is compared with this one of the nearest; copies by chance that are expected in a data set.
 _CROWD, _FALSE_PAIRS = 6, 0.1
 _ROUNDING = 2e-7  # of cosines in float32
-_STATE = ("disagreement", "passes", "votes")
+_STATE = ("disagreement", "passes")
 
 
 def nearest_labels(features: Tensor, labels: Tensor, *, neighbours: int = 20, seed: int = 0) -> Tensor:
@@ -160,7 +159,7 @@ class NeighbourRecord:
         self.size = size
         self._disagreement = torch.zeros(size, dtype=torch.float64)
         self._passes = torch.zeros(size, dtype=torch.int32)
-        self._votes = torch.zeros(size, 0)
+        self._votes = ClassShares(size)
 
     def add(self, indices: Tensor, nearest: Tensor, labels: Tensor) -> None:
         """Add one pass.
@@ -178,13 +177,9 @@ class NeighbourRecord:
         if not len(rows):
             return
         nearest = picked(nearest.cpu(), known.nonzero().squeeze(1))
-        classes = max(self._votes.shape[1], 1 + int(nearest.max()))
-        if self.size * classes > _VOTE_BUDGET:
-            self._votes = torch.zeros(self.size, 0)
-            return
-        self._votes = F.pad(self._votes, (0, classes - self._votes.shape[1]))
+        classes = max(self._votes.classes, 1 + int(nearest.max()))
         for at, near in in_blocks(rows, nearest):
-            self._votes[at] += votes(near, classes)
+            self._votes.add(at, votes(near, classes))
 
     @property
     def disagreement(self) -> Tensor | None:
@@ -193,23 +188,24 @@ class NeighbourRecord:
 
     def votes(self, classes: int, rows: Tensor) -> Tensor:
         """Return the mean share of neighbours of each class, ``[n, classes]`` of ``n`` rows; zeros where unknown."""
-        kept = self._votes[rows, :classes].double() / self._passes[rows].clamp(min=1).unsqueeze(1)
+        kept = self._votes[rows][:, :classes].double() / self._passes[rows].clamp(min=1).unsqueeze(1)
         return F.pad(kept, (0, classes - kept.shape[1]))
 
     def grow(self, size: int) -> None:
         """Have room for more examples."""
         self.size = size
-        self._disagreement, self._passes, self._votes = (
-            lengthened(column, size) for column in (self._disagreement, self._passes, self._votes)
-        )
+        self._disagreement, self._passes = (lengthened(column, size) for column in (self._disagreement, self._passes))
+        self._votes.grow(size)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint."""
-        return dict(zip(_STATE, map(narrowed, (self._disagreement, self._passes, self._votes)), strict=True))
+        columns = dict(zip(_STATE, map(narrowed, (self._disagreement, self._passes)), strict=True))
+        return columns | self._votes.state_dict("votes")
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint."""
-        self._disagreement, self._passes, self._votes = (
+        self._disagreement, self._passes = (
             state[name].to(own.dtype, copy=True)
-            for name, own in zip(_STATE, (self._disagreement, self._passes, self._votes), strict=True)
+            for name, own in zip(_STATE, (self._disagreement, self._passes), strict=True)
         )
+        self._votes.load_state_dict("votes", state)

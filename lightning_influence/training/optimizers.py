@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -69,8 +69,10 @@ def is_preconditioned(optimizer: Any) -> bool:
     return _kind(inner(optimizer)) in _PRECONDITIONERS
 
 
-def preconditioners(optimizers: Iterable[Any], module: nn.Module) -> dict[str, Tensor]:
-    """Return what the optimizers multiply gradients with, elementwise, according to their state.
+def preconditioners(optimizers: Iterable[Any], module: nn.Module) -> Mapping[str, Tensor]:
+    """Return what the optimizers multiply gradients with, elementwise, according to their state when it is asked for.
+
+    All together they are as large as the model: each is computed anew whenever it is asked for, and not kept.
 
     Args:
         optimizers: The optimizers of the run.
@@ -80,15 +82,30 @@ def preconditioners(optimizers: Iterable[Any], module: nn.Module) -> dict[str, T
         Parameter name to ``P``, shaped like the parameter; without the parameters of optimizers that take plain steps
         (or are not understood), and without those that have not been stepped yet.
     """
-    names = names_of(module)
-    found: dict[str, Tensor] = {}
-    for optimizer in optimizers:
-        for group in inner(optimizer).param_groups:
-            for parameter in group["params"]:
-                scale = preconditioner(optimizer, group, parameter)
-                if scale is not None and id(parameter) in names:
-                    found[names[id(parameter)]] = scale
-    return found
+    return _Preconditioners(optimizers, module)
+
+
+class _Preconditioners(Mapping[str, Tensor]):
+    def __init__(self, optimizers: Iterable[Any], module: nn.Module) -> None:
+        names = names_of(module)
+        self._found: dict[str, tuple[Any, Mapping[str, Any], Tensor]] = {
+            names[id(parameter)]: (optimizer, group, parameter)
+            for optimizer in map(inner, optimizers)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if id(parameter) in names and _is_scaled(optimizer, parameter)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        scale = preconditioner(*self._found[name])
+        assert scale is not None
+        return scale
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 def preconditioner(optimizer: Any, group: Mapping[str, Any], parameter: Tensor) -> Tensor | None:
@@ -100,8 +117,15 @@ def preconditioner(optimizer: Any, group: Mapping[str, Any], parameter: Tensor) 
         parameter: The parameter.
     """
     optimizer = inner(optimizer)
-    scale, state = _PRECONDITIONERS.get(_kind(optimizer) or ""), optimizer.state.get(parameter)
-    return scale(state, group) if scale is not None and state and _has_stepped(state) else None
+    if not _is_scaled(optimizer, parameter):
+        return None
+    return _PRECONDITIONERS[_kind(optimizer) or ""](optimizer.state[parameter], group)
+
+
+def _is_scaled(optimizer: Any, parameter: Tensor) -> bool:
+    """Tell whether it is known what an optimizer multiplies a parameter's gradient with."""
+    state = optimizer.state.get(parameter)
+    return _kind(optimizer) in _PRECONDITIONERS and bool(state) and _has_stepped(state)
 
 
 def _has_stepped(state: Mapping[str, Any]) -> bool:

@@ -203,13 +203,13 @@ class Recording:
         """Return what a reader of the columns should know."""
         unknown = self.step_sizes.unknown if self.wants_tracin else ()
         plain = [_plain_steps(unknown)] if unknown else []
-        plain += filter(None, [self.dynamics.left_out])
         return self.gaps.remarks(compiled=self.losses.compiled, late=self.tracin.late) + self.notes + plain
 
     def synchronise(self) -> None:
         """Let every process know what all have seen, so that any of them can write a checkpoint."""
         self.flush()
         share([self.dynamics.sums, self._seen, *([] if self.visits is None else [self.visits.sums])])
+        self.dynamics.probabilities.share()
 
     def seen_indices(self) -> list[int]:
         """Return the sorted indices of the examples trained on, by all processes until they last synchronised."""

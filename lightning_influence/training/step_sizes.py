@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -37,6 +37,10 @@ class OptimizerHistory:
     steps: int
     moved: Mapping[str, float] | None = None
 
+
+# Scalars of a block whose step sizes are kept from one batch to the next: those of larger ones would be as large as the
+# model, all together.
+_KEPT = 2**20
 
 StepSize: TypeAlias = "float | Tensor"
 """``η`` of a block, or ``η P`` of every scalar, ``[k, o, i]``, where they differ."""
@@ -181,8 +185,8 @@ def block_step_sizes(
     sums: Mapping[str, float],
     module: nn.Module,
     preconditioner: Mapping[str, Tensor] | None = None,
-) -> dict[str, StepSize]:
-    """Return the step sizes of every block.
+) -> Mapping[str, StepSize]:
+    """Return the step sizes of every block; those of large ones are put together whenever they are asked for.
 
     Args:
         blocks: The blocks.
@@ -190,21 +194,46 @@ def block_step_sizes(
         module: The model, as a parameter may have several names.
         preconditioner: Parameter name to what its gradient is multiplied with, elementwise; ones for others.
     """
-    names = names_of(module)
-    preconditioner = preconditioner or {}
-    result: dict[str, StepSize] = {}
-    for block_name, block in blocks.items():
-        own = {name: names.get(id(parameter), "") for name, parameter in block.parameters.items()}
-        sizes = {sums.get(name, 0.0) for name in own.values()}
-        if len(sizes) == 1 and not preconditioner.keys() & own.values():
-            result[block_name] = sizes.pop()
-            continue
+    return _BlockStepSizes(blocks, sums, names_of(module), preconditioner or {})
+
+
+class _BlockStepSizes(Mapping[str, StepSize]):
+    def __init__(
+        self,
+        blocks: Mapping[str, ParameterBlock],
+        sums: Mapping[str, float],
+        names: Mapping[int, str],
+        preconditioner: Mapping[str, Tensor],
+    ) -> None:
+        self._blocks, self._sums, self._names, self._preconditioner = blocks, sums, names, preconditioner
+        self._kept: dict[str, StepSize] = {}
+
+    def __getitem__(self, name: str) -> StepSize:
+        found = self._kept[name] if name in self._kept else self._found(self._blocks[name])
+        if not isinstance(found, Tensor) or found.numel() <= _KEPT:
+            self._kept[name] = found
+        return found
+
+    def _found(self, block: ParameterBlock) -> StepSize:
+        own = {name: self._names.get(id(parameter), "") for name, parameter in block.parameters.items()}
+        sizes = {self._sums.get(name, 0.0) for name in own.values()}
+        if len(sizes) == 1 and not self._preconditioner.keys() & own.values():
+            return sizes.pop()
         scaled = {
-            name: sums.get(own[name], 0.0) * preconditioner.get(own[name], torch.ones_like(parameter)).to(parameter)
+            name: self._sums.get(own[name], 0.0) * self._scale(own[name], parameter)
             for name, parameter in block.parameters.items()
         }
-        result[block_name] = block.from_parameters({name: value.detach() for name, value in scaled.items()})
-    return result
+        return block.from_parameters({name: value.detach() for name, value in scaled.items()})
+
+    def _scale(self, name: str, parameter: Tensor) -> Tensor:
+        found = self._preconditioner.get(name)
+        return torch.ones_like(parameter) if found is None else found.to(parameter)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
 
 
 def self_influence(io: LayerIO, norms: Tensor, step_size: StepSize) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_influence.core.indices import Indices
 from lightning_influence.core.precision import exact
 from lightning_influence.gradients.visitors import ExampleScores
+from lightning_influence.training.class_shares import ClassShares
 from lightning_influence.training.dynamics import TrainingDynamics, margin_of_label
 from lightning_influence.training.evidence import LabelEvidence
 from lightning_influence.training.example_sums import in_blocks
@@ -55,7 +56,7 @@ def table(
         finite &= torch.isfinite(columns["tracin"]) | visits.unmeasured[rows]
     if (disagreement := neighbours.disagreement) is not None:
         columns["neighbour_disagreement"] = disagreement[rows]
-    if "probabilities" in dynamics.sums:
+    if dynamics.probabilities.classes:
         late = None if evidence is None else evidence.late
         columns["support"], columns["suggested"] = _supported(rows, columns["label"], dynamics, neighbours, late)
     if "nonfinite" in dynamics.sums:
@@ -69,7 +70,7 @@ def table(
         finite &= final.pop("finite")
         columns |= final
         if "suggested" not in columns and "predicted" in columns:
-            # No mean over the run was kept (too many classes): the final prediction will have to do.
+            # Of what training has said nothing was heard: the final prediction will have to do.
             contradicts = columns["predicted"] != columns["label"]
             columns["suggested"] = torch.where(contradicts, columns["predicted"], -1)
     columns["finite"] = finite
@@ -86,7 +87,7 @@ def nearest_columns(scores: ExampleScores) -> dict[str, NDArray[Any]]:
 
 
 def _supported(
-    rows: Tensor, labels: Tensor, dynamics: TrainingDynamics, neighbours: NeighbourRecord, late: Tensor | None
+    rows: Tensor, labels: Tensor, dynamics: TrainingDynamics, neighbours: NeighbourRecord, late: ClassShares | None
 ) -> tuple[Tensor, Tensor]:
     """Return how far the run and the neighbours are for the given labels, and the best of the other classes.
 
@@ -94,12 +95,12 @@ def _supported(
     forget what the examples look like.
     """
     margins, best = torch.empty(len(rows), dtype=torch.float64), torch.empty_like(labels)
-    said = torch.zeros(len(rows), 0) if late is None else late
-    for at, given, shares, margin, other in in_blocks(rows, labels, said, margins, best):
+    places = torch.arange(len(rows))
+    for at, given, place, margin, other in in_blocks(rows, labels, places, margins, best):
         probabilities = dynamics.mean_probabilities(at)
         assert probabilities is not None
         told = neighbours.votes(probabilities.shape[1], at)
-        shares = shares[:, : told.shape[1]].to(told)  # of as many classes as labels name
+        shares = told[:, :0] if late is None else late[place][:, : told.shape[1]].to(told)  # as labels name
         known = shares.sum(1) > 0
         told[known] = F.pad(shares, (0, told.shape[1] - shares.shape[1]))[known]
         for column, values in zip((margin, other), margin_of_label(probabilities + told, given), strict=True):

@@ -33,6 +33,9 @@ OF_INPUTS = "activation"
 """What is decomposed of the activations alone, see ``CurvatureBlock._decompositions``: once for all that share them."""
 RELATIVE_DAMPING = 0.1
 """Default damping: this multiple of the block's mean eigenvalue (Grosse et al. 2023, 2308.03296)."""
+# Eigenvalues of a block of which the inverses are kept from one batch to the next: of larger blocks they would be as
+# large as the model, all together, and take little of the time that their gradients take.
+KEPT_INVERSES = 2**20
 # Bytes of sums that are copied at a time, to be added up over processes.
 _TOGETHER = 2**26
 
@@ -231,10 +234,12 @@ class CurvatureBlock(ABC):
         return self._extremes[1:]
 
     def _inverse(self, damping: float) -> Tensor:
-        if self._cached is None or self._cached[0] != damping:
-            self.check_damping(damping)
-            self._cached = damping, 1 / (self.eigenvalues + damping)
-        return self._cached[1]
+        if self._cached is not None and self._cached[0] == damping:
+            return self._cached[1]
+        self.check_damping(damping)
+        inverse = 1 / (self.eigenvalues + damping)
+        self._cached = (damping, inverse) if inverse.numel() <= KEPT_INVERSES else None
+        return inverse
 
 
 def end_passes(blocks: Mapping[str, CurvatureBlock], examples: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.containers import sent
-from lightning_influence.curvature.blocks.block import CurvatureBlock, Eigenbasis, Shape, Sides
+from lightning_influence.curvature.blocks.block import KEPT_INVERSES, CurvatureBlock, Eigenbasis, Shape, Sides
 from lightning_influence.layers import per_sample
 from lightning_influence.layers.rows import Rows
 
@@ -47,21 +47,21 @@ class KroneckerBlock(CurvatureBlock):
 
     def self_influences(self, x: Tensor, g: Rows, dampings: Sequence[float]) -> Tensor:
         """Return ``Σ (Q_Bᵀ G_n Q_A)² / (lam + damping)`` for every damping, ``[n, d]``: gradients are rotated once."""
-        if len(dampings) == 1:
-            inverses = self._inverse(dampings[0]).unsqueeze(0)
-        else:
-            for damping in dampings:
-                self.check_damping(damping)
-            own = self.eigenvalues
-            column = sent(torch.tensor(list(dampings), dtype=own.dtype), own.device)
-            inverses = (own + column.view(-1, 1, 1, 1)).reciprocal_()
-        return per_sample.weighted_rotated_squares(x, g, *self.basis, inverses)
+        return per_sample.weighted_rotated_squares(x, g, *self.basis, self._inverses(dampings))
+
+    def _inverses(self, dampings: Sequence[float]) -> per_sample.Weights:
+        own = self.eigenvalues
+        if len(dampings) == 1 and own.numel() <= KEPT_INVERSES:
+            return self._inverse(dampings[0]).unsqueeze(0)
+        for damping in dampings:
+            self.check_damping(damping)
+        return per_sample.Inverses(own, sent(torch.tensor(list(dampings), dtype=own.dtype), own.device))
 
     def scores(
         self, x: Tensor, g: Rows, damping: float, query: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return squared gradient norm, self-influence, and inner product with ``query``, each ``[n]``."""
-        return per_sample.rotated_scores(x, g, *self.basis, self._inverse(damping), query)
+        return per_sample.rotated_scores(x, g, *self.basis, self._inverses([damping]), query)
 
     def _scaled(self, v: Tensor, scales: Tensor) -> Tensor:
         basis_x, basis_g = self.basis

@@ -13,6 +13,8 @@ from lightning_influence.layers.per_sample.forming import formed, gradients, sum
 from lightning_influence.layers.per_sample.norms import squared_norms
 from lightning_influence.layers.per_sample.products import by_position, inner_products, products
 from lightning_influence.layers.per_sample.rotated import (
+    Inverses,
+    Weights,
     rotated_rows,
     rotated_scores,
     rotated_squares,
@@ -21,6 +23,8 @@ from lightning_influence.layers.per_sample.rotated import (
 )
 
 __all__ = [
+    "Inverses",
+    "Weights",
     "by_position",
     "formed",
     "gradients",

@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_influence.layers.per_sample.forming import end_to_end, gradients, scattered
+from lightning_influence.layers.per_sample.forming import at_a_time, end_to_end, gradients, scattered
 from lightning_influence.layers.per_sample.norms import squared_norms
 from lightning_influence.layers.per_sample.products import inner_products
-from lightning_influence.layers.rows import OneHot, Rows, added, compact, rotate
+from lightning_influence.layers.rows import OneHot, Rows, added, compact, of_outputs, rotate
 
 RotationForm = Literal["auto", "rotate_first", "form_first"]
+
+
+@dataclass(frozen=True, eq=False)
+class Inverses:
+    """``1 / (eigenvalues + damping)``, computed for a part of a block at a time: the whole is as large as its weights.
+
+    Attributes:
+        eigenvalues: ``[k, o, i]``.
+        dampings: ``[d]``.
+    """
+
+    eigenvalues: Tensor
+    dampings: Tensor
+
+    def of(self, outputs: slice) -> Tensor:
+        """Return those of some outputs, ``[d, k, o, i]``."""
+        return (self.eigenvalues[:, outputs] + self.dampings.view(-1, 1, 1, 1)).reciprocal_()
+
+    def at(self, indices: Tensor) -> Iterator[Tensor]:
+        """Yield those of the outputs ``[n, s]`` of the only group, ``[n, s, i]``, one damping after the other."""
+        picked = self.eigenvalues[0][indices]
+        for damping in self.dampings:
+            yield (picked + damping).reciprocal_()
+
+
+Weights: TypeAlias = "Tensor | Inverses"
+"""What squares are multiplied with: ``[k, o, i]``, or many at a time, ``[d, k, o, i]``."""
 
 
 def weighted_squares(x: Tensor, g: Rows, weights: Tensor) -> Tensor:
@@ -55,7 +83,15 @@ def rotated_squares(
         squares = added(rotate(_dense(g), basis_g)[:, :, 0].square() for g in gs)
         # kno, kni -> koi
         return squares.transpose(-1, -2) @ rotate(x, basis_x)[:, :, 0].square()
-    return added(chunk.square_().sum(1) for chunk in _rotated(x, gs, basis_x, basis_g, form))
+    total: Tensor | None = None
+    for outputs, chunks in _rotated(x, gs, basis_x, basis_g, form):
+        part = added(chunk.square_().sum(1) for chunk in chunks)
+        if part.shape[1] == gs[0].shape[3]:
+            return part
+        total = part.new_empty((len(part), gs[0].shape[3], part.shape[2])) if total is None else total
+        total[:, outputs] = part
+    assert total is not None
+    return total
 
 
 def weighted_rotated_squares(
@@ -63,7 +99,7 @@ def weighted_rotated_squares(
     g: Rows,
     basis_x: Tensor | None,
     basis_g: Tensor | None,
-    weights: Tensor,
+    weights: Weights,
     *,
     form: RotationForm = "auto",
 ) -> Tensor:
@@ -83,20 +119,24 @@ def weighted_rotated_squares(
         ``[n]``, or ``[n, d]``; the gradients are rotated once.
     """
     basis_g = _turning(basis_g)
-    if weights.ndim == 3:
+    if isinstance(weights, Tensor) and weights.ndim == 3:
         return weighted_rotated_squares(x, g, basis_x, basis_g, weights.unsqueeze(0), form=form).squeeze(1)
     if isinstance(g, OneHot):
         squares = compact(rotate(x, basis_x), g)[0].square()
-        return torch.stack([(squares * each[0][g.indices]).sum((1, 2)) for each in weights], 1)
+        found = weights.at(g.indices) if isinstance(weights, Inverses) else (each[0][g.indices] for each in weights)
+        return torch.stack([(squares * each).sum((1, 2)) for each in found], 1)
     if x.shape[2] == 1:
         # kno, dkoi, kni -> nd
         of_g, of_x = rotate(_dense(g), basis_g)[:, :, 0].square(), rotate(x, basis_x)[:, :, 0].square()
         if len(x) == 1 and of_g.shape[2] == 1:  # parameters without rows of their own, as those of norms
-            return (of_x[0] @ weights[:, 0, 0].T).mul_(of_g[0])
-        return (of_g @ weights).mul_(of_x).sum((1, 3)).T
-    columns = _columns(weights)
-    chunks = _rotated(x, [g], basis_x, basis_g, form)
-    return end_to_end([_over_groups(chunk.square_().flatten(2) @ columns) for chunk in chunks])
+            return (of_x[0] @ _of(weights, slice(None))[:, 0, 0].T).mul_(of_g[0])
+        parts = _slices(len(x) * x.shape[3], of_g.shape[2])
+        return added((of_g[..., part] @ _of(weights, part)).mul_(of_x).sum((1, 3)).T for part in parts)
+    parts_of_sums = []
+    for outputs, chunks in _rotated(x, [g], basis_x, basis_g, form):
+        columns = _columns(_of(weights, outputs))
+        parts_of_sums.append(end_to_end([_over_groups(chunk.square_().flatten(2) @ columns) for chunk in chunks]))
+    return added(parts_of_sums)
 
 
 def rotated_scores(
@@ -104,7 +144,7 @@ def rotated_scores(
     g: Rows,
     basis_x: Tensor | None,
     basis_g: Tensor | None,
-    weights: Tensor,
+    weights: Weights,
     vector: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return what a scoring pass needs of every example, from one look at its rotated gradient.
@@ -120,23 +160,28 @@ def rotated_scores(
     Returns:
         ``(squared_norms, weighted_rotated_squares, inner_products)``, each ``[n]``, the last None without a vector.
     """
+    weights = weights.unsqueeze(0) if isinstance(weights, Tensor) and weights.ndim == 3 else weights
     if isinstance(g, OneHot) or x.shape[2] == 1:
         inner = None if vector is None else inner_products(x, g, vector)
-        return squared_norms(x, g), weighted_rotated_squares(x, g, basis_x, basis_g, weights), inner
-    turned = None
-    if vector is not None:
-        turned = vector if basis_x is None else vector @ basis_x
-        turned = _columns((turned if basis_g is None else basis_g.transpose(-1, -2) @ turned).unsqueeze(0))
-    column = _columns(weights.unsqueeze(0))
-    norms, weighted, inners = [], [], []
-    for chunk in _rotated(x, [g], basis_x, basis_g, "auto"):
-        flat = chunk.flatten(2)
-        if turned is not None:
-            inners.append(_over_groups(flat @ turned)[:, 0])
-        flat.square_()
-        norms.append(flat.sum((0, 2)))
-        weighted.append(_over_groups(flat @ column)[:, 0])
-    return end_to_end(norms), end_to_end(weighted), end_to_end(inners) if inners else None
+        return squared_norms(x, g), weighted_rotated_squares(x, g, basis_x, basis_g, weights)[:, 0], inner
+    sums: list[tuple[Tensor, Tensor, Tensor | None]] = []  # by part of the outputs
+    for outputs, chunks in _rotated(x, [g], basis_x, basis_g, "auto"):
+        turned = None
+        if vector is not None:
+            turned = vector[:, outputs] if basis_g is None else basis_g[..., outputs].mT @ vector
+            turned = _columns((turned if basis_x is None else turned @ basis_x).unsqueeze(0))
+        column = _columns(_of(weights, outputs))
+        norms, weighted, inners = [], [], []
+        for chunk in chunks:
+            flat = chunk.flatten(2)
+            if turned is not None:
+                inners.append(_over_groups(flat @ turned)[:, 0])
+            flat.square_()
+            norms.append(flat.sum((0, 2)))
+            weighted.append(_over_groups(flat @ column)[:, 0])
+        sums.append((end_to_end(norms), end_to_end(weighted), end_to_end(inners) if inners else None))
+    found, scaled, inner_parts = zip(*sums, strict=True)
+    return added(found), added(scaled), None if vector is None else added(inner_parts)
 
 
 def rotated_rows(x: Tensor, g: Rows, basis_x: Tensor | None, basis_g: Tensor | None) -> tuple[Tensor, Rows]:
@@ -166,26 +211,50 @@ def _columns(matrices: Tensor) -> Tensor:
     return matrices.flatten(2).permute(1, 2, 0)
 
 
+def _of(weights: Weights, outputs: slice) -> Tensor:
+    """Return the weights of some outputs, ``[d, k, o, i]``."""
+    return weights.of(outputs) if isinstance(weights, Inverses) else weights[:, :, outputs]
+
+
+def _slices(size: int, outputs: int) -> list[slice]:
+    """Return parts of so many outputs, of ``size`` scalars each, that a gradient of one example is formed of."""
+    step = at_a_time(size)
+    return [slice(start, start + step) for start in range(0, outputs, step)]
+
+
 def _rotated(
     x: Tensor, gs: Sequence[Rows], basis_x: Tensor | None, basis_g: Tensor | None, form: RotationForm
-) -> Iterator[Tensor]:
-    """Yield rotated gradients for every draw, a few examples at a time, ``[k, m, o, i]``, to be worked on in place.
+) -> Iterator[tuple[slice, Iterator[Tensor]]]:
+    """Yield, by parts of the outputs, what yields rotated gradients for every draw, a few examples at a time.
+
+    These are ``[k, m, o, i]``, to be worked on in place. Layers of ordinary size come in one part: others would be
+    as large, for one example, as the layer itself.
 
     Either side is turned before the gradients are formed or after that, whichever is cheaper: per example, ``d`` draws
     cost ``s·i²`` or ``d·o·i²`` multiplications on the side of the inputs, and ``d·s·o²`` or ``d·i·o²`` on the other.
     """
-    s, i, o, d = x.shape[2], x.shape[3], gs[0].shape[3], len(gs)
-    x_first, g_first = (s <= d * o, s <= i) if form == "auto" else (form == "rotate_first",) * 2
+    (k, _, s, i), o, d = x.shape, gs[0].shape[3], len(gs)
+    parts = _slices(k * i, o)
+    x_first, g_first = (s <= d * o, s <= i or len(parts) > 1) if form == "auto" else (form == "rotate_first",) * 2
+    if basis_g is not None and not g_first:
+        parts = [slice(0, o)]
     if x_first:
         x, basis_x = rotate(x, basis_x), None
-    for g in gs:
-        rows, after = g, basis_g
-        if g_first and basis_g is not None:
-            rows, after = rotate(_dense(g), basis_g), None
-        for chunk in gradients(x, rows):
-            if after is not None:
-                chunk = after.mT.unsqueeze(1) @ chunk
-            yield chunk if basis_x is None else chunk @ basis_x.unsqueeze(1)
+
+    def chunks(outputs: slice) -> Iterator[Tensor]:
+        for g in gs:
+            own_x, rows, after = x, g, None if g_first else basis_g
+            if basis_g is not None and g_first:
+                rows = rotate(_dense(g), basis_g[..., outputs])
+            elif len(parts) > 1:
+                own_x, rows = of_outputs(x, g, outputs.start, min(outputs.stop, o))
+            for chunk in gradients(own_x, rows):
+                if after is not None:
+                    chunk = after.mT.unsqueeze(1) @ chunk
+                yield chunk if basis_x is None else chunk @ basis_x.unsqueeze(1)
+
+    for outputs in parts:
+        yield outputs, chunks(outputs)
 
 
 def _dense(g: Rows) -> Tensor:

@@ -59,6 +59,10 @@ class CrossEntropy(LossCall):
 
     def elements(self) -> Tensor:
         """Return ``[r, ...]``."""
+        parts = [self] if torch.is_grad_enabled() else self._in_parts()
+        return _end_to_end([part._elements() for part in parts])
+
+    def _elements(self) -> Tensor:
         weight, ignored = self.class_weights, self.ignore_index
         if self.log_probabilities:
             return F.nll_loss(self.input, self.target, weight, ignore_index=ignored, reduction="none")
@@ -103,8 +107,16 @@ class CrossEntropy(LossCall):
         # One number makes both choices: its first bit the sign, the others the class.
         doubled = 2 * noise
         both = torch.stack([torch.where(doubled < 1, -1.0, 1.0), torch.where(doubled < 1, doubled, doubled - 1)])
-        sign, uniform = map(self.at_elements, both)
-        return [(self.input, self._softmax(scale).drawn(sign, uniform))]
+        choices = map(self.at_elements, both)
+        parts = self._in_parts()
+        if len(parts) == 1:
+            return [(self.input, self._softmax(scale).drawn(*choices))]
+        sizes = [len(part.input) for part in parts]
+        each = [rows.split(sizes) for rows in (*choices, scale.expand(self.element_shape))]
+        gradient = torch.empty_like(self.values())
+        for part, rows, sign, uniform, weight in zip(parts, gradient.split(sizes), *each, strict=True):
+            rows.copy_(part._softmax(weight).drawn(sign, uniform))
+        return [(self.input, gradient)]
 
     def exact_draws(self, n: int) -> int | None:
         """Return ``c`` if each example makes one decision at most."""
@@ -139,7 +151,7 @@ class CrossEntropy(LossCall):
         """
         alone = single(self.shares(n).shape)
         parts = [part._by_row(probabilities=alone) for part in self._in_parts()]
-        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
+        found = {name: _end_to_end([part[name] for part in parts]) for name in parts[0]}
         values = {name: value for name, value in found.items() if name not in _DECIDED}
         return self._averaged(n, self._kept, values, {name: found[name] for name in _DECIDED & found.keys()})
 
@@ -151,7 +163,7 @@ class CrossEntropy(LossCall):
 
     def _in_parts(self: _Call) -> list[_Call]:
         """Return the call in parts of a few rows."""
-        rows = len(self.input)
+        rows = len(self.input) if self.input.ndim > 1 else 1
         size = max(rows // _PARTS, _PART * rows // max(self.input.numel(), 1), 1)
         if size >= rows:
             return [self]
@@ -224,3 +236,7 @@ class CrossEntropy(LossCall):
         if weights is None:
             return scale * self._kept.to(self.input.dtype)
         return scale * (((1 - smoothing) * weights[self._hard_target()] + smoothing * weights.mean()) * self._kept)
+
+
+def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -53,6 +53,8 @@ export class Audit {
     this.rows = new Map(Array.from(this.index, (index, row) => [index, row]));
     /** @type {Pair[]} */
     this.pairs = content.pairs ?? [];
+    /** @type {string | null} */
+    this.ask = content.ask ?? null;
     this.histories = content.histories ?? [];
     this.texts = content.texts ?? {};
     this.queryTexts = content.query_texts ?? {};

@@ -1,5 +1,6 @@
 // The queries, each with the training examples that make it better and those that make it worse.
 
+import { asking } from './asking.js';
 import { h, number, select } from './dom.js';
 import { entry } from './entries.js';
 import { meter, picture } from './parts.js';
@@ -27,7 +28,7 @@ export function queries(context) {
       audit.status === 'recording'
         ? 'Queries come at the end of training.'
         : 'This audit has no queries. InfluenceAudit(queries="worst") asks which training examples made the worst validation predictions.';
-    return { element: h('div', { class: 'page' }, h('p', { class: 'nothing' }, told)) };
+    return { element: h('div', { class: 'page' }, h('p', { class: 'nothing' }, told), asking(audit)) };
   }
   const asked = Number(where.get('number'));
   const current = numbers.includes(asked) ? asked : numbers[0];
@@ -55,6 +56,7 @@ export function queries(context) {
       h('div', { class: 'controls' }, pick, h('span', { class: 'muted' }, LISTS[list]?.[1] ?? '')),
       own.some((pair) => pair.tokens) && tokenLegend(),
       h('div', { class: 'halves' }, side(context, own, list, 'proponent'), side(context, own, list, 'opponent')),
+      asking(audit),
     ),
   );
   const keys = (/** @type {KeyboardEvent} */ event) => {
