@@ -8,6 +8,7 @@ it anew.
 
     make lds-this-run                           all recipes (an hour; resumes)
     python benchmarks/replay_lds.py --only cancer --subsets 10
+    python benchmarks/replay_lds.py --kept --out docs/results/replay.md    the page of what there is, running nothing
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -33,16 +36,21 @@ STRONGEST = 0.01
 ASKED_FOR_STRONGEST = (REPLAY, "GGN", "EK-FAC")
 
 
+class NotRunError(LookupError):
+    """Something is not kept, and not to be run."""
+
+
 class Recipe:
     """A setting, and what is kept of its runs.
 
     Args:
         setting: The run.
         subsets: Trainings for each share.
+        runs: Whether what is not kept is run.
     """
 
-    def __init__(self, setting: Setting, subsets: int) -> None:
-        self.setting, self.subsets = setting, subsets
+    def __init__(self, setting: Setting, subsets: int, *, runs: bool = True) -> None:
+        self.setting, self.subsets, self._may_run = setting, subsets, runs
         self._runs = dict[int, Run]()
         asked = repr((setting.title, len(setting.data[1]), len(setting.queries[1])))
         self._folder = KEPT / f"{slug(setting.title)}-{sha256(asked.encode()).hexdigest()[:8]}"
@@ -51,6 +59,8 @@ class Recipe:
         """Return a ``tensor``, made now or before, with the ``seconds`` it took."""
         path = self._folder / f"{name}.pt"
         if not path.exists():
+            if not self._may_run:
+                raise NotRunError(f"{path} is not there")
             start = time.perf_counter()
             found = {"tensor": make(), "seconds": time.perf_counter() - start}
             keep(found, path)
@@ -115,15 +125,35 @@ class Recipe:
         return found
 
 
-def measure(setting: Setting, subsets: int) -> Found:
+def there(setting: Setting, subsets: int) -> Setting:
+    """Return a setting with all the starts that it has been retrained from, or with one.
+
+    Raises:
+        NotRunError: If it has not been retrained from one.
+    """
+    recipe = Recipe(setting, subsets, runs=False)
+    for share in SHARES:
+        recipe.truth(share, 0)
+    try:
+        for share in SHARES:
+            for seed in range(1, setting.seeds):
+                recipe.truth(share, seed)
+    except NotRunError:
+        return replace(setting, seeds=1)
+    return setting
+
+
+def measure(setting: Setting, subsets: int, *, runs: bool = True) -> Found:
     """Score a recipe's run with every method, and hold it against trainings without examples."""
     print(setting.title, flush=True)
-    recipe, scores, rows = Recipe(setting, subsets), dict[str, Tensor](), dict[str, Found]()
+    recipe, scores, rows = Recipe(setting, subsets, runs=runs), dict[str, Tensor](), dict[str, Found]()
     for name, make in recipe.rows():
         try:
             made = make()
             if not bool(made["tensor"].isfinite().all()):
                 raise ValueError(f"{int((~made['tensor'].isfinite()).sum())} scores are not finite")
+        except NotRunError:
+            rows[name] = {"failed": "not run"}
         except Exception as error:  # a method that fails is a finding, not the end of the table
             rows[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
             print(f"  {name}: {rows[name]['failed']}", flush=True)
@@ -140,9 +170,11 @@ def measure(setting: Setting, subsets: int) -> Found:
             for question, truth in asked.items():
                 score = datamodeling_score(given, truth)
                 rows[name][question].append([score.value, score.low, score.high])
-    qld = {
-        name: recipe.strongest(name) for name in ("random", *ASKED_FOR_STRONGEST) if name in scores or name == "random"
-    }
+    qld = dict[str, list[float]]()
+    for name in ("random", *ASKED_FOR_STRONGEST):
+        if name in scores or name == "random":
+            with suppress(NotRunError):
+                qld[name] = recipe.strongest(name)
     return {
         "rows": rows,
         "constant": constant,
@@ -160,13 +192,19 @@ def main() -> None:
     parser.add_argument("--subsets", type=int, default=20, help="trainings for each share (default 20)")
     parser.add_argument("--queries", type=int, default=32, help="default 32")
     parser.add_argument("--only", default="", help="part of a title")
+    parser.add_argument("--kept", action="store_true", help="run nothing: show what there is")
     parser.add_argument("--out", type=Path, help="markdown file to write")
     chosen = parser.parse_args()
     every: dict[str, Found] = {}
     text = f"no recipe has {chosen.only!r} in its title"
     for setting in settings(chosen.queries):
         if chosen.only in setting.title:
-            every[setting.title] = measure(setting, chosen.subsets)
+            try:
+                known = there(setting, chosen.subsets) if chosen.kept else setting
+            except NotRunError as error:
+                print(f"{setting.title}: {error}")
+                continue
+            every[setting.title] = measure(known, chosen.subsets, runs=not chosen.kept)
             text = page(every)
             if chosen.out:
                 chosen.out.parent.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,7 @@ def strongest(every: Mapping[str, Found]) -> str:
         cells = []
         for values in (found["qld"].get(name) for name in names):
             if values is None:
-                cells.append("failed")
+                cells.append("not run, or failed")
                 continue
             more = sum(value > other for value, other in zip(values, found["qld"]["random"], strict=True))
             told = f"{statistics.mean(values):.4f}"

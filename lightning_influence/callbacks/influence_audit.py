@@ -64,7 +64,7 @@ class InfluenceAudit(Afterwards):
         solver: For ``"ggn"`` and ``"hessian"``, also those that ``influence()`` and ``unlearner()`` fit later:
             ``"dense"`` forms the matrix; ``"cg"`` (conjugate gradients), ``"nystrom"`` and ``"pcg"`` (the same,
             preconditioned with a sketch, or EK-FAC) and ``"lissa"`` use products only, ``"woodbury"`` some gradients.
-            ``"auto"`` is dense for up to 4,096 parameters, else ``"nystrom"`` (``"cg"`` for the Hessian).
+            ``"auto"``: dense up to 4,096 parameters, else ``"nystrom"`` or ``"woodbury"``, of the Hessian ``"cg"``.
         factor_examples: Number of random examples that the curvature is fitted on; ``"auto"`` gives every factor
             enough rows and does not grow with the data; None takes all.
         tracin: ``"auto"``: TracIn by passes over the training data at as many ends of epochs as ``overhead`` leaves

@@ -54,8 +54,9 @@ def fit(
         solver: For GGN and Hessian: ``"dense"`` forms the matrix; ``"cg"`` (conjugate gradients), ``"nystrom"`` and
             ``"pcg"`` (the same, preconditioned with a sketch of the matrix, see ``nystrom``, or with EK-FAC) and
             ``"lissa"`` need its products only; ``"woodbury"`` inverts a GGN of some gradients, see ``sampled``, and
-            measures the residual with all. ``"auto"`` is dense for up to 4,096 parameters, else ``"nystrom"`` for
-            the GGN and ``"cg"`` for the Hessian, which a sketch may not be taken of.
+            measures the residual with all. ``"auto"`` is dense for up to 4,096 parameters, else the cheaper one of
+            ``"nystrom"`` and ``"woodbury"`` for the GGN, as the number of systems has it, and ``"cg"`` for the
+            Hessian, which a sketch may not be taken of.
 
     Returns:
         The fitted curvature.

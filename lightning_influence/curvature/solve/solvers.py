@@ -131,8 +131,9 @@ SOLVERS: dict[str, IterativeSolver] = {
     "cg": IterativeSolver(_cg),
     "nystrom": IterativeSolver(_nystrom, semidefinite=True),
     "pcg": IterativeSolver(_pcg),
-    # As far as a solution is used at all (`implicit`): to go on takes a product with every system a step.
-    "woodbury": IterativeSolver(_woodbury, tolerance=0.1, semidefinite=True),
+    # To go on takes a product with every system a step. Rank correlation of scores with those of all gradients (a CNN
+    # of 100,000 parameters) by residual: .013 .997, .1 .973.
+    "woodbury": IterativeSolver(_woodbury, tolerance=0.03, semidefinite=True),
     # Random batches do not reach as far.
     "lissa": IterativeSolver(_lissa, tolerance=1e-2, steps=2000),
 }
