@@ -196,7 +196,8 @@ class StepSizes:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self._alike, self._sums, self._totals = 0, dict(state["sums"]), dict(state["totals"])
+        self._taken, self._kind, self._alike = [], None, 0
+        self._sums, self._totals = dict(state["sums"]), dict(state["totals"])
         self._weight_decay = dict(state["weight_decay"])
         self.steps, self._all_steps = state["steps"], state["all_steps"]
         self.optimizers, self.unknown = set(state["optimizers"]), set(state["unknown"])
