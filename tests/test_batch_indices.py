@@ -31,7 +31,7 @@ from lightning_influence import AuditReport, InfluenceAudit, TracIn
 from lightning_influence.data.collation import Collating, DataError
 from lightning_influence.data.probing import learn
 from lightning_influence.data.source import ExampleSource
-from lightning_influence.data.tagging import Drawn, Registry
+from lightning_influence.data.tagging import Drawn, Registry, _kept
 
 SIZE = 22
 DATA = TensorDataset(*vectors().tensors, torch.arange(SIZE))
@@ -813,3 +813,13 @@ def test_examples_that_a_loader_keeps_to_itself_are_not_audited(tmp_path: Path) 
     assert audit.has_report
     assert audit.report.columns["index"].tolist() == [k for k in range(len(x)) if k not in range(8, 12)]
     assert any("4 examples of the data set were never drawn" in note for note in audit.report.manifest["notes"])
+
+
+@pytest.mark.parametrize("drawn", [[3, -1], [np.int64(3), -1], [torch.tensor(3), torch.tensor(-1)], np.array([3, -1])])
+def test_integers_of_whatever_kind_are_kept_as_such(drawn: Any) -> None:
+    assert np.frombuffer(_kept(drawn), np.int64).tolist() == [3, -1]
+
+
+@pytest.mark.parametrize("drawn", [[True, False], [0.5], ["a"], [(0, 1), (2, 3)], [2**70], [None]])
+def test_what_is_no_index_is_left_as_it_is(drawn: Any) -> None:
+    assert _kept(drawn) is drawn

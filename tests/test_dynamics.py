@@ -17,6 +17,7 @@ from lightning_influence.objective.losses import read_call
 from lightning_influence.training import class_shares, dynamics, loss_graph
 from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.dynamics import TrainingDynamics
+from lightning_influence.training.heard_losses import HeardLosses
 
 SIZE, CLASSES = 17, 4
 Visit = tuple[list[int], dict[str, Tensor]]
@@ -381,3 +382,22 @@ def test_a_graph_that_tells_less(loss: Any) -> None:
     """A penalty, other losses, rounded logits; and a checkpoint, which would run the loss once more to tell."""
     x, y = torch.randn(6, CLASSES, requires_grad=True), torch.zeros(6, dtype=torch.long)
     assert loss_graph.call_in_graph(loss(x, y)) is None
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        lambda x, w, some: x[some] @ w,
+        lambda x, w, some: F.dropout((x @ w).relu(), 0.5)[some],
+        lambda x, w, some: F.dropout(x[some] @ w, 0.5) * torch.ones(6, 1),
+        lambda x, w, some: torch.ones(6, 1) * F.gelu(x[some]).reshape(6, 2, 2).flatten(1) @ w,
+    ],
+)
+def test_rows_that_a_later_step_picks_are_not_those_of_the_examples(logits: Any) -> None:
+    x, w, y = torch.randn(6, 4, requires_grad=True), torch.randn(4, CLASSES, requires_grad=True), torch.arange(6) % 3
+    losses, batch = HeardLosses(), BatchRecord(tuple(range(6)))
+    plain = losses.read(batch, F.cross_entropy(logits(x, w, slice(None)), y), None, {})
+    assert plain is not None
+    assert not losses._failed
+    assert losses.read(batch, F.cross_entropy(logits(x, w, [1, 0, 2, 2, 4, 5]), y), None, {}) is None
+    assert losses._failed  # it is listened to again from now on

@@ -105,6 +105,31 @@ def test_the_learning_rates_of_a_schedule_add_up_until_they_are_taken() -> None:
     assert sizes.take() == {"weight": 0.125, "bias": 0.125}
 
 
+def test_steps_that_are_alike_add_up_as_one_by_one_and_a_step_that_is_not_is_noticed() -> None:
+    net = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.5)
+    sizes, others = StepSizes(net), StepSizes(net)
+    expected = {"weight": 0.0, "bias": 0.0}
+    for step in range(30):
+        optimizer.param_groups[0]["lr"] = 0.1 if step < 20 else 0.3
+        net.bias.requires_grad_(step < 10)
+        sizes.record(optimizer)
+        others.record(optimizer)
+        for name in ("weight", "bias") if step < 10 else ("weight",):
+            expected[name] += optimizer.param_groups[0]["lr"]
+        assert step % 7 or sizes.sums == expected  # whether they are asked for or not
+    assert others.sums == sizes.sums == expected
+    assert others.state_dict() == sizes.state_dict()
+    # Of a checkpoint nothing is left but what it tells.
+    others.load_state_dict(StepSizes(net).state_dict())
+    others.record(optimizer)
+    assert (others.sums, others.optimizers, others.history().weight_decay) == (
+        {"weight": 0.3},
+        {"SGD"},
+        {"weight": 0.5},
+    )
+
+
 def test_several_optimizers_and_frozen_or_foreign_parameters() -> None:
     net, other = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), nn.Linear(1, 1)
     net[0].bias.requires_grad_(False)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence.callbacks import bridge
@@ -15,6 +15,7 @@ from lightning_influence.callbacks.lightning import MisconfigurationException, T
 from lightning_influence.callbacks.loaders import LoaderName, path_of_loader, train_loader
 from lightning_influence.callbacks.preparing import errors_as_misconfiguration
 from lightning_influence.core import distributed
+from lightning_influence.core.containers import Path
 from lightning_influence.data.again import Again
 from lightning_influence.data.collation import DataError, is_plain
 from lightning_influence.data.contents import at
@@ -36,6 +37,14 @@ class _Followed(NamedTuple):
     loader: DataLoader[Any]
     source: ExampleSource
     tagging: Tagging
+
+
+class _Place(NamedTuple):
+    """Where the loader in question is among those of a trainer."""
+
+    among: Any
+    path: Path
+    loader: Any
 
 
 class BatchIndexRecorder:
@@ -66,6 +75,7 @@ class BatchIndexRecorder:
         self.before_fetch: Callable[[], Any] | None = None
         self.on_batch: Callable[[Trainer, Any, BatchRecord], None] | None = None
         self._followed: list[_Followed] = []
+        self._place: _Place | None = None  # until loaders are loaded again
         self._found = BatchRecord(None, _ELSEWHERE)
         self._unread = ""  # why ids of a batch could not be read
         self._undo: list[tuple[Any, str]] = []
@@ -81,6 +91,7 @@ class BatchIndexRecorder:
         process, convert = trainer.strategy.process_dataloader, trainer.precision_plugin.convert_input
 
         def following(dataloader: object) -> object:
+            self._place = None
             processed = process(dataloader)
             if trainer.training:
                 with around():
@@ -108,7 +119,7 @@ class BatchIndexRecorder:
         """Put everything back."""
         for owner, name in self._undo:
             owner.__dict__.pop(name, None)
-        self._undo = []
+        self._undo, self._place = [], None
         self._leave()
         self.source, self._found = None, BatchRecord(None, _ELSEWHERE)
 
@@ -153,7 +164,7 @@ class BatchIndexRecorder:
 
     def _stream(self, trainer: Trainer) -> StreamSource:
         """Return the examples of the loader that there is by now."""
-        loader = train_loader(trainer, self.loader)
+        loader = self._placed(trainer).loader
         if not isinstance(self.source, StreamSource):
             if self.loader is not None:
                 _check_stream(loader)
@@ -167,24 +178,36 @@ class BatchIndexRecorder:
 
     def _part(self, trainer: Trainer, batch: Any) -> Any:
         """Return the loader's own batch in what ``training_step`` gets."""
-        return at(batch, path_of_loader(trainer, self.loader))
+        path = self._placed(trainer).path
+        return at(batch, path) if path else batch
+
+    def _placed(self, trainer: Trainer) -> _Place:
+        """Return where the loader in question is, asked anew where a trainer has other loaders than before."""
+        among = trainer.train_dataloader
+        if self._place is None or self._place.among is not among:
+            with errors_as_misconfiguration():
+                path = path_of_loader(trainer, self.loader)
+            self._place = _Place(among, path, at(among, path))
+        return self._place
 
     def _own(self, trainer: Trainer) -> _Followed | None:
         """Return the loader in question, if it is followed; the others are left alone from then on."""
-        loader = train_loader(trainer, self.loader)
-        own = next((each for each in self._followed if each.loader is loader), None)
-        if own is None:
+        place = self._placed(trainer)
+        for own in self._followed:
+            if own.loader is place.loader:
+                break
+        else:
             return None
         if len(self._followed) > 1:
             self._leave(but=own)
-        if own.source.company is None:
-            bridge.in_company(trainer, self.loader, own.source)
+        if own.source.company is None and place.path:
+            with errors_as_misconfiguration():
+                bridge.in_company(trainer, self.loader, own.source)
         self.source = own.source
         return own
 
     def _look_up(self, trainer: Trainer, data: Any) -> BatchRecord:
-        with errors_as_misconfiguration():
-            batch, followed = self._part(trainer, data), self._own(trainer)
+        batch, followed = self._part(trainer, data), self._own(trainer)
         if batch is None and self.loader is not None:  # it has come to its end before others
             return BatchRecord((), filed=True)
         drawn = None if followed is None else followed.tagging.registry.find(batch)
@@ -197,11 +220,12 @@ class BatchIndexRecorder:
             )
         if drawn.reason:
             return BatchRecord(None, drawn.reason)
-        indices = np.frombuffer(drawn.indices, np.int64)
-        if self.source is not None and (indices < 0).any():  # counted from the end
-            indices = np.where(indices < 0, indices + len(self.source), indices)
-        own = indices if drawn.order is None else indices[drawn.order]
-        return BatchRecord(tuple(own.tolist()), ragged=drawn.ragged, drawn=drawn)
+        indices = array("q", drawn.indices).tolist()
+        if self.source is not None and min(indices, default=0) < 0:  # counted from the end
+            indices = [index + len(self.source) if index < 0 else index for index in indices]
+        if drawn.order is not None:
+            indices = [indices[place] for place in drawn.order.tolist()]
+        return BatchRecord(tuple(indices), ragged=drawn.ragged, drawn=drawn)
 
     def _follow(self, loader: object) -> None:
         if any(loader is each.loader for each in self._followed):

@@ -66,7 +66,7 @@ class RunHooks(Answers):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take what the backward pass said about each example's gradient."""
-        if self._run is not None:
+        if self._run is not None and self._run.flight is not None:
             self._run.listener.after_backward()
 
     def on_train_batch_end(

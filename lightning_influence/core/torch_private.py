@@ -29,6 +29,7 @@ __all__ = [
     "is_view",
     "leave_mode",
     "meets_compiled",
+    "name_of",
     "other_parameters",
     "packed_rows",
     "place_of",
@@ -81,6 +82,19 @@ def argument_of_caller(function: Callable[..., Any], name: str) -> Any:
     while frame.f_back is not None and frame.f_code is not function.__code__:
         frame = frame.f_back
     return frame.f_locals.get(name) if frame.f_code is function.__code__ else None
+
+
+_NAMES: dict[type, str] = {}
+
+
+def name_of(node: Any) -> str:
+    """Return the name of a node of the graph. Of each type it is asked once: a text is made of it anew each time."""
+    name = _NAMES.get(type(node))
+    if name is None:
+        name = str(node.name())
+        if name == type(node).__name__:  # what torch has no type of its own for shares one
+            _NAMES[type(node)] = name
+    return name
 
 
 def ahead_of(node: Any) -> tuple[tuple[Any, int], ...]:

@@ -60,7 +60,8 @@ class TrainingDynamics:
         self.probabilities = ClassShares(size)
         # Batches wait on their device: copying each one at once would make a GPU wait in every step.
         self._waiting: list[tuple[BatchRecord, _Statistics]] = []
-        self._rows: list[tuple[BatchRecord, LossCall]] = []  # all alike
+        self._rows: list[tuple[BatchRecord, Tensor, Tensor]] = []  # logits and labels of calls that are like this one:
+        self._like: LossCall | None = None
         self.checks_labels = True
         self.contradicted_batches = 0
 
@@ -70,14 +71,16 @@ class TrainingDynamics:
         Small logits of plain class decisions are copied, and what they say is computed for many batches at once.
         """
         n = len(batch.indices or ())
-        if not call.single_rows(n):
-            self.record(batch, call.statistics(n))
-        elif call.input.numel() > _SMALL:
-            self.record(batch, replace(call, layout=BatchLayout()).statistics(n))
+        if not (alone := call.single_rows(n)) or call.input.numel() > _SMALL:
+            with torch.no_grad():
+                self.record(batch, (replace(call, layout=BatchLayout()) if alone else call).statistics(n))
         else:
-            if self._waiting or (self._rows and not self._rows[0][1].alike(call)):
+            if self._waiting or (self._like is not None and not self._like.alike(call)):
                 self.flush()
-            self._rows.append((batch, call.copied()))  # what follows in the step may overwrite them
+            if self._like is None:
+                self._like = call.copied()
+            # Copies, as what follows in the step may overwrite them.
+            self._rows.append((batch, call.input.detach().clone(), call.target.clone()))
 
     def record(self, batch: BatchRecord, statistics: _Statistics) -> None:
         """File one training batch.
@@ -110,21 +113,24 @@ class TrainingDynamics:
         """Add the waiting batches to the sums."""
         waiting, self._waiting = self._waiting, []
         rows, self._rows = self._rows, []
+        like, self._like = self._like, None
         for batch, statistics in waiting:
             self._file([batch], statistics)
-        if rows:
-            batches, calls = zip(*rows, strict=True)
-            logits, labels = (torch.cat([getattr(c, name) for c in calls]) for name in ("input", "target"))
-            call = replace(calls[0], input=logits, target=labels, layout=BatchLayout())
+        if like is not None:
+            batches, *parts = zip(*rows, strict=True)
+            logits, labels = map(torch.cat, parts)
+            call = replace(like, input=logits, target=labels, layout=BatchLayout())
             self._file(batches, call.statistics(len(logits)))
 
     def _file(self, batches: Sequence[BatchRecord], statistics: _Statistics) -> None:
         """Add batches that lie end to end, in turn where one has examples of another."""
         of = np.repeat(np.arange(len(batches)), [len(batch.indices or ()) for batch in batches])
         indices = np.fromiter(chain.from_iterable(batch.indices or () for batch in batches), np.int64)
-        found = {name: value.cpu() for name, value in self._as_kept(statistics).items()}
+        found: _Statistics = {name: value.cpu() for name, value in self._as_kept(statistics).items()}
         for places in _rounds(indices, of):
-            rows, taken = _rows(torch.from_numpy(indices), found, torch.from_numpy(places))
+            rows, taken = torch.from_numpy(indices), found
+            if len(places) < len(indices):
+                rows, taken = _rows(rows, taken, torch.from_numpy(places))
             if self.checks_labels and "label" in taken and "label" in self.sums:
                 rows, taken = self._uncontradicted(rows, taken, batches, of[places])
             self._add(rows, taken)
@@ -135,6 +141,8 @@ class TrainingDynamics:
         """Leave out batches with examples that had another label before: they hold others than it seems."""
         before, label = self.sums["label"][rows], taken["label"]
         differs = (before >= 0) & (label >= 0) & (before != label)
+        if not differs.any():
+            return rows, taken
         wrong = np.unique(of[differs.numpy()])
         self.contradicted_batches += len(wrong)
         for k in wrong:
@@ -243,7 +251,7 @@ class TrainingDynamics:
         """Go on from a checkpoint."""
         self.sums.load_state_dict({name: value for name, value in state.items() if value.ndim == 1})
         self.probabilities.load_state_dict("probabilities", state if distributed.rank() == 0 else {})
-        self._waiting, self._rows = [], []
+        self._waiting, self._rows, self._like = [], [], None
 
 
 def margin_of_label(shares: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -71,16 +71,18 @@ class HeardLosses:
         if calls is None:
             return self._in_graph(loss, n, forms) if self.own is None else None
         forms = {} if self.task_apart else forms  # they are those of the task's calls
-        found = self._first(batch, loss, n, calls, forms)
-        self.mixed = found is not None and self.task_apart and _mixes(found, calls_in(loss, calls))
+        with torch.no_grad():
+            found = self._first(batch, loss, n, calls, forms)
+            self.mixed = found is not None and self.task_apart and _mixes(found, calls_in(loss, calls))
         return None if self.mixed else found
 
     def _in_graph(self, loss: Tensor, n: int, forms: Mapping[TermKey, TermForm]) -> LossCall | None:
         call = call_in_graph(loss)
-        if call is not None and not all(_is_plain(call, n, form) for form in forms.values() or (None,)):
+        if call is not None and not (_in_rows(forms.values()) and n and call.single_rows(n)):
             call = None
         self._failed = self._failed or call is None
-        if call is None or call.steady_divisor(n, alone=True) is None:
+        # Of one row for each example, only these make the divisor of a mean depend on the batch.
+        if call is None or call.reduction != "mean" or call.class_weights is not None:
             self.terms.add(None)  # else this one is what was heard before, or it would not be relied upon
         return call
 
@@ -100,7 +102,7 @@ class HeardLosses:
             placed = [(key, own_rows(call, n, rows[key]), form) for key, call, form in placed if key in rows]
         self.terms.add(steady_terms(placed, n) if self.own is None else None)
         _, first, form = placed[0] if placed else (None, None, None)
-        if first is not None and first.reduction != "none" and _is_plain(first, n, form):
+        if first is not None and first.reduction != "none" and _in_rows([form]) and n and first.single_rows(n):
             told = call_in_graph(loss)
             if told is not None and _agree(first, told):
                 self._agreed += 1
@@ -148,9 +150,9 @@ class HeardLosses:
         self.terms = HeardTerms.of_state(state)
 
 
-def _is_plain(call: LossCall, n: int, form: TermForm | None) -> bool:
-    """Tell whether a class decision has one row for each of ``n`` examples, in their order."""
-    return n > 0 and (form is None or (form.layout is not None and form.layout.dim == 0)) and call.single_rows(n)
+def _in_rows(forms: Iterable[TermForm | None]) -> bool:
+    """Tell whether forms have their examples in rows, as far as they are known."""
+    return not [form for form in forms if form is not None and (form.layout is None or form.layout.dim)]
 
 
 def _mixes(found: LossCall, calls: Sequence[LossCall]) -> bool:

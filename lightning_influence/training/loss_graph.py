@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.core.torch_private import ahead_of, is_packed, saved
+from lightning_influence.core.torch_private import ahead_of, is_packed, name_of, saved
 from lightning_influence.objective.losses import CrossEntropy, LossCall
 
 _REDUCTIONS = ("none", "mean", "sum")
 
 
-def call_in_graph(loss: Tensor) -> LossCall | None:
+def call_in_graph(loss: Tensor) -> CrossEntropy | None:
     """Return the softmax cross-entropy (or ``nll_loss``) that a loss is a multiple of, as its graph tells it.
 
     Its ``input`` are the log-probabilities that the backward pass needs. None if the loss is anything else, has no hard
@@ -21,19 +21,19 @@ def call_in_graph(loss: Tensor) -> LossCall | None:
     would compute them.
     """
     node = _behind_factors(loss)
-    if node is None or node.name() != "NllLossBackward0":
+    if node is None or name_of(node) != "NllLossBackward0":
         return None
     try:
-        packed = is_packed(node, "self") or is_packed(node, "target")
+        packed = is_packed(node, "self")  # as its target is then
     except AttributeError:  # older versions of torch do not tell
         return None
     # Logits of lower precision are not what was rounded.
-    if packed or saved(node, "self").dtype not in (torch.float32, torch.float64):
+    if packed or (logits := saved(node, "self")).dtype not in (torch.float32, torch.float64):
         return None
     ignored = saved(node, "ignore_index")
     return CrossEntropy(
         loss,
-        saved(node, "self"),
+        logits,
         saved(node, "target"),
         _REDUCTIONS[saved(node, "reduction")],
         class_weights=saved(node, "weight"),
@@ -64,7 +64,7 @@ def _is_plain_mean(loss: Tensor, elements: Tensor) -> bool:
 def _behind_factors(loss: Tensor) -> Any:
     """Return the node of what a loss is a multiple of: trainers divide it, or scale it."""
     node: Any = loss.grad_fn
-    while node is not None and node.name() in ("DivBackward0", "MulBackward0"):
+    while node is not None and name_of(node) in ("DivBackward0", "MulBackward0"):
         factors = [following for following, _ in ahead_of(node) if following is not None]
         node = factors[0] if len(factors) == 1 else None
     return node

@@ -137,14 +137,13 @@ class Recording:
             self._note(batch)
             if self.gaps.failures:
                 return
-            with torch.no_grad():
-                call = self.losses.read(batch, loss, calls, forms or {})
-                if self.losses.mixed and not self.gaps.mixed:  # not every such batch can be told from others
-                    (self.dynamics, self.curves), self.gaps.contradicted = _no_dynamics(self.size), 0
-                if call is not None and not self.gaps.mixed:
-                    self.dynamics.record_call(batch, call)
-                else:
-                    self.gaps.silent(mixed=self.losses.mixed, ragged=batch.ragged and calls is not None)
+            call = self.losses.read(batch, loss, calls, forms or {})
+            if self.losses.mixed and not self.gaps.mixed:  # not every such batch can be told from others
+                (self.dynamics, self.curves), self.gaps.contradicted = _no_dynamics(self.size), 0
+            if call is not None and not self.gaps.mixed:
+                self.dynamics.record_call(batch, call)
+            else:
+                self.gaps.silent(mixed=self.losses.mixed, ragged=batch.ragged and calls is not None)
         except Exception as error:  # a statistic must never end a training run
             self.fail("training dynamics are incomplete", error)
 

@@ -56,7 +56,6 @@ class StepSizes:
         summed: Number of examples whose own losses add up to a batch loss; 1 where that is their mean. As many times
             the rate of a sum is the rate of the mean that makes the same steps, and a part of its L2 term.
         steps: Number of steps since the last checkpoint.
-        sums: Parameter name to the sum of its learning rates since then.
         optimizers: Names of all that have stepped.
         unknown: Those of which it is not known how they turn gradients into steps.
     """
@@ -64,10 +63,10 @@ class StepSizes:
     def __init__(self, module: nn.Module) -> None:
         self.summed = 1
         self.steps = 0
-        self.sums: dict[str, float] = {}
         self.optimizers: set[str] = set()
         self.unknown: set[str] = set()
         self._names = names_of(module)
+        self._sums: dict[str, float] = {}
         self._totals: dict[str, float] = {}
         self._weight_decay: dict[str, float] = {}
         self._adaptive: set[str] = set()
@@ -77,6 +76,17 @@ class StepSizes:
         # Σ η and Σ η P over the steps whose P is known
         self._known: dict[str, tuple[float, float]] = {}
         self._all_steps = 0
+        # Of each group rate, decay and parameters of the last step, the kind of its optimizer, and how many such steps
+        # have not been added up.
+        self._taken: list[tuple[float, float, list[int]]] = []
+        self._kind: type | None = None
+        self._alike = 0
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """Parameter name to the sum of its learning rates since the last checkpoint."""
+        self._add_up()
+        return self._sums
 
     def record(self, optimizer: Any, times: int = 1) -> None:
         """Add the current learning rates of one optimizer, just before it steps.
@@ -95,23 +105,38 @@ class StepSizes:
             )
         self.steps += times
         self._all_steps += times
+        # Most steps are like the one before: what they move is added up when somebody asks.
+        taken = [
+            (
+                optimizers.rate(group) * self.summed * times,
+                optimizers.l2_coefficient(optimizer, group) / self.summed,
+                [id(parameter) for parameter in group["params"] if parameter.requires_grad],
+            )
+            for group in optimizer.param_groups
+        ]
+        if taken == self._taken and type(optimizer) is self._kind:
+            self._alike += 1
+            return
+        self._add_up()
+        self._taken, self._kind, self._alike = taken, type(optimizer), 1
         kind = type(optimizer).__name__
         self.optimizers.add(kind)
         understood = optimizers.is_understood(optimizer)
         self.unknown |= set() if understood else {kind}
         plain = understood and not optimizers.is_preconditioned(optimizer)
         self._adaptive |= set() if plain else {kind}
-        moved_by: set[str] = set() if plain else self._scaled if understood else self._unclear
-        for group in optimizer.param_groups:
-            rate = optimizers.rate(group) * self.summed * times
-            decay = optimizers.l2_coefficient(optimizer, group) / self.summed
-            for parameter in group["params"]:
-                name = self._names.get(id(parameter))
-                if name is not None and parameter.requires_grad:
-                    self.sums[name] = self.sums.get(name, 0.0) + rate
-                    self._totals[name] = self._totals.get(name, 0.0) + rate
-                    self._weight_decay[name] = decay
-                    moved_by.add(name)
+        moved = {self._names[each] for _, _, parameters in taken for each in parameters if each in self._names}
+        (set() if plain else self._scaled if understood else self._unclear).update(moved)
+
+    def _add_up(self) -> None:
+        """Add the steps that are alike, one by one: sums are the same whenever somebody asks."""
+        steps, self._alike = self._alike, 0
+        for rate, decay, parameters in self._taken if steps else ():
+            for name in [self._names[each] for each in parameters if each in self._names]:
+                total, since = self._totals.get(name, 0.0), self._sums.get(name, 0.0)
+                for _ in range(steps):
+                    total, since = total + rate, since + rate
+                self._totals[name], self._sums[name], self._weight_decay[name] = total, since, decay
 
     def history(self, preconditioner: Mapping[str, Tensor] | None = None) -> OptimizerHistory:
         """Return what the optimizers have done since the start of training.
@@ -120,6 +145,7 @@ class StepSizes:
             preconditioner: What adaptive optimizers multiply gradients with now, see ``optimizers.preconditioners``; it
                 stands for the steps since the last ``take``.
         """
+        self._add_up()
         known = self._with(preconditioner)
         told = bool(known) or preconditioner is not None
         moved = {}
@@ -136,23 +162,24 @@ class StepSizes:
     def take(self, preconditioner: Mapping[str, Tensor] | None = None) -> dict[str, float]:
         """Return the sums since the last call and start again; ``preconditioner`` as for ``history``."""
         self._known = self._with(preconditioner)
-        taken, self.sums, self.steps = self.sums, {}, 0
+        taken, self._sums, self.steps = self.sums, {}, 0
         return taken
 
     def _with(self, preconditioner: Mapping[str, Tensor] | None) -> dict[str, tuple[float, float]]:
         """Return what is known of scales, given that of the steps since the last checkpoint."""
-        known = dict(self._known)
+        known, sums = dict(self._known), self.sums
         for name, scale in (preconditioner or {}).items():
             # An entry that no step has moved has no part in the mean.
             inverse = exact(scale[scale > 0]).reciprocal()
-            if name in self.sums:
+            if name in sums:
                 size, scaled = known.get(name, (0.0, 0.0))
-                by = self.sums[name] / float(inverse.mean()) if inverse.numel() else 0.0
-                known[name] = size + self.sums[name], scaled + by
+                by = sums[name] / float(inverse.mean()) if inverse.numel() else 0.0
+                known[name] = size + sums[name], scaled + by
         return {name: (size, scaled) for name, (size, scaled) in known.items() if size}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, in primitives."""
+        self._add_up()
         return {
             "sums": dict(self.sums),
             "steps": self.steps,
@@ -169,7 +196,8 @@ class StepSizes:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.sums, self._totals = dict(state["sums"]), dict(state["totals"])
+        self._taken, self._kind, self._alike = [], None, 0
+        self._sums, self._totals = dict(state["sums"]), dict(state["totals"])
         self._weight_decay = dict(state["weight_decay"])
         self.steps, self._all_steps = state["steps"], state["all_steps"]
         self.optimizers, self.unknown = set(state["optimizers"]), set(state["unknown"])

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -124,11 +125,10 @@ class LossCall(TappedCall, ABC):
         """Tell whether the rows of another call can be joined with this one's."""
         if type(self) is not type(other) or self.input.shape[1:] != other.input.shape[1:]:
             return False
-        if (self.input.dtype, self.input.device) != (other.input.dtype, other.input.device):
+        if self.input.dtype != other.input.dtype or self.input.device != other.input.device:
             return False
-        own = fields(self)[len(fields(TappedCall)) :]
-        settings = [(getattr(self, field.name), getattr(other, field.name)) for field in own]
-        return all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in settings)
+        settings = [(getattr(self, name), getattr(other, name)) for name in _settings(type(self))]
+        return all([a is b or (not isinstance(a, Tensor) and a == b) for a, b in settings])
 
     # ------------------------------------------------------------------------------------------------------ weights
 
@@ -200,6 +200,12 @@ class LossCall(TappedCall, ABC):
             parts = shares.gather(value, math.nan if value.is_floating_point() else -1)
             result[name] = parts.reshape(n, *parts.shape[1 + len(shares.shape) :])
         return result
+
+
+@cache
+def _settings(kind: type[LossCall]) -> list[str]:
+    """Return the fields that a loss has of its own."""
+    return [field.name for field in fields(kind)[len(fields(TappedCall)) :]]
 
 
 def single(shape: Sequence[int]) -> bool:

@@ -141,7 +141,8 @@ class CrossEntropy(LossCall):
 
     def single_rows(self, n: int) -> bool:
         """Tell whether the rows are those of ``n`` examples, one each and in their order, with one label each."""
-        plain = self.input.ndim == 2 and len(self.input) == n and self.target.ndim == 1 and not self._soft
+        shape = self.input.shape
+        plain = len(shape) == 2 and shape[0] == n and self.target.ndim == 1 and not self._soft
         return plain and self.picking is None
 
     def statistics(self, n: int) -> dict[str, Tensor]:

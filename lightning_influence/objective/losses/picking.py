@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.core.layout import BatchLayout
-from lightning_influence.core.torch_private import ahead_of, saved, shape_of
+from lightning_influence.core.torch_private import ahead_of, name_of, saved, shape_of
 
 
 class Rows(NamedTuple):
@@ -72,16 +72,18 @@ def find_picking(tensor: Tensor) -> Picking | None:
     Returns:
         None if no rows were picked.
     """
+    if not _may_pick(tensor.grad_fn, tensor.output_nr):  # asked in every training step
+        return None
     steps: list[tuple[Any, int]] = []
     picked, only_reordered, source = 0, True, torch.Size()
     node, number = tensor.grad_fn, tensor.output_nr
-    while node is not None and node.name() in _MOVES:
+    while node is not None and (name := name_of(node)) in _MOVES:
         steps.append((node, number))
-        following = _row_input(node, number)
-        if following is None:
+        following = _row_input(name, node, number)
+        if following is None or not _has_rows(name, node, number, following):
             break
         # Rows looked up in a table of parameters are as many as the batch asks for: they are not picked from it.
-        if node.name() in _PICKS and not isinstance(getattr(following[0], "variable", None), nn.Parameter):
+        if name in _PICKS and not isinstance(getattr(following[0], "variable", None), nn.Parameter):
             picked, source = len(steps), shape_of(*following)
             only_reordered = only_reordered and _reorders(node, source)
         node, number = following
@@ -99,13 +101,27 @@ def _reorders(node: Any, source: torch.Size) -> bool:
     return index.numel() == size and torch.equal(index.sort().values, torch.arange(size, device=index.device))
 
 
-def _row_input(node: Any, number: int) -> tuple[Any, int] | None:
-    """The input whose rows are those of the output: the only one of its shape, or the one that the table names."""
-    if node.name() in _ROW_INPUT:
-        found, output = ahead_of(node)[_ROW_INPUT[node.name()]]
-        return None if found is None else (found, output)
-    reached = [(found, output) for found, output in ahead_of(node) if found is not None]
-    if len(ahead_of(node)) > 1:
+def _may_pick(node: Any, number: int) -> bool:
+    """Tell whether there is something that may have picked rows, without a look at shapes where there is no choice."""
+    while node is not None and (name := name_of(node)) in _MOVES:
+        if name in _PICKS:
+            return True
+        node, number = _row_input(name, node, number) or (None, 0)
+    return False
+
+
+def _has_rows(name: str, node: Any, number: int, following: tuple[Any, int]) -> bool:
+    """Tell whether the rows of an input are those of the output: a constant may have made many of one."""
+    return name in _ROW_INPUT or len(ahead_of(node)) == 1 or shape_of(*following) == shape_of(node, number)
+
+
+def _row_input(name: str, node: Any, number: int) -> tuple[Any, int] | None:
+    """The input that may have the rows of the output: the one that the table names, or the only one of its shape."""
+    ahead = ahead_of(node)
+    if name in _ROW_INPUT:
+        ahead = (ahead[_ROW_INPUT[name]],)
+    reached = [place for place in ahead if place[0] is not None]
+    if len(reached) > 1:
         reached = [place for place in reached if shape_of(*place) == shape_of(node, number)]
     return reached[0] if len(reached) == 1 else None
 
