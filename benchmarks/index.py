@@ -3,11 +3,14 @@
 Real digits, shifted copies beyond 5,000 (``networks.data``). Queries are digits that were not trained on.
 
     python benchmarks/index.py [--network cnn] [--examples 4000] [--queries 1000]
+    python benchmarks/index.py --memory 400 --examples 8000 --numbers 32768  # larger than the memory of its process
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,6 +42,34 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a, b, strict=True)]).mean())
 
 
+def own_bytes() -> int:
+    """Return the private memory that can be written to: what ``RLIMIT_DATA`` counts, which mapped files are not."""
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmData"))
+
+
+def within(room: int, influence: Influence, settings: Index, new: TensorDataset) -> None:
+    """Write an index and ask it, where the process gets no more than so many MB of memory from now on."""
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is given back is given back, not kept in pieces
+    resource.setrlimit(resource.RLIMIT_DATA, (own_bytes() + room * 2**20,) * 2)
+    with tempfile.TemporaryDirectory() as folder:
+        index, writing = timed(lambda: influence.index(Path(folder) / "audit", settings))
+        size = sum(file.stat().st_size for file in index.folder.iterdir())
+        print(f"{size / 2**20:.0f} MB within {room} MB, written in {writing:.1f} s; {index}", flush=True)
+        try:
+            torch.empty(size, dtype=torch.uint8)
+            raise SystemExit("the index is no larger than the memory: there is room for it")
+        except RuntimeError:
+            print("as much memory in one piece is refused")
+        for everything in (True, False):
+            _, asking = timed(
+                lambda every=everything: index.ask(
+                    influence.training.module, new, loss=F.cross_entropy, everything=every
+                )
+            )
+            print(f"{len(new)} queries, {'all' if everything else 'search'}: {asking:.1f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--network", default="cnn", choices=list(NETWORKS))
@@ -46,6 +77,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--numbers", type=int, default=None)
+    parser.add_argument("--memory", type=int, help="MB that the process may take more, once the model is fitted")
     asked = parser.parse_args()
     torch.manual_seed(0)
     every = data(asked.network, asked.examples + asked.queries)
@@ -61,6 +93,10 @@ def main() -> None:
             F.cross_entropy(model(train.tensors[0][batch]), train.tensors[1][batch]).backward()
             optimizer.step()
     influence, fitting = timed(lambda: Influence(model, F.cross_entropy, train).fit())
+    if asked.memory is not None:
+        influence.top(new, [0], 1)  # what is made once has been made
+        within(asked.memory, influence, Index(asked.numbers, "float32"), new)
+        return
     own = ExampleScorer(influence.training, influence.examples, influence.curvature)
     _, plain = timed(lambda: visit(influence.training, influence.examples, [own]))
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
 """What audits of large models take: memory by formula, held against real layers, and one audit of GPT-2, measured.
 
 python benchmarks/scale.py            the table of docs/scale.md, from models without weights or with random ones
-python benchmarks/scale.py --audit    an audit of GPT-2 (124M, random weights; 64 texts of 128 tokens) end to end
+python benchmarks/scale.py --audit    GPT-2 (124M, random weights; 64 texts of 128 tokens) trained with AdamW by a
+                                      Trainer, without an audit and with one: memory of the process, and time
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import argparse
 import logging
 import math
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_influence import InfluenceAudit
+from lightning_influence.curvature.blocks.block import KEPT_INVERSES
 from lightning_influence.curvature.registry import decompositions, fitted_bytes, kept_shapes
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.coverage import Coverage
@@ -50,10 +54,11 @@ class Texts(Dataset[Any]):
 class LanguageModel(pl.LightningModule):
     """GPT-2 with random weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 12) -> None:
         super().__init__()
         torch.manual_seed(0)
-        config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        config = transformers.GPT2Config(n_layer=layers, use_cache=False, **dropout)
         self.model: nn.Module = transformers.GPT2LMHeadModel(config)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -162,7 +167,8 @@ def whole(name: str, coverage: Coverage, times: int) -> float:
     """Return what a curvature takes at most, in GB, of a model that has so many of these layers."""
     one = fitted_bytes(name, coverage)
     kept = sum(4 * math.prod(shape) for each in kept_shapes(name, coverage).values() for shape in each.values())
-    inverses = 4 * coverage.covered_parameters
+    eigenvalues = [math.prod(each["eigenvalues"]) for each in kept_shapes(name, coverage).values()]
+    inverses = 4 * sum(size for size in eigenvalues if size <= KEPT_INVERSES)
     return max(one + (times - 1) * kept, times * (kept + inverses)) / GB
 
 
@@ -171,10 +177,10 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
 
 
-def audit(texts: int, epochs: int) -> None:
-    """Train GPT-2 for a while, with an audit, and print times and memory."""
+def audit(layers: int, texts: int, epochs: int, *, plain: bool) -> None:
+    """Train GPT-2 for a while, with an audit or without, and print times and memory."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    model, data = LanguageModel(), Texts(texts, 50257)
+    model, data = LanguageModel(layers), Texts(texts, 50257)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {texts} texts of {TOKENS} tokens, "
           f"{torch.get_num_threads()} threads; {peak():.2f} GB with the model loaded", flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
@@ -182,12 +188,14 @@ def audit(texts: int, epochs: int) -> None:
         seen = InfluenceAudit()
         trainer = pl.Trainer(
             max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
-            enable_progress_bar=False, default_root_dir=directory, callbacks=[_Clock(), seen],
+            enable_progress_bar=False, default_root_dir=directory, callbacks=[_Clock(), *([] if plain else [seen])],
         )  # fmt: skip
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), time.process_time()
         trainer.fit(model, DataLoader(data, BATCH, shuffle=True))
-        print(f"whole fit {time.perf_counter() - start:.0f} s, peak {peak():.2f} GB")
-        print(seen.report)
+        print(f"{'plain' if plain else 'audited'} fit: {time.perf_counter() - start:.0f} s, "
+              f"{time.process_time() - spent:.0f} s of CPU, peak {peak():.2f} GB", flush=True)  # fmt: skip
+        if not plain:
+            print(seen.report)
 
 
 class _Clock(pl.Callback):
@@ -208,9 +216,13 @@ def main() -> None:
     parser.add_argument("--audit", action="store_true")
     parser.add_argument("--texts", type=int, default=TEXTS)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=12, help="fewer for a first try")
+    parser.add_argument("--plain", action="store_true", help="without an audit only")
     options = parser.parse_args()
-    if options.audit:
-        audit(options.texts, options.epochs)
+    if options.audit or options.plain:
+        if not options.plain:  # in a process of its own: the largest memory of this one is to be the audit's
+            subprocess.run([sys.executable, *sys.argv, "--plain"], check=True)
+        audit(options.layers, options.texts, options.epochs, plain=options.plain)
     else:
         table()
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,22 @@ from lightning_influence.audit.belief import LabelBeliefs
 # Every Trainer asks which packages are installed and reads their files anew.
 importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
+# What is synced survives a power cut, which no test is about: an audit waits two dozen times for the disk.
+os.fsync = lambda descriptor: None
+
 # Sums that are split over more threads round differently: no more threads anywhere than CI has.
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep what is imported by the tests, nearly a million objects, out of every search for garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +73,15 @@ def sure(monkeypatch: pytest.MonkeyPatch) -> None:
         return LabelBeliefs("told", noise_rate=0.2), found(*arguments)[1]
 
     monkeypatch.setattr(ranking, "believe", believe)
+
+
+@pytest.fixture
+def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Audits that do not compare gradients with autograd before training, unless they are told to.
+
+    That takes a third of a small audit and changes no number. For files about what happens later in a run, whatever the
+    model; the models and data that it may complain of are tried with it.
+    """
+    from lightning_influence import InfluenceAudit
+
+    monkeypatch.setitem(InfluenceAudit.__init__.__kwdefaults__, "verify", False)

@@ -20,7 +20,7 @@ from which_lightning import Callback, TensorBoardLogger, pl
 
 from lightning_influence import InfluenceAudit
 from lightning_influence.audit.report import AuditReport
-from lightning_influence.callbacks import reporting
+from lightning_influence.callbacks import showing
 
 SIZE, WRONG, EPOCHS = 240, 16, 5
 
@@ -162,5 +162,5 @@ class Waiting(Callback):
 
 
 if __name__ == "__main__":
-    reporting._PARTIAL_SHARE = float("inf")  # epochs this short would be told of now and then
+    showing.SHARE = float("inf")  # epochs this short would not be told of
     train(sys.argv[1], Path(sys.argv[2]), "run", Waiting())

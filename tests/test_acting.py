@@ -23,6 +23,8 @@ from lightning_influence.audit.ranking import judged
 from lightning_influence.audit.relabel import LabelError
 from lightning_influence.audit.unlearning import Unlearner
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 GIVEN = [0, 1, 2, 1, 0, 2, 1, 0]
 REPAIRED = [0, 1, 0, 1, 2, 2, 1, 0]  # other than given for the examples 2 and 4
 SUGGESTED = [1, 0, 0, 2, 2, 0, 0, 2]  # the best other class

@@ -25,6 +25,7 @@ from lightning_influence import AuditReport, InfluenceAudit, TracIn
 from lightning_influence.core import distributed
 
 pytestmark = [
+    pytest.mark.usefixtures("unverified"),
     pytest.mark.filterwarnings("ignore:no logger"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*have no `validation_step`"),

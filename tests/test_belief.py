@@ -25,6 +25,8 @@ from lightning_influence.training.dynamics import margin_of_label
 from lightning_influence.training.evidence import EvidenceRecord, LabelEvidence
 from lightning_influence.training.neighbours import nearest_labels, votes
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 N, CLASSES, DIMENSION = 600, 4, 8
 
 

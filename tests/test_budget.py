@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,20 @@ from models import Classifier, Validated, loader, make_trainer, vectors
 from which_lightning import Callback, EarlyStopping, ModelCheckpoint, pl
 
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
-from lightning_influence.callbacks import bridge, budget
+from lightning_influence.callbacks import bridge, budget, showing
+from lightning_influence.callbacks.from_child import FromChild
+from lightning_influence.callbacks.showing import SHARE, Watched
+from lightning_influence.training.flight.pace import Pace
 from lightning_influence.training.pass_schedule import PassSchedule
 
+pytestmark = pytest.mark.usefixtures("unverified")
 
-def schedule(overhead: float | None = 0.25, *, always: float = 5.0, one: float = 1.0) -> PassSchedule:
+
+def schedule(
+    overhead: float | None = 0.25, *, always: float = 5.0, each: float = 0.0, one: float = 1.0
+) -> PassSchedule:
     made = PassSchedule(TracIn(mode="auto", overhead=overhead))
-    made.decide(always, one)
+    made.decide(always, each, one)
     return made
 
 
@@ -111,7 +119,7 @@ def fit(directory: Path, audit: InfluenceAudit, epochs: int, **arguments: Any) -
 def timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A training that is worth timing, and what its clock says: of an epoch, the rest takes 1.2 times, a pass .5."""
     monkeypatch.setattr(budget, "_TINY", -1)
-    monkeypatch.setattr(budget.RunBudget, "_measured", lambda *_: (1.2, 0.5, 1.0))
+    monkeypatch.setattr(budget.RunBudget, "_measured", lambda *_: (1.2, 0.0, 0.5, 1.0))
 
 
 def steps(ends: list[int]) -> list[int]:
@@ -157,14 +165,21 @@ def test_passes_within_the_budget(
 
 @pytest.mark.usefixtures("timed")
 def test_a_resumed_run_keeps_its_rhythm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight = fit(tmp_path / "straight", InfluenceAudit(curvature="identity"), 12)
+    straight = fit(tmp_path / "straight", InfluenceAudit(curvature="identity", overhead=0.25), 12)
     keeper = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{epoch}", save_top_k=-1)
     first = fit(
-        tmp_path / "first", InfluenceAudit(curvature="identity"), 12, callbacks=[keeper], enable_checkpointing=True
+        tmp_path / "first",
+        InfluenceAudit(curvature="identity", overhead=0.25),
+        12,
+        callbacks=[keeper],
+        enable_checkpointing=True,
     )
     monkeypatch.setattr(budget.RunBudget, "_measured", None)  # a slower machine would have it otherwise
     resumed = fit(
-        tmp_path / "second", InfluenceAudit(curvature="identity"), 12, ckpt_path=str(tmp_path / "kept" / "epoch=6.ckpt")
+        tmp_path / "second",
+        InfluenceAudit(curvature="identity", overhead=0.25),
+        12,
+        ckpt_path=str(tmp_path / "kept" / "epoch=6.ckpt"),
     )
     for each in (first, resumed):
         assert each.manifest["tracin_steps"] == straight.manifest["tracin_steps"] == steps([3, 6, 9, 12])
@@ -193,7 +208,7 @@ def test_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "_TINY", -1)
     fit(tmp_path, InfluenceAudit(), 2)
     before, after, *_ = lines
-    assert "after as many epochs as overhead=0.25" in before
+    assert "after as many epochs as overhead=0.1" in before
     assert "the final audit of ekfac take about " in before
     assert "Of 2 epochs, about 1 s, the audit adds " in after
     lines.clear()
@@ -211,10 +226,11 @@ def test_an_epoch_is_that_of_its_batches(tmp_path: Path, monkeypatch: pytest.Mon
     keeper = ModelCheckpoint(dirpath=tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     fit(tmp_path / "first", InfluenceAudit(curvature="identity"), 2, callbacks=[keeper], enable_checkpointing=True)
     clock, found = iter(range(1000)), list[float]()
+    monkeypatch.setattr(Pace, "clock", lambda self: 0.0)  # recording takes none of it
     monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: next(clock)))  # a second each
     measured = budget.RunBudget._measured
     monkeypatch.setattr(
-        budget.RunBudget, "_measured", lambda *given: found.append(measured(*given)[2]) or measured(*given)
+        budget.RunBudget, "_measured", lambda *given: found.append(measured(*given)[3]) or measured(*given)
     )
     for step, epochs in ((0, 2), (3, 2)):
         path = {"ckpt_path": str(tmp_path / "kept" / f"step={step}.ckpt")} if step else {}
@@ -222,13 +238,132 @@ def test_an_epoch_is_that_of_its_batches(tmp_path: Path, monkeypatch: pytest.Mon
     assert found == [5.0, 5.0]
 
 
-def test_a_first_look_that_has_ended_early_times_nothing(tmp_path: Path) -> None:
-    """Two examples tell that there are no classes: shared out over all, a pass would seem to take next to no time."""
-    audit = InfluenceAudit(curvature="identity")
-    model = Classifier(classes=1, loss=lambda outputs, batch: F.mse_loss(outputs, batch[1][:, None].float()))
-    make_trainer(tmp_path, callbacks=[audit]).fit(model, loader(vectors()))
-    assert audit._run is not None
-    assert audit._run.budget._look is None
+def test_what_a_pass_takes_is_read_off_a_forward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without classes off the one that looks for paths: the first batch of all, cold, is ten times too long.
+
+    The first look ends with two examples then: shared out over all, a pass would seem to take next to no time.
+    """
+    over: list[int] = []
+    heard = budget.RunBudget.went_over
+    monkeypatch.setattr(
+        budget.RunBudget, "went_over", lambda self, *given: over.append(given[1]) or heard(self, *given)
+    )
+    squares = Classifier(classes=1, loss=lambda outputs, batch: F.mse_loss(outputs, batch[1][:, None].float()))
+    for model, expected in ((squares, [22]), (Classifier(), [22, 22])):
+        over.clear()
+        audit = InfluenceAudit(curvature="identity")
+        make_trainer(tmp_path, callbacks=[audit]).fit(model, loader(vectors()))
+        assert over == expected
+        assert audit._run is not None
+        assert audit._run.budget._forward
+
+
+def test_validation_within_an_epoch_is_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is that after its last batch: a batch takes a second here, validation a hundred."""
+    now, found = [0.0], list[float]()
+
+    class Slow(Validated):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            now[0] += 1
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            now[0] += 100
+            return super().validation_step(batch, batch_idx)
+
+    monkeypatch.setattr(budget, "_TINY", -1)
+    monkeypatch.setattr(Pace, "clock", lambda self: 0.0)
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    measured = budget.RunBudget._measured
+    monkeypatch.setattr(
+        budget.RunBudget, "_measured", lambda *given: found.append(measured(*given)[3]) or measured(*given)
+    )
+    for interval in (2, 1.0):
+        audit = InfluenceAudit(curvature="identity")
+        trainer = make_trainer(tmp_path, max_epochs=1, val_check_interval=interval, callbacks=[audit])
+        trainer.fit(Slow(), loader(vectors()), loader(vectors()))
+    assert found == [5.0, 5.0]
+
+
+def test_recording_counts_in_every_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes .05 of each epoch leaves .05 of a budget of .1, however long training is."""
+    assert schedule(0.1, always=0.0, each=0.05).spacing(19) is None
+    assert schedule(0.1, always=0.0, each=0.05).spacing(20) == 10
+    assert schedule(0.1, always=0.0, each=0.2).spacing(10**6) is None
+    assert schedule(0.1, always=1.0, each=0.05, one=9.0).share(10) == pytest.approx(0.15)
+    ticks, found = iter(range(10**6)), list[tuple[float, ...]]()
+    monkeypatch.setattr(budget, "_TINY", -1)
+    monkeypatch.setattr(Pace, "clock", lambda self: next(ticks) / 1000)  # each hook takes a millisecond
+    measured = budget.RunBudget._measured
+    monkeypatch.setattr(budget.RunBudget, "_measured", lambda *given: found.append(measured(*given)) or found[0])
+    fit(tmp_path, InfluenceAudit(curvature="identity"), 1)
+    _, each, _, epoch = found[0]
+    hooks = 4  # of a batch: its start, before and after its backward pass, before the step
+    assert each - SHARE * epoch == pytest.approx(5 * hooks / 1000)
+
+
+def test_what_can_not_be_decided_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to fail again at each end of an epoch, and look and pass with it."""
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("no clock")
+
+    monkeypatch.setattr(budget, "_TINY", -1)
+    monkeypatch.setattr(budget.RunBudget, "_measured", fail)
+    with pytest.warns(UserWarning, match=r"can't tell how many passes for TracIn .* \(ValueError: no clock\)") as said:
+        report = fit(tmp_path, InfluenceAudit(curvature="identity"), 4)
+    assert len([each for each in said if "no clock" in str(each.message)]) == 1
+    assert report.manifest["tracin_steps"] == steps([4])
+    assert not [note for note in report.manifest["notes"] if "failed" in note]
+
+
+def test_a_tiny_training_without_an_end_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch == 2
+
+    asked: list[int] = []
+    monkeypatch.setattr(budget.RunBudget, "_measured", lambda *_: asked.append(1))
+    fit(tmp_path, InfluenceAudit(curvature="identity"), -1, callbacks=[Stop()])
+    assert not asked
+
+
+def test_looks_grow_with_the_logarithm_of_the_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of labels that training learns slowly there was one after every epoch, half an epoch each."""
+    monkeypatch.setattr("lightning_influence.training.evidence.EvidenceRecord.complete", False)
+    looked: list[int] = []
+    monkeypatch.setattr(budget.RunBudget, "looked", lambda self, seconds: looked.append(1))
+    fit(tmp_path, InfluenceAudit(curvature="identity", tracin=None), 12)
+    assert len(looked) == 1 + len([1, 2, 3, 4, 8])
+
+
+# ------------------------------------------------------------------------------------- what is written meanwhile
+
+
+def test_what_is_shown_takes_a_small_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(showing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    watched, written = Watched(), list[float]()
+    with watched.taking(whole=False):  # a table alone does not tell how long a page takes
+        now[0] += 0.05
+    for second in range(1, 1000):
+        now[0] += 1.0
+        if watched.due:
+            written.append(second)
+            with watched.taking(whole=True):
+                now[0] += 2.0
+    assert written[0] == 30
+    assert 3 <= len(written) <= 5, "two seconds each"
+    assert 0.05 + 2.0 * len(written) <= SHARE * now[0]
+
+
+def test_a_note_that_nobody_reads_is_removed() -> None:
+    child = FromChild()
+    file = child._file
+    file.write_text("{}", encoding="utf-8")
+    del child
+    gc.collect()
+    assert not file.exists()
 
 
 # ------------------------------------------------------------------------------------------------------ arguments

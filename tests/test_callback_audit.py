@@ -565,7 +565,7 @@ def test_everything_is_on_disk_and_comes_back(tmp_path: Path) -> None:
     assert manifest["arguments"] == {
         "curvature": "ekfac", "fisher": "auto", "damping": "auto", "solver": "auto", "factor_examples": 9,
         "tracin": {
-            "mode": "auto", "every_n_epochs": 1, "every_n_steps": 1, "layers": None, "overhead": 0.25,
+            "mode": "auto", "every_n_epochs": 1, "every_n_steps": 1, "layers": None, "overhead": 0.1,
             "keep_checkpoints": 10, "keep_bytes": 2**30,
         },
         "layers": None, "uncovered": "report", "queries": None, "task": None, "weights": "last", "verify": True,

@@ -43,9 +43,10 @@ def check_clean(
 
 
 @pytest.fixture
-def _no_workers_left() -> Iterator[None]:
-    """Collected in the middle of a later test, the loader's workers can take 10 s to end."""
+def _no_workers_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Collected in the middle of a later test, the loader's workers can take 10 s to end: they are not waited for."""
     yield
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     gc.collect()
 
 

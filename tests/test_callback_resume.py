@@ -21,6 +21,8 @@ from which_lightning import Callback, MisconfigurationException, ModelCheckpoint
 from lightning_influence import AuditReport, InfluenceAudit, TracIn
 from lightning_influence.callbacks import run as audit_run
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 DOUBLE = vectors(dtype=torch.float64)
 
 

@@ -60,14 +60,14 @@ def every_other() -> dict[str, Any]:
 WORKERS = {"num_workers": 2, "shuffle": True, "batch_size": 5}
 SETTINGS = {
     "plain": Setting(),
-    "no validation": Setting(validation=False),
-    "adam": Setting(model={"optimizer": "adam"}),
+    "no validation, augmentation": Setting(validation=False, augment=True),
+    "adam, in order": Setting(model={"optimizer": "adam"}, loader={"batch_size": 5}),
     "lr schedule and early stopping": Setting(
         model={"optimizer": "scheduled"},
         trainer={"max_epochs": 6},
         callbacks=lambda: [EarlyStopping("val_noise", patience=1)],
     ),
-    "lbfgs": Setting(model={"optimizer": "lbfgs"}),
+    "lbfgs, own batch sampler": Setting(model={"optimizer": "lbfgs"}, loader={}, sampler=every_other),
     "workers": Setting(loader=WORKERS),
     "persistent workers": Setting(loader={**WORKERS, "persistent_workers": True}, trainer={"max_epochs": 3}),
     "accumulation and clipping": Setting(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
@@ -81,11 +81,23 @@ SETTINGS = {
     "in flight, bfloat16": Setting(trainer={"precision": "bf16-mixed"}, audit={"tracin": "step"}),
     "in flight, some batches": Setting(audit={"tracin": TracIn(mode="step", every_n_steps=2)}),
     "in flight, a budget": Setting(audit={"tracin": TracIn(mode="step", overhead=0.1)}),
-    "no TracIn": Setting(audit={"tracin": None, "verify": False}),
-    "diagonal": Setting(audit={"curvature": "diagonal", "fisher": "empirical"}),
-    "64-true": Setting(trainer={"precision": "64-true"}),
-    "bf16-mixed": Setting(trainer={"precision": "bf16-mixed"}),
-    "augmentation": Setting(augment=True),
+    "no TracIn, incomplete batch dropped": Setting(
+        audit={"tracin": None, "verify": False}, loader={"batch_size": 5, "shuffle": True, "drop_last": True}
+    ),
+    "diagonal, own generator": Setting(
+        audit={"curvature": "diagonal", "fisher": "empirical"},
+        sampler=lambda: {"generator": torch.Generator().manual_seed(3)},
+    ),
+    "64-true, subset": Setting(
+        trainer={"precision": "64-true"},
+        loader={"batch_size": 4},
+        sampler=lambda: {"sampler": SubsetRandomSampler(range(3, 19))},
+    ),
+    "bf16-mixed, with replacement": Setting(
+        trainer={"precision": "bf16-mixed"},
+        loader={"batch_size": 4},
+        sampler=lambda: {"sampler": WeightedRandomSampler(torch.rand(22), 18)},
+    ),
     "augmentation in workers": Setting(augment=True, loader=WORKERS),
     "limited": Setting(trainer={"limit_train_batches": 3, "limit_val_batches": 2}),
     "overfit": Setting(trainer={"overfit_batches": 2}),
@@ -95,14 +107,6 @@ SETTINGS = {
         loader={**WORKERS, "persistent_workers": True},
         trainer={"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1},
     ),
-    "incomplete batch dropped": Setting(loader={"batch_size": 5, "shuffle": True, "drop_last": True}),
-    "in order": Setting(loader={"batch_size": 5}),
-    "own batch sampler": Setting(loader={}, sampler=every_other),
-    "subset": Setting(loader={"batch_size": 4}, sampler=lambda: {"sampler": SubsetRandomSampler(range(3, 19))}),
-    "with replacement": Setting(
-        loader={"batch_size": 4}, sampler=lambda: {"sampler": WeightedRandomSampler(torch.rand(22), 18)}
-    ),
-    "own generator": Setting(sampler=lambda: {"generator": torch.Generator().manual_seed(3)}),
     "stopped within an epoch": Setting(trainer={"max_steps": 7, "max_epochs": -1}),
     "validation within epochs": Setting(trainer={"val_check_interval": 2, "num_sanity_val_steps": 1}),
     "recorded": Setting(augment=True, audit={"record": True}),

@@ -117,6 +117,20 @@ def test_growing_in_rows_and_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.two_largest()[N + 4].tolist() == [0, 1]
 
 
+def test_more_classes_than_two_bytes_tell() -> None:
+    made, rows = ClassShares(2), torch.arange(2)
+    made.add(rows, torch.tensor([[0.0, 1.0, 0, 0, 0, 2.0], [3.0, 0, 0, 0, 0, 0]]))
+    state = made.state_dict("votes")
+    assert state["votes.which"].dtype == torch.int16
+    many = torch.zeros(2, 40_000)
+    many[0, 39_999], many[1, 32_767] = 5.0, 7.0
+    made.add(rows, many)
+    assert made[:].nonzero().tolist() == [[0, 1], [0, 5], [0, 39_999], [1, 0], [1, 32_767]]
+    assert made.first().tolist() == [39_999, 32_767]
+    of = made.by_class()
+    assert [of(one)[0].tolist() for one in (1, 32_767, 39_998, 39_999)] == [[0], [1], [], [0]]
+
+
 @pytest.mark.parametrize("limit", [0, N * CLASSES])
 def test_going_on_from_a_state(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(class_shares, "_ALL", limit)

@@ -24,6 +24,8 @@ from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.curves import CurveRecord
 from lightning_influence.training.dynamics import RIVAL, TrainingDynamics, _rivals
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 
 class Diary(Classifier):
     """Notes loss, margin and probability of each visit by epoch."""

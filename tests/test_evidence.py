@@ -20,6 +20,8 @@ from lightning_influence.training.evidence import EvidenceRecord, LabelEvidence,
 from lightning_influence.training.label_record import LabelRecord
 from lightning_influence.training.neighbours import nearest_labels, votes
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 N = 40
 
 

@@ -31,6 +31,8 @@ from lightning_influence.training.flight.pace import Pace
 from lightning_influence.training.flight.step_norms import StepNorms
 from lightning_influence.training.tracin import VisitSums
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 N = 11
 
 

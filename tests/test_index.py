@@ -28,6 +28,8 @@ from lightning_influence.index.coding import projection
 from lightning_influence.index.files import ExampleIndexError
 from lightning_influence.scores.queries import QueryError
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 EVERYTHING = Index(numbers=10**9, precision="float32")
 Case = tuple[nn.Module, TensorDataset, TensorDataset]
 
@@ -207,6 +209,23 @@ def test_parts_that_are_read_do_not_matter(asked: Any, monkeypatch: pytest.Monke
         now = index.ask(model, new, 7, loss=F.cross_entropy, everything=everything)
         assert torch.equal(now.proponents, before.proponents)
         assert torch.equal(now.opponents, before.opponents)
+
+
+def test_for_one_query_the_search_is_read_in_parts_too(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it was: a kilobyte an example."""
+    index, model, new, influence = asked
+    arguments = {"loss": influence.training.task, "everything": False, "indices": [1]}
+    whole = index.ask(model, new, 5, **arguments)
+    read: list[int] = []
+    add = search.Best.add
+    monkeypatch.setattr(search, "_PART", 4 * index._projection.shape[1])
+    monkeypatch.setattr(
+        search.Best, "add", lambda self, places, *a, **b: (read.append(len(places)), add(self, places, *a, **b))[1]
+    )
+    found = index.ask(model, new, 5, **arguments)
+    assert torch.equal(found.proponents, whole.proponents)
+    assert set(read[:-1]) == {4}
+    assert len(read) == -(-len(index) // 4) + 1
 
 
 def test_few_candidates_are_not_given_twice(asked: Any) -> None:

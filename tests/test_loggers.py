@@ -22,6 +22,8 @@ from lightning_influence.audit.report import AuditReport
 from lightning_influence.loggers.exhibits import Curve, Histogram, Picture, Table
 from lightning_influence.loggers.writers import WRITERS, show
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 LOGGERS: Any = pytest.importorskip(f"{pl.__name__}.loggers")
 QUERIES = 2
 

@@ -194,6 +194,25 @@ def test_a_language_model_s_logits_are_not_copied_as_a_whole(dtype: torch.dtype,
     with LiveMemory() as memory:
         assert call.decided(n) == {}
     assert memory.peak == 0
+    with LiveMemory() as memory, torch.no_grad():
+        call.elements()
+    assert memory.peak <= 0.25 * logits.nbytes
+
+
+def test_labels_are_drawn_from_a_few_rows_of_logits_at_a_time() -> None:
+    """They take nine times the logits at once; the gradient that is asked for is one of these."""
+    torch.manual_seed(0)
+    n, positions, classes = 4, 512, 4_096
+    logits, labels = torch.randn(n * positions, classes).requires_grad_(True), torch.randint(classes, (n * positions,))
+    labels[::7] = -100
+    call = CrossEntropy(F.cross_entropy(logits, labels), logits, labels, "mean")
+    noise, scale = torch.rand(n, positions).double(), torch.tensor(0.25)
+    with patch.object(cross_entropy, "_PART", logits.numel()), patch.object(cross_entropy, "_PARTS", 1):
+        ((_, at_once),) = call.sampled(scale, noise)
+    with LiveMemory() as memory:
+        ((_, gradient),) = call.sampled(scale, noise)
+    assert memory.peak <= 1.4 * logits.nbytes
+    torch.testing.assert_close(gradient, at_once, rtol=1e-4, atol=1e-6)
 
 
 def test_what_memory_is_counted_of() -> None:

@@ -39,6 +39,8 @@ from lightning_influence.data import ExampleSource
 from lightning_influence.loggers.candidate_sheets import candidates_table
 from lightning_influence.loggers.pictures import sheet
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 N = 22
 NAMES = [f"set/{k:03d}.png" for k in range(N)]
 

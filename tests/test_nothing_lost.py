@@ -39,6 +39,8 @@ from lightning_influence.callbacks import run as audit_run
 from lightning_influence.callbacks.query_report import QueryReport
 from lightning_influence.training.checkpoints import Checkpoint, check_together
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 # ------------------------------------------------------------------------------------------------ late errors
 
 

@@ -25,6 +25,8 @@ from lightning_influence.audit.store.store import AuditStore
 from lightning_influence.callbacks import page_writer
 from lightning_influence.loggers.pictures import thumbnail
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 SIZE = 48
 
 
@@ -128,7 +130,7 @@ def test_document_and_pictures_beside_the_audit_and_in_the_event_file(tmp_path: 
 
 
 def test_of_every_epoch_while_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_influence.callbacks.reporting._PARTIAL_SHARE", 1e9)
+    monkeypatch.setattr("lightning_influence.callbacks.showing.SHARE", 1e9)
     seen = []
 
     class Look(pl.Callback):
@@ -147,7 +149,7 @@ def test_of_every_epoch_while_training_goes_on(tmp_path: Path, monkeypatch: pyte
 
 
 def test_long_trainings_keep_event_files_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_influence.callbacks.reporting._PARTIAL_SHARE", 1e9)
+    monkeypatch.setattr("lightning_influence.callbacks.showing.SHARE", 1e9)
     monkeypatch.setattr(page_writer, "_WHILE_TRAINING", 30_000)
     train(tmp_path, images(), epochs=12)
     recorded = blobs(events(tmp_path), "recording/influence")

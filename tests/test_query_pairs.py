@@ -30,6 +30,8 @@ from lightning_influence.objective.task import TrainingStepTask
 from lightning_influence.scores.measurements import as_measurement, measurement_scores
 from lightning_influence.scores.pairs import pairwise_scores, top_scores
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 N, Q = 22, 13
 TRAINING, VALIDATION = vectors(N, dtype=torch.float64), vectors(Q, 2, dtype=torch.float64)
 LISTS: dict[str, Any] = {"strongest": "none", "specific": "relative"}

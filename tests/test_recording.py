@@ -22,6 +22,8 @@ from lightning_influence.training.batch_record import BatchRecord
 from lightning_influence.training.evidence import EvidenceRecord
 from lightning_influence.training.recording import Recording
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 SIZE, CLASSES = 40, 3
 
 
@@ -58,7 +60,7 @@ def test_a_sure_run_outvotes_its_neighbours() -> None:
     record, given = recording(own=1.0)
     # All its neighbours say 0, which weighs as much as the run's own certainty: one dissenting neighbour decides.
     told = record.labels
-    told.neighbours._votes[0], told.evidence = torch.tensor([0.95, 0.05]), EvidenceRecord(SIZE)
+    told.neighbours._votes[:][0], told.evidence = torch.tensor([0.95, 0.05]), EvidenceRecord(SIZE)
     support = record.columns(range(SIZE))["support"]
     assert support[0] == pytest.approx(0.1, abs=1e-6), "1 - .95 + .05"
     assert (support > 0).all()
@@ -68,10 +70,10 @@ def test_what_was_told_before_labels_were_known_stands_in_for_the_neighbours() -
     record, _ = recording(own=0.6)
     evidence = record.label_evidence(range(SIZE))
     assert evidence is not None
-    evidence.late[1] = 0  # an example that turned up later
-    record.labels.neighbours._votes[0] = torch.tensor([0.0, 1.0])
+    evidence.late[:][1] = 0  # an example that turned up later
+    record.labels.neighbours._votes[:][0] = torch.tensor([0.0, 1.0])
     support = record.columns(range(SIZE), evidence=evidence)["support"]
-    late = evidence.late[0]
+    late = evidence.late[:][0]
     assert support[0] == pytest.approx(0.6 - 0.4 - float(late[0] - late[1]), abs=1e-6)
     assert support[0] < 0
     assert support[1] == pytest.approx(record.columns(range(SIZE))["support"][1])

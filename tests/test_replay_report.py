@@ -35,6 +35,8 @@ from lightning_influence.replay.settings import Record
 from lightning_influence.replay.trust import Retraining, Trust, self_test
 from lightning_influence.scores.measurements import Loss, MeasurementError
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 
 class Digits(pl.LightningModule):
     def __init__(self, activation: type[nn.Module] = nn.GELU, rate: float = 0.03) -> None:
@@ -430,7 +432,7 @@ def test_harm_on_a_disk_that_has_filled_up(tmp_path: Path, monkeypatch: pytest.M
         write(store, columns)
 
     monkeypatch.setattr(AuditStore, "write_scores", until_there_is_harm)
-    with pytest.warns(UserWarning, match="harm_exact is in memory alone"):
+    with pytest.warns(UserWarning, match="what replay has told is in memory alone"):
         report = run_of(tmp_path, WithValidation(), DataLoader(digits(0, 60), 16), max_epochs=1).report
     assert report.status == AuditReport.load(report.directory or "").status == "complete"
     assert "harm_exact" in report.columns

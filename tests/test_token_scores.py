@@ -28,6 +28,8 @@ from lightning_influence.scores.pairs import pairwise_scores
 from lightning_influence.scores.queries import prepared_queries
 from lightning_influence.scores.token_scores import TokenScores
 
+pytestmark = pytest.mark.usefixtures("unverified")
+
 N, Q, S, WORDS, C, D = 9, 3, 5, 11, 3, 4
 
 

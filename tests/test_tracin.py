@@ -146,7 +146,7 @@ def test_step_sizes_of_layers() -> None:
     net[4].bias.requires_grad_(False)
     blocks = covered(net, torch.randn(4, 2, 6, 6).double()).blocks
     sums = {"0.weight": 1.0, "0.bias": 2.0, "2.weight": 3.0, "4.weight": 4.0}
-    sizes = block_step_sizes(blocks, sums, net)
+    sizes = dict(block_step_sizes(blocks, sums, net))
     two = sizes.pop("0")
     assert isinstance(two, Tensor)
     assert (two[..., :-1].unique().tolist(), two[..., -1].unique().tolist()) == ([1.0], [2.0])
@@ -167,7 +167,7 @@ def test_step_sizes_of_tied_and_of_bare_parameters() -> None:
         "inner.bias": 5.0,
         "head.bias": 6.0,
     }
-    sizes = block_step_sizes(blocks, sums, net)
+    sizes = dict(block_step_sizes(blocks, sums, net))
     expected = {"words": [1.0, 6.0], "place": 2.0, "norm": [3.0, 4.0], "inner.bias": 5.0}
     assert {k: v.unique().tolist() if isinstance(v, Tensor) else v for k, v in sizes.items()} == expected
 

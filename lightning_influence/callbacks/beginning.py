@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import cast
 
@@ -42,6 +43,7 @@ def begun(
         source: The training data.
         recording: Where the run is recorded.
     """
+    start = time.perf_counter()
     if isinstance(source, StreamSource):
         drawn, ids = source.at_hand, cast(Ids, source.book)
     else:
@@ -53,10 +55,12 @@ def begun(
     if trainer.is_global_zero:
         names.try_out(first[:1])
     try:
-        return _begun(arguments, trainer, module, source, recording, names, first)
+        run = _begun(arguments, trainer, module, source, recording, names, first)
     except NoLossError:
         first = preparing.with_loss(trainer, module, _task(arguments, source), source, first)
-        return _begun(arguments, trainer, module, source, recording, names, first)
+        run = _begun(arguments, trainer, module, source, recording, names, first)
+    run.budget.prepared(time.perf_counter() - start)
+    return run
 
 
 def _task(arguments: Arguments, source: ExampleSource) -> Task:
@@ -86,11 +90,13 @@ def _begun(
             if arguments.task is not None
             else preparing.own_terms(gradients)
         )
+        start, over = time.perf_counter(), 0
         try:
-            preparing.look_for_paths(gradients, first)
+            over = preparing.look_for_paths(gradients, first)
         except NewUseError as error:  # it counts as not understood, as if the first batch had had it
             trace.add(error.trace)
             gradients = passes.gradients(trainer, module)
+        took = time.perf_counter() - start
         recording.losses.compiled = bool(preparing.compiled_parts(gradients, first, tracin))
         recording.step_sizes.summed = source.batch_size if trace.sums else 1
         if arguments.layers is None:
@@ -123,7 +129,7 @@ def _begun(
     known_noise, trusted = (
         None if known is None else known.numpy() for known in (arguments.known_noise, arguments.trusted)
     )
-    return AuditRun(
+    run = AuditRun(
         recording,
         passes,
         inspection,
@@ -133,3 +139,5 @@ def _begun(
         queries=queries,
         digests=source.digests() if getattr(trainer, "reload_dataloaders_every_n_epochs", 0) else (),
     )
+    run.budget.went_over(took, over)
+    return run

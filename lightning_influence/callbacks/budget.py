@@ -10,12 +10,15 @@ from typing import Any
 
 from lightning_influence.callbacks import bridge
 from lightning_influence.callbacks.arguments import Arguments
-from lightning_influence.callbacks.lightning import LightningModule, Trainer
+from lightning_influence.callbacks.lightning import LightningModule, Trainer, rank_zero_warn
+from lightning_influence.callbacks.listening import BatchListener
 from lightning_influence.callbacks.reporting import Reporter
+from lightning_influence.callbacks.showing import SHARE
 from lightning_influence.callbacks.training_passes import TrainingPasses
 from lightning_influence.core import distributed
 from lightning_influence.core.containers import leaves
 from lightning_influence.core.durations import readable_seconds
+from lightning_influence.core.meeting import together
 from lightning_influence.core.memory import readable
 from lightning_influence.core.precision import wait_for
 from lightning_influence.curvature.registry import fitted_bytes
@@ -25,10 +28,13 @@ from lightning_influence.influence import Influence
 from lightning_influence.scores.plan import InfluencePlan
 from lightning_influence.training.recording import Recording
 
-# Looks at features that a belief about labels takes: before training and after each of the first epochs.
+# Looks at features that a belief about labels takes: before training and after each of the first epochs. Where training
+# learns the labels slowly, there are more, after 4, 8, 16, ... epochs.
 _LOOKS = 4
 # Of a look, forward only, the time of a pass with per-example gradients (measured: 1.7 to 2.3 on a CPU).
 _PASS = 2.5
+# Seconds for files, pictures and the page at the end (measured on a CPU): in any case, and of an example.
+_WRITTEN = 0.5, 3e-5
 # Multiply-adds of a training so small that timing it would tell of the machine alone: a second at most.
 _TINY = 10**9
 
@@ -37,7 +43,7 @@ class RunBudget:
     """Times training and passes, and says when passes for TracIn are due.
 
     Args:
-        recording: Its ``schedule`` is to be decided.
+        listener: Hears the batches; the ``schedule`` of its recording is to be decided.
         passes: Extra passes over the training data.
         inspection: What one batch showed before the first step.
         arguments: Those of the callback.
@@ -46,19 +52,28 @@ class RunBudget:
 
     def __init__(
         self,
-        recording: Recording,
+        listener: BatchListener,
         passes: TrainingPasses,
         inspection: Inspection,
         arguments: Arguments,
         reporter: Reporter,
     ) -> None:
-        self._recording, self._passes, self._inspection = recording, passes, inspection
+        self._listener, self._passes, self._inspection = listener, passes, inspection
         self._arguments, self._reporter = arguments, reporter
-        self._pass: float | None = None  # seconds of an example, once timed, and in a look
-        self._look: float | None = None
+        # Seconds, once timed: of an example in a pass with gradients and in one without, of a whole look, and so far.
+        self._pass: float | None = None
+        self._forward: float | None = None
+        self._look = self._prepared = 0.0
         # Of an epoch: ends of its first batch, which warms up, and its last one, how many were heard, the last place.
         self._first = self._last = 0.0
         self._batches, self._place = 0, -1
+        # Between these: when validation began, how long it took since the last batch, what recording has taken.
+        self._validates = self._validated = 0.0
+        self._before = self._recorded = 0.0
+
+    @property
+    def _recording(self) -> Recording:
+        return self._listener.recording
 
     # ----------------------------------------------------------------- timing
 
@@ -70,12 +85,30 @@ class RunBudget:
         if not self._batches or number + 1 == trainer.num_training_batches:
             wait_for(trainer.strategy.root_device)
         self._last, self._place = time.perf_counter(), number
-        self._first = self._first if self._batches else self._last
+        self._first = self._first + self._validated if self._batches else self._last
+        self._before = self._before if self._batches else self._listener.paused
+        self._recorded, self._validated = self._listener.paused - self._before, 0.0
         self._batches += 1
 
-    def looked(self, seconds: float, examples: int) -> None:
+    def validation(self, *, begins: bool) -> None:
+        """Note when validation begins and ends, maybe within an epoch: that is no training."""
+        if begins:
+            self._validates = time.perf_counter()
+        else:
+            self._validated += time.perf_counter() - self._validates
+
+    def prepared(self, seconds: float) -> None:
+        """Note how long the preparation has taken."""
+        self._prepared = seconds
+
+    def went_over(self, seconds: float, examples: int) -> None:
         """Note how long a forward pass has taken."""
-        self._look = seconds / examples
+        if examples:
+            self._forward = seconds / examples
+
+    def looked(self, seconds: float) -> None:
+        """Note how long a look at the labels has taken, with what was concluded from it."""
+        self._look = seconds
 
     def passed(self, seconds: float, examples: int) -> None:
         """Note how long a pass with gradients has taken."""
@@ -84,8 +117,9 @@ class RunBudget:
     @property
     def _seconds_per_example(self) -> float:
         """Of a pass with gradients."""
-        guess = self._inspection.seconds / self._inspection.examples if self._look is None else _PASS * self._look
-        return self._pass or guess
+        if self._forward is None:  # of a stream; cold, and a batch of its own: too long rather than too short
+            return self._pass or self._inspection.seconds / self._inspection.examples
+        return self._pass or _PASS * self._forward
 
     def _of_final_audit(self, plan: InfluencePlan, coverage: Coverage, examples: int, queries: int) -> float:
         """Return a guess of its seconds, from numbers of training and of validation examples."""
@@ -98,11 +132,12 @@ class RunBudget:
         return bridge.audited_indices(trainer, self._arguments.loader, recording.seen_indices(), source, last=False)
 
     def _always(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> float:
-        """Return a guess of the seconds of all but the passes for TracIn."""
-        gradients = self._passes.gradients(trainer, module)
+        """Return a guess of the seconds of all but the passes for TracIn and what is recorded and shown meanwhile."""
+        gradients, n = self._passes.gradients(trainer, module), len(indices)
         plan = Influence.of(gradients, self._inspection, indices).plan(**self._arguments.fitting)
-        looks = _LOOKS * (self._look or 0.0) * len(indices)
-        return looks + self._of_final_audit(plan, gradients.coverage, len(indices), _validation_examples(trainer))
+        looks = 0.0 if self._recording.labels.evidence.closed else _LOOKS * self._look
+        final = self._of_final_audit(plan, gradients.coverage, n, _validation_examples(trainer))
+        return self._prepared + looks + final + _WRITTEN[0] + _WRITTEN[1] * n
 
     # ---------------------------------------------------------------- telling
 
@@ -160,32 +195,52 @@ class RunBudget:
             return not ended % tracin.every_n_epochs
         return self._recording.schedule.due(ended, bridge.expected_epochs(trainer)[0])
 
+    def look_due(self, trainer: Trainer) -> bool:
+        """Tell whether to look at the labels at the end of this epoch, if there is not enough known of them."""
+        ended = trainer.current_epoch + 1
+        return ended < _LOOKS or ended & (ended - 1) == 0  # so that they grow with the logarithm of the epochs
+
     def decide(self, trainer: Trainer, module: LightningModule) -> None:
         """Decide at the end of the first epoch how many passes fit, the same in all processes."""
         schedule = self._recording.schedule
         # Resumed at the end of an epoch, it has no batches that were timed; of a stream there may be no passes at all.
         if schedule.decided or self._place < 0 or not self._passes.any_time:
             return
+        try:
+            with together():
+                self._decide(trainer, module)
+        except Exception as error:  # once, and what this epoch is to say is not lost
+            schedule.decide(math.inf, 0.0, math.inf)
+            rank_zero_warn(
+                "the influence audit can't tell how many passes for TracIn its budget has room for: there is one after "
+                f'the last epoch alone; `tracin="epoch"` has all of them ({type(error).__name__}: {error})'
+            )
+
+    def _decide(self, trainer: Trainer, module: LightningModule) -> None:
+        schedule = self._recording.schedule
         if not (indices := self._examples(trainer)):
             return
         epochs, most = bridge.expected_epochs(trainer)
         coverage = self._passes.gradients(trainer, module).coverage
-        if most is not None and self._work(coverage) * len(indices) * most <= _TINY:
-            schedule.decide(0.0, 0.0)
+        if self._work(coverage) * len(indices) * (most or epochs) <= _TINY:
+            schedule.decide(0.0, 0.0, 0.0)
             return
-        always, one, epoch = distributed.gather_objects(self._measured(trainer, module, indices))[0]
-        schedule.decide(always / epoch, one / epoch)
+        always, each, one, epoch = distributed.gather_objects(self._measured(trainer, module, indices))[0]
+        schedule.decide(always / epoch, each / epoch, one / epoch)
         self._reporter.tell(partial(self._told, epochs, most, epoch))
 
     def _measured(
         self, trainer: Trainer, module: LightningModule, indices: Sequence[int]
-    ) -> tuple[float, float, float]:
-        """Return seconds: of all but passes for TracIn, of one of these, and of an epoch of training."""
+    ) -> tuple[float, float, float, float]:
+        """Return seconds: of what comes once, in each epoch and in each pass for TracIn; and of training, an epoch."""
         one = self._seconds_per_example * len(indices)
         # A training of one batch an epoch has no more to tell of itself than a pass has.
-        batch = (self._last - self._first) / (self._batches - 1) if self._batches > 1 else 0.0
+        timed = self._batches - 1
+        batch = (self._last - self._first - self._recorded) / timed if timed > 0 else 0.0
         # Resumed within an epoch, fewer were timed than it has.
-        return self._always(trainer, module, indices), one, batch * (self._place + 1) or one
+        epoch = batch * (self._place + 1) or one
+        recorded = self._recorded / timed * (self._place + 1) if timed > 0 else 0.0
+        return self._always(trainer, module, indices), recorded + SHARE * epoch, one, epoch
 
     def _work(self, coverage: Coverage) -> int:
         """Return the multiply-adds of one example's forward pass."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class FromChild:
     def __init__(self) -> None:
         self._file = Path(tempfile.gettempdir()) / f"lightning-influence-{uuid4().hex}.json"
         self._process = os.getpid()
+        weakref.finalize(self, _removed, self._file, self._process)  # at the end of the process, too
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FromChild:
         return FromChild()  # a copy is told of its own trainings
@@ -60,3 +62,10 @@ class FromChild:
             return AuditReport.load(told["directory"]), ""
         except StoreError as error:
             return None, f"training ran in processes of its own, and what they wrote can't be read: {error}"
+
+
+def _removed(file: Path, process: int) -> None:
+    """Remove a note that nobody has read; not in a fork, whose copy of the callback goes before the note is read."""
+    if os.getpid() == process:
+        with suppress(OSError):
+            file.unlink()

@@ -84,6 +84,16 @@ class RunHooks(Answers):
         if self._run is not None:
             self._run.listener.before_step(trainer, optimizer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Time training without it."""
+        if self._run is not None:
+            self._run.budget.validation(begins=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Time training again."""
+        if self._run is not None:
+            self._run.budget.validation(begins=False)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a TracIn checkpoint; the last one is part of the final pass."""
         if self._run is not None:

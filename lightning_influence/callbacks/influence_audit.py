@@ -142,7 +142,7 @@ class InfluenceAudit(Afterwards):
         sample_id: SampleId | None = None,
         loader: str | int | None = None,
         record: bool | Record = False,
-        overhead: float | None = 0.25,
+        overhead: float | None = 0.1,
         index: bool | Index = False,
     ) -> None:
         self.arguments = Arguments(

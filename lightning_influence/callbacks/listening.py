@@ -19,18 +19,20 @@ _Hook = TypeVar("_Hook", bound=Callable[..., None])
 
 
 def _timed(hook: _Hook) -> _Hook:
-    """Let a budget of time know how long training stood still; without one nothing is timed."""
+    """Let budgets of time know how long training stood still; once they have decided nothing is timed."""
 
     @wraps(hook)
     def timed(self: BatchListener, *args: Any) -> None:
         pace = self.recording.pace
-        if not pace.timing:
+        if not pace.timing and self.recording.schedule.decided:
             hook(self, *args)
             return
         start = pace.clock()
         hook(self, *args)
+        took = pace.clock() - start
+        self.paused += took
         if self.batch is not None:
-            self.batch.paused += pace.clock() - start
+            self.batch.paused += took
 
     return cast(_Hook, timed)
 
@@ -46,6 +48,7 @@ class BatchListener:
     Attributes:
         batch: The running batch.
         flight: See the arguments.
+        paused: Seconds that training stood still, as long as budgets ask.
     """
 
     def __init__(self, recording: Recording, passes: TrainingPasses, flight: FlightRecorder | None) -> None:
@@ -53,6 +56,7 @@ class BatchListener:
         self.batch: BatchRecord | None = None
         self._passes = passes
         self.flight = flight
+        self.paused = 0.0
         self._tap = TrainingTap()
 
     @_timed

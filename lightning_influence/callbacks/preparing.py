@@ -173,14 +173,14 @@ def _step_is_compiled(gradients: ExampleGradients, chosen: list[int]) -> bool:
     return False
 
 
-def look_for_paths(gradients: ExampleGradients, indices: Sequence[int]) -> None:
-    """Run a few batches forward: a step may do otherwise with some of its examples.
+def look_for_paths(gradients: ExampleGradients, indices: Sequence[int]) -> int:
+    """Run a few batches forward, and return with how many examples: a step may do otherwise with some of them.
 
     Raises:
         NewUseError: If it uses a parameter in a way that is not understood.
     """
     if isinstance(gradients.source, StreamSource):  # a batch is all that there is of it so far
-        return
+        return 0
     size, capture = look_size(gradients.source.batch_size), Capture(gradients.coverage)
     chosen = indices[: max(2 * size, _FOR_PATHS)]
     # That of the data is not worth a pass yet.
@@ -189,6 +189,7 @@ def look_for_paths(gradients: ExampleGradients, indices: Sequence[int]) -> None:
     with closing(run) as losses:
         for _ in losses:
             capture.clear()
+    return len(chosen)
 
 
 def some_of(indices: Sequence[int], batch_size: int) -> list[int]:

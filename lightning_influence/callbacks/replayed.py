@@ -127,5 +127,5 @@ def _noted(report: AuditReport, run: AuditRun, *notes: str) -> AuditReport:
             store.write_glossary(report.glossary())
         store.write_manifest({**report.manifest, "status": report.status})
     except StoreError as error:
-        rank_zero_warn(f"influence audit: {_NAME} is in memory alone ({error})")
+        rank_zero_warn(f"influence audit: what replay has told is in memory alone ({error})")
     return report

@@ -29,7 +29,7 @@ from lightning_influence.callbacks.lightning import Trainer, rank_zero_info, ran
 from lightning_influence.callbacks.manifest import audit_described, detection_of, put_back
 from lightning_influence.callbacks.page_writer import PageWriter
 from lightning_influence.callbacks.query_report import QueryReport
-from lightning_influence.callbacks.showing import Showing
+from lightning_influence.callbacks.showing import Showing, Watched
 from lightning_influence.core.progress import is_terminal
 from lightning_influence.curvature import Curvature
 from lightning_influence.gradients.passes import ExampleGradients
@@ -44,9 +44,6 @@ from lightning_influence.training.evidence import LabelEvidence
 from lightning_influence.training.recording import Recording
 
 Columns = dict[str, NDArray[Any]]
-
-# Partial tables may take this share of the time at most.
-_PARTIAL_SHARE = 0.02
 
 
 class Reporter:
@@ -84,7 +81,7 @@ class Reporter:
         self._said: set[str] = set()  # what has been said to have failed
         self._showing = Showing(self._said)
         self._page = PageWriter(store, self._showing, self._said)
-        self._partial = 0.0, 0.0  # when the last partial table was written, and how long it took
+        self._watched = Watched()
         self._manifest: dict[str, Any] = {
             "status": "recording",
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -122,22 +119,21 @@ class Reporter:
             recording: What there is.
             status: Of the audit.
             error: What has ended it.
-            ended_epochs: At the end of an epoch, how many are over; it is written only where that takes a small share
-                of the time.
+            ended_epochs: At the end of an epoch, how many are over; it is written if that is due, see ``Watched``, the
+                table of the first one in any case.
         """
-        start = time.perf_counter()
-        written, took = self._partial
-        if self.store is None or not (ended_epochs is None or took <= _PARTIAL_SHARE * (start - written)):
+        due = error is not None or self._watched.due
+        if self.store is None or not (ended_epochs is None or due or self._watched.first):
             return
-        with tolerated(f"writing the table so far to {self.directory}", self._said):
+        with self._watched.taking(whole=due), tolerated(f"writing the table so far to {self.directory}", self._said):
             columns, manifest = rank(self._named(recording.local_columns())), self._manifest
             manifest = manifest | {"status": status, "error": error}
             self.store.write_scores(columns)
             self.store.write_manifest(manifest)
-            curves = Curves.of(recording.curves.kept, columns)
-            report = AuditReport(columns, manifest, self.directory, curves=curves)
-            self._page.write_partial(trainer, report, trainer.current_epoch if ended_epochs is None else ended_epochs)
-        self._partial = time.perf_counter(), time.perf_counter() - start
+            if due:
+                curves = Curves.of(recording.curves.kept, columns)
+                report, ended = AuditReport(columns, manifest, self.directory, curves=curves), trainer.current_epoch
+                self._page.write_partial(trainer, report, ended if ended_epochs is None else ended_epochs)
 
     def _named(self, columns: Columns) -> Columns:
         """Return the columns and what the examples are called."""

@@ -87,7 +87,7 @@ class AuditRun:
 
     def __post_init__(self) -> None:
         self.listener = BatchListener(self.recording, self.passes, self.flight)
-        self.budget = RunBudget(self.recording, self.passes, self.inspection, self.arguments, self.reporter)
+        self.budget = RunBudget(self.listener, self.passes, self.inspection, self.arguments, self.reporter)
 
     def take_over(self, trainer: Trainer) -> None:
         """Take over the checkpoints and curves that a run which is resumed has kept."""
@@ -129,12 +129,13 @@ class AuditRun:
             able = indices and not bridge.is_dry_run(trainer) and self.passes.any_time
             if not able or distributed.from_first(lambda: evidence.complete):
                 return
+            start = time.perf_counter()
             with bridge.aside(trainer):
-                start = time.perf_counter()
                 seen = look_at_labels(self.passes.gradients(trainer, module), indices)
                 if seen is not None:  # else it has ended with the first examples
-                    self.budget.looked(time.perf_counter() - start, len(indices))
+                    self.budget.went_over(time.perf_counter() - start, len(indices))
             evidence.close() if seen is None else self.recording.add_snapshot(seen)
+            self.budget.looked(time.perf_counter() - start)
 
     # --------------------------------------------------------------- an epoch
 
@@ -156,7 +157,7 @@ class AuditRun:
         last = bridge.is_last_epoch(trainer) and self.arguments.weights == "last"
         # The final pass looks by the way; a run that is resumed for more epochs has to catch up.
         recording.postponed = trainer.global_step if last else -1
-        if not (due and self.flight is None) and not last:
+        if not (due and self.flight is None) and not last and self.budget.look_due(trainer):
             self.look(trainer, module)  # other passes look by the way
         if tracin is not None and due and recording.step_sizes.steps:
             if self.flight is not None:

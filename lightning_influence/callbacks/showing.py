@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning_influence.callbacks import bridge
@@ -11,6 +13,42 @@ from lightning_influence.callbacks.display import tolerated
 from lightning_influence.callbacks.lightning import Trainer, rank_zero_info
 from lightning_influence.loggers.exhibits import Exhibit
 from lightning_influence.loggers.writers import show, shows
+
+SHARE = 0.01
+"""Of the time since training began, for what is written so that somebody can watch."""
+# What the first of it is expected to take: a page of a few thousand examples.
+_FIRST = 0.25
+
+
+class Watched:
+    """Keeps what is written for who watches a training within ``SHARE`` of its time so far.
+
+    What is left out comes later. Nobody watches a training of seconds: the first page comes after half a minute.
+    """
+
+    def __init__(self) -> None:
+        self._began, self._spent, self._last = time.perf_counter(), 0.0, _FIRST
+
+    @property
+    def first(self) -> bool:
+        """Whether nothing has been written yet."""
+        return not self._spent
+
+    @property
+    def due(self) -> bool:
+        """Whether there is time for it now, if it takes as long as the last one did."""
+        return self._spent + self._last <= SHARE * (time.perf_counter() - self._began)
+
+    @contextmanager
+    def taking(self, *, whole: bool) -> Iterator[None]:
+        """Note how long it takes; if not the whole of it is written, that tells nothing of the next time."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - start
+            self._spent += took
+            self._last = took if whole else self._last
 
 
 class Showing:

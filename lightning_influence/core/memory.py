@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import warnings
 from contextlib import suppress
@@ -40,8 +41,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 def let_go() -> None:
     """Give back what a failed attempt has left: tracebacks in cycles hold tensors, and the allocator its blocks."""
     gc.collect()
+    trim()
     with suppress(AttributeError, RuntimeError):  # the host has no such function, some accelerators no module
         torch.get_device_module().empty_cache()
+
+
+def trim() -> None:
+    """Give free memory of the host back to the system, where glibc keeps it: activations of a pass, of large models."""
+    with suppress(AttributeError, OSError, TypeError):  # another library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def readable(size: float) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from lightning_influence.core import distributed
 from lightning_influence.core.memory import available_bytes, readable
-from lightning_influence.curvature.blocks.block import CurvatureBlock
+from lightning_influence.curvature.blocks.block import KEPT_INVERSES, CurvatureBlock
 from lightning_influence.curvature.blocks.block_ggn import BlockGGN
 from lightning_influence.curvature.blocks.diagonal import DiagonalBlock
 from lightning_influence.curvature.blocks.ekfac import EKFACBlock
@@ -78,7 +78,8 @@ def decompositions(name: str, coverage: Coverage) -> dict[str, list[tuple[int, i
 def fitted_bytes(name: str, coverage: Coverage) -> int:
     """Return the most memory that a curvature takes, in float32, while it is fitted and while it scores.
 
-    One block is decomposed after the other. Scoring keeps ``1 / (eigenvalues + damping)`` of each.
+    One block is decomposed after the other. Scoring keeps ``1 / (eigenvalues + damping)`` of each that is not large,
+    and works on the others one at a time.
     """
     kept, working, inverses = _bytes(name, coverage)
     return sum(kept.values()) + max(*working.values(), sum(inverses.values()), 0)
@@ -111,9 +112,10 @@ def _bytes(name: str, coverage: Coverage) -> tuple[dict[str, int], dict[str, int
     """Return what each block keeps (bases stand in the place of moments), what decomposing and what scoring takes."""
     shapes = kept_shapes(name, coverage)
     kept = {layer: 4 * sum(map(math.prod, each.values())) for layer, each in shapes.items()}
+    sizes = {layer: math.prod(each.get("eigenvalues", (0,))) for layer, each in shapes.items()}
     # In float64 one matrix, its eigenvectors, LAPACK's two more.
     working = {
-        layer: max((16 * (k + 1) * size**2 for k, size in each), default=0)
+        layer: max((16 * (k + 1) * size**2 for k, size in each), default=4 * sizes[layer])
         for layer, each in decompositions(name, coverage).items()
     }
-    return kept, working, {layer: 4 * math.prod(each.get("eigenvalues", (0,))) for layer, each in shapes.items()}
+    return kept, working, {layer: 4 * size * (size <= KEPT_INVERSES) for layer, size in sizes.items()}

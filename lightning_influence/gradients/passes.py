@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_influence.core import distributed
 from lightning_influence.core.containers import mover
 from lightning_influence.core.isolation import rewind, untouched
+from lightning_influence.core.memory import trim
 from lightning_influence.core.random_streams import seed_everything
 from lightning_influence.data.source import ExampleSource
 from lightning_influence.gradients.answering import answered
@@ -312,11 +313,14 @@ class ExampleGradients:
             return followed(self.coverage, evaluate, partial(_traced_again, self, chosen), chosen)
 
         progress = self._progress if title else _silent
+        trim()  # what training has left
         with (
+            ExitStack() as afterwards,
             untouched(self.module, self.task),
             capture or Capture(self.coverage),
             progress(title, len(own)) as advance,
         ):
+            afterwards.callback(trim)
             attempt = attempt or Attempt()
             for chosen, loss in answered(self.source, own, size, forward, attempt):
                 yield chosen, loss

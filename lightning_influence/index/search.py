@@ -97,7 +97,7 @@ class Search:
         # Of an example without a finite gradient there is nothing but zeros.
         weights = self._lengths * self._weights(relative).nan_to_num()
         best = Best(len(queries), min(max(_FEWEST, _PROPOSED * count), len(self)))
-        step = max(1, _SCORES // max(1, len(queries)))
+        step = max(1, min(_PART // vectors.shape[1], _SCORES // max(1, len(queries))))
         for first, shard in zip(self._starts, self._shards, strict=False):
             for start in range(0, len(shard), step):
                 rows = shard.search[start : start + step].float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,8 @@ from lightning_influence.scores.queries import prepared_queries, query_chunks
 
 # Training examples that are asked about to tell how good the index is, and about how many they are compared with.
 _PROBES, _COMPARED = 8, 4096
+# Numbers of rows that are in memory at a time.
+_PART = 2**24
 # Rows that the projection of the search is learnt from.
 _SAMPLE = 2048
 _TOP = 10
@@ -140,13 +142,11 @@ class IndexWriter(Visitor):
         hashed = self._settings.hashes and self._write_digests(examples)
         columns = self._projection(shard, sum(sizes))
         search = self._folder.array("search", (len(self._examples), columns.shape[1]), self._settings.precision)
-        step = max(1, 2**24 // max(1, self.layout.width))
-        for start in range(0, self._done, step):
-            part = slice(start, min(start + step, self._done))
-            found = self.coder.searched(shard.rows[part].float(), shard.lengths[part]) @ columns
+        for part, own in self._searched_of(shard, torch.arange(self._done)):
+            found = own @ columns
             length = found.norm(dim=1)
-            examples["length"][part] = length.numpy()
-            search[part] = (found / length.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).numpy()
+            examples["length"][part.numpy()] = length.numpy()
+            search[part.numpy()] = (found / length.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).numpy()
         shard = Shard(examples, shard.rows, shard.lengths, torch.from_numpy(search[: self._done]))
         trust = distributed.from_first(partial(self._trust, shard, columns))
         scale, coverage = self._gradients.scale, self._gradients.coverage
@@ -182,10 +182,15 @@ class IndexWriter(Visitor):
         """Return the columns that the search is made of, the same on every process."""
         share = min(self._done, -(-_SAMPLE * self._done // examples))
         own = torch.tensor(random_subset(range(self._done), share, 2), dtype=torch.long)
-        sample = self.coder.searched(shard.rows[own].float(), shard.lengths[own])
-        samples = distributed.gather_objects(sample)
+        parts = [found for _, found in self._searched_of(shard, own)]
+        samples = distributed.gather_objects(torch.cat(parts) if parts else torch.zeros(0, self.layout.searched))
         # On one, so that no rounding of others' makes columns that differ.
         return distributed.from_first(lambda: projection(torch.cat(samples), self._searched))
+
+    def _searched_of(self, shard: Shard, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield some rows at a time, and the coordinates of these that the search is made of."""
+        for part in rows.split(max(1, _PART // max(1, self.layout.width))) if len(rows) else ():
+            yield part, self.coder.searched(shard.rows[part].float(), shard.lengths[part])
 
     def _write_digests(self, examples: np.ndarray[Any, Any]) -> bool:
         """Note what each example holds; return whether that can be told."""
@@ -200,6 +205,7 @@ class IndexWriter(Visitor):
         chosen = (~self._exact[: len(shard)].isnan().all(1)).nonzero().squeeze(1)
         if not len(chosen):
             return {}
+        chosen = chosen[:: -(-len(chosen) * self.layout.width // (2 * _PART))]  # of wide rows fewer: all are in memory
         shard = Shard(shard.examples[chosen.numpy()], *(t[chosen] for t in (shard.rows, shard.lengths, shard.search)))
         search, count = Search(self.coder, [shard], columns), len(self._probes)
         scores = torch.cat([part for _, part in search.all_scores(self._coded)], 1)

@@ -129,7 +129,7 @@ def _tile(image: Tensor | str, font: Font) -> Image.Image:
         drawn = drawable(image)
         foreign = drawn.count("?") - image.count("?") > len(image) // 4
         return _page(_NOT_DRAWN if foreign else drawn, font)
-    picture = _stretched(image)
+    picture = _stretched(image).convert("RGB")
     if (factor := _TILE // max(picture.size)) > 1:
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     picture.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
@@ -143,9 +143,8 @@ def thumbnail(image: Tensor) -> bytes:
         image: ``[C, H, W]``, stretched as on a sheet.
     """
     picture, encoded = _stretched(image), io.BytesIO()
-    picture = picture if len(image) == 3 else picture.convert("L")
     if max(picture.size) <= _LOSSLESS:
-        picture.save(encoded, "PNG", optimize=True)
+        picture.save(encoded, "PNG")  # `optimize=True` takes a third longer for half a percent
     else:
         picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
         picture.save(encoded, "JPEG", quality=85)
@@ -153,14 +152,16 @@ def thumbnail(image: Tensor) -> bytes:
 
 
 def _stretched(image: Tensor) -> Image.Image:
+    """Return an image over its own full range: three channels in colour, the mean of others in grey."""
     pixels = image.detach().cpu().double().numpy()
     if len(pixels) != 3:
-        pixels = pixels.mean(axis=0, keepdims=True).repeat(3, axis=0)
+        pixels = pixels.mean(axis=0, keepdims=True)
     finite = pixels[np.isfinite(pixels)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     clipped = np.clip(np.nan_to_num(pixels, nan=low, posinf=high, neginf=low), low, high)
     scaled = (clipped - low) / (high - low) if high > low else np.full_like(pixels, 0.5)
-    return Image.fromarray((scaled * 255).round().astype(np.uint8).transpose(1, 2, 0))
+    drawn = (scaled * 255).round().astype(np.uint8)
+    return Image.fromarray(drawn.transpose(1, 2, 0) if len(drawn) == 3 else drawn[0])
 
 
 def _page(text: str, font: Font) -> Image.Image:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -112,11 +113,23 @@ def document(
 
 def as_json(value: Any) -> bytes:
     """Return JSON; numbers that are not finite become null."""
-    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_Packed.text)
     told = io.BytesIO()
-    for piece in encoder.iterencode(_finite(value)):  # all at once, the columns would be held three more times
+    for piece in encoder.iterencode(_finite(value)):  # all at once, the columns would be held four more times
         told.write(piece.encode(errors="replace"))
     return told.getvalue()
+
+
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    """Numbers that become a text, of more bytes than they have, when it is its turn to be written."""
+
+    values: NDArray[Any]
+    kind: str
+
+    def text(self) -> str:
+        values = _float32(self.values) if self.kind == "<f4" else self.values.astype(self.kind)
+        return base64.b64encode(values.tobytes()).decode("ascii")
 
 
 def _finite(value: Any) -> Any:
@@ -128,7 +141,7 @@ def _finite(value: Any) -> Any:
         return _finite(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int)) else str(value)
+    return value if value is None or isinstance(value, (str, int, _Packed)) else str(value)
 
 
 def _listed(columns: Columns) -> list[str]:
@@ -148,11 +161,11 @@ def _column(name: str, values: NDArray[Any]) -> dict[str, Any]:
 
 def _encoded(values: NDArray[Any]) -> tuple[str, Any]:
     if values.dtype.kind == "b":
-        return "bool", _base64(values.astype(np.uint8))
+        return "bool", _Packed(values, "u1")
     if values.dtype.kind in "iu" and (not len(values) or np.abs(values).max() < 2**31):
-        return "int", _base64(values.astype("<i4"))
+        return "int", _Packed(values, "<i4")
     if values.dtype.kind in "iuf":
-        return "float", _base64(_float32(values))
+        return "float", _Packed(values, "<f4")
     return "text", [str(value) for value in values]
 
 
@@ -162,10 +175,6 @@ def _float32(values: NDArray[Any]) -> NDArray[np.float32]:
         limit = np.finfo(np.float32).max
         finite = np.isfinite(values)
         return np.where(finite, np.clip(values, -limit, limit), values).astype("<f4")
-
-
-def _base64(values: NDArray[Any]) -> str:
-    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode("ascii")
 
 
 def _curve_rows(columns: Columns, pairs: Columns | None, curves: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
@@ -196,7 +205,7 @@ def _curves(
         "p_given": "probability" if "probability" in curves else None,
         "p_suggested": SUGGESTED if SUGGESTED in curves else None,
         "rows": "all" if len(rows) == len(order) else rows.tolist(),
-        "data": {name: _base64(_float32(table[order[rows]])) for name, table in curves.items()},
+        "data": {name: _Packed(table[order[rows]], "<f4") for name, table in curves.items()},
     }
 
 

@@ -21,6 +21,7 @@ from lightning_influence.training.example_sums import TOGETHER, in_blocks, lengt
 # in threes (1,000 classes) 99.5 % of all suggestions.
 _ALL, _LARGEST = 5 * 10**7, 16
 _NONE = -1  # no class
+_NARROW = 2**15 - 2  # classes that are told in two bytes
 
 
 class ClassShares:
@@ -62,10 +63,13 @@ class ClassShares:
         if self._which is None and self.classes > _LARGEST and self.size * self.classes > _ALL:
             held, self._rest = self._values, torch.zeros(self.size)
             self._values = held.new_zeros(self.size, _LARGEST)
-            self._which = torch.full((self.size, _LARGEST), _NONE, dtype=torch.int32)
+            narrow = torch.int16 if self.classes <= _NARROW else torch.int32
+            self._which = torch.full((self.size, _LARGEST), _NONE, dtype=narrow)
             self._put(torch.arange(self.size), held)
         elif self._which is None and more:
             self._values = F.pad(self._values, (0, more))
+        elif self._which is not None and self.classes > _NARROW:
+            self._which = self._which.int()
 
     def add(self, rows: Tensor, shares: Tensor, which: Tensor | None = None) -> None:
         """Add shares to distinct rows ``[n]``: of the first ``m`` classes, or what ``largest`` has made of these."""

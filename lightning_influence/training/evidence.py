@@ -66,16 +66,19 @@ def _left_out(features: Tensor, labels: Tensor, classes: int) -> Iterator[Tensor
     eigenvalues, basis = torch.linalg.eigh(gram)
     targets = basis.T @ sum(x.T @ y for x, y in chunks())  # [d, c]
 
-    def left_out(x: Tensor, y: Tensor, penalty: float) -> Tensor:
-        u, inverse = x @ basis, 1 / (eigenvalues.clamp(min=0) + penalty * n)
+    def left_out(u: Tensor, y: Tensor, penalty: float) -> Tensor:
+        inverse = 1 / (eigenvalues.clamp(min=0) + penalty * n)
         leverage = (u.square() @ inverse + 1 / n).unsqueeze(1)
         found: Tensor = ((u * inverse) @ targets - leverage * y) / (1 - leverage).clamp(min=1e-6)
         return found
 
-    errors = [sum(float((left_out(x, y, p) - y).square().sum()) for x, y in chunks()) for p in _PENALTIES]
+    errors = [0.0] * len(_PENALTIES)
+    for x, y in chunks():
+        u = x @ basis  # what takes the time, the same for all penalties
+        errors = [e + float((left_out(u, y, p) - y).square().sum()) for e, p in zip(errors, _PENALTIES, strict=True)]
     penalty = _PENALTIES[errors.index(min(errors))]
     for x, y in chunks():
-        yield (left_out(x, y, penalty) + frequencies).clamp(0, 1)
+        yield (left_out(x @ basis, y, penalty) + frequencies).clamp(0, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,23 +23,24 @@ class PassSchedule:
         overhead: Largest share of the training time that the whole audit may add; None for a pass at every end.
         always: What the audit adds without these passes, as a multiple of the time of an epoch of training; None until
             it is known, and until then every end has its pass.
-        one: What a pass adds, likewise.
+        each: What it adds to each epoch, as a share of that: what is recorded in steps, and shown meanwhile.
+        one: What a pass adds, as ``always``.
     """
 
     def __init__(self, tracin: TracIn | None) -> None:
         self.overhead = tracin.overhead if tracin is not None and tracin.mode == "auto" else None
         self.always: float | None = None
-        self.one = 0.0
+        self.each = self.one = 0.0
 
     @property
     def decided(self) -> bool:
         """Whether it is known what fits."""
         return self.overhead is None or self.always is not None
 
-    def decide(self, always: float, one: float) -> None:
+    def decide(self, always: float, each: float, one: float) -> None:
         """Take what was measured, see the attributes."""
         # Numbers of numpy (from those of examples) would make the Trainer's checkpoint unreadable with `weights_only`.
-        self.always, self.one = float(always), float(one)
+        self.always, self.each, self.one = float(always), float(each), float(one)
 
     def spacing(self, epochs: int) -> int | None:
         """Return n for a training of so many epochs; None if the budget has room for the last pass alone."""
@@ -48,7 +49,7 @@ class PassSchedule:
         for passes in _PASSES:
             n = math.ceil(epochs / passes)
             before_last = (epochs - 1) // n
-            if before_last and self.always + self.one * before_last <= self.overhead * epochs:
+            if before_last and self.always + self.one * before_last <= (self.overhead - self.each) * epochs:
                 return n
         return None
 
@@ -65,13 +66,13 @@ class PassSchedule:
     def share(self, epochs: int) -> float:
         """Return what the whole audit adds, as a share of the training time."""
         n = self.spacing(epochs)
-        return ((self.always or 0.0) + self.one * (0 if n is None else (epochs - 1) // n)) / epochs
+        return self.each + ((self.always or 0.0) + self.one * (0 if n is None else (epochs - 1) // n)) / epochs
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, in primitives."""
-        return {"overhead": self.overhead, "always": self.always, "one": self.one}
+        return {"overhead": self.overhead, "always": self.always, "each": self.each, "one": self.one}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on at the same rhythm, for the same budget: another machine's, or another time's, may be another."""
         if state["overhead"] == self.overhead:
-            self.always, self.one = state["always"], state["one"]
+            self.always, self.each, self.one = state["always"], state.get("each", 0.0), state["one"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -27,6 +28,7 @@ _CHECKSUM = "lightning_influence.crc32"
 _ENTRY_BYTES = 8
 # Spreadsheets run cells that start with these as formulas (OWASP "CSV injection"); the wide forms count in
 # Japanese and Chinese locales.
+_ROWS = 2**10
 _FORMULA_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 # Ids that they take for numbers or dates, and write back as others: 0042, 1e5, 2024-01-02, MARCH1 (a gene).
 _MONTHS = (
@@ -81,6 +83,22 @@ def candidates_csv(columns: Mapping[str, ArrayLike], label_names: Sequence[str] 
     """Return the candidates as CSV; see ``AuditStore.write_candidates``."""
     arrays = {name: np.asarray(values) for name, values in columns.items()}
     rows = candidate_rows(arrays)
+    written = io.BytesIO()
+    with io.TextIOWrapper(written, encoding="utf-8", errors="backslashreplace", newline="") as text:
+        writer = csv.writer(text, lineterminator="\r\n")
+        writer.writerow(map(_cell, _cells(arrays, rows[:0], label_names)))
+        for start in range(0, len(rows), _ROWS):  # as texts, they are many times larger
+            writer.writerows(zip(*_cells(arrays, rows[start : start + _ROWS], label_names).values(), strict=True))
+        text.flush()
+        content = written.getvalue()
+    # Without a byte order mark, Excel takes anything but ASCII for another encoding.
+    return content if content.isascii() else codecs.BOM_UTF8 + content
+
+
+def _cells(
+    arrays: Mapping[str, NDArray[Any]], rows: NDArray[np.int64], label_names: Sequence[str] | None
+) -> dict[str, list[str]]:
+    """Return columns of some rows as texts."""
     # For a person to fill in, see `review`.
     answers = ("decision", "new_label") if "label" in arrays else ("decision",)
     cells: dict[str, list[str]] = {name: [""] * len(rows) for name in answers}
@@ -92,13 +110,7 @@ def candidates_csv(columns: Mapping[str, ArrayLike], label_names: Sequence[str] 
         if label_names is not None and "names" in column_of(name).shown:
             named = dict(enumerate(label_names))
             cells[f"{name}_name"] = [_cell(named.get(label, "")) for label in values]
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\r\n")
-    writer.writerow(map(_cell, cells))
-    writer.writerows(zip(*cells.values(), strict=True))
-    content = text.getvalue()
-    # Without a byte order mark, Excel takes anything but ASCII for another encoding.
-    return content.encode("ascii" if content.isascii() else "utf-8-sig", errors="backslashreplace")
+    return cells
 
 
 def _cell(value: Any) -> str:
