@@ -79,20 +79,23 @@ def summary(every: Mapping[str, Found], question: str) -> str:
 
 def exceptions(every: Mapping[str, Found]) -> str:
     """Say where a replay is not above the others that know this run alone."""
-    above, lines = dict.fromkeys(list(METHODS)[1:], 0), list[str]()
+    above, there, lines = dict.fromkeys(list(METHODS)[1:], 0), dict.fromkeys(METHODS, 0), list[str]()
     cells = 0
     for title, found in every.items():
         values = {name: [score[0] for score in row.get("this", ())] for name, row in found["rows"].items()}
         for place, value in enumerate(values[REPLAY]):
             cells += 1
             for name in above:
-                above[name] += not values[name] or values[name][place] < value
+                above[name] += bool(values[name]) and values[name][place] < value
+                there[name] += bool(values[name])
             better = [
                 f"{name} {values[name][place]:.2f}" for name in above if values[name] and values[name][place] >= value
             ]
             if better:
                 lines.append(f"* {title}, {_percent(SHARES[place])}: replay {value:.2f}; {'; '.join(better)}")
-    told = "; ".join(f"{name} in {count}" for name, count in above.items())
+    told = "; ".join(
+        f"{name} in {count}{'' if there[name] == cells else f' of {there[name]}'}" for name, count in above.items()
+    )
     return "\n".join(
         [f"Of {cells} cells (recipe and share), replay is above {told}. Not above:\n", *(lines or ["* none"])]
     )
