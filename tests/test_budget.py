@@ -298,7 +298,7 @@ def test_recording_counts_in_every_epoch(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(budget.RunBudget, "_measured", lambda *given: found.append(measured(*given)) or found[0])
     fit(tmp_path, InfluenceAudit(curvature="identity"), 1)
     _, each, _, epoch = found[0]
-    hooks = 4  # of a batch: its start, before and after its backward pass, before the step
+    hooks = 3  # of a batch: its start, before its backward pass, before the step
     assert each - SHARE * epoch == pytest.approx(5 * hooks / 1000)
 
 
