@@ -211,6 +211,7 @@ def test_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "after as many epochs as overhead=0.1" in before
     assert "the final audit of ekfac take about " in before
     assert "Of 2 epochs, about 1 s, the audit adds " in after
+    assert after.endswith("%: what is done in any case takes more than overhead=0.1")
     lines.clear()
     fit(tmp_path, InfluenceAudit(tracin="epoch"), 1)
     assert "TracIn after every epoch" in lines[0]

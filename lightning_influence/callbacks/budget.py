@@ -259,10 +259,11 @@ class RunBudget:
             when = "after the last epoch alone"
         else:
             when = f"after {_every(n)} and the last ({(epochs - 1) // n + 1} passes)"
-        share, training = schedule.share(epochs), epochs * epoch
+        share, budget = schedule.share(epochs), f"overhead={schedule.overhead:g}"
+        exceeded = share > (schedule.overhead or 0.0)
         return (
-            f"influence audit: TracIn {when}. Of {epochs} epochs, about {readable_seconds(training)}, the audit adds "
-            f"{share:.0%} (overhead={schedule.overhead:g})"
+            f"influence audit: TracIn {when}. Of {epochs} epochs, about {readable_seconds(epochs * epoch)}, the audit "
+            f"adds {share:.0%}{f': what is done in any case takes more than {budget}' if exceeded else f' ({budget})'}"
         )
 
 
