@@ -259,6 +259,35 @@ def test_what_a_pass_takes_is_read_off_a_forward_pass(tmp_path: Path, monkeypatc
         assert audit._run.budget._forward
 
 
+@pytest.mark.parametrize("resumed", [False, True], ids=["limited", "resumed"])
+def test_a_run_without_a_look_before_training_times_one(
+    resumed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its passes would be taken to be as slow as the first batch of all, and be left out."""
+    told: list[tuple[float, float | None]] = []
+    monkeypatch.setattr(budget, "_TINY", -1)
+
+    def measured(self: budget.RunBudget, *_: Any) -> tuple[float, float, float, float]:
+        told.append((self._look, self._forward))
+        return 1.2, 0.0, 0.5, 1.0
+
+    monkeypatch.setattr(budget.RunBudget, "_measured", measured)
+    monkeypatch.setattr(budget, "_TRIED", 7)
+    heard = budget.RunBudget.went_over
+    monkeypatch.setattr(budget.RunBudget, "went_over", lambda self, _, examples: heard(self, 2.0, examples))
+    arguments: dict[str, Any] = {"limit_train_batches": 2}
+    if resumed:
+        save = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=2, save_top_k=-1)
+        fit(tmp_path, InfluenceAudit(curvature="identity"), 1, callbacks=[save], max_steps=2, enable_checkpointing=True)
+        (kept,) = (tmp_path / "kept").glob("*.ckpt")
+        arguments = {"ckpt_path": kept}
+        told.clear()
+    fit(tmp_path, InfluenceAudit(curvature="identity"), 2, **arguments)
+    ((look, forward),) = told
+    assert look > 0
+    assert forward == 2 / 7
+
+
 def test_validation_within_an_epoch_is_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is that after its last batch: a batch takes a second here, validation a hundred."""
     now, found = [0.0], list[float]()

@@ -19,6 +19,7 @@ from lightning_influence.audit.belief import believe
 from lightning_influence.core import distributed
 from lightning_influence.training import class_shares, example_sums
 from lightning_influence.training.class_shares import ClassShares, largest
+from lightning_influence.training.dynamics import TrainingDynamics
 from lightning_influence.training.evidence import LabelEvidence
 
 N, CLASSES, KEPT = 60, 9, 4
@@ -248,3 +249,15 @@ def test_an_audit_of_many_classes_has_beliefs(tmp_path: Path, monkeypatch: pytes
     for report in found:
         at = np.isin(report.columns["index"], wrong)
         assert (report.columns["suggested"][at] == true.numpy()[report.columns["index"][at]]).mean() > 0.9
+
+
+def test_a_state_of_the_largest_has_no_sums_of_its_own() -> None:
+    """What is kept beside the largest belongs to the table, not to the columns of a run."""
+    own = TrainingDynamics(N)
+    own.sums.add("loss", torch.arange(N), torch.ones(N))
+    own.probabilities.add(torch.arange(N), sparse(1))
+    resumed = TrainingDynamics(N)
+    resumed.load_state_dict(own.state_dict())
+    assert resumed.probabilities.largest_alone
+    assert resumed.sums.names() == own.sums.names() == ["loss"]
+    assert torch.equal(resumed.probabilities.totals(), own.probabilities.totals())

@@ -26,6 +26,7 @@ from lightning_influence.gradients.coverage import Coverage
 from lightning_influence.gradients.verify import Inspection
 from lightning_influence.influence import Influence
 from lightning_influence.scores.plan import InfluencePlan
+from lightning_influence.training.features import look_at_labels
 from lightning_influence.training.recording import Recording
 
 # Looks at features that a belief about labels takes: before training and after each of the first epochs. Where training
@@ -37,6 +38,8 @@ _PASS = 2.5
 _WRITTEN = 0.5, 3e-5
 # Multiply-adds of a training so small that timing it would tell of the machine alone: a second at most.
 _TINY = 10**9
+# Examples of a pass that is made to be timed.
+_TRIED = 1024
 
 
 class RunBudget:
@@ -225,9 +228,24 @@ class RunBudget:
         if self._work(coverage) * len(indices) * (most or epochs) <= _TINY:
             schedule.decide(0.0, 0.0, 0.0)
             return
+        if distributed.any_process(not self._look):
+            self._try_pass(trainer, module, indices)
         always, each, one, epoch = distributed.gather_objects(self._measured(trainer, module, indices))[0]
         schedule.decide(always / epoch, each / epoch, one / epoch)
         self._reporter.tell(partial(self._told, epochs, most, epoch))
+
+    def _try_pass(self, trainer: Trainer, module: LightningModule, indices: Sequence[int]) -> None:
+        """Time a pass where no look came before training: in a limited run, or one resumed before it was decided.
+
+        What the first batch takes, cold, is several times too long.
+        """
+        start, some = time.perf_counter(), indices[:_TRIED]
+        with bridge.aside(trainer):
+            seen = look_at_labels(self._passes.gradients(trainer, module), some)
+        if seen is not None:
+            took = time.perf_counter() - start
+            self.went_over(took, len(some))
+            self.looked(took / len(some) * len(indices))
 
     def _measured(
         self, trainer: Trainer, module: LightningModule, indices: Sequence[int]

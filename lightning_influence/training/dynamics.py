@@ -31,6 +31,7 @@ _SMALL = 2**16
 RIVAL = "rival"
 """In one number: the likeliest class but the given one, and after the point how likely the last visit found it."""
 
+_PROBABILITIES = "probabilities"
 _CLASSES = "classes"  # of the probabilities, where they are not those of all
 
 _Statistics: TypeAlias = Mapping[str, Tensor]
@@ -245,12 +246,13 @@ class TrainingDynamics:
     def state_dict(self) -> dict[str, Tensor]:
         """Return tensors only, for a Lightning checkpoint."""
         self.flush()
-        return self.sums.state_dict() | self.probabilities.state_dict("probabilities")
+        return self.sums.state_dict() | self.probabilities.state_dict(_PROBABILITIES)
 
     def load_state_dict(self, state: _Statistics) -> None:
         """Go on from a checkpoint."""
-        self.sums.load_state_dict({name: value for name, value in state.items() if value.ndim == 1})
-        self.probabilities.load_state_dict("probabilities", state if distributed.rank() == 0 else {})
+        shares = {name: value for name, value in state.items() if name.startswith(_PROBABILITIES)}
+        self.sums.load_state_dict({name: value for name, value in state.items() if name not in shares})
+        self.probabilities.load_state_dict(_PROBABILITIES, shares if distributed.rank() == 0 else {})
         self._waiting, self._rows, self._like = [], [], None
 
 
